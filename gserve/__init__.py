@@ -1,0 +1,82 @@
+"""gserve: run vLLM on the GPUs you hold.
+
+Everything public is here, imported when it is first asked for: `import gserve` brings in neither vLLM nor torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gserve_core.client import VLLMClient
+    from gserve_core.commands import CommandLauncher
+    from gserve_core.config import LLMConfig, ServeConfig
+    from gserve_core.errors import (
+        BatchError,
+        ConfigError,
+        GserveError,
+        ItemError,
+        LaunchError,
+        PluginError,
+        RemoteError,
+        ServerExited,
+        StallTimeout,
+        StartupTimeout,
+        TransportError,
+    )
+    from gserve_core.hookspecs import hookimpl
+    from gserve_core.interfaces import Engine, Job, Launcher, Transport
+    from gserve_core.schema import ResponseOutput
+    from gserve_core.server import VLLMServer
+    from gserve_core.service import VLLMService
+
+_HOMES = {
+    "client": ("VLLMClient",),
+    "commands": ("CommandLauncher",),
+    "config": ("LLMConfig", "ServeConfig"),
+    "errors": (
+        "BatchError", "ConfigError", "GserveError", "ItemError", "LaunchError", "PluginError", "RemoteError",
+        "ServerExited", "StallTimeout", "StartupTimeout", "TransportError",
+    ),
+    "hookspecs": ("hookimpl",),
+    "interfaces": ("Engine", "Job", "Launcher", "Transport"),
+    "schema": ("ResponseOutput",),
+    "server": ("VLLMServer",),
+    "service": ("VLLMService",),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "BatchError",
+    "CommandLauncher",
+    "ConfigError",
+    "Engine",
+    "GserveError",
+    "ItemError",
+    "Job",
+    "LLMConfig",
+    "LaunchError",
+    "Launcher",
+    "PluginError",
+    "RemoteError",
+    "ResponseOutput",
+    "ServeConfig",
+    "ServerExited",
+    "StallTimeout",
+    "StartupTimeout",
+    "Transport",
+    "TransportError",
+    "VLLMClient",
+    "VLLMServer",
+    "VLLMService",
+    "hookimpl",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'gserve' has no attribute '{name}'")
+    return getattr(import_module(f"gserve_core.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

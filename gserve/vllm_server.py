@@ -1,0 +1,12 @@
+"""The server program: `python gserve/vllm_server.py --serve --model …` (see `--help`)."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # Run by its path, this file would have its own folder searched for modules, where `schema` and `cli` lie.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+    from gserve_core.serving import main
+
+    main()

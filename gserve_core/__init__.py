@@ -1,0 +1,1 @@
+"""The core of gserve: configs, contracts, the lease, dispatch and the service. Read `interfaces` first."""

@@ -1,0 +1,95 @@
+"""Launchers that are a command line: a job's own, or one with a prefix that forwards stdin and stdout."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from .errors import LaunchError
+from .interfaces import Job, Launcher
+
+FAREWELL = 1.0
+"""Seconds that processes below a server have to end by themselves after it: some free shared memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandLauncher(Launcher):
+    """A launcher that is a command prefix (srun, ssh, nice, numactl, a container runtime): override `command`."""
+
+    def launch(self, job: Job) -> "LocalProcess":
+        """Start `command(job)` in a session of its own."""
+        command = self.command(job)
+        try:
+            with job.log.open("ab") as log:
+                popen = subprocess.Popen(
+                    command,
+                    env={**os.environ, **job.env},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    bufsize=0,
+                    start_new_session=True,
+                )
+        except (OSError, ValueError) as error:
+            raise LaunchError(f"cannot start '{command[0]}' for {job.name}: {error}", log=job.log) from error
+        return LocalProcess(popen)
+
+
+class LocalProcess:
+    """A process of this machine that leads a process group. Implements `interfaces.Process`."""
+
+    def __init__(self, popen: "subprocess.Popen[bytes]") -> None:
+        assert popen.stdin is not None
+        assert popen.stdout is not None
+        self._popen = popen
+        self.stdin: IO[bytes] = popen.stdin
+        self.stdout: IO[bytes] = popen.stdout
+        self._group_ended = False
+
+    @property
+    def pid(self) -> int:
+        """The process id, which is that of the group too."""
+        return self._popen.pid
+
+    def poll(self) -> int | None:
+        """Return the exit code once the process has ended, else None."""
+        return self._popen.poll()
+
+    def stop(self, grace: float) -> int:
+        """End the whole group: TERM to the process, KILL to the group after `grace` seconds. Returns the exit code."""
+        if self._popen.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._popen.terminate()
+            try:
+                self._popen.wait(grace)
+            except subprocess.TimeoutExpired:
+                self._kill_group()
+        if not self._group_ended:
+            deadline = time.monotonic() + min(FAREWELL, grace)
+            while group_is_alive(self.pid) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            self._kill_group()
+            self._group_ended = True
+        with contextlib.suppress(OSError):
+            self.stdin.close()
+        self.stdout.close()
+        return self._popen.wait()
+
+    def _kill_group(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def group_is_alive(group: int) -> bool:
+    """Say whether a process of the group is alive; zombies, which only wait to be reaped, are not."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                state, _, of = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(of) == group and state not in "ZX":
+                    return True
+    return False

@@ -1,0 +1,344 @@
+"""The configs, and the one way from a mapping or a YAML file to a checked value.
+
+`build` makes a value of any dataclass (a config or a plugin's class) from a mapping; `load` reads a YAML file into a
+`Config`. Both refuse unknown keys and wrong types with the place and the nearest right name.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import msgspec
+import yaml
+
+from .errors import ConfigError, did_you_mean
+
+MAX_YAML_BYTES = 1 << 20
+MAX_YAML_NODES = 100_000
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """What to serve: the keyword arguments of `vllm.LLM`, the common ones by name. Raises `ConfigError`.
+
+    `model_name` is a model id, a local folder, or `demo:smollm2-135m`. `gpu_memory_utilization` is a fraction of the
+    GPU's memory (of RAM on a CPU), `max_model_len` is in tokens. What stands in `llm_kwargs` wins over the fields.
+    """
+
+    model_name: str
+    tokenizer: str | None = None
+    tokenizer_mode: str = "auto"
+    trust_remote_code: bool = False
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    revision: str | None = None
+    tokenizer_revision: str | None = None
+    seed: int = 0
+    gpu_memory_utilization: float | None = None
+    enforce_eager: bool = False
+    max_model_len: int | None = None
+    download_dir: str | None = None
+    lora_path: str | None = None
+    llm_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.model_name.strip():
+            raise ConfigError("model_name is empty: expected a model id or a folder", at="$.model_name")
+        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"expected a fraction above 0 and up to 1, got {self.gpu_memory_utilization}",
+                at="$.gpu_memory_utilization",
+            )
+        if self.max_model_len is not None and self.max_model_len < 1:
+            raise ConfigError(f"expected a number of tokens, got {self.max_model_len}", at="$.max_model_len")
+        for name, instead in (("model", "model_name"), ("lora_path", "lora_path")):
+            if name in self.llm_kwargs:
+                raise ConfigError(f"'{name}' does not belong here: set {instead}", at="$.llm_kwargs")
+        try:
+            msgspec.json.encode(self.llm_kwargs)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"expected values that JSON can say: {error}", at="$.llm_kwargs") from error
+
+    @property
+    def engine_kwargs(self) -> dict[str, Any]:
+        """The keyword arguments for `vllm.LLM`, without those that are None and without the adapter."""
+        named = {item.name: getattr(self, item.name) for item in fields(self)}
+        named["model"] = named.pop("model_name")
+        del named["lora_path"], named["llm_kwargs"]
+        return {name: value for name, value in (named | self.llm_kwargs).items() if value is not None}
+
+    @property
+    def gpus_per_server(self) -> int:
+        """How many GPUs one server takes: tensor parallel size times pipeline parallel size."""
+        sizes = [self.llm_kwargs.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+        for kind, size in zip(("tensor", "pipeline"), sizes, strict=True):
+            if type(size) is not int or size < 1:
+                raise ConfigError(f"expected a number of GPUs, got {size!r}", at=f"$.llm_kwargs.{kind}_parallel_size")
+        return int(sizes[0] * sizes[1])
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """How many servers there are, where they listen, and how long to wait for them. Raises `ConfigError`.
+
+    `gpu_ids`: one server per id, or per group of ids in order where `llm_kwargs` asks for tensor parallelism; a
+    machine without a GPU and SLURM say `servers` instead (default 1). `port` is the first server's, the next has the
+    next one; None: each server takes a free one. `startup_timeout`: seconds without any sign of progress while a
+    server starts; `client_timeout`: seconds without any sign of life from a server that has work; None: no limit.
+    `verbose` forwards the servers' logs to stderr.
+    """
+
+    gpu_ids: list[int] | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    startup_timeout: float | None = 180.0
+    client_timeout: float | None = 30.0
+    verbose: bool = False
+    servers: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.gpu_ids is not None:
+            if not self.gpu_ids or min(self.gpu_ids) < 0 or len(set(self.gpu_ids)) != len(self.gpu_ids):
+                raise ConfigError(f"expected different GPU ids from 0 up, got {self.gpu_ids}", at="$.gpu_ids")
+            if self.servers is not None:
+                raise ConfigError("gpu_ids and servers are both set: the ids say how many servers", at="$.servers")
+        if self.servers is not None and self.servers < 1:
+            raise ConfigError(f"expected at least 1 server, got {self.servers}", at="$.servers")
+        if self.port is not None and not 1 <= self.port <= 65535:
+            raise ConfigError(f"expected a port from 1 to 65535, got {self.port}", at="$.port")
+        if not self.host:
+            raise ConfigError("host is empty: expected an address to listen on", at="$.host")
+        for name in ("startup_timeout", "client_timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"expected seconds above 0, or null for no limit, got {value}", at=f"$.{name}")
+
+    def placement(self, gpus_per_server: int) -> list[tuple[int, ...] | None]:
+        """Return the GPU ids of each server, in order; None for a server that is not pinned. Raises `ConfigError`."""
+        if self.gpu_ids is None:
+            placement: list[tuple[int, ...] | None] = [None] * (self.servers or 1)
+        elif len(self.gpu_ids) % gpus_per_server:
+            raise ConfigError(
+                f"{len(self.gpu_ids)} GPUs do not split into servers of {gpus_per_server}"
+                " (tensor_parallel_size times pipeline_parallel_size): add or drop ids",
+                at="$.gpu_ids",
+            )
+        else:
+            ids = iter(self.gpu_ids)
+            placement = list(zip(*[ids] * gpus_per_server, strict=True))
+        if self.port is not None and self.port + len(placement) - 1 > 65535:
+            raise ConfigError(f"{len(placement)} servers from port {self.port} on go past 65535", at="$.port")
+        return placement
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole service, as a YAML file has it. `launcher`, `transport` and `engine` are still mappings with a `type`."""
+
+    llm: LLMConfig
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    launcher: dict[str, Any] = field(default_factory=lambda: {"type": "subprocess"})
+    transport: dict[str, Any] = field(default_factory=lambda: {"type": "http"})
+    engine: dict[str, Any] = field(default_factory=lambda: {"type": "vllm"})
+    plugins: list[str] = field(default_factory=list)
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {item.name: hints[item.name] for item in fields(cls) if item.init}
+
+
+def check(value: Any, at: str = "$") -> None:
+    """Check the type of every field of a dataclass instance, and set it to the value that its type reads from it.
+
+    Raises ConfigError: a field has the wrong type.
+    """
+    for name, hint in _hints(type(value)).items():
+        object.__setattr__(value, name, _convert(getattr(value, name), hint, f"{at}.{name}"))
+
+
+def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
+    """Make a `cls` (a dataclass whose fields are its options) from a mapping.
+
+    Raises ConfigError: an unknown key, a missing one, or a value of the wrong type, with its path below `at`.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"expected a mapping, got {_type_name(mapping)}", at=at)
+    hints = _hints(cls)
+    for key in mapping:
+        if key not in hints:
+            raise ConfigError(f"unknown key '{key}'{did_you_mean(str(key), list(hints))}", at=f"{at}.{key}")
+    for item in fields(cls):  # type: ignore[arg-type]
+        if item.init and item.name not in mapping and item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"missing key '{item.name}'", at=at)
+    values = {
+        key: build(hints[key], value, f"{at}.{key}") if hints[key] in (LLMConfig, ServeConfig)
+        else _convert(value, hints[key], f"{at}.{key}")
+        for key, value in mapping.items()
+    }  # fmt: skip
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        error.at = at + error.at.removeprefix("$")
+        raise
+    except (TypeError, ValueError) as error:
+        raise ConfigError(str(error), at=at) from error
+
+
+def _convert(value: Any, hint: Any, at: str) -> Any:
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        text, _, place = str(error).rpartition(" - at ")
+        text = (text or str(error)).replace("`", "")
+        below = place.strip("`").removeprefix("$") if text != str(error).replace("`", "") else ""
+        raise ConfigError(text[0].lower() + text[1:], at=at + below) from error
+
+
+def _type_name(value: Any) -> str:
+    return "null" if value is None else type(value).__name__
+
+
+class Document:
+    """A YAML file read with care: the data, and the line of every path in it."""
+
+    def __init__(self, path: Path | str, overrides: Iterable[str] = ()) -> None:
+        self.file = Path(path)
+        self._lines: dict[str, int] = {}
+        self._overridden: dict[str, str] = {}
+        self.data: Any = self._read()
+        for override in overrides:
+            self._set(override)
+
+    @contextmanager
+    def located(self) -> Iterator[None]:
+        """Add file and line to a `ConfigError` raised inside."""
+        try:
+            yield
+        except ConfigError as error:
+            if error.file is None:
+                self._locate(error)
+            raise
+
+    def _locate(self, error: ConfigError) -> None:
+        path = error.at
+        while True:
+            if path in self._overridden:
+                error.file = f"--set {self._overridden[path]}"
+                return
+            if path in self._lines or path == "$":
+                error.file, error.line = self.file, self._lines.get(path)
+                return
+            path = re.sub(r"(\.[^.\[]*|\[\d+\])$", "", path)
+
+    def _read(self) -> Any:
+        try:
+            with self.file.open("rb") as stream:
+                raw = stream.read(MAX_YAML_BYTES + 1)
+        except OSError as error:
+            raise ConfigError(f"cannot read the config: {error.strerror}", file=self.file) from error
+        if len(raw) > MAX_YAML_BYTES:
+            raise ConfigError(f"the config is larger than {MAX_YAML_BYTES >> 20} MiB", file=self.file)
+        try:
+            loader = _Loader(raw.decode())
+            node = loader.get_single_node()
+            if node is None:
+                raise ConfigError("the config is empty: expected a mapping with the key 'llm'", file=self.file)
+            self._walk(node, "$", [0], ())
+            return loader.construct_document(node)
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"expected UTF-8 text: {error.reason} at byte {error.start}", file=self.file) from error
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else None
+            raise ConfigError(f"not YAML: {error.problem}", file=self.file, line=line) from error
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise ConfigError(f"not YAML: {error}", file=self.file) from error
+
+    def _walk(self, node: yaml.Node, path: str, count: list[int], above: tuple[int, ...]) -> None:
+        """Note the line of every path; refuse duplicate keys, aliases that grow without end, and odd keys."""
+        count[0] += 1
+        line = node.start_mark.line + 1
+        self._lines.setdefault(path, line)
+        if count[0] > MAX_YAML_NODES or id(node) in above:
+            raise ConfigError("the aliases of this YAML expand to too much", file=self.file, line=line)
+        above = (*above, id(node))
+        if isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key, value in node.value:
+                line = key.start_mark.line + 1
+                if key.tag != "tag:yaml.org,2002:str":
+                    raise ConfigError(f"expected a text as key, got {key.value!r}", at=path, file=self.file, line=line)
+                if key.value in seen:
+                    raise ConfigError(
+                        f"duplicate key '{key.value}', first set in line {seen[key.value]}",
+                        at=f"{path}.{key.value}", file=self.file, line=line,
+                    )  # fmt: skip
+                seen[key.value] = line
+                self._lines[f"{path}.{key.value}"] = line
+                self._walk(value, f"{path}.{key.value}", count, above)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, value in enumerate(node.value):
+                self._walk(value, f"{path}[{index}]", count, above)
+
+    def _set(self, override: str) -> None:
+        path, equals, text = override.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            raise ConfigError(f"expected --set key.key=value, got '{override}'")
+        try:
+            value = _Loader(text).get_single_data()
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override}: the value is not YAML") from error
+        target = self.data
+        for key in keys[:-1]:
+            if isinstance(target, dict):
+                target = target.setdefault(key, {})
+        if not isinstance(target, dict):
+            raise ConfigError(f"--set {override}: '{path.rpartition('.')[0]}' is not a mapping")
+        target[keys[-1]] = value
+        self._overridden[f"$.{path}"] = override
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2's plain values: `on`, `no` and `12:30:00` are texts, `1e-3` is a number."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regex) for tag, regex in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    ("float", _FLOAT, "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+def check_placement(llm: LLMConfig, serve: ServeConfig) -> list[tuple[int, ...] | None]:
+    """Return the GPU ids of each server that the two configs make together. Raises `ConfigError`."""
+    try:
+        gpus_per_server = llm.gpus_per_server
+    except ConfigError as error:
+        error.at = error.at.replace("$", "$.llm", 1)
+        raise
+    try:
+        return serve.placement(gpus_per_server)
+    except ConfigError as error:
+        error.at = error.at.replace("$", "$.serve", 1)
+        raise
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Config, Document]:
+    """Read a YAML config; `overrides` are `key.key=value`. Raises `ConfigError` with file, line and path."""
+    document = Document(path, overrides)
+    with document.located():
+        config = build(Config, document.data)
+        check_placement(config.llm, config.serve)
+    return config, document

@@ -1,0 +1,38 @@
+"""Why a server did not start, or died, in one sentence: from what it said, how its process ended, and its log."""
+
+import signal
+from pathlib import Path
+
+TAIL_LINES = 20
+
+
+def explain(name: str, *, phase: str, cause: str | None, returncode: int | None, log: Path) -> str:
+    """Return the message of an error about a server that has failed.
+
+    `phase` is what it was doing, `cause` what it said itself before it ended, `returncode` that of its process.
+    """
+    ended = f"{name} failed while {phase}: {cause or _ended(returncode)}"
+    tail = last_lines(log)
+    shown = "".join(f"\n  | {line}" for line in tail)
+    return f"{ended} (log: {log})" + (f"\nlast lines of the log:{shown}" if tail else "")
+
+
+def _ended(returncode: int | None) -> str:
+    if returncode is None:
+        return "it closed its line to us"
+    if returncode >= 0:
+        return f"its process ended with exit code {returncode}, unasked"
+    name = signal.Signals(-returncode).name if -returncode in list(signal.Signals) else f"signal {-returncode}"
+    hint = " (the system kills so what needs too much memory)" if name == "SIGKILL" else ""
+    return f"its process was killed by {name}{hint}"
+
+
+def last_lines(log: Path, count: int = TAIL_LINES) -> list[str]:
+    """Return the last lines of a log, without empty ones; none where it cannot be read."""
+    try:
+        with log.open("rb") as stream:
+            stream.seek(max(0, log.stat().st_size - (64 << 10)))
+            text = stream.read().decode(errors="replace")
+    except OSError:
+        return []
+    return [line.rpartition("\r")[2] for line in text.splitlines() if line.strip()][-count:]

@@ -1,0 +1,322 @@
+"""The engine `vllm`: vLLM's asynchronous engine, made from the keyword arguments of `vllm.LLM`.
+
+The only file that imports vllm, and it does so late: the value travels through clients that have none. Its answers are
+those of `vllm.LLM`. Why each step is as it is, is told in vLLM's own `entrypoints/llm.py` and `renderers`.
+"""
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+
+from ..config import LLMConfig
+from ..errors import ConfigError, GserveError, ItemError
+from ..hookspecs import hookimpl
+from ..interfaces import Engine, EngineInfo, Report, RunningEngine
+from ..sampling import read_params
+from ..schema import Conversation, Logprob, Logprobs, Params, Prompt, ResponseOutput
+from . import demo_model
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `max_lora_rank` may be (vllm/config/lora.py)."""
+RENDER_CHUNK = 128
+"""Prompts that are rendered between two looks at the event loop: about 5 ms."""
+
+logger = logging.getLogger("gserve.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMEngine(Engine):
+    """vLLM. `chat_template_kwargs`: what the chat template of the model is given besides the conversation."""
+
+    name: ClassVar[str] = "vllm"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
+        """Load the model, in a thread that lives as long as the engine."""
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[RunningVLLM] = loop.create_future()
+        ended = threading.Event()
+
+        def settle(result: "RunningVLLM | None", error: BaseException | None) -> None:
+            if not loaded.done():
+                loaded.set_exception(error) if error is not None else loaded.set_result(result)  # type: ignore[arg-type]
+
+        def load() -> None:
+            try:
+                engine, error = RunningVLLM(llm, self.chat_template_kwargs, report, ended), None
+            except BaseException as raised:
+                engine, error = None, raised
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, engine, error)
+            ended.wait()  # processes that this thread has started may end with it
+
+        threading.Thread(target=load, name="engine", daemon=True).start()
+        engine = await loaded
+        await engine.add_adapter()
+        gc.collect()
+        gc.freeze()  # a full collection over what torch and transformers leave behind takes a third of a second
+        return engine
+
+
+class RunningVLLM(RunningEngine):
+    """A loaded `vllm.v1.engine.async_llm.AsyncLLM`."""
+
+    def __init__(
+        self, llm: LLMConfig, template_kwargs: Mapping[str, Any], report: Report, ended: threading.Event
+    ) -> None:
+        arguments = llm.engine_kwargs
+        arguments["model"] = demo_model.resolve(arguments["model"], report)
+        arguments["tokenizer"] = demo_model.resolve(arguments.get("tokenizer", arguments["model"]), report)
+        adapter = _adapter(llm.lora_path)
+        if adapter is not None:
+            arguments = {"enable_lora": True, "max_lora_rank": _rank(adapter)} | arguments
+        self._template = _chat_template(arguments.pop("chat_template", None))
+        self._template_kwargs = dict(template_kwargs)
+        self._ended = ended
+
+        report("importing vLLM")
+        import vllm
+        from vllm import renderers
+        from vllm.config import CompilationConfig, CompilationMode
+        from vllm.lora.request import LoRARequest
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._parse = parse_model_prompt
+        self._renderers = renderers
+        self._params_type = vllm.SamplingParams
+        self._final_only = RequestOutputKind.FINAL_ONLY
+        self._dead = EngineDeadError
+        self._lora = LoRARequest(adapter.name, 1, str(adapter)) if adapter is not None else None
+
+        report("starting the engine")
+        level = arguments.get("compilation_config")
+        if isinstance(level, int):  # `vllm.LLM` takes a number here, the engine's arguments do not
+            arguments["compilation_config"] = CompilationConfig(mode=CompilationMode(level))
+        arguments.setdefault("disable_log_stats", True)
+        try:
+            engine_arguments = vllm.AsyncEngineArgs(**arguments)
+        except TypeError as error:
+            raise ConfigError(f"vLLM {vllm.__version__} refuses its keyword arguments: {error}", at="$.llm") from error
+        # The usage context of `vllm.LLM`: another one means a fraction of the sequences (max_num_seqs).
+        self._engine = vllm.AsyncLLMEngine.from_engine_args(engine_arguments, usage_context=UsageContext.LLM_CLASS)
+        self._config = self._engine.model_config
+        self._renderer = self._engine.renderer
+        self._tokenize_in_template = (
+            _is_a(self._renderer.tokenizer, "MistralTokenizer") or self._config.enable_prompt_embeds
+        )
+        self._numbers = iter(range(1 << 62))
+        self._stopped = False
+        self.info = EngineInfo(
+            model=llm.model_name,
+            max_model_len=self._config.max_model_len,
+            capacity=self._engine.vllm_config.scheduler_config.max_num_seqs,
+            version=f"vllm {vllm.__version__}",
+        )
+
+    async def add_adapter(self) -> None:
+        """Load the LoRA adapter. Only so is a bad one an exception here: with a request it would kill the engine."""
+        if self._lora is not None:
+            await self._engine.add_lora(self._lora)
+
+    # -------------------------------------------------------------------------------------------- from prompt to input
+
+    async def prepare(self, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
+        """Render and tokenize prompts, as `vllm.LLM` does."""
+        sampling = self._sampling(params)
+        prepared: list[Any] = []
+        for start in range(0, len(prompts), RENDER_CHUNK):
+            chunk = prompts[start : start + RENDER_CHUNK]
+            try:
+                inputs: Iterable[Any] = self._render(chunk)
+            except Exception:  # one of them is wrong: find out which
+                inputs = [self._render_one(prompt) for prompt in chunk]
+            prepared += [
+                made if isinstance(made, ItemError) else self._checked(made, sampling) for made in inputs
+            ]  # fmt: skip
+            await asyncio.sleep(0)
+        return prepared
+
+    def _sampling(self, params: Params | None) -> Any:
+        if params is None:
+            sampling = self._params_type.from_optional(**self._config.get_diff_sampling_param())
+        else:
+            sampling = read_params(params, self._params_type)
+        sampling.output_kind = self._final_only
+        sampling.skip_clone = True
+        return sampling
+
+    def _render(self, prompts: Sequence[Prompt]) -> list[Any]:
+        """Return vLLM's engine inputs for prompts; all texts and token ids at once, and so all conversations."""
+        inputs: dict[int, Any] = {}
+        plain = {place: prompt for place, prompt in enumerate(prompts) if not isinstance(prompt, Conversation)}
+        if plain:
+            parsed = [self._parse(self._config, prompt) for prompt in plain.values()]
+            rendered = self._renderer.render_cmpl(parsed, self._renderer.default_cmpl_tok_params)
+            inputs |= zip(plain, rendered, strict=True)
+        chats: dict[tuple[bool, bool], dict[int, Conversation]] = {}
+        for place, prompt in enumerate(prompts):
+            if isinstance(prompt, Conversation):
+                flags = prompt.add_generation_prompt, prompt.continue_final_message
+                chats.setdefault(flags, {})[place] = prompt
+        for (add_generation_prompt, continue_final_message), group in chats.items():
+            own = {
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
+                "tools": None,
+                "tokenize": self._tokenize_in_template,
+            }
+            chat_params = self._renderers.ChatParams(
+                chat_template=self._template,
+                chat_template_content_format="auto",
+                chat_template_kwargs=self._renderers.merge_kwargs(self._template_kwargs, own),
+            )
+            token_params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+            messages = [msgspec.to_builtins(chat.messages) for chat in group.values()]
+            _, rendered = self._renderer.render_chat(messages, chat_params, token_params)
+            inputs |= zip(group, rendered, strict=True)
+        return [inputs[place] for place in range(len(prompts))]
+
+    def _render_one(self, prompt: Prompt) -> Any:
+        if isinstance(prompt, Conversation) and not prompt.messages:
+            return ItemError("the conversation is empty")
+        if isinstance(prompt, list) and any(not 0 <= token < 1 << 31 for token in prompt):
+            return ItemError("the prompt holds a token id below 0 or above 2147483647")
+        try:
+            return self._render([prompt])[0]
+        except Exception as error:
+            return ItemError(_first_line(error))
+
+    def _checked(self, made: Any, sampling: Any) -> Any:
+        tokens = made.get("prompt_token_ids")
+        if tokens is not None:
+            if not tokens:
+                return ItemError("the prompt is empty")
+            if min(tokens) < 0:
+                return ItemError(f"the prompt holds the token id {min(tokens)}: expected 0 or above")
+            longest = self._config.max_model_len
+            if len(tokens) >= longest:
+                return ItemError(f"the prompt has {len(tokens)} tokens, which leaves no room in the model's {longest}")
+        return made, sampling
+
+    # -------------------------------------------------------------------------------------------- from input to output
+
+    async def run(self, prepared: tuple[Any, Any]) -> list[ResponseOutput]:
+        """Generate for one prepared prompt."""
+        made, sampling = prepared
+        last = None
+        try:
+            async for output in self._engine.generate(
+                made, sampling, f"gserve-{next(self._numbers)}", lora_request=self._lora
+            ):
+                last = output
+        except self._dead as error:
+            raise GserveError("the engine has died; the server's log says why") from error
+        except Exception as error:
+            if isinstance(error, ValueError) or _is_a(error, "VLLMClientError", "VLLMValidationError"):
+                raise ItemError(_first_line(error)) from error
+            raise
+        if last is None:
+            raise GserveError("the engine gave no output")
+        prompt_logprobs = _logprobs(last.prompt_logprobs)
+        outputs = []
+        for it in last.outputs:
+            if it.finish_reason in ("abort", "error", None):
+                raise GserveError(f"the engine ended this prompt early ({it.finish_reason})")
+            outputs.append(
+                ResponseOutput(
+                    it.text, list(it.token_ids), it.finish_reason, it.stop_reason, it.cumulative_logprob,
+                    _logprobs(it.logprobs), prompt_logprobs,
+                )
+            )  # fmt: skip
+        return outputs
+
+    async def check(self) -> None:
+        """Generate one token."""
+        sampling = self._params_type(max_tokens=1, temperature=0.0, detokenize=False)
+        sampling.output_kind = self._final_only
+        async for _ in self._engine.generate({"prompt_token_ids": [0]}, sampling, f"gserve-{next(self._numbers)}"):
+            pass
+
+    async def died(self) -> str:
+        """Return why, once vLLM's processes are gone."""
+        while self._stopped or not self._engine.errored:
+            await asyncio.sleep(0.25)
+        return _first_line(self._engine.dead_error)
+
+    async def stop(self) -> None:
+        """End vLLM's processes."""
+        if not self._stopped:
+            self._stopped = True
+            await asyncio.to_thread(self._engine.shutdown, timeout=0)
+            self._ended.set()
+
+
+def _chat_template(given: str | None) -> str | None:
+    """Return the text of a chat template that was given as a text or as a file."""
+    if given is None or "{" in given:
+        return given
+    try:
+        return Path(given).expanduser().read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read the chat template {given}: {error.strerror}", at="$.llm.llm_kwargs") from error
+
+
+def _adapter(path: str | None) -> Path | None:
+    """Return the folder of a LoRA adapter that was given as folder or file."""
+    if path is None:
+        return None
+    given = Path(path).expanduser()
+    folder = given.parent if given.is_file() else given
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"no LoRA adapter in {folder}: expected adapter_config.json there", at="$.llm.lora_path")
+    return folder.resolve()
+
+
+def _rank(adapter: Path) -> int:
+    """Return the smallest `max_lora_rank` that holds the adapter."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"cannot read the rank 'r' in {adapter}/adapter_config.json", at="$.llm.lora_path") from error
+    for allowed in LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise ConfigError(f"the adapter's rank is {rank}; vLLM takes at most {LORA_RANKS[-1]}", at="$.llm.lora_path")
+
+
+def _is_a(value: object, *names: str) -> bool:
+    """Say whether the class of `value` or a base of it has one of these names; where it lies differs by version."""
+    return any(cls.__name__ in names for cls in type(value).__mro__)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _logprobs(given: Any) -> Logprobs | None:
+    if given is None:
+        return None
+    return [
+        entry and {token: Logprob(it.logprob, it.rank, it.decoded_token) for token, it in entry.items()}
+        for entry in given
+    ]
+
+
+@hookimpl
+def gserve_register_engines() -> list[type[Engine]]:
+    """Bring vLLM."""
+    return [VLLMEngine]

@@ -1,0 +1,120 @@
+"""Every error that gserve raises on purpose.
+
+GserveError
+├── ConfigError        a config, a YAML file or an argument is wrong
+├── PluginError        a plugin is missing, broken, or claims a name twice
+├── LaunchError        a server did not become ready
+│   ├── ServerExited       its process ended
+│   └── StartupTimeout     it showed no progress for too long
+├── TransportError     a server could not be talked to
+│   ├── StallTimeout       it showed no sign of life for too long
+│   └── RemoteError        it answered with an error
+├── BatchError         some items of a call failed; carries every result
+└── ItemError          one item failed
+
+A message is a lower-case fragment: what was given, what was expected and where, what to do.
+"""
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+
+class GserveError(Exception):
+    """The root of the tree above."""
+
+
+class ConfigError(GserveError):
+    """A config, a YAML file or an argument is wrong.
+
+    `at` is the place as a path from the root of the config (`$.serve.port`), `file` and `line` say where that stands.
+    """
+
+    def __init__(self, message: str, *, at: str = "$", file: Path | str | None = None, line: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.at = at
+        self.file = file
+        self.line = line
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}: " if self.line else f"{self.file}: " if self.file else ""
+        place = "" if self.at == "$" else f" - at {self.at}"
+        return f"{where}{self.message}{place}"
+
+
+class PluginError(GserveError):
+    """A plugin is missing, broken, or claims a name that is taken."""
+
+
+class LaunchError(GserveError):
+    """A server did not become ready.
+
+    `log` is the path of its log, `returncode` that of its process where it ended (negative: a signal's number).
+    """
+
+    def __init__(self, message: str, *, log: Path | None = None, returncode: int | None = None) -> None:
+        super().__init__(message)
+        self.log = log
+        self.returncode = returncode
+
+
+class ServerExited(LaunchError):
+    """The process of a server ended before the server was ready, or without having been asked to."""
+
+
+class StartupTimeout(LaunchError):
+    """A starting server showed no progress for `ServeConfig.startup_timeout` seconds."""
+
+
+class TransportError(GserveError):
+    """A server could not be reached, or the line to it broke."""
+
+
+class StallTimeout(TransportError):
+    """A server that has work of ours showed no sign of life for `ServeConfig.client_timeout` seconds."""
+
+
+class RemoteError(TransportError):
+    """A server answered with an error. `status` is its HTTP status code, or that of the nearest meaning."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class ItemError(GserveError):
+    """One item failed. `index` is its place in the call.
+
+    `invalid` is true where the item itself is wrong (too long, a bad parameter): sending it again cannot help.
+    """
+
+    def __init__(self, message: str, *, index: int = 0, invalid: bool = True) -> None:
+        super().__init__(message)
+        self.index = index
+        self.invalid = invalid
+
+
+class BatchError(GserveError):
+    """Some items of a call failed, after all others had finished.
+
+    `results` holds, in the order of the call, what each item gave: its outputs, or its `ItemError`.
+    """
+
+    def __init__(self, results: Sequence[Any]) -> None:
+        self.results = list(results)
+        self.errors = [result for result in self.results if isinstance(result, ItemError)]
+        first = self.errors[0]
+        super().__init__(
+            f"{len(self.errors)} of {len(self.results)} items failed; the first is item {first.index}: {first}"
+            ' (the exception\'s "results" holds every result; on_error="return" returns them instead)'
+        )
+
+
+def did_you_mean(given: str, known: Sequence[str]) -> str:
+    """Return "; did you mean 'x'?" for the known name nearest to `given`, else "; expected one of …"."""
+    near = get_close_matches(given, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; expected one of {', '.join(sorted(known))}" if known else ""

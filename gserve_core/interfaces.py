@@ -1,0 +1,225 @@
+"""The contracts between gserve's parts, and what a plugin implements.
+
+A *launcher* starts a command somewhere. A *transport* owns both halves of the conversation with a server. An *engine*
+turns prompts into outputs inside a server. None of the three knows another. All three are values: frozen, keyword-only
+dataclasses with a `name`, whose fields are their YAML options. What they hand out are resources, with few methods.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, ClassVar, Protocol, runtime_checkable
+
+from msgspec import Struct
+
+from .config import LLMConfig
+from .schema import Event, Health, Params, Prompt, ResponseOutput, RunRequest
+
+# ------------------------------------------------------------------------------------------------------------ launcher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What a launcher is to start: one server.
+
+    `env` is added to the environment that the server inherits; it holds the GPU pinning (`CUDA_VISIBLE_DEVICES`) for
+    `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its scheduler for `gpus` of them.
+    It is number `index` of `servers` that are started together.
+    """
+
+    name: str
+    command: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    gpu_ids: tuple[int, ...] | None = None
+    gpus: int = 1
+    index: int = 0
+    servers: int = 1
+    log: Path
+
+
+@runtime_checkable
+class Process(Protocol):
+    """A started job, like a `subprocess.Popen`: its stdin and stdout are pipes with file descriptors."""
+
+    stdin: IO[bytes]
+    stdout: IO[bytes]
+
+    def poll(self) -> int | None:
+        """Return the exit code once the process has ended (negative: a signal's number), else None."""
+
+    def stop(self, grace: float) -> int:
+        """End the process and everything below it, by force after `grace` seconds; return its exit code.
+
+        Leaves nothing behind, also where the process has ended by itself but something below it has not. Idempotent.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launcher(ABC):
+    """Starts a command somewhere."""
+
+    name: ClassVar[str]
+
+    def command(self, job: Job) -> list[str]:
+        """Return the command line that `launch` runs for `job`; `gserve check` prints it."""
+        return list(job.command)
+
+    @abstractmethod
+    def launch(self, job: Job) -> Process:
+        """Start `job` with pipes as stdin and stdout, and its stderr appended to the file `job.log`.
+
+        Raises LaunchError: it could not be started.
+        """
+
+
+# ----------------------------------------------------------------------------------------------------------- transport
+
+
+class Address(Struct, frozen=True, array_like=True):
+    """Where a server listens: hosts by which it may be reached, and one port."""
+
+    hosts: list[str]
+    port: int
+
+    def __str__(self) -> str:
+        host = self.hosts[0]
+        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+
+
+class Access(Struct, frozen=True, kw_only=True):
+    """What a client needs besides the address.
+
+    `token`: None where the server asks for none. `instance`: the id of the server that is expected there; None: any.
+    `timeout`: seconds without any sign of life; None: no limit.
+    """
+
+    token: str | None = None
+    instance: str | None = None
+    timeout: float | None = None
+
+
+class ServerApi(Protocol):
+    """The neutral face of a server, which a transport shows to clients."""
+
+    instance: str
+    token: str | None
+
+    def health(self) -> Health:
+        """Return the state now; never waits. Status "ok" means ready."""
+
+    def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Work on a request; yield events in the order in which they happen. Closing the iterator cancels the work.
+
+        Raises RemoteError: the server is not ready (503).
+        """
+
+    async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
+        """Work on a request; return the outputs of each item, in order.
+
+        Raises RemoteError: an item is wrong (400; found before any work is done), or the server failed (500, 503).
+        """
+
+    def shut_down(self) -> None:
+        """Begin to end the server: it finishes what it has, and takes no more."""
+
+
+class Connection(ABC):
+    """The client's half of a conversation with one server. Its methods run in one event loop."""
+
+    @abstractmethod
+    async def health(self) -> Health:
+        """Return the server's state. Raises `TransportError`."""
+
+    @abstractmethod
+    def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Send a request and yield its events as they come. Closing the iterator cancels the work on the server.
+
+        Raises StallTimeout: no sign of life for too long. RemoteError: refused. TransportError: the line broke.
+        """
+
+    @abstractmethod
+    async def shut_down(self) -> None:
+        """Ask the server to end. Raises `TransportError`."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Release the connection. Idempotent."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transport(ABC):
+    """Owns both halves of the conversation with a server."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def serve(self, api: ServerApi, host: str, port: int) -> AbstractAsyncContextManager[Address]:
+        """Listen and answer for `api` until the context ends; port 0 takes a free one. Runs in the server.
+
+        Every call but that for health must show `api.token` where that is not None. Raises OSError: cannot listen.
+        """
+
+    @abstractmethod
+    def connect(self, address: Address, access: Access) -> Connection:
+        """Return a connection to a server. Nothing is sent before its first use. Runs in the client."""
+
+
+# -------------------------------------------------------------------------------------------------------------- engine
+
+
+class EngineInfo(Struct, frozen=True, kw_only=True):
+    """What a ready engine says of itself. `capacity`: how many items it works on at once."""
+
+    model: str
+    max_model_len: int | None = None
+    capacity: int = 256
+    version: str = ""
+
+
+type Report = Callable[[str], object]
+"""Says the phase that a start is in ("loading weights"). May be called from any thread."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine(ABC):
+    """Turns prompts into outputs inside a server. The value is what the YAML says; `start` hands out the engine."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    async def start(self, llm: LLMConfig, report: Report) -> "RunningEngine":
+        """Load the model. Must not block the event loop, since health is answered meanwhile. Raises: any exception."""
+
+
+class RunningEngine(ABC):
+    """A loaded engine. Its methods run in one event loop."""
+
+    info: EngineInfo
+
+    @abstractmethod
+    async def prepare(self, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
+        """Check prompts that share their sampling parameters; return for each what `run` takes, or its `ItemError`.
+
+        `params` come from outside, unchecked. Raises ItemError: they are wrong.
+        """
+
+    @abstractmethod
+    async def run(self, prepared: Any) -> list[ResponseOutput]:
+        """Return the completions of one prepared prompt. Cancelling the call frees what it holds in the engine.
+
+        Raises ItemError: this item failed. Any other exception: so did the engine's work on it.
+        """
+
+    @abstractmethod
+    async def check(self) -> None:
+        """Make one token. Raises: any exception."""
+
+    @abstractmethod
+    async def died(self) -> str:
+        """Return why, once the engine has ended without having been asked to."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End the engine and every process of it. Idempotent."""

@@ -1,0 +1,236 @@
+"""The lease: one line between a server and its owner, over the server process's own stdin and stdout.
+
+Both directions carry JSON, a message a line. Down: first the secrets, then a beat every few seconds, at last `stop` or
+`drain`. Up: where the server listens, its phases, that it is ready, that it failed and why, that it has stopped. When
+the line ends or no beat comes for the lease's time, the owner is gone, and the server ends itself with every process of
+its group. This works alike through a pipe, `srun`, or any other prefix that forwards stdin and stdout.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import IO, Any
+
+import msgspec
+from msgspec import Struct
+
+from .interfaces import Address, EngineInfo
+
+BEAT = 5.0
+"""Seconds between two beats."""
+TTL = 60.0
+"""Seconds without a beat after which a server takes its owner for dead."""
+GRACE = 3.0
+"""Seconds that a server whose owner is dead gives its engine to end by itself."""
+_LONGEST_LINE = 1 << 20
+
+
+class Hello(Struct, frozen=True, tag="hello"):
+    """The first line down: who the server is, its token, and the keyword arguments that are secrets."""
+
+    instance: str
+    token: str
+    secrets: dict[str, Any] = {}
+    ttl: float = TTL
+
+
+class Beat(Struct, frozen=True, tag="beat"):
+    """The owner is alive."""
+
+
+class Drain(Struct, frozen=True, tag="drain"):
+    """Finish what you have, take no more, then stop."""
+
+
+class Stop(Struct, frozen=True, tag="stop"):
+    """Stop now."""
+
+
+class Listening(Struct, frozen=True, tag="listening"):
+    """The server's socket is open there."""
+
+    address: Address
+
+
+class Phase(Struct, frozen=True, tag="phase"):
+    """What a starting server is doing."""
+
+    text: str
+
+
+class Ready(Struct, frozen=True, tag="ready"):
+    """The engine has made its first token."""
+
+    info: EngineInfo
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """The server ends because of this."""
+
+    cause: str
+
+
+class Stopped(Struct, frozen=True, tag="stopped"):
+    """The server ends as it was asked to."""
+
+
+type Down = Hello | Beat | Drain | Stop
+type Up = Listening | Phase | Ready | Failed | Stopped
+
+_down: "msgspec.json.Decoder[Down]" = msgspec.json.Decoder(Down)
+_up: "msgspec.json.Decoder[Up]" = msgspec.json.Decoder(Up)
+
+
+class _Lines:
+    """Cuts what comes from a descriptor into lines."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self._rest = b""
+
+    def read(self, timeout: float) -> list[bytes] | None:
+        """Return the lines that came within `timeout` seconds; None at the end of the stream."""
+        if not select.select([self.fd], [], [], max(0.0, timeout))[0]:
+            return []
+        try:
+            chunk = os.read(self.fd, 1 << 16)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not chunk:
+            return None
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        if len(self._rest) > _LONGEST_LINE:
+            self._rest = b""
+        return lines
+
+
+class OwnerEnd:
+    """The owner's end. `receive` must be called again and again: it also sends the beats."""
+
+    def __init__(self, stdin: IO[bytes], stdout: IO[bytes], hello: Hello) -> None:
+        self._stdin = stdin
+        self._lines = _Lines(stdout.fileno())
+        self._outgoing = b""
+        self._next_beat = time.monotonic() + BEAT
+        self._lock = threading.Lock()
+        os.set_blocking(stdin.fileno(), False)  # a server that does not read must not hold us up
+        self.send(hello)
+
+    def send(self, message: Down) -> None:
+        """Send a message, or as much as fits now; the rest follows. Never blocks, never raises."""
+        with self._lock:
+            self._outgoing += msgspec.json.encode(message) + b"\n"
+            self._flush()
+
+    def _flush(self) -> None:
+        try:
+            self._outgoing = self._outgoing[os.write(self._stdin.fileno(), self._outgoing) :]
+        except BlockingIOError:
+            pass
+        except (OSError, ValueError):  # the server has ended, or the pipe is closed
+            self._outgoing = b""
+
+    def receive(self, timeout: float) -> list[Up] | None:
+        """Return what the server said within `timeout` seconds; None when it has closed its end."""
+        if time.monotonic() >= self._next_beat:
+            self._next_beat = time.monotonic() + BEAT
+            with self._lock:
+                if self._outgoing:
+                    self._flush()
+            if not self._outgoing:
+                self.send(Beat())
+        lines = self._lines.read(timeout)
+        if lines is None:
+            return None
+        messages = []
+        for line in lines:
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # a login script's greeting, and such
+                messages.append(_up.decode(line))
+        return messages
+
+    def close(self) -> None:
+        """Give the lease up: a server that still runs ends itself."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stdin.close()
+
+
+class ServerEnd:
+    """The server's end. Takes over stdin and stdout: what prints to stdout goes to stderr from then on."""
+
+    def __init__(self) -> None:
+        sys.stdout.flush()
+        self._lines = _Lines(os.dup(0))  # both are private: `dup` makes them close when a program is executed
+        self._up = os.dup(1)
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        os.dup2(2, 1)
+        if os.getpgrp() != os.getpid():
+            os.setpgid(0, 0)  # so that the whole group is ours to end
+        self._lock = threading.Lock()
+        os.register_at_fork(after_in_child=self._forget)
+        self._early: list[bytes] = []
+        self.hello = self._greeting()
+
+    def _forget(self) -> None:
+        """Close the line in a forked child: while it held the line open, its end would not be noticed."""
+        os.close(self._lines.fd)
+        os.close(self._up)
+
+    def _greeting(self) -> Hello:
+        deadline = time.monotonic() + TTL
+        while time.monotonic() < deadline:
+            lines = self._lines.read(deadline - time.monotonic())
+            if lines is None:
+                break
+            for place, line in enumerate(lines):
+                message = _down.decode(line)
+                if isinstance(message, Hello):
+                    self._early = lines[place + 1 :]
+                    return message
+        sys.exit("gserve: --lease was given, but no owner speaks on stdin; leave it out to start a server by hand")
+
+    def tell(self, message: Up) -> None:
+        """Tell the owner. Never raises: an owner that is gone is noticed by `watch`."""
+        with self._lock, contextlib.suppress(OSError):
+            os.write(self._up, msgspec.json.encode(message) + b"\n")
+
+    def watch(self, on_message: Callable[[Down], object], on_lost: Callable[[], object]) -> None:
+        """Start a thread that passes on what the owner says, and ends the group when the owner is gone.
+
+        `on_lost` is called first; the group is killed `GRACE` seconds later, whatever it does.
+        """
+        threading.Thread(target=self._watch, args=(on_message, on_lost), name="lease", daemon=True).start()
+
+    def _watch(self, on_message: Callable[[Down], object], on_lost: Callable[[], object]) -> None:
+        last = time.monotonic()
+        self._pass_on(self._early, on_message)
+        while (remaining := last + self.hello.ttl - time.monotonic()) > 0:
+            lines = self._lines.read(remaining)
+            if lines is None:
+                break
+            if lines:
+                last = time.monotonic()
+                self._pass_on(lines, on_message)
+        with contextlib.suppress(Exception):
+            on_lost()
+        time.sleep(GRACE)
+        end_group()
+
+    @staticmethod
+    def _pass_on(lines: list[bytes], on_message: Callable[[Down], object]) -> None:
+        for line in lines:
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                on_message(_down.decode(line))
+
+
+def end_group() -> None:
+    """Kill this process and every other one of its group, at once."""
+    os.killpg(os.getpgrp(), signal.SIGKILL)

@@ -1,0 +1,182 @@
+"""What processes of one user on one machine know of each other: the tokens of servers, and the launched services.
+
+Files of mode 0600 in the user's runtime directory, written by the owner of a server or service and removed with it.
+"""
+
+import contextlib
+import os
+import stat
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from .errors import ConfigError, GserveError, did_you_mean
+from .interfaces import Address
+
+
+class ServerRecord(Struct, frozen=True, forbid_unknown_fields=True):
+    """A ready server of a launched service."""
+
+    name: str
+    address: Address
+    instance: str
+    token: str
+    capacity: int
+    model: str
+    gpu_ids: list[int] | None = None
+
+
+class ServiceRecord(Struct, frozen=True, forbid_unknown_fields=True):
+    """A launched service: its owner's process id and that process's start time in clock ticks, and its servers."""
+
+    name: str
+    pid: int
+    started: int
+    servers: list[ServerRecord]
+    transport: dict[str, Any]
+    plugins: list[str] = []
+    folder: str | None = None
+    client_timeout: float | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Say whether the owner is alive: the same process, not another one with its id."""
+        return process_start(self.pid) == self.started
+
+
+def process_start(pid: int) -> int | None:
+    """Return when a process started, in clock ticks since boot; None where there is none, or only a zombie."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def folder() -> Path:
+    """Return the user's own folder for these files, made where it is not there.
+
+    `$XDG_RUNTIME_DIR/gserve`, else `gserve-UID` in the folder for temporary files. Raises GserveError: the folder is
+    somebody else's, or open to others.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    path = (
+        Path(base) / "gserve" if base and Path(base).is_dir() else Path(tempfile.gettempdir()) / f"gserve-{os.getuid()}"
+    )
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise GserveError(f"{path} must be a folder of yours alone (mode 0700): remove it, or set XDG_RUNTIME_DIR")
+    return path
+
+
+def _write(path: Path, value: object) -> None:
+    """Write a file of mode 0600 that appears whole."""
+    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=".")
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(msgspec.json.encode(value))
+    Path(scratch).rename(path)
+
+
+def _token_file(host: str, port: int) -> Path:
+    return folder() / f"token-{host.replace('/', '_')}-{port}"
+
+
+def write_token(address: Address, token: str) -> None:
+    """Let clients of this user on this machine find the token of the server at `address`."""
+    for host in address.hosts:
+        _write(_token_file(host, address.port), token)
+
+
+def remove_token(address: Address, token: str) -> None:
+    """Remove what `write_token` wrote, unless another server has the address now."""
+    for host in address.hosts:
+        if find_token(host, address.port) == token:
+            _token_file(host, address.port).unlink(missing_ok=True)
+
+
+def find_token(host: str, port: int) -> str | None:
+    """Return the token of the server at an address, where its owner has left it here."""
+    aliases = [host, "127.0.0.1"] if host == "localhost" else [host]
+    for alias in aliases:
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            return msgspec.json.decode(_token_file(alias, port).read_bytes(), type=str)
+    return None
+
+
+def write_service(record: ServiceRecord) -> None:
+    """Make a service known by its name. Raises ConfigError: a living one has the name."""
+    check_name(record.name)
+    _write(_service_file(record.name), record)
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError where a service cannot have this name, or a living one has it."""
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
+        raise ConfigError(f"expected a name of at most 64 letters, digits and '-_.', got '{name}'")
+    other = _read_service(_service_file(name))
+    if other is not None and other.is_alive and other.pid != os.getpid():
+        raise ConfigError(
+            f"a service named '{name}' runs already (process {other.pid}): choose another --name,"
+            f" or end it with: gserve stop {name}"
+        )
+
+
+def remove_service(name: str) -> None:
+    """Remove what `write_service` wrote."""
+    _service_file(name).unlink(missing_ok=True)
+
+
+def services() -> list[ServiceRecord]:
+    """Return the launched services that are alive, by name; forget those that are not."""
+    found = []
+    for path in sorted(folder().glob("service-*")):
+        record = _read_service(path)
+        if record is not None and record.is_alive:
+            found.append(record)
+        else:
+            path.unlink(missing_ok=True)
+            for server in record.servers if record else ():
+                remove_token(server.address, server.token)
+    return found
+
+
+def find_service(name: str) -> ServiceRecord:
+    """Return a launched service. Raises ConfigError: none has this name."""
+    found = {record.name: record for record in services()}
+    if name not in found:
+        hint = did_you_mean(name, list(found)) or "; none is running: start one with: gserve launch CONFIG"
+        raise ConfigError(f"no service named '{name}' is running here{hint}")
+    return found[name]
+
+
+def _service_file(name: str) -> Path:
+    return folder() / f"service-{name}"
+
+
+def _read_service(path: Path) -> ServiceRecord | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=ServiceRecord)
+    except (OSError, msgspec.MsgspecError):
+        return None
+
+
+def log_folder(run: str) -> Path:
+    """Make and return the folder for the logs of one run; the oldest runs beyond 50 are removed.
+
+    It lies below `$XDG_STATE_HOME/gserve/logs`, by default `~/.local/state/gserve/logs`.
+    """
+    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "gserve" / "logs"
+    path = base / f"{time.strftime('%Y%m%d-%H%M%S')}-{run}"
+    path.mkdir(parents=True, mode=0o700)
+    for old in sorted(base.iterdir())[:-50]:
+        for file in old.glob("*.log"):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            old.rmdir()
+    return path

@@ -1,0 +1,156 @@
+"""What travels between a client and a server, as msgspec types. Unknown fields are refused everywhere.
+
+The JSON bodies of `/chat` and `/generate` are `ChatRequest`, `GenerateRequest` and lists of lists of `ResponseOutput`.
+Between gserve's own client and server travels a `RunRequest`, answered by a stream of lists of `Event`.
+"""
+
+import math
+from typing import Any, Literal
+
+from msgspec import Struct, structs
+
+
+class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
+    """A part of a message: `{"type": "text", "text": …}`."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """One turn of a conversation, in the form of OpenAI's chat API."""
+
+    role: str
+    content: str | list[TextPart]
+    name: str | None = None
+
+
+class Conversation(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A conversation to be continued. The two flags are those of `vllm.LLM.chat`."""
+
+    messages: list[Message]
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+type Prompt = str | list[int] | Conversation
+"""What one item asks: a text, a list of token ids, or a conversation."""
+
+type Params = dict[str, Any]
+"""Public fields of `vllm.SamplingParams` by name."""
+
+
+class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Body of `POST /chat`. `params` None means the model's own defaults, as in `vllm.LLM.chat`."""
+
+    conversations: list[list[Message]]
+    params: Params | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+
+
+class GenerateRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Body of `POST /generate`: texts, or lists of token ids."""
+
+    prompts: list[str | list[int]]
+    params: Params | None = None
+
+
+class Logprob(Struct, frozen=True, omit_defaults=True):
+    """The log probability of one token, as in `vllm.logprobs.Logprob`."""
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+type Logprobs = list[dict[int, Logprob] | None]
+"""One entry a token: by token id. The first entry of prompt log probabilities is None."""
+
+
+class ResponseOutput(Struct, frozen=True, omit_defaults=True):
+    """One completion: the fields of `vllm.CompletionOutput`, and the prompt's log probabilities.
+
+    `finish_reason` is "stop", "length" or "repetition"; `stop_reason` the stop string or token id that ended it.
+    """
+
+    text: str
+    token_ids: list[int] = []
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    cumulative_logprob: float | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
+
+
+class Group(Struct, frozen=True, forbid_unknown_fields=True):
+    """Prompts that share their sampling parameters."""
+
+    prompts: list[str | list[int] | Conversation]
+    params: Params | None = None
+
+
+class RunRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """A piece of work. Its items are counted through all groups from 0; `heartbeat` is in seconds."""
+
+    groups: list[Group]
+    heartbeat: float = 5.0
+
+
+class Result(Struct, frozen=True, tag="result", array_like=True):
+    """Item `index` is done: its outputs, one per completion asked for."""
+
+    index: int
+    outputs: list[ResponseOutput]
+
+
+class Failure(Struct, frozen=True, tag="failure", array_like=True):
+    """Item `index` failed. `invalid`: see `ItemError`."""
+
+    index: int
+    message: str
+    invalid: bool = True
+
+
+class Heartbeat(Struct, frozen=True, tag="heartbeat", array_like=True):
+    """The server is alive and at work. `tokens` have been made for this request so far, `running` items remain."""
+
+    running: int
+
+
+type Event = Result | Failure | Heartbeat
+
+
+class Health(Struct, frozen=True, omit_defaults=True):
+    """What `GET /health` says: status "ok", or the state and the phase that the server is in."""
+
+    status: str
+    phase: str | None = None
+
+
+LOWEST_LOGPROB = -9999.0
+"""Stands for minus infinity in JSON, which cannot say it (the value that vLLM's own server uses)."""
+
+
+def json_safe(output: ResponseOutput) -> ResponseOutput:
+    """Return `output` with every log probability that JSON cannot say raised to `LOWEST_LOGPROB`."""
+
+    def finite(value: float) -> float:
+        return value if math.isfinite(value) else LOWEST_LOGPROB
+
+    def clamp(logprobs: Logprobs | None) -> Logprobs | None:
+        if logprobs is None:
+            return None
+        return [
+            entry and {token: structs.replace(it, logprob=finite(it.logprob)) for token, it in entry.items()}
+            for entry in logprobs
+        ]
+
+    if output.cumulative_logprob is None and output.prompt_logprobs is None:
+        return output
+    return structs.replace(
+        output,
+        cumulative_logprob=None if output.cumulative_logprob is None else finite(output.cumulative_logprob),
+        logprobs=clamp(output.logprobs),
+        prompt_logprobs=clamp(output.prompt_logprobs),
+    )

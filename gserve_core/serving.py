@@ -1,0 +1,332 @@
+"""The server process: an engine, a transport, and the lease of an owner where there is one.
+
+`gserve/vllm_server.py` runs `main`: by hand, or under a lease when a service starts it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import ipaddress
+import json
+import logging
+import os
+import signal
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvloop
+
+from . import lease, plugins
+from .config import LLMConfig
+from .errors import ConfigError, GserveError, ItemError, RemoteError
+from .interfaces import Engine, RunningEngine, Transport
+from .log_utils import setup_logging
+from .schema import Event, Failure, Health, Heartbeat, ResponseOutput, Result, RunRequest
+
+TOKEN_VARIABLE = "GSERVE_TOKEN"
+DRAIN_SECONDS = 30.0
+"""How long a server that is told to end by a signal or by `/shutdown` may finish what it has."""
+
+logger = logging.getLogger("gserve.serving")
+
+
+class Server:
+    """An engine behind a transport, from start to end. Implements `interfaces.ServerApi`."""
+
+    def __init__(self, instance: str, token: str | None) -> None:
+        self.instance = instance
+        self.token = token
+        self._state = "starting"
+        self._phase: str | None = None
+        self._engine: RunningEngine | None = None
+        self._requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._drain = asyncio.Event()
+        self._stop = asyncio.Event()
+        self._lease: lease.ServerEnd | None = None
+
+    # -------------------------------------------------------------------------------------------- the face (ServerApi)
+
+    def health(self) -> Health:
+        """Return the state now."""
+        return Health("ok") if self._state == "ready" else Health(self._state, self._phase)
+
+    async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Work on a request; yield its events in batches as they happen."""
+        with self._admit() as engine:
+            happened: list[Event] = []
+            news = asyncio.Event()
+
+            async def work(index: int, prepared: Any) -> None:
+                try:
+                    if isinstance(prepared, ItemError):
+                        raise prepared
+                    event: Event = Result(index, await engine.run(prepared))
+                except ItemError as error:
+                    event = Failure(index, str(error), error.invalid)
+                except Exception as error:
+                    logger.exception("item %d failed", index)
+                    event = Failure(index, _sentence(error), invalid=False)
+                happened.append(event)
+                news.set()
+
+            tasks: set[asyncio.Task[None]] = set()
+            try:
+                first = 0
+                for group in request.groups:
+                    try:
+                        prepared: Sequence[Any] = await engine.prepare(group.prompts, group.params)
+                    except ItemError as wrong:
+                        prepared = [wrong] * len(group.prompts)
+                    for index, item in enumerate(prepared, first):
+                        task = asyncio.create_task(work(index, item))
+                        tasks.add(task)
+                        task.add_done_callback(tasks.discard)
+                    first += len(prepared)
+                left = first
+                while left:
+                    try:
+                        async with asyncio.timeout(request.heartbeat):
+                            await news.wait()
+                    except TimeoutError:
+                        yield [Heartbeat(left)]
+                        continue
+                    news.clear()
+                    batch, happened[:] = list(happened), []
+                    left -= len(batch)
+                    yield batch
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
+        """Work on a request; return the outputs of each item, in order."""
+        with self._admit() as engine:
+            prepared: list[Any] = []
+            for group in request.groups:
+                try:
+                    prepared += await engine.prepare(group.prompts, group.params)
+                except ItemError as error:
+                    raise RemoteError(str(error), status=400) from error
+            for index, item in enumerate(prepared):
+                if isinstance(item, ItemError):
+                    raise RemoteError(f"item {index}: {item}", status=400) from item
+            try:
+                async with asyncio.TaskGroup() as group_of_tasks:
+                    tasks = [group_of_tasks.create_task(engine.run(item)) for item in prepared]
+            except ExceptionGroup as failures:
+                first = failures.exceptions[0]
+                status = 400 if isinstance(first, ItemError) and first.invalid else 500
+                raise RemoteError(_sentence(first), status=status) from first
+            return [task.result() for task in tasks]
+
+    def shut_down(self) -> None:
+        """Begin to end: finish what there is, take no more."""
+        self._drain.set()
+
+    @contextlib.contextmanager
+    def _admit(self) -> Iterator[RunningEngine]:
+        if self._state != "ready" or self._engine is None:
+            phase = f" ({self._phase})" if self._phase else ""
+            raise RemoteError(f"the server is {self._state}{phase}", status=503)
+        self._requests += 1
+        self._idle.clear()
+        try:
+            yield self._engine
+        finally:
+            self._requests -= 1
+            if not self._requests:
+                self._idle.set()
+
+    # -------------------------------------------------------------------------------------------------------- the life
+
+    async def live(
+        self, engine: Engine, transport: Transport, llm: LLMConfig, host: str, port: int, line: lease.ServerEnd | None
+    ) -> None:
+        """Serve from start to end. Raises: whatever made the server fail."""
+        loop = asyncio.get_running_loop()
+        self._lease = line
+        if line is not None:
+            line.watch(
+                on_message=lambda message: loop.call_soon_threadsafe(self._obey, message),
+                on_lost=lambda: loop.call_soon_threadsafe(self._stop.set),
+            )
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal, number)
+        async with transport.serve(self, host, port) as address:
+            logger.info("listening on %s", address)
+            self._tell(lease.Listening(address))
+            try:
+                starting = asyncio.create_task(self._start(engine, llm))
+                if await self._first(starting):
+                    await self._until_end()
+            finally:
+                self._state = "draining"
+                if self._engine is not None:
+                    await self._engine.stop()
+        self._state = "stopped"
+
+    async def _start(self, engine: Engine, llm: LLMConfig) -> None:
+        loop = asyncio.get_running_loop()
+        running = await engine.start(llm, lambda text: loop.call_soon_threadsafe(self._report, text))
+        self._engine = running
+        self._report("making the first token")
+        await running.check()
+        self._state, self._phase = "ready", None
+        logger.info("ready: %s", running.info.model)
+        self._tell(lease.Ready(running.info))
+
+    async def _first(self, task: "asyncio.Task[Any]") -> bool:
+        """Wait for `task`; return False where the server is to end before it is done. Raises what the task raised."""
+        ends = [asyncio.create_task(event.wait()) for event in (self._stop, self._drain)]
+        await asyncio.wait([task, *ends], return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        if task.done():
+            task.result()
+            return True
+        return False
+
+    async def _until_end(self) -> None:
+        """Serve until told to end, then let the requests finish that there are."""
+        assert self._engine is not None
+        died = asyncio.create_task(self._engine.died())
+        if await self._first(died):
+            raise GserveError(f"the engine died: {died.result()}")
+        self._state = "draining"
+        idle = asyncio.create_task(self._idle.wait())
+        stopped = asyncio.create_task(self._stop.wait())
+        await asyncio.wait([idle, stopped, died], timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        for task in (idle, stopped, died):
+            task.cancel()
+
+    def _obey(self, message: lease.Down) -> None:
+        match message:
+            case lease.Stop():
+                self._stop.set()
+            case lease.Drain():
+                self._drain.set()
+
+    def _on_signal(self, number: int) -> None:
+        logger.info("%s: ending%s", signal.Signals(number).name, " at once" if self._drain.is_set() else "")
+        (self._stop if self._drain.is_set() else self._drain).set()
+
+    def _report(self, text: str) -> None:
+        self._phase = text
+        logger.info("%s", text)
+        self._tell(lease.Phase(text))
+
+    def _tell(self, message: lease.Up) -> None:
+        if self._lease is not None:
+            self._lease.tell(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a server, and end the process with its exit code. See `--help` for the arguments."""
+    options = _parser().parse_args(arguments)
+    line = lease.ServerEnd() if options.lease else None
+    setup_logging()
+    try:
+        code = _serve(options, line)
+    except GserveError as error:
+        code = _fail(error, line)
+    if line is not None and code == 0:
+        line.tell(lease.Stopped())
+    _end_children()
+    logging.shutdown()
+    os._exit(code)  # a load that was interrupted has threads that nothing else would end
+
+
+def _serve(options: argparse.Namespace, line: lease.ServerEnd | None) -> int:
+    if options.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
+    token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None)
+    if token is None and not _is_loopback(options.host):
+        raise ConfigError(
+            f"--host {options.host} can be reached from other machines, and no token is set:"
+            f" set {TOKEN_VARIABLE}, or listen on 127.0.0.1"
+        )
+    extra = options.llm_kwargs | (line.hello.secrets if line else {})
+    llm = LLMConfig(model_name=options.model, lora_path=options.lora_path, llm_kwargs=extra)
+    registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
+    engine = registry.build("engine", options.engine)
+    transport = registry.build("transport", options.transport)
+    server = Server(line.hello.instance if line else uuid.uuid4().hex, token)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(server.live(engine, transport, llm, options.host, options.port, line))
+    except Exception as error:
+        return _fail(error, line)
+    return 0
+
+
+def _fail(error: BaseException, line: lease.ServerEnd | None) -> int:
+    """Say why the server ends; return the exit code."""
+    cause = _sentence(error)
+    logger.error("failed: %s", cause, exc_info=None if isinstance(error, GserveError) else error)
+    if line is not None:
+        line.tell(lease.Failed(cause))
+    return 1
+
+
+def _sentence(error: BaseException) -> str:
+    text = str(error).strip()
+    if isinstance(error, GserveError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _end_children() -> None:
+    """Kill every process below this one: a load that was interrupted leaves some."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError, IndexError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+    below = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    for pid in below - {os.getpid()}:
+        with contextlib.suppress(OSError):
+            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():  # frees shared memory, then ends
+                os.kill(pid, signal.SIGKILL)
+
+
+def _mapping(text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm_server.py", description="Serve a model with vLLM over HTTP: /health, /chat, /generate, /shutdown."
+    )
+    parser.add_argument("--serve", action="store_true", required=True, help="start the server")
+    parser.add_argument("--model", required=True, help="model name or path")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--gpus", help='GPU ids for CUDA_VISIBLE_DEVICES, as "0" or "0,1"')
+    parser.add_argument("--llm_kwargs", type=_mapping, default={}, help="more arguments for vllm.LLM, as JSON")
+    parser.add_argument("--lora_path", help="path of a LoRA adapter")
+    parser.add_argument("--engine", type=_mapping, default={"type": "vllm"}, help="engine, as JSON")
+    parser.add_argument("--transport", type=_mapping, default={"type": "http"}, help="transport, as JSON")
+    parser.add_argument("--plugins", type=lambda text: text.split(","), default=[], help="modules with plugins")
+    parser.add_argument("--plugin_folder", help="folder where modules with plugins are looked for too")
+    parser.add_argument("--lease", action="store_true", help="an owner speaks on stdin: gserve itself sets this")
+    return parser

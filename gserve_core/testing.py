@@ -1,0 +1,334 @@
+"""For authors of plugins: checks that hold for every launcher, transport and engine, and what may be left behind.
+
+`check_launcher(MyLauncher())`, `check_transport(MyTransport())` and `check_engine(MyEngine(), llm_config)` raise
+AssertionError where a contract of `gserve_core.interfaces` is broken. gserve's own tests put every registered class
+through them. As pytest fixtures: `pytest_plugins = ["gserve_core.testing"]` in your conftest.py, then
+`nothing_left` for a test after which no process, port or state file of gserve may be left.
+"""
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, suppress
+from pathlib import Path
+from typing import Any
+
+from . import runtime
+from .config import LLMConfig
+from .errors import ItemError, LaunchError, RemoteError, TransportError
+from .interfaces import Access, Address, Engine, Job, Launcher, Process, RunningEngine, ServerApi, Transport
+from .schema import Conversation, Event, Failure, Group, Health, Heartbeat, Message, ResponseOutput, Result, RunRequest
+
+PATIENCE = 20.0
+"""Seconds that a check waits for what should come at once."""
+
+_CHILD = """
+import os, sys, subprocess
+below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(os.environ["GSERVE_CHECK"], below.pid, flush=True)
+sys.stderr.write("to the log\\n")
+sys.stderr.flush()
+for line in sys.stdin:
+    print("heard", line, end="", flush=True)
+    if line.startswith("exit"):
+        below.kill()
+        sys.exit(int(line.split()[1]))
+"""
+
+
+def check_launcher(launcher: Launcher) -> None:
+    """Start small programs with `launcher`; hold it to the contract of `Launcher` and `Process`."""
+    with tempfile.TemporaryDirectory() as scratch:
+        log = Path(scratch) / "log"
+
+        def job(*command: str) -> Job:
+            return Job(name="check", command=command, env={"GSERVE_CHECK": "$HOME a;b"}, log=log)
+
+        process = launcher.launch(job(sys.executable, "-c", _CHILD))
+        try:
+            value, _, below = _line(process).rpartition(" ")
+            assert value == "$HOME a;b", f"the environment of the job must reach it unchanged; got {value!r}"
+            assert process.poll() is None, "poll() must return None while the process runs"
+            process.stdin.write(b"hello\n")
+            process.stdin.flush()
+            assert _line(process) == "heard hello", "stdin and stdout must reach the process, line by line"
+            process.stdin.write(b"exit 7\n")
+            process.stdin.flush()
+            _until(lambda: process.poll() is not None, "poll() must tell that the process has ended")
+            assert process.poll() == 7, f"poll() must return the exit code 7; got {process.poll()}"
+            assert process.stop(5.0) == 7, "stop() of an ended process must return its exit code"
+        finally:
+            process.stop(1.0)
+        assert "to the log" in log.read_text(), "stderr of the job must be appended to its log"
+
+        process = launcher.launch(job(sys.executable, "-c", _CHILD))
+        below = _line(process).rpartition(" ")[2]
+        process.stop(5.0)
+        assert process.poll() is not None, "after stop() the process must have ended"
+        _until(lambda: runtime.process_start(int(below)) is None, "stop() must end what runs below the process")
+        assert process.stop(5.0) == process.poll(), "stop() must be idempotent"
+
+        try:
+            process = launcher.launch(job("/nonexistent/program"))
+        except LaunchError:
+            pass
+        else:  # a prefix command starts, and then finds no program
+            _until(lambda: process.poll() not in (None, 0), "a program that does not exist must not count as started")
+            process.stop(1.0)
+
+
+def _line(process: Process) -> str:
+    """Return the next line of a process's stdout."""
+    text = b""
+    deadline = time.monotonic() + PATIENCE
+    while not text.endswith(b"\n"):
+        assert time.monotonic() < deadline, f"no line on stdout within {PATIENCE:g} s; got {text!r}"
+        byte = os.read(process.stdout.fileno(), 1)
+        assert byte, f"stdout ended after {text!r}"
+        text += byte
+    return text.decode().strip()
+
+
+def _until(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.02)
+
+
+class _Api:
+    """A server for checks of transports: outputs are the prompts; "bad" fails, "slow" waits."""
+
+    def __init__(self) -> None:
+        self.instance = "check-instance"
+        self.token: str | None = "check-token"
+        self.ready = False
+        self.was_shut_down = False
+        self.cancelled = asyncio.Event()
+
+    def health(self) -> Health:
+        return Health("ok") if self.ready else Health("starting", "checking")
+
+    async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        index = 0
+        for group in request.groups:
+            for prompt in group.prompts:
+                if prompt == "bad":
+                    yield [Failure(index, "bad, as asked")]
+                elif prompt == "slow":
+                    try:
+                        for _ in range(1000):
+                            await asyncio.sleep(request.heartbeat)
+                            yield [Heartbeat(1)]
+                    finally:
+                        self.cancelled.set()
+                else:
+                    yield [Result(index, [ResponseOutput(str(prompt), logprobs=[{1: _minus_infinity()}])])]
+                index += 1
+
+    async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
+        return [[ResponseOutput(str(prompt))] for group in request.groups for prompt in group.prompts]
+
+    def shut_down(self) -> None:
+        self.was_shut_down = True
+
+
+def _minus_infinity() -> Any:
+    from .schema import Logprob
+
+    return Logprob(float("-inf"))
+
+
+def check_transport(transport: Transport) -> None:
+    """Talk through `transport`, both halves in this process; hold it to the contract of `Transport`."""
+    asyncio.run(asyncio.wait_for(_check_transport(transport), 3 * PATIENCE))
+
+
+async def _check_transport(transport: Transport) -> None:
+    api = _Api()
+    async with transport.serve(api, "127.0.0.1", 0) as address:
+        assert address.port > 0, "serve() must tell the port that it took"
+        connection = transport.connect(address, Access(token=api.token, instance=api.instance, timeout=5.0))
+        assert await connection.health() == Health("starting", "checking"), "health() must tell state and phase"
+        await _refused(transport, address, Access(token=api.token, timeout=5.0), "while it is not ready", 503)
+        api.ready = True
+        assert (await connection.health()).status == "ok"
+
+        prompts = ["a", [1, 2], Conversation([Message("user", "é\x00")]), "bad"]
+        events: list[Event] = []
+        async with aclosing(connection.run(RunRequest([Group(prompts, {"n": 1}), Group(["b"])]))) as stream:
+            async for batch in stream:
+                events += batch
+        done = {event.index: event for event in events if not isinstance(event, Heartbeat)}
+        assert sorted(done) == [0, 1, 2, 3, 4], f"every item must end once, by its index; got {sorted(done)}"
+        assert isinstance(done[3], Failure)
+        assert isinstance(done[4], Result)
+        assert done[4].outputs[0].text == "b"
+        logprob = done[4].outputs[0].logprobs[0][1].logprob  # type: ignore[index]
+        assert logprob == float("-inf"), f"minus infinity must survive the way; got {logprob}"
+
+        async with aclosing(connection.run(RunRequest([Group(["first", "slow"])], heartbeat=0.05))) as stream:
+            first = await anext(stream)
+            assert isinstance(first[0], Result), "results must come the moment they are ready"
+            assert isinstance((await anext(stream))[0], Heartbeat), "signs of life must come while work goes on"
+        await asyncio.wait_for(api.cancelled.wait(), PATIENCE)  # closing the iterator cancels the work
+
+        await _refused(transport, address, Access(token=None, timeout=5.0), "without the token", 401)
+        await _refused(transport, address, Access(token="check-toke", timeout=5.0), "with a wrong token", 401)
+        await _refused(transport, address, Access(token=api.token, instance="other", timeout=5.0), "by a stranger")
+        stranger = transport.connect(address, Access(token=None, timeout=5.0))
+        with suppress(TransportError):
+            await stranger.shut_down()
+        await stranger.close()
+        assert not api.was_shut_down, "shut_down() without the token must do nothing"
+        await connection.shut_down()
+        assert api.was_shut_down, "shut_down() must reach the server"
+        await connection.close()
+        await connection.close()
+    with socket.socket() as probe:
+        assert probe.connect_ex((address.hosts[0], address.port)) != 0, "the port must be closed when serve() ends"
+    gone = transport.connect(address, Access(token=api.token, timeout=5.0))
+    try:
+        await gone.health()
+    except TransportError:
+        pass
+    else:
+        raise AssertionError("health() of a server that is gone must raise TransportError")
+    await gone.close()
+
+
+async def _refused(transport: Transport, address: Address, access: Access, when: str, status: int | None = None) -> None:
+    connection = transport.connect(address, access)
+    try:
+        async with aclosing(connection.run(RunRequest([Group(["a"])]))) as stream:
+            async for _ in stream:
+                raise AssertionError(f"run() {when} must be refused")
+    except RemoteError as error:
+        assert status in (None, error.status), f"run() {when}: expected status {status}, got {error.status}"
+    except TransportError:
+        assert status is None, f"run() {when} must raise RemoteError with status {status}"
+    else:
+        raise AssertionError(f"run() {when} must raise TransportError")
+    finally:
+        await connection.close()
+
+
+def check_engine(engine: Engine, llm: LLMConfig) -> None:
+    """Start `engine` with `llm` and use it; hold it to the contract of `Engine` and `RunningEngine`."""
+    asyncio.run(_check_engine(engine, llm))
+
+
+async def _check_engine(engine: Engine, llm: LLMConfig) -> None:
+    phases: list[str] = []
+    beats = 0
+
+    async def beat() -> None:
+        nonlocal beats
+        while True:
+            await asyncio.sleep(0.05)
+            beats += 1
+
+    beating = asyncio.create_task(beat())
+    began = time.monotonic()
+    running = await engine.start(llm, phases.append)
+    took = time.monotonic() - began
+    beating.cancel()
+    assert beats >= took / 0.05 / 20, f"start() must not block the event loop: {beats} beats in {took:.1f} s"
+    assert all(isinstance(phase, str) for phase in phases)
+    try:
+        await _check_running(running)
+    finally:
+        await running.stop()
+        await running.stop()
+
+
+async def _check_running(running: RunningEngine) -> None:
+    assert running.info.capacity >= 1, "a ready engine must tell its capacity"
+    await running.check()
+    params = {"max_tokens": 4, "temperature": 0.0}
+    conversation = Conversation([Message("user", "say something")])
+    prepared = await running.prepare(["one two three", [1, 2, 3], conversation, ""], params)
+    assert len(prepared) == 4, "prepare() must return one entry a prompt"
+    assert isinstance(prepared[3], ItemError), "an empty prompt must be an ItemError in its place"
+    outputs = await asyncio.gather(*(running.run(item) for item in prepared[:3]))
+    for item in outputs:
+        assert len(item) == 1
+        assert item[0].finish_reason in ("stop", "length", "repetition")
+        assert 1 <= len(item[0].token_ids) <= 4, "max_tokens must hold"
+    (again,) = await running.prepare(["one two three"], params)
+    assert await running.run(again) == outputs[0], "with temperature 0 the same prompt must give the same output"
+    (several,) = await running.prepare(["one two three"], {"max_tokens": 2, "n": 3})
+    assert len(await running.run(several)) == 3, "n=3 must give three completions"
+
+    for wrong in ({"max_tokenz": 4}, {"max_tokens": "many"}, {"temperature": -1.0}, {"temperature": float("nan")}):
+        try:
+            await running.prepare(["one"], wrong)
+        except ItemError as error:
+            assert str(error), "an ItemError must say what is wrong"
+        else:
+            raise AssertionError(f"prepare() with {wrong} must raise ItemError")
+
+    (long,) = await running.prepare(["one two three"], {"max_tokens": 512, "ignore_eos": True})
+    cancelled = asyncio.create_task(running.run(long))
+    await asyncio.sleep(0.05)
+    cancelled.cancel()
+    with suppress(asyncio.CancelledError):
+        await cancelled
+    await running.check()
+    died = asyncio.create_task(running.died())
+    await asyncio.sleep(0.1)
+    assert not died.done(), "died() must not return while the engine lives"
+    died.cancel()
+
+
+# ---------------------------------------------------------------------------------------------- what may be left behind
+
+
+def our_processes() -> dict[int, str]:
+    """Return the live processes that gserve has started, on this machine and by this user: process id, command line."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                if b"\0GSERVE_ID=" in b"\0" + (entry / "environ").read_bytes():
+                    state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                    if state not in "ZX":
+                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    return found
+
+
+def our_files() -> set[Path]:
+    """Return the state files of servers and services in the runtime directory."""
+    return set(runtime.folder().iterdir())
+
+
+def end_leftovers(before: dict[int, str]) -> dict[int, str]:
+    """Wait until no more of our processes are alive than `before`; kill, and return, those that stay for 8 s."""
+    deadline = time.monotonic() + 8.0
+    while (left := {pid: it for pid, it in our_processes().items() if pid not in before}) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
+
+
+try:
+    import pytest
+except ImportError:  # pytest is only needed for the fixtures
+    pass
+else:
+
+    @pytest.fixture
+    def nothing_left() -> Iterator[None]:
+        """Fail where a test leaves a process or a state file of gserve behind."""
+        processes, files = our_processes(), our_files()
+        yield
+        left = end_leftovers(processes)
+        assert not left, f"processes left behind: {left}"
+        assert not our_files() - files, f"state files left behind: {our_files() - files}"

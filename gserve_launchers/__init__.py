@@ -1,0 +1,1 @@
+"""The launchers that are built in."""

@@ -1,0 +1,38 @@
+"""The transports that are built in: HTTP.
+
+JSON for people and other languages (`/health`, `/chat`, `/generate`, `/shutdown`); between gserve's own client and
+server msgpack, streamed (`/run`).
+"""
+
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from gserve_core.hookspecs import hookimpl
+from gserve_core.interfaces import Access, Address, Connection, ServerApi, Transport
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpTransport(Transport):
+    """HTTP/1.1. `max_body_mib`: the largest request body that a server takes, in MiB."""
+
+    name: ClassVar[str] = "http"
+    max_body_mib: int = 64
+
+    def serve(self, api: ServerApi, host: str, port: int) -> AbstractAsyncContextManager[Address]:
+        """Listen and answer until the context ends."""
+        from .http_server import serve  # brings in fastapi and uvicorn, which a client does not need
+
+        return serve(api, host, port, max_body=self.max_body_mib << 20)
+
+    def connect(self, address: Address, access: Access) -> Connection:
+        """Return a connection to a server."""
+        from .http_client import HttpConnection  # brings in httpx, which a server does not need
+
+        return HttpConnection(address, access)
+
+
+@hookimpl
+def gserve_register_transports() -> list[type[Transport]]:
+    """Bring the HTTP transport."""
+    return [HttpTransport]

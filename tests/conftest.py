@@ -1,0 +1,57 @@
+"""What holds for the whole suite: own folders for state, and nothing left behind after any test."""
+
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from gserve_core import testing
+
+nothing_left = testing.nothing_left
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the suite's state and logs apart from the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("XDG_RUNTIME_DIR", "XDG_STATE_HOME"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        for name in ("GSERVE_LOG_LEVEL", "GSERVE_TOKEN", "GSERVE_ATTACH", "CUDA_VISIBLE_DEVICES"):
+            patch.delenv(name, raising=False)
+        tree = _changed_files()
+        yield
+        assert not testing.end_leftovers({}), "processes left behind by the suite"
+        assert not testing.our_files(), "state files left behind by the suite"
+        assert _changed_files() == tree, "the suite changed files of the checkout"
+
+
+@pytest.fixture(autouse=True)
+def clean(nothing_left: None) -> Iterator[None]:
+    """Fail where a test leaves a process, a state file, a listening socket or shared memory behind."""
+    children, sockets, memory = _children(), _listening(), _shared_memory()
+    yield
+    assert not _children() - children, "child processes left behind"
+    assert not _listening() - sockets, "listening sockets left behind"
+    assert not _shared_memory() - memory, "shared memory left behind"
+
+
+def _children() -> set[int]:
+    return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+
+
+def _listening() -> set[int]:
+    found = psutil.Process().net_connections("inet")
+    return {it.laddr.port for it in found if it.type == socket.SOCK_STREAM and it.status == psutil.CONN_LISTEN}
+
+
+def _shared_memory() -> set[str]:
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp-"))}
+
+
+def _changed_files() -> str:
+    return subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True, check=False).stdout

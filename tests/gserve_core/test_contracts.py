@@ -1,0 +1,26 @@
+"""Every registered launcher, transport and engine keeps the contracts of `gserve_core.interfaces`."""
+
+import pytest
+
+from gserve import LLMConfig
+from gserve_core import plugins, testing
+
+registry = plugins.load()
+
+
+@pytest.mark.parametrize("name", registry.classes["launcher"])
+def test_every_launcher_keeps_its_contract(name: str) -> None:
+    testing.check_launcher(registry.build("launcher", {"type": name}))
+
+
+@pytest.mark.parametrize("name", registry.classes["transport"])
+def test_every_transport_keeps_its_contract(name: str) -> None:
+    testing.check_transport(registry.build("transport", {"type": name}))
+
+
+def test_a_launcher_with_a_prefix_keeps_the_contract() -> None:
+    testing.check_launcher(registry.build("launcher", {"type": "subprocess", "nice": 5}))
+
+
+def test_echo_keeps_the_contract_of_engines() -> None:
+    testing.check_engine(registry.build("engine", {"type": "echo", "latency": 0.001}), LLMConfig("any"))
