@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Annotated, Any, Literal, Self, overload
 
 import msgspec
 
 from . import plugins, runtime
 from .config import Config, LLMConfig
-from .dispatch import Call, Dispatcher
+from .dispatch import Dispatcher
 from .errors import BatchError, ConfigError, ItemError
 from .interfaces import Access, Address, Transport
 from .sampling import params_from
@@ -17,6 +17,8 @@ from .schema import Conversation, Health, Message, Params, Prompt, ResponseOutpu
 
 UNKNOWN_CAPACITY = 1024
 """Items that a server works on at once, where nobody has told."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 type OnError = Literal["raise", "return"]
 
@@ -106,8 +108,7 @@ class Inference:
             if not messages:
                 raise ItemError("the conversation is empty")
             made = Conversation(messages, add_generation_prompt, continue_final_message)
-            msgspec.msgpack.encode(made)
-            return made
+            return msgspec.msgpack.decode(msgspec.msgpack.encode(made, enc_hook=_plain_text), type=Conversation)
 
         items = _listed(conversations, "conversations", "[[{'role': 'user', 'content': …}], …]")
         if items and isinstance(items[0], Mapping):
@@ -124,11 +125,12 @@ class Inference:
 
         def prompt(given: Any) -> str | list[int]:
             if isinstance(given, str):
-                if not given.isascii():
-                    given.encode()
-                return given
+                text = str.__str__(given)  # an instance of a subclass, such as NumPy's, cannot travel
+                if not text.isascii():
+                    text.encode()
+                return text
             if isinstance(given, (list, tuple)):
-                return msgspec.convert(given, list[int])
+                return msgspec.convert(given, list[TokenId])
             raise ItemError(f"expected a text or a list of token ids, got {type(given).__name__}")
 
         return self._each(_listed(prompts, "prompts", '["a prompt", …]'), sampling_params, prompt)
@@ -152,15 +154,24 @@ class Inference:
                 bad.append((index, ItemError(f"not as expected: {str(error).replace('`', '')}", index=index)))
             except (UnicodeEncodeError, RecursionError, OverflowError) as error:
                 bad.append((index, ItemError(f"cannot be sent: {error}", index=index)))
-        dispatcher = self._dispatcher()
-        call = dispatcher.submit(good, len(given))
-        if bad:
-            call.deliver(list(bad))
-        return _outcomes(dispatcher, call)
+        return _outcomes(self._dispatcher(), good, bad)
 
 
-def _outcomes(dispatcher: Dispatcher, call: Call) -> Iterator[tuple[int, list[ResponseOutput] | ItemError]]:
+def _plain_text(given: Any) -> str:
+    """Return the text that an instance of a subclass of `str` holds, such as one of NumPy's."""
+    if isinstance(given, str):
+        return str.__str__(given)
+    raise TypeError(f"expected a text, got {type(given).__name__}")
+
+
+def _outcomes(
+    dispatcher: Dispatcher, good: list[tuple[int, Prompt, Params | None]], bad: list[tuple[int, ItemError]]
+) -> Iterator[tuple[int, list[ResponseOutput] | ItemError]]:
+    """Submit the good items and yield all outcomes. Nothing is sent before the first is asked for."""
+    call = dispatcher.submit(good, len(good) + len(bad))
     try:
+        if bad:
+            call.deliver([*bad])
         yield from call
     except BaseException:  # Ctrl-C, or the caller wants no more: the servers need not go on
         with suppress(Exception):

@@ -4,17 +4,18 @@
 `Config`. Both refuse unknown keys and wrong types with the place and the nearest right name.
 """
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
 import yaml
 
-from .errors import ConfigError, did_you_mean
+from .errors import ConfigError, did_you_mean, reworded
 
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000
@@ -59,6 +60,7 @@ class LLMConfig:
             if name in self.llm_kwargs:
                 raise ConfigError(f"'{name}' does not belong here: set {instead}", at="$.llm_kwargs")
         try:
+            _check_sayable(self.llm_kwargs, "$.llm_kwargs")
             msgspec.json.encode(self.llm_kwargs)
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"expected values that JSON can say: {error}", at="$.llm_kwargs") from error
@@ -107,15 +109,15 @@ class ServeConfig:
                 raise ConfigError(f"expected different GPU ids from 0 up, got {self.gpu_ids}", at="$.gpu_ids")
             if self.servers is not None:
                 raise ConfigError("gpu_ids and servers are both set: the ids say how many servers", at="$.servers")
-        if self.servers is not None and self.servers < 1:
-            raise ConfigError(f"expected at least 1 server, got {self.servers}", at="$.servers")
+        if self.servers is not None and not 1 <= self.servers <= 65535:
+            raise ConfigError(f"expected 1 to 65535 servers, got {self.servers}", at="$.servers")
         if self.port is not None and not 1 <= self.port <= 65535:
             raise ConfigError(f"expected a port from 1 to 65535, got {self.port}", at="$.port")
         if not self.host:
             raise ConfigError("host is empty: expected an address to listen on", at="$.host")
         for name in ("startup_timeout", "client_timeout"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"expected seconds above 0, or null for no limit, got {value}", at=f"$.{name}")
 
     def placement(self, gpus_per_server: int) -> list[tuple[int, ...] | None]:
@@ -172,12 +174,12 @@ def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
     hints = _hints(cls)
     for key in mapping:
         if key not in hints:
-            raise ConfigError(f"unknown key '{key}'{did_you_mean(str(key), list(hints))}", at=f"{at}.{key}")
+            raise ConfigError(f"unknown key {str(key)!r}{did_you_mean(str(key), list(hints))}", at=f"{at}.{key}")
     for item in fields(cls):  # type: ignore[arg-type]
         if item.init and item.name not in mapping and item.default is MISSING and item.default_factory is MISSING:
             raise ConfigError(f"missing key '{item.name}'", at=at)
     values = {
-        key: build(hints[key], value, f"{at}.{key}") if hints[key] in (LLMConfig, ServeConfig)
+        key: build(hints[key], value, f"{at}.{key}") if is_dataclass(hints[key]) and not isinstance(value, hints[key])
         else _convert(value, hints[key], f"{at}.{key}")
         for key, value in mapping.items()
     }  # fmt: skip
@@ -194,10 +196,24 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
-        text, _, place = str(error).rpartition(" - at ")
-        text = (text or str(error)).replace("`", "")
-        below = place.strip("`").removeprefix("$") if text != str(error).replace("`", "") else ""
-        raise ConfigError(text[0].lower() + text[1:], at=at + below) from error
+        text, place = reworded(error)
+        raise ConfigError(text, at=at + place.removeprefix("$")) from error
+
+
+def _check_sayable(value: Any, at: str) -> None:
+    """Refuse what a server, which is sent these values as JSON, would read as something else."""
+    if isinstance(value, dict):
+        for key, below in value.items():
+            if not isinstance(key, str):
+                raise ConfigError(f"expected a text as key, got {key!r}", at=at)
+            _check_sayable(below, f"{at}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for index, below in enumerate(value):
+            _check_sayable(below, f"{at}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"expected a finite number, got {value}", at=at)
+    elif value is not None and not isinstance(value, (str, int, float)):
+        raise ConfigError(f"expected a text, number, list or mapping, got {_type_name(value)}", at=at)
 
 
 def _type_name(value: Any) -> str:
@@ -211,7 +227,10 @@ class Document:
         self.file = Path(path)
         self._lines: dict[str, int] = {}
         self._overridden: dict[str, str] = {}
-        self.data: Any = self._read()
+        with self.located():
+            self.data, self._lines = _parse(self._text())
+            if not self._lines:
+                raise ConfigError("the config is empty: expected a mapping with the key 'llm'", file=self.file)
         for override in overrides:
             self._set(override)
 
@@ -227,63 +246,24 @@ class Document:
 
     def _locate(self, error: ConfigError) -> None:
         path = error.at
-        while True:
-            if path in self._overridden:
-                error.file = f"--set {self._overridden[path]}"
-                return
-            if path in self._lines or path == "$":
-                error.file, error.line = self.file, self._lines.get(path)
-                return
-            path = re.sub(r"(\.[^.\[]*|\[\d+\])$", "", path)
+        while path != "$" and path not in self._overridden and path not in self._lines:
+            path = path[: max(path.rfind("."), path.rfind("["), 1)]
+        if path in self._overridden:
+            error.file = f"--set {self._overridden[path]}"
+        else:
+            error.file, error.line = self.file, error.line or self._lines.get(path)
 
-    def _read(self) -> Any:
+    def _text(self) -> str:
         try:
             with self.file.open("rb") as stream:
                 raw = stream.read(MAX_YAML_BYTES + 1)
+            if len(raw) > MAX_YAML_BYTES:
+                raise ConfigError(f"the config is larger than {MAX_YAML_BYTES >> 20} MiB", file=self.file)
+            return raw.decode()
         except OSError as error:
             raise ConfigError(f"cannot read the config: {error.strerror}", file=self.file) from error
-        if len(raw) > MAX_YAML_BYTES:
-            raise ConfigError(f"the config is larger than {MAX_YAML_BYTES >> 20} MiB", file=self.file)
-        try:
-            loader = _Loader(raw.decode())
-            node = loader.get_single_node()
-            if node is None:
-                raise ConfigError("the config is empty: expected a mapping with the key 'llm'", file=self.file)
-            self._walk(node, "$", [0], ())
-            return loader.construct_document(node)
         except UnicodeDecodeError as error:
             raise ConfigError(f"expected UTF-8 text: {error.reason} at byte {error.start}", file=self.file) from error
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else None
-            raise ConfigError(f"not YAML: {error.problem}", file=self.file, line=line) from error
-        except (yaml.YAMLError, RecursionError, ValueError) as error:
-            raise ConfigError(f"not YAML: {error}", file=self.file) from error
-
-    def _walk(self, node: yaml.Node, path: str, count: list[int], above: tuple[int, ...]) -> None:
-        """Note the line of every path; refuse duplicate keys, aliases that grow without end, and odd keys."""
-        count[0] += 1
-        line = node.start_mark.line + 1
-        self._lines.setdefault(path, line)
-        if count[0] > MAX_YAML_NODES or id(node) in above:
-            raise ConfigError("the aliases of this YAML expand to too much", file=self.file, line=line)
-        above = (*above, id(node))
-        if isinstance(node, yaml.MappingNode):
-            seen: dict[str, int] = {}
-            for key, value in node.value:
-                line = key.start_mark.line + 1
-                if key.tag != "tag:yaml.org,2002:str":
-                    raise ConfigError(f"expected a text as key, got {key.value!r}", at=path, file=self.file, line=line)
-                if key.value in seen:
-                    raise ConfigError(
-                        f"duplicate key '{key.value}', first set in line {seen[key.value]}",
-                        at=f"{path}.{key.value}", file=self.file, line=line,
-                    )  # fmt: skip
-                seen[key.value] = line
-                self._lines[f"{path}.{key.value}"] = line
-                self._walk(value, f"{path}.{key.value}", count, above)
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                self._walk(value, f"{path}[{index}]", count, above)
 
     def _set(self, override: str) -> None:
         path, equals, text = override.partition("=")
@@ -291,28 +271,97 @@ class Document:
         if not equals or not all(keys):
             raise ConfigError(f"expected --set key.key=value, got '{override}'")
         try:
-            value = _Loader(text).get_single_data()
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override}: the value is not YAML") from error
-        target = self.data
-        for key in keys[:-1]:
-            if isinstance(target, dict):
-                target = target.setdefault(key, {})
-        if not isinstance(target, dict):
-            raise ConfigError(f"--set {override}: '{path.rpartition('.')[0]}' is not a mapping")
-        target[keys[-1]] = value
+            value, _ = _parse(text, f"$.{path}")
+        except ConfigError as error:
+            error.file, error.line = f"--set {override}", None
+            raise
+        target, at = self.data, "$"
+        for key in keys:
+            if not isinstance(target, dict):
+                raise ConfigError(f"expected a mapping, got {_type_name(target)}", at=at, file=f"--set {override}")
+            holder, at = target, f"{at}.{key}"
+            if key not in holder:
+                self._overridden[at] = override
+            target = holder.setdefault(key, {})
+        holder[keys[-1]] = value
+        for known in (self._lines, self._overridden):  # what stood here before says nothing of the new value
+            for below in [it for it in known if it.startswith((f"$.{path}.", f"$.{path}["))]:
+                del known[below]
         self._overridden[f"$.{path}"] = override
 
 
+def _parse(text: str, at: str = "$") -> tuple[Any, dict[str, int]]:
+    """Read YAML; return the data, and the line of every path in it: none where there is no data.
+
+    Raises ConfigError with the line.
+    """
+    lines: dict[str, int] = {}
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, lines
+        _walk(node, at, lines, [0], ())
+        return loader.construct_document(node), lines
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"not YAML: the character {text[error.position]!r} may not stand here", line=line) from error
+    except yaml.MarkedYAMLError as error:
+        problem = str(error.problem)
+        if problem.startswith("but "):
+            problem = f"{error.context}, {problem}"
+        mark = error.problem_mark
+        raise ConfigError(f"not YAML: {problem}", line=mark.line + 1 if mark else None) from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"not YAML: {error}") from error
+
+
+def _walk(node: yaml.Node, path: str, lines: dict[str, int], count: list[int], above: tuple[int, ...]) -> None:
+    """Note the line of every path; refuse odd tags and keys, duplicate keys, and aliases that grow without end."""
+    count[0] += 1
+    line = node.start_mark.line + 1
+    lines.setdefault(path, line)
+    if count[0] > MAX_YAML_NODES or id(node) in above:
+        raise ConfigError("the aliases of this YAML expand to too much", line=line)
+    if node.tag not in _TAGS:
+        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+        raise ConfigError(f"unknown tag '{tag}': expected texts, numbers, lists and mappings", at=path, line=line)
+    above = (*above, id(node))
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.tag == "tag:yaml.org,2002:merge":
+                raise ConfigError("merge keys (<<) are not read: write the keys out", at=path, line=line)
+            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
+                given = repr(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
+                raise ConfigError(f"expected a text as key, got {given}", at=path, line=line)
+            below = f"{path}.{key.value}"
+            if key.value in seen:
+                first = seen[key.value]
+                raise ConfigError(f"duplicate key {key.value!r}, first set in line {first}", at=below, line=line)
+            seen[key.value] = lines[below] = line
+            _walk(value, below, lines, count, above)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            _walk(value, f"{path}[{index}]", lines, count, above)
+
+
+_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's plain values: `on`, `no` and `12:30:00` are texts, `1e-3` is a number."""
+    """PyYAML's safe loader with YAML 1.2's plain values: `on`, `no` and `12:30:00` are texts, `1e-3` is a number.
+
+    Digits that begin with 0 stay a text, for they are more often a name than a number.
+    """
 
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, regex) for tag, regex in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_FLOAT = r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+_FLOAT = r"(?=.*[.eE])[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
 for _tag, _pattern, _first in (
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),

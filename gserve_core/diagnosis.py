@@ -1,9 +1,30 @@
-"""Why a server did not start, or died, in one sentence: from what it said, how its process ended, and its log."""
+"""Why a server did not start, or died, in one sentence: from what it said, how its process ended, and its log.
 
+A log explains; it never decides what state a server is in.
+"""
+
+import re
 import signal
 from pathlib import Path
 
 TAIL_LINES = 20
+STEPS = (
+    (re.compile(r"checkpoint shards:.*\| *(\d+/\d+)"), "loading weights {}"),
+    (re.compile(r"Starting to load model"), "loading weights"),
+    (re.compile(r"Capturing CUDA graphs.*\| *(\d+/\d+)"), "capturing CUDA graphs {}"),
+    (re.compile(r"Dynamo bytecode transform time|Compiling a graph"), "compiling"),
+    (re.compile(r"KV cache size"), "warming up"),
+)
+"""Lines of vLLM's log that tell a step of the start of its engine."""
+
+
+def step(text: str) -> str | None:
+    """Return the step of vLLM's start that the end of a piece of its log tells; None where it tells none."""
+    for line in reversed(re.split(r"[\r\n]", text)):
+        for pattern, name in STEPS:
+            if match := pattern.search(line):
+                return name.format(*match.groups())
+    return None
 
 
 def explain(name: str, *, phase: str, cause: str | None, returncode: int | None, log: Path) -> str:

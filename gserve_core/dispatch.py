@@ -23,7 +23,10 @@ MAX_PIECE_ITEMS = 256
 MAX_PIECE_TEXT = 4 << 20
 """How many characters (or token ids) a piece may hold, unless it is a single item."""
 MAX_LOSSES = 3
-"""How many times an item may be in flight when a server is lost; after that it is taken for the reason."""
+"""How many times an item may be in flight when a server is lost; after that it is taken for the reason.
+
+For its last try it is alone on a server, so that no other item is taken for it.
+"""
 HEARTBEAT = 5.0
 """Seconds between two signs of life of a server at work; less where `client_timeout` is short."""
 
@@ -35,7 +38,8 @@ type Outcome = list[ResponseOutput] | ItemError
 class Call:
     """The items of one call: what the caller waits on. Its outcomes come in batches, in the order they happen."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, number: int, size: int) -> None:
+        self.number = number
         self._news: queue.SimpleQueue[list[tuple[int, Outcome]]] = queue.SimpleQueue()
         self._size = size
         self.cancelled = False
@@ -69,8 +73,13 @@ class _Item:
     def text(self) -> int:
         """Roughly how much there is to send."""
         if isinstance(self.prompt, (str, list)):
-            return len(self.prompt)
-        return sum(len(message.content) for message in self.prompt.messages)
+            return 1 + len(self.prompt)
+        return 1 + sum(len(message.content) for message in self.prompt.messages)
+
+    @property
+    def is_suspect(self) -> bool:
+        """Say whether the item is to be alone on a server, since it may be what servers die of."""
+        return self.losses == MAX_LOSSES - 1
 
 
 class _Worker:
@@ -80,9 +89,12 @@ class _Worker:
         self.key = key
         self.connection = connection
         self.window = 2 * capacity
+        self.piece_text = MAX_PIECE_TEXT
         self.heartbeat = HEARTBEAT if timeout is None else min(HEARTBEAT, timeout / 3)
         self.in_flight = 0
         self.lost = False
+        self.is_reserved = False
+        self.probe: asyncio.Task[None] | None = None
         self.pieces: dict[asyncio.Task[None], list[_Item | None]] = {}
 
 
@@ -91,6 +103,9 @@ class Dispatcher:
 
     def __init__(self) -> None:
         self._queue: deque[_Item] = deque()
+        self._suspects: deque[_Item] = deque()
+        self._no_server = "there is no server"
+        self._numbers = itertools.count()
         self._workers: dict[str, _Worker] = {}
         self._loop = asyncio.new_event_loop()
         self._closed = False
@@ -112,7 +127,7 @@ class Dispatcher:
 
         Outcomes of the other indexes are the caller's to deliver.
         """
-        call = Call(size)
+        call = Call(next(self._numbers), size)
         self._soon(self._put, [_Item(call, *item) for item in items])
         return call
 
@@ -161,18 +176,35 @@ class Dispatcher:
             worker.lost = True
             for task in worker.pieces:
                 task.cancel()
+            if worker.probe is not None:
+                worker.probe.cancel()
             if not worker.pieces:
                 self._closing = asyncio.ensure_future(worker.connection.close())
             self._pump()
 
     def _put(self, items: list[_Item]) -> None:
         for worker in self._workers.values():
-            worker.lost = False  # what was lost may be there again: a new call tries it
+            if worker.lost and worker.probe is None:  # it may be there again
+                worker.probe = asyncio.ensure_future(self._look_for(worker))
         self._queue.extend(items)
+        self._pump()
+
+    async def _look_for(self, worker: _Worker) -> None:
+        """Find out whether a server that broke off is there all the same. Nothing is sent to it meanwhile."""
+        try:
+            worker.lost = (await worker.connection.health()).status != "ok"
+        except TransportError:
+            pass
+        except Exception:
+            logger.exception("cannot ask %s for its state", worker.key)
+        worker.probe = None
+        if worker.lost:
+            logger.warning("lost %s: %s", worker.key, self._no_server)
         self._pump()
 
     def _cancel(self, call: Call) -> None:
         self._queue = deque(item for item in self._queue if item.call is not call)
+        self._suspects = deque(item for item in self._suspects if item.call is not call)
         for worker in self._workers.values():
             for task, piece in worker.pieces.items():
                 if all(item is None or item.call.cancelled for item in piece):
@@ -182,28 +214,41 @@ class Dispatcher:
         """Give every server as much of the queue as it should have now."""
         workers = [worker for worker in self._workers.values() if not worker.lost]
         if not workers:
-            if self._queue:
-                self._fail(list(self._queue), "there is no server")
+            if all(worker.probe is None for worker in self._workers.values()):
+                self._fail([*self._queue, *self._suspects], self._no_server)
                 self._queue.clear()
+                self._suspects.clear()
             return
-        while self._queue:
-            worker = min(workers, key=lambda it: it.in_flight / it.window)
-            outstanding = len(self._queue) + sum(it.in_flight for it in workers)
-            limit = min(worker.window, -(-outstanding // len(workers)))
+        free = [worker for worker in workers if not worker.is_reserved]
+        while self._queue and free:
+            if self._suspects and self._suspects[0].call.number < self._queue[0].call.number:
+                break  # it is their turn: they come last in their call, since they may cost a server
+            worker = min(free, key=lambda it: it.in_flight / it.window)
+            outstanding = len(self._queue) + sum(it.in_flight for it in free)
+            limit = min(worker.window, -(-outstanding // len(free)))
             room = limit - worker.in_flight
             if room < min(len(self._queue), max(1, limit // 4)):  # a few at a time are not worth a request
                 return
-            piece = list(self._take(min(room, MAX_PIECE_ITEMS)))
-            worker.in_flight += len(piece)
-            task = asyncio.ensure_future(self._send(worker, piece))
-            worker.pieces[task] = [*piece]
-            task.add_done_callback(worker.pieces.pop)
+            self._begin(worker, list(self._take(min(room, MAX_PIECE_ITEMS), worker.piece_text)))
+        for worker in free:
+            if self._suspects and not worker.in_flight:
+                worker.is_reserved = True
+                self._begin(worker, [self._suspects.popleft()])
+                if self._queue and not self._suspects:
+                    self._pump()
+                    return
 
-    def _take(self, count: int) -> Iterator[_Item]:
+    def _begin(self, worker: _Worker, piece: list[_Item]) -> None:
+        worker.in_flight += len(piece)
+        task = asyncio.ensure_future(self._send(worker, piece))
+        worker.pieces[task] = [*piece]
+        task.add_done_callback(worker.pieces.pop)
+
+    def _take(self, count: int, most: int) -> Iterator[_Item]:
         text = 0
         while self._queue and count:
             text += self._queue[0].text
-            if text > MAX_PIECE_TEXT and text > self._queue[0].text:
+            if text > most and text > self._queue[0].text:
                 return
             yield self._queue.popleft()
             count -= 1
@@ -236,8 +281,9 @@ class Dispatcher:
         unfinished = [item for item in left if item is not None and not item.call.cancelled]
         worker.in_flight -= sum(item is not None for item in left)
         left.clear()
+        worker.is_reserved = False
         if unfinished:
-            await self._unfinished(worker, unfinished, error)
+            self._unfinished(worker, unfinished, error)
         if worker.key not in self._workers and not worker.in_flight:
             await worker.connection.close()
         self._pump()
@@ -263,43 +309,39 @@ class Dispatcher:
         if self._queue and outcomes:
             self._pump()
 
-    async def _unfinished(self, worker: _Worker, items: list[_Item], error: TransportError) -> None:
-        """Put items back, or give them up; find out whether the server that left them is lost."""
+    def _unfinished(self, worker: _Worker, items: list[_Item], error: TransportError) -> None:
+        """Put items back, or give them up; doubt the server that left them."""
+        if isinstance(error, RemoteError) and error.status == 413 and len(items) > 1:
+            worker.piece_text = max(1, min(worker.piece_text, sum(item.text for item in items)) // 2)
+            self._queue.extendleft(reversed(items))
+            return
         if isinstance(error, RemoteError) and 400 <= error.status < 500 and error.status != 429:
             self._fail(items, str(error), invalid=error.status in (400, 413, 422))
             return
-        if worker.key in self._workers and not worker.lost and not await self._answers(worker, error):
+        if worker.key in self._workers and not worker.lost:
             worker.lost = True
-            logger.warning("lost %s: %s", worker.key, error)
+            self._no_server = f"no server is left: {error}"
+            if isinstance(error, StallTimeout):  # its event loop may well answer
+                logger.warning("lost %s: %s", worker.key, error)
+            else:
+                worker.probe = asyncio.ensure_future(self._look_for(worker))
         for item in items:
             item.losses += 1
         self._fail([item for item in items if item.losses >= MAX_LOSSES], str(error))
-        again = [item for item in items if item.losses < MAX_LOSSES]
-        if any(not it.lost for it in self._workers.values()):
-            self._queue.extendleft(reversed(again))
-        else:
-            self._fail([*again, *self._queue], f"no server is left: {error}")
-            self._queue.clear()
-
-    async def _answers(self, worker: _Worker, error: TransportError) -> bool:
-        """Say whether a server that broke off is there all the same."""
-        if isinstance(error, StallTimeout):
-            return False
-        try:
-            return (await worker.connection.health()).status == "ok"
-        except TransportError:
-            return False
+        self._suspects.extend(item for item in items if item.is_suspect)
+        self._queue.extendleft(item for item in reversed(items) if item.losses < MAX_LOSSES - 1)
 
     def _fail(self, items: list[_Item], message: str, *, invalid: bool = False) -> None:
         for item in items:
             item.call.deliver([(item.index, ItemError(message, index=item.index, invalid=invalid))])
 
     async def _close(self) -> None:
-        self._fail(list(self._queue), "the service was closed")
-        self._queue.clear()
+        self._no_server = "the service was closed"
         tasks = [task for worker in self._workers.values() for task in worker.pieces]
+        tasks += [worker.probe for worker in self._workers.values() if worker.probe is not None]
         for worker in self._workers.values():
-            worker.lost = True
+            worker.lost, worker.probe = True, None
+        self._pump()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

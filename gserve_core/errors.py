@@ -15,6 +15,7 @@ GserveError
 A message is a lower-case fragment: what was given, what was expected and where, what to do.
 """
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -110,6 +111,16 @@ class BatchError(GserveError):
             f"{len(self.errors)} of {len(self.results)} items failed; the first is item {first.index}: {first}"
             ' (the exception\'s "results" holds every result; on_error="return" returns them instead)'
         )
+
+
+def reworded(error: Exception) -> tuple[str, str]:
+    """Return what a `msgspec.ValidationError` says, in the words of a YAML file, and the path where, from `$` on."""
+    text = str(error)
+    place = re.search(r" - at `(key` in `)?\$(.*)`$", text, re.DOTALL)
+    if place:
+        text = text[: place.start()] + (" in a key" if place[1] else "")
+    text = re.sub(r"\bobject\b", "mapping", re.sub(r"\barray\b", "list", text)).replace("`", "")
+    return text[:1].lower() + text[1:], f"${place[2]}" if place else "$"
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ its group. This works alike through a pipe, `srun`, or any other prefix that for
 """
 
 import contextlib
+import math
 import os
 import select
 import signal
@@ -95,7 +96,9 @@ class _Lines:
 
     def read(self, timeout: float) -> list[bytes] | None:
         """Return the lines that came within `timeout` seconds; None at the end of the stream."""
-        if not select.select([self.fd], [], [], max(0.0, timeout))[0]:
+        waiting = select.poll()  # `select.select` knows no descriptor above 1023
+        waiting.register(self.fd, select.POLLIN)
+        if not waiting.poll(math.ceil(max(0.0, timeout) * 1000)):
             return []
         try:
             chunk = os.read(self.fd, 1 << 16)
@@ -176,8 +179,11 @@ class ServerEnd:
             os.setpgid(0, 0)  # so that the whole group is ours to end
         self._lock = threading.Lock()
         os.register_at_fork(after_in_child=self._forget)
-        self._early: list[bytes] = []
+        self._unheard: list[Down] = []
+        self._handlers: tuple[Callable[[Down], object], Callable[[], object]] | None = None
+        self._hearing = threading.Lock()
         self.hello = self._greeting()
+        threading.Thread(target=self._watch, name="lease", daemon=True).start()
 
     def _forget(self) -> None:
         """Close the line in a forked child: while it held the line open, its end would not be noticed."""
@@ -190,10 +196,10 @@ class ServerEnd:
             lines = self._lines.read(deadline - time.monotonic())
             if lines is None:
                 break
-            for place, line in enumerate(lines):
-                message = _down.decode(line)
+            messages = _decoded(lines)
+            for place, message in enumerate(messages):
                 if isinstance(message, Hello):
-                    self._early = lines[place + 1 :]
+                    self._unheard = messages[place + 1 :]
                     return message
         sys.exit("gserve: --lease was given, but no owner speaks on stdin; leave it out to start a server by hand")
 
@@ -203,32 +209,47 @@ class ServerEnd:
             os.write(self._up, msgspec.json.encode(message) + b"\n")
 
     def watch(self, on_message: Callable[[Down], object], on_lost: Callable[[], object]) -> None:
-        """Start a thread that passes on what the owner says, and ends the group when the owner is gone.
+        """Have what the owner says passed on, from the thread of the lease, and first what it has said so far.
 
-        `on_lost` is called first; the group is killed `GRACE` seconds later, whatever it does.
+        When the owner is gone, `on_lost` is called; the group is killed `GRACE` seconds later, whatever it does. An
+        owner that is gone before `watch` is noticed too: there is nothing to end in order yet, so the group is killed.
         """
-        threading.Thread(target=self._watch, args=(on_message, on_lost), name="lease", daemon=True).start()
+        with self._hearing:
+            self._handlers = on_message, on_lost
+            self._pass_on([])
 
-    def _watch(self, on_message: Callable[[Down], object], on_lost: Callable[[], object]) -> None:
+    def _watch(self) -> None:
         last = time.monotonic()
-        self._pass_on(self._early, on_message)
         while (remaining := last + self.hello.ttl - time.monotonic()) > 0:
             lines = self._lines.read(remaining)
             if lines is None:
                 break
             if lines:
                 last = time.monotonic()
-                self._pass_on(lines, on_message)
-        with contextlib.suppress(Exception):
-            on_lost()
-        time.sleep(GRACE)
+                with self._hearing:
+                    self._pass_on(_decoded(lines))
+        if self._handlers is not None:
+            with contextlib.suppress(Exception):
+                self._handlers[1]()
+            time.sleep(GRACE)
         end_group()
 
-    @staticmethod
-    def _pass_on(lines: list[bytes], on_message: Callable[[Down], object]) -> None:
-        for line in lines:
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
-                on_message(_down.decode(line))
+    def _pass_on(self, messages: list[Down]) -> None:
+        self._unheard += messages
+        if self._handlers is not None:
+            unheard, self._unheard = self._unheard, []
+            for message in unheard:
+                with contextlib.suppress(RuntimeError):  # the server's event loop is closed: it is at its end
+                    self._handlers[0](message)
+
+
+def _decoded(lines: list[bytes]) -> list[Down]:
+    """Return the messages that the lines hold; what is none is passed over."""
+    messages = []
+    for line in lines:
+        with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+            messages.append(_down.decode(line))
+    return messages
 
 
 def end_group() -> None:

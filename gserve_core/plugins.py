@@ -1,13 +1,14 @@
 """Finding plugins: the modules that a config names, the entry points of the group "gserve", and what is built in."""
 
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, get_origin, get_type_hints
 
 import pluggy
 
@@ -47,7 +48,7 @@ class Registry:
             raise ConfigError(f"missing key 'type'; expected one of {', '.join(sorted(self.classes[kind]))}", at=at)
         name = section["type"]
         if not isinstance(name, str):
-            raise ConfigError(f"expected the name of a {kind}, got {name!r}", at=f"{at}.type")
+            raise ConfigError(f"expected the name of the {kind}, got {name!r}", at=f"{at}.type")
         found = self.classes[kind].get(name)
         if found is None:
             if name in self.broken:
@@ -81,11 +82,15 @@ def load(modules: Sequence[str] = (), folder: Path | None = None) -> Registry:
     manager.add_hookspecs(hookspecs)
     for name in BUILT_IN:
         manager.register(importlib.import_module(name), name=name)
-    broken = {}
+    installed: dict[str, str] = {}
+    broken: dict[str, str] = {}
     for entry_point in entry_points(group=PROJECT):
+        source = f"{entry_point.name} ({entry_point.value})"
+        installed[source] = entry_point.name
         try:
-            plugin = entry_point.load()
-            _register(manager, plugin, f"{entry_point.name} ({entry_point.value})")
+            _register(manager, entry_point.load(), source)
+        except PluginError as error:
+            broken[entry_point.name] = str(error)
         except Exception as error:
             broken[entry_point.name] = f"{type(error).__name__}: {error}"
     if modules and folder is not None and str(folder.resolve()) not in sys.path:
@@ -93,10 +98,12 @@ def load(modules: Sequence[str] = (), folder: Path | None = None) -> Registry:
     for name in modules:
         if not manager.has_plugin(name):
             _register(manager, _import(name), name)
-    return _collect(manager, broken)
+    return _collect(manager, installed, broken)
 
 
 def _import(name: str) -> ModuleType:
+    if name == "__main__":
+        raise PluginError("a server process cannot import '__main__' for plugins: put the plugin into its own module")
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -111,18 +118,31 @@ def _import(name: str) -> ModuleType:
 
 
 def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
-    """Register one plugin; a hook that is misspelt or lacks @hookimpl is an error, not nothing."""
+    """Register one plugin; a hook that is misspelt or lacks @hookimpl is an error, and so is having none."""
+    if manager.is_registered(plugin):  # it is installed, and the config names it too
+        return
     known = [hook for hook in vars(hookspecs) if hook.startswith("gserve_register_")]
     for attribute, value in vars(plugin).items():
         marked = hasattr(value, f"{PROJECT}_impl")
-        if (marked or attribute.startswith("gserve_")) and callable(value) and attribute not in known:
+        if (marked or attribute.startswith("gserve_")) and inspect.isroutine(value) and attribute not in known:
             raise PluginError(f"the plugin '{name}' has an unknown hook '{attribute}'{did_you_mean(attribute, known)}")
         if attribute in known and not marked:
             raise PluginError(f"the hook '{attribute}' of the plugin '{name}' lacks the decorator @gserve.hookimpl")
-    manager.register(plugin, name=name)
+    try:
+        manager.register(plugin, name=name)
+    except pluggy.PluginValidationError as error:
+        wrong = " ".join(str(error).split())
+        raise PluginError(f"the plugin '{name}' is broken: hooks take no arguments: {wrong}") from error
+    if not manager.get_hookcallers(plugin):
+        where = getattr(plugin, "__file__", None) or repr(plugin)
+        raise PluginError(
+            f"the plugin '{name}' ({where}) brings nothing: expected a function named one of {', '.join(known)},"
+            " decorated with @gserve.hookimpl"
+        )
 
 
-def _collect(manager: pluggy.PluginManager, broken: Mapping[str, str]) -> Registry:
+def _collect(manager: pluggy.PluginManager, installed: Mapping[str, str], broken: dict[str, str]) -> Registry:
+    """Call the hooks. What is wrong with an installed plugin, which nobody may have asked for, goes into `broken`."""
     classes: dict[str, dict[str, type[Any]]] = {}
     sources: dict[type[Any], str] = {}
     for kind, base in KINDS.items():
@@ -130,11 +150,13 @@ def _collect(manager: pluggy.PluginManager, broken: Mapping[str, str]) -> Regist
         for hook in getattr(manager.hook, f"gserve_register_{kind}s").get_hookimpls():
             source = hook.plugin_name
             try:
-                brought = list(hook.function())
-            except Exception as error:
-                raise PluginError(f"the plugin '{source}' is broken: {type(error).__name__}: {error}") from error
-            for cls in brought:
-                name = _check_class(cls, base, kind, source)
+                brought = _brought(hook, base, kind)
+            except PluginError as error:
+                if source not in installed:
+                    raise
+                broken[installed[source]] = str(error)
+                continue
+            for name, cls in brought:
                 if found.get(name, cls) is not cls:
                     raise PluginError(
                         f"two plugins claim the {kind} '{name}': {_path(found[name])} of '{sources[found[name]]}'"
@@ -145,6 +167,22 @@ def _collect(manager: pluggy.PluginManager, broken: Mapping[str, str]) -> Regist
     return Registry(classes, sources, broken)
 
 
+def _brought(hook: pluggy.HookImpl, base: type, kind: str) -> list[tuple[str, type[Any]]]:
+    """Return the classes that one hook of one plugin returns, by name."""
+    source = hook.plugin_name
+    try:
+        classes = hook.function()
+    except Exception as error:
+        raise PluginError(
+            f"the hook 'gserve_register_{kind}s' of the plugin '{source}' failed: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(classes, (list, tuple)):
+        raise PluginError(
+            f"the hook 'gserve_register_{kind}s' of the plugin '{source}': expected a list of classes, got {classes!r}"
+        )
+    return [(_check_class(cls, base, kind, source), cls) for cls in classes]
+
+
 def _check_class(cls: Any, base: type, kind: str, source: str) -> str:
     """Return the name of a class that a plugin brought."""
     wrong = None
@@ -152,13 +190,26 @@ def _check_class(cls: Any, base: type, kind: str, source: str) -> str:
         wrong = f"expected a subclass of gserve.{base.__name__}"
     elif missing := sorted(getattr(cls, "__abstractmethods__", ())):
         wrong = f"it lacks the methods {', '.join(missing)}"
-    elif not isinstance(getattr(cls, "name", None), str):
+    elif not (isinstance(name := getattr(cls, "name", None), str) and name):
         wrong = 'it lacks its name: expected `name = "…"` in the class'
-    elif not is_dataclass(cls):
-        wrong = "expected a dataclass"
+    elif lost := _lost_options(cls):
+        wrong = (
+            f"its options ({', '.join(lost)}) need a dataclass: decorate it with"
+            " @dataclasses.dataclass(frozen=True, kw_only=True)"
+        )
     if wrong:
         raise PluginError(f"the {kind} {getattr(cls, '__qualname__', repr(cls))} of the plugin '{source}': {wrong}")
-    return str(cls.name)
+    return str(name)
+
+
+def _lost_options(cls: Any) -> list[str]:
+    """Return the annotated names of a class that are no fields, since it lacks the decorator @dataclass."""
+    try:
+        hints = get_type_hints(cls)
+    except Exception as error:
+        raise PluginError(f"the options of {_path(cls)} have types that cannot be read: {error}") from error
+    known = cls.__dataclass_fields__
+    return [name for name, hint in hints.items() if name not in known and get_origin(hint) is not ClassVar]
 
 
 def _path(cls: type) -> str:
@@ -167,7 +218,10 @@ def _path(cls: type) -> str:
 
 @dataclass(frozen=True)
 class Parts:
-    """A launcher, a transport and an engine, and where a server process finds the last two."""
+    """A launcher, a transport and an engine, and where a server process finds the last two.
+
+    `folder` is where the modules of `plugins` lie: a server has neither our working directory nor our search path.
+    """
 
     launcher: Launcher
     transport: Transport
@@ -202,4 +256,13 @@ def assemble(
         else:
             check(instance, f"$.{kind}")
             parts[kind] = instance
-    return Parts(**parts, registry=registry, plugins=tuple(config.plugins), folder=folder)
+    return Parts(**parts, registry=registry, plugins=tuple(config.plugins), folder=_home(config.plugins) or folder)
+
+
+def _home(modules: Sequence[str]) -> Path | None:
+    """Return the folder that the first of some loaded modules was imported from."""
+    for name in modules:
+        top = sys.modules[name.partition(".")[0]]
+        for below in getattr(top, "__path__", ()) or filter(None, [top.__file__]):
+            return Path(below).resolve().parent
+    return None

@@ -120,7 +120,7 @@ def check_name(name: str) -> None:
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
         raise ConfigError(f"expected a name of at most 64 letters, digits and '-_.', got '{name}'")
     other = _read_service(_service_file(name))
-    if other is not None and other.is_alive and other.pid != os.getpid():
+    if other is not None and other.is_alive:
         raise ConfigError(
             f"a service named '{name}' runs already (process {other.pid}): choose another --name,"
             f" or end it with: gserve stop {name}"
@@ -172,8 +172,8 @@ def log_folder(run: str) -> Path:
     It lies below `$XDG_STATE_HOME/gserve/logs`, by default `~/.local/state/gserve/logs`.
     """
     base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "gserve" / "logs"
-    path = base / f"{time.strftime('%Y%m%d-%H%M%S')}-{run}"
-    path.mkdir(parents=True, mode=0o700)
+    base.mkdir(parents=True, exist_ok=True)
+    path = Path(tempfile.mkdtemp(dir=base, prefix=f"{time.strftime('%Y%m%d-%H%M%S')}-{run}-"))
     for old in sorted(base.iterdir())[:-50]:
         for file in old.glob("*.log"):
             file.unlink(missing_ok=True)

@@ -7,17 +7,19 @@ names only, within bounds that no use needs to pass.
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args
 
 import msgspec
 
-from .errors import ItemError, did_you_mean
+from .errors import ItemError, did_you_mean, reworded
 from .schema import Params
 
 NOT_FROM_OUTSIDE = frozenset({
     "output_kind", "stream_interval", "skip_clone",  # the server's own business
     "output_text_buffer_length", "skip_reading_prefix_cache",  # derived by vLLM
     "prompt_logprob_token_ids",  # an array: does not survive the way to the engine
+    "trace_decode_token_ids", "routed_experts_prompt_start",  # vLLM's own debugging
 })  # fmt: skip
 """Public fields of `vllm.SamplingParams` that a request may not set, besides those with a leading underscore."""
 
@@ -30,6 +32,7 @@ BOUNDS = {
 MAX_TEXTS, MAX_TEXT = 64, 256
 """How many stop strings and bad words there may be, and how many characters each."""
 MAX_DEPTH = 32
+MAX_MESSAGE = 500
 
 
 def public_fields(cls: type) -> list[str]:
@@ -45,18 +48,23 @@ def read_params[T](params: Mapping[str, Any], cls: type[T]) -> T:
     """
     known = public_fields(cls)
     for name, value in params.items():
+        if not isinstance(name, str):
+            raise ItemError(f"expected the name of a sampling parameter, got {type(name).__name__}")
         if name not in known:
-            raise ItemError(f"unknown sampling parameter '{name}'{did_you_mean(str(name), known)}")
+            raise ItemError(f"unknown sampling parameter {name!r}{did_you_mean(name, known)}")
+        _check_value(name, value, MAX_DEPTH)
         _check_bounds(name, value)
+        if isinstance(value, dict):
+            _check_names(name, value, cls)
     try:
         made = msgspec.convert(params, cls, str_keys=True)
         # What the engine's process will read is decoded here once, so that it cannot fail there.
         msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=cls)
-    except ItemError:
-        raise
     except Exception as error:  # vLLM's own validation errors are of several kinds, not all of them ValueErrors
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ItemError(f"wrong sampling parameters: {text}") from error
+        text, place = reworded(error) if isinstance(error, msgspec.ValidationError) else (str(error), "$")
+        text = " ".join(text.split())[:MAX_MESSAGE] or type(error).__name__
+        at = "" if place == "$" else f" - at {place}"
+        raise ItemError(f"wrong sampling parameters: {text}{at}") from error
     return made
 
 
@@ -69,17 +77,34 @@ def _check_bounds(name: str, value: Any) -> None:
         texts = value if isinstance(value, list) else [value]
         if len(texts) > MAX_TEXTS or any(isinstance(text, str) and len(text) > MAX_TEXT for text in texts):
             raise ItemError(f"sampling parameter '{name}': expected at most {MAX_TEXTS} texts of {MAX_TEXT} characters")
-    _check_finite(name, value, MAX_DEPTH)
 
 
-def _check_finite(name: str, value: Any, depth: int) -> None:
+def _check_names(name: str, value: Mapping[str, Any], cls: Any) -> None:
+    """Refuse unknown and private names in a parameter that is a dataclass, where msgspec would not."""
+    for info in msgspec.structs.fields(cls):
+        for kind in get_args(info.type) if info.name == name else ():
+            if is_dataclass(kind):
+                known = [item.name for item in fields(kind) if item.init and not item.name.startswith("_")]
+                for below in value:
+                    if below not in known:
+                        hint = did_you_mean(str(below), known)
+                        raise ItemError(f"sampling parameter '{name}': unknown name {str(below)!r}{hint}")
+
+
+def _check_value(name: str, value: Any, depth: int) -> None:
     if depth == 0:
         raise ItemError(f"sampling parameter '{name}' is nested too deeply: at most {MAX_DEPTH} levels")
     if isinstance(value, float) and not math.isfinite(value):
         raise ItemError(f"sampling parameter '{name}': expected a finite number, got {value}")
-    if isinstance(value, (list, dict)):
-        for below in value.values() if isinstance(value, dict) else value:
-            _check_finite(name, below, depth - 1)
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        raise ItemError(f"sampling parameter '{name}': expected integers of 64 bits at most")
+    if isinstance(value, (list, tuple)):
+        for below in value:
+            _check_value(name, below, depth - 1)
+    if isinstance(value, dict):
+        for key, below in value.items():
+            _check_value(name, key, 1)
+            _check_value(name, below, depth - 1)
 
 
 def params_from(given: Any) -> Params | None:
@@ -91,6 +116,8 @@ def params_from(given: Any) -> Params | None:
         return None
     if not isinstance(given, (Mapping, msgspec.Struct)):
         raise ItemError(f"expected sampling_params as vllm.SamplingParams or a mapping, got {type(given).__name__}")
+    if getattr(given, "prompt_logprob_token_ids", None) is not None:  # left out, the results would be others
+        raise ItemError("the sampling parameter 'prompt_logprob_token_ids' cannot travel to a server: leave it out")
     try:
         if isinstance(given, msgspec.Struct):
             public = set(public_fields(type(given)))

@@ -113,7 +113,7 @@ class Failure(Struct, frozen=True, tag="failure", array_like=True):
 
 
 class Heartbeat(Struct, frozen=True, tag="heartbeat", array_like=True):
-    """The server is alive and at work. `tokens` have been made for this request so far, `running` items remain."""
+    """The server is alive and at work: `running` items of this request remain."""
 
     running: int
 
@@ -146,7 +146,7 @@ def json_safe(output: ResponseOutput) -> ResponseOutput:
             for entry in logprobs
         ]
 
-    if output.cumulative_logprob is None and output.prompt_logprobs is None:
+    if output.cumulative_logprob is None and output.logprobs is None and output.prompt_logprobs is None:
         return output
     return structs.replace(
         output,

@@ -1,6 +1,7 @@
 """`VLLMServer`: one server, seen by its owner. Starts it, holds its lease, and knows its state."""
 
 import logging
+import math
 import os
 import re
 import secrets
@@ -9,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
@@ -31,6 +33,8 @@ STOP_SECONDS = 10.0
 """How long a server may take to end after it was told to stop."""
 TICK = 0.2
 """Seconds between two looks at a server's process and log."""
+MAX_LOG_READ = 1 << 20
+"""Bytes of a log that are looked at in one go."""
 SECRET = re.compile(r"(^|_)(token|key|secret|password)$")
 """Keyword arguments of these names are secrets: they travel over the lease, not in the command."""
 
@@ -147,13 +151,14 @@ class VLLMServer:
         self._changed = threading.Condition()
         self._state = State.STOPPED
         self._phase: str | None = None
+        self._step: str | None = None
         self._address: Address | None = None
         self._info: EngineInfo | None = None
         self._error: LaunchError | None = None
         self._log: Path | None = None
         self._asked_to_stop = False
+        self._patience_ends = math.inf
         self._token = self._instance = ""
-        self._process: Process | None = None
         self._owner: lease.OwnerEnd | None = None
         self._watcher: threading.Thread | None = None
         self._progress = 0.0
@@ -178,9 +183,13 @@ class VLLMServer:
         """Return what is known of the server now."""
         with self._changed:
             return ServerStatus(
-                name=self.name, state=self._state, phase=self._phase, host=self.host, port=self.port,
+                name=self.name, state=self._state, phase=self._doing(), host=self.host, port=self.port,
                 gpu_ids=self._gpu_ids, info=self._info, error=str(self._error) if self._error else None, log=self._log,
             )  # fmt: skip
+
+    def _doing(self) -> str | None:
+        """Return the phase that the server told, with the step that its log tells."""
+        return f"{self._phase}: {self._step}" if self._phase and self._step else self._phase
 
     def job(self, log: Path) -> Job:
         """Return what the launcher is asked to start. Raises ConfigError or PluginError."""
@@ -220,8 +229,8 @@ class VLLMServer:
 
         Raises ServerExited, StartupTimeout or another LaunchError, ConfigError, PluginError. Nothing is left then.
         """
-        self.begin()
         try:
+            self.begin()
             self.wait_ready()
         except BaseException:
             self.shutdown()
@@ -230,45 +239,54 @@ class VLLMServer:
     def begin(self, logs: Path | None = None) -> None:
         """Start the server, and do not wait for it. Its log goes into the folder `logs`."""
         with self._changed:
-            if self._watcher is not None:
+            if self._watcher is not None and self._state != State.FAILED:
                 return
+            runtime.folder()  # where it cannot be used, this is the time to say so
             self._instance, self._token = uuid.uuid4().hex, secrets.token_urlsafe(32)
             self._log = (logs or runtime.log_folder(self._instance[:8])) / f"{self.name}.log"
             self._log.touch(mode=0o600)
             job = self.job(self._log)
             marked = {**job.env, "GSERVE_ID": self._instance, "SPT_NOENV": "1"}  # what ours are found by, even renamed
-            self._state, self._phase = State.STARTING, "starting the process"
+            self._state, self._phase, self._step = State.STARTING, "starting the process", None
             self._address = self._info = self._error = None
-            self._asked_to_stop = False
+            self._asked_to_stop, self._patience_ends = False, math.inf
             self._progress = time.monotonic()
             try:
-                self._process = self._parts.launcher.launch(replace(job, env=marked))
+                process = self._parts.launcher.launch(replace(job, env=marked))
             except BaseException:
                 self._state = State.FAILED
                 raise
             hello = lease.Hello(self._instance, self._token, secret_arguments(self._llm))
-            self._owner = lease.OwnerEnd(self._process.stdin, self._process.stdout, hello)
+            self._owner = lease.OwnerEnd(process.stdin, process.stdout, hello)
             self._watcher = threading.Thread(
-                target=self._watch, args=(self._process, self._owner, self._log), name=self.name, daemon=True
+                target=self._watch, args=(process, self._owner, self._log), name=self.name, daemon=True
             )
             self._watcher.start()
 
-    def wait_ready(self) -> None:
-        """Wait until a server that has begun is ready. Raises LaunchError: it is not going to be."""
+    def wait_ready(self, seconds: float = math.inf) -> bool:
+        """Wait until a server that has begun is ready; return False where it is not yet after `seconds`.
+
+        Raises LaunchError: it is not going to be.
+        """
         limit = self._serve.startup_timeout
+        deadline = time.monotonic() + seconds
         with self._changed:
             while self._state == State.STARTING:
                 quiet = time.monotonic() - self._progress
                 if limit is not None and quiet > limit:
                     self._error = StartupTimeout(
-                        f"{self.name} showed no progress for {limit:g} s (startup_timeout) while {self._phase};"
+                        f"{self.name} showed no progress for {limit:g} s (startup_timeout) while {self._doing()};"
                         f" its log: {self._log}",
                         log=self._log,
                     )
                     raise self._error
-                self._changed.wait(TICK if limit is None else min(TICK, limit))
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    return False
+                self._changed.wait(min(remaining, TICK, math.inf if limit is None else limit))
             if self._state != State.READY:
                 raise self._error or LaunchError(f"{self.name} was stopped while it started", log=self._log)
+        return True
 
     def shutdown(self) -> None:
         """End the server and everything below it. Idempotent; from any thread."""
@@ -281,6 +299,7 @@ class VLLMServer:
             if self._watcher is None:
                 return
             self._asked_to_stop = True
+            self._patience_ends = min(self._patience_ends, time.monotonic() + STOP_SECONDS)
             if self._state in (State.STARTING, State.READY):
                 self._state = State.DRAINING
             self._changed.notify_all()
@@ -289,15 +308,13 @@ class VLLMServer:
 
     def wait_stopped(self) -> None:
         """Wait until a server that was told to end has ended; end it by force where it does not."""
-        watcher, process = self._watcher, self._process
-        if watcher is None or process is None:
+        watcher = self._watcher
+        if watcher is None:
             return
-        watcher.join(STOP_SECONDS)
-        if watcher.is_alive():
-            logger.warning("%s did not end within %g s: ending it by force", self.name, STOP_SECONDS)
-            process.stop(1.0)
-            watcher.join()
+        watcher.join()
         with self._changed:
+            if self._watcher is not watcher:  # another thread has waited too, and may have started it again
+                return
             self._watcher = None
             if self._state != State.FAILED or self._asked_to_stop:
                 self._state = State.STOPPED
@@ -316,34 +333,25 @@ class VLLMServer:
     def _watch(self, process: Process, owner: lease.OwnerEnd, log: Path) -> None:
         """Follow a server from its start to its end, and clean up after it."""
         cause: str | None = None
-        token_at: Address | None = None
         position = 0
-        while True:
-            ended = process.poll() is not None
-            messages = owner.receive(0 if ended else TICK)
-            for message in messages or ():
-                match message:
-                    case lease.Listening(address):
-                        token_at = address
-                        runtime.write_token(address, self._token)
-                    case lease.Failed(text):
-                        cause = text
-                self._hear(message)
-            position = self._follow(log, position)
-            if messages is None or (ended and not messages):
-                break
-        returncode = process.stop(STOP_SECONDS / 2)
+        try:
+            cause, position = self._listen(process, owner, log)
+        except Exception as error:  # a full disk, for one: without a watcher there can be no server
+            logger.exception("cannot follow %s", self.name)
+            cause = f"cannot follow it: {error}"
+        returncode = process.stop(STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0)
         owner.close()
         self._follow(log, position)
-        if token_at is not None:
-            runtime.remove_token(token_at, self._token)
+        if self._address is not None:
+            with suppress(GserveError, OSError):
+                runtime.remove_token(self._address, self._token)
         with self._changed:
             if self._asked_to_stop:
                 self._state = State.STOPPED
             else:
                 self._error = ServerExited(
                     diagnosis.explain(
-                        self.name, phase=self._phase or "serving", cause=cause, returncode=returncode, log=log
+                        self.name, phase=self._doing() or "serving", cause=cause, returncode=returncode, log=log
                     ),
                     log=log,
                     returncode=returncode,
@@ -353,6 +361,28 @@ class VLLMServer:
                 self._state = State.FAILED
             self._changed.notify_all()
 
+    def _listen(self, process: Process, owner: lease.OwnerEnd, log: Path) -> tuple[str | None, int]:
+        """Follow a server to its end, or until our patience ends; return why it says that it failed, if it does.
+
+        Returned too is how much of the log has been looked at.
+        """
+        cause: str | None = None
+        position = 0
+        while time.monotonic() < self._patience_ends:
+            ended = process.poll() is not None
+            messages = owner.receive(0 if ended else TICK)
+            for message in messages or ():
+                if isinstance(message, lease.Listening):
+                    runtime.write_token(message.address, self._token)
+                elif isinstance(message, lease.Failed):
+                    cause = message.cause
+                self._hear(message)
+            position = self._follow(log, position)
+            if messages is None or (ended and not messages):
+                return cause, position
+        logger.warning("%s did not end within %g s: ending it by force", self.name, STOP_SECONDS)
+        return cause, position
+
     def _hear(self, message: lease.Up) -> None:
         with self._changed:
             self._progress = time.monotonic()
@@ -360,7 +390,7 @@ class VLLMServer:
                 case lease.Listening(address):
                     self._address = address
                 case lease.Phase(text):
-                    self._phase = text
+                    self._phase, self._step = text, None
                 case lease.Ready(info) if self._state == State.STARTING:
                     self._info, self._phase, self._state = info, None, State.READY
             self._changed.notify_all()
@@ -368,14 +398,16 @@ class VLLMServer:
     def _follow(self, log: Path, position: int) -> int:
         """Look at what has come to the log: it is progress, and shown where asked for. Returns its length."""
         try:
-            size = log.stat().st_size
-            if size == position:
+            if log.stat().st_size == position:
                 return position
             self._progress = time.monotonic()
+            with log.open("rb") as stream:
+                stream.seek(position)
+                text = stream.read(MAX_LOG_READ).decode(errors="replace")
+                size = stream.tell()
+            if self._state == State.STARTING and (step := diagnosis.step(text)):
+                self._step = step
             if self._serve.verbose:
-                with log.open("rb") as stream:
-                    stream.seek(position)
-                    text = stream.read().decode(errors="replace")
                 sys.stderr.write("".join(f"[{self.name}] {line}\n" for line in text.splitlines()))
         except (OSError, ValueError):
             return position

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from .errors import GserveError, LaunchError, TransportError
 from .interfaces import Access, Engine, EngineInfo, Job, Launcher, Transport
 from .plugins import Parts
 from .runtime import ServiceRecord
-from .server import ServerStatus, State, VLLMServer
+from .server import TICK, ServerStatus, State, VLLMServer
 
 ATTACH_VARIABLE = "GSERVE_ATTACH"
 
@@ -90,6 +91,7 @@ class VLLMService(Inference):
         self._name = name
         self._attached: ServiceRecord | None = None
         self._queue: Dispatcher | None = None
+        self._starting = threading.Lock()
         placement = check_placement(config.llm, config.serve)
         serve = config.serve
         self._servers = [
@@ -108,8 +110,11 @@ class VLLMService(Inference):
 
         Raises LaunchError with the cause of every server that failed; nothing is left then.
         """
-        if self._queue is not None:
-            return
+        with self._starting:
+            if self._queue is None:
+                self._start()
+
+    def _start(self) -> None:
         if self._attached is not None:
             self._join(self._attached)
             return
@@ -130,19 +135,16 @@ class VLLMService(Inference):
             raise
 
     def _wait_ready(self) -> None:
-        failures = []
-        for server in self._servers:
-            try:
-                server.wait_ready()
-            except LaunchError as error:
-                failures.append(error)
-                break  # the others would be stopped anyway
-        failed = [server.status().error for server in self._servers if server.status().state == State.FAILED]
-        causes = [text for text in failed if text is not None and text != str(failures[0])] if failures else []
-        if failures and causes:
-            raise LaunchError("\n".join([str(failures[0]), *causes]), log=failures[0].log) from failures[0]
-        if failures:
-            raise failures[0]
+        starting = list(self._servers)
+        try:
+            while starting:
+                starting = [server for server in starting if not server.wait_ready(TICK / len(starting))]
+        except LaunchError as first:
+            failed = [server.status().error for server in self._servers if server.status().state == State.FAILED]
+            causes = [text for text in failed if text is not None and text != str(first)]
+            if causes:
+                raise LaunchError("\n".join([str(first), *causes]), log=first.log) from first
+            raise
 
     def _add(self, record: runtime.ServerRecord) -> None:
         assert self._queue is not None

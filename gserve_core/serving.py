@@ -12,22 +12,24 @@ import logging
 import os
 import signal
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import uvloop
 
-from . import lease, plugins
+from . import lease, plugins, runtime
 from .config import LLMConfig
-from .errors import ConfigError, GserveError, ItemError, RemoteError
-from .interfaces import Engine, RunningEngine, Transport
+from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
+from .interfaces import Address, Engine, RunningEngine, Transport
 from .log_utils import setup_logging
 from .schema import Event, Failure, Health, Heartbeat, ResponseOutput, Result, RunRequest
 
 TOKEN_VARIABLE = "GSERVE_TOKEN"
 DRAIN_SECONDS = 30.0
 """How long a server that is told to end by a signal or by `/shutdown` may finish what it has."""
+DEATH_SECONDS = 1.0
+"""How long an engine that dies may take to say so, after the items that it had have failed."""
 
 logger = logging.getLogger("gserve.serving")
 
@@ -41,12 +43,15 @@ class Server:
         self._state = "starting"
         self._phase: str | None = None
         self._engine: RunningEngine | None = None
+        self._over = asyncio.Event()
+        self._news: set[asyncio.Event] = set()
         self._requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._drain = asyncio.Event()
         self._stop = asyncio.Event()
         self._lease: lease.ServerEnd | None = None
+        self._address: Address | None = None
 
     # -------------------------------------------------------------------------------------------- the face (ServerApi)
 
@@ -68,12 +73,15 @@ class Server:
                 except ItemError as error:
                     event = Failure(index, str(error), error.invalid)
                 except Exception as error:
+                    if await self._is_over():
+                        return
                     logger.exception("item %d failed", index)
                     event = Failure(index, _sentence(error), invalid=False)
                 happened.append(event)
                 news.set()
 
             tasks: set[asyncio.Task[None]] = set()
+            self._news.add(news)
             try:
                 first = 0
                 for group in request.groups:
@@ -98,7 +106,10 @@ class Server:
                     batch, happened[:] = list(happened), []
                     left -= len(batch)
                     yield batch
+                    if self._over.is_set():
+                        return  # the client sees what is missing, and takes it elsewhere
             finally:
+                self._news.discard(news)
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
@@ -116,13 +127,15 @@ class Server:
                 if isinstance(item, ItemError):
                     raise RemoteError(f"item {index}: {item}", status=400) from item
             try:
-                async with asyncio.TaskGroup() as group_of_tasks:
-                    tasks = [group_of_tasks.create_task(engine.run(item)) for item in prepared]
+                return await self._unless_over(_all([engine.run(item) for item in prepared]))
             except ExceptionGroup as failures:
                 first = failures.exceptions[0]
-                status = 400 if isinstance(first, ItemError) and first.invalid else 500
+                status = 500
+                if isinstance(first, ItemError):
+                    status = 400 if first.invalid else 500
+                elif await self._is_over():
+                    status = 503
                 raise RemoteError(_sentence(first), status=status) from first
-            return [task.result() for task in tasks]
 
     def shut_down(self) -> None:
         """Begin to end: finish what there is, take no more."""
@@ -142,6 +155,25 @@ class Server:
             if not self._requests:
                 self._idle.set()
 
+    async def _is_over(self) -> bool:
+        """Say whether the engine is gone, or about to be: what it fails then is not the fault of the item."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), DEATH_SECONDS)
+        return self._over.is_set()
+
+    async def _unless_over[T](self, work: Coroutine[Any, Any, T]) -> T:
+        """Return what `work` returns. Raises RemoteError: the server ended before."""
+        working, over = asyncio.create_task(work), asyncio.create_task(self._over.wait())
+        try:
+            await asyncio.wait([working, over], return_when=asyncio.FIRST_COMPLETED)
+            if not working.done():
+                raise RemoteError("the server ended before this was done", status=503)
+            return working.result()
+        finally:
+            for task in (working, over):
+                task.cancel()
+            await asyncio.gather(working, over, return_exceptions=True)
+
     # -------------------------------------------------------------------------------------------------------- the life
 
     async def live(
@@ -153,19 +185,24 @@ class Server:
         if line is not None:
             line.watch(
                 on_message=lambda message: loop.call_soon_threadsafe(self._obey, message),
-                on_lost=lambda: loop.call_soon_threadsafe(self._stop.set),
+                on_lost=lambda: loop.call_soon_threadsafe(self._on_lost),
             )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal, number)
-        async with transport.serve(self, host, port) as address:
+        async with _listening(transport, self, host, port) as address:
             logger.info("listening on %s", address)
+            self._address = address
             self._tell(lease.Listening(address))
+            starting = asyncio.create_task(self._start(engine, llm))
             try:
-                starting = asyncio.create_task(self._start(engine, llm))
                 if await self._first(starting):
                     await self._until_end()
             finally:
                 self._state = "draining"
+                starting.cancel()
+                self._over.set()
+                for news in self._news:
+                    news.set()
                 if self._engine is not None:
                     await self._engine.stop()
         self._state = "stopped"
@@ -211,6 +248,13 @@ class Server:
             case lease.Drain():
                 self._drain.set()
 
+    def _on_lost(self) -> None:
+        logger.warning("the owner is gone: ending")
+        self._stop.set()
+        if self._address is not None and self.token is not None:
+            with contextlib.suppress(GserveError, OSError):
+                runtime.remove_token(self._address, self.token)  # the owner, who has written it, cannot
+
     def _on_signal(self, number: int) -> None:
         logger.info("%s: ending%s", signal.Signals(number).name, " at once" if self._drain.is_set() else "")
         (self._stop if self._drain.is_set() else self._drain).set()
@@ -225,12 +269,30 @@ class Server:
             self._lease.tell(message)
 
 
+@contextlib.asynccontextmanager
+async def _listening(transport: Transport, server: Server, host: str, port: int) -> AsyncIterator[Address]:
+    """Have `transport` serve. Raises LaunchError: it cannot listen."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            address = await stack.enter_async_context(transport.serve(server, host, port))
+        except OSError as error:
+            raise LaunchError(error.strerror or str(error)) from error
+        yield address
+
+
+async def _all[T](work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return what all of `work` returns, in order. Raises ExceptionGroup: some failed; the rest is cancelled then."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(one) for one in work]
+    return [task.result() for task in tasks]
+
+
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a server, and end the process with its exit code. See `--help` for the arguments."""
     options = _parser().parse_args(arguments)
     line = lease.ServerEnd() if options.lease else None
-    setup_logging()
     try:
+        setup_logging()
         code = _serve(options, line)
     except GserveError as error:
         code = _fail(error, line)
@@ -244,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def _serve(options: argparse.Namespace, line: lease.ServerEnd | None) -> int:
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
-    token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None)
+    token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
     if token is None and not _is_loopback(options.host):
         raise ConfigError(
             f"--host {options.host} can be reached from other machines, and no token is set:"
@@ -313,6 +375,12 @@ def _mapping(text: str) -> Mapping[str, Any]:
     return value
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vllm_server.py", description="Serve a model with vLLM over HTTP: /health, /chat, /generate, /shutdown."
@@ -320,7 +388,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--serve", action="store_true", required=True, help="start the server")
     parser.add_argument("--model", required=True, help="model name or path")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: %(default)s)")
     parser.add_argument("--gpus", help='GPU ids for CUDA_VISIBLE_DEVICES, as "0" or "0,1"')
     parser.add_argument("--llm_kwargs", type=_mapping, default={}, help="more arguments for vllm.LLM, as JSON")
     parser.add_argument("--lora_path", help="path of a LoRA adapter")

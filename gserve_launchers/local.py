@@ -1,12 +1,17 @@
 """The launcher `subprocess`: servers are processes of this machine."""
 
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from gserve_core.commands import CommandLauncher
+from gserve_core.commands import CommandLauncher, LocalProcess
 from gserve_core.errors import ConfigError
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Job, Launcher
+
+CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
+"""vLLM's own setting: the cores that each rank computes on, where it computes on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +28,23 @@ class SubprocessLauncher(CommandLauncher):
     def command(self, job: Job) -> list[str]:
         """Return the job's own command."""
         return ["nice", "-n", str(self.nice), *job.command] if self.nice else list(job.command)
+
+    def launch(self, job: Job) -> LocalProcess:
+        """Start `job`. Several servers without GPUs share this machine's cores, unless the environment says how."""
+        if job.gpu_ids is None and job.servers > 1 and CORES_VARIABLE not in os.environ:
+            job = replace(job, env={**job.env, CORES_VARIABLE: share(job, sorted(os.sched_getaffinity(0)))})
+        return super().launch(job)
+
+
+def share(job: Job, cores: Sequence[int]) -> str:
+    """Return the cores of one of several servers: for each of its ranks a list "0,1", ranks divided by "|"."""
+    ranks = job.servers * job.gpus
+    own = range(job.index * job.gpus, (job.index + 1) * job.gpus)
+    if ranks > len(cores):  # more ranks than cores: some compute on the same one
+        return "|".join(str(cores[rank % len(cores)]) for rank in own)
+    return "|".join(
+        ",".join(map(str, cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks])) for rank in own
+    )
 
 
 @hookimpl

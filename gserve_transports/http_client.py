@@ -58,6 +58,7 @@ class HttpConnection(Connection):
 
     async def shut_down(self) -> None:
         """Ask the server to end."""
+        await self.health()  # a stranger is not ours to end
         with self._errors():
             reply = await self._client.post("/shutdown")
             if reply.status_code != 200:

@@ -1,16 +1,22 @@
 """The server's half of the HTTP transport. The only file that imports fastapi and uvicorn."""
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
+import json
+import re
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
+from typing import Any
 
 import msgspec
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gserve_core.errors import RemoteError
@@ -21,6 +27,9 @@ from .frames import CONTENT_TYPE, INSTANCE_HEADER, pack
 
 OPEN_ROUTES = {("GET", "/health")}
 """What may be asked without the token."""
+HEARTBEATS = 0.01, 3600.0
+"""The shortest and the longest time between two signs of life that a client may ask for, in seconds."""
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::[0-9]{1,5})?")
 
 
 @asynccontextmanager
@@ -53,14 +62,17 @@ class _Server(uvicorn.Server):
 
 @contextmanager
 def _bind(host: str, port: int) -> Iterator[socket.socket]:
-    family, _, _, _, target = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with contextlib.ExitStack() as stack:
         try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, _, _, _, target = found[0]
+            listening = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(target)
             listening.listen(2048)
-        except OSError as error:
-            raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
+        except (OSError, OverflowError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise OSError(getattr(error, "errno", None), f"cannot listen on {host}:{port}: {why}") from error
         yield listening
 
 
@@ -79,11 +91,18 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
     async def read(request: Request) -> bytes:
         """Return the body, unless it is too large."""
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_body:
-                raise RemoteError(f"the body is larger than {max_body} bytes: send it in pieces", status=413)
-        return bytes(body)
+        size = request.headers.get("content-length", "0")
+        try:
+            if not size.isdecimal() or int(size) <= max_body:
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > max_body:
+                        break
+                else:
+                    return bytes(body)
+        except ClientDisconnect as error:
+            raise RemoteError("the client has gone away", status=499) from error
+        raise RemoteError(f"the body is larger than {max_body} bytes: send it in pieces", status=413)
 
     async def whole(request: Request, run: RunRequest) -> Response:
         outputs = await _unless_gone(request, api.run_whole(run))
@@ -92,6 +111,12 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
     @app.exception_handler(RemoteError)
     async def refuse(_: Request, error: RemoteError) -> Response:
         return _refusal(error.status, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def refuse_route(request: Request, error: HTTPException) -> Response:
+        answer = _refusal(error.status_code, f"{error.detail}: {request.method} {request.scope['path']}")
+        answer.headers.update(error.headers or {})
+        return answer
 
     @app.get("/health")
     async def health() -> Response:
@@ -118,8 +143,8 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
             asked = msgspec.msgpack.decode(await read(request), type=RunRequest)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise RemoteError(f"the body cannot be read: {error}", status=400) from error
-        if not asked.heartbeat > 0:
-            raise RemoteError(f"expected a heartbeat above 0 s, got {asked.heartbeat}", status=400)
+        if not HEARTBEATS[0] <= asked.heartbeat <= HEARTBEATS[1]:
+            raise RemoteError("expected a heartbeat from {} to {} s".format(*HEARTBEATS), status=400)
         if (state := api.health()).status != "ok":  # said here, it is a status; later, only a broken stream
             raise RemoteError(f"the server is {state.status}", status=503)
 
@@ -182,6 +207,8 @@ class _Guard:
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1 or _hostname(hosts[0].decode("latin-1")) not in self._hosts:
             return _refusal(400, "the Host header names no address of this server")
+        if not scope["path"].isprintable():  # routing takes a path with a newline behind it for the path without
+            return _refusal(404, "no path has control characters")
         if self._api.token is None or (scope["method"], scope["path"]) in OPEN_ROUTES:
             return None
         given = [value for name, value in headers if name == b"authorization"]
@@ -190,16 +217,17 @@ class _Guard:
         return _refusal(401, "this server wants its token: send it as 'Authorization: Bearer TOKEN'")
 
 
-def _hostname(header: str) -> str:
-    """Return the host of a Host header, without its port."""
-    if header.startswith("["):
-        return header[1:].partition("]")[0].lower()
-    return header.partition(":")[0].lower()
+def _hostname(header: str) -> str | None:
+    """Return the host of a Host header, without its port; None where the header is nothing like one."""
+    found = _HOST.fullmatch(header.lower())
+    return None if found is None else found[1] or found[2]
 
 
 def _decode_json[T](body: bytes, type_: type[T]) -> T:
     try:
-        return msgspec.json.decode(body, type=type_)
+        made = msgspec.json.decode(body, type=type_)
+        json.loads(body, object_pairs_hook=_refuse_duplicates)  # msgspec would take the last of them
+        return made
     except UnicodeDecodeError as error:
         raise RemoteError(f"the body is not UTF-8: {error.reason} at byte {error.start}", status=400) from error
     except RecursionError as error:
@@ -208,6 +236,11 @@ def _decode_json[T](body: bytes, type_: type[T]) -> T:
         raise RemoteError(f"the body is not as expected: {error}", status=422) from error
     except msgspec.DecodeError as error:
         raise RemoteError(f"the body is not JSON: {error}", status=400) from error
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
+    if len(pairs) > 1 and len({key for key, _ in pairs}) < len(pairs):
+        raise RemoteError("the body has an object in which a key stands twice", status=400)
 
 
 def _json(value: object, status: int = 200) -> Response:

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import json
 import logging
+import os
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from . import demo_model
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `max_lora_rank` may be (vllm/config/lora.py)."""
+CPU_KV_CACHE = 4 << 30
+"""Bytes for the KV cache on a machine without a GPU, where the config says nothing about memory."""
+_MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 RENDER_CHUNK = 128
 """Prompts that are rendered between two looks at the event loop: about 5 ms."""
 
@@ -88,6 +92,7 @@ class RunningVLLM(RunningEngine):
         from vllm import renderers
         from vllm.config import CompilationConfig, CompilationMode
         from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
         from vllm.renderers.inputs.preprocess import parse_model_prompt
         from vllm.sampling_params import RequestOutputKind
         from vllm.usage.usage_lib import UsageContext
@@ -105,6 +110,8 @@ class RunningVLLM(RunningEngine):
         if isinstance(level, int):  # `vllm.LLM` takes a number here, the engine's arguments do not
             arguments["compilation_config"] = CompilationConfig(mode=CompilationMode(level))
         arguments.setdefault("disable_log_stats", True)
+        if current_platform.is_cpu() and not _MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE  # vLLM's own 92% of RAM is more than there is free
         try:
             engine_arguments = vllm.AsyncEngineArgs(**arguments)
         except TypeError as error:
@@ -226,12 +233,17 @@ class RunningVLLM(RunningEngine):
         except Exception as error:
             if isinstance(error, ValueError) or _is_a(error, "VLLMClientError", "VLLMValidationError"):
                 raise ItemError(_first_line(error)) from error
+            if _is_a(error, "EngineGenerateError") and error.__cause__ is not None:  # itself it says nothing
+                cause = error.__cause__
+                raise ItemError(f"vLLM cannot take this item: {type(cause).__name__} {cause}".rstrip()) from error
             raise
         if last is None:
             raise GserveError("the engine gave no output")
         prompt_logprobs = _logprobs(last.prompt_logprobs)
         outputs = []
         for it in last.outputs:
+            if it.finish_reason == "error" and sampling.structured_outputs is not None:
+                raise ItemError("structured_outputs and the other sampling parameters leave no token to go on with")
             if it.finish_reason in ("abort", "error", None):
                 raise GserveError(f"the engine ended this prompt early ({it.finish_reason})")
             outputs.append(

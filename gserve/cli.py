@@ -1,0 +1,641 @@
+"""The command line: `gserve launch`, `generate`, `chat`, `check`, `plugins`, `ps` and `stop`.
+
+Results go to stdout, all else to stderr. What goes wrong is said there after "error:", and by the exit code: 2 for a
+config, a plugin or an argument, 1 for anything else, 128 and its number for a signal.
+"""
+
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, nullcontext, suppress
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, ClassVar
+
+import msgspec
+import typer
+from msgspec import Struct
+
+import gserve
+from gserve_core.errors import ConfigError, GserveError, ItemError, PluginError
+from gserve_core.log_utils import LEVEL_VARIABLE, setup_logging
+from gserve_core.schema import ResponseOutput, json_safe
+
+# Imports inside functions are those of rich and of the core's larger modules: `gserve --help` needs none of them.
+if TYPE_CHECKING:
+    from gserve_core.service import VLLMService
+
+TICK = 0.1
+"""Seconds between two looks at servers or processes."""
+STDIO = Path("-")
+RECORD_START = b'{"id":'
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+logger = logging.getLogger("gserve.cli")
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None)
+
+type Params = dict[str, Any]
+type Outcomes = Iterator[tuple[int, list[ResponseOutput] | ItemError]]
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
+ConfigFileOrNot = Annotated[
+    str | None, typer.Argument(metavar="CONFIG", help="A YAML file. With --attach there is none.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.KEY=VALUE", help="Change the config, as in serve.port=8000. Repeatable."),
+]
+Attach = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Use a launched service (see: gserve ps) instead of a CONFIG.")
+]
+ParamsText = Annotated[
+    str | None,
+    typer.Option("--params", metavar="JSON", help='Sampling parameters, as in {"max_tokens": 64, "temperature": 0}.'),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", metavar="OUT.jsonl", help="Write JSON lines here; what it holds already is not done again."
+    ),
+]  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------- errors and signals
+
+
+class Signalled(BaseException):
+    """A signal asked this process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def main() -> None:
+    """Run the command line, and exit."""
+    _on_signals(_raise)
+    try:
+        app(prog_name="gserve")
+    except Signalled as signalled:
+        sys.exit(128 + signalled.number)
+    except (GserveError, OSError) as error:
+        logger.debug("the command failed", exc_info=True)
+        _say(f"error: {error}")
+        sys.exit(2 if isinstance(error, (ConfigError, PluginError)) else 1)
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Let `handler` take the signals that end a process, but for those that our parent had us ignore, as nohup does."""
+    for number in ENDING:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def _raise(number: int, _frame: FrameType | None) -> None:
+    _on_signals(_ignore)
+    raise Signalled(number)
+
+
+def _ignore(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing: the end has begun, takes seconds, and must not be left half done."""
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # after a SIGHUP the terminal may be gone
+        print(text, file=sys.stderr, flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------------- commands
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"gserve {version('gserve')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _prepare(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Run vLLM on the GPUs you hold: servers, their whole life, and batched requests to them."""
+    if LEVEL_VARIABLE in os.environ:  # else Python shows warnings and errors, and the servers log from INFO on
+        setup_logging()
+
+
+@app.command()
+def launch(
+    config: ConfigFile,
+    name: Annotated[str | None, typer.Option(help="The name for --attach and stop [default: CONFIG's].")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Start the servers of CONFIG, and keep them until Ctrl-C, SIGTERM, SIGHUP or `gserve stop`."""
+    service = gserve.VLLMService.from_yaml(config, overrides=overrides or (), name=name or config.stem)
+    died: set[str] = set()
+    with _serving(service):
+        with suppress(Signalled):  # the way to end it
+            _print_table(
+                ("name", "address", "GPUs", "model", "state"),
+                [
+                    (
+                        server.name,
+                        f"{server.host}:{server.port}",
+                        ",".join(map(str, server.gpu_ids)) if server.gpu_ids else "-",
+                        server.info.model if server.info else "-",
+                        server.state,
+                    )
+                    for server in service.status()
+                ],
+            )
+            while len(down := _down(service)) < len(service.servers):
+                died |= down  # the log has said why
+                time.sleep(TICK)
+            raise GserveError("no server is running any more")
+        _say("shutting down")
+    if died:
+        raise GserveError(f"ended without having been asked to: {', '.join(sorted(died))}")
+
+
+@app.command()
+def generate(
+    config: ConfigFileOrNot = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to complete.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", "-i", metavar="IN",
+            help="Prompts: a text file with one a line, or a .jsonl of texts or"
+            ' {"prompt": …, "id": …, "params": {…}}; - for stdin (either of the two).',
+        ),
+    ] = None,
+    output: Output = None,
+    params: ParamsText = None,
+    attach: Attach = None,
+    overrides: Overrides = None,
+) -> None:  # fmt: skip
+    """Complete prompts."""
+    file, texts = _split(config, prompts or (), attach)
+    if bool(texts) == (source is not None):
+        raise ConfigError("expected prompts either as arguments or in a file (--input)")
+    lines = _read(source, PromptLine) if source else _numbered(texts, PromptLine)
+    shared = _read_params(params)
+    _answer(_service(file, attach, overrides), lines, shared, output, as_text=not source and not output)
+
+
+@app.command()
+def chat(
+    config: ConfigFileOrNot = None,
+    message: Annotated[str | None, typer.Argument(metavar="MESSAGE", help="What to say (in quotes).")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", "-i", metavar="IN.jsonl",
+            help='Conversations, one a line: [{"role": …, "content": …}, …] or'
+            ' {"messages": […], "id": …, "params": {…}}; - for stdin.',
+        ),
+    ] = None,
+    output: Output = None,
+    params: ParamsText = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Begin with this system message.")] = None,
+    attach: Attach = None,
+    overrides: Overrides = None,
+) -> None:  # fmt: skip
+    """Continue conversations; without MESSAGE and --input, hold one here (/exit or Ctrl-D ends it)."""
+    file, texts = _split(config, [message] if message is not None else [], attach)
+    if len(texts) + (source is not None) > 1:
+        raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
+    shared = _read_params(params)
+    opening = [{"role": "system", "content": system}] if system else []
+    if source is None and not texts:
+        if output is not None:
+            raise ConfigError("--output goes with a MESSAGE or --input")
+        _converse(_service(file, attach, overrides), opening, shared)
+        return
+    if source is None:
+        lines = _numbered([[{"role": "user", "content": texts[0]}]], ConversationLine)
+    else:
+        lines = _read(source, ConversationLine)
+    for line in lines:
+        if not _has_system(line.messages):
+            line.messages[:0] = opening
+    _answer(_service(file, attach, overrides), lines, shared, output, as_text=not source and not output)
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check CONFIG, and print the commands that would run."""
+    for job, command in gserve.VLLMService.from_yaml(config, overrides=overrides or ()).jobs():
+        gpus = f" on GPU {','.join(map(str, job.gpu_ids))}" if job.gpu_ids else ""
+        print(f"# {job.name}{gpus}")
+        print(*(f"{key}={shlex.quote(value)}" for key, value in job.env.items()), shlex.join(command))
+
+
+@app.command("plugins")
+def list_plugins(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Load the plugins that it names too.")
+    ] = None,
+) -> None:
+    """List the launchers, transports and engines that there are."""
+    from gserve_core import plugins
+    from gserve_core.config import load
+
+    if config is None:
+        registry = plugins.load()
+    else:
+        loaded, document = load(config)
+        with document.located():
+            registry = plugins.load(loaded.plugins, document.file.parent)
+    rows = [
+        (kind, name, f"{cls.__module__}.{cls.__qualname__}", registry.sources[cls])
+        for kind, classes in registry.classes.items()
+        for name, cls in sorted(classes.items())
+    ]
+    broken = [("broken", name, "-", reason) for name, reason in registry.broken.items()]
+    _print_table(("kind", "name", "class", "from"), [*rows, *broken])
+
+
+@app.command()
+def ps() -> None:
+    """List the launched services of this user on this machine."""
+    from gserve_core import runtime
+
+    records = runtime.services()
+    if not records:
+        _say("no service is running")
+        return
+    rows = [
+        (record.name, str(record.pid), server.name, str(server.address), server.model)
+        for record in records
+        for server in record.servers
+    ]
+    _print_table(("name", "pid", "server", "address", "model"), rows)
+
+
+@app.command()
+def stop(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for its end.")] = 60.0,
+) -> None:
+    """End a launched service, and wait until it has ended."""
+    from gserve_core import runtime
+
+    record = runtime.find_service(name)
+    if record.is_alive:
+        with suppress(ProcessLookupError):
+            os.kill(record.pid, signal.SIGTERM)
+    deadline = time.monotonic() + timeout
+    while record.is_alive:
+        if time.monotonic() > deadline:
+            raise GserveError(f"'{name}' (process {record.pid}) was told to end, and has not within {timeout:g} s")
+        time.sleep(TICK)
+    _say(f"stopped '{name}'")
+
+
+# ------------------------------------------------------------------------------------------------------------- service
+
+
+def _split(config: str | None, texts: Sequence[str], attach: str | None) -> tuple[Path | None, Sequence[str]]:
+    """Return the config and the texts after it; with --attach there is no config, and its place is the first text's."""
+    if attach is not None:
+        return None, texts if config is None else [config, *texts]
+    if config is None:
+        raise ConfigError("expected a CONFIG (a YAML file), or --attach NAME")
+    return Path(config), texts
+
+
+def _service(config: Path | None, attach: str | None, overrides: list[str] | None) -> "VLLMService":
+    if config is not None:
+        return gserve.VLLMService.from_yaml(config, overrides=overrides or ())
+    if overrides:
+        raise ConfigError("--set changes a config: it cannot go with --attach, which uses a service as it is")
+    return gserve.VLLMService.attach(attach)
+
+
+@contextmanager
+def _serving(service: "VLLMService") -> Iterator[None]:
+    """Start a service and show how that goes; shut it down in the end, whichever way that comes."""
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            starting = threads.submit(service.start)
+            try:
+                _show_phases(service, starting)
+            except BaseException:
+                while not starting.done():  # it undoes all when a server of its is told to stop
+                    for server in service.servers:
+                        server.ask_to_stop()
+                    wait([starting], TICK)
+                raise
+            starting.result()
+        yield
+    finally:
+        _on_signals(_ignore)
+        service.shutdown()
+
+
+def _down(service: "VLLMService") -> set[str]:
+    return {server.name for server in service.status() if server.state in ("failed", "stopped")}
+
+
+def _show_phases(service: "VLLMService", starting: Future[None]) -> None:
+    """Show what the servers do until they have started: on a terminal in place, else a line for each change."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(stderr=True)
+    shown: dict[str, str] = {}
+    with console.status("starting") if console.is_terminal else nullcontext() as status:
+        while not wait([starting], TICK).done:
+            servers = [server for server in service.status() if server.state != "stopped"]
+            doing = {it.name: it.phase or it.state if it.state == "starting" else it.state for it in servers}
+            if status is not None:
+                status.update(Text("\n  ".join(f"{name}: {phase}" for name, phase in doing.items())))
+            else:
+                for name, phase in doing.items():
+                    if shown.get(name) != phase:
+                        _say(f"{name}: {phase}")
+            shown = doing
+
+
+def _print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    wide = None if sys.stdout.isatty() else 10_000  # another program wants whole lines
+    Console(markup=False, highlight=False, emoji=False, width=wide).print(table)
+
+
+# --------------------------------------------------------------------------------------------------- items and answers
+
+
+class Line(Struct, kw_only=True, forbid_unknown_fields=True):
+    """One item of the input, as a line of JSON may have it."""
+
+    field: ClassVar[str]
+    id: int | str
+    params: Params | None = None
+
+    @property
+    def content(self) -> Any:
+        """What the model is asked."""
+        return getattr(self, self.field)
+
+
+class PromptLine(Line):
+    """A prompt: a text or a list of token ids."""
+
+    field: ClassVar[str] = "prompt"
+    prompt: str | list[int]
+
+
+class ConversationLine(Line):
+    """A conversation."""
+
+    field: ClassVar[str] = "messages"
+    messages: list[Any]
+
+
+class Record(Struct, kw_only=True, omit_defaults=True):
+    """One line of the output: what came of an item, under its id."""
+
+    id: int | str
+    prompt: str | list[int] | None = None
+    messages: list[Any] | None = None
+    outputs: list[Any] | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.outputs is None and self.error is None:
+            raise ValueError("neither 'outputs' nor 'error'")
+
+    @property
+    def content(self) -> Any:
+        """What the model was asked."""
+        return self.prompt if self.messages is None else self.messages
+
+
+def _numbered[T: Line](values: Iterable[Any], kind: type[T]) -> list[T]:
+    try:
+        lines = [kind(**{"id": index, kind.field: value}) for index, value in enumerate(values)]
+        msgspec.json.encode(lines)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the arguments are not UTF-8 text: {error.reason}") from error
+    return lines
+
+
+def _read[T: Line](path: Path, kind: type[T]) -> list[T]:
+    """Read all items of an input, so that what is wrong with it is known before a server starts."""
+    try:
+        text = (sys.stdin.buffer.read() if path == STDIO else path.read_bytes()).decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read the input: {error.strerror}", file=path) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"expected UTF-8 text: {error.reason} at byte {error.start}", file=path) from error
+    rows = [(number, row.rstrip("\r")) for number, row in enumerate(text.split("\n"), 1) if row.strip()]
+    if kind is PromptLine and not _has_json(path, rows):
+        return _numbered((row for _, row in rows), kind)
+    lines: dict[int | str, T] = {}
+    for index, (number, row) in enumerate(rows):
+        try:
+            value = msgspec.json.decode(row)
+            given = value if isinstance(value, dict) else {kind.field: value}
+            line = msgspec.convert({"id": index} | given, kind)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"not a {kind.field} line: {error}".replace("`", "'"), file=path, line=number) from error
+        if line.id in lines:
+            raise ConfigError(f"the id {line.id!r} is there twice", file=path, line=number)
+        lines[line.id] = line
+    return list(lines.values())
+
+
+def _has_json(path: Path, rows: Sequence[tuple[int, str]]) -> bool:
+    """Say whether an input is JSON lines: its name tells, or, for stdin, its first line."""
+    if path != STDIO or not rows:
+        return path.suffix == ".jsonl"
+    try:
+        return isinstance(msgspec.json.decode(rows[0][1]), (str, dict))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _has_system(messages: Sequence[Any]) -> bool:
+    return bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+
+
+def _read_params(text: str | None) -> Params | None:
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text, type=dict[str, Any])
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"expected --params as a JSON object like {{\"max_tokens\": 64}}, got '{text}'") from error
+
+
+def _answer(
+    service: "VLLMService", lines: Sequence[Line], params: Params | None, output: Path | None, *, as_text: bool
+) -> None:
+    """Send items, and put out what comes of each the moment it is ready: texts in order, or JSON lines as they come."""
+    output = None if output == STDIO else output
+    finished = _finished(output, lines) if output is not None and output.is_file() else set()
+    todo = [line for line in lines if line.id not in finished]
+    if len(todo) < len(lines):
+        _say(f"skipped {len(lines) - len(todo)} of {len(lines)} items: {output} has them")
+    if not todo:
+        return
+    contents = [line.content for line in todo]
+    each = [params if line.params is None else (params or {}) | line.params for line in todo]
+    failed = 0
+    with _opened(output) as stream, _serving(service), _progress(len(todo), stream) as advance:
+        outcomes: Outcomes = (
+            service.generate_iter(contents, each)
+            if isinstance(todo[0], PromptLine)
+            else service.chat_iter(contents, each)
+        )
+        for index, outcome in _in_order(outcomes) if as_text else outcomes:
+            failed += isinstance(outcome, ItemError)
+            if not as_text:
+                stream.write(_record(todo[index], outcome))
+            elif isinstance(outcome, ItemError):
+                _say(f"error: item {index}: {outcome}")
+            else:
+                stream.writelines(f"{it.text}\n".encode() for it in outcome)
+            stream.flush()
+            advance()
+    if failed:
+        raise GserveError(f"{failed} of {len(todo)} items failed")
+
+
+def _record(line: Line, outcome: list[ResponseOutput] | ItemError) -> bytes:
+    if isinstance(outcome, ItemError):
+        record = Record(id=line.id, error=str(outcome))
+    else:
+        outputs = [json_safe(output) for output in outcome]
+        record = Record(id=line.id, outputs=outputs, **{line.field: line.content})
+    return msgspec.json.encode(record) + b"\n"
+
+
+def _in_order(outcomes: Outcomes) -> Outcomes:
+    waiting: dict[int, list[ResponseOutput] | ItemError] = {}
+    turn = 0
+    for index, outcome in outcomes:
+        waiting[index] = outcome
+        while turn in waiting:
+            yield turn, waiting.pop(turn)
+            turn += 1
+
+
+def _finished(path: Path, lines: Sequence[Line]) -> set[int | str]:
+    """Return the ids that an earlier run has finished, and take out of the file what it has not.
+
+    That is, its errors, and a last line that it was killed in. Raises ConfigError: the file holds something else.
+    """
+    asked = {line.id: line.content for line in lines}
+    finished: set[int | str] = set()
+    unfinished: set[int] = set()
+    with path.open("rb") as stream:
+        for number, row in enumerate(stream, 1):
+            torn = not row.endswith(b"\n") and (row.startswith(RECORD_START) or RECORD_START.startswith(row))
+            try:
+                record = None if torn else msgspec.json.decode(row, type=Record)
+            except (ValueError, RecursionError) as error:
+                raise ConfigError("not a result of gserve: choose another --output", file=path, line=number) from error
+            if record is None or record.error is not None:
+                unfinished.add(number)
+                continue
+            if record.id in asked and record.content != asked[record.id]:
+                raise ConfigError(
+                    f"the id {record.id!r} stands for something else here than in the input: choose another --output",
+                    file=path, line=number,
+                )  # fmt: skip
+            finished.add(record.id)
+    if unfinished:
+        _rewrite(path, without=unfinished)
+    return finished
+
+
+def _rewrite(path: Path, without: set[int]) -> None:
+    """Write a file anew without some of its lines; it is whole at every moment."""
+    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as new, path.open("rb") as old:
+            new.writelines(row.rstrip(b"\n") + b"\n" for number, row in enumerate(old, 1) if number not in without)
+        shutil.copymode(path, scratch)
+        Path(scratch).replace(path.resolve())
+    except BaseException:
+        Path(scratch).unlink()
+        raise
+
+
+@contextmanager
+def _opened(path: Path | None) -> Iterator[BinaryIO]:
+    if path is None:
+        yield sys.stdout.buffer
+        return
+    try:
+        stream = path.open("ab")
+    except OSError as error:
+        raise ConfigError(f"cannot write the results: {error.strerror}", file=path) from error
+    with stream:
+        yield stream
+
+
+@contextmanager
+def _progress(total: int, stream: BinaryIO) -> Iterator[Callable[[], object]]:
+    """Show a bar on a terminal that the results do not go to; hand out what to call for each item that is done."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    hidden = not sys.stderr.isatty() or (stream is sys.stdout.buffer and sys.stdout.isatty())
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=hidden, redirect_stdout=False) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)
+
+
+def _converse(service: "VLLMService", opening: Sequence[Mapping[str, str]], params: Params | None) -> None:
+    """Hold a conversation at the terminal. What fails or is interrupted leaves no trace in it."""
+    prompt = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    history = [*opening]
+    with _serving(service):
+        while True:
+            try:
+                text = input(prompt).strip()
+            except EOFError:
+                if prompt:
+                    print()
+                return
+            if text == "/exit":
+                return
+            if not text:
+                continue
+            asked = [*history, {"role": "user", "content": text}]
+            try:
+                (outcome,) = service.chat([asked], params, return_extra=True, on_error="return")
+            except Signalled as signalled:
+                if signalled.number != signal.SIGINT:
+                    raise
+                _on_signals(_raise)  # this one was for the answer alone
+                _say("cancelled")
+                continue
+            if isinstance(outcome, ItemError):
+                _say(f"error: {outcome}")
+                continue
+            print(outcome[0].text, flush=True)
+            history = [*asked, {"role": "assistant", "content": outcome[0].text}]
+
+
+if __name__ == "__main__":
+    main()

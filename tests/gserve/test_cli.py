@@ -1,0 +1,568 @@
+"""The command line, run as its users run it: as a process of its own."""
+
+import fcntl
+import json
+import os
+import pty
+import shlex
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+SLOW = {"max_tokens": 3000, "ignore_eos": True}
+"""Parameters of an item that the shared service works on for 30 seconds."""
+
+
+class Place:
+    """A folder to run `gserve` in, and a user's environment that nobody else has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runtime = folder / "runtime"
+        self.runtime.mkdir(mode=0o700)
+        self.started: list[subprocess.Popen[str]] = []
+        self.environ = os.environ | {
+            "XDG_RUNTIME_DIR": str(self.runtime),
+            "XDG_STATE_HOME": str(folder / "state"),
+            "TERM": "xterm",
+            "PYTHONPYCACHEPREFIX": str(folder.parent / "bytecode"),  # a third of the time of these tests
+            "PYTHONDONTWRITEBYTECODE": "",
+        }
+
+    def config(self, name: str = "demo", servers: int = 1, **engine: Any) -> str:
+        text = {"llm": {"model_name": "demo-model"}, "serve": {"servers": servers}, "engine": {"type": "echo"} | engine}
+        (self.folder / f"{name}.yaml").write_text(json.dumps(text))
+        return f"{name}.yaml"
+
+    def write(self, name: str, *lines: Any) -> Path:
+        path = self.folder / name
+        dump = json.dumps if path.suffix == ".jsonl" else str
+        path.write_text("".join(f"{dump(line)}\n" for line in lines))
+        return path
+
+    def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-m", "gserve.cli", *arguments]
+        with (self.folder / "stderr").open("w") as stderr:
+            process = subprocess.Popen(
+                command,
+                **{
+                    "cwd": self.folder, "env": self.environ, "text": True,
+                    "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": stderr,
+                } | options,
+            )  # fmt: skip
+        self.started.append(process)
+        return process
+
+    def run(
+        self, *arguments: str, stdin: str = "", code: int = 0, **environ: str
+    ) -> "subprocess.CompletedProcess[str]":
+        done = subprocess.run(
+            [sys.executable, "-m", "gserve.cli", *arguments],
+            cwd=self.folder, env=self.environ | environ, input=stdin, text=True, capture_output=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == code, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "Exception ignored" not in done.stderr
+        return done
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the living processes that have this place's environment, the parent before its child."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                ours = process.environ().get("XDG_STATE_HOME") == self.environ["XDG_STATE_HOME"]
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return sorted(found, key=lambda process: process.create_time())
+
+    def servers(self) -> list[psutil.Process]:
+        return [process for process in self.processes() if "--lease" in process.cmdline()]
+
+    def assert_nothing_is_left(self) -> None:
+        for process in self.started:
+            process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+        eventually(lambda: not self.processes(), 15)
+        state = self.runtime / "gserve"
+        assert not state.exists() or list(state.iterdir()) == []
+
+
+def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
+    """Wait until `condition` holds, and return what it gave."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.02)
+    return found
+
+
+def records(text: str) -> dict[Any, Any]:
+    """Return the results in JSON lines by their id: texts, or an error."""
+    rows = [json.loads(row) for row in text.splitlines()]
+    found = {row["id"]: row.get("error") or [output["text"] for output in row["outputs"]] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _signals_as_in_a_terminal() -> Iterator[None]:
+    """A process in the background may have SIGINT ignored, and hands that on."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    place = Place(tmp_path)
+    yield place
+    place.assert_nothing_is_left()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """Return a place where a service named "shared" runs, 10 ms a token, which fails at prompts with "POISON"."""
+    place = Place(tmp_path_factory.mktemp("shared"))
+    process = place.start("launch", place.config("shared", latency=0.01, error_on="POISON"), "--name", "shared")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("name")
+    yield place
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    place.assert_nothing_is_left()
+
+
+@pytest.fixture
+def attached(shared: Place, tmp_path: Path) -> Iterator[Place]:
+    """Return a place from which the shared service is seen."""
+    place = Place(tmp_path)
+    place.environ["XDG_RUNTIME_DIR"] = shared.environ["XDG_RUNTIME_DIR"]
+    yield place
+    place.assert_nothing_is_left()
+
+
+# ------------------------------------------------------------------------------------- version, help, check, plugins
+
+
+def test_the_version_is_printed(place: Place) -> None:
+    assert place.run("--version").stdout.startswith("gserve 0.")
+
+
+def test_help_names_every_command_and_loads_neither_rich_nor_the_core_behind_them(place: Place) -> None:
+    shown = place.run("--help").stdout
+    for command in ("launch", "generate", "chat", "check", "plugins", "ps", "stop"):
+        assert f"\n  {command} " in shown
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, gserve.cli; print(*sys.modules)"],
+        text=True,
+        capture_output=True,
+        check=True,
+    ).stdout.split()
+    assert not {"rich", "yaml", "pluggy", "httpx", "fastapi", "gserve_core.service"} & set(loaded)
+
+
+def test_check_prints_commands_for_the_shell_and_starts_nothing(place: Place) -> None:
+    config = place.config(fail_start="it's a trap; echo no")
+    lines = place.run("check", config, "--set", "serve={gpu_ids: [2, 3]}").stdout.splitlines()
+    assert lines[::2] == ["# server-0 on GPU 2", "# server-1 on GPU 3"]
+    for line, gpu in zip(lines[1::2], "23", strict=True):
+        words = shlex.split(line)
+        command = words.index(sys.executable)
+        assert f"CUDA_VISIBLE_DEVICES={gpu}" in words[:command]
+        assert words[command + 1].endswith("gserve/vllm_server.py")
+        assert json.loads(words[words.index("--engine") + 1])["fail_start"] == "it's a trap; echo no"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("llm: {model_name: demo}\nserve: {prot: 1}\n", "bad.yaml:2: unknown key 'prot'; did you mean 'port'?"),
+        ("llm: {model_name: demo}\nengine: {type: ehco}\n", "bad.yaml:2: unknown engine 'ehco'; did you mean 'echo'?"),
+        ("llm: {model_name: demo}\nplugins: [no_such]\n", "no module named 'no_such'"),
+    ],
+)
+def test_a_wrong_config_is_one_line_and_exit_code_2(place: Place, text: str, said: str) -> None:
+    (place.folder / "bad.yaml").write_text(text)
+    done = place.run("check", "bad.yaml", code=2)
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert place.run("launch", "bad.yaml", code=2).stderr == done.stderr
+
+
+def test_a_traceback_comes_only_with_the_log_level_debug(place: Place) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "gserve.cli", "check", "no.yaml"],
+        cwd=place.folder, env=place.environ | {"GSERVE_LOG_LEVEL": "DEBUG"}, text=True, capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+    assert place.run("ps", GSERVE_LOG_LEVEL="LOUD", code=2).stderr.startswith("error: unknown log level 'LOUD'")
+
+
+def test_plugins_lists_what_is_built_in_what_a_config_names_and_what_is_broken(place: Place) -> None:
+    (place.folder / "mine.py").write_text(
+        "from gserve import CommandLauncher, hookimpl\nfrom dataclasses import dataclass\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Nice(CommandLauncher):\n    name = 'nice'\n"
+        "    def command(self, job):\n        return ['nice', *job.command]\n"
+        "@hookimpl\ndef gserve_register_launchers():\n    return [Nice]\n"
+    )
+    (place.folder / "mine.yaml").write_text("llm: {model_name: demo}\nplugins: [mine]\n")
+    broken = place.folder / "site" / "broken-1.dist-info"
+    broken.mkdir(parents=True)
+    (broken / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
+    (broken / "entry_points.txt").write_text("[gserve]\nbroken = no_such_module\n")
+    site = str(broken.parent)
+    without = [row.split() for row in place.run("plugins").stdout.splitlines()]
+    assert without[0] == ["kind", "name", "class", "from"]
+    assert ["engine", "echo", "gserve_core.engines.echo.EchoEngine", "gserve_core.engines.echo"] in without
+    shown = place.run("plugins", "mine.yaml", PYTHONPATH=site).stdout
+    assert ["launcher", "nice", "mine.Nice", "mine"] in [row.split() for row in shown.splitlines()]
+    assert "No module named 'no_such_module'" in shown
+
+
+# ---------------------------------------------------------------------------------------------------- launch, ps, stop
+
+
+def test_a_launched_service_is_listed_and_ends_by_stop(place: Place) -> None:
+    none = place.run("ps")
+    assert (none.stdout, none.stderr) == ("", "no service is running\n")
+    process = place.start("launch", place.config("two", servers=2), "--set", "llm.model_name=other")
+    assert process.stdout is not None
+    table = [process.stdout.readline().split() for _ in range(3)]
+    assert table[0] == ["name", "address", "GPUs", "model", "state"]
+    assert [[row[0], *row[2:]] for row in table[1:]] == [[f"server-{i}", "-", "other", "ready"] for i in (0, 1)]
+    for phase in ("server-0: starting", "server-1: starting"):
+        assert phase in place.stderr
+    listed = [row.split() for row in place.run("ps").stdout.splitlines()[1:]]
+    assert listed == [["two", str(process.pid), row[0], row[1], "other"] for row in table[1:]]
+    taken = place.run("launch", place.config("again"), "--name", "two", code=2)
+    assert f"a service named 'two' runs already (process {process.pid})" in taken.stderr
+    assert "did you mean 'two'?" in place.run("stop", "tow", code=2).stderr
+    assert place.run("stop", "two").stderr == "stopped 'two'\n"
+    assert process.wait(30) == 0
+    assert process.stdout.read() == ""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_a_launched_service_with_exit_code_0(place: Place, number: int) -> None:
+    process = place.start("launch", place.config())
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "error" not in place.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_servers_load_cancels_the_start(place: Place, number: int) -> None:
+    process = place.start("launch", place.config(servers=2, load_time=30))
+    eventually(lambda: "server-0: loading" in place.stderr and "server-1: loading" in place.stderr)
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[0] == ""
+    assert process.returncode == 128 + number
+
+
+def test_a_signal_that_nohup_ignores_is_ignored(place: Place) -> None:
+    config = place.config(load_time=30)
+    process = place.start("launch", config, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    eventually(lambda: "server-0: loading" in place.stderr)
+    process.send_signal(signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+
+
+def test_a_start_that_fails_is_exit_code_1_and_its_cause(place: Place) -> None:
+    done = place.run("launch", place.config(servers=2, fail_start="the weights are torn"), code=1)
+    assert done.stdout == ""
+    assert "error: server-" in done.stderr
+    assert "the weights are torn" in done.stderr
+
+
+def test_launch_goes_on_without_a_server_that_died_and_says_so_in_the_end(place: Place) -> None:
+    process = place.start("launch", place.config(servers=2))
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    place.servers()[0].kill()
+    eventually(lambda: "was killed by SIGKILL" in place.stderr)
+    assert place.run("generate", "--attach", "demo", "still here").stdout == "still here\n"
+    process.terminate()
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert place.stderr.count("was killed by SIGKILL") == 1
+    assert "error: ended without having been asked to: server-" in place.stderr
+
+
+def test_launch_ends_with_exit_code_1_when_no_server_is_left(place: Place) -> None:
+    process = place.start("launch", place.config())
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    place.servers()[0].kill()
+    process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "error: no server is running any more" in place.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ generate
+
+
+def test_generate_starts_servers_prints_texts_in_order_and_ends_the_servers(place: Place) -> None:
+    done = place.run("generate", place.config(servers=2, latency=0.01), "a b c d e", "f g", "--set", "llm.seed=1")
+    assert done.stdout == "a b c d e\nf g\n"
+    assert "error" not in done.stderr
+
+
+@pytest.mark.parametrize("number", SIGNALS[:2])
+def test_a_signal_during_generate_keeps_what_is_finished_and_ends_the_servers(place: Place, number: int) -> None:
+    config = place.config(latency=0.01)
+    place.write("in.jsonl", "fast", {"prompt": "slow", "params": SLOW})
+    process = place.start("generate", config, "-i", "in.jsonl", "-o", "out.jsonl")
+    output = place.folder / "out.jsonl"
+    eventually(lambda: output.exists() and output.read_text())
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + number
+    assert records(output.read_text()) == {0: ["fast"]}
+
+
+def test_generate_with_attach_takes_all_arguments_as_prompts(attached: Place) -> None:
+    done = attached.run("generate", "--attach", "shared", "one two three", "four", "--params", '{"n": 2}')
+    assert done.stdout == "one two three\none two three\nfour\nfour\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("one two\n\nthree\r\n", {0: ["one two"], 1: ["three"]}),
+        ('"one\\ntwo"\n{"prompt": "three", "id": "x", "params": {"n": 2}}\n', {0: ["one two"], "x": ["three"] * 2}),
+    ],
+)  # fmt: skip
+def test_generate_reads_texts_and_json_lines_from_a_file_and_from_stdin(
+    attached: Place, text: str, expected: dict[Any, Any]
+) -> None:
+    name = "in.jsonl" if text.startswith('"') else "in.txt"
+    (attached.folder / name).write_text(text)
+    for source, stdin in ((name, ""), ("-", text)):
+        assert records(attached.run("generate", "--attach", "shared", "-i", source, stdin=stdin).stdout) == expected
+
+
+def test_results_are_written_the_moment_they_are_ready_and_survive_a_kill(attached: Place) -> None:
+    slow = {"prompt": "slow", "id": "late"}
+    command = ("generate", "--attach", "shared", "-i", "in.jsonl", "-o", "out.jsonl")
+    output = attached.folder / "out.jsonl"
+    attached.write("in.jsonl", slow | {"params": SLOW}, "fast", "quick")
+    process = attached.start(*command)
+    eventually(lambda: output.exists() and output.read_text().count("\n") == 2)
+    process.kill()
+    process.communicate(timeout=30)
+    with output.open("a") as stream:
+        stream.write('{"id":"late","prompt":"sl')
+    attached.write("in.jsonl", slow, "fast", "quick")
+    done = attached.run(*command)
+    assert done.stderr == "skipped 2 of 3 items: out.jsonl has them\n"
+    assert records(output.read_text()) == {1: ["fast"], 2: ["quick"], "late": ["slow"]}
+    assert attached.run(*command).stderr == "skipped 3 of 3 items: out.jsonl has them\n"
+
+
+def test_items_that_fail_are_counted_and_done_again_by_the_next_run(attached: Place) -> None:
+    command = ("generate", "--attach", "shared", "-i", "in.jsonl", "-o", "out.jsonl")
+    attached.write("in.jsonl", {"prompt": "a", "id": 7}, {"prompt": "b", "params": {"max_tokens": -1}})
+    assert "error: 1 of 2 items failed\n" in attached.run(*command, code=1).stderr
+    output = attached.folder / "out.jsonl"
+    assert "max_tokens" in records(output.read_text())[1]
+    output.chmod(0o640)
+    attached.write("in.jsonl", {"prompt": "a", "id": 7}, "b")
+    attached.run(*command)
+    assert records(output.read_text()) == {7: ["a"], 1: ["b"]}
+    assert output.stat().st_mode & 0o777 == 0o640
+    assert sorted(path.name for path in attached.folder.glob("*out*")) == ["out.jsonl"]
+
+
+def test_an_item_that_fails_among_arguments_is_named_on_stderr(attached: Place) -> None:
+    done = attached.run("generate", "--attach", "shared", "fine", "POISON", code=1)
+    assert done.stdout == "fine\n"
+    assert done.stderr == "error: item 1: an error, as ordered\nerror: 1 of 2 items failed\n"
+
+
+@pytest.mark.parametrize("held", ['{"id": 0, "prompt": "mine"}\n', "my notes", '{"id":0,"prompt":"b","outputs":[]}\n'])
+def test_an_output_file_that_holds_something_else_is_left_alone(attached: Place, held: str) -> None:
+    output = attached.folder / "out.jsonl"
+    output.write_text(held)
+    done = attached.run("generate", "--attach", "shared", "a", "-o", "out.jsonl", code=2)
+    assert "error: out.jsonl:1: " in done.stderr
+    assert "choose another --output" in done.stderr
+    assert output.read_text() == held
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ((), 2, "expected a CONFIG"),
+        (("demo.yaml",), 2, "expected prompts"),
+        (("demo.yaml", "a", "-i", "in.jsonl"), 2, "expected prompts"),
+        (("demo.yaml", "a", "--params", "[1]"), 2, "expected --params as a JSON object"),
+        (("demo.yaml", "a", "--set", "serve.prot=1"), 2, "error: --set serve.prot=1: unknown key 'prot'"),
+        (("demo.yaml", "-i", "none.txt"), 2, "error: none.txt: cannot read the input: No such file"),
+        (("demo.yaml", "-i", "in.jsonl"), 2, "error: in.jsonl:2: not a prompt line: Object contains unknown field"),
+        (("demo.yaml", "-i", "twice.jsonl"), 2, "error: twice.jsonl:2: the id 1 is there twice"),
+        (("demo.yaml", "a", "-o", "no/out.jsonl"), 2, "error: no/out.jsonl: cannot write the results"),
+        (("--attach", "nobody", "a"), 2, "no service named 'nobody'"),
+        (("--attach", "nobody", "a", "--set", "llm.seed=1"), 2, "--set changes a config"),
+    ],
+)
+def test_wrong_arguments_are_told_before_a_server_starts(
+    place: Place, arguments: tuple[str, ...], code: int, said: str
+) -> None:
+    place.config()
+    place.write("in.jsonl", "fine", {"prompt": "a", "promt": "b"})
+    place.write("twice.jsonl", {"prompt": "a", "id": 1}, "b")
+    done = place.run("generate", *arguments, code=code)
+    assert said in done.stderr
+    assert "server-0" not in done.stderr
+
+
+def test_a_reader_that_leaves_early_and_a_full_disk_end_generate_without_a_traceback(attached: Place) -> None:
+    attached.write("in.jsonl", "first", *[{"prompt": "later", "params": {"max_tokens": 100, "ignore_eos": True}}] * 300)
+    process = attached.start("generate", "--attach", "shared", "-i", "in.jsonl")
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(30) == 1
+    assert attached.stderr == ""
+    full = attached.run("generate", "--attach", "shared", "a", "-o", "/dev/full", code=1)
+    assert full.stderr == "error: [Errno 28] No space left on device\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------- chat
+
+
+def test_chat_answers_one_message(attached: Place) -> None:
+    done = attached.run(
+        "chat", "--attach", "shared", "hello you", "--system", "Be brief.", "--params", '{"max_tokens": 1}'
+    )
+    assert (done.stdout, done.stderr) == ("hello\n", "")
+
+
+def test_chat_continues_conversations_from_a_file(attached: Place) -> None:
+    own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "b"}]
+    attached.write("in.jsonl", [{"role": "user", "content": "a"}], {"id": "x", "messages": own}, [])
+    command = ("chat", "--attach", "shared", "-i", "in.jsonl", "-o", "out.jsonl")
+    assert "error: 1 of 3 items failed" in attached.run(*command, code=1).stderr
+    output = attached.folder / "out.jsonl"
+    assert records(output.read_text()) == {0: ["a"], "x": ["b"], 2: "the conversation is empty"}
+    assert "skipped 2 of 3" in attached.run(*command, code=1).stderr
+    output.unlink()
+    attached.run(*command, "--system", "Be brief.")
+    asked = {row["id"]: row.get("messages") for row in map(json.loads, output.read_text().splitlines())}
+    assert asked[0] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
+    assert asked["x"] == own
+
+
+def test_chat_reads_messages_from_a_pipe_without_prompting(attached: Place) -> None:
+    done = attached.run("chat", "--attach", "shared", stdin="one\n\ntwo\n/exit\nthree\n")
+    assert (done.stdout, done.stderr) == ("one\ntwo\n", "")
+
+
+class Terminal:
+    """A terminal, with `gserve` as its foreground process."""
+
+    def __init__(self, place: Place, *arguments: str, **options: Any) -> None:
+        self.master, slave = pty.openpty()
+        ends = {"stdin": slave, "stdout": slave, "stderr": slave} | options
+        self.process = place.start(
+            *arguments, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY), **ends
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def expect(self, text: str) -> None:
+        """Read until `text` has come, and forget what came before it."""
+        os.set_blocking(self.master, False)
+        eventually(lambda: self._read() or text in self.seen)
+        self.seen = self.seen.partition(text)[2]
+
+    def _read(self) -> None:
+        try:
+            self.seen += os.read(self.master, 65536).decode()
+        except OSError:  # nothing there yet, or the other end is closed
+            return
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def end(self) -> int:
+        code = self.process.wait(30)
+        self._read()
+        os.close(self.master)
+        return code
+
+
+def test_a_conversation_at_the_terminal_outlives_a_cancelled_and_a_failed_answer(attached: Place) -> None:
+    terminal = Terminal(attached, "chat", "--attach", "shared", "--params", json.dumps(SLOW | {"max_tokens": 150}))
+    terminal.expect("you> ")
+    terminal.type("slow\n")
+    terminal.expect("slow\r\n")
+    time.sleep(0.3)
+    terminal.type("\x03")
+    terminal.expect("cancelled")
+    terminal.expect("you> ")
+    terminal.type("POISON\n")
+    terminal.expect("error: an error, as ordered")
+    terminal.expect("you> ")
+    terminal.type("\x04")
+    assert terminal.end() == 0
+
+
+def test_ctrl_c_at_the_prompt_of_a_conversation_ends_it_and_its_servers(place: Place) -> None:
+    terminal = Terminal(place, "chat", place.config(load_time=0.5))
+    terminal.expect("server-0: loading")
+    terminal.expect("you> ")
+    terminal.type("hello\n")
+    terminal.expect("hello\r\nhello\r\n")
+    terminal.expect("you> ")
+    terminal.type("\x03")
+    assert terminal.end() == 128 + signal.SIGINT
+
+
+def test_a_terminal_that_closes_ends_what_was_launched_in_it(place: Place) -> None:
+    terminal = Terminal(place, "launch", place.config())
+    terminal.expect("127.0.0.1:")
+    os.close(terminal.master)
+    assert terminal.process.wait(30) == 0
+
+
+def test_a_progress_bar_is_shown_on_a_terminal_only(attached: Place) -> None:
+    attached.write("in.txt", "a", "b", "c")
+    terminal = Terminal(attached, "generate", "--attach", "shared", "-i", "in.txt", stdout=subprocess.PIPE)
+    assert terminal.process.stdout is not None
+    assert records(terminal.process.stdout.read()) == {0: ["a"], 1: ["b"], 2: ["c"]}
+    terminal.expect("3/3")
+    assert terminal.end() == 0

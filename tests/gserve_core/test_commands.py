@@ -1,0 +1,144 @@
+"""Processes of this machine: how they are ended, and that they outlive the threads that started them."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from gserve import LaunchError
+from gserve_core import lease, runtime
+from gserve_core.commands import LocalProcess, group_is_alive
+from gserve_core.interfaces import Job
+from gserve_launchers.local import SubprocessLauncher
+
+STUBBORN = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+below = subprocess.Popen([sys.executable, "-c", '''
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print("set", flush=True)
+time.sleep(600)
+'''])
+print(below.pid, flush=True)
+time.sleep(600)
+"""
+ORPHANER = """
+import subprocess, sys
+print(subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL).pid, flush=True)
+sys.stdin.readline()
+sys.exit(7)
+"""
+
+
+def launch(tmp_path: Path, *command: str) -> LocalProcess:
+    return SubprocessLauncher().launch(Job(name="job", command=command, log=tmp_path / "log"))
+
+
+def python(tmp_path: Path, text: str) -> LocalProcess:
+    return launch(tmp_path, sys.executable, "-c", text)
+
+
+def lines(process: LocalProcess, count: int) -> list[bytes]:
+    text = b""
+    while text.count(b"\n") < count:
+        text += os.read(process.stdout.fileno(), 100)
+    return text.split(b"\n")[:count]
+
+
+def until_gone(pid: int) -> None:
+    deadline = time.monotonic() + 5
+    while runtime.process_start(pid) is not None:
+        assert time.monotonic() < deadline, f"{pid} is alive"
+        time.sleep(0.01)
+
+
+def test_a_process_that_ignores_sigterm_is_killed_with_all_below_it(tmp_path: Path) -> None:
+    process = python(tmp_path, STUBBORN)
+    below = next(int(line) for line in lines(process, 2) if line.isdigit())
+    began = time.monotonic()
+    assert process.stop(0.5) == -signal.SIGKILL
+    assert 0.4 < time.monotonic() - began < 4
+    until_gone(below)
+    assert not group_is_alive(process.pid)
+
+
+def test_what_a_process_left_below_it_is_ended_too(tmp_path: Path) -> None:
+    process = python(tmp_path, ORPHANER)
+    below = int(lines(process, 1)[0])
+    process.stdin.write(b"\n")
+    deadline = time.monotonic() + 10
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert runtime.process_start(below) is not None
+    assert process.stop(0.5) == 7
+    until_gone(below)
+
+
+def test_stop_is_idempotent_from_any_number_of_threads(tmp_path: Path) -> None:
+    process = python(tmp_path, "import time; time.sleep(600)")
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(lambda _: process.stop(5), range(16))) == {-signal.SIGTERM}
+    assert process.stop(5) == process.poll() == -signal.SIGTERM
+    assert process.stdin.closed
+    assert process.stdout.closed
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [("", 0), ("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", -9)],
+    ids=["exit 0", "exit 3", "SIGKILL"],
+)
+def test_the_exit_code_is_that_of_the_process(tmp_path: Path, text: str, code: int) -> None:
+    process = python(tmp_path, text)
+    deadline = time.monotonic() + 10
+    while process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert process.poll() == code
+    assert process.stop(1) == code
+
+
+@pytest.mark.parametrize("program", ["/nonexistent/program", "/etc/passwd", "/", "a\0b"])
+def test_a_program_that_cannot_be_started_is_named(tmp_path: Path, program: str) -> None:
+    with pytest.raises(LaunchError, match="cannot start"):
+        launch(tmp_path, program)
+
+
+def test_a_log_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    job = Job(name="job", command=["true"], log=tmp_path / "no" / "such" / "folder")
+    with pytest.raises(LaunchError, match="No such file or directory"):
+        SubprocessLauncher().launch(job)
+
+
+def test_a_process_leads_a_session_of_its_own(tmp_path: Path) -> None:
+    process = python(tmp_path, "import time; time.sleep(600)")
+    try:
+        assert os.getsid(process.pid) == os.getpgid(process.pid) == process.pid
+    finally:
+        process.stop(1)
+
+
+def test_servers_outlive_the_threads_that_started_them(tmp_path: Path) -> None:
+    def begin(index: int) -> tuple[LocalProcess, lease.OwnerEnd]:
+        program = "import sys; [print(line, end='', flush=True) for line in sys.stdin]"
+        job = Job(name=f"job-{index}", command=[sys.executable, "-S", "-c", program], log=tmp_path / f"{index}.log")
+        process = SubprocessLauncher().launch(job)
+        return process, lease.OwnerEnd(process.stdin, process.stdout, lease.Hello(f"i{index}", "t"))
+
+    with ThreadPoolExecutor(20) as pool:
+        started = list(pool.map(begin, range(20)))
+    try:
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")]
+        time.sleep(0.5)
+        assert [process.poll() for process, _ in started] == [None] * 20
+    finally:
+        for process, owner in started:
+            owner.close()
+            process.stop(5)

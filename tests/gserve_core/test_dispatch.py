@@ -1,0 +1,328 @@
+"""The queue: who gets what, in which order it comes back, and what happens to the work of servers that die."""
+
+import asyncio
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import Any
+
+import pytest
+
+from gserve import BatchError, ConfigError, ItemError, LLMConfig, ResponseOutput, ServeConfig, VLLMServer, VLLMService
+from gserve_core.engines.echo import EchoEngine
+from gserve_core.testing import our_processes
+
+LLM = LLMConfig("m", max_model_len=1000)
+
+
+def service_of(servers: int, **engine: Any) -> VLLMService:
+    return VLLMService(LLM, ServeConfig(servers=servers), engine=EchoEngine(**engine))
+
+
+def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds:g} s"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[VLLMService]:
+    with service_of(2, error_on="MARKED") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[VLLMService]:
+    """A tenth of a second a token, four items at once a server."""
+    with service_of(2, latency=0.1, capacity=4) as started:
+        yield started
+
+
+def say(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def test_results_come_in_the_order_of_the_call(slow: VLLMService) -> None:
+    prompts = [f"p{index} " * (1 + index * 7 % 3) for index in range(30)]
+    assert slow.generate(prompts) == [[prompt.strip()] for prompt in prompts]
+    assert slow.chat([say(prompt) for prompt in prompts[:6]]) == [[prompt.strip()] for prompt in prompts[:6]]
+
+
+def test_return_extra_gives_whole_outputs(service: VLLMService) -> None:
+    (item,) = service.generate(["a b"], {"logprobs": 1}, return_extra=True)
+    (output,) = item
+    assert isinstance(output, ResponseOutput)
+    assert (output.text, output.finish_reason, len(output.token_ids)) == ("a b", "stop", 2)
+    assert output.logprobs is not None
+    assert [next(iter(entry.values())).decoded_token for entry in output.logprobs if entry] == ["a", "b"]
+
+
+def test_several_completions_come_together(service: VLLMService) -> None:
+    assert service.generate(["a", "b"], {"n": 3}) == [["a"] * 3, ["b"] * 3]
+
+
+def test_every_item_may_have_its_own_parameters(service: VLLMService) -> None:
+    params = [{"max_tokens": 1}, None, {"n": 2}, {"max_tokens": 2}]
+    assert service.generate(["a b c"] * 4, params) == [["a"], ["a b c"], ["a b c"] * 2, ["a b"]]
+
+
+def test_token_ids_texts_and_their_subclasses_are_prompts(service: VLLMService) -> None:
+    class Text(str):
+        def __str__(self) -> str:
+            return "something else"
+
+    given = [[1, 2], (3,), Text("text"), "é🎉 \x00"]
+    assert service.generate(given) == [["1 2"], ["3"], ["text"], ["é🎉 \x00"]]
+    assert service.chat([[{"role": Text("user"), "content": Text("hello")}]]) == [["hello"]]
+
+
+def test_prompts_may_come_from_any_iterable(service: VLLMService) -> None:
+    assert service.generate(f"p{index}" for index in range(3)) == [["p0"], ["p1"], ["p2"]]
+    assert service.generate([]) == []
+    assert service.chat(()) == []
+    assert list(service.generate_iter([])) == []
+
+
+def test_a_bad_item_is_an_error_in_its_place(service: VLLMService) -> None:
+    results = service.generate(["a", "", "b"], on_error="return")
+    assert (results[0], results[2]) == (["a"], ["b"])
+    error = results[1]
+    assert isinstance(error, ItemError)
+    assert (str(error), error.index, error.invalid) == ("the prompt is empty", 1, True)
+
+
+def test_a_batch_error_carries_every_result(service: VLLMService) -> None:
+    with pytest.raises(BatchError, match="1 of 3 items failed; the first is item 1: the prompt is empty") as caught:
+        service.generate(["a", "", "b"])
+    assert [caught.value.results[index] for index in (0, 2)] == [["a"], ["b"]]
+    assert caught.value.errors == [caught.value.results[1]]
+
+
+def test_a_thousand_prompts_with_seven_kinds_of_bad_ones(service: VLLMService) -> None:
+    bad = ["", "w " * 1001, "\ud800", 7, None, [10**30], "MARKED"]
+    prompts: list[Any] = [f"prompt {index}" for index in range(1000)]
+    places = random.Random(1).sample(range(1000), len(bad))
+    for place, item in zip(places, bad, strict=True):
+        prompts[place] = item
+    with pytest.raises(BatchError, match="7 of 1000 items failed") as caught:
+        service.generate(prompts)
+    for index, result in enumerate(caught.value.results):
+        if index in places:
+            assert isinstance(result, ItemError)
+            assert result.index == index
+            assert result.invalid is (prompts[index] != "MARKED")
+        else:
+            assert result == [f"prompt {index}"]
+
+
+def test_bad_conversations_are_errors_in_their_places(service: VLLMService) -> None:
+    bad: list[Any] = [
+        [],
+        [{"role": "user"}],
+        [{"role": "user", "content": 1}],
+        "text",
+        None,
+        [say("nested")],
+        say("\ud800"),
+    ]
+    results = service.chat([say("fine"), *bad, say("fine too")], on_error="return")
+    assert (results[0], results[-1]) == (["fine"], ["fine too"])
+    assert [type(result) for result in results[1:-1]] == [ItemError] * len(bad)
+
+
+def test_bad_parameters_of_one_item_are_its_own_error(service: VLLMService) -> None:
+    params = [None, {"max_tokenz": 1}, {"n": -1}, "x", {"temperature": float("nan")}]
+    results = service.generate(["a"] * 5, params, on_error="return")
+    assert results[0] == ["a"]
+    assert [type(result) for result in results[1:]] == [ItemError] * 4
+    assert "did you mean 'max_tokens'?" in str(results[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda it: it.generate("a prompt"), r"expected a list of prompts like \[\"a prompt\", …\], got str"),
+        (lambda it: it.generate(7), "expected a list of prompts .* got int"),
+        (lambda it: it.generate({"prompts": ["a"]}), "expected a list of prompts .* got dict"),
+        (lambda it: it.chat("hello"), "expected a list of conversations .* got str"),
+        (lambda it: it.chat(say("hello")), "got one conversation: put it into a list"),
+        (lambda it: it.generate(["a", "b"], [None]), "one sampling_params for all or 2, one per item; got 1"),
+        (lambda it: it.generate(["a"], "hot"), "expected sampling_params as vllm.SamplingParams or a mapping, got str"),
+        (lambda it: it.generate(["a"], on_error="x"), "expected on_error as 'raise' or 'return', got 'x'"),
+        (lambda it: it.generate_iter("a prompt"), "expected a list of prompts"),
+    ],
+)
+def test_wrong_arguments_are_told(service: VLLMService, call: Callable[[VLLMService], Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call(service)
+
+
+# ----------------------------------------------------------------------------------------------------------- iterating
+
+
+def test_a_slow_item_does_not_hold_back_the_others(slow: VLLMService) -> None:
+    prompts = ["slow " * 20, *(f"p{index}" for index in range(20))]
+    seen = [index for index, _ in slow.generate_iter(prompts, {"max_tokens": 20})]
+    assert seen[-1] == 0
+    assert sorted(seen) == list(range(21))
+
+
+def test_the_first_result_comes_long_before_the_last(slow: VLLMService) -> None:
+    began = time.monotonic()
+    each = slow.generate_iter(["long " * 30, "short"], {"max_tokens": 30})
+    assert next(each)[0] == 1
+    assert time.monotonic() - began < 1.5
+    each.close()  # type: ignore[attr-defined]
+
+
+def test_an_iterator_that_is_closed_early_ends_the_work(slow: VLLMService) -> None:
+    each = slow.generate_iter(["short", *["long " * 500] * 100], {"max_tokens": 500})
+    next(each)
+    each.close()  # type: ignore[attr-defined]
+    began = time.monotonic()
+    assert slow.generate(["next"] * 8) == [["next"]] * 8  # the servers are free for it
+    assert time.monotonic() - began < 3
+
+
+def test_an_iterator_that_nobody_asks_does_nothing(slow: VLLMService) -> None:
+    for _ in range(20):
+        slow.generate_iter(["long " * 500] * 8, {"max_tokens": 500}).close()  # type: ignore[attr-defined]
+    began = time.monotonic()
+    assert slow.generate(["next"] * 8) == [["next"]] * 8
+    assert time.monotonic() - began < 3
+
+
+# -------------------------------------------------------------------------------------------------------- many at once
+
+
+def test_fifty_threads_call_at_once(service: VLLMService) -> None:
+    def call(thread: int) -> None:
+        for turn in range(5):
+            prompts = [f"t{thread} c{turn} p{index}" for index in range(20)]
+            assert service.generate(prompts) == [[prompt] for prompt in prompts]
+
+    with ThreadPoolExecutor(50) as pool:
+        list(pool.map(call, range(50)))
+
+
+def test_a_call_works_inside_a_running_event_loop(service: VLLMService) -> None:
+    async def inside() -> list[list[str]]:
+        return service.generate(["a"])
+
+    assert asyncio.run(inside()) == [["a"]]
+
+
+def test_a_hundred_thousand_items_go_in_one_call(service: VLLMService) -> None:
+    results = service.generate([f"p{index}" for index in range(100_000)])
+    assert results == [[f"p{index}"] for index in range(100_000)]
+
+
+def test_all_servers_get_work(slow: VLLMService) -> None:
+    began = time.monotonic()
+    slow.generate(["a b c d e"] * 16)  # four at once of half a second: 2 s for one server, 1 s for two
+    assert time.monotonic() - began < 1.8
+
+
+# ------------------------------------------------------------------------------------------------------------- deaths
+
+
+def kill(server: VLLMServer) -> None:
+    """Kill the process of a server: it is found by the port that its log tells, and that it listens on."""
+    instance = server.record().instance.encode()
+    for pid, command in our_processes().items():
+        if "vllm_server.py" in command:
+            with open(f"/proc/{pid}/environ", "rb") as environ:
+                if b"GSERVE_ID=" + instance in environ.read():
+                    os.kill(pid, signal.SIGKILL)
+
+
+def test_a_server_that_is_killed_loses_no_item() -> None:
+    with service_of(2, latency=0.05, capacity=8) as service:
+        prompts = [f"prompt {index}" for index in range(150)]
+        delivered: dict[int, Any] = {}
+        for number, (index, outcome) in zip(count(), service.generate_iter(prompts), strict=False):
+            assert index not in delivered, "an item must come once"
+            delivered[index] = outcome
+            if number == 20:
+                kill(service.servers[0])
+        assert len(delivered) == 150
+        assert all(delivered[index][0].text == prompt for index, prompt in enumerate(prompts))
+        until(lambda: [status.state for status in service.status()] == ["failed", "ready"])
+        assert service.is_running()
+
+        def call(thread: int) -> None:  # what is dead is not in the way of later calls
+            for turn in range(5):
+                mine = [f"t{thread} c{turn} p{index}" for index in range(4)]
+                assert service.generate(mine) == [[prompt] for prompt in mine]
+
+        with ThreadPoolExecutor(10) as pool:
+            list(pool.map(call, range(10)))
+
+
+def test_an_engine_that_dies_loses_no_item_but_the_one_it_dies_of() -> None:
+    with service_of(4, latency=0.01, capacity=16, die_on="POISON") as service:
+        prompts = [f"prompt {index}" for index in range(200)]
+        prompts[50] = "POISON"
+        results = service.generate(prompts, on_error="return")
+        assert [index for index, result in enumerate(results) if isinstance(result, ItemError)] == [50]
+        assert all(result == [prompts[index]] for index, result in enumerate(results) if index != 50)
+        until(lambda: sum(status.state == "failed" for status in service.status()) == 3)
+        assert service.generate(["and on"]) == [["and on"]]
+
+
+def test_when_all_servers_are_killed_the_call_ends_with_what_is_finished() -> None:
+    with service_of(2, latency=0.3, capacity=4) as service:
+        errors: list[BatchError] = []
+
+        def call() -> None:
+            try:
+                service.generate([f"p{index}" for index in range(100)])
+            except BatchError as error:
+                errors.append(error)
+
+        calling = threading.Thread(target=call)
+        calling.start()
+        time.sleep(1.0)
+        for server in service.servers:
+            kill(server)
+        began = time.monotonic()
+        calling.join(10)
+        assert time.monotonic() - began < 5
+        (error,) = errors
+        finished = [result for result in error.results if not isinstance(result, ItemError)]
+        assert 8 <= len(finished) < 100
+        assert all(result == [f"p{index}"] for index, result in enumerate(error.results) if result in finished)
+        assert "no server is left" in str(error)
+        assert not any(failure.invalid for failure in error.errors)
+        until(lambda: not service.is_running())
+        with pytest.raises(BatchError, match="no server is left"):
+            service.generate(["a"])
+
+
+def test_a_server_that_shows_no_life_is_left_and_its_items_go_elsewhere() -> None:
+    serve = ServeConfig(servers=2, client_timeout=1.0)
+    with VLLMService(LLM, serve, engine=EchoEngine(latency=0.02, capacity=8)) as service:
+        instance = service.servers[0].record().instance.encode()
+        (stopped,) = [
+            pid
+            for pid, command in our_processes().items()
+            if "vllm_server.py" in command and b"GSERVE_ID=" + instance in open(f"/proc/{pid}/environ", "rb").read()
+        ]
+        os.kill(stopped, signal.SIGSTOP)
+        try:
+            prompts = [f"p{index}" for index in range(50)]
+            began = time.monotonic()
+            assert service.generate(prompts) == [[prompt] for prompt in prompts]
+            assert time.monotonic() - began < 5
+        finally:
+            os.kill(stopped, signal.SIGCONT)
+        assert service.generate(prompts) == [[prompt] for prompt in prompts]

@@ -1,0 +1,335 @@
+"""The lease, spoken by hand: a server as a raw process, JSON lines on its stdin and stdout."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gserve_core import runtime
+
+PROGRAM = Path(__file__).parents[2] / "gserve" / "vllm_server.py"
+HELLO = {"type": "hello", "instance": "the-instance", "token": "the-token"}
+ENDS_WITHIN = 5.0
+
+NOISY = """
+import os, subprocess, sys, time
+print("noise on stdout, from the import of a plugin", flush=True)
+os.write(1, b"and past Python's own buffers\\n")
+subprocess.run(["echo", "from a program"], check=True)
+time.sleep(float(os.environ.get("IMPORT_SECONDS", "0")))
+from dataclasses import dataclass
+from typing import ClassVar
+from gserve_core.engines.echo import EchoEngine
+from gserve import hookimpl
+
+@dataclass(frozen=True, kw_only=True)
+class Noisy(EchoEngine):
+    name: ClassVar[str] = "noisy"
+
+    async def start(self, llm, report):
+        print("noise while it loads", flush=True)
+        return await super().start(llm, report)
+
+@hookimpl
+def gserve_register_engines():
+    return [Noisy]
+"""
+
+
+class Leased:
+    """A server process, and the owner's end of its line."""
+
+    def __init__(self, folder: Path, *arguments: str, engine: dict[str, Any] | None = None) -> None:
+        self.log = folder / "log"
+        section = json.dumps({"type": "echo", **(engine or {})})
+        command = [sys.executable, str(PROGRAM), "--serve", "--model", "m", "--port", "0", "--engine", section]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [*command, *arguments, "--lease"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, bufsize=0,
+                env={**os.environ, "GSERVE_ID": "lease"}, start_new_session=True,
+            )  # fmt: skip
+        self._rest = b""
+        self.heard: list[dict[str, Any]] = []
+
+    def say(self, message: dict[str, Any] | bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
+
+    def hear(self, kind: str, seconds: float = 15.0) -> dict[str, Any]:
+        """Return the next message of a kind; every line that comes must be a message."""
+        assert self.process.stdout is not None
+        deadline = time.monotonic() + seconds
+        while True:
+            line, newline, self._rest = self._rest.partition(b"\n")
+            if newline:
+                self.heard.append(message := json.loads(line))
+                if message["type"] == kind:
+                    return message
+                continue
+            self._rest = line
+            remaining = deadline - time.monotonic()
+            assert remaining > 0, f"no '{kind}' within {seconds:g} s; heard {self.heard}"
+            if select.select([self.process.stdout], [], [], remaining)[0]:
+                chunk = os.read(self.process.stdout.fileno(), 1 << 16)
+                assert chunk, f"the line ended before '{kind}'; heard {self.heard}; log:\n{self.log.read_text()}"
+                self._rest += chunk
+
+    def until_loading(self) -> None:
+        while self.hear("phase")["text"] != "loading":
+            pass
+
+    def hang_up(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+@contextmanager
+def leased(folder: Path, *arguments: str, **engine: Any) -> Iterator[Leased]:
+    server = Leased(folder, *arguments, engine=engine)
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+def below(pid: int) -> list[int]:
+    """Return the children of a process."""
+    return [int(it) for task in Path(f"/proc/{pid}/task").iterdir() for it in (task / "children").read_text().split()]
+
+
+def until_gone(*pids: int, seconds: float = ENDS_WITHIN) -> None:
+    deadline = time.monotonic() + seconds
+    while alive := [pid for pid in pids if runtime.process_start(pid) is not None]:
+        assert time.monotonic() < deadline, f"alive after {seconds:g} s: {alive}"
+        time.sleep(0.02)
+
+
+def status_of(port: int, token: str | None) -> int:
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        connection.request("POST", "/generate", b'{"prompts": ["a"]}', headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def begin_long_work(port: int) -> HTTPConnection:
+    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    body = json.dumps({"prompts": ["a " * 100], "params": {"max_tokens": 100}})
+    connection.request("POST", "/generate", body, {"Authorization": "Bearer the-token"})
+    time.sleep(0.3)
+    return connection
+
+
+def test_a_server_tells_its_start_in_order_and_stops_when_told(tmp_path: Path) -> None:
+    with leased(tmp_path) as server:
+        server.say(HELLO)
+        ready = server.hear("ready")
+        kinds = [message["type"] for message in server.heard]
+        assert kinds[0] == "listening"
+        assert set(kinds[1:-1]) == {"phase"}
+        assert [it["text"] for it in server.heard[1:-1]] == ["starting the engine", "loading", "making the first token"]
+        assert ready["info"]["model"] == "m"
+        hosts, port = server.heard[0]["address"]
+        assert hosts == ["127.0.0.1"]
+        assert [status_of(port, token) for token in (None, "the-tokem", "the-token")] == [401, 401, 200]
+        (child,) = below(server.process.pid)
+        server.say({"type": "stop"})
+        assert server.hear("stopped") == {"type": "stopped"}
+        assert server.process.wait(ENDS_WITHIN) == 0
+        until_gone(child)
+
+
+def test_a_server_that_is_told_to_drain_finishes_what_it_has(tmp_path: Path) -> None:
+    with leased(tmp_path, latency=0.5) as server:
+        server.say(HELLO)
+        server.hear("ready")
+        port = server.heard[0]["address"][1]
+        connection = HTTPConnection("127.0.0.1", port, timeout=10)
+        connection.request("POST", "/generate", b'{"prompts": ["a b"]}', {"Authorization": "Bearer the-token"})
+        time.sleep(0.3)
+        server.say({"type": "drain"})
+        reply = connection.getresponse()
+        assert (reply.status, json.loads(reply.read())[0][0]["text"]) == (200, "a b")
+        connection.close()
+        server.hear("stopped")
+        assert server.process.wait(ENDS_WITHIN) == 0
+
+
+def test_a_server_that_fails_says_why(tmp_path: Path) -> None:
+    with leased(tmp_path, fail_start="no such model") as server:
+        server.say(HELLO)
+        assert server.hear("failed")["cause"] == "no such model"
+        assert server.process.wait(ENDS_WITHIN) == 1
+
+
+@pytest.mark.parametrize("moment", ["before hello", "loading", "idle", "mid-request"])
+def test_a_server_and_its_child_end_when_the_line_ends(tmp_path: Path, moment: str) -> None:
+    with leased(tmp_path, latency=0.5, load_time=60.0 if moment == "loading" else 0.0) as server:
+        working: HTTPConnection | None = None
+        children: list[int] = []
+        if moment != "before hello":
+            server.say(HELLO)
+            if moment == "loading":
+                server.until_loading()
+            else:
+                server.hear("ready")
+            if moment == "mid-request":
+                working = begin_long_work(server.heard[0]["address"][1])
+            children = below(server.process.pid)
+            assert len(children) == 1
+        server.hang_up()
+        server.process.wait(ENDS_WITHIN)
+        until_gone(*children)
+        if working is not None:
+            working.close()
+
+
+def test_a_server_that_nobody_greets_says_what_is_missing(tmp_path: Path) -> None:
+    with leased(tmp_path) as server:
+        server.say(b"who is there?\n")
+        server.hang_up()
+        assert server.process.wait(15) == 1
+        assert "no owner speaks on stdin" in server.log.read_text()
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_a_server_ends_when_its_owner_is_gone_while_a_plugin_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMPORT_SECONDS", "60")
+    (tmp_path / "slow_plugin.py").write_text(NOISY)
+    plugin = ("--plugins", "slow_plugin", "--plugin_folder", str(tmp_path))
+    with leased(tmp_path, *plugin, type="noisy") as server:
+        server.say(HELLO)
+        deadline = time.monotonic() + 15
+        while "from a program" not in server.log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        server.hang_up()
+        server.process.wait(ENDS_WITHIN)
+
+
+OWNER = """
+import os, subprocess, sys, time
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
+server.stdin.write(b'{"type": "hello", "instance": "i", "token": "t"}\\n')
+server.stdin.flush()
+print(server.pid, flush=True)
+for line in server.stdout:
+    print(line.decode(), end="", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize(("load_time", "until"), [(60.0, '"loading"'), (0.0, '"ready"')], ids=["loading", "idle"])
+def test_a_server_and_its_child_end_when_the_owner_is_killed(tmp_path: Path, load_time: float, until: str) -> None:
+    section = json.dumps({"type": "echo", "load_time": load_time})
+    server = [sys.executable, str(PROGRAM), "--serve", "--model", "m", "--port", "0", "--engine", section, "--lease"]
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, *server], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "GSERVE_ID": "lease"},
+    )  # fmt: skip
+    assert owner.stdout is not None
+    with owner.stdout:
+        pid = int(owner.stdout.readline())
+        while until not in owner.stdout.readline():
+            assert runtime.process_start(pid) is not None
+        (child,) = below(pid)
+        owner.send_signal(signal.SIGKILL)
+        owner.wait()
+        until_gone(pid, child)
+
+
+def test_a_server_ends_when_no_beat_comes(tmp_path: Path) -> None:
+    with leased(tmp_path) as server:
+        server.say({**HELLO, "ttl": 2.0})
+        server.hear("ready")
+        (child,) = below(server.process.pid)
+        for _ in range(6):  # with beats it lives longer than that
+            time.sleep(0.5)
+            server.say({"type": "beat"})
+        assert server.process.poll() is None
+        server.process.wait(2.0 + ENDS_WITHIN)
+        until_gone(child)
+
+
+def test_what_a_plugin_prints_does_not_disturb_the_line(tmp_path: Path) -> None:
+    (tmp_path / "noisy_plugin.py").write_text(NOISY)
+    plugin = ("--plugins", "noisy_plugin", "--plugin_folder", str(tmp_path))
+    with leased(tmp_path, *plugin, type="noisy") as server:
+        server.say(HELLO)
+        server.hear("ready")  # takes nothing but messages
+        log = server.log.read_text()
+        for noise in ("noise on stdout", "past Python's own", "from a program", "noise while it loads"):
+            assert noise in log
+
+
+def test_the_engine_inherits_nothing_of_the_line(tmp_path: Path) -> None:
+    with leased(tmp_path) as server:
+        server.say(HELLO)
+        server.hear("ready")
+        assert server.process.stdin is not None
+        assert server.process.stdout is not None
+        line = {Path(f"/proc/self/fd/{it.fileno()}").readlink() for it in (server.process.stdin, server.process.stdout)}
+
+        def held(pid: int) -> set[Path]:
+            return {it.readlink() for it in Path(f"/proc/{pid}/fd").iterdir()}
+
+        (child,) = below(server.process.pid)
+        assert line <= held(server.process.pid)
+        assert not line & held(child)
+
+
+def test_lines_that_are_no_messages_are_passed_over(tmp_path: Path) -> None:
+    garbage = b'Welcome to the cluster!\n{"type": "hullo"}\n\xff\xfe\n\n[1, 2]\n' + b"x" * 3_000_000 + b"\n"
+    with leased(tmp_path) as server:
+        server.say(garbage)
+        server.say(HELLO)
+        server.hear("ready", 20)
+        server.say(garbage)
+        server.say({"type": "stop"})
+        server.hear("stopped")
+        assert server.process.wait(ENDS_WITHIN) == 0
+
+
+def test_a_hello_that_comes_in_pieces_with_more_behind_it_is_understood(tmp_path: Path) -> None:
+    with leased(tmp_path, load_time=60.0) as server:
+        text = json.dumps(HELLO).encode() + b'\n{"type": "beat"}\n{"type": "stop"}\n'
+        server.say(text[:20])
+        time.sleep(1.0)
+        server.say(text[20:])
+        server.hear("stopped")
+        assert server.process.wait(ENDS_WITHIN) == 0
+
+
+def test_a_server_does_not_mind_an_owner_that_does_not_read(tmp_path: Path) -> None:
+    with leased(tmp_path) as server:
+        server.say(HELLO)
+        assert server.process.stdout is not None
+        server.process.stdout.close()
+        deadline = time.monotonic() + 15
+        while "ready: m" not in server.log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        server.say({"type": "stop"})
+        assert server.process.wait(ENDS_WITHIN) == 0

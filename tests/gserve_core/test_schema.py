@@ -1,0 +1,142 @@
+"""What travels: every type comes back as it was, unknown fields are refused, and JSON says what it can."""
+
+import math
+from typing import Any
+
+import msgspec
+import pytest
+
+from gserve_core.schema import (
+    LOWEST_LOGPROB,
+    ChatRequest,
+    Conversation,
+    Event,
+    Failure,
+    GenerateRequest,
+    Group,
+    Health,
+    Heartbeat,
+    Logprob,
+    Message,
+    ResponseOutput,
+    Result,
+    RunRequest,
+    TextPart,
+    json_safe,
+)
+
+INFINITY = float("inf")
+CONVERSATION = Conversation(
+    [Message("system", "be brief"), Message("user", [TextPart("text", "é\x00"), TextPart("text", "")], "Ann")],
+    add_generation_prompt=False,
+    continue_final_message=True,
+)
+FULL = ResponseOutput(
+    " ?", [1, 2], "stop", 2, -1.5, [{1: Logprob(-0.5, 1, "a")}, None], [None, {7: Logprob(-2.0), 8: Logprob(-3.0, 2)}]
+)
+
+
+@pytest.mark.parametrize("codec", [msgspec.json, msgspec.msgpack], ids=["json", "msgpack"])
+@pytest.mark.parametrize(
+    ("value", "kind"),
+    [
+        (ChatRequest([CONVERSATION.messages], {"n": 2, "stop": ["x"]}, False, True), ChatRequest),
+        (ChatRequest([]), ChatRequest),
+        (GenerateRequest(["a", [1, 2], "", []], {"temperature": 0.0}), GenerateRequest),
+        (RunRequest([Group(["a", [1], CONVERSATION], {"seed": 2**63 - 1}), Group([])], 0.5), RunRequest),
+        ([Result(3, [FULL, ResponseOutput("")]), Failure(4, "no", False), Heartbeat(2)], list[Event]),
+        (FULL, ResponseOutput),
+        (ResponseOutput("", stop_reason="###"), ResponseOutput),
+        (Health("starting", "loading"), Health),
+        (Health("ok"), Health),
+    ],
+    ids=lambda it: it.__class__.__name__ if isinstance(it, msgspec.Struct) else "",
+)
+def test_what_travels_arrives_as_it_was(codec: Any, value: object, kind: Any) -> None:
+    assert codec.decode(codec.encode(value), type=kind) == value
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "expected"),
+    [
+        ({"prompts": ["a"], "parms": {}}, GenerateRequest, "Object contains unknown field `parms`"),
+        ({"conversations": [], "prompts": []}, ChatRequest, "Object contains unknown field `prompts`"),
+        (
+            {"conversations": [[{"role": "user", "content": "a", "tool_calls": []}]]},
+            ChatRequest,
+            "Object contains unknown field `tool_calls` - at `$.conversations[0][0]`",
+        ),
+        (
+            {"conversations": [[{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]]},
+            ChatRequest,
+            "Object contains unknown field `x` - at `$.conversations[0][0].content[0]`",
+        ),
+        ({"groups": [{"prompts": [], "x": 1}]}, RunRequest, "Object contains unknown field `x` - at `$.groups[0]`"),
+        ({"groups": [], "x": 1}, RunRequest, "Object contains unknown field `x`"),
+        (
+            {"groups": [{"prompts": [{"messages": [], "x": 1}]}]},
+            RunRequest,
+            "Object contains unknown field `x` - at `$.groups[0].prompts[0]`",
+        ),
+        ({}, GenerateRequest, "Object missing required field `prompts`"),
+        ({"prompts": "a"}, GenerateRequest, "Expected `array`, got `str` - at `$.prompts`"),
+        ({"prompts": [1]}, GenerateRequest, "Expected `str | array`, got `int` - at `$.prompts[0]`"),
+        ({"prompts": [["a"]]}, GenerateRequest, "Expected `int`, got `str` - at `$.prompts[0][0]`"),
+        (
+            {"conversations": [[{"role": "user", "content": [{"type": "image_url", "text": ""}]}]]},
+            ChatRequest,
+            "Invalid enum value 'image_url' - at `$.conversations[0][0].content[0].type`",
+        ),
+        (
+            {"prompts": [], "params": {"stop": 1}, "model": "m"},
+            GenerateRequest,
+            "Object contains unknown field `model`",
+        ),
+    ],
+)
+def test_a_body_that_is_not_what_was_agreed_is_refused(body: object, kind: Any, expected: str) -> None:
+    for codec in (msgspec.json, msgspec.msgpack):
+        with pytest.raises(msgspec.ValidationError) as caught:
+            codec.decode(codec.encode(body), type=kind)
+        assert str(caught.value) == expected
+
+
+def test_a_reply_has_the_fields_of_the_seed() -> None:
+    assert msgspec.to_builtins(ResponseOutput("a", logprobs=[{5: Logprob(-1.0, 1, "a")}])) == {
+        "text": "a",
+        "logprobs": [{5: {"logprob": -1.0, "rank": 1, "decoded_token": "a"}}],
+    }
+    assert msgspec.json.encode(Health("ok")) == b'{"status":"ok"}'
+
+
+def test_msgpack_carries_minus_infinity() -> None:
+    output = ResponseOutput("", [], None, None, -INFINITY, [{1: Logprob(-INFINITY)}], [None, {1: Logprob(-INFINITY)}])
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(output), type=ResponseOutput) == output
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [
+        (ResponseOutput("a", [1], "length"), ResponseOutput("a", [1], "length")),
+        (FULL, FULL),
+        (
+            ResponseOutput("a", [1], "stop", 3, -INFINITY, [{1: Logprob(-INFINITY, 9, "x"), 2: Logprob(-0.5)}, None]),
+            ResponseOutput("a", [1], "stop", 3, -9999.0, [{1: Logprob(-9999.0, 9, "x"), 2: Logprob(-0.5)}, None]),
+        ),
+        (
+            ResponseOutput("a", prompt_logprobs=[None, {1: Logprob(-INFINITY, 9, "x"), 2: Logprob(-0.5)}]),
+            ResponseOutput("a", prompt_logprobs=[None, {1: Logprob(LOWEST_LOGPROB, 9, "x"), 2: Logprob(-0.5)}]),
+        ),
+        (
+            ResponseOutput("a", logprobs=[{1: Logprob(-INFINITY)}]),  # without its sum
+            ResponseOutput("a", logprobs=[{1: Logprob(LOWEST_LOGPROB)}]),
+        ),
+        (ResponseOutput("", cumulative_logprob=0.0, logprobs=[{}]), ResponseOutput("", [], None, None, 0.0, [{}])),
+        (ResponseOutput("a", cumulative_logprob=math.nan), ResponseOutput("a", cumulative_logprob=LOWEST_LOGPROB)),
+    ],
+)  # fmt: skip
+def test_json_gets_a_number_for_minus_infinity_and_the_rest_as_it_was(
+    output: ResponseOutput, expected: ResponseOutput
+) -> None:
+    assert json_safe(output) == expected
+    assert msgspec.json.decode(msgspec.json.encode(json_safe(output)), type=ResponseOutput) == expected

@@ -1,0 +1,273 @@
+"""The import statements of the packages, held to section "The rooms" of the design: who may know what."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+PACKAGES = {  # package: the packages that it may import
+    "gserve_core": set(),
+    "gserve_launchers": {"gserve_core"},
+    "gserve_transports": {"gserve_core"},
+    "gserve": {"gserve_core", "gserve_launchers", "gserve_transports"},
+}
+CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
+    {"errors"},
+    {"schema"},
+    {"config"},
+    {"interfaces"},
+    {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "diagnosis"},
+    {"plugins"},
+    {"dispatch"},
+    {"client"},
+    {"server"},
+    {"service"},
+)
+CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
+    "serving": {"errors", "schema", "config", "interfaces", "lease", "log_utils", "runtime", "plugins"},
+    "testing": {"errors", "schema", "config", "interfaces", "runtime"},
+    "engines.echo": {"errors", "schema", "config", "interfaces", "hookspecs", "sampling"},
+    "engines.vllm_engine": {
+        "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.demo_model",
+    },
+}  # fmt: skip
+OF_AN_ENGINE = {"engines.demo_model": {"errors", "interfaces"}}
+FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs"}
+"""What launchers and transports need of the core: no more than a plugin's author."""
+
+HOMES = {  # third parties: the only files that may import them
+    "vllm": {"gserve_core/engines/vllm_engine.py"},
+    "torch": {"gserve_core/engines/demo_model.py"},
+    "transformers": {"gserve_core/engines/demo_model.py"},
+    "httpx": {"gserve_transports/http_client.py"},
+    "fastapi": {"gserve_transports/http_server.py"},
+    "starlette": {"gserve_transports/http_server.py"},
+    "uvicorn": {"gserve_transports/http_server.py"},
+    "pluggy": {"gserve_core/hookspecs.py", "gserve_core/plugins.py"},
+    "yaml": {"gserve_core/config.py"},
+    "uvloop": {"gserve_core/serving.py"},
+    "typer": {"gserve/cli.py"},
+    "rich": {"gserve/cli.py"},
+    "pytest": {"gserve_core/testing.py"},
+}
+EVERYWHERE = {"msgspec"}
+LATE = {  # imports that do not stand at the top of their file, and why
+    "gserve_core/engines/vllm_engine.py": {"vllm"},  # takes 10 s, and health is answered meanwhile
+    "gserve_core/engines/demo_model.py": {"torch", "transformers"},
+    "gserve_core/testing.py": {"pytest", "gserve_core"},  # only its fixtures need pytest
+    "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used
+    "gserve/vllm_server.py": {"gserve_core"},  # after the search path is right
+    "gserve/cli.py": {"gserve_core", "rich"},  # `gserve --help` needs none of them
+}
+HEAVY = {"vllm", "torch", "fastapi", "uvicorn", "httpx", "numpy", "transformers"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module, by its full name."""
+
+    file: str
+    line: int
+    module: str
+    is_late: bool
+
+    @property
+    def package(self) -> str:
+        return self.module.partition(".")[0]
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} imports {self.module}"
+
+
+def sources() -> dict[str, ast.Module]:
+    files = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+    return {str(file.relative_to(ROOT)): ast.parse(file.read_text()) for file in files}
+
+
+def module_name(file: str) -> str:
+    return file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def imports(file: str, tree: ast.Module) -> Iterator[Import]:
+    package = module_name(file) if file.endswith("__init__.py") else module_name(file).rpartition(".")[0]
+    for_types = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "TYPE_CHECKING"
+        for node in branch.body
+    }
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
+        names = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            # `from package import module` imports the module; `from module import name` the module that it names.
+            names = [f"{base}.{name}" if f"{base}.{name}" in MODULES else base for name in names]
+        for name in dict.fromkeys(names):
+            yield Import(file, node.lineno, name, node not in tree.body and id(node) not in for_types)
+
+
+SOURCES = sources()
+MODULES = {module_name(file) for file in SOURCES}
+IMPORTS = [one for file, tree in SOURCES.items() for one in imports(file, tree)]
+
+
+def allowed_in_core() -> dict[str, set[str]]:
+    table: dict[str, set[str]] = {}
+    below: set[str] = set()
+    for layer in CORE_LAYERS:
+        table |= {module: set(below) for module in layer}
+        below |= layer
+    return table | CORE_LEAVES | OF_AN_ENGINE
+
+
+def test_packages_import_one_way() -> None:
+    wrong = [
+        one
+        for one in IMPORTS
+        if one.package in PACKAGES
+        and one.package != (own := one.file.partition("/")[0])
+        and one.package not in PACKAGES[own]
+    ]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_a_module_of_the_core_imports_only_those_below_it() -> None:
+    table = allowed_in_core()
+    modules = {name.removeprefix("gserve_core.") for name in MODULES if name.startswith("gserve_core.")}
+    assert modules - {"engines"} == set(table), "every module of the core has its place in this table"
+    wrong = [
+        one
+        for one in IMPORTS
+        if one.file.startswith("gserve_core/")
+        and one.package == "gserve_core"
+        and one.module.removeprefix("gserve_core.") not in table[module_name(one.file).removeprefix("gserve_core.")]
+    ]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_launchers_and_transports_need_no_more_of_the_core_than_a_plugin() -> None:
+    wrong = [
+        one
+        for one in IMPORTS
+        if one.file.startswith(("gserve_launchers/", "gserve_transports/"))
+        and one.package == "gserve_core"
+        and one.module.removeprefix("gserve_core.") not in FOR_PLUGINS
+    ]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_every_third_party_has_its_home() -> None:
+    known = set(sys.stdlib_module_names) | set(PACKAGES) | EVERYWHERE
+    wrong = [one for one in IMPORTS if one.package not in known and one.file not in HOMES.get(one.package, set())]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_imports_stand_at_the_top_of_a_file_but_for_a_reason() -> None:
+    wrong = [one for one in IMPORTS if one.is_late and one.package not in LATE.get(one.file, set())]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_no_module_bears_the_name_of_one_of_pythons_or_a_name_that_says_nothing() -> None:
+    names = {part for name in MODULES for part in name.split(".")}
+    assert not names & set(sys.stdlib_module_names)
+    assert not names & {"utils", "util", "helpers", "helper", "common", "manager", "misc", "base"}
+
+
+def test_nothing_prints_but_the_command_line() -> None:
+    wrong = [
+        f"{file}:{node.lineno}"
+        for file, tree in SOURCES.items()
+        if file != "gserve/cli.py"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert not wrong
+
+
+def test_no_module_has_mutable_state() -> None:
+    wrong = [
+        f"{file}:{node.lineno} {name}"
+        for file, tree in SOURCES.items()
+        for node in tree.body
+        for name, value in assigned(node)
+        if is_mutable(value) and name != "__all__" and not re.fullmatch(r"_?[A-Z][A-Z0-9_]*", name)
+    ]
+    wrong += [
+        f"{file}:{node.lineno} global {', '.join(node.names)}"
+        for file, tree in SOURCES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Global)
+    ]
+    assert not wrong
+
+
+def assigned(node: ast.stmt) -> Iterator[tuple[str, ast.expr]]:
+    if isinstance(node, ast.Assign):
+        yield from ((target.id, node.value) for target in node.targets if isinstance(target, ast.Name))
+    elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+        yield node.target.id, node.value
+
+
+def is_mutable(value: ast.expr) -> bool:
+    if isinstance(value, ast.Call):
+        return ast.unparse(value.func).rpartition(".")[2] in {
+            "list", "dict", "set", "bytearray", "defaultdict", "deque", "Counter", "OrderedDict",
+            "WeakSet", "WeakKeyDictionary", "WeakValueDictionary", "ContextVar", "Queue", "SimpleQueue",
+        }  # fmt: skip
+    return isinstance(value, (ast.List, ast.Dict, ast.Set, ast.ListComp, ast.DictComp, ast.SetComp))
+
+
+# ----------------------------------------------------------------------------------------------- what it brings in
+
+
+@pytest.mark.parametrize(
+    "program",
+    ["import gserve", "import gserve; [getattr(gserve, name) for name in gserve.__all__]"],
+    ids=["the package", "every public name"],
+)
+def test_importing_gserve_brings_in_nothing_heavy(program: str) -> None:
+    program += "\nimport sys; sys.stdout.write(' '.join({name.partition('.')[0] for name in sys.modules}))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert not HEAVY & set(ran.stdout.split())
+
+
+def test_importing_gserve_takes_less_than_100_ms(tmp_path: Path) -> None:
+    environ = os.environ | {"PYTHONPYCACHEPREFIX": str(tmp_path)}
+    environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+    def milliseconds() -> float:
+        command = [sys.executable, "-X", "importtime", "-c", "import gserve"]
+        ran = subprocess.run(command, env=environ, capture_output=True, text=True, check=True)
+        found = re.search(r"\| +(\d+) \| gserve$", ran.stderr, re.MULTILINE)
+        assert found, ran.stderr
+        return int(found[1]) / 1000
+
+    milliseconds()  # writes the bytecode
+    assert min(milliseconds() for _ in range(5)) < 100
+
+
+def test_every_public_name_is_there_and_no_other() -> None:
+    program = """
+import gserve
+assert dir(gserve) == gserve.__all__ == sorted(gserve.__all__), gserve.__all__
+assert all(getattr(gserve, name).__name__ == name for name in gserve.__all__ if name != "hookimpl")
+try:
+    gserve.VLLMServise
+except AttributeError as error:
+    assert str(error) == "module 'gserve' has no attribute 'VLLMServise'", error
+else:
+    raise AssertionError
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
