@@ -4,7 +4,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -62,6 +62,8 @@ class Registry:
     def section(self, kind: str, value: Any) -> dict[str, Any]:
         """Return the section that describes `value`, so that a server can build it again. The inverse of `build`.
 
+        What is as by default stays out.
+
         Raises PluginError: no plugin brought its class.
         """
         name = getattr(type(value), "name", None)
@@ -70,7 +72,14 @@ class Registry:
                 f"the server process must find the {kind} {type(value).__qualname__} by name: return the class from"
                 f" gserve_register_{kind}s() in its module, and name that module in plugins=[…]"
             )
-        return {"type": name} | {item.name: getattr(value, item.name) for item in fields(value)}
+        options = {item.name: getattr(value, item.name) for item in fields(value)}
+        usual = {item.name: _default(item) for item in fields(value)}
+        return {"type": name} | {name: option for name, option in options.items() if option != usual[name]}
+
+
+def _default(item: Field[Any]) -> Any:
+    """Return the default of an option; MISSING where there is none."""
+    return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def load(modules: Sequence[str] = (), folder: Path | None = None) -> Registry:

@@ -84,7 +84,7 @@ def server_command(llm: LLMConfig, parts: Parts, host: str, port: int) -> list[s
         command += ["--lora_path", llm.lora_path]
     for kind, usual_type in (("engine", "vllm"), ("transport", "http")):
         section = parts.registry.section(kind, getattr(parts, kind))
-        if section != parts.registry.section(kind, parts.registry.build(kind, {"type": usual_type})):
+        if section != {"type": usual_type}:
             command += [f"--{kind}", _json(section)]
     if parts.plugins:
         command += ["--plugins", ",".join(parts.plugins)]

@@ -35,12 +35,16 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean(nothing_left: None) -> Iterator[None]:
-    """Fail where a test leaves a process, a state file, a listening socket or shared memory behind."""
+    """Fail where a test leaves a process, a state file, a listening socket or shared memory behind.
+
+    Whose a piece of shared memory is cannot be told, so it is looked at where nobody else is at work.
+    """
     children, sockets, memory = _children(), _listening(), _shared_memory()
     yield
     assert not _children() - children, "child processes left behind"
     assert not _listening() - sockets, "listening sockets left behind"
-    assert not _shared_memory() - memory, "shared memory left behind"
+    if os.environ.get("CI"):
+        assert not _shared_memory() - memory, "shared memory left behind"
 
 
 def _children() -> set[int]:

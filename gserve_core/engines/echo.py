@@ -16,7 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import msgspec
@@ -62,8 +62,9 @@ class EchoEngine(Engine):
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Start the process below, and wait until it has "loaded"."""
         report("starting the engine")
+        options = {item.name: getattr(self, item.name) for item in fields(EchoEngine)}
         child = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", __name__, msgspec.json.encode(asdict(self)).decode(),
+            sys.executable, "-P", "-m", __name__, msgspec.json.encode(options).decode(),
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 30,
         )  # fmt: skip

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,14 +236,12 @@ def test_all_servers_get_work(slow: VLLMService) -> None:
 # ------------------------------------------------------------------------------------------------------------- deaths
 
 
-def kill(server: VLLMServer) -> None:
-    """Kill the process of a server: it is found by the port that its log tells, and that it listens on."""
-    instance = server.record().instance.encode()
-    for pid, command in our_processes().items():
-        if "vllm_server.py" in command:
-            with open(f"/proc/{pid}/environ", "rb") as environ:
-                if b"GSERVE_ID=" + instance in environ.read():
-                    os.kill(pid, signal.SIGKILL)
+def pid_of(server: VLLMServer) -> int:
+    """Return the process id of a server, not of its engine: it carries its instance's id, as the engine does."""
+    mark = b"GSERVE_ID=" + server.record().instance.encode()
+    ours = [pid for pid, command in our_processes().items() if "vllm_server.py" in command]
+    (pid,) = [pid for pid in ours if mark in Path(f"/proc/{pid}/environ").read_bytes()]
+    return pid
 
 
 def test_a_server_that_is_killed_loses_no_item() -> None:
@@ -253,7 +252,7 @@ def test_a_server_that_is_killed_loses_no_item() -> None:
             assert index not in delivered, "an item must come once"
             delivered[index] = outcome
             if number == 20:
-                kill(service.servers[0])
+                os.kill(pid_of(service.servers[0]), signal.SIGKILL)
         assert len(delivered) == 150
         assert all(delivered[index][0].text == prompt for index, prompt in enumerate(prompts))
         until(lambda: [status.state for status in service.status()] == ["failed", "ready"])
@@ -293,7 +292,7 @@ def test_when_all_servers_are_killed_the_call_ends_with_what_is_finished() -> No
         calling.start()
         time.sleep(1.0)
         for server in service.servers:
-            kill(server)
+            os.kill(pid_of(server), signal.SIGKILL)
         began = time.monotonic()
         calling.join(10)
         assert time.monotonic() - began < 5
@@ -311,12 +310,7 @@ def test_when_all_servers_are_killed_the_call_ends_with_what_is_finished() -> No
 def test_a_server_that_shows_no_life_is_left_and_its_items_go_elsewhere() -> None:
     serve = ServeConfig(servers=2, client_timeout=1.0)
     with VLLMService(LLM, serve, engine=EchoEngine(latency=0.02, capacity=8)) as service:
-        instance = service.servers[0].record().instance.encode()
-        (stopped,) = [
-            pid
-            for pid, command in our_processes().items()
-            if "vllm_server.py" in command and b"GSERVE_ID=" + instance in open(f"/proc/{pid}/environ", "rb").read()
-        ]
+        stopped = pid_of(service.servers[0])
         os.kill(stopped, signal.SIGSTOP)
         try:
             prompts = [f"p{index}" for index in range(50)]

@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -191,8 +192,8 @@ def test_a_service_from_yaml_takes_overrides(tmp_path: Path) -> None:
         first, second = service.generate(["a b", "a b c d e"], on_error="return")
         assert first == ["a b"]
         assert "leaves no room" in str(second)
+    file.write_text(YAML.replace("latency", "latenzy"))
     with pytest.raises(ConfigError, match=re.escape(f"{file}:4: unknown key 'latenzy'; did you mean 'latency'?")):
-        file.write_text(YAML.replace("latency", "latenzy"))
         VLLMService.from_yaml(file)
 
 
@@ -247,8 +248,6 @@ def test_nothing_is_left_of_a_service_whose_script_ends_without_shutdown(end: st
 
 
 def test_shutdown_during_a_call_ends_the_call_with_what_it_has() -> None:
-    import threading
-
     with VLLMService(LLM, engine=EchoEngine(latency=0.5)) as service:
         errors: list[BatchError] = []
 
