@@ -245,7 +245,7 @@ def pid_of(server: VLLMServer) -> int:
 
 
 def test_a_server_that_is_killed_loses_no_item() -> None:
-    with service_of(2, latency=0.05, capacity=8) as service:
+    with service_of(2, latency=0.03, capacity=8) as service:
         prompts = [f"prompt {index}" for index in range(150)]
         delivered: dict[int, Any] = {}
         for number, (index, outcome) in zip(count(), service.generate_iter(prompts), strict=False):
@@ -259,7 +259,7 @@ def test_a_server_that_is_killed_loses_no_item() -> None:
         assert service.is_running()
 
         def call(thread: int) -> None:  # what is dead is not in the way of later calls
-            for turn in range(5):
+            for turn in range(3):
                 mine = [f"t{thread} c{turn} p{index}" for index in range(4)]
                 assert service.generate(mine) == [[prompt] for prompt in mine]
 
