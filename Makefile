@@ -20,7 +20,7 @@ quickstart: $(READY) ## ask the demo model a question, on real vLLM
 	$(RUN)/gserve chat configs/quickstart.yaml "Write a haiku about the sea." --params '{"temperature": 0, "max_tokens": 60}'
 
 test: $(READY) ## pass the tests
-	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: $(READY) ## check style and types
 	$(RUN)/ruff check .
@@ -30,6 +30,18 @@ lint: $(READY) ## check style and types
 lock: $(RUN)/uv ## write uv.lock and uv-cpu.lock anew
 	$(COMPILE) --extra cuda --output-file uv.lock
 	$(COMPILE) --extra cpu --extra dev --override uv-cpu.override --output-file uv-cpu.lock
+	awk "$$WITHOUT_EXTRAS" uv.lock >uv.lock.new && mv uv.lock.new uv.lock
+
+# pip takes "name[extra]" and "name" for two packages when it checks hashes: what is locked with an extra is locked
+# without it too.
+define WITHOUT_EXTRAS
+function flush() { printf "%s", copy; copy = "" }
+/^[^ #]/ { flush(); if (/^[^=]*\[/) { copy = $$0; sub(/\[[^]]*\]/, "", copy); copy = copy "\n" } }
+/^    --hash/ && copy { copy = copy $$0 "\n" }
+{ print }
+END { flush() }
+endef
+export WITHOUT_EXTRAS
 
 clean: ## remove the environment
 	rm -rf $(VENV)

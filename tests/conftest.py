@@ -35,16 +35,11 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean(nothing_left: None) -> Iterator[None]:
-    """Fail where a test leaves a process, a state file, a listening socket or shared memory behind.
-
-    Whose a piece of shared memory is cannot be told, so it is looked at where nobody else is at work.
-    """
-    children, sockets, memory = _children(), _listening(), _shared_memory()
+    """Fail where a test leaves a process, a state file or a listening socket behind."""
+    children, sockets = _children(), _listening()
     yield
     assert not _children() - children, "child processes left behind"
     assert not _listening() - sockets, "listening sockets left behind"
-    if os.environ.get("CI"):
-        assert not _shared_memory() - memory, "shared memory left behind"
 
 
 def _children() -> set[int]:
@@ -54,10 +49,6 @@ def _children() -> set[int]:
 def _listening() -> set[int]:
     found = psutil.Process().net_connections("inet")
     return {it.laddr.port for it in found if it.type == socket.SOCK_STREAM and it.status == psutil.CONN_LISTEN}
-
-
-def _shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "sem.mp-"))}
 
 
 def _changed_files() -> str:

