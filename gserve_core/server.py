@@ -19,13 +19,13 @@ from typing import Any, Self
 
 import msgspec
 
-from . import diagnosis, lease, plugins, runtime
+from . import diagnosis, lease, runtime
 from .client import VLLMClient
 from .config import Config, LLMConfig, ServeConfig
 from .errors import ConfigError, GserveError, LaunchError, ServerExited, StartupTimeout
 from .interfaces import Address, Engine, EngineInfo, Job, Launcher, Process, Transport
 from .log_utils import LEVEL_VARIABLE, log_level
-from .plugins import Parts
+from .plugins import Parts, assemble
 
 PROGRAM = Path(__file__).resolve().parent.parent / "gserve" / "vllm_server.py"
 """The server program. It is run by its path, so that the server needs nothing of the owner's module search path."""
@@ -143,7 +143,9 @@ class VLLMServer:
         ids = None if gpu_ids is None else list(gpu_ids)
         self._serve = ServeConfig(ids, host, port, startup_timeout, client_timeout, verbose)
         self._llm = llm_config
-        self._parts = parts or _assemble(llm_config, plugins, launcher, transport, engine)
+        self._parts = parts or assemble(
+            Config(llm_config, plugins=list(plugins)), launcher=launcher, transport=transport, engine=engine
+        )
         self._gpu_ids = None if ids is None else tuple(ids)
         self._index = index
         self._servers = servers
@@ -251,17 +253,21 @@ class VLLMServer:
             self._address = self._info = self._error = None
             self._asked_to_stop, self._patience_ends = False, math.inf
             self._progress = time.monotonic()
+            hello = lease.Hello(self._instance, self._token, secret_arguments(self._llm))
+            process = None
             try:
                 process = self._parts.launcher.launch(replace(job, env=marked))
+                self._owner = lease.OwnerEnd(process.stdin, process.stdout, hello)
+                watcher = threading.Thread(
+                    target=self._watch, args=(process, self._owner, self._log), name=self.name, daemon=True
+                )
+                watcher.start()
             except BaseException:
+                if process is not None:
+                    process.stop(1.0)
                 self._state = State.FAILED
                 raise
-            hello = lease.Hello(self._instance, self._token, secret_arguments(self._llm))
-            self._owner = lease.OwnerEnd(process.stdin, process.stdout, hello)
-            self._watcher = threading.Thread(
-                target=self._watch, args=(process, self._owner, self._log), name=self.name, daemon=True
-            )
-            self._watcher.start()
+            self._watcher = watcher
 
     def wait_ready(self, seconds: float = math.inf) -> bool:
         """Wait until a server that has begun is ready; return False where it is not yet after `seconds`.
@@ -412,14 +418,3 @@ class VLLMServer:
         except (OSError, ValueError):
             return position
         return size
-
-
-def _assemble(
-    llm: LLMConfig,
-    modules: Sequence[str],
-    launcher: Launcher | None,
-    transport: Transport | None,
-    engine: Engine | None,
-) -> Parts:
-    config = Config(llm, plugins=list(modules))
-    return plugins.assemble(config, launcher=launcher, transport=transport, engine=engine)

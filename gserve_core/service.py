@@ -10,13 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from . import plugins, runtime
+from . import runtime
 from .client import Inference
 from .config import Config, LLMConfig, ServeConfig, check_placement, load
 from .dispatch import Dispatcher
 from .errors import GserveError, LaunchError, TransportError
 from .interfaces import Access, Engine, EngineInfo, Job, Launcher, Transport
-from .plugins import Parts
+from .plugins import Parts, assemble
 from .runtime import ServiceRecord
 from .server import TICK, ServerStatus, State, VLLMServer
 
@@ -45,7 +45,7 @@ class VLLMService(Inference):
         name: str | None = None,
     ) -> None:
         config = Config(llm_config, serve_config or ServeConfig(), plugins=list(plugins))
-        self._set_up(config, _assemble(config, None, launcher, transport, engine), name)
+        self._set_up(config, assemble(config, None, launcher=launcher, transport=transport, engine=engine), name)
 
     @classmethod
     def from_yaml(
@@ -62,7 +62,11 @@ class VLLMService(Inference):
         config, document = load(path, overrides)
         self = cls.__new__(cls)
         with document.located():
-            self._set_up(config, _assemble(config, document.file.parent, launcher, transport, engine), name)
+            self._set_up(
+                config,
+                assemble(config, document.file.parent, launcher=launcher, transport=transport, engine=engine),
+                name,
+            )
         return self
 
     @classmethod
@@ -80,7 +84,7 @@ class VLLMService(Inference):
             transport=record.transport, plugins=record.plugins,
         )  # fmt: skip
         self = cls.__new__(cls)
-        self._set_up(config, plugins.assemble(config, Path(record.folder) if record.folder else None), None)
+        self._set_up(config, assemble(config, Path(record.folder) if record.folder else None), None)
         self._attached = record
         self.start()
         return self
@@ -236,13 +240,3 @@ class VLLMService(Inference):
         if self._queue is None:
             raise GserveError("the service is not running: call start(), or use it in a with statement")
         return self._queue
-
-
-def _assemble(
-    config: Config,
-    folder: Path | None,
-    launcher: Launcher | None,
-    transport: Transport | None,
-    engine: Engine | None,
-) -> Parts:
-    return plugins.assemble(config, folder, launcher=launcher, transport=transport, engine=engine)

