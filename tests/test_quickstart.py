@@ -14,12 +14,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_make_quickstart_prints_an_answer_of_the_demo_model() -> None:
-    done = subprocess.run(["make", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(["make", "--silent", "quickstart"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    _, *answer = done.stdout.strip().splitlines()
-    assert len(answer) >= 3
-    assert "sea" in "".join(answer)
-    assert "".join(answer) in (ROOT / "README.md").read_text().replace("\n", ""), "the README shows the real answer"
+    assert "sea" in done.stdout
+    assert done.stdout in (ROOT / "README.md").read_text(), "the README shows the real answer"
 
 
 def test_the_first_python_of_the_readme_runs(tmp_path: Path) -> None:

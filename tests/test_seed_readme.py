@@ -82,7 +82,7 @@ def test_several_servers_share_the_requests(tmp_path: Path) -> None:
 
 
 def test_the_lora_config_is_made(tmp_path: Path) -> None:
-    (tmp_path / "script.py").write_text("from gserve import LLMConfig\n" + block("python", 'lora_path="/path/to'))
+    (tmp_path / "script.py").write_text("from gserve import LLMConfig\n" + block("python", "lora_weights_directory"))
     run("python", "script.py", folder=tmp_path)
 
 

@@ -262,14 +262,14 @@ def test_a_server_and_its_child_end_when_the_owner_is_killed(tmp_path: Path, loa
 
 def test_a_server_ends_when_no_beat_comes(tmp_path: Path) -> None:
     with leased(tmp_path) as server:
-        server.say({**HELLO, "ttl": 1.5})
+        server.say({**HELLO, "ttl": 3.0})
         server.hear("ready")
         (child,) = below(server.process.pid)
-        for _ in range(4):  # with beats it lives longer than that
+        for _ in range(8):  # with beats it lives longer than that
             time.sleep(0.5)
             server.say({"type": "beat"})
         assert server.process.poll() is None
-        server.process.wait(1.5 + ENDS_WITHIN)
+        server.process.wait(3.0 + ENDS_WITHIN)
         until_gone(child)
 
 

@@ -1,6 +1,8 @@
 """Write what `vllm.LLM` itself answers, as JSON: the other side of the comparison in test_vllm_engine.py.
 
 usage: python reference.py REQUESTS.json ANSWERS.json
+
+REQUESTS is a list of {llm, lora_path, calls}: a `vllm.LLM` each, one after the other.
 """
 
 import json
@@ -8,24 +10,34 @@ import sys
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
+from vllm import LLM, RequestOutput, SamplingParams
+from vllm.lora.request import LoRARequest
 
-    asked: dict[str, Any] = json.loads(Path(sys.argv[1]).read_text())
+
+def answer(asked: dict[str, Any]) -> list[Any]:
+    """Return the outputs of every call."""
     llm = LLM(**asked["llm"])
     lora = LoRARequest("adapter", 1, asked["lora_path"]) if asked["lora_path"] else None
     answers = []
     for call in asked["calls"]:
-        run = llm.chat if call["kind"] == "chat" else llm.generate
-        params = None if call["params"] is None else SamplingParams(**call["params"])
-        inputs = [
-            {"prompt_token_ids": it} if isinstance(it, list) and call["kind"] != "chat" else it for it in call["inputs"]
-        ]
+        if call["kind"] == "chat":
+            run, inputs = llm.chat, call["inputs"]
+        else:
+            run, inputs = (
+                llm.generate,
+                [{"prompt_token_ids": it} if isinstance(it, list) else it for it in call["inputs"]],
+            )
+        params = SamplingParams(**call["params"])
         outputs = run(inputs, params, use_tqdm=False, lora_request=lora, **call["options"])
-        answers.append([
-            [{"text": it.text, "token_ids": list(it.token_ids), "finish_reason": it.finish_reason,
-              "stop_reason": it.stop_reason, "cumulative_logprob": it.cumulative_logprob} for it in request.outputs]
-            for request in outputs
-        ])  # fmt: skip
-    Path(sys.argv[2]).write_text(json.dumps(answers))
+        answers.append([plain(output) for output in outputs])
+    return answers
+
+
+def plain(output: RequestOutput) -> list[Any]:
+    """Return the completions of one prompt."""
+    return [[it.text, list(it.token_ids), it.finish_reason, it.stop_reason] for it in output.outputs]
+
+
+if __name__ == "__main__":
+    requests = json.loads(Path(sys.argv[1]).read_text())
+    Path(sys.argv[2]).write_text(json.dumps([answer(asked) for asked in requests]))
