@@ -5,20 +5,15 @@
 """
 
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
-import yaml
 
+from .documents import Document, type_name
 from .errors import ConfigError, did_you_mean, reworded
-
-MAX_YAML_BYTES = 1 << 20
-MAX_YAML_NODES = 100_000
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
     Raises ConfigError: an unknown key, a missing one, or a value of the wrong type, with its path below `at`.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"expected a mapping, got {_type_name(mapping)}", at=at)
+        raise ConfigError(f"expected a mapping, got {type_name(mapping)}", at=at)
     hints = _hints(cls)
     for key in mapping:
         if key not in hints:
@@ -213,161 +208,7 @@ def _check_sayable(value: Any, at: str) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"expected a finite number, got {value}", at=at)
     elif value is not None and not isinstance(value, (str, int, float)):
-        raise ConfigError(f"expected a text, number, list or mapping, got {_type_name(value)}", at=at)
-
-
-def _type_name(value: Any) -> str:
-    return "null" if value is None else type(value).__name__
-
-
-class Document:
-    """A YAML file read with care: the data, and the line of every path in it."""
-
-    def __init__(self, path: Path | str, overrides: Iterable[str] = ()) -> None:
-        self.file = Path(path)
-        self._lines: dict[str, int] = {}
-        self._overridden: dict[str, str] = {}
-        with self.located():
-            self.data, self._lines = _parse(self._text())
-            if not self._lines:
-                raise ConfigError("the config is empty: expected a mapping with the key 'llm'", file=self.file)
-        for override in overrides:
-            self._set(override)
-
-    @contextmanager
-    def located(self) -> Iterator[None]:
-        """Add file and line to a `ConfigError` raised inside."""
-        try:
-            yield
-        except ConfigError as error:
-            if error.file is None:
-                self._locate(error)
-            raise
-
-    def _locate(self, error: ConfigError) -> None:
-        path = error.at
-        while path != "$" and path not in self._overridden and path not in self._lines:
-            path = path[: max(path.rfind("."), path.rfind("["), 1)]
-        if path in self._overridden:
-            error.file = f"--set {self._overridden[path]}"
-        else:
-            error.file, error.line = self.file, error.line or self._lines.get(path)
-
-    def _text(self) -> str:
-        try:
-            with self.file.open("rb") as stream:
-                raw = stream.read(MAX_YAML_BYTES + 1)
-            if len(raw) > MAX_YAML_BYTES:
-                raise ConfigError(f"the config is larger than {MAX_YAML_BYTES >> 20} MiB", file=self.file)
-            return raw.decode()
-        except OSError as error:
-            raise ConfigError(f"cannot read the config: {error.strerror}", file=self.file) from error
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"expected UTF-8 text: {error.reason} at byte {error.start}", file=self.file) from error
-
-    def _set(self, override: str) -> None:
-        path, equals, text = override.partition("=")
-        keys = path.split(".")
-        if not equals or not all(keys):
-            raise ConfigError(f"expected --set key.key=value, got '{override}'")
-        try:
-            value, _ = _parse(text, f"$.{path}")
-        except ConfigError as error:
-            error.file, error.line = f"--set {override}", None
-            raise
-        target, at = self.data, "$"
-        for key in keys:
-            if not isinstance(target, dict):
-                raise ConfigError(f"expected a mapping, got {_type_name(target)}", at=at, file=f"--set {override}")
-            holder, at = target, f"{at}.{key}"
-            if key not in holder:
-                self._overridden[at] = override
-            target = holder.setdefault(key, {})
-        holder[keys[-1]] = value
-        for known in (self._lines, self._overridden):  # what stood here before says nothing of the new value
-            for below in [it for it in known if it.startswith((f"$.{path}.", f"$.{path}["))]:
-                del known[below]
-        self._overridden[f"$.{path}"] = override
-
-
-def _parse(text: str, at: str = "$") -> tuple[Any, dict[str, int]]:
-    """Read YAML; return the data, and the line of every path in it: none where there is no data.
-
-    Raises ConfigError with the line.
-    """
-    lines: dict[str, int] = {}
-    try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None, lines
-        _walk(node, at, lines, [0], ())
-        return loader.construct_document(node), lines
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"not YAML: the character {text[error.position]!r} may not stand here", line=line) from error
-    except yaml.MarkedYAMLError as error:
-        problem = str(error.problem)
-        if problem.startswith("but "):
-            problem = f"{error.context}, {problem}"
-        mark = error.problem_mark
-        raise ConfigError(f"not YAML: {problem}", line=mark.line + 1 if mark else None) from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"not YAML: {error}") from error
-
-
-def _walk(node: yaml.Node, path: str, lines: dict[str, int], count: list[int], above: tuple[int, ...]) -> None:
-    """Note the line of every path; refuse odd tags and keys, duplicate keys, and aliases that grow without end."""
-    count[0] += 1
-    line = node.start_mark.line + 1
-    lines.setdefault(path, line)
-    if count[0] > MAX_YAML_NODES or id(node) in above:
-        raise ConfigError("the aliases of this YAML expand to too much", line=line)
-    if node.tag not in _TAGS:
-        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        raise ConfigError(f"unknown tag '{tag}': expected texts, numbers, lists and mappings", at=path, line=line)
-    above = (*above, id(node))
-    if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
-        for key, value in node.value:
-            line = key.start_mark.line + 1
-            if key.tag == "tag:yaml.org,2002:merge":
-                raise ConfigError("merge keys (<<) are not read: write the keys out", at=path, line=line)
-            if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
-                given = repr(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
-                raise ConfigError(f"expected a text as key, got {given}", at=path, line=line)
-            below = f"{path}.{key.value}"
-            if key.value in seen:
-                first = seen[key.value]
-                raise ConfigError(f"duplicate key {key.value!r}, first set in line {first}", at=below, line=line)
-            seen[key.value] = lines[below] = line
-            _walk(value, below, lines, count, above)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            _walk(value, f"{path}[{index}]", lines, count, above)
-
-
-_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float", "str", "seq", "map"))
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's plain values: `on`, `no` and `12:30:00` are texts, `1e-3` is a number.
-
-    Digits that begin with 0 stay a text, for they are more often a name than a number.
-    """
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regex) for tag, regex in resolvers if tag.rpartition(":")[2] in ("null", "merge")]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_FLOAT = r"(?=.*[.eE])[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?(?:0|[1-9][0-9]*)|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    ("float", _FLOAT, "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+        raise ConfigError(f"expected a text, number, list or mapping, got {type_name(value)}", at=at)
 
 
 def check_placement(llm: LLMConfig, serve: ServeConfig) -> list[tuple[int, ...] | None]:

@@ -21,7 +21,7 @@ PACKAGES = {  # package: the packages that it may import
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
     {"errors"},
-    {"schema"},
+    {"schema", "documents"},
     {"config"},
     {"interfaces"},
     {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "diagnosis"},
@@ -52,7 +52,7 @@ HOMES = {  # third parties: the only files that may import them
     "starlette": {"gserve_transports/http_server.py"},
     "uvicorn": {"gserve_transports/http_server.py"},
     "pluggy": {"gserve_core/hookspecs.py", "gserve_core/plugins.py"},
-    "yaml": {"gserve_core/config.py"},
+    "yaml": {"gserve_core/documents.py"},
     "uvloop": {"gserve_core/serving.py"},
     "typer": {"gserve/cli.py"},
     "rich": {"gserve/cli.py"},
@@ -62,7 +62,7 @@ EVERYWHERE = {"msgspec"}
 LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm_engine.py": {"vllm"},  # takes 10 s, and health is answered meanwhile
     "gserve_core/engines/demo_model.py": {"torch", "transformers"},
-    "gserve_core/testing.py": {"pytest", "gserve_core"},  # only its fixtures need pytest
+    "gserve_core/testing.py": {"pytest"},  # only its fixtures need pytest
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used
     "gserve/vllm_server.py": {"gserve_core"},  # after the search path is right
     "gserve/cli.py": {"gserve_core", "rich"},  # `gserve --help` needs none of them
