@@ -27,11 +27,30 @@ def step(text: str) -> str | None:
     return None
 
 
+ELSEWHERE = re.compile(r"\babove\b|stack trace|background process", re.IGNORECASE)
+"""What vLLM's errors say where another process, whose words are in the log only, has failed first."""
+FAILURE = re.compile(r"^(?:\(\w+ pid=\d+\) )?(?:ERROR \S+ \S+ \[\S+\] )?([\w.]*(?:Error|Exception|Exit): .+)$")
+
+
+def first_failure(log: Path) -> str | None:
+    """Return the first exception that a log tells and that does not point to another one; None where it tells none."""
+    try:
+        with log.open(errors="replace") as lines:
+            for line in lines:
+                if (match := FAILURE.match(line.rstrip())) and not ELSEWHERE.search(match[1]):
+                    return match[1]
+    except OSError:
+        pass
+    return None
+
+
 def explain(name: str, *, phase: str, cause: str | None, returncode: int | None, log: Path) -> str:
     """Return the message of an error about a server that has failed.
 
     `phase` is what it was doing, `cause` what it said itself before it ended, `returncode` that of its process.
     """
+    if cause is not None and ELSEWHERE.search(cause):
+        cause = first_failure(log) or cause
     ended = f"{name} failed while {phase}: {cause or _ended(returncode)}"
     tail = last_lines(log)
     shown = "".join(f"\n  | {line}" for line in tail)
