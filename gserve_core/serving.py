@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import signal
+import threading
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -208,8 +209,15 @@ class Server:
         self._state = "stopped"
 
     async def _start(self, engine: Engine, llm: LLMConfig) -> None:
-        loop = asyncio.get_running_loop()
-        running = await engine.start(llm, lambda text: loop.call_soon_threadsafe(self._report, text))
+        loop, ours = asyncio.get_running_loop(), threading.get_ident()
+
+        def report(text: str) -> None:
+            if threading.get_ident() == ours:  # now: later it might come after "ready"
+                self._report(text)
+            else:
+                loop.call_soon_threadsafe(self._report, text)
+
+        running = await engine.start(llm, report)
         self._engine = running
         self._report("making the first token")
         await running.check()
@@ -336,7 +344,7 @@ def _fail(error: BaseException, line: lease.ServerEnd | None) -> int:
 
 
 def _sentence(error: BaseException) -> str:
-    text = str(error).strip()
+    text = " ".join(str(error).split())  # some of vLLM's are spread over many lines
     if isinstance(error, GserveError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
