@@ -166,6 +166,11 @@ def _read_service(path: Path) -> ServiceRecord | None:
         return None
 
 
+def scratch_folder(instance: str) -> Path:
+    """Return where a server keeps its temporary files: it makes the folder, and its owner sees to it that it goes."""
+    return Path(tempfile.gettempdir()) / f"gserve-{instance[:12]}"
+
+
 def log_folder(run: str) -> Path:
     """Make and return the folder for the logs of one run; the oldest runs beyond 50 are removed.
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import secrets
+import shutil
 import sys
 import threading
 import time
@@ -347,6 +348,7 @@ class VLLMServer:
             cause = f"cannot follow it: {error}"
         returncode = process.stop(STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0)
         owner.close()
+        shutil.rmtree(runtime.scratch_folder(self._instance), ignore_errors=True)  # a server that was killed left it
         self._follow(log, position)
         if self._address is not None:
             with suppress(GserveError, OSError):

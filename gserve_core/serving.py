@@ -10,6 +10,7 @@ import ipaddress
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import uuid
@@ -299,19 +300,36 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a server, and end the process with its exit code. See `--help` for the arguments."""
     options = _parser().parse_args(arguments)
     line = lease.ServerEnd() if options.lease else None
+    instance = line.hello.instance if line else uuid.uuid4().hex
+    scratch = runtime.scratch_folder(instance)
     try:
         setup_logging()
-        code = _serve(options, line)
+        _use_scratch(scratch)
+        code = _serve(options, line, instance)
     except GserveError as error:
         code = _fail(error, line)
     if line is not None and code == 0:
         line.tell(lease.Stopped())
     _end_children()
+    shutil.rmtree(scratch, ignore_errors=True)
     logging.shutdown()
     os._exit(code)  # a load that was interrupted has threads that nothing else would end
 
 
-def _serve(options: argparse.Namespace, line: lease.ServerEnd | None) -> int:
+def _use_scratch(scratch: Path) -> None:
+    """Have the temporary files of the engine's processes in one folder: vLLM removes neither its sockets nor its files.
+
+    torch's cache of what it has compiled, which is to last, stays beside it.
+    """
+    try:
+        scratch.mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise GserveError(f"cannot make {scratch} for temporary files: {error.strerror}; set TMPDIR") from error
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
+    os.environ["TMPDIR"] = str(scratch)
+
+
+def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str) -> int:
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
     token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
@@ -325,7 +343,7 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None) -> int:
     registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
     engine = registry.build("engine", options.engine)
     transport = registry.build("transport", options.transport)
-    server = Server(line.hello.instance if line else uuid.uuid4().hex, token)
+    server = Server(instance, token)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.live(engine, transport, llm, options.host, options.port, line))

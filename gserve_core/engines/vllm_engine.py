@@ -87,6 +87,8 @@ class RunningVLLM(RunningEngine):
         self._template_kwargs = dict(template_kwargs)
         self._ended = ended
 
+        if scratch := os.environ.get("TMPDIR"):  # vLLM would ask Python, which may have settled on another folder
+            os.environ.setdefault("VLLM_RPC_BASE_PATH", scratch)
         report("importing vLLM")
         import vllm
         from vllm import renderers

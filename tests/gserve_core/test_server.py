@@ -447,3 +447,21 @@ def test_an_engine_that_the_server_cannot_find_is_refused_with_the_way_out() -> 
 
     with pytest.raises(PluginError, match="must find the engine"):
         VLLMServer(LLM, engine=Private()).start()
+
+
+@pytest.mark.parametrize("ends_by", ["shutdown", "SIGKILL"])
+def test_the_temporary_files_of_a_server_go_with_it(ends_by: str) -> None:
+    others = our_processes()
+    server = VLLMServer(LLMConfig("any"), engine=EchoEngine())
+    with server:
+        scratch = runtime.scratch_folder(server.record().instance)
+        assert scratch.is_dir()
+        (scratch / "left").touch()
+        if ends_by == "SIGKILL":
+            (pid,) = [pid for pid, it in our_processes().items() if "vllm_server.py" in it and pid not in others]
+            os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 10.0
+            while server.status().state != "failed" and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert not scratch.exists()
+    assert not scratch.exists()

@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,14 +103,17 @@ def ours(service: VLLMService, call: dict[str, Any]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def service(answers: list[Any]) -> Iterator[VLLMService]:
-    memory = shared_memory()
+    before = left_by_vllm()
     with VLLMService(LLM, ServeConfig(servers=1, startup_timeout=300.0)) as running:
         yield running
-    assert not shared_memory() - memory, "shared memory left behind"
+    assert not left_by_vllm() - before, "shared memory, sockets or temporary files left behind"
 
 
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "sem.mp-"))}
+def left_by_vllm() -> set[Path]:
+    """Return the shared memory, the sockets (named by a UUID) and the temporary files that vLLM's processes made."""
+    shared = [path for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "sem.mp-"))]
+    temporary = Path(tempfile.gettempdir())
+    return {*shared, *temporary.glob("vllm_dist_*"), *(path for path in temporary.iterdir() if path.is_socket())}
 
 
 @pytest.fixture(scope="module")
