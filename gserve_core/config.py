@@ -87,6 +87,11 @@ class ServeConfig:
     next one; None: each server takes a free one. `startup_timeout`: seconds without any sign of progress while a
     server starts; `client_timeout`: seconds without any sign of life from a server that has work; None: no limit.
     `verbose` forwards the servers' logs to stderr.
+
+    `stall_timeout`: seconds without any movement after which a ready server that has work, or does not answer, is taken
+    for hung, killed and replaced; None: never. `max_restarts`: how often in ten minutes a server that was ready is
+    started again. `min_ready`: how many servers must be ready before `start()` returns; None: all. `share_gpu`: let
+    several servers use a GPU, and start them one after the other. `env`: environment variables for the servers.
     """
 
     gpu_ids: list[int] | None = None
@@ -96,6 +101,11 @@ class ServeConfig:
     client_timeout: float | None = 30.0
     verbose: bool = False
     servers: int | None = None
+    stall_timeout: float | None = 60.0
+    max_restarts: int = 10
+    min_ready: int | None = None
+    share_gpu: bool = False
+    env: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self)
@@ -110,7 +120,12 @@ class ServeConfig:
             raise ConfigError(f"expected a port from 1 to 65535, got {self.port}", at="$.port")
         if not self.host:
             raise ConfigError("host is empty: expected an address to listen on", at="$.host")
-        for name in ("startup_timeout", "client_timeout"):
+        if self.max_restarts < 0:
+            raise ConfigError(f"expected a number from 0 up, got {self.max_restarts}", at="$.max_restarts")
+        for name, value in self.env.items():
+            if not name or not name.isascii() or "=" in name or not (name + value).replace("\t", "").isprintable():
+                raise ConfigError(f"{name!r} and its value cannot stand in an environment", at="$.env")
+        for name in ("startup_timeout", "client_timeout", "stall_timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"expected seconds above 0, or null for no limit, got {value}", at=f"$.{name}")
@@ -128,6 +143,11 @@ class ServeConfig:
         else:
             ids = iter(self.gpu_ids)
             placement = list(zip(*[ids] * gpus_per_server, strict=True))
+        if self.min_ready is not None and not 1 <= self.min_ready <= len(placement):
+            raise ConfigError(
+                f"expected min_ready from 1 to {len(placement)}, the number of servers, got {self.min_ready}",
+                at="$.min_ready",
+            )
         if self.port is not None and self.port + len(placement) - 1 > 65535:
             raise ConfigError(f"{len(placement)} servers from port {self.port} on go past 65535", at="$.port")
         return placement

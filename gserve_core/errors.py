@@ -78,11 +78,15 @@ class StallTimeout(TransportError):
 
 
 class RemoteError(TransportError):
-    """A server answered with an error. `status` is its HTTP status code, or that of the nearest meaning."""
+    """A server answered with an error. `status` is its HTTP status code, or that of the nearest meaning.
 
-    def __init__(self, message: str, *, status: int) -> None:
+    `retry_after`: seconds after which it may be asked again, where it says so (status 429).
+    """
+
+    def __init__(self, message: str, *, status: int, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.retry_after = retry_after
 
 
 class ItemError(GserveError):

@@ -91,11 +91,13 @@ class Address(Struct, frozen=True, array_like=True):
 class Access(Struct, frozen=True, kw_only=True):
     """What a client needs besides the address.
 
-    `token`: None where the server asks for none. `instance`: the id of the server that is expected there; None: any.
-    `timeout`: seconds without any sign of life; None: no limit.
+    `token`: None where the server asks for none. `control`: what the server asks for in the token's place before it
+    ends itself; None: the token. `instance`: the id of the server that is expected there; None: any. `timeout`: seconds
+    without any sign of life; None: no limit.
     """
 
     token: str | None = None
+    control: str | None = None
     instance: str | None = None
     timeout: float | None = None
 
@@ -105,6 +107,8 @@ class ServerApi(Protocol):
 
     instance: str
     token: str | None
+    control: str | None
+    """What `shut_down` asks for in place of the token; None: the token."""
 
     def health(self) -> Health:
         """Return the state now; never waits. Status "ok" means ready."""
@@ -112,13 +116,14 @@ class ServerApi(Protocol):
     def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Work on a request; yield events in the order in which they happen. Closing the iterator cancels the work.
 
-        Raises RemoteError: the server is not ready (503).
+        Raises RemoteError: the server is not ready (503), or has enough to do (429, `retry_after`).
         """
 
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
         """Work on a request; return the outputs of each item, in order.
 
-        Raises RemoteError: an item is wrong (400; found before any work is done), or the server failed (500, 503).
+        Raises RemoteError: an item is wrong (400; found before any work is done), the server has enough to do (429), or
+        it failed (500, 503).
         """
 
     def shut_down(self) -> None:
@@ -198,11 +203,21 @@ class RunningEngine(ABC):
 
     info: EngineInfo
 
+    def progress(self) -> int:
+        """Return a number that changes whenever the engine has done a step of work: how an engine that hangs is known.
+
+        Always the same where the engine cannot tell; then only an item that ends counts as movement.
+        """
+        return 0
+
     @abstractmethod
-    async def prepare(self, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
+    async def prepare(
+        self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
+    ) -> Sequence[Any]:
         """Check prompts that share their sampling parameters; return for each what `run` takes, or its `ItemError`.
 
-        `params` come from outside, unchecked. Raises ItemError: they are wrong.
+        `params` come from outside, unchecked. `seeds`: one for each prompt, for use where it is sampled and `params`
+        name no seed, so that an item that is sent again samples the same. Raises ItemError: they are wrong.
         """
 
     @abstractmethod

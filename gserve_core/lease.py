@@ -32,12 +32,17 @@ _LONGEST_LINE = 1 << 20
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """The first line down: who the server is, its token, and the keyword arguments that are secrets."""
+    """The first line down: who the server is, what it asks for, and the keyword arguments that are secrets.
+
+    `control`: see `interfaces.Access`. `stall_timeout`: see `config.ServeConfig`.
+    """
 
     instance: str
     token: str
+    control: str | None = None
     secrets: dict[str, Any] = {}
     ttl: float = TTL
+    stall_timeout: float | None = None
 
 
 class Beat(Struct, frozen=True, tag="beat"):
@@ -70,6 +75,10 @@ class Ready(Struct, frozen=True, tag="ready"):
     info: EngineInfo
 
 
+class Pulse(Struct, frozen=True, tag="pulse"):
+    """The server's event loop turns."""
+
+
 class Failed(Struct, frozen=True, tag="failed"):
     """The server ends because of this."""
 
@@ -81,7 +90,7 @@ class Stopped(Struct, frozen=True, tag="stopped"):
 
 
 type Down = Hello | Beat | Drain | Stop
-type Up = Listening | Phase | Ready | Failed | Stopped
+type Up = Listening | Phase | Ready | Pulse | Failed | Stopped
 
 _down: "msgspec.json.Decoder[Down]" = msgspec.json.Decoder(Down)
 _up: "msgspec.json.Decoder[Up]" = msgspec.json.Decoder(Up)

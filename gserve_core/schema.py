@@ -84,10 +84,11 @@ class ResponseOutput(Struct, frozen=True, omit_defaults=True):
 
 
 class Group(Struct, frozen=True, forbid_unknown_fields=True):
-    """Prompts that share their sampling parameters."""
+    """Prompts that share their sampling parameters; `seeds` has one for each prompt, where `params` name none."""
 
     prompts: list[str | list[int] | Conversation]
     params: Params | None = None
+    seeds: list[int] | None = None
 
 
 class RunRequest(Struct, frozen=True, forbid_unknown_fields=True):

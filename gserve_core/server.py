@@ -254,7 +254,7 @@ class VLLMServer:
             self._address = self._info = self._error = None
             self._asked_to_stop, self._patience_ends = False, math.inf
             self._progress = time.monotonic()
-            hello = lease.Hello(self._instance, self._token, secret_arguments(self._llm))
+            hello = lease.Hello(self._instance, self._token, secrets=secret_arguments(self._llm))
             process = None
             try:
                 process = self._parts.launcher.launch(replace(job, env=marked))

@@ -39,9 +39,10 @@ logger = logging.getLogger("gserve.serving")
 class Server:
     """An engine behind a transport, from start to end. Implements `interfaces.ServerApi`."""
 
-    def __init__(self, instance: str, token: str | None) -> None:
+    def __init__(self, instance: str, token: str | None, control: str | None = None) -> None:
         self.instance = instance
         self.token = token
+        self.control = control
         self._state = "starting"
         self._phase: str | None = None
         self._engine: RunningEngine | None = None
@@ -88,7 +89,7 @@ class Server:
                 first = 0
                 for group in request.groups:
                     try:
-                        prepared: Sequence[Any] = await engine.prepare(group.prompts, group.params)
+                        prepared: Sequence[Any] = await engine.prepare(group.prompts, group.params, group.seeds)
                     except ItemError as wrong:
                         prepared = [wrong] * len(group.prompts)
                     for index, item in enumerate(prepared, first):
@@ -122,7 +123,7 @@ class Server:
             prepared: list[Any] = []
             for group in request.groups:
                 try:
-                    prepared += await engine.prepare(group.prompts, group.params)
+                    prepared += await engine.prepare(group.prompts, group.params, group.seeds)
                 except ItemError as error:
                     raise RemoteError(str(error), status=400) from error
             for index, item in enumerate(prepared):

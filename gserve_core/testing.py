@@ -119,6 +119,7 @@ class _Api:
     def __init__(self) -> None:
         self.instance = "check-instance"
         self.token: str | None = "check-token"
+        self.control: str | None = None
         self.ready = False
         self.was_shut_down = False
         self.cancelled = asyncio.Event()

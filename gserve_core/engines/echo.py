@@ -140,7 +140,9 @@ class RunningEcho(RunningEngine):
                     if future is not None and not future.done():
                         future.set_result(text)
 
-    async def prepare(self, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
+    async def prepare(
+        self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
+    ) -> Sequence[Any]:
         """Split prompts into words."""
         sampling = read_params(params or {}, EchoParams)
         return [self._prepare(prompt, sampling) for prompt in prompts]

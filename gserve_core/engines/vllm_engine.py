@@ -141,7 +141,9 @@ class RunningVLLM(RunningEngine):
 
     # -------------------------------------------------------------------------------------------- from prompt to input
 
-    async def prepare(self, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
+    async def prepare(
+        self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
+    ) -> Sequence[Any]:
         """Render and tokenize prompts, as `vllm.LLM` does."""
         sampling = self._sampling(params)
         prepared: list[Any] = []

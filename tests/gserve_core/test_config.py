@@ -61,6 +61,11 @@ def test_serve_config_has_the_fields_order_and_defaults_of_the_seed_and_then_ser
         ("client_timeout", 30.0),
         ("verbose", False),
         ("servers", None),
+        ("stall_timeout", 60.0),
+        ("max_restarts", 10),
+        ("min_ready", None),
+        ("share_gpu", False),
+        ("env", {}),
     ]
 
 
