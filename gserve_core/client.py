@@ -1,6 +1,12 @@
 """`VLLMClient`, and the two calls that clients and services share: `chat` and `generate`."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import asyncio
+import itertools
+import math
+import queue
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import Annotated, Any, Literal, Self, overload
@@ -9,8 +15,8 @@ import msgspec
 
 from . import plugins, runtime
 from .config import Config, LLMConfig
-from .dispatch import Dispatcher
-from .errors import BatchError, ConfigError, ItemError
+from .dispatch import Call, Dispatcher, Item, Outcome
+from .errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
 from .interfaces import Access, Address, Transport
 from .sampling import params_from
 from .schema import Conversation, Health, Message, Params, Prompt, ResponseOutput
@@ -18,13 +24,25 @@ from .schema import Conversation, Health, Message, Params, Prompt, ResponseOutpu
 UNKNOWN_CAPACITY = 1024
 """Items that a server works on at once, where nobody has told."""
 
+AHEAD = 1 << 16
+"""Items of a call that are under way at most, unless the servers hold more: what bounds the memory of a long call."""
+FEED = 1 << 12
+"""Items that are read and submitted in one go; fewer where reading them takes longer than `FEED_SECONDS`."""
+FEED_SECONDS = 0.05
+
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 type OnError = Literal["raise", "return"]
+type Read = Callable[[Any], Prompt]
+"""Reads an item as it was given. Raises ItemError, msgspec.ValidationError and what cannot be encoded raises."""
 
 
 class Inference:
-    """The calls that send batches. A subclass says through which dispatcher they go."""
+    """The calls that send batches. A subclass says through which dispatcher they go.
+
+    Calls may come from any thread, from within a running event loop (where the twins that end in `_async` do not block
+    it), and from a process that was forked: it talks to the same servers, over connections of its own.
+    """
 
     def _dispatcher(self) -> Dispatcher:
         raise NotImplementedError
@@ -32,12 +50,14 @@ class Inference:
     @overload
     def chat(
         self, conversations: Iterable[Any], sampling_params: Any = None, return_extra: Literal[False] = False, *,
-        on_error: OnError = "raise", add_generation_prompt: bool = True, continue_final_message: bool = False,
+        on_error: OnError = "raise", deadline: float | None = None,
+        add_generation_prompt: bool = True, continue_final_message: bool = False,
     ) -> list[list[str]]: ...  # fmt: skip
     @overload
     def chat(
         self, conversations: Iterable[Any], sampling_params: Any = None, *, return_extra: Literal[True],
-        on_error: OnError = "raise", add_generation_prompt: bool = True, continue_final_message: bool = False,
+        on_error: OnError = "raise", deadline: float | None = None,
+        add_generation_prompt: bool = True, continue_final_message: bool = False,
     ) -> list[list[ResponseOutput]]: ...  # fmt: skip
     def chat(
         self,
@@ -46,6 +66,7 @@ class Inference:
         return_extra: bool = False,
         *,
         on_error: OnError = "raise",
+        deadline: float | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> Any:
@@ -56,25 +77,22 @@ class Inference:
         text, or a `ResponseOutput` with `return_extra`. The last two flags are those of `vllm.LLM.chat`.
 
         on_error: "raise" raises BatchError once all items have finished; it carries every result. "return" returns an
-        ItemError in the place of an item that failed. Raises ConfigError: an argument is wrong.
+        ItemError in the place of an item that failed. deadline: seconds after which what is not finished is cancelled,
+        and its error is DeadlineExceeded. Raises ConfigError: an argument is wrong; BatchInterrupted: Ctrl-C.
         """
-        each = self.chat_iter(
-            conversations,
-            sampling_params,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-        )
-        return _collect(each, return_extra, on_error)
+        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        items = self._conversations(conversations, sampling_params, **flags)
+        return _collect(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
 
     @overload
     def generate(
         self, prompts: Iterable[Any], sampling_params: Any = None, return_extra: Literal[False] = False, *,
-        on_error: OnError = "raise",
+        on_error: OnError = "raise", deadline: float | None = None,
     ) -> list[list[str]]: ...  # fmt: skip
     @overload
     def generate(
         self, prompts: Iterable[Any], sampling_params: Any = None, *, return_extra: Literal[True],
-        on_error: OnError = "raise",
+        on_error: OnError = "raise", deadline: float | None = None,
     ) -> list[list[ResponseOutput]]: ...  # fmt: skip
     def generate(
         self,
@@ -83,26 +101,74 @@ class Inference:
         return_extra: bool = False,
         *,
         on_error: OnError = "raise",
+        deadline: float | None = None,
     ) -> Any:
         """Complete prompts (texts, or lists of token ids); return for each, in order, its completions.
 
         Arguments, results and errors are those of `chat`.
         """
-        return _collect(self.generate_iter(prompts, sampling_params), return_extra, on_error)
+        items = self._prompts(prompts, sampling_params)
+        return _collect(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
 
     def chat_iter(
         self,
         conversations: Iterable[Any],
         sampling_params: Any = None,
         *,
+        deadline: float | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-    ) -> Iterator[tuple[int, list[ResponseOutput] | ItemError]]:
+    ) -> Iterator[tuple[int, Outcome]]:
         """Like `chat`, but yield the index and the outcome of each item the moment it is ready.
 
-        Closing the iterator early cancels the rest.
+        Conversations are read as they are worked off, so that they may come from an iterator without end. Closing the
+        iterator early cancels the rest.
         """
+        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        items = self._conversations(conversations, sampling_params, **flags)
+        return _outcomes(self._dispatcher(), items, _checked(deadline))
 
+    def generate_iter(
+        self, prompts: Iterable[Any], sampling_params: Any = None, *, deadline: float | None = None
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Like `generate`, but yield the index and the outcome of each item the moment it is ready.
+
+        Prompts are read as they are worked off. Closing the iterator early cancels the rest.
+        """
+        return _outcomes(self._dispatcher(), self._prompts(prompts, sampling_params), _checked(deadline))
+
+    async def chat_async(
+        self,
+        conversations: Iterable[Any],
+        sampling_params: Any = None,
+        return_extra: bool = False,
+        *,
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[Any]:
+        """Like `chat`, without blocking the event loop. Cancelling the call cancels what is not finished."""
+        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
+        items = self._conversations(conversations, sampling_params, **flags)
+        return await _collect_async(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
+
+    async def generate_async(
+        self,
+        prompts: Iterable[Any],
+        sampling_params: Any = None,
+        return_extra: bool = False,
+        *,
+        on_error: OnError = "raise",
+        deadline: float | None = None,
+    ) -> list[Any]:
+        """Like `generate`, without blocking the event loop. Cancelling the call cancels what is not finished."""
+        items = self._prompts(prompts, sampling_params)
+        return await _collect_async(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
+
+    def _conversations(
+        self, given: Iterable[Any], sampling_params: Any, *, add_generation_prompt: bool, continue_final_message: bool
+    ) -> "_Items":
         def conversation(given: Any) -> Conversation:
             messages = msgspec.convert(given, list[Message])
             if not messages:
@@ -110,19 +176,12 @@ class Inference:
             made = Conversation(messages, add_generation_prompt, continue_final_message)
             return msgspec.msgpack.decode(msgspec.msgpack.encode(made, enc_hook=_plain_text), type=Conversation)
 
-        items = _listed(conversations, "conversations", "[[{'role': 'user', 'content': …}], …]")
-        if items and isinstance(items[0], Mapping):
+        _check_list(given, "conversations", "[[{'role': 'user', 'content': …}], …]")
+        if isinstance(given, Sequence) and given and isinstance(given[0], Mapping):
             raise ConfigError("expected a list of conversations, got one conversation: put it into a list")
-        return self._each(items, sampling_params, conversation)
+        return _Items(given, sampling_params, conversation)
 
-    def generate_iter(
-        self, prompts: Iterable[Any], sampling_params: Any = None
-    ) -> Iterator[tuple[int, list[ResponseOutput] | ItemError]]:
-        """Like `generate`, but yield the index and the outcome of each item the moment it is ready.
-
-        Closing the iterator early cancels the rest.
-        """
-
+    def _prompts(self, given: Iterable[Any], sampling_params: Any) -> "_Items":
         def prompt(given: Any) -> str | list[int]:
             if isinstance(given, str):
                 text = str.__str__(given)  # an instance of a subclass, such as NumPy's, cannot travel
@@ -133,28 +192,19 @@ class Inference:
                 return msgspec.convert(given, list[TokenId])
             raise ItemError(f"expected a text or a list of token ids, got {type(given).__name__}")
 
-        return self._each(_listed(prompts, "prompts", '["a prompt", …]'), sampling_params, prompt)
+        _check_list(given, "prompts", '["a prompt", …]')
+        return _Items(given, sampling_params, prompt)
 
-    def _each(
-        self, given: Sequence[Any], sampling_params: Any, read: Any
-    ) -> Iterator[tuple[int, list[ResponseOutput] | ItemError]]:
-        """Check all items, submit the good ones, and yield all outcomes."""
-        params = _each_params(sampling_params, len(given))
-        good: list[tuple[int, Prompt, Params | None]] = []
-        bad: list[tuple[int, ItemError]] = []
-        for index, item in enumerate(given):
-            own = params if params is None or isinstance(params, dict) else params[index]
-            try:
-                if isinstance(own, ItemError):
-                    raise own
-                good.append((index, read(item), own))
-            except ItemError as error:
-                bad.append((index, ItemError(str(error), index=index)))
-            except msgspec.ValidationError as error:
-                bad.append((index, ItemError(f"not as expected: {str(error).replace('`', '')}", index=index)))
-            except (UnicodeEncodeError, RecursionError, OverflowError) as error:
-                bad.append((index, ItemError(f"cannot be sent: {error}", index=index)))
-        return _outcomes(self._dispatcher(), good, bad)
+
+def _check_list(given: Any, what: str, example: str) -> None:
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise ConfigError(f"expected a list of {what} like {example}, got {type(given).__name__}")
+
+
+def _checked(deadline: float | None) -> float | None:
+    if deadline is not None and not (isinstance(deadline, (int, float)) and 0 < deadline < math.inf):
+        raise ConfigError(f"expected a deadline in seconds above 0, or None, got {deadline!r}")
+    return deadline
 
 
 def _plain_text(given: Any) -> str:
@@ -164,34 +214,57 @@ def _plain_text(given: Any) -> str:
     raise TypeError(f"expected a text, got {type(given).__name__}")
 
 
-def _outcomes(
-    dispatcher: Dispatcher, good: list[tuple[int, Prompt, Params | None]], bad: list[tuple[int, ItemError]]
-) -> Iterator[tuple[int, list[ResponseOutput] | ItemError]]:
-    """Submit the good items and yield all outcomes. Nothing is sent before the first is asked for."""
-    call = dispatcher.submit(good, len(good) + len(bad))
-    try:
-        if bad:
-            call.deliver([*bad])
-        yield from call
-    except BaseException:  # Ctrl-C, or the caller wants no more: the servers need not go on
-        with suppress(Exception):
-            dispatcher.cancel(call)
-        raise
+class _Items:
+    """The items of a call as they were given, and their parameters: read one by one. Raises ConfigError."""
+
+    def __init__(self, given: Iterable[Any], sampling_params: Any, read: Read) -> None:
+        self._read = read
+        if isinstance(sampling_params, (list, tuple)):
+            given = given if isinstance(given, Sequence) else list(given)
+            self._params = iter(_each_params(sampling_params, len(given)))
+        else:
+            try:
+                self._params = itertools.repeat(params_from(sampling_params))
+            except ItemError as error:
+                raise ConfigError(str(error)) from error
+        self.size = len(given) if isinstance(given, Sequence) else None
+        self.are_read = False
+        self._given = enumerate(given)
+
+    def take(self, call: Call) -> tuple[list[Item], list[tuple[int, Outcome]]]:
+        """Read the next items; return those that are good, and the errors of the others."""
+        good: list[Item] = []
+        bad: list[tuple[int, Outcome]] = []
+        enough = time.monotonic() + FEED_SECONDS
+        while len(good) + len(bad) < FEED and time.monotonic() < enough:
+            try:
+                index, given = next(self._given)
+            except StopIteration:
+                self.are_read = True
+                break
+            own = next(self._params)
+            try:
+                if isinstance(own, ItemError):
+                    raise own
+                good.append(Item(call, index, self._read(given), own, _seed(own)))
+            except ItemError as error:
+                bad.append((index, ItemError(str(error), index=index)))
+            except msgspec.ValidationError as error:
+                bad.append((index, ItemError(f"not as expected: {str(error).replace('`', '')}", index=index)))
+            except (UnicodeEncodeError, RecursionError, OverflowError) as error:
+                bad.append((index, ItemError(f"cannot be sent: {error}", index=index)))
+        return good, bad
 
 
-def _listed(given: Iterable[Any], what: str, example: str) -> Sequence[Any]:
-    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
-        raise ConfigError(f"expected a list of {what} like {example}, got {type(given).__name__}")
-    return given if isinstance(given, Sequence) else list(given)
+def _seed(params: Params | None) -> int | None:
+    """Return a seed for an item that may be sampled and has none: sent again, it is to sample the same."""
+    if params is not None and (params.get("seed") is not None or params.get("temperature") == 0):
+        return None
+    return random.getrandbits(31)
 
 
-def _each_params(given: Any, size: int) -> Params | list[Params | ItemError | None] | None:
-    """Read sampling parameters: one for all, or a list with one per item."""
-    if not isinstance(given, (list, tuple)):
-        try:
-            return params_from(given)
-        except ItemError as error:
-            raise ConfigError(str(error)) from error
+def _each_params(given: Sequence[Any], size: int) -> list[Params | ItemError | None]:
+    """Read sampling parameters, one per item; equal ones once."""
     if len(given) != size:
         raise ConfigError(f"expected one sampling_params for all or {size}, one per item; got {len(given)}")
     known: dict[int, Params | ItemError | None] = {}
@@ -204,23 +277,156 @@ def _each_params(given: Any, size: int) -> Params | list[Params | ItemError | No
     return [known[id(one)] for one in given]
 
 
+class _Batch:
+    """A call on its way: its items go to the dispatcher as others are worked off, their outcomes to `deliver`."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        items: _Items,
+        deadline: float | None,
+        deliver: Callable[[list[tuple[int, Outcome]]], object],
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._items = items
+        self._deliver = deliver
+        self._call = dispatcher.open(deliver)
+        self._deadline = deadline
+        self._ends = None if deadline is None else time.monotonic() + deadline
+        self._open: set[int] | None = None if deadline is None else set()
+        self._under_way = 0
+
+    def feed(self) -> bool:
+        """Submit what there is room for; return whether outcomes are to come."""
+        ahead = max(AHEAD, 2 * self._dispatcher.room)
+        while not self._items.are_read and self._under_way <= ahead - FEED:
+            good, bad = self._items.take(self._call)
+            self._under_way += len(good) + len(bad)
+            if self._open is not None:
+                self._open.update([item.index for item in good], [index for index, _ in bad])
+            if bad:
+                self._deliver(bad)
+            if good:
+                self._dispatcher.submit(good)
+        return self._under_way > 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until the deadline; None: there is none."""
+        return None if self._ends is None else max(0.0, self._ends - time.monotonic())
+
+    def count(self, outcomes: list[tuple[int, Outcome]]) -> list[tuple[int, Outcome]]:
+        """Take note of outcomes that have come; return them."""
+        self._under_way -= len(outcomes)
+        if self._open is not None:
+            self._open.difference_update([index for index, _ in outcomes])
+        return outcomes
+
+    def expire(self) -> Iterator[tuple[int, Outcome]]:
+        """End the call at its deadline; yield the errors of what is not finished."""
+        self.cancel()
+        late = sorted(self._open or ())
+        while late or not self._items.are_read:
+            for index in late:
+                message = f"the deadline of {self._deadline:g} s came before this was finished"
+                yield index, DeadlineExceeded(message, index=index, invalid=False)
+            good, bad = self._items.take(self._call)
+            yield from bad
+            late = [item.index for item in good]
+
+    def cancel(self) -> None:
+        """Drop what is not finished, also on the servers."""
+        with suppress(Exception):
+            self._dispatcher.cancel(self._call)
+
+
+def _outcomes(dispatcher: Dispatcher, items: _Items, deadline: float | None) -> Iterator[tuple[int, Outcome]]:
+    """Yield the outcomes of all items as they come. Nothing is sent before the first is asked for."""
+    news: queue.SimpleQueue[list[tuple[int, Outcome]]] = queue.SimpleQueue()
+    batch = _Batch(dispatcher, items, deadline, news.put)
+    try:
+        while batch.feed():
+            try:
+                come = news.get(timeout=batch.seconds_left)
+            except queue.Empty:
+                yield from batch.expire()
+                return
+            yield from batch.count(come)
+    except BaseException:  # Ctrl-C, or the caller wants no more: the servers need not go on
+        batch.cancel()
+        raise
+
+
 def _collect(
-    each: Iterator[tuple[int, list[ResponseOutput] | ItemError]], return_extra: bool, on_error: OnError
+    dispatcher: Dispatcher, items: _Items, deadline: float | None, return_extra: bool, on_error: OnError
 ) -> list[Any]:
-    if on_error not in ("raise", "return"):
-        raise ConfigError(f"expected on_error as 'raise' or 'return', got {on_error!r}")
-    found: dict[int, Any] = {}
-    failed = False
-    for index, outcome in each:
+    """Return all outcomes in the order of the call. Raises BatchError, BatchInterrupted."""
+    found = _Found(return_extra, on_error)
+    try:
+        for index, outcome in _outcomes(dispatcher, items, deadline):
+            found.add(index, outcome)
+    except KeyboardInterrupt as interrupt:
+        raise BatchInterrupted(found.so_far(items.size)) from interrupt
+    return found.all()
+
+
+async def _collect_async(
+    dispatcher: Dispatcher, items: _Items, deadline: float | None, return_extra: bool, on_error: OnError
+) -> list[Any]:
+    """Return what `_collect` returns."""
+    found = _Found(return_extra, on_error)
+    loop = asyncio.get_running_loop()
+    news: asyncio.Queue[list[tuple[int, Outcome]]] = asyncio.Queue()
+
+    def deliver(outcomes: list[tuple[int, Outcome]]) -> None:
+        with suppress(RuntimeError):  # the caller's event loop is closed
+            loop.call_soon_threadsafe(news.put_nowait, outcomes)
+
+    batch = _Batch(dispatcher, items, deadline, deliver)
+    try:
+        while batch.feed():
+            try:
+                async with asyncio.timeout(batch.seconds_left):
+                    come = await news.get()
+            except TimeoutError:
+                for index, outcome in batch.expire():
+                    found.add(index, outcome)
+                break
+            for index, outcome in batch.count(come):
+                found.add(index, outcome)
+    except BaseException:
+        batch.cancel()
+        raise
+    return found.all()
+
+
+class _Found:
+    """The outcomes of a call so far."""
+
+    def __init__(self, return_extra: bool, on_error: OnError) -> None:
+        if on_error not in ("raise", "return"):
+            raise ConfigError(f"expected on_error as 'raise' or 'return', got {on_error!r}")
+        self._return_extra = return_extra
+        self._raises = on_error == "raise"
+        self._found: dict[int, Any] = {}
+        self._failed = False
+
+    def add(self, index: int, outcome: Outcome) -> None:
         if isinstance(outcome, ItemError):
-            failed = True
-            found[index] = outcome
+            self._failed = True
+            self._found[index] = outcome
         else:
-            found[index] = outcome if return_extra else [output.text for output in outcome]
-    results = [found[index] for index in range(len(found))]
-    if failed and on_error == "raise":
-        raise BatchError(results)
-    return results
+            self._found[index] = outcome if self._return_extra else [output.text for output in outcome]
+
+    def so_far(self, size: int | None) -> list[Any]:
+        size = max(self._found, default=-1) + 1 if size is None else size
+        return [self._found.get(index) for index in range(size)]
+
+    def all(self) -> list[Any]:
+        results = [self._found[index] for index in range(len(self._found))]
+        if self._failed and self._raises:
+            raise BatchError(results)
+        return results
 
 
 class VLLMClient(Inference):
@@ -250,20 +456,28 @@ class VLLMClient(Inference):
         self.host = host
         self.port = port
         access = Access(token=token, instance=instance, timeout=timeout)
-        self._connection = transport.connect(Address([host], port), access)
+        self._capacity = capacity
+        self._transport = transport
+        self._access = access
+        self._connect()
+
+    def _connect(self) -> None:
+        self._connection = self._transport.connect(Address([self.host], self.port), self._access)
         self._only = Dispatcher()
-        self._only.add(f"{host}:{port}", self._connection, capacity, timeout)
+        self._only.add(f"{self.host}:{self.port}", self._connection, self._capacity, self._access.timeout)
 
     def _dispatcher(self) -> Dispatcher:
+        if self._only.is_foreign:
+            self._connect()
         return self._only
 
     def health(self) -> Health:
         """Return the server's state. Raises `TransportError`."""
-        return self._only.ask(self._connection.health())
+        return self._dispatcher().ask(self._connection.health())
 
     def shutdown(self) -> None:
         """Ask the server to end. Raises `TransportError`."""
-        self._only.ask(self._connection.shut_down())
+        self._dispatcher().ask(self._connection.shut_down())
 
     def close(self) -> None:
         """End calls that are left, and close the connection. Idempotent."""

@@ -2,20 +2,21 @@
 
 Calls from any thread put items in; each server takes as many as keep it busy, in pieces that shrink towards the end of
 the queue, so that no server idles while another has a tail. Results come back one by one. What a server that is lost
-had not finished goes back to the head of the queue. All state lives in one event loop, in a thread of its own.
+had not finished goes back to the head of the queue, and waits there while a server is on its way. All state lives in
+one event loop, in a thread of its own.
 """
 
 import asyncio
 import contextlib
 import itertools
 import logging
-import queue
+import os
 import threading
 from collections import deque
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
-from .errors import ItemError, RemoteError, StallTimeout, TransportError
+from .errors import GserveError, ItemError, ItemLost, RemoteError, StallTimeout, TransportError
 from .interfaces import Connection
 from .schema import Failure, Group, Params, Prompt, ResponseOutput, Result, RunRequest
 
@@ -29,6 +30,10 @@ For its last try it is alone on a server, so that no other item is taken for it.
 """
 HEARTBEAT = 5.0
 """Seconds between two signs of life of a server at work; less where `client_timeout` is short."""
+PROBE = 1.0
+"""Seconds between two questions to a server that broke off, whether it is there all the same."""
+BUSY = 1.0
+"""Seconds until a server that has enough to do is asked again, where it does not say."""
 
 logger = logging.getLogger("gserve.dispatch")
 
@@ -36,37 +41,28 @@ type Outcome = list[ResponseOutput] | ItemError
 
 
 class Call:
-    """The items of one call: what the caller waits on. Its outcomes come in batches, in the order they happen."""
+    """What the items of one call share. `deliver` is given their outcomes in batches, in the order they happen.
 
-    def __init__(self, number: int, size: int) -> None:
+    It is called from the dispatcher's thread.
+    """
+
+    def __init__(self, number: int, deliver: Callable[[list[tuple[int, Outcome]]], object]) -> None:
         self.number = number
-        self._news: queue.SimpleQueue[list[tuple[int, Outcome]]] = queue.SimpleQueue()
-        self._size = size
+        self.deliver = deliver
         self.cancelled = False
 
-    def deliver(self, outcomes: list[tuple[int, Outcome]]) -> None:
-        """Hand outcomes to the caller. From any thread."""
-        self._news.put(outcomes)
 
-    def __iter__(self) -> Iterator[tuple[int, Outcome]]:
-        """Yield the index and the outcome of every item, as they come."""
-        left = self._size
-        while left:
-            batch = self._news.get()
-            left -= len(batch)
-            yield from batch
+class Item:
+    """An item on its way. `seed`: for its sampling, where its parameters name none."""
 
+    __slots__ = ("call", "index", "losses", "params", "prompt", "seed")
 
-class _Item:
-    """An item on its way."""
-
-    __slots__ = ("call", "index", "losses", "params", "prompt")
-
-    def __init__(self, call: Call, index: int, prompt: Prompt, params: Params | None) -> None:
+    def __init__(self, call: Call, index: int, prompt: Prompt, params: Params | None, seed: int | None) -> None:
         self.call = call
         self.index = index
         self.prompt = prompt
         self.params = params
+        self.seed = seed
         self.losses = 0
 
     @property
@@ -85,56 +81,91 @@ class _Item:
 class _Worker:
     """A server, as the queue sees it."""
 
-    def __init__(self, key: str, connection: Connection, capacity: int, timeout: float | None) -> None:
+    def __init__(
+        self, key: str, connection: Connection, capacity: int, timeout: float | None, is_watched: bool
+    ) -> None:
         self.key = key
         self.connection = connection
+        self.is_watched = is_watched
         self.window = 2 * capacity
         self.piece_text = MAX_PIECE_TEXT
         self.heartbeat = HEARTBEAT if timeout is None else min(HEARTBEAT, timeout / 3)
         self.in_flight = 0
+        self.finished = 0
         self.lost = False
+        self.is_busy = False
         self.is_reserved = False
         self.probe: asyncio.Task[None] | None = None
-        self.pieces: dict[asyncio.Task[None], list[_Item | None]] = {}
+        self.pieces: dict[asyncio.Task[None], list[Item | None]] = {}
+
+    @property
+    def may_return(self) -> bool:
+        """Say whether a server that is lost may be there all the same."""
+        return self.probe is not None
 
 
 class Dispatcher:
     """One queue of items and the servers that empty it. Its methods may be called from any thread."""
 
     def __init__(self) -> None:
-        self._queue: deque[_Item] = deque()
-        self._suspects: deque[_Item] = deque()
+        self._queue: deque[Item] = deque()
+        self._suspects: deque[Item] = deque()
+        self._coming: set[str] = set()
         self._no_server = "there is no server"
         self._numbers = itertools.count()
         self._workers: dict[str, _Worker] = {}
         self._loop = asyncio.new_event_loop()
         self._closed = False
-        self._closing: asyncio.Future[None] | None = None
+        self._closing: set[asyncio.Task[None]] = set()
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._loop.run_forever, name="gserve-dispatch", daemon=True)
         self._thread.start()
 
-    def add(self, key: str, connection: Connection, capacity: int, timeout: float | None) -> None:
-        """Add a server that works on `capacity` items at once."""
-        self._soon(self._add, _Worker(key, connection, capacity, timeout))
+    @property
+    def is_foreign(self) -> bool:
+        """Say whether this process was forked from the one that made the dispatcher: its thread is not here."""
+        return self._pid != os.getpid()
 
-    def remove(self, key: str) -> None:
-        """Take a server out; its unfinished items go to the others."""
-        self._soon(self._remove, key)
+    @property
+    def room(self) -> int:
+        """How many items all servers together hold at once, when they have enough."""
+        return sum(worker.window for worker in list(self._workers.values()))
 
-    def submit(self, items: Sequence[tuple[int, Prompt, Params | None]], size: int) -> Call:
-        """Put the items (index, prompt, parameters) of a call of `size` items into the queue.
+    def expect(self, key: str) -> None:
+        """Hold items, where there is no other server, for one that is on its way."""
+        self._soon(self._coming.add, key)
 
-        Outcomes of the other indexes are the caller's to deliver.
+    def add(
+        self, key: str, connection: Connection, capacity: int, timeout: float | None, *, is_watched: bool = False
+    ) -> None:
+        """Add a server that works on `capacity` items at once.
+
+        One that `is_watched` will be removed when it is dead: until then a broken line may mend.
         """
-        call = Call(next(self._numbers), size)
-        self._soon(self._put, [_Item(call, *item) for item in items])
-        return call
+        self._soon(self._add, _Worker(key, connection, capacity, timeout, is_watched))
+
+    def remove(self, key: str, why: str, *, returns: bool = False) -> None:
+        """Take a server out; its unfinished items go to the others, or wait for it where it `returns`."""
+        self._soon(self._remove, key, why, returns)
+
+    def finished(self, key: str) -> int:
+        """Return how many items a server has finished since it was added."""
+        worker = self._workers.get(key)
+        return worker.finished if worker is not None else 0
+
+    def open(self, deliver: Callable[[list[tuple[int, Outcome]]], object]) -> Call:
+        """Begin a call. `deliver` must not block."""
+        return Call(next(self._numbers), deliver)
+
+    def submit(self, items: list[Item]) -> None:
+        """Put items into the queue."""
+        self._soon(self._put, items)
 
     def cancel(self, call: Call) -> None:
         """Drop what is left of a call, also on the servers that are at it."""
         call.cancelled = True
-        self._soon(self._cancel, call)
+        self._soon(self._cancel)
 
     def ask[T](self, question: Coroutine[Any, Any, T], timeout: float = 10.0) -> T:
         """Run a coroutine (of a connection) in the event loop, and return what it returns. Raises what it raises."""
@@ -147,6 +178,8 @@ class Dispatcher:
 
     def close(self) -> None:
         """End every call that is left with errors, close all connections, and end the thread. Idempotent."""
+        if self.is_foreign:
+            return
         with self._lock:
             if self._closed:
                 return
@@ -159,6 +192,8 @@ class Dispatcher:
             self._loop.close()
 
     def _soon(self, function: Any, *arguments: Any) -> None:
+        if self.is_foreign:
+            raise GserveError("this process was forked from the one that made this client: make a new one here")
         with self._lock:
             if self._closed:
                 raise TransportError("this service or client is closed: start it again")
@@ -168,21 +203,30 @@ class Dispatcher:
 
     def _add(self, worker: _Worker) -> None:
         self._workers[worker.key] = worker
+        self._coming.discard(worker.key)
         self._pump()
 
-    def _remove(self, key: str) -> None:
+    def _remove(self, key: str, why: str, returns: bool) -> None:
+        (self._coming.add if returns else self._coming.discard)(key)
+        self._no_server = f"no server is left: {why}"
         worker = self._workers.pop(key, None)
         if worker is not None:
             worker.lost = True
-            for task in worker.pieces:
-                task.cancel()
             if worker.probe is not None:
                 worker.probe.cancel()
+                worker.probe = None
+            for task in worker.pieces:
+                task.cancel()
             if not worker.pieces:
-                self._closing = asyncio.ensure_future(worker.connection.close())
-            self._pump()
+                self._let_go(worker)
+        self._pump()
 
-    def _put(self, items: list[_Item]) -> None:
+    def _let_go(self, worker: _Worker) -> None:
+        closing = asyncio.ensure_future(worker.connection.close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _put(self, items: list[Item]) -> None:
         for worker in self._workers.values():
             if worker.lost and worker.probe is None:  # it may be there again
                 worker.probe = asyncio.ensure_future(self._look_for(worker))
@@ -191,20 +235,25 @@ class Dispatcher:
 
     async def _look_for(self, worker: _Worker) -> None:
         """Find out whether a server that broke off is there all the same. Nothing is sent to it meanwhile."""
-        try:
-            worker.lost = (await worker.connection.health()).status != "ok"
-        except TransportError:
-            pass
-        except Exception:
-            logger.exception("cannot ask %s for its state", worker.key)
+        while worker.lost:
+            try:
+                worker.lost = (await worker.connection.health()).status != "ok"
+            except TransportError:
+                pass
+            except Exception:
+                logger.exception("cannot ask %s for its state", worker.key)
+            if not worker.is_watched:
+                break
+            if worker.lost:
+                await asyncio.sleep(PROBE)
         worker.probe = None
         if worker.lost:
             logger.warning("lost %s: %s", worker.key, self._no_server)
         self._pump()
 
-    def _cancel(self, call: Call) -> None:
-        self._queue = deque(item for item in self._queue if item.call is not call)
-        self._suspects = deque(item for item in self._suspects if item.call is not call)
+    def _cancel(self) -> None:
+        self._queue = deque(item for item in self._queue if not item.call.cancelled)
+        self._suspects = deque(item for item in self._suspects if not item.call.cancelled)
         for worker in self._workers.values():
             for task, piece in worker.pieces.items():
                 if all(item is None or item.call.cancelled for item in piece):
@@ -214,12 +263,12 @@ class Dispatcher:
         """Give every server as much of the queue as it should have now."""
         workers = [worker for worker in self._workers.values() if not worker.lost]
         if not workers:
-            if all(worker.probe is None for worker in self._workers.values()):
-                self._fail([*self._queue, *self._suspects], self._no_server)
+            if not self._coming and not any(worker.may_return for worker in self._workers.values()):
+                self._lose([*self._queue, *self._suspects], self._no_server)
                 self._queue.clear()
                 self._suspects.clear()
             return
-        free = [worker for worker in workers if not worker.is_reserved]
+        free = [worker for worker in workers if not worker.is_reserved and not worker.is_busy]
         while self._queue and free:
             if self._suspects and self._suspects[0].call.number < self._queue[0].call.number:
                 break  # it is their turn: they come last in their call, since they may cost a server
@@ -238,13 +287,13 @@ class Dispatcher:
                     self._pump()
                     return
 
-    def _begin(self, worker: _Worker, piece: list[_Item]) -> None:
+    def _begin(self, worker: _Worker, piece: list[Item]) -> None:
         worker.in_flight += len(piece)
         task = asyncio.ensure_future(self._send(worker, piece))
         worker.pieces[task] = [*piece]
         task.add_done_callback(worker.pieces.pop)
 
-    def _take(self, count: int, most: int) -> Iterator[_Item]:
+    def _take(self, count: int, most: int) -> Iterator[Item]:
         text = 0
         while self._queue and count:
             text += self._queue[0].text
@@ -253,21 +302,14 @@ class Dispatcher:
             yield self._queue.popleft()
             count -= 1
 
-    async def _send(self, worker: _Worker, piece: list[_Item]) -> None:
+    async def _send(self, worker: _Worker, piece: list[Item]) -> None:
         """Have a server work on a piece; deliver what it says, and put back what it leaves undone."""
         task = asyncio.current_task()
         assert task is not None
-        left: list[_Item | None] = worker.pieces[task]
-        groups = [
-            Group([item.prompt for item in group], params)
-            for params, group in (
-                (members[0].params, members)
-                for members in (list(it) for _, it in itertools.groupby(piece, key=lambda item: id(item.params)))
-            )
-        ]
+        left: list[Item | None] = worker.pieces[task]
         error = TransportError("the server left items out")
         try:
-            stream = worker.connection.run(RunRequest(groups, worker.heartbeat))
+            stream = worker.connection.run(RunRequest(_groups(piece), worker.heartbeat))
             async with contextlib.aclosing(stream):
                 async for events in stream:
                     self._deliver(worker, left, events)
@@ -284,11 +326,11 @@ class Dispatcher:
         worker.is_reserved = False
         if unfinished:
             self._unfinished(worker, unfinished, error)
-        if worker.key not in self._workers and not worker.in_flight:
-            await worker.connection.close()
+        if self._workers.get(worker.key) is not worker and not worker.in_flight:
+            self._let_go(worker)
         self._pump()
 
-    def _deliver(self, worker: _Worker, left: list[_Item | None], events: Sequence[Any]) -> None:
+    def _deliver(self, worker: _Worker, left: list[Item | None], events: Sequence[Any]) -> None:
         outcomes: dict[Call, list[tuple[int, Outcome]]] = {}
         for event in events:
             if not isinstance(event, (Result, Failure)):
@@ -298,6 +340,7 @@ class Dispatcher:
                 continue  # said twice
             left[event.index] = None
             worker.in_flight -= 1
+            worker.finished += 1
             outcome: Outcome = (
                 event.outputs
                 if isinstance(event, Result)
@@ -309,34 +352,49 @@ class Dispatcher:
         if self._queue and outcomes:
             self._pump()
 
-    def _unfinished(self, worker: _Worker, items: list[_Item], error: TransportError) -> None:
+    def _unfinished(self, worker: _Worker, items: list[Item], error: TransportError) -> None:
         """Put items back, or give them up; doubt the server that left them."""
         if isinstance(error, RemoteError) and error.status == 413 and len(items) > 1:
             worker.piece_text = max(1, min(worker.piece_text, sum(item.text for item in items)) // 2)
             self._queue.extendleft(reversed(items))
             return
-        if isinstance(error, RemoteError) and 400 <= error.status < 500 and error.status != 429:
-            self._fail(items, str(error), invalid=error.status in (400, 413, 422))
+        if isinstance(error, RemoteError) and error.status == 429:
+            worker.is_busy = True
+            asyncio.get_running_loop().call_later(error.retry_after or BUSY, self._ask_again, worker)
+            self._queue.extendleft(reversed(items))
             return
-        if worker.key in self._workers and not worker.lost:
+        if isinstance(error, RemoteError) and 400 <= error.status < 500:
+            invalid = error.status in (400, 413, 422)
+            for item in items:
+                item.call.deliver([(item.index, ItemError(str(error), index=item.index, invalid=invalid))])
+            return
+        if self._workers.get(worker.key) is worker and not worker.lost:
             worker.lost = True
             self._no_server = f"no server is left: {error}"
-            if isinstance(error, StallTimeout):  # its event loop may well answer
+            if isinstance(error, StallTimeout) and not worker.is_watched:  # its event loop may well answer
                 logger.warning("lost %s: %s", worker.key, error)
             else:
                 worker.probe = asyncio.ensure_future(self._look_for(worker))
         for item in items:
             item.losses += 1
-        self._fail([item for item in items if item.losses >= MAX_LOSSES], str(error))
+        self._lose(
+            [item for item in items if item.losses >= MAX_LOSSES],
+            f"a server was lost {MAX_LOSSES} times while it worked on this, the last time on nothing else: {error}",
+        )
         self._suspects.extend(item for item in items if item.is_suspect)
         self._queue.extendleft(item for item in reversed(items) if item.losses < MAX_LOSSES - 1)
 
-    def _fail(self, items: list[_Item], message: str, *, invalid: bool = False) -> None:
+    def _ask_again(self, worker: _Worker) -> None:
+        worker.is_busy = False
+        self._pump()
+
+    def _lose(self, items: list[Item], message: str) -> None:
         for item in items:
-            item.call.deliver([(item.index, ItemError(message, index=item.index, invalid=invalid))])
+            item.call.deliver([(item.index, ItemLost(message, index=item.index, invalid=False))])
 
     async def _close(self) -> None:
         self._no_server = "the service was closed"
+        self._coming.clear()
         tasks = [task for worker in self._workers.values() for task in worker.pieces]
         tasks += [worker.probe for worker in self._workers.values() if worker.probe is not None]
         for worker in self._workers.values():
@@ -347,4 +405,15 @@ class Dispatcher:
         await asyncio.gather(*tasks, return_exceptions=True)
         for worker in self._workers.values():
             await worker.connection.close()
+        await asyncio.gather(*self._closing, return_exceptions=True)
         self._workers.clear()
+
+
+def _groups(items: list[Item]) -> list[Group]:
+    """Return the items of a piece as they travel: those that share their parameters together."""
+    groups = []
+    for _, it in itertools.groupby(items, key=lambda item: (id(item.params), item.seed is None)):
+        members = list(it)
+        seeds = [item.seed for item in members if item.seed is not None]
+        groups.append(Group([item.prompt for item in members], members[0].params, seeds or None))
+    return groups

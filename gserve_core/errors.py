@@ -11,6 +11,10 @@ GserveError
 │   └── RemoteError        it answered with an error
 ├── BatchError         some items of a call failed; carries every result
 └── ItemError          one item failed
+    ├── ItemLost           no server could finish it
+    └── DeadlineExceeded   the call's deadline came first
+KeyboardInterrupt
+└── BatchInterrupted   Ctrl-C during a call; carries what was finished
 
 A message is a lower-case fragment: what was given, what was expected and where, what to do.
 """
@@ -99,6 +103,23 @@ class ItemError(GserveError):
         super().__init__(message)
         self.index = index
         self.invalid = invalid
+
+
+class ItemLost(ItemError):
+    """No server could finish the item: none was left, or it was in flight each time that one died."""
+
+
+class DeadlineExceeded(ItemError):
+    """The item was not finished when the deadline of its call came."""
+
+
+class BatchInterrupted(KeyboardInterrupt):
+    """A call was interrupted. `results` holds what each item gave until then, in the order of the call, else None."""
+
+    def __init__(self, results: Sequence[Any]) -> None:
+        self.results = list(results)
+        finished = sum(result is not None for result in self.results)
+        super().__init__(f'interrupted: {finished} of {len(self.results)} items had finished (see "results")')
 
 
 class BatchError(GserveError):

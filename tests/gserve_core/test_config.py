@@ -371,8 +371,8 @@ WRONG = {
     "a list as key": (LLM + "[1, 2]: 2\n", ":3: expected a text as key, got a sequence"),
     "a key with a line end": (
         LLM + 'serve: {"a\\nb": 1}\n',
-        ":3: unknown key 'a\\nb'; expected one of client_timeout, gpu_ids, host, port, servers, startup_timeout,"
-        " verbose - at $.serve.a\nb",
+        ":3: unknown key 'a\\nb'; expected one of client_timeout, env, gpu_ids, host, max_restarts, min_ready,"
+        " port, servers, share_gpu, stall_timeout, startup_timeout, verbose - at $.serve.a\nb",
     ),
     "gpu_ids and servers": (
         LLM + "serve:\n  gpu_ids: [0]\n  servers: 2\n",
