@@ -34,12 +34,19 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
     "serving": {"errors", "schema", "config", "interfaces", "lease", "log_utils", "runtime", "plugins"},
     "testing": {"errors", "schema", "config", "interfaces", "runtime"},
-    "engines.echo": {"errors", "schema", "config", "interfaces", "hookspecs", "sampling"},
+    "engines.echo": {
+        "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.orphans",
+    },
     "engines.vllm_engine": {
-        "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.demo_model",
+        "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.compile_turn",
+        "engines.demo_model",
     },
 }  # fmt: skip
-OF_AN_ENGINE = {"engines.demo_model": {"errors", "interfaces"}}
+OF_AN_ENGINE = {
+    "engines.compile_turn": {"interfaces"},
+    "engines.demo_model": {"errors", "interfaces"},
+    "engines.orphans": {"runtime"},
+}
 FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs"}
 """What launchers and transports need of the core: no more than a plugin's author."""
 

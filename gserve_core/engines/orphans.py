@@ -1,0 +1,57 @@
+"""The end of an engine's processes when its server and the server's owner die at the same instant.
+
+Nobody else is left to end them then: they notice by themselves. vLLM calls `watch` in each of its processes, as the
+entry point `gserve` of the group `vllm.general_plugins`.
+"""
+
+import contextlib
+import functools
+import os
+import select
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+from .. import runtime
+
+SERVER_VARIABLE = "GSERVE_SERVER"
+"""What the server names itself in, for the processes below it: its id and its start in clock ticks, as "4711:98765"."""
+GRACE = 2.0
+"""Seconds that the engine's own way to end gets, which may be the more orderly one."""
+THREAD = "gserve-orphans"
+
+
+def watch() -> None:
+    """Have this process, and those that it forks, end when the server does. Does nothing where there is no server.
+
+    Nothing in the server itself, either, except that its forks are watched. Idempotent.
+    """
+    server = os.environ.get(SERVER_VARIABLE)
+    if not server:
+        return
+    _watch_forks()
+    pid, started = map(int, server.split(":"))
+    if pid != os.getpid() and all(thread.name != THREAD for thread in threading.enumerate()):
+        threading.Thread(target=_end_with, args=(pid, started), name=THREAD, daemon=True).start()
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """Call `watch` in every forked child: threads do not go along, and vLLM takes its plugins there for loaded."""
+    os.register_at_fork(after_in_child=watch)
+
+
+def _end_with(pid: int, started: int) -> None:
+    """Wait for the end of the server; then end this process, and remove the server's folder of temporary files."""
+    end = select.poll()
+    with contextlib.suppress(OSError):  # gone already; or a kernel that cannot say so: then we look every second
+        end.register(os.pidfd_open(pid), select.POLLIN)
+    while runtime.process_start(pid) == started:
+        end.poll(1000)
+    time.sleep(GRACE)
+    scratch = Path(os.environ.get("TMPDIR", ""))
+    if scratch.name.startswith("gserve-"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGKILL)
