@@ -28,6 +28,7 @@ class ServerRecord(Struct, frozen=True, forbid_unknown_fields=True):
     capacity: int
     model: str
     gpu_ids: list[int] | None = None
+    control: str | None = None
 
 
 class ServiceRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +56,18 @@ def process_start(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def processes_of(instance: str) -> list[int]:
+    """Return the live processes of this machine that carry the id of a server's instance in their environment."""
+    mark = f"GSERVE_ID={instance}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes().split(b"\0") and process_start(int(entry.name)):
+                    found.append(int(entry.name))
+    return found
 
 
 def folder() -> Path:
@@ -87,7 +100,7 @@ def _token_file(host: str, port: int) -> Path:
     return folder() / f"token-{host.replace('/', '_')}-{port}"
 
 
-def write_token(address: Address, token: str) -> None:
+def write_token(address: Address, token: str, control: str | None = None) -> None:
     """Let clients of this user on this machine find the token of the server at `address`."""
     for host in address.hosts:
         _write(_token_file(host, address.port), token)
