@@ -66,7 +66,28 @@ class LaunchError(GserveError):
 
 
 class ServerExited(LaunchError):
-    """The process of a server ended before the server was ready, or without having been asked to."""
+    """The process of a server ended before the server was ready, or without having been asked to.
+
+    `cause` is one sentence, `hint` what to try where something is known ("" else), `phase` what the server was doing,
+    `tail` the last lines of its log.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        log: Path | None = None,
+        returncode: int | None = None,
+        cause: str = "",
+        hint: str = "",
+        phase: str = "",
+        tail: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, log=log, returncode=returncode)
+        self.cause = cause
+        self.hint = hint
+        self.phase = phase
+        self.tail = list(tail)
 
 
 class StartupTimeout(LaunchError):
