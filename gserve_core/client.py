@@ -443,6 +443,7 @@ class VLLMClient(Inference):
         timeout: float | None = 30.0,
         *,
         token: str | None = None,
+        control: str | None = None,
         transport: Transport | None = None,
         instance: str | None = None,
         capacity: int = UNKNOWN_CAPACITY,
@@ -455,7 +456,7 @@ class VLLMClient(Inference):
             transport = plugins.assemble(Config(LLMConfig("any"))).transport
         self.host = host
         self.port = port
-        access = Access(token=token, instance=instance, timeout=timeout)
+        access = Access(token=token, control=control, instance=instance, timeout=timeout)
         self._capacity = capacity
         self._transport = transport
         self._access = access

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import IO, Any
 
@@ -28,6 +29,8 @@ TTL = 60.0
 """Seconds without a beat after which a server takes its owner for dead."""
 GRACE = 3.0
 """Seconds that a server whose owner is dead gives its engine to end by itself."""
+PULSE = 2.0
+"""Seconds between two signs that the event loop of a ready server turns; less where `stall_timeout` is short."""
 _LONGEST_LINE = 1 << 20
 
 
@@ -133,6 +136,8 @@ class OwnerEnd:
         self._next_beat = time.monotonic() + BEAT
         self._lock = threading.Lock()
         os.set_blocking(stdin.fileno(), False)  # a server that does not read must not hold us up
+        forget = weakref.WeakMethod(self.close)
+        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
         self.send(hello)
 
     def send(self, message: Down) -> None:
@@ -168,7 +173,10 @@ class OwnerEnd:
         return messages
 
     def close(self) -> None:
-        """Give the lease up: a server that still runs ends itself."""
+        """Give the lease up: a server that still runs ends itself.
+
+        A forked child does so at once: while it held the line open, the end of the owner would not be noticed.
+        """
         with contextlib.suppress(OSError, ValueError):
             self._stdin.close()
 

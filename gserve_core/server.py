@@ -1,16 +1,18 @@
 """`VLLMServer`: one server, seen by its owner. Starts it, holds its lease, and knows its state."""
 
+import itertools
 import logging
 import math
 import os
 import re
 import secrets
 import shutil
+import signal
 import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -32,6 +34,8 @@ PROGRAM = Path(__file__).resolve().parent.parent / "gserve" / "vllm_server.py"
 """The server program. It is run by its path, so that the server needs nothing of the owner's module search path."""
 STOP_SECONDS = 10.0
 """How long a server may take to end after it was told to stop."""
+GONE_SECONDS = 10.0
+"""How long killed processes may take to be gone: they free a GPU's memory before."""
 TICK = 0.2
 """Seconds between two looks at a server's process and log."""
 MAX_LOG_READ = 1 << 20
@@ -116,11 +120,46 @@ def _json(value: object) -> str:
     return msgspec.json.encode(value).decode()
 
 
+@dataclass
+class _End:
+    """What is known of the end of a server: the cause that it told, and how much of its log has been looked at.
+
+    `is_hung`: it is to be killed at once. `error`: what to raise in place of ServerExited.
+    """
+
+    cause: str | None = None
+    position: int = 0
+    is_hung: bool = False
+    error: LaunchError | None = None
+
+
+def _new_log(folder: Path, name: str) -> Path:
+    """Make and return the log of a server: one file for each of its lives."""
+    for life in itertools.count(1):
+        path = folder / (f"{name}.log" if life == 1 else f"{name}.{life}.log")
+        with suppress(FileExistsError):
+            path.touch(mode=0o600, exist_ok=False)
+            return path
+    raise AssertionError
+
+
+def _end_marked(instance: str) -> list[int]:
+    """Kill what is left of a server on this machine; return what is still there after `GONE_SECONDS`."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while (left := runtime.processes_of(instance)) and time.monotonic() < deadline:
+        for pid in left:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return left
+
+
 class VLLMServer:
     """One vLLM server: its process, from start to shutdown. A context manager; may be started again.
 
-    gpu_ids: the GPUs that it sees (None: all that this process sees). port: None takes a free one. startup_timeout and
-    client_timeout: see `ServeConfig`. launcher, transport and engine: instances; plugins: modules to look for more.
+    gpu_ids: the GPUs that it sees (None: all that this process sees). port: None takes a free one. startup_timeout,
+    client_timeout, stall_timeout, share_gpu and env: see `ServeConfig`. launcher, transport and engine: instances;
+    plugins: modules to look for more. A server that dies is FAILED: `start` starts it again.
     """
 
     def __init__(
@@ -133,6 +172,9 @@ class VLLMServer:
         verbose: bool = False,
         *,
         client_timeout: float | None = 30.0,
+        stall_timeout: float | None = 60.0,
+        share_gpu: bool = False,
+        env: Mapping[str, str] | None = None,
         launcher: Launcher | None = None,
         transport: Transport | None = None,
         engine: Engine | None = None,
@@ -142,7 +184,10 @@ class VLLMServer:
         servers: int = 1,
     ) -> None:
         ids = None if gpu_ids is None else list(gpu_ids)
-        self._serve = ServeConfig(ids, host, port, startup_timeout, client_timeout, verbose)
+        self._serve = ServeConfig(
+            ids, host, port, startup_timeout, client_timeout, verbose,
+            stall_timeout=stall_timeout, share_gpu=share_gpu, env=dict(env or {}),
+        )  # fmt: skip
         self._llm = llm_config
         self._parts = parts or assemble(
             Config(llm_config, plugins=list(plugins)), launcher=launcher, transport=transport, engine=engine
@@ -161,7 +206,9 @@ class VLLMServer:
         self._log: Path | None = None
         self._asked_to_stop = False
         self._patience_ends = math.inf
-        self._token = self._instance = ""
+        self._token = self._control = self._instance = ""
+        self._listeners: list[Callable[[], object]] = []
+        self._pid = os.getpid()
         self._owner: lease.OwnerEnd | None = None
         self._watcher: threading.Thread | None = None
         self._progress = 0.0
@@ -177,6 +224,11 @@ class VLLMServer:
     def port(self) -> int | None:
         """The server's port; None while it is not known."""
         return self._address.port if self._address else self._serve.port
+
+    @property
+    def error(self) -> LaunchError | None:
+        """Why the server has failed."""
+        return self._error
 
     def is_running(self) -> bool:
         """Say whether the server is ready for requests."""
@@ -199,7 +251,7 @@ class VLLMServer:
         return Job(
             name=self.name,
             command=server_command(self._llm, self._parts, self._serve.host, self._serve.port or 0),
-            env=pinning(self._gpu_ids) | {LEVEL_VARIABLE: log_level()},
+            env=pinning(self._gpu_ids) | {LEVEL_VARIABLE: log_level()} | self._serve.env,
             gpu_ids=self._gpu_ids,
             gpus=len(self._gpu_ids) if self._gpu_ids else self._llm.gpus_per_server,
             index=self._index,
@@ -213,15 +265,20 @@ class VLLMServer:
         assert self._info is not None
         return runtime.ServerRecord(
             self.name, self._address, self._instance, self._token, self._info.capacity, self._info.model,
-            None if self._gpu_ids is None else list(self._gpu_ids),
+            None if self._gpu_ids is None else list(self._gpu_ids), self._control,
         )  # fmt: skip
+
+    def on_change(self, listener: Callable[[], object]) -> None:
+        """Have `listener` called, from a thread of ours, whenever the server has become ready or has ended."""
+        self._listeners.append(listener)
 
     def client(self) -> VLLMClient:
         """Return a client of this server, which must be ready. Raises GserveError: it is not."""
         if self._address is None or self._info is None or not self.is_running():
             raise GserveError(f"{self.name} is {self._state}, not ready: start it first")
         return VLLMClient(
-            self.host, self._address.port, self._serve.client_timeout, token=self._token, instance=self._instance,
+            self.host, self._address.port, self._serve.client_timeout,
+            token=self._token, control=self._control, instance=self._instance,
             capacity=self._info.capacity, transport=self._parts.transport,
         )  # fmt: skip
 
@@ -245,16 +302,22 @@ class VLLMServer:
             if self._watcher is not None and self._state != State.FAILED:
                 return
             runtime.folder()  # where it cannot be used, this is the time to say so
-            self._instance, self._token = uuid.uuid4().hex, secrets.token_urlsafe(32)
-            self._log = (logs or runtime.log_folder(self._instance[:8])) / f"{self.name}.log"
-            self._log.touch(mode=0o600)
+            self._instance = uuid.uuid4().hex
+            self._token, self._control = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
+            self._log = _new_log(logs or runtime.log_folder(self._instance[:8]), self.name)
             job = self.job(self._log)
-            marked = {**job.env, "GSERVE_ID": self._instance, "SPT_NOENV": "1"}  # what ours are found by, even renamed
+            marked = {  # what ours are found by, even renamed
+                **job.env, runtime.ID_VARIABLE: self._instance, "SPT_NOENV": "1",
+                runtime.OWNER_VARIABLE: f"{os.getpid()}:{runtime.process_start(os.getpid())}",
+            }  # fmt: skip
             self._state, self._phase, self._step = State.STARTING, "starting the process", None
             self._address = self._info = self._error = None
             self._asked_to_stop, self._patience_ends = False, math.inf
             self._progress = time.monotonic()
-            hello = lease.Hello(self._instance, self._token, secrets=secret_arguments(self._llm))
+            hello = lease.Hello(
+                self._instance, self._token, self._control, secret_arguments(self._llm),
+                stall_timeout=self._serve.stall_timeout,
+            )  # fmt: skip
             process = None
             try:
                 process = self._parts.launcher.launch(replace(job, env=marked))
@@ -269,28 +332,20 @@ class VLLMServer:
                 self._state = State.FAILED
                 raise
             self._watcher = watcher
+            self._changed.notify_all()
 
     def wait_ready(self, seconds: float = math.inf) -> bool:
         """Wait until a server that has begun is ready; return False where it is not yet after `seconds`.
 
         Raises LaunchError: it is not going to be.
         """
-        limit = self._serve.startup_timeout
         deadline = time.monotonic() + seconds
         with self._changed:
             while self._state == State.STARTING:
-                quiet = time.monotonic() - self._progress
-                if limit is not None and quiet > limit:
-                    self._error = StartupTimeout(
-                        f"{self.name} showed no progress for {limit:g} s (startup_timeout) while {self._doing()};"
-                        f" its log: {self._log}",
-                        log=self._log,
-                    )
-                    raise self._error
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
                     return False
-                self._changed.wait(min(remaining, TICK, math.inf if limit is None else limit))
+                self._changed.wait(min(remaining, TICK))
             if self._state != State.READY:
                 raise self._error or LaunchError(f"{self.name} was stopped while it started", log=self._log)
         return True
@@ -301,7 +356,9 @@ class VLLMServer:
         self.wait_stopped()
 
     def ask_to_stop(self) -> None:
-        """Tell the server to end, and do not wait for it."""
+        """Tell the server to end, and do not wait for it. In a process that was forked off: nothing, it is not ours."""
+        if self._pid != os.getpid():
+            return
         with self._changed:
             if self._watcher is None:
                 return
@@ -316,7 +373,7 @@ class VLLMServer:
     def wait_stopped(self) -> None:
         """Wait until a server that was told to end has ended; end it by force where it does not."""
         watcher = self._watcher
-        if watcher is None:
+        if watcher is None or self._pid != os.getpid():
             return
         watcher.join()
         with self._changed:
@@ -339,17 +396,19 @@ class VLLMServer:
 
     def _watch(self, process: Process, owner: lease.OwnerEnd, log: Path) -> None:
         """Follow a server from its start to its end, and clean up after it."""
-        cause: str | None = None
-        position = 0
+        end = _End()
         try:
-            cause, position = self._listen(process, owner, log)
+            self._listen(process, owner, log, end)
         except Exception as error:  # a full disk, for one: without a watcher there can be no server
             logger.exception("cannot follow %s", self.name)
-            cause = f"cannot follow it: {error}"
-        returncode = process.stop(STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0)
+            end.cause = f"cannot follow it: {error}"
+        grace = 0.0 if end.is_hung else STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0
+        returncode = process.stop(grace)
         owner.close()
+        if left := _end_marked(self._instance):
+            logger.error("%s has left processes that cannot be killed: %s", self.name, left)
         shutil.rmtree(runtime.scratch_folder(self._instance), ignore_errors=True)  # a server that was killed left it
-        self._follow(log, position)
+        self._follow(log, end.position)
         if self._address is not None:
             with suppress(GserveError, OSError):
                 runtime.remove_token(self._address, self._token)
@@ -357,9 +416,9 @@ class VLLMServer:
             if self._asked_to_stop:
                 self._state = State.STOPPED
             else:
-                self._error = ServerExited(
+                self._error = end.error or ServerExited(
                     diagnosis.explain(
-                        self.name, phase=self._doing() or "serving", cause=cause, returncode=returncode, log=log
+                        self.name, phase=self._doing() or "serving", cause=end.cause, returncode=returncode, log=log
                     ),
                     log=log,
                     returncode=returncode,
@@ -368,28 +427,39 @@ class VLLMServer:
                     logger.error("%s", self._error)
                 self._state = State.FAILED
             self._changed.notify_all()
+        self._announce()
 
-    def _listen(self, process: Process, owner: lease.OwnerEnd, log: Path) -> tuple[str | None, int]:
-        """Follow a server to its end, or until our patience ends; return why it says that it failed, if it does.
-
-        Returned too is how much of the log has been looked at.
-        """
-        cause: str | None = None
-        position = 0
+    def _listen(self, process: Process, owner: lease.OwnerEnd, log: Path, end: "_End") -> None:
+        """Follow a server to its end, or until it is to be ended by force; note in `end` what is known of that."""
+        stall, startup = self._serve.stall_timeout, self._serve.startup_timeout
+        sign = time.monotonic()
         while time.monotonic() < self._patience_ends:
             ended = process.poll() is not None
             messages = owner.receive(0 if ended else TICK)
             for message in messages or ():
                 if isinstance(message, lease.Listening):
-                    runtime.write_token(message.address, self._token)
+                    runtime.write_token(message.address, self._token, self._control)
                 elif isinstance(message, lease.Failed):
-                    cause = message.cause
+                    end.cause = message.cause
                 self._hear(message)
-            position = self._follow(log, position)
+                sign = time.monotonic()
+            end.position = self._follow(log, end.position)
             if messages is None or (ended and not messages):
-                return cause, position
+                return
+            now = time.monotonic()
+            if self._state == State.READY and stall is not None and now - sign > stall:
+                end.cause, end.is_hung = f"it hangs: it gave no sign of life for {stall:g} s (stall_timeout)", True
+                return
+            if self._state == State.STARTING and startup is not None and now - self._progress > startup:
+                end.is_hung = True
+                end.error = StartupTimeout(
+                    f"{self.name} showed no progress for {startup:g} s (startup_timeout) while {self._doing()};"
+                    f" its log: {log}",
+                    log=log,
+                )
+                return
         logger.warning("%s did not end within %g s: ending it by force", self.name, STOP_SECONDS)
-        return cause, position
+        end.is_hung = True
 
     def _hear(self, message: lease.Up) -> None:
         with self._changed:
@@ -402,6 +472,13 @@ class VLLMServer:
                 case lease.Ready(info) if self._state == State.STARTING:
                     self._info, self._phase, self._state = info, None, State.READY
             self._changed.notify_all()
+        if isinstance(message, lease.Ready):
+            self._announce()
+
+    def _announce(self) -> None:
+        """Tell those who listen that the server has become ready, or has ended."""
+        for listener in self._listeners:
+            listener()
 
     def _follow(self, log: Path, position: int) -> int:
         """Look at what has come to the log: it is progress, and shown where asked for. Returns its length."""

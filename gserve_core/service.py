@@ -3,6 +3,7 @@
 import logging
 import os
 import threading
+import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -14,19 +15,24 @@ from . import runtime
 from .client import Inference
 from .config import Config, LLMConfig, ServeConfig, check_placement, load
 from .dispatch import Dispatcher
-from .errors import GserveError, LaunchError, TransportError
+from .errors import GserveError, TransportError
 from .interfaces import Access, Engine, EngineInfo, Job, Launcher, Transport
 from .plugins import Parts, assemble
-from .runtime import ServiceRecord
-from .server import TICK, ServerStatus, State, VLLMServer
+from .runtime import ServerRecord, ServiceRecord
+from .server import ServerStatus, State, VLLMServer
+from .supervisor import Supervisor
 
 ATTACH_VARIABLE = "GSERVE_ATTACH"
+FOLLOW_SECONDS = 1.0
+"""Seconds between two looks at the record of a service that another process has launched."""
 
 logger = logging.getLogger("gserve.service")
 
 
 class VLLMService(Inference):
-    """Starts the servers that the configs describe, and spreads batches over them. A context manager.
+    """Starts the servers that the configs describe, keeps them running, and spreads batches over them.
+
+    A context manager. A server that dies or hangs is started again, and its unfinished items go to the others.
 
     launcher, transport and engine: instances, in place of those of this machine, HTTP and vLLM. plugins: modules to
     look for more. name: makes the service known to `attach` and `gserve ps`. May be started again after `shutdown`.
@@ -85,7 +91,7 @@ class VLLMService(Inference):
         )  # fmt: skip
         self = cls.__new__(cls)
         self._set_up(config, assemble(config, Path(record.folder) if record.folder else None), None)
-        self._attached = record
+        self._attached = record.name
         self.start()
         return self
 
@@ -93,8 +99,11 @@ class VLLMService(Inference):
         self._config = config
         self._parts = parts
         self._name = name
-        self._attached: ServiceRecord | None = None
+        self._attached: str | None = None
         self._queue: Dispatcher | None = None
+        self._supervisor: Supervisor | None = None
+        self._records: dict[str, ServerRecord] = {}
+        self._pid = os.getpid()
         self._starting = threading.Lock()
         placement = check_placement(config.llm, config.serve)
         serve = config.serve
@@ -102,6 +111,7 @@ class VLLMService(Inference):
             VLLMServer(
                 config.llm, gpu_ids, serve.host, None if serve.port is None else serve.port + index,
                 serve.startup_timeout, serve.verbose, client_timeout=serve.client_timeout,
+                stall_timeout=serve.stall_timeout, share_gpu=serve.share_gpu, env=serve.env,
                 parts=parts, index=index, servers=len(placement),
             )
             for index, gpu_ids in enumerate(placement)
@@ -110,7 +120,7 @@ class VLLMService(Inference):
     # ----------------------------------------------------------------------------------------------------------- doing
 
     def start(self) -> None:
-        """Start all servers at once, and wait until they are ready; does nothing where they are.
+        """Start all servers at once, and wait until `min_ready` of them are ready; does nothing where they are.
 
         Raises LaunchError with the cause of every server that failed; nothing is left then.
         """
@@ -120,60 +130,98 @@ class VLLMService(Inference):
 
     def _start(self) -> None:
         if self._attached is not None:
-            self._join(self._attached)
+            record = runtime.find_service(self._attached)
+            self._queue = Dispatcher()
+            self._join(self._queue, record.servers)
+            threading.Thread(target=self._follow, args=(self._queue, record.name), name="follow", daemon=True).start()
             return
         if self._name is not None:
             runtime.check_name(self._name)
+        self._queue = queue = Dispatcher()
         try:
             logs = runtime.log_folder(self._name or uuid.uuid4().hex[:8])
             for server in self._servers:
-                server.begin(logs)
-            self._wait_ready()
-            self._queue = Dispatcher()
-            for server in self._servers:
-                self._add(server.record())
-            if self._name is not None:
-                runtime.write_service(self._record(self._name))
+                queue.expect(server.name)
+            self._supervisor = Supervisor(
+                self._servers,
+                self._config.serve.max_restarts,
+                on_ready=self._on_ready,
+                on_lost=self._on_lost,
+                finished=lambda server: queue.finished(server.name),
+            )
+            self._supervisor.start(logs, self._config.serve.min_ready or len(self._servers))
         except BaseException:
             self.shutdown()
             raise
 
-    def _wait_ready(self) -> None:
-        starting = list(self._servers)
-        try:
-            while starting:
-                starting = [server for server in starting if not server.wait_ready(TICK / len(starting))]
-        except LaunchError as first:
-            failed = [server.status().error for server in self._servers if server.status().state == State.FAILED]
-            causes = [text for text in failed if text is not None and text != str(first)]
-            if causes:
-                raise LaunchError("\n".join([str(first), *causes]), log=first.log) from first
-            raise
+    def _on_ready(self, server: VLLMServer) -> None:
+        """Have a server take part that has become ready."""
+        queue = self._queue
+        if queue is not None:
+            self._add(queue, server.record(), is_watched=self._config.serve.stall_timeout is not None)
+            self._tell()
 
-    def _add(self, record: runtime.ServerRecord) -> None:
-        assert self._queue is not None
+    def _on_lost(self, server: VLLMServer, why: str, returns: bool) -> None:
+        """Take out a server that has failed."""
+        self._records.pop(server.name, None)
+        queue = self._queue
+        if queue is not None:
+            with suppress(TransportError):  # closed meanwhile
+                queue.remove(server.name, why, returns=returns)
+            self._tell()
+
+    def _tell(self) -> None:
+        """Let other processes know which servers there are now."""
+        if self._name is not None and self._records:
+            runtime.write_service(self._record(self._name))
+
+    def _add(self, queue: Dispatcher, record: ServerRecord, *, is_watched: bool) -> None:
         timeout = self._config.serve.client_timeout
-        access = Access(token=record.token, instance=record.instance, timeout=timeout)
+        access = Access(token=record.token, control=record.control, instance=record.instance, timeout=timeout)
         connection = self._parts.transport.connect(record.address, access)
-        self._queue.add(record.name, connection, record.capacity, timeout)
+        self._records[record.name] = record
+        with suppress(TransportError):  # closed meanwhile
+            queue.add(record.name, connection, record.capacity, timeout, is_watched=is_watched)
 
-    def _join(self, record: ServiceRecord) -> None:
-        self._queue = Dispatcher()
-        for server in record.servers:
-            self._add(server)
+    def _join(self, queue: Dispatcher, servers: Sequence[ServerRecord]) -> None:
+        """Take up the servers that another process has now, and wait for those that it has no more."""
+        now = {server.name: server for server in servers}
+        for name in [name for name, server in self._records.items() if now.get(name) != server]:
+            del self._records[name]
+            queue.remove(name, "its owner has lost it", returns=True)
+        for name in now.keys() - self._records.keys():
+            self._add(queue, now[name], is_watched=True)
+
+    def _follow(self, queue: Dispatcher, name: str) -> None:
+        """Keep up with a service that another process has launched, as long as both last."""
+        known: set[str] = set()
+        with suppress(TransportError):  # the queue is closed: nobody wants to know any more
+            while self._queue is queue:
+                known |= self._records.keys()
+                service = runtime.read_service(name)
+                if service is None or not service.is_alive:
+                    for server in known:
+                        queue.remove(server, f"the service '{name}' has ended")
+                    self._records.clear()
+                    return
+                self._join(queue, service.servers)
+                time.sleep(FOLLOW_SECONDS)
 
     def shutdown(self) -> None:
-        """End all servers and connections. Idempotent; from any thread. An attached service's servers go on."""
+        """End all servers and connections. Idempotent; from any thread.
+
+        The servers of an attached service go on, and so do those of the process that this one was forked from.
+        """
         queue, self._queue = self._queue, None
         if queue is not None:
             queue.close()
-        if self._name is not None and queue is not None:
-            runtime.remove_service(self._name)
-        if self._attached is None:
-            for server in self._servers:
-                server.ask_to_stop()
-            for server in self._servers:
-                server.wait_stopped()
+        if self._attached is None and self._pid == os.getpid():
+            supervisor, self._supervisor = self._supervisor, None
+            if supervisor is not None:
+                supervisor.stop()
+            if self._name is not None and queue is not None:
+                runtime.remove_service(self._name)
+        self._records = {}
 
     def __enter__(self) -> Self:
         self.start()
@@ -199,7 +247,7 @@ class VLLMService(Inference):
         """Return what is known of each server now."""
         if self._attached is None:
             return [server.status() for server in self._servers]
-        return [self._remote_status(server) for server in self._attached.servers]
+        return [self._remote_status(server) for server in self._records.values()]
 
     def _remote_status(self, record: runtime.ServerRecord) -> ServerStatus:
         state, phase, error = State.STOPPED, None, None
@@ -230,7 +278,7 @@ class VLLMService(Inference):
         folder = self._parts.folder
         return ServiceRecord(
             name=name, pid=pid, started=runtime.process_start(pid) or 0,
-            servers=[server.record() for server in self._servers],
+            servers=list(self._records.values()),
             transport=self._parts.registry.section("transport", self._parts.transport),
             plugins=list(self._parts.plugins), folder=str(folder.resolve()) if folder else None,
             client_timeout=self._config.serve.client_timeout,
@@ -239,4 +287,8 @@ class VLLMService(Inference):
     def _dispatcher(self) -> Dispatcher:
         if self._queue is None:
             raise GserveError("the service is not running: call start(), or use it in a with statement")
+        if self._queue.is_foreign:  # we were forked: the servers are there, the thread and its connections are not
+            self._queue = Dispatcher()
+            for record in list(self._records.values()):
+                self._add(self._queue, record, is_watched=False)
         return self._queue

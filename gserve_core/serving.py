@@ -9,19 +9,22 @@ import contextlib
 import ipaddress
 import json
 import logging
+import math
 import os
 import shutil
 import signal
 import threading
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import uvloop
 
 from . import lease, plugins, runtime
-from .config import LLMConfig
+from .config import LLMConfig, ServeConfig
 from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
 from .interfaces import Address, Engine, RunningEngine, Transport
 from .log_utils import setup_logging
@@ -32,6 +35,12 @@ DRAIN_SECONDS = 30.0
 """How long a server that is told to end by a signal or by `/shutdown` may finish what it has."""
 DEATH_SECONDS = 1.0
 """How long an engine that dies may take to say so, after the items that it had have failed."""
+ADMISSION = 16
+"""How many times its capacity a server takes of items before it says that it has enough to do."""
+BUSY_SECONDS = 1.0
+"""After how long a client that was told so may ask again."""
+LOOK_SECONDS = 1.0
+"""Seconds between two looks at whether the engine moves; less where `stall_timeout` is short."""
 
 logger = logging.getLogger("gserve.serving")
 
@@ -39,16 +48,25 @@ logger = logging.getLogger("gserve.serving")
 class Server:
     """An engine behind a transport, from start to end. Implements `interfaces.ServerApi`."""
 
-    def __init__(self, instance: str, token: str | None, control: str | None = None) -> None:
+    def __init__(
+        self, instance: str, token: str | None, control: str | None = None, stall_timeout: float | None = None
+    ) -> None:
         self.instance = instance
         self.token = token
         self.control = control
+        self._stall_timeout = stall_timeout
         self._state = "starting"
         self._phase: str | None = None
         self._engine: RunningEngine | None = None
         self._over = asyncio.Event()
         self._news: set[asyncio.Event] = set()
         self._requests = 0
+        self._items = 0
+        """Items that were taken in and have not ended."""
+        self._running = 0
+        """Those of them that the engine has."""
+        self._ended = 0
+        self._is_doubtful = False
         self._idle = asyncio.Event()
         self._idle.set()
         self._drain = asyncio.Event()
@@ -64,15 +82,13 @@ class Server:
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Work on a request; yield its events in batches as they happen."""
-        with self._admit() as engine:
+        with self._admit(request) as admitted:
             happened: list[Event] = []
             news = asyncio.Event()
 
             async def work(index: int, prepared: Any) -> None:
                 try:
-                    if isinstance(prepared, ItemError):
-                        raise prepared
-                    event: Event = Result(index, await engine.run(prepared))
+                    event: Event = Result(index, await self._run(admitted, prepared))
                 except ItemError as error:
                     event = Failure(index, str(error), error.invalid)
                 except Exception as error:
@@ -89,7 +105,9 @@ class Server:
                 first = 0
                 for group in request.groups:
                     try:
-                        prepared: Sequence[Any] = await engine.prepare(group.prompts, group.params, group.seeds)
+                        prepared: Sequence[Any] = await admitted.engine.prepare(
+                            group.prompts, group.params, group.seeds
+                        )
                     except ItemError as wrong:
                         prepared = [wrong] * len(group.prompts)
                     for index, item in enumerate(prepared, first):
@@ -119,18 +137,18 @@ class Server:
 
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
         """Work on a request; return the outputs of each item, in order."""
-        with self._admit() as engine:
+        with self._admit(request) as admitted:
             prepared: list[Any] = []
             for group in request.groups:
                 try:
-                    prepared += await engine.prepare(group.prompts, group.params, group.seeds)
+                    prepared += await admitted.engine.prepare(group.prompts, group.params, group.seeds)
                 except ItemError as error:
                     raise RemoteError(str(error), status=400) from error
             for index, item in enumerate(prepared):
                 if isinstance(item, ItemError):
                     raise RemoteError(f"item {index}: {item}", status=400) from item
             try:
-                return await self._unless_over(_all([engine.run(item) for item in prepared]))
+                return await self._unless_over(_all([self._run(admitted, item) for item in prepared]))
             except ExceptionGroup as failures:
                 first = failures.exceptions[0]
                 status = 500
@@ -145,18 +163,46 @@ class Server:
         self._drain.set()
 
     @contextlib.contextmanager
-    def _admit(self) -> Iterator[RunningEngine]:
+    def _admit(self, request: RunRequest) -> Iterator["_Admitted"]:
+        """Take a request in, if the server is ready for it. Raises RemoteError: it is not."""
         if self._state != "ready" or self._engine is None:
             phase = f" ({self._phase})" if self._phase else ""
             raise RemoteError(f"the server is {self._state}{phase}", status=503)
+        size, most = sum(len(group.prompts) for group in request.groups), ADMISSION * self._engine.info.capacity
+        if self._items and self._items + size > most:  # one alone may be larger: else it could never be served
+            raise RemoteError(
+                f"the server has {self._items} items to do and takes {most} at a time: ask again in a moment",
+                status=429, retry_after=BUSY_SECONDS,
+            )  # fmt: skip
+        admitted = _Admitted(self._engine, size)
         self._requests += 1
+        self._items += size
         self._idle.clear()
         try:
-            yield self._engine
+            yield admitted
         finally:
             self._requests -= 1
+            self._items -= admitted.left
             if not self._requests:
                 self._idle.set()
+
+    async def _run(self, admitted: "_Admitted", prepared: Any) -> list[ResponseOutput]:
+        """Have the engine work on one item. Raises what the engine raises, and `prepared` where it is wrong."""
+        self._running += 1
+        try:
+            if isinstance(prepared, ItemError):
+                raise prepared
+            return await admitted.engine.run(prepared)
+        except ItemError:
+            raise
+        except BaseException:  # it was cancelled, perhaps since nothing came; or it failed for no reason of its own
+            self._is_doubtful = True
+            raise
+        finally:
+            self._running -= 1
+            self._ended += 1
+            self._items -= 1
+            admitted.left -= 1
 
     async def _is_over(self) -> bool:
         """Say whether the engine is gone, or about to be: what it fails then is not the fault of the item."""
@@ -241,15 +287,65 @@ class Server:
     async def _until_end(self) -> None:
         """Serve until told to end, then let the requests finish that there are."""
         assert self._engine is not None
-        died = asyncio.create_task(self._engine.died())
+        died = asyncio.create_task(self._lost(self._engine))
         if await self._first(died):
-            raise GserveError(f"the engine died: {died.result()}")
+            raise GserveError(died.result())
         self._state = "draining"
         idle = asyncio.create_task(self._idle.wait())
         stopped = asyncio.create_task(self._stop.wait())
         await asyncio.wait([idle, stopped, died], timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
         for task in (idle, stopped, died):
             task.cancel()
+
+    async def _lost(self, engine: RunningEngine) -> str:
+        """Return why, once the engine has died, or hangs."""
+        died = asyncio.create_task(engine.died())
+        watches = [died]
+        if self._stall_timeout is not None:
+            watches.append(asyncio.create_task(self._hung(engine, self._stall_timeout)))
+        if self._lease is not None:
+            watches.append(asyncio.create_task(self._beat(self._lease)))
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            return f"the engine died: {died.result()}" if died in done else done.pop().result()
+        finally:
+            for watch in watches:
+                watch.cancel()
+
+    async def _hung(self, engine: RunningEngine, limit: float) -> str:
+        """Return how, once the engine hangs: it has work and does not move, or makes no token when it is in doubt."""
+        pause = min(LOOK_SECONDS, limit / 4)
+        seen: object = None
+        now = moved = time.monotonic()
+        while True:
+            before = now
+            await asyncio.sleep(pause)
+            now = time.monotonic()
+            if now - before > pause + limit / 2:  # we have been stopped ourselves, and perhaps so was the engine
+                moved, self._is_doubtful = now, True
+            if (state := (self._ended, engine.progress())) != seen or not self._running:
+                seen, moved = state, now
+            if self._running and now - moved > limit:
+                return f"the engine hangs: {self._running} items are at work, and nothing has moved for {limit:g} s"
+            if self._is_doubtful and not self._running:
+                self._is_doubtful = False
+                try:
+                    async with asyncio.timeout(limit):
+                        await engine.check()
+                except TimeoutError:
+                    if (self._ended, engine.progress()) == seen:
+                        return (
+                            f"the engine hangs: idle, it was asked for one token, which did not come within {limit:g} s"
+                        )
+                except Exception as error:
+                    return f"the engine is broken: idle, it was asked for one token, and failed: {_sentence(error)}"
+                now = time.monotonic()
+
+    async def _beat(self, line: lease.ServerEnd) -> str:
+        """Show the owner that this event loop turns."""
+        while True:
+            line.tell(lease.Pulse())
+            await asyncio.sleep(min(lease.PULSE, (self._stall_timeout or math.inf) / 4))
 
     def _obey(self, message: lease.Down) -> None:
         match message:
@@ -279,6 +375,14 @@ class Server:
             self._lease.tell(message)
 
 
+@dataclass
+class _Admitted:
+    """A request that was taken in: `left` of its items have not ended."""
+
+    engine: RunningEngine
+    left: int
+
+
 @contextlib.asynccontextmanager
 async def _listening(transport: Transport, server: Server, host: str, port: int) -> AsyncIterator[Address]:
     """Have `transport` serve. Raises LaunchError: it cannot listen."""
@@ -302,6 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options = _parser().parse_args(arguments)
     line = lease.ServerEnd() if options.lease else None
     instance = line.hello.instance if line else uuid.uuid4().hex
+    _mark_children(instance)
     scratch = runtime.scratch_folder(instance)
     try:
         setup_logging()
@@ -315,6 +420,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     shutil.rmtree(scratch, ignore_errors=True)
     logging.shutdown()
     os._exit(code)  # a load that was interrupted has threads that nothing else would end
+
+
+def _mark_children(instance: str) -> None:
+    """Have the processes below this one know whom they belong to, and be found by it, even when they are renamed."""
+    me = f"{os.getpid()}:{runtime.process_start(os.getpid())}"
+    os.environ |= {runtime.ID_VARIABLE: instance, runtime.SERVER_VARIABLE: me, "SPT_NOENV": "1"}
+    os.environ.setdefault(runtime.OWNER_VARIABLE, me)
 
 
 def _use_scratch(scratch: Path) -> None:
@@ -344,7 +456,8 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
     registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
     engine = registry.build("engine", options.engine)
     transport = registry.build("transport", options.transport)
-    server = Server(instance, token)
+    hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
+    server = Server(instance, token, hello.control, hello.stall_timeout)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.live(engine, transport, llm, options.host, options.port, line))
