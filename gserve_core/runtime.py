@@ -1,4 +1,4 @@
-"""What processes of one user on one machine know of each other: the tokens of servers, and the launched services.
+"""What processes of one user on one machine know of each other: how to use a server, and the launched services.
 
 Files of mode 0600 in the user's runtime directory, written by the owner of a server or service and removed with it.
 """
@@ -15,7 +15,14 @@ import msgspec
 from msgspec import Struct
 
 from .errors import ConfigError, GserveError, did_you_mean
-from .interfaces import Address
+from .interfaces import Access, Address
+
+ID_VARIABLE = "GSERVE_ID"
+"""The instance of a server, in the environment of all its processes: what they are found by, even renamed."""
+OWNER_VARIABLE = "GSERVE_OWNER"
+"""Who has started it, beside that: a process's id and its start in clock ticks, as "4711:98765"."""
+SERVER_VARIABLE = "GSERVE_SERVER"
+"""The same of the server itself, for the processes below it."""
 
 
 class ServerRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,9 +108,9 @@ def _token_file(host: str, port: int) -> Path:
 
 
 def write_token(address: Address, token: str, control: str | None = None) -> None:
-    """Let clients of this user on this machine find the token of the server at `address`."""
+    """Let clients of this user on this machine find the token, and the control secret, of the server at `address`."""
     for host in address.hosts:
-        _write(_token_file(host, address.port), token)
+        _write(_token_file(host, address.port), Access(token=token, control=control))
 
 
 def remove_token(address: Address, token: str) -> None:
@@ -113,18 +120,25 @@ def remove_token(address: Address, token: str) -> None:
             _token_file(host, address.port).unlink(missing_ok=True)
 
 
-def find_token(host: str, port: int) -> str | None:
-    """Return the token of the server at an address, where its owner has left it here."""
+def find_access(host: str, port: int) -> Access:
+    """Return the token and the control secret of the server at an address; each None where its owner left none here."""
     aliases = [host, "127.0.0.1"] if host == "localhost" else [host]
     for alias in aliases:
         with contextlib.suppress(OSError, msgspec.MsgspecError):
-            return msgspec.json.decode(_token_file(alias, port).read_bytes(), type=str)
-    return None
+            return msgspec.json.decode(_token_file(alias, port).read_bytes(), type=Access)
+    return Access()
+
+
+def find_token(host: str, port: int) -> str | None:
+    """Return the token of the server at an address, where its owner has left it here."""
+    return find_access(host, port).token
 
 
 def write_service(record: ServiceRecord) -> None:
-    """Make a service known by its name. Raises ConfigError: a living one has the name."""
-    check_name(record.name)
+    """Make a service, or what has become of it, known by its name. Raises ConfigError: another living one has that."""
+    other = read_service(record.name)
+    if other is None or other.pid != record.pid:
+        check_name(record.name)
     _write(_service_file(record.name), record)
 
 
@@ -132,7 +146,7 @@ def check_name(name: str) -> None:
     """Raise ConfigError where a service cannot have this name, or a living one has it."""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
         raise ConfigError(f"expected a name of at most 64 letters, digits and '-_.', got '{name}'")
-    other = _read_service(_service_file(name))
+    other = read_service(name)
     if other is not None and other.is_alive:
         raise ConfigError(
             f"a service named '{name}' runs already (process {other.pid}): choose another --name,"
@@ -170,6 +184,11 @@ def find_service(name: str) -> ServiceRecord:
 
 def _service_file(name: str) -> Path:
     return folder() / f"service-{name}"
+
+
+def read_service(name: str) -> ServiceRecord | None:
+    """Return what a service's owner has written; None where there is no such service. It may be dead."""
+    return _read_service(_service_file(name))
 
 
 def _read_service(path: Path) -> ServiceRecord | None:

@@ -21,10 +21,10 @@ PACKAGES = {  # package: the packages that it may import
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
     {"errors"},
-    {"schema", "documents"},
+    {"schema", "documents", "redaction", "environment"},
     {"config"},
     {"interfaces"},
-    {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "diagnosis"},
+    {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "devices", "diagnosis"},
     {"plugins"},
     {"dispatch"},
     {"client"},
@@ -32,7 +32,10 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service"},
 )
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
-    "serving": {"errors", "schema", "config", "interfaces", "lease", "log_utils", "runtime", "plugins"},
+    "serving": {
+        "errors", "schema", "config", "interfaces", "lease", "log_utils", "redaction", "devices", "runtime", "plugins",
+    },
+    "reap": {"lease", "runtime"},
     "testing": {"errors", "schema", "config", "interfaces", "runtime"},
     "engines.echo": {
         "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.orphans",
