@@ -114,20 +114,31 @@ def _until(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 class _Api:
-    """A server for checks of transports: outputs are the prompts; "bad" fails, "slow" waits."""
+    """A server for checks of transports: outputs are the prompts; "bad" fails, "slow" waits.
+
+    Where it is `busy`, it says so in place of working, and to come again after so many seconds.
+    """
 
     def __init__(self) -> None:
         self.instance = "check-instance"
         self.token: str | None = "check-token"
         self.control: str | None = None
         self.ready = False
+        self.busy: float | None = None
         self.was_shut_down = False
         self.cancelled = asyncio.Event()
 
     def health(self) -> Health:
         return Health("ok") if self.ready else Health("starting", "checking")
 
+    def _admit(self) -> None:
+        if not self.ready:
+            raise RemoteError("not ready", status=503)
+        if self.busy is not None:
+            raise RemoteError("busy, as asked", status=429, retry_after=self.busy)
+
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        self._admit()
         index = 0
         for group in request.groups:
             for prompt in group.prompts:
@@ -145,6 +156,7 @@ class _Api:
                 index += 1
 
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
+        self._admit()
         return [[ResponseOutput(str(prompt))] for group in request.groups for prompt in group.prompts]
 
     def shut_down(self) -> None:
@@ -185,16 +197,38 @@ async def _check_transport(transport: Transport) -> None:
             assert isinstance((await anext(stream))[0], Heartbeat), "signs of life must come while work goes on"
         await asyncio.wait_for(api.cancelled.wait(), PATIENCE)  # closing the iterator cancels the work
 
+        empty = [batch async for batch in connection.run(RunRequest([]))]
+        assert not empty, f"a request without items has no events; got {empty}"
+
+        api.busy = 1.5
+        access = Access(token=api.token, timeout=5.0)
+        error = await _refused(transport, address, access, "while it is busy", 429)
+        assert isinstance(error, RemoteError)
+        assert error.retry_after is not None, "when to ask again must reach the client"
+        assert 1.5 <= error.retry_after < 2.5, f"when to ask again must be as told, 1.5 s; got {error.retry_after}"
+        api.busy = None
+
         await _refused(transport, address, Access(token=None, timeout=5.0), "without the token", 401)
         await _refused(transport, address, Access(token="check-toke", timeout=5.0), "with a wrong token", 401)
         await _refused(transport, address, Access(token=api.token, instance="other", timeout=5.0), "by a stranger")
-        stranger = transport.connect(address, Access(token=None, timeout=5.0))
-        with suppress(TransportError):
-            await stranger.shut_down()
-        await stranger.close()
-        assert not api.was_shut_down, "shut_down() without the token must do nothing"
+
+        nowhere = transport.connect(Address(["192.0.2.1.invalid", *address.hosts], address.port), access)
+        assert (await nowhere.health()).status == "ok", "a server must be found by any of its hosts"
+        await nowhere.close()
+
+        await _cannot_end(transport, address, api, None, None)
+        api.control = "check-control"
+        await _cannot_end(transport, address, api, None, None)
+        await _cannot_end(transport, address, api, api.token, None)
+        await _cannot_end(transport, address, api, api.token, api.token)
+        await _cannot_end(transport, address, api, api.token, "check-contro")
+        keeper = transport.connect(address, Access(token=api.token, control=api.control, timeout=5.0))
+        await keeper.shut_down()
+        assert api.was_shut_down, "shut_down() with the control secret must reach the server"
+        await keeper.close()
+        api.control, api.was_shut_down = None, False
         await connection.shut_down()
-        assert api.was_shut_down, "shut_down() must reach the server"
+        assert api.was_shut_down, "shut_down() with the token must reach a server without a control secret"
         await connection.close()
         await connection.close()
     with socket.socket() as probe:
@@ -211,7 +245,8 @@ async def _check_transport(transport: Transport) -> None:
 
 async def _refused(
     transport: Transport, address: Address, access: Access, when: str, status: int | None = None
-) -> None:
+) -> TransportError:
+    """Hold `run` to be refused; return with what error."""
     connection = transport.connect(address, access)
     try:
         async with aclosing(connection.run(RunRequest([Group(["a"])]))) as stream:
@@ -221,10 +256,27 @@ async def _refused(
         found = error.status if isinstance(error, RemoteError) else None
         if status not in (None, found):
             raise AssertionError(f"run() {when} must raise RemoteError with status {status}, not {error!r}") from error
+        return error
     else:
         raise AssertionError(f"run() {when} must raise TransportError")
     finally:
         await connection.close()
+
+
+async def _cannot_end(
+    transport: Transport, address: Address, api: _Api, token: str | None, control: str | None
+) -> None:
+    """Hold `shut_down` without the right secret to be refused, and to have no effect."""
+    connection = transport.connect(address, Access(token=token, control=control, timeout=5.0))
+    try:
+        await connection.shut_down()
+    except TransportError:
+        pass
+    else:
+        raise AssertionError("shut_down() without the right secret must raise TransportError")
+    finally:
+        await connection.close()
+    assert not api.was_shut_down, "shut_down() without the right secret must do nothing"
 
 
 def check_engine(engine: Engine, llm: LLMConfig) -> None:

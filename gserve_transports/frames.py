@@ -1,5 +1,9 @@
-"""How events travel over HTTP: frames of msgpack, each behind its length as four bytes, big-endian."""
+"""What both halves agree on, and how events travel over HTTP.
 
+As frames of msgpack, each behind its length as four bytes, big-endian.
+"""
+
+import socket
 from collections.abc import Iterator
 
 import msgspec
@@ -10,6 +14,13 @@ from gserve_core.schema import Event
 CONTENT_TYPE = "application/vnd.gserve.frames"
 INSTANCE_HEADER = "x-gserve-instance"
 MAX_FRAME = 1 << 30
+KEEPALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 5),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+)
+"""Socket options by which either end notices within 14 s that the other is out of reach."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: "msgspec.msgpack.Decoder[list[Event]]" = msgspec.msgpack.Decoder(list[Event])

@@ -1,5 +1,6 @@
 """The client's half of the HTTP transport. The only file that imports httpx."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from gserve_core.errors import RemoteError, StallTimeout, TransportError
 from gserve_core.interfaces import Access, Address, Connection
 from gserve_core.schema import Event, Health, RunRequest
 
-from .frames import CONTENT_TYPE, INSTANCE_HEADER, Unpacker
+from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, Unpacker
 
 CONNECT_SECONDS = 5.0
 
@@ -19,78 +20,108 @@ class HttpConnection(Connection):
     """Talks to one server. Proxy variables are ignored: the server is ours, not the internet's."""
 
     def __init__(self, address: Address, access: Access) -> None:
-        self._address = address
         self._access = access
-        headers = {"authorization": f"Bearer {access.token}"} if access.token is not None else {}
+        self._places = [Address([host], address.port) for host in address.hosts]
+        self._place = self._places[0] if len(self._places) == 1 else None
+        self._finding = asyncio.Lock()
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
         self._client = httpx.AsyncClient(
-            base_url=f"http://{address}",
-            headers=headers,
+            transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE),
             timeout=httpx.Timeout(access.timeout, connect=CONNECT_SECONDS, pool=None),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
             trust_env=False,
         )
 
     async def health(self) -> Health:
         """Return the server's state."""
-        with self._errors():
-            reply = await self._client.get("/health", timeout=CONNECT_SECONDS)
-            self._check_instance(reply)
-            try:
-                return msgspec.json.decode(reply.content, type=Health)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise TransportError(f"what answers at {self._address} is no gserve server") from error
+        return await self._ask(await self._find())
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Send a request and yield its events as they come."""
+        place = await self._find()
         body = msgspec.msgpack.encode(request)
+        headers = {"content-type": CONTENT_TYPE, **_bearer(self._access.token)}
         unpacker = Unpacker()
-        with self._errors():
-            async with self._client.stream(
-                "POST", "/run", content=body, headers={"content-type": CONTENT_TYPE}
-            ) as reply:
-                self._check_instance(reply)
+        with self._errors(place, self._access.timeout):
+            async with self._client.stream("POST", f"http://{place}/run", content=body, headers=headers) as reply:
+                self._check_instance(reply, place)
                 if reply.status_code != 200:
                     await reply.aread()
-                    raise RemoteError(_sentence(reply), status=reply.status_code)
+                    raise _error(reply)
                 async for chunk in reply.aiter_raw():
                     for events in unpacker.feed(chunk):
                         yield events
 
     async def shut_down(self) -> None:
         """Ask the server to end."""
-        await self.health()  # a stranger is not ours to end
-        with self._errors():
-            reply = await self._client.post("/shutdown")
+        place = await self._find()
+        await self._ask(place)  # a stranger is not ours to end
+        secret = self._access.token if self._access.control is None else self._access.control
+        with self._errors(place, self._access.timeout):
+            reply = await self._client.post(f"http://{place}/shutdown", headers=_bearer(secret))
             if reply.status_code != 200:
-                raise RemoteError(_sentence(reply), status=reply.status_code)
+                raise _error(reply)
 
     async def close(self) -> None:
         """Release the connection."""
         await self._client.aclose()
 
-    def _check_instance(self, reply: httpx.Response) -> None:
+    async def _find(self) -> Address:
+        """Return the first place where the server answers; remembered once it is known. Raises TransportError."""
+        async with self._finding:
+            tried = []
+            for place in self._places if self._place is None else ():
+                try:
+                    await self._ask(place)
+                except TransportError as error:
+                    tried.append(str(error))
+                else:
+                    self._place = place
+                    break
+            if self._place is None:
+                raise TransportError(f"the server answers at none of its addresses: {'; '.join(tried)}")
+            return self._place
+
+    async def _ask(self, place: Address) -> Health:
+        """Return the state of the server at `place`."""
+        with self._errors(place, CONNECT_SECONDS):
+            reply = await self._client.get(f"http://{place}/health", timeout=CONNECT_SECONDS)
+            self._check_instance(reply, place)
+            try:
+                return msgspec.json.decode(reply.content, type=Health)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise TransportError(f"what answers at {place} is no gserve server") from error
+
+    def _check_instance(self, reply: httpx.Response, place: Address) -> None:
         expected, found = self._access.instance, reply.headers.get(INSTANCE_HEADER)
         if expected is not None and found != expected:
-            raise TransportError(f"what answers at {self._address} is not the server that was started there")
+            raise TransportError(f"what answers at {place} is not the server that was started there")
 
     @contextmanager
-    def _errors(self) -> Iterator[None]:
+    def _errors(self, place: Address, timeout: float | None) -> Iterator[None]:
         """Turn httpx's errors into ours: the one edge where that happens."""
         try:
             yield
-        except httpx.ReadTimeout as error:
+        except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
             raise StallTimeout(
-                f"no sign of life from the server at {self._address} for {self._access.timeout:g} s"
+                f"no sign of life from the server at {place} for {timeout:g} s"
                 " (client_timeout); its log says what it does"
             ) from error
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
             raise TransportError(
-                f"the line to the server at {self._address} broke: {type(error).__name__} {error}".rstrip()
+                f"the line to the server at {place} broke: {type(error).__name__} {error}".rstrip()
             ) from error
 
 
-def _sentence(reply: httpx.Response) -> str:
+def _bearer(secret: str | None) -> dict[str, str]:
+    return {} if secret is None else {"authorization": f"Bearer {secret}"}
+
+
+def _error(reply: httpx.Response) -> RemoteError:
+    """Return what the server says is wrong."""
     try:
-        return str(msgspec.json.decode(reply.content)["error"]["message"])
+        sentence = str(msgspec.json.decode(reply.content)["error"]["message"])
     except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
-        return f"HTTP status {reply.status_code}"
+        sentence = f"HTTP status {reply.status_code}"
+    wait = reply.headers.get("retry-after", "")
+    seconds = float(wait) if wait.isdecimal() else None
+    return RemoteError(sentence, status=reply.status_code, retry_after=seconds)

@@ -5,9 +5,10 @@ import contextlib
 import hmac
 import ipaddress
 import json
+import math
 import re
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -18,17 +19,30 @@ from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gserve_core.errors import RemoteError
 from gserve_core.interfaces import Address, ServerApi
-from gserve_core.schema import ChatRequest, Conversation, GenerateRequest, Group, RunRequest, json_safe
+from gserve_core.schema import ChatRequest, Conversation, Event, GenerateRequest, Group, RunRequest, json_safe
 
-from .frames import CONTENT_TYPE, INSTANCE_HEADER, pack
+from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, pack
 
 OPEN_ROUTES = {("GET", "/health")}
 """What may be asked without the token."""
+CONTROL_PATH = "/shutdown"
+"""What is asked with the control secret, where there is one."""
 HEARTBEATS = 0.01, 3600.0
 """The shortest and the longest time between two signs of life that a client may ask for, in seconds."""
+PATIENCE, SLOWEST = 20.0, 16 << 10
+"""A request must arrive within so many seconds, and a second more for so many bytes of it."""
+MAX_HEAD = 64 << 10
+"""The most bytes of a request that are not its body: the head, and what follows the last chunk."""
+CHUNKING = 8
+"""So many bytes more for each byte of the body: to send it in chunks of one byte each takes 5."""
+MAX_LEFTOVER = 256 << 20
+"""How much is read of a body after the answer. Cut off at once, a client that still sends would not see the answer."""
+MAX_PIPELINED = 16
+"""How many requests may wait on one connection behind the one that is worked on."""
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::[0-9]{1,5})?")
 
 
@@ -40,8 +54,9 @@ async def serve(api: ServerApi, host: str, port: int, *, max_body: int) -> Async
         app = _Guard(_app(api, max_body), api, {*address.hosts, host, "localhost", "127.0.0.1", "::1"})
         server = _Server(
             uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", ws="none", http="httptools",
-                server_header=False, date_header=False, timeout_graceful_shutdown=5, timeout_keep_alive=75,
+                app, log_config=None, access_log=False, lifespan="off", ws="none", http=_Protocol,
+                server_header=False, date_header=False, proxy_headers=False,
+                timeout_graceful_shutdown=5, timeout_keep_alive=75,
             )
         )  # fmt: skip
         serving = asyncio.create_task(server.serve(sockets=[listening]))
@@ -60,6 +75,73 @@ class _Server(uvicorn.Server):
         yield
 
 
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's protocol, within bounds: by itself it would wait for the rest of a request for ever, and keep any head.
+
+    What is out of bounds is cut off; an honest client does not come near.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._begin()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is None:
+            self._begin()
+        self._received += len(data)
+        super().data_received(data)
+        if self._received - self._body * (1 + CHUNKING) > MAX_HEAD:
+            self._cut("the head of the request is too large")
+        elif self._leftover > MAX_LEFTOVER or len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        if self.cycle.response_complete:
+            self._leftover += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._end()
+        super().on_message_complete()
+
+    def _begin(self) -> None:
+        """Expect a request."""
+        self._received = self._body = self._leftover = 0
+        self._began = self.loop.time()
+        self._timer = self.loop.call_later(PATIENCE, self._look)
+
+    def _end(self) -> None:
+        """Expect nothing more: the request is there."""
+        self._received = self._body = self._leftover = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        if self.pipeline:  # until those before it are answered, nothing of it is read
+            self._began = self.loop.time()
+        due = self._began + PATIENCE + self._received / SLOWEST
+        if self.loop.time() < due:
+            self._timer = self.loop.call_at(due, self._look)
+        else:
+            self._cut("the request did not arrive in time")
+
+    def _cut(self, why: str) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and self.cycle.response_started:  # no place for an answer
+            self.transport.abort()
+        else:
+            self.send_400_response(why)
+
+
 @contextmanager
 def _bind(host: str, port: int) -> Iterator[socket.socket]:
     with contextlib.ExitStack() as stack:
@@ -68,6 +150,8 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
             family, _, _, _, target = found[0]
             listening = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            for option in KEEPALIVE:
+                listening.setsockopt(*option)  # connections inherit it
             listening.bind(target)
             listening.listen(2048)
         except (OSError, OverflowError, UnicodeError) as error:
@@ -88,7 +172,7 @@ def _reachable_as(host: str) -> list[str]:
 def _app(api: ServerApi, max_body: int) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
-    async def read(request: Request) -> bytes:
+    async def read(request: Request) -> bytearray:
         """Return the body, unless it is too large."""
         body = bytearray()
         size = request.headers.get("content-length", "0")
@@ -99,7 +183,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
                     if len(body) > max_body:
                         break
                 else:
-                    return bytes(body)
+                    return body
         except ClientDisconnect as error:
             raise RemoteError("the client has gone away", status=499) from error
         raise RemoteError(f"the body is larger than {max_body} bytes: send it in pieces", status=413)
@@ -110,7 +194,10 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     @app.exception_handler(RemoteError)
     async def refuse(_: Request, error: RemoteError) -> Response:
-        return _refusal(error.status, str(error))
+        answer = _refusal(error.status, str(error))
+        if error.retry_after is not None:
+            answer.headers["retry-after"] = str(max(1, math.ceil(error.retry_after)))
+        return answer
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
@@ -145,22 +232,34 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
             raise RemoteError(f"the body cannot be read: {error}", status=400) from error
         if not HEARTBEATS[0] <= asked.heartbeat <= HEARTBEATS[1]:
             raise RemoteError("expected a heartbeat from {} to {} s".format(*HEARTBEATS), status=400)
-        if (state := api.health()).status != "ok":  # said here, it is a status; later, only a broken stream
-            raise RemoteError(f"the server is {state.status}", status=503)
+        events = api.run(asked)
+        first = await _unless_gone(request, anext(events, []))  # an error is a status here; later, a broken stream
+        return _Frames(first, events)
 
-        async def frames() -> AsyncIterator[bytes]:
-            async with aclosing(api.run(asked)) as batches:
-                async for batch in batches:
-                    yield pack(batch)
-
-        return StreamingResponse(frames(), media_type=CONTENT_TYPE)
-
-    @app.post("/shutdown")
+    @app.post(CONTROL_PATH)
     async def shutdown() -> Response:
         api.shut_down()
         return _json({"status": "shutting down"})
 
     return app
+
+
+class _Frames(StreamingResponse):
+    """Events as they happen. However the response ends, so does the work."""
+
+    def __init__(self, first: list[Event], rest: AsyncGenerator[list[Event]]) -> None:
+        self._rest = rest
+        super().__init__(self._packed(first), media_type=CONTENT_TYPE)
+
+    async def _packed(self, first: list[Event]) -> AsyncIterator[bytes]:
+        if first:
+            yield pack(first)
+        async for events in self._rest:
+            yield pack(events)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._rest):
+            await super().__call__(scope, receive, send)
 
 
 async def _unless_gone[T](request: Request, work: Awaitable[T]) -> T:
@@ -209,12 +308,23 @@ class _Guard:
             return _refusal(400, "the Host header names no address of this server")
         if not scope["path"].isprintable():  # routing takes a path with a newline behind it for the path without
             return _refusal(404, "no path has control characters")
-        if self._api.token is None or (scope["method"], scope["path"]) in OPEN_ROUTES:
+        api, path = self._api, scope["path"]
+        if (scope["method"], path) in OPEN_ROUTES:
             return None
-        given = [value for name, value in headers if name == b"authorization"]
-        if len(given) == 1 and hmac.compare_digest(given[0], f"Bearer {self._api.token}".encode()):
+        if path == CONTROL_PATH and api.control is not None:
+            if _shows(headers, api.control):
+                return None
+            if api.token is not None and _shows(headers, api.token):
+                return _refusal(403, "this takes the control secret of the server, not its token")
+        elif api.token is None or _shows(headers, api.token):
             return None
         return _refusal(401, "this server wants its token: send it as 'Authorization: Bearer TOKEN'")
+
+
+def _shows(headers: list[tuple[bytes, bytes]], secret: str) -> bool:
+    """Say whether a request shows `secret`, in a time that does not tell how much of it was right."""
+    given = [value for name, value in headers if name == b"authorization"]
+    return len(given) == 1 and hmac.compare_digest(given[0], f"Bearer {secret}".encode())
 
 
 def _hostname(header: str) -> str | None:
@@ -223,7 +333,7 @@ def _hostname(header: str) -> str | None:
     return None if found is None else found[1] or found[2]
 
 
-def _decode_json[T](body: bytes, type_: type[T]) -> T:
+def _decode_json[T](body: bytearray, type_: type[T]) -> T:
     try:
         made = msgspec.json.decode(body, type=type_)
         json.loads(body, object_pairs_hook=_refuse_duplicates)  # msgspec would take the last of them
