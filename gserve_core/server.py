@@ -58,7 +58,10 @@ class State(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerStatus:
-    """A look at a server. `phase` tells what it does while it starts, `error` why it failed, `log` where its log is."""
+    """A look at a server. `phase` tells what it does while it starts, `error` why it failed, `log` where its log is.
+
+    `restarts`: how often in the last ten minutes it was started again.
+    """
 
     name: str
     state: State
@@ -69,6 +72,7 @@ class ServerStatus:
     info: EngineInfo | None
     error: str | None
     log: Path | None
+    restarts: int = 0
 
 
 def secret_arguments(llm: LLMConfig) -> dict[str, Any]:

@@ -29,6 +29,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"dispatch"},
     {"client"},
     {"server"},
+    {"supervisor"},
     {"service"},
 )
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import

@@ -16,6 +16,7 @@ import pytest
 
 from gserve import BatchError, ConfigError, ItemError, LLMConfig, ResponseOutput, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
+from gserve_core.errors import ItemLost
 from gserve_core.testing import our_processes
 
 LLM = LLMConfig("m", max_model_len=1000)
@@ -255,8 +256,8 @@ def test_a_server_that_is_killed_loses_no_item() -> None:
                 os.kill(pid_of(service.servers[0]), signal.SIGKILL)
         assert len(delivered) == 150
         assert all(delivered[index][0].text == prompt for index, prompt in enumerate(prompts))
-        until(lambda: [status.state for status in service.status()] == ["failed", "ready"])
         assert service.is_running()
+        until(lambda: [status.restarts for status in service.status()] == [1, 0])
 
         def call(thread: int) -> None:  # what is dead is not in the way of later calls
             for turn in range(3):
@@ -274,12 +275,15 @@ def test_an_engine_that_dies_loses_no_item_but_the_one_it_dies_of() -> None:
         results = service.generate(prompts, on_error="return")
         assert [index for index, result in enumerate(results) if isinstance(result, ItemError)] == [50]
         assert all(result == [prompts[index]] for index, result in enumerate(results) if index != 50)
-        until(lambda: sum(status.state == "failed" for status in service.status()) == 3)
+        assert isinstance(results[50], ItemLost)
+        until(lambda: all(status.state == "ready" for status in service.status()))
+        assert sum(status.restarts for status in service.status()) == 3
         assert service.generate(["and on"]) == [["and on"]]
 
 
 def test_when_all_servers_are_killed_the_call_ends_with_what_is_finished() -> None:
-    with service_of(2, latency=0.3, capacity=4) as service:
+    serve = ServeConfig(servers=2, max_restarts=0)
+    with VLLMService(LLM, serve, engine=EchoEngine(latency=0.3, capacity=4)) as service:
         errors: list[BatchError] = []
 
         def call() -> None:
@@ -301,7 +305,7 @@ def test_when_all_servers_are_killed_the_call_ends_with_what_is_finished() -> No
         assert 8 <= len(finished) < 100
         assert all(result == [f"p{index}"] for index, result in enumerate(error.results) if result in finished)
         assert "no server is left" in str(error)
-        assert not any(failure.invalid for failure in error.errors)
+        assert all(isinstance(failure, ItemLost) and not failure.invalid for failure in error.errors)
         until(lambda: not service.is_running())
         with pytest.raises(BatchError, match="no server is left"):
             service.generate(["a"])
