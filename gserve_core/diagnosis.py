@@ -36,6 +36,7 @@ def step(text: str) -> str | None:
     return None
 
 
+SILENT = "a process of vLLM's engine ended without a word"
 MEMORY_HINT = "start fewer servers, lower gpu_memory_utilization or max_model_len, or take a smaller model"
 
 
@@ -55,20 +56,15 @@ def exited(
     (negative: a signal's number). `since` is where in the log, in bytes, this life of the server begins; `kills` what
     `memory_kills` returned then.
     """
-    evidence = _evidence(cause, returncode, _lines(log, since))
-    ended = _ended(returncode)
-    said = _cut(evidence[0]) if evidence else ""
-    now = memory_kills()
-    if kills is not None and now is not None and now > kills and (not evidence or _points_elsewhere(evidence[0])):
-        sentence, hint = "the system ran out of memory, and killed a process of it", MEMORY_HINT
-    elif known := _known(evidence):
+    lines = _lines(log, since)
+    evidence = _evidence(cause, returncode, lines)
+    said, ended = _cut(evidence[0]) if evidence else "", _ended(returncode)
+    if known := _known(evidence):
         sentence, hint = _cut(known[0]) or said, known[1]
-    elif evidence:
+    elif said and not ELSEWHERE.search(said):
         sentence, hint = said, ""
     else:
-        sentence, hint = ended, ""
-        if returncode in (-signal.SIGKILL, 128 + signal.SIGKILL):
-            hint = f"most often the system kills so what needs too much memory: {MEMORY_HINT}"
+        sentence, hint = _unsaid(_engines_end(lines) if said else ended, kills)
     tail = last_lines(log)
     message = [f"{name} failed while {phase}: {sentence} (log: {log})"]
     if hint:
@@ -99,13 +95,30 @@ def _known(evidence: Sequence[str]) -> tuple[str, str] | None:
     return None
 
 
+def _unsaid(end: str, kills: int | None) -> tuple[str, str]:
+    """Return the sentence and the hint where nobody has said why a process ended, but only how: `end`."""
+    if not end.endswith((signal.SIGKILL.name, SILENT)):
+        return end, ""
+    now = memory_kills()
+    if kills is not None and now is not None and now > kills:
+        return f"{end}, when the system ran out of memory", MEMORY_HINT
+    return end, f"most often the system has killed what needed too much memory: {MEMORY_HINT}"
+
+
+def _engines_end(lines: Sequence[str]) -> str:
+    for line in lines:
+        if match := KILLED.search(line):
+            return f"a process of vLLM's engine was killed by {_signal(int(match[1]))}"
+    return SILENT
+
+
 def _ended(returncode: int | None) -> str:
     if returncode is None:
         return "it closed its line to us"
     if returncode < 0:
         return f"its process was killed by {_signal(-returncode)}"
     if returncode > 128 and (name := _signal(returncode - 128)).startswith("SIG"):
-        return f"its process ended with exit code {returncode}, as one does that {name} has killed"
+        return f"its process ended with exit code {returncode}, which stands for {name}"
     return f"its process ended with exit code {returncode}, unasked"
 
 
@@ -123,25 +136,24 @@ FATAL = re.compile(
 """How vLLM heads the traceback of what ends its engine; others that it logs are harmless."""
 OURS = re.compile(r"ERROR gserve\.serving: failed: ")
 """How `serving` heads the traceback of what ends the server."""
+KILLED = re.compile(r"(?:died unexpectedly \(exit code: |Failed core proc\(s\): \{.*?: )-(\d+)")
+"""How vLLM tells that a process of its engine was killed, and by which signal."""
 ELSEWHERE = re.compile(r"root cause above|stack trace|background process", re.IGNORECASE)
 """What vLLM's errors say where another process, whose words are in the log only, has failed first."""
 TRACEBACK = "Traceback (most recent call last):"
 CAUSED = "The above exception was the direct cause of the following exception:"
+HANDLED = "During handling of the above exception, another exception occurred:"
 AFTER = re.compile(r"\S+: |\d{4}-\d\d-\d\d |\(\w")
 """A line that is no part of the exception's text before it: another program's, a warning, a record of a log."""
 
 
-def _points_elsewhere(text: str) -> bool:
-    return bool(ELSEWHERE.search(text))
-
-
 def _evidence(cause: str | None, returncode: int | None, lines: Sequence[str]) -> list[str]:
     """Return what tells why a server failed, as "type: text": what ended it, what had caused that, and so on."""
-    if cause is not None and not _points_elsewhere(cause):
+    if cause is not None and not ELSEWHERE.search(cause):
         return [cause, *_last_chain(_ours(lines))[1:]]
     for record in _fatal_records(lines):
         for chain in _chains(record):
-            if not _points_elsewhere(chain[0]):
+            if not ELSEWHERE.search(chain[0]):
                 return [*chain, *([cause] if cause else [])]
     if cause is not None:
         return [cause]
@@ -194,13 +206,14 @@ def _chains(lines: Sequence[str]) -> Iterator[list[str]]:
     is_cause = in_frames = in_text = False
     for line in lines:
         if line == TRACEBACK:
-            if not is_cause:
-                if chain:
-                    yield chain
+            if chain and not is_cause:
+                yield chain
                 chain = []
             in_frames, in_text, is_cause = True, False, False
         elif line == CAUSED:
             is_cause, in_text = True, False
+        elif line == HANDLED:  # what was handled is no cause
+            chain, in_text = [], False
         elif in_frames and line.strip() and not line[0].isspace():
             chain.insert(0, re.sub(r"^[\w.]+\.(?=\w+(?::|$))", "", line))
             in_frames, in_text = False, True
@@ -299,7 +312,12 @@ KNOWN = (
         "check model_name; without a network, give a folder, or fill the hub's cache (HF_HOME) beforehand",
     ),
     Known(
-        r"gated repo|Access to model \S+ is restricted|40[13] (?:Client Error|Forbidden)(?!.*Repository Not Found)",
+        r"Repository Not Found for url: (\S+?)\.?(?: |$)",
+        "there is no model at {0}, unless it is private",
+        "check model_name (and tokenizer); for a private model set HF_TOKEN",
+    ),
+    Known(
+        r"gated repo|Access to model \S+ is restricted|40[13] (?:Client Error|Forbidden)",
         "the model hub refuses access to the model",
         "ask for access on the model's page, and set HF_TOKEN to a token of that account",
     ),
