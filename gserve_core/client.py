@@ -451,7 +451,8 @@ class VLLMClient(Inference):
         if timeout is not None and not timeout > 0:
             raise ConfigError(f"expected a timeout in seconds above 0, or None, got {timeout!r}")
         if token is None:
-            token = runtime.find_token(host, port)
+            found = runtime.find_access(host, port)
+            token, control = found.token, found.control
         if transport is None:
             transport = plugins.assemble(Config(LLMConfig("any"))).transport
         self.host = host

@@ -14,6 +14,7 @@ import msgspec
 
 from .documents import Document, type_name
 from .errors import ConfigError, did_you_mean, reworded
+from .redaction import hidden
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,10 @@ class LLMConfig:
             msgspec.json.encode(self.llm_kwargs)
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"expected values that JSON can say: {error}", at="$.llm_kwargs") from error
+
+    def __repr__(self) -> str:
+        """Show the fields, without secrets."""
+        return _shown(self)
 
     @property
     def engine_kwargs(self) -> dict[str, Any]:
@@ -130,6 +135,10 @@ class ServeConfig:
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"expected seconds above 0, or null for no limit, got {value}", at=f"$.{name}")
 
+    def __repr__(self) -> str:
+        """Show the fields, without secrets."""
+        return _shown(self)
+
     def placement(self, gpus_per_server: int) -> list[tuple[int, ...] | None]:
         """Return the GPU ids of each server, in order; None for a server that is not pinned. Raises `ConfigError`."""
         if self.gpu_ids is None:
@@ -163,6 +172,12 @@ class Config:
     transport: dict[str, Any] = field(default_factory=lambda: {"type": "http"})
     engine: dict[str, Any] = field(default_factory=lambda: {"type": "vllm"})
     plugins: list[str] = field(default_factory=list)
+
+
+def _shown(value: Any) -> str:
+    """Return the `repr` of a dataclass instance, without the secrets in its mappings."""
+    shown = hidden({item.name: getattr(value, item.name) for item in fields(value)})
+    return f"{type(value).__name__}({', '.join(f'{name}={below!r}' for name, below in shown.items())})"
 
 
 def _hints(cls: Any) -> dict[str, Any]:

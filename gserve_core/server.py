@@ -4,7 +4,6 @@ import itertools
 import logging
 import math
 import os
-import re
 import secrets
 import shutil
 import signal
@@ -25,10 +24,12 @@ import msgspec
 from . import diagnosis, lease, runtime
 from .client import VLLMClient
 from .config import Config, LLMConfig, ServeConfig
-from .errors import ConfigError, GserveError, LaunchError, ServerExited, StartupTimeout
+from .environment import weakening
+from .errors import ConfigError, GserveError, LaunchError, StartupTimeout
 from .interfaces import Address, Engine, EngineInfo, Job, Launcher, Process, Transport
 from .log_utils import LEVEL_VARIABLE, log_level
 from .plugins import Parts, assemble
+from .redaction import hidden
 
 PROGRAM = Path(__file__).resolve().parent.parent / "gserve" / "vllm_server.py"
 """The server program. It is run by its path, so that the server needs nothing of the owner's module search path."""
@@ -40,8 +41,6 @@ TICK = 0.2
 """Seconds between two looks at a server's process and log."""
 MAX_LOG_READ = 1 << 20
 """Bytes of a log that are looked at in one go."""
-SECRET = re.compile(r"(^|_)(token|key|secret|password)$")
-"""Keyword arguments of these names are secrets: they travel over the lease, not in the command."""
 
 logger = logging.getLogger("gserve.server")
 
@@ -76,11 +75,11 @@ class ServerStatus:
 
 
 def secret_arguments(llm: LLMConfig) -> dict[str, Any]:
-    """Return the keyword arguments for vLLM that must not be seen."""
-    return {name: value for name, value in llm.engine_kwargs.items() if SECRET.search(name)}
+    """Return the keyword arguments for vLLM that must not be seen: they travel over the lease, not in the command."""
+    return {name: value for name, value in llm.engine_kwargs.items() if hidden({name: value}) != {name: value}}
 
 
-def server_command(llm: LLMConfig, parts: Parts, host: str, port: int) -> list[str]:
+def server_command(llm: LLMConfig, parts: Parts, host: str, port: int, *, share_gpu: bool = False) -> list[str]:
     """Return the command that runs a server under a lease. By hand it works too, without its last word."""
     usual = LLMConfig(llm.model_name).engine_kwargs
     more = {name: value for name, value in llm.engine_kwargs.items() if usual.get(name) != value}
@@ -91,6 +90,8 @@ def server_command(llm: LLMConfig, parts: Parts, host: str, port: int) -> list[s
         command += ["--llm_kwargs", _json(more)]
     if llm.lora_path is not None:
         command += ["--lora_path", llm.lora_path]
+    if share_gpu:
+        command.append("--share_gpu")
     for kind, usual_type in (("engine", "vllm"), ("transport", "http")):
         section = parts.registry.section(kind, getattr(parts, kind))
         if section != {"type": usual_type}:
@@ -128,13 +129,15 @@ def _json(value: object) -> str:
 class _End:
     """What is known of the end of a server: the cause that it told, and how much of its log has been looked at.
 
-    `is_hung`: it is to be killed at once. `error`: what to raise in place of ServerExited.
+    `is_hung`: it is to be killed at once. `error`: what to raise in place of ServerExited. `kills`: how often the
+    system had killed a process for its memory before.
     """
 
     cause: str | None = None
     position: int = 0
     is_hung: bool = False
     error: LaunchError | None = None
+    kills: int | None = None
 
 
 def _new_log(folder: Path, name: str) -> Path:
@@ -254,8 +257,13 @@ class VLLMServer:
         """Return what the launcher is asked to start. Raises ConfigError or PluginError."""
         return Job(
             name=self.name,
-            command=server_command(self._llm, self._parts, self._serve.host, self._serve.port or 0),
-            env=pinning(self._gpu_ids) | {LEVEL_VARIABLE: log_level()} | self._serve.env,
+            command=server_command(
+                self._llm, self._parts, self._serve.host, self._serve.port or 0, share_gpu=self._serve.share_gpu
+            ),
+            env=pinning(self._gpu_ids)
+            | {LEVEL_VARIABLE: log_level()}
+            | weakening(os.environ, self._serve.env)
+            | self._serve.env,
             gpu_ids=self._gpu_ids,
             gpus=len(self._gpu_ids) if self._gpu_ids else self._llm.gpus_per_server,
             index=self._index,
@@ -400,7 +408,7 @@ class VLLMServer:
 
     def _watch(self, process: Process, owner: lease.OwnerEnd, log: Path) -> None:
         """Follow a server from its start to its end, and clean up after it."""
-        end = _End()
+        end = _End(kills=diagnosis.memory_kills())
         try:
             self._listen(process, owner, log, end)
         except Exception as error:  # a full disk, for one: without a watcher there can be no server
@@ -420,13 +428,10 @@ class VLLMServer:
             if self._asked_to_stop:
                 self._state = State.STOPPED
             else:
-                self._error = end.error or ServerExited(
-                    diagnosis.explain(
-                        self.name, phase=self._doing() or "serving", cause=end.cause, returncode=returncode, log=log
-                    ),
-                    log=log,
-                    returncode=returncode,
-                )
+                self._error = end.error or diagnosis.exited(
+                    self.name, phase=self._doing() or "serving", cause=end.cause, returncode=returncode, log=log,
+                    kills=end.kills,
+                )  # fmt: skip
                 if self._state == State.READY:
                     logger.error("%s", self._error)
                 self._state = State.FAILED
