@@ -9,8 +9,11 @@ import contextlib
 import gc
 import json
 import logging
+import multiprocessing
 import os
+import re
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +27,7 @@ from ..hookspecs import hookimpl
 from ..interfaces import Engine, EngineInfo, Report, RunningEngine
 from ..sampling import read_params
 from ..schema import Conversation, Logprob, Logprobs, Params, Prompt, ResponseOutput
-from . import demo_model
+from . import compile_turn, demo_model
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `max_lora_rank` may be (vllm/config/lora.py)."""
@@ -33,16 +36,26 @@ CPU_KV_CACHE = 4 << 30
 _MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 RENDER_CHUNK = 128
 """Prompts that are rendered between two looks at the event loop: about 5 ms."""
+TURNS, WORKING_SECONDS = 10, 0.25
+"""An engine whose loop takes longer for so many turns works: without work a turn takes a few milliseconds."""
+STOP_SECONDS = 5.0
+"""How long vLLM may take to end itself."""
+SECURE, TOLERABLE = (0, 32), (0, 22)
+"""Since which versions of vLLM no published hole is left open, and none that lets strangers in."""
 
 logger = logging.getLogger("gserve.engine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMEngine(Engine):
-    """vLLM. `chat_template_kwargs`: what the chat template of the model is given besides the conversation."""
+    """vLLM. `chat_template_kwargs`: what the chat template of the model is given besides the conversation.
+
+    `allow_insecure_vllm`: start a version of vLLM below 0.22 too.
+    """
 
     name: ClassVar[str] = "vllm"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    allow_insecure_vllm: bool = False
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Load the model, in a thread that lives as long as the engine."""
@@ -56,7 +69,7 @@ class VLLMEngine(Engine):
 
         def load() -> None:
             try:
-                engine, error = RunningVLLM(llm, self.chat_template_kwargs, report, ended), None
+                engine, error = RunningVLLM(llm, self, report, ended), None
             except BaseException as raised:
                 engine, error = None, raised
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -74,9 +87,7 @@ class VLLMEngine(Engine):
 class RunningVLLM(RunningEngine):
     """A loaded `vllm.v1.engine.async_llm.AsyncLLM`."""
 
-    def __init__(
-        self, llm: LLMConfig, template_kwargs: Mapping[str, Any], report: Report, ended: threading.Event
-    ) -> None:
+    def __init__(self, llm: LLMConfig, options: VLLMEngine, report: Report, ended: threading.Event) -> None:
         arguments = llm.engine_kwargs
         arguments["model"] = demo_model.resolve(arguments["model"], report)
         arguments["tokenizer"] = demo_model.resolve(arguments.get("tokenizer", arguments["model"]), report)
@@ -84,11 +95,13 @@ class RunningVLLM(RunningEngine):
         if adapter is not None:
             arguments = {"enable_lora": True, "max_lora_rank": _rank(adapter)} | arguments
         self._template = _chat_template(arguments.pop("chat_template", None))
-        self._template_kwargs = dict(template_kwargs)
+        self._template_kwargs = dict(options.chat_template_kwargs)
         self._ended = ended
 
         if scratch := os.environ.get("TMPDIR"):  # vLLM would ask Python, which may have settled on another folder
             os.environ.setdefault("VLLM_RPC_BASE_PATH", scratch)
+        if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and "gserve" not in plugins.split(","):
+            os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # see the module `orphans`
         report("importing vLLM")
         import vllm
         from vllm import renderers
@@ -100,6 +113,8 @@ class RunningVLLM(RunningEngine):
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        if warning := insecurity(vllm.__version__, options.allow_insecure_vllm):
+            logger.warning("%s", warning)
         self._parse = parse_model_prompt
         self._renderers = renderers
         self._params_type = vllm.SamplingParams
@@ -108,6 +123,7 @@ class RunningVLLM(RunningEngine):
         self._lora = LoRARequest(adapter.name, 1, str(adapter)) if adapter is not None else None
 
         report("starting the engine")
+        compiled = compile_turn.key(arguments, vllm.__version__, current_platform.device_type)
         level = arguments.get("compilation_config")
         if isinstance(level, int):  # `vllm.LLM` takes a number here, the engine's arguments do not
             arguments["compilation_config"] = CompilationConfig(mode=CompilationMode(level))
@@ -118,14 +134,20 @@ class RunningVLLM(RunningEngine):
             engine_arguments = vllm.AsyncEngineArgs(**arguments)
         except TypeError as error:
             raise ConfigError(f"vLLM {vllm.__version__} refuses its keyword arguments: {error}", at="$.llm") from error
-        # The usage context of `vllm.LLM`: another one means a fraction of the sequences (max_num_seqs).
-        self._engine = vllm.AsyncLLMEngine.from_engine_args(engine_arguments, usage_context=UsageContext.LLM_CLASS)
+        alone = compile_turn.turn(demo_model.cache_folder() / "compile", compiled, report)
+        with contextlib.nullcontext() if engine_arguments.enforce_eager else alone:
+            # The usage context of `vllm.LLM`: another one means a fraction of the sequences (max_num_seqs).
+            self._engine = vllm.AsyncLLMEngine.from_engine_args(engine_arguments, usage_context=UsageContext.LLM_CLASS)
         self._config = self._engine.model_config
         self._renderer = self._engine.renderer
         self._tokenize_in_template = (
             _is_a(self._renderer.tokenizer, "MistralTokenizer") or self._config.enable_prompt_embeds
         )
         self._numbers = iter(range(1 << 62))
+        self._done = 0
+        self._turns = 0
+        self._moved = -1
+        self._turning: asyncio.Task[None] | None = None
         self._stopped = False
         self.info = EngineInfo(
             model=llm.model_name,
@@ -139,6 +161,30 @@ class RunningVLLM(RunningEngine):
         if self._lora is not None:
             await self._engine.add_lora(self._lora)
 
+    def progress(self) -> int:
+        """Return a number made of the tokens that there are of running requests, the items done, and steps of prefill.
+
+        Nothing is counted before somebody asks. Prefill makes no token, so where nothing else has moved since the last
+        time, the engine is asked for a turn of its loop.
+        """
+        processor = getattr(self._engine, "output_processor", None)
+        requests: Mapping[str, Any] = getattr(processor, "request_states", {})
+        moved = self._done + sum(map(_tokens, requests.values()))
+        if requests and moved == self._moved and (self._turning is None or self._turning.done()):
+            self._turning = asyncio.create_task(self._turn())
+        self._moved = moved
+        return moved + self._turns
+
+    async def _turn(self) -> None:
+        """See the engine's loop turn, and count it as movement if it takes as long as one with work in it."""
+        began = time.monotonic()
+        with contextlib.suppress(Exception):  # whether the engine is dead, `died` tells
+            for _ in range(TURNS):
+                await self._engine.is_sleeping()
+                if time.monotonic() - began > WORKING_SECONDS:
+                    self._turns += 1
+                    return
+
     # -------------------------------------------------------------------------------------------- from prompt to input
 
     async def prepare(
@@ -146,6 +192,9 @@ class RunningVLLM(RunningEngine):
     ) -> Sequence[Any]:
         """Render and tokenize prompts, as `vllm.LLM` does."""
         sampling = self._sampling(params)
+        samplings = [sampling] * len(prompts)
+        if seeds is not None and sampling.seed is None and sampling.temperature > 0:
+            samplings = [_seeded(sampling, seed) for seed in seeds]
         prepared: list[Any] = []
         for start in range(0, len(prompts), RENDER_CHUNK):
             chunk = prompts[start : start + RENDER_CHUNK]
@@ -154,8 +203,9 @@ class RunningVLLM(RunningEngine):
             except Exception:  # one of them is wrong: find out which
                 inputs = [self._render_one(prompt) for prompt in chunk]
             prepared += [
-                made if isinstance(made, ItemError) else self._checked(made, sampling) for made in inputs
-            ]  # fmt: skip
+                made if isinstance(made, ItemError) else self._checked(made, own)
+                for made, own in zip(inputs, samplings[start : start + RENDER_CHUNK], strict=True)
+            ]
             await asyncio.sleep(0)
         return prepared
 
@@ -241,6 +291,8 @@ class RunningVLLM(RunningEngine):
                 cause = error.__cause__
                 raise ItemError(f"vLLM cannot take this item: {type(cause).__name__} {cause}".rstrip()) from error
             raise
+        finally:
+            self._done += 1 + sum(len(it.token_ids) for it in last.outputs) if last is not None else 1
         if last is None:
             raise GserveError("the engine gave no output")
         prompt_logprobs = _logprobs(last.prompt_logprobs)
@@ -273,11 +325,60 @@ class RunningVLLM(RunningEngine):
         return _first_line(self._engine.dead_error)
 
     async def stop(self) -> None:
-        """End vLLM's processes."""
-        if not self._stopped:
-            self._stopped = True
-            await asyncio.to_thread(self._engine.shutdown, timeout=0)
-            self._ended.set()
+        """End vLLM's processes; kill them where vLLM itself hangs over it."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._turning is not None:
+            self._turning.cancel()
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut_down() -> None:
+            try:
+                self._engine.shutdown(timeout=0)
+            except Exception:
+                logger.exception("vLLM cannot end itself")
+            else:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(ended.set)
+
+        threading.Thread(target=shut_down, name="engine-end", daemon=True).start()  # a pool would wait for it at exit
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await ended.wait()
+        except TimeoutError:
+            logger.warning("vLLM has not ended after %g s: killing its processes", STOP_SECONDS)
+            for child in multiprocessing.active_children():
+                child.kill()
+        self._ended.set()
+
+
+def insecurity(version: str, is_allowed: bool) -> str | None:
+    """Return what is to be said against a version of vLLM. Raises ConfigError: too much, unless it is allowed."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if release >= SECURE:
+        return None
+    if release < TOLERABLE and not is_allowed:
+        raise ConfigError(
+            f"vLLM {version} may run the code of a model that is not trusted (CVE-2026-41523, CVE-2026-47155; fixed in"
+            " 0.22): install 0.32 or newer, or set allow_insecure_vllm: true",
+            at="$.engine.allow_insecure_vllm",
+        )
+    return f"vLLM {version} has security holes that are published, and fixed up to 0.32: install 0.32 or newer"
+
+
+def _seeded(sampling: Any, seed: int) -> Any:
+    """Return sampling parameters that differ in their seed alone."""
+    own = sampling.clone()
+    own.seed = seed
+    return own
+
+
+def _tokens(request: Any) -> int:
+    """Return how many tokens there are of a running request; 0 where this version of vLLM does not show it."""
+    count = getattr(getattr(request, "detokenizer", None), "num_output_tokens", None)
+    return count() if count is not None else 0
 
 
 def _chat_template(given: str | None) -> str | None:

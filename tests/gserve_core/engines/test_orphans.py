@@ -1,0 +1,117 @@
+"""Processes end with the server that they belong to, when nobody is left to end them: real processes, no engine."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gserve_core import runtime
+
+SERVER = """
+import os, subprocess, sys, threading, time
+from gserve_core import runtime
+from gserve_core.engines import orphans
+name = f"{os.getpid()}:{runtime.process_start(os.getpid())}"
+if sys.argv[1] == "named":
+    os.environ["GSERVE_SERVER"] = name
+orphans.watch()
+assert threading.active_count() == 1, "the server does not watch itself"
+child = subprocess.Popen([sys.executable, "-c", CHILD])
+forked = os.fork()
+if not forked:
+    time.sleep(600)
+print(child.pid, forked, flush=True)
+time.sleep(600)
+"""
+CHILD = """
+import os, time
+from gserve_core.engines import orphans
+orphans.watch()
+orphans.watch()
+grandchild = os.fork()
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def named() -> str:
+    return "named"
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    folder = tmp_path / "gserve-0123456789ab"
+    folder.mkdir()
+    (folder / "socket").touch()
+    return folder
+
+
+@pytest.fixture
+def server(scratch: Path, named: str) -> Iterator[tuple[int, list[int]]]:
+    """Start a "server" in a session of its own; give its process id, and those of its group."""
+    program = SERVER.replace("CHILD", repr(CHILD))
+    environ = {name: value for name, value in os.environ.items() if name != "GSERVE_SERVER"}
+    with subprocess.Popen(
+        [sys.executable, "-c", program, named], env=environ | {"TMPDIR": str(scratch)}, stdout=subprocess.PIPE,
+        text=True, start_new_session=True,
+    ) as server:  # fmt: skip
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        deadline = time.monotonic() + 20.0
+        while len(below := group(server.pid)) < 4:  # the server, its child, that one's fork, its own fork
+            assert time.monotonic() < deadline, f"only {below}; {line}"
+            time.sleep(0.05)
+        time.sleep(0.5)  # they watch now
+        yield server.pid, below
+        for pid in group(server.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def group(leader: int) -> list[int]:
+    """Return the live processes of a process group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and runtime.process_start(int(entry.name)) is not None:
+            try:
+                if os.getpgid(int(entry.name)) == leader:
+                    found.append(int(entry.name))
+            except ProcessLookupError:
+                pass
+    return found
+
+
+def test_children_and_forks_end_with_the_server_and_its_folder_goes(
+    server: tuple[int, list[int]], scratch: Path
+) -> None:
+    pid, below = server
+    assert len(below) == 4
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10.0
+    while left := group(pid):
+        assert time.monotonic() < deadline, f"left: {left}"
+        time.sleep(0.05)
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize("named", ["nameless"])
+def test_where_no_server_is_named_nothing_is_done(server: tuple[int, list[int]], scratch: Path) -> None:
+    pid, below = server
+    os.kill(pid, signal.SIGKILL)
+    time.sleep(4.0)
+    assert set(group(pid)) == set(below) - {pid}
+    assert scratch.exists()
+
+
+def test_a_folder_that_is_not_the_servers_own_stays(tmp_path: Path) -> None:
+    (tmp_path / "precious").touch()
+    program = "import os, time\nfrom gserve_core.engines import orphans\norphans.watch()\ntime.sleep(600)"
+    gone = f"{os.getpid()}:1"  # this process did not start with the machine: whoever did is gone
+    environ = os.environ | {"TMPDIR": str(tmp_path), "GSERVE_SERVER": gone}
+    ended = subprocess.run([sys.executable, "-c", program], env=environ, timeout=20.0, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert (tmp_path / "precious").exists()
