@@ -1,13 +1,36 @@
-"""Logging: loggers below "gserve", the level by `GSERVE_LOG_LEVEL`, which servers inherit."""
+"""Logging: loggers below "gserve", the level by `GSERVE_LOG_LEVEL`, which servers inherit; and the log of a server."""
 
+import contextlib
+import errno
+import faulthandler
+import fcntl
 import logging
 import os
+import select
+import stat
 import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Collection
 
 from .errors import ConfigError
+from .redaction import redact
 
 LEVEL_VARIABLE = "GSERVE_LOG_LEVEL"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+LIMIT = 50 << 20
+"""Bytes that the log of a server may have."""
+HEAD = 1 << 20
+"""Bytes from its beginning, which tells how the server started, that it never loses."""
+LONGEST_LINE = 64 << 10
+"""Bytes of a line that are kept."""
+TAIL_LINES = 50
+CLOSE_SECONDS = 1.0
+"""How long a server that ends waits for its last words to be written."""
+PATIENCE = 1.0
+"""Seconds that a log which is no file may take to make room before lines are lost."""
+_CHUNK = 1 << 20
 
 
 def setup_logging(level: str | int | None = None) -> logging.Logger:
@@ -32,3 +55,143 @@ def log_level() -> str:
     """Return the level by name: that of the logger "gserve" where it is set, else the environment's, else INFO."""
     own = logging.getLogger("gserve").level
     return logging.getLevelName(own) if own else os.environ.get(LEVEL_VARIABLE, "INFO")
+
+
+class ServerLog:
+    """The log of this process and all below it: what they write to descriptors 1 and 2, which it takes over.
+
+    A thread reads that from a pipe and writes it to what was descriptor 2, line by line and without the values of
+    `secrets`. A log that cannot be written never stops a server: lines are lost, and counted. A file is kept below
+    `limit` bytes: of a larger log it has the beginning and the newest part.
+    """
+
+    def __init__(self, secrets: Collection[str] = (), limit: int = LIMIT) -> None:
+        self._secrets = secrets
+        self._raw = os.dup(2)  # as all descriptors here it is closed when a program is executed
+        self._sink = _Sink(self._raw, limit)
+        self._rest = b""
+        self._tail: deque[bytes] = deque(maxlen=TAIL_LINES)
+        self._pipe, ours = os.pipe()
+        with contextlib.suppress(OSError):  # more than a user may have in pipes: it stays smaller
+            fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _CHUNK)
+        self._closing = os.eventfd(0)
+        for number in (1, 2):
+            os.dup2(ours, number)
+        os.close(ours)
+        faulthandler.enable(self._raw)
+        os.register_at_fork(after_in_child=lambda: os.close(self._pipe))  # so that the pipe breaks when we are gone
+        self._thread = threading.Thread(target=self._pump, name="log", daemon=True)
+        self._thread.start()
+
+    def tail(self) -> list[str]:
+        """Return the last lines, 50 at most, also where they could not be written."""
+        return [line.decode(errors="replace") for line in list(self._tail)]
+
+    def close(self) -> None:
+        """Write what has come so far, in a second at most; what comes later goes by us. Idempotent."""
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os.eventfd_write(self._closing, 1)
+        self._thread.join(CLOSE_SECONDS)
+
+    def _pump(self) -> None:
+        """Be the thread: pass on what comes until `close`, and then what is still there."""
+        waiting = select.poll()
+        for descriptor in (self._pipe, self._closing):
+            waiting.register(descriptor, select.POLLIN)
+        try:
+            while self._closing not in dict(waiting.poll()) and (chunk := os.read(self._pipe, _CHUNK)):
+                self._take(chunk)
+            deadline = time.monotonic() + CLOSE_SECONDS
+            os.set_blocking(self._pipe, False)
+            with contextlib.suppress(BlockingIOError):
+                while time.monotonic() < deadline and (chunk := os.read(self._pipe, _CHUNK)):
+                    self._take(chunk)
+            if self._rest:
+                self._take(b"\n")
+        finally:  # whatever happens: nobody may wait for a pipe that nobody reads
+            for number in (1, 2):
+                os.dup2(self._raw, number)
+            os.close(self._pipe)
+
+    def _take(self, chunk: bytes) -> None:
+        """Write the whole lines that there are with `chunk`; the last one waits for its end."""
+        data = self._rest + chunk
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1  # a progress bar has only the latter
+        self._rest = data[end : end + 2 * LONGEST_LINE]
+        text = redact(data[:end].decode(errors="surrogateescape"), self._secrets)
+        lines = text.encode(errors="surrogateescape").splitlines(keepends=True)
+        lines = [it if len(it) <= LONGEST_LINE else it[:LONGEST_LINE] + b" [cut]\n" for it in lines]
+        self._tail += [line.rstrip() for line in lines[-TAIL_LINES:]]
+        self._sink.put(b"".join(lines))
+
+
+class _Sink:
+    """Where a log goes: a file, which it keeps below `limit` bytes, or what cannot be cut, a pipe or a terminal."""
+
+    def __init__(self, descriptor: int, limit: int) -> None:
+        self._descriptor = descriptor
+        self._limit = limit
+        self._is_file = False
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            with contextlib.suppress(OSError):  # it was opened for appending only
+                self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
+                self._is_file = True
+        self._head: int | None = None
+        self._note = b""
+        self._dropped = 0
+        self._lost = 0
+        self._why = ""
+        self._is_torn = False
+
+    def put(self, lines: bytes) -> None:
+        """Write lines. Never raises: what cannot be written is lost, which is told when writing works again."""
+        if self._lost:
+            note = f"[gserve: {self._lost} lines could not be written here: {self._why}]\n"
+            if self._write(("\n" * self._is_torn + note).encode()):
+                self._lost += lines.count(b"\n")
+                return
+            self._lost = 0
+        if unwritten := self._write(lines):
+            self._lost = max(1, unwritten.count(b"\n"))
+
+    def _write(self, data: bytes) -> bytes:
+        """Write as much as can be; return the rest."""
+        done = 0
+        try:
+            while done < len(data):
+                done += self._append(memoryview(data)[done:])
+        except OSError as error:
+            self._why = error.strerror or str(error)
+        if done:
+            self._is_torn = not data.endswith(b"\n", 0, done)
+        return data[done:]
+
+    def _append(self, data: memoryview) -> int:
+        """Write some of `data`; return how many bytes."""
+        if self._is_file:
+            size = os.fstat(self._descriptor).st_size
+            if size + len(data) > self._limit:
+                size = self._shrink(size)
+            return os.pwrite(self._descriptor, data, size)
+        room = select.poll()
+        room.register(self._descriptor, select.POLLOUT)
+        if not room.poll(0 if self._lost else PATIENCE * 1000):
+            raise BlockingIOError(errno.EAGAIN, "nobody reads it")
+        return os.write(self._descriptor, data[: select.PIPE_BUF])  # so much never has to wait then
+
+    def _shrink(self, size: int) -> int:
+        """Drop lines from the middle of the file, so that half of it is free; return its size then."""
+        if self._head is None:
+            self._head = os.pread(self._descriptor, HEAD, 0).rfind(b"\n") + 1
+        source = size - (self._limit - self._head) // 2
+        source += os.pread(self._descriptor, LONGEST_LINE, source).find(b"\n") + 1
+        self._dropped += source - self._head - len(self._note)
+        self._note = f"[gserve: {self._dropped} bytes of this log were dropped here]\n".encode()
+        target = self._head + os.pwrite(self._descriptor, self._note, self._head)
+        while chunk := os.pread(self._descriptor, _CHUNK, source):
+            source += len(chunk)
+            target += os.pwrite(self._descriptor, chunk, target)
+        os.ftruncate(self._descriptor, target)
+        return target
