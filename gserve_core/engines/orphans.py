@@ -16,8 +16,6 @@ from pathlib import Path
 
 from .. import runtime
 
-SERVER_VARIABLE = "GSERVE_SERVER"
-"""What the server names itself in, for the processes below it: its id and its start in clock ticks, as "4711:98765"."""
 GRACE = 2.0
 """Seconds that the engine's own way to end gets, which may be the more orderly one."""
 THREAD = "gserve-orphans"
@@ -28,7 +26,7 @@ def watch() -> None:
 
     Nothing in the server itself, either, except that its forks are watched. Idempotent.
     """
-    server = os.environ.get(SERVER_VARIABLE)
+    server = os.environ.get(runtime.SERVER_VARIABLE)
     if not server:
         return
     _watch_forks()
