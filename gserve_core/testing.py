@@ -325,6 +325,10 @@ async def _check_running(running: RunningEngine) -> None:
     assert await running.run(again) == outputs[0], "with temperature 0 the same prompt must give the same output"
     (several,) = await running.prepare(["one two three"], {"max_tokens": 2, "n": 3})
     assert len(await running.run(several)) == 3, "n=3 must give three completions"
+    (seeded,) = await running.prepare(["one two three"], params, [11])
+    assert await running.run(seeded) == outputs[0], "a seed must change nothing where nothing is sampled"
+    sampled = await running.prepare(["one two three"] * 2, {"max_tokens": 4, "temperature": 1.0}, [7, 7])
+    assert await running.run(sampled[0]) == await running.run(sampled[1]), "with one seed both must be sampled alike"
 
     for wrong in ({"max_tokenz": 4}, {"max_tokens": "many"}, {"temperature": -1.0}, {"temperature": float("nan")}):
         try:
@@ -338,6 +342,8 @@ async def _check_running(running: RunningEngine) -> None:
     (long,) = await running.prepare(["one two three"], {"max_tokens": 512, "ignore_eos": True})
     cancelled = asyncio.create_task(running.run(long))
     await asyncio.sleep(0.05)
+    assert isinstance(running.progress(), int), "progress() must be a number"
+    await running.check()  # also while it works on something else
     cancelled.cancel()
     with suppress(asyncio.CancelledError):
         await cancelled
