@@ -492,7 +492,9 @@ class VLLMServer:
     def _follow(self, log: Path, position: int) -> int:
         """Look at what has come to the log: it is progress, and shown where asked for. Returns its length."""
         try:
-            if log.stat().st_size == position:
+            size = log.stat().st_size
+            position = min(position, size)  # the server drops the middle of a log that grows too large
+            if size == position:
                 return position
             self._progress = time.monotonic()
             with log.open("rb") as stream:

@@ -6,6 +6,7 @@
 import argparse
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import json
 import logging
@@ -25,9 +26,11 @@ import uvloop
 
 from . import lease, plugins, runtime
 from .config import LLMConfig, ServeConfig
+from .diagnosis import port_holder
 from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
 from .interfaces import Address, Engine, RunningEngine, Transport
-from .log_utils import setup_logging
+from .log_utils import ServerLog, setup_logging
+from .redaction import redact, secret_values
 from .schema import Event, Failure, Health, Heartbeat, ResponseOutput, Result, RunRequest
 
 TOKEN_VARIABLE = "GSERVE_TOKEN"
@@ -390,7 +393,8 @@ async def _listening(transport: Transport, server: Server, host: str, port: int)
         try:
             address = await stack.enter_async_context(transport.serve(server, host, port))
         except OSError as error:
-            raise LaunchError(error.strerror or str(error)) from error
+            holder = port_holder(port) if error.errno == errno.EADDRINUSE else None
+            raise LaunchError(f"{error.strerror or error}{f': {holder} has it' if holder else ''}") from error
         yield address
 
 
@@ -408,6 +412,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     instance = line.hello.instance if line else uuid.uuid4().hex
     _mark_children(instance)
     scratch = runtime.scratch_folder(instance)
+    log = None
+    if line is not None:
+        own = {line.hello.token, line.hello.control or line.hello.token}
+        log = ServerLog(own | secret_values(line.hello.secrets) | secret_values(os.environ))
     try:
         setup_logging()
         _use_scratch(scratch)
@@ -419,6 +427,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     _end_children()
     shutil.rmtree(scratch, ignore_errors=True)
     logging.shutdown()
+    if log is not None:
+        log.close()
     os._exit(code)  # a load that was interrupted has threads that nothing else would end
 
 
@@ -471,7 +481,7 @@ def _fail(error: BaseException, line: lease.ServerEnd | None) -> int:
     cause = _sentence(error)
     logger.error("failed: %s", cause, exc_info=None if isinstance(error, GserveError) else error)
     if line is not None:
-        line.tell(lease.Failed(cause))
+        line.tell(lease.Failed(redact(cause, secret_values(line.hello.secrets) | secret_values(os.environ))))
     return 1
 
 

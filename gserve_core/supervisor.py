@@ -55,6 +55,7 @@ class Supervisor:
         self._due: dict[VLLMServer, float] = {}
         self._news: queue.SimpleQueue[VLLMServer | None] = queue.SimpleQueue()
         self._logs: Path | None = None
+        self._min_ready = len(servers)
         self._stopping = False
         self._changed = threading.Condition()
         for server in servers:
@@ -66,7 +67,7 @@ class Supervisor:
 
         Raises LaunchError with the cause of every server that failed, where too many did to go on.
         """
-        self._logs = logs
+        self._logs, self._min_ready = logs, min_ready
         for server in self._servers:
             server.begin(logs)
         self._thread.start()
@@ -143,7 +144,8 @@ class Supervisor:
             self._due[server] = now + wait
 
     def _give_up(self, server: VLLMServer, life: _Life, why: str) -> None:
-        logger.error("%s is given up: %s", server.name, why)
+        if life.was_ready or self._min_ready < len(self._servers):  # else `start` raises it
+            logger.error("%s is given up: %s", server.name, why)
         with self._changed:
             life.is_given_up = True
             self._on_lost(server, why, False)

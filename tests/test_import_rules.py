@@ -35,6 +35,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
     "serving": {
         "errors", "schema", "config", "interfaces", "lease", "log_utils", "redaction", "devices", "runtime", "plugins",
+        "diagnosis",
     },
     "reap": {"lease", "runtime"},
     "testing": {"errors", "schema", "config", "interfaces", "runtime"},
