@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 
 import uvloop
 
-from . import lease, plugins, runtime
+from . import devices, lease, plugins, runtime
 from .config import LLMConfig, ServeConfig
 from .diagnosis import port_holder
 from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
@@ -52,12 +52,19 @@ class Server:
     """An engine behind a transport, from start to end. Implements `interfaces.ServerApi`."""
 
     def __init__(
-        self, instance: str, token: str | None, control: str | None = None, stall_timeout: float | None = None
+        self,
+        instance: str,
+        token: str | None,
+        control: str | None = None,
+        *,
+        stall_timeout: float | None = None,
+        share_gpu: bool = False,
     ) -> None:
         self.instance = instance
         self.token = token
         self.control = control
         self._stall_timeout = stall_timeout
+        self._share_gpu = share_gpu
         self._state = "starting"
         self._phase: str | None = None
         self._engine: RunningEngine | None = None
@@ -268,10 +275,14 @@ class Server:
             else:
                 loop.call_soon_threadsafe(self._report, text)
 
+        gpus = await asyncio.to_thread(devices.visible, os.environ, llm.gpus_per_server)
+        held = devices.hold(gpus, share=self._share_gpu)
+        await held.turn(self._report)
         running = await engine.start(llm, report)
         self._engine = running
         self._report("making the first token")
         await running.check()
+        held.started()
         self._state, self._phase = "ready", None
         logger.info("ready: %s", running.info.model)
         self._tell(lease.Ready(running.info))
@@ -467,7 +478,7 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
     engine = registry.build("engine", options.engine)
     transport = registry.build("transport", options.transport)
     hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
-    server = Server(instance, token, hello.control, hello.stall_timeout)
+    server = Server(instance, token, hello.control, stall_timeout=hello.stall_timeout, share_gpu=options.share_gpu)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.live(engine, transport, llm, options.host, options.port, line))
@@ -542,6 +553,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--gpus", help='GPU ids for CUDA_VISIBLE_DEVICES, as "0" or "0,1"')
     parser.add_argument("--llm_kwargs", type=_mapping, default={}, help="more arguments for vllm.LLM, as JSON")
     parser.add_argument("--lora_path", help="path of a LoRA adapter")
+    parser.add_argument("--share_gpu", action="store_true", help="let other servers use the same GPUs")
     parser.add_argument("--engine", type=_mapping, default={"type": "vllm"}, help="engine, as JSON")
     parser.add_argument("--transport", type=_mapping, default={"type": "http"}, help="transport, as JSON")
     parser.add_argument("--plugins", type=lambda text: text.split(","), default=[], help="modules with plugins")
