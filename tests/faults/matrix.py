@@ -1,0 +1,71 @@
+"""The matrix: every row, and the program that runs them.
+
+`python -m tests.faults [ROW …]`, or `make faults`. LONG=1: the long form. SEED=n: the random choices of a former run.
+"""
+
+import argparse
+import os
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import frame, servers
+from .frame import Outcome, Row, Scale
+
+ROWS = (
+    Row("kills", servers.kills, (120, 900)),
+    Row("pauses", servers.pauses, (90, 400)),
+    Row("stops", servers.stops, (120, 600)),
+    Row("wedge", servers.wedge, (120, 600)),
+    Row("poison", servers.poison, (120, 900)),
+    Row("none-left", servers.none_left, (90, 400)),
+)
+
+
+def row(name: str) -> Row:
+    """Return the row with this name."""
+    return next(row for row in ROWS if row.name == name)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run rows, print what came of them, and write it to `faults.json`; exit with 1 unless all were survived."""
+    names = [row.name for row in ROWS]
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(names)} (default: all)")
+    parser.add_argument("--long", action="store_true", default=bool(os.environ.get("LONG")), help="the long form")
+    seed = int(os.environ.get("SEED") or random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--seed", type=int, default=seed, help="of the random choices (default: another every time)")
+    parser.add_argument("--output", type=Path, default=Path("faults.json"), help="default: %(default)s")
+    parser.add_argument("--inside", metavar="ROW", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    scale = Scale(options.long, options.seed)
+    if options.inside:
+        frame.inside(row(options.inside), scale)
+        return
+    if unknown := set(options.rows) - set(names):
+        parser.error(f"no row {', '.join(sorted(unknown))}: expected some of {', '.join(names)}")
+    sys.exit(_run([row for row in ROWS if row.name in (options.rows or names)], scale, options.output))
+
+
+def _run(rows: Sequence[Row], scale: Scale, output: Path) -> int:
+    """Run rows one after the other; return the exit code."""
+    _say(f"seed {scale.seed}")
+    outcomes: list[Outcome] = []
+    for one in rows:
+        began = time.monotonic()
+        outcomes += (found := frame.run(one, scale))
+        for it in found:
+            verdict = "skipped" if it.skipped else "survived" if it.is_survived else "NOT SURVIVED"
+            _say(f"{one.name}: {verdict} ({time.monotonic() - began:.0f} s) {frame.figures(it)}")
+            for problem in it.problems:
+                _say(f"  {problem}")
+        output.write_bytes(frame.as_json(scale, outcomes))
+    _say(f"\n{frame.table(outcomes)}")
+    return 0 if all(it.is_survived for it in outcomes) else 1
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
