@@ -71,18 +71,13 @@ def exited(
         message.append(f"what to try: {hint}")
     if said and said != sentence:
         message.append(f"it said: {said}")
-    if ended != sentence:
+    if ended not in sentence:
         message.append(ended)
     if tail:
         message += ["last lines of the log:", *(f"  | {line}" for line in tail)]
     return ServerExited(
         "\n".join(message), log=log, returncode=returncode, cause=sentence, hint=hint, phase=phase, tail=tail
     )
-
-
-def explain(name: str, *, phase: str, cause: str | None, returncode: int | None, log: Path) -> str:
-    """Return the message of `exited`."""
-    return str(exited(name, phase=phase, cause=cause, returncode=returncode, log=log))
 
 
 def _known(evidence: Sequence[str]) -> tuple[str, str] | None:
@@ -101,7 +96,7 @@ def _unsaid(end: str, kills: int | None) -> tuple[str, str]:
         return end, ""
     now = memory_kills()
     if kills is not None and now is not None and now > kills:
-        return f"{end}, when the system ran out of memory", MEMORY_HINT
+        return f"{end}, when memory had run out", MEMORY_HINT
     return end, f"most often the system has killed what needed too much memory: {MEMORY_HINT}"
 
 
@@ -590,9 +585,14 @@ KNOWN = (
         "check who owns it, and download_dir, HF_HOME and TMPDIR",
     ),
     Known(
-        r"[Aa]ddress (?:is )?already in use|cannot listen on",
+        r"[Aa]ddress already in use|cannot listen on .*: Permission denied",
         "",
-        "choose another port under serve, or leave it out: each server then takes a free one",
+        "choose another port under serve, from 1024 up, or leave it out: each server then takes a free one",
+    ),
+    Known(
+        r"cannot listen on ",
+        "",
+        "check host under serve: an address or a name of the machine that the server runs on",
     ),
     Known(
         r"ValidationError: .*? Value error, (.+?) \[type=",

@@ -204,8 +204,38 @@ def test_the_systems_count_of_kills_for_memory_is_named_where_it_has_risen(tmp_p
         pytest.skip("the memory controller of the control group cannot be read here")
     assert exited(tmp_path / "none", None, -9, kills).cause == "its process was killed by SIGKILL"
     error = exited(tmp_path / "none", None, -9, kills - 1)
-    assert error.cause == "its process was killed by SIGKILL, when the system ran out of memory"
+    assert error.cause == "its process was killed by SIGKILL, when memory had run out"
     assert exited(tmp_path / "none", None, -11, kills - 1).cause == "its process was killed by SIGSEGV"
+
+
+OUT_OF_MEMORY = """
+import os, subprocess, sys
+from pathlib import Path
+from gserve_core import diagnosis
+
+Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+kills = diagnosis.memory_kills()
+child = subprocess.run([sys.executable, "-c", "b'x' * (1 << 30)"])
+how = {"phase": "loading", "cause": None, "returncode": child.returncode, "log": Path(sys.argv[1], "none")}
+print(diagnosis.exited("server-0", **how, kills=kills).cause)
+"""
+
+
+def test_a_process_that_was_killed_for_want_of_memory_is_told_from_others() -> None:
+    groups = Path("/proc/self/cgroup").read_text().splitlines()
+    ours = [Path("/sys/fs/cgroup/memory" + line.split(":", 2)[2]) for line in groups if ":memory:" in line]
+    if not ours or not os.access(ours[0], os.W_OK):
+        pytest.skip("no control group with a limit on memory can be made here")
+    group = ours[0] / f"gserve-test-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(100 << 20))
+        done = subprocess.run(
+            [sys.executable, "-c", OUT_OF_MEMORY, str(group)], capture_output=True, text=True, check=False
+        )
+        assert done.stdout == "its process was killed by SIGKILL, when memory had run out\n", done.stderr
+    finally:
+        group.rmdir()
 
 
 SAID = [
