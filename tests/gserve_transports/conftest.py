@@ -82,7 +82,7 @@ def served(api: Noted, host: str = "127.0.0.1") -> Iterator[Noted]:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(serve())
 
-    thread = threading.Thread(target=live)
+    thread = threading.Thread(target=live, daemon=True)
     thread.start()
     assert listening.wait(20)
     try:
