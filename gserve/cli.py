@@ -1,4 +1,4 @@
-"""The command line: `gserve launch`, `generate`, `chat`, `check`, `plugins`, `ps` and `stop`.
+"""The command line: `gserve launch`, `generate`, `chat`, `check`, `plugins`, `ps`, `stop` and `reap`.
 
 Results go to stdout, all else to stderr. What goes wrong is said there after "error:", and by the exit code: 2 for a
 config, a plugin or an argument, 1 for anything else, 128 and its number for a signal.
@@ -27,6 +27,7 @@ from msgspec import Struct
 import gserve
 from gserve_core.errors import ConfigError, GserveError, ItemError, PluginError
 from gserve_core.log_utils import LEVEL_VARIABLE, setup_logging
+from gserve_core.redaction import hidden
 from gserve_core.schema import ResponseOutput, json_safe
 
 # Imports inside functions are those of rich and of the core's larger modules: `gserve --help` needs none of them.
@@ -237,7 +238,7 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     for job, command in gserve.VLLMService.from_yaml(config, overrides=overrides or ()).jobs():
         gpus = f" on GPU {','.join(map(str, job.gpu_ids))}" if job.gpu_ids else ""
         print(f"# {job.name}{gpus}")
-        print(*(f"{key}={shlex.quote(value)}" for key, value in job.env.items()), shlex.join(command))
+        print(*(f"{key}={shlex.quote(value)}" for key, value in hidden(job.env).items()), shlex.join(command))
 
 
 @app.command("plugins")
@@ -300,6 +301,27 @@ def stop(
             raise GserveError(f"'{name}' (process {record.pid}) was told to end, and has not within {timeout:g} s")
         time.sleep(TICK)
     _say(f"stopped '{name}'")
+
+
+@app.command()
+def reap(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is there, and leave it.")] = False,
+) -> None:
+    """End and remove what services have left that were killed: processes, temporary folders, state files."""
+    from gserve_core import reap as left_behind
+
+    orphans = left_behind.orphans()
+    shown = [str(process) for process in orphans]  # their commands go with them
+    stuck = [] if dry_run else left_behind.end(orphans)
+    for process, text in zip(orphans, shown, strict=True):
+        print(f"{'left' if dry_run else 'stuck' if process in stuck else 'ended'}: {text}")
+    files = left_behind.unused_files()
+    for path in files:
+        if not dry_run:
+            left_behind.remove(path)
+        print(f"{'left' if dry_run else 'removed'}: {path}")
+    if not orphans and not files:
+        _say("nothing to do")
 
 
 # ------------------------------------------------------------------------------------------------------------- service
@@ -598,9 +620,9 @@ def _progress(total: int, stream: BinaryIO) -> Iterator[Callable[[], object]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    hidden = not sys.stderr.isatty() or (stream is sys.stdout.buffer and sys.stdout.isatty())
+    is_quiet = not sys.stderr.isatty() or (stream is sys.stdout.buffer and sys.stdout.isatty())
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=hidden, redirect_stdout=False) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=is_quiet, redirect_stdout=False) as progress:
         task = progress.add_task("", total=total)
         yield lambda: progress.advance(task)
 

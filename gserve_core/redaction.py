@@ -57,4 +57,4 @@ def hidden(mapping: Mapping[str, Any]) -> dict[str, Any]:
 def _hidden(value: Any) -> Any:
     if isinstance(value, Mapping):
         return hidden(value)
-    return [_hidden(below) for below in value] if isinstance(value, (list, tuple)) else value
+    return type(value)(_hidden(below) for below in value) if isinstance(value, (list, tuple)) else value

@@ -4,10 +4,13 @@ Files of mode 0600 in the user's runtime directory, written by the owner of a se
 """
 
 import contextlib
+import fcntl
 import os
+import socket
 import stat
 import tempfile
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,9 @@ from .interfaces import Access, Address
 ID_VARIABLE = "GSERVE_ID"
 """The instance of a server, in the environment of all its processes: what they are found by, even renamed."""
 OWNER_VARIABLE = "GSERVE_OWNER"
-"""Who has started it, beside that: a process's id and its start in clock ticks, as "4711:98765"."""
+"""Who has started it, beside that: see `owner_mark`."""
 SERVER_VARIABLE = "GSERVE_SERVER"
-"""The same of the server itself, for the processes below it."""
+"""The server itself, for the processes below it: a process's id and its start in clock ticks, as "4711:98765"."""
 
 
 class ServerRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -63,6 +66,22 @@ def process_start(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def owner_mark() -> str:
+    """Return what the processes of a server have as OWNER_VARIABLE when this process owns it."""
+    return f"{os.getpid()}:{process_start(os.getpid())}:{_boot()}"
+
+
+def is_orphan(mark: str) -> bool:
+    """Say whether the owner that a process has as OWNER_VARIABLE is dead; one on another machine counts as alive."""
+    pid, started, *boot = mark.split(":")
+    return boot in ([], [_boot()]) and process_start(int(pid)) != int(started)
+
+
+def _boot() -> str:
+    """Return what tells this machine, since it was started, from all others."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def processes_of(instance: str) -> list[int]:
@@ -182,6 +201,33 @@ def find_service(name: str) -> ServiceRecord:
     return found[name]
 
 
+def stale_files() -> list[Path]:
+    """Return the files of services whose owner is dead, and of servers at whose address nobody listens."""
+    found = []
+    for path in sorted(folder().iterdir()):
+        kind, _, of = path.name.partition("-")
+        if kind == "service":
+            record = _read_service(path)
+            is_stale = record is None or not record.is_alive
+        else:
+            is_stale = kind == "token" and not _may_listen(of)
+        if is_stale:
+            found.append(path)
+    return found
+
+
+def _may_listen(address: str) -> bool:
+    """Say whether somebody listens at "host-port"; it counts as yes where we cannot know."""
+    host, _, port = address.rpartition("-")
+    try:
+        socket.create_connection((host, int(port)), timeout=1.0).close()
+    except ConnectionRefusedError:
+        return False
+    except (OSError, ValueError, OverflowError):
+        return True
+    return True
+
+
 def _service_file(name: str) -> Path:
     return folder() / f"service-{name}"
 
@@ -201,6 +247,36 @@ def _read_service(path: Path) -> ServiceRecord | None:
 def scratch_folder(instance: str) -> Path:
     """Return where a server keeps its temporary files: it makes the folder, and its owner sees to it that it goes."""
     return Path(tempfile.gettempdir()) / f"gserve-{instance[:12]}"
+
+
+def make_scratch_folder(instance: str) -> Path:
+    """Make that folder, which counts as used while this process lives. Raises OSError."""
+    path = scratch_folder(instance)
+    path.mkdir(mode=0o700, exist_ok=True)
+    fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_SH)  # stays open until the process ends
+    return path
+
+
+def unused_scratch_folders(instances: Collection[str]) -> list[Path]:
+    """Return the scratch folders of this user that no living server uses; `instances` are known to live."""
+    used = {scratch_folder(instance) for instance in instances}
+    found = []
+    for path in sorted(Path(tempfile.gettempdir()).glob("gserve-" + "[0-9a-f]" * 12)):
+        with contextlib.suppress(OSError):
+            if path not in used and path.lstat().st_uid == os.getuid() and _is_free(path):
+                found.append(path)
+    return found
+
+
+def _is_free(folder: Path) -> bool:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def log_folder(run: str) -> Path:

@@ -172,7 +172,7 @@ def test_the_version_is_printed(place: Place) -> None:
 
 def test_help_names_every_command_and_loads_neither_rich_nor_the_core_behind_them(place: Place) -> None:
     shown = place.run("--help").stdout
-    for command in ("launch", "generate", "chat", "check", "plugins", "ps", "stop"):
+    for command in ("launch", "generate", "chat", "check", "plugins", "ps", "stop", "reap"):
         assert f"\n  {command} " in shown
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, gserve.cli; print(*sys.modules)"],
@@ -181,6 +181,21 @@ def test_help_names_every_command_and_loads_neither_rich_nor_the_core_behind_the
         check=True,
     ).stdout.split()
     assert not {"rich", "yaml", "pluggy", "httpx", "fastapi", "gserve_core.service"} & set(loaded)
+
+
+def test_check_hides_secrets(place: Place) -> None:
+    config = place.config()
+    canary = "canary-0123456789"
+    secret = (
+        "--set",
+        f"serve.env={{API_KEY: {canary}, PLAIN: shown}}",
+        "--set",
+        f"llm.llm_kwargs={{hf_token: {canary}}}",
+    )
+    shown = place.run("check", config, *secret, HF_TOKEN=canary)
+    assert canary not in shown.stdout + shown.stderr
+    assert "API_KEY='***'" in shown.stdout
+    assert "PLAIN=shown" in shown.stdout
 
 
 def test_check_prints_commands_for_the_shell_and_starts_nothing(place: Place) -> None:
@@ -307,7 +322,7 @@ def test_a_start_that_fails_is_exit_code_1_and_its_cause(place: Place) -> None:
 
 
 def test_launch_goes_on_without_a_server_that_died_and_says_so_in_the_end(place: Place) -> None:
-    process = place.start("launch", place.config(servers=2))
+    process = place.start("launch", place.config(servers=2), "--set", "serve.max_restarts=0")
     assert process.stdout is not None
     assert process.stdout.readline()
     place.servers()[0].kill()
@@ -328,6 +343,67 @@ def test_launch_ends_with_exit_code_1_when_no_server_is_left(place: Place) -> No
     process.communicate(timeout=30)
     assert process.returncode == 1
     assert "error: no server is running any more" in place.stderr
+
+
+ALONE = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+"""Runs a command where it sees no processes but its own: other tests have theirs, and so may the user."""
+REAP = """
+set -e
+gserve() { "$PYTHON" -m gserve.cli "$@"; }
+"$PYTHON" -m gserve.cli launch killed.yaml >/dev/null & killed=$!
+"$PYTHON" -m gserve.cli launch alive.yaml >/dev/null & alive=$!
+until [ "$(gserve ps 2>/dev/null | grep -c server-0)" = 2 ]; do sleep 0.2; done
+server=$(cat /proc/$killed/task/*/children)
+kill -STOP $server # so that it cannot end itself
+kill -KILL $killed
+echo "server" $server
+gserve reap --dry-run
+echo really
+gserve reap
+echo again
+gserve reap 2>&1
+test ! -e /proc/$server
+gserve generate --attach alive "still here"
+kill $alive
+wait $alive
+"""
+
+
+def test_reap_ends_what_a_killed_service_has_left_and_nothing_else(place: Place) -> None:
+    if subprocess.run([*ALONE, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to a process namespace")
+    (place.folder / "tmp").mkdir()
+    place.config("killed")
+    place.config("alive")
+    environ = place.environ | {"TMPDIR": str(place.folder / "tmp"), "PYTHON": sys.executable}
+    done = subprocess.run(
+        [*ALONE, "bash", "-c", REAP], cwd=place.folder, env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    server, rest = done.stdout.removeprefix("server ").split("\n", 1)
+    shown, rest = rest.split("really\n")
+    done_to, rest = rest.split("again\n")
+    assert rest == "nothing to do\nstill here\n"
+    state = place.runtime / "gserve"
+    assert f"left: process {server} ({sys.executable} " in shown
+    assert f"left: {state / 'service-killed'}\n" in shown
+    ended = done_to.splitlines()
+    assert sum(f"ended: process {server} ({sys.executable} " in line for line in ended) == 1
+    assert f"removed: {state / 'service-killed'}" in ended
+    assert sum(line.startswith(f"removed: {state / 'token-127.0.0.1-'}") for line in ended) == 1
+    assert sum(line.startswith(f"removed: {place.folder / 'tmp' / 'gserve-'}") for line in ended) == 1
+    assert len(ended) == 5, "the server, the process of its engine, its folder, its token, and the service"
+    assert list((place.folder / "tmp").glob("gserve-*")) == []
+
+
+def test_reap_says_that_there_is_nothing_to_do(place: Place) -> None:
+    if subprocess.run([*ALONE, "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to a process namespace")
+    (place.folder / "tmp").mkdir()
+    environ = place.environ | {"TMPDIR": str(place.folder / "tmp")}
+    command = [*ALONE, sys.executable, "-m", "gserve.cli", "reap"]
+    done = subprocess.run(command, cwd=place.folder, env=environ, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "nothing to do\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ generate

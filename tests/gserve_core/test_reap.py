@@ -1,0 +1,223 @@
+"""What killed services leave behind is found and ended, and nothing else.
+
+Other tests run on this machine at the same time, and root sees everybody's processes: only what a test has started
+itself is ended here. The command `gserve reap` is tested in a machine of its own, as far as processes go.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gserve_core import reap, runtime
+from gserve_core.interfaces import Address
+
+OWNER = """
+import sys
+from gserve import LLMConfig, VLLMServer
+from gserve_core.engines.echo import EchoEngine
+with VLLMServer(LLMConfig("demo"), engine=EchoEngine()) as server:
+    print(server.record().instance, server.port, flush=True)
+    sys.stdin.read()
+"""
+
+
+class Owner:
+    """A program that owns a server."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self.instance, port = self.process.stdout.readline().split()
+        self.port = int(port)
+
+    def orphans(self) -> list[reap.Process]:
+        return [process for process in reap.orphans() if process.instance == self.instance]
+
+    def close(self) -> None:
+        self.process.communicate()
+
+
+@pytest.fixture
+def owner() -> Iterator[Owner]:
+    one = Owner()
+    yield one
+    one.close()
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_what_a_killed_service_could_not_end_itself_is_ended_and_its_files_removed(owner: Owner) -> None:
+    scratch = runtime.scratch_folder(owner.instance)
+    assert scratch.is_dir()
+    ours = runtime.processes_of(owner.instance)
+    assert len(ours) == 2, "the server and the process of its engine"
+    for pid in ours:
+        os.kill(pid, signal.SIGSTOP)
+    assert owner.orphans() == []
+    owner.process.kill()
+    owner.process.wait()
+    found = owner.orphans()
+    assert sorted(process.pid for process in found) == sorted(ours)
+    assert any("vllm_server.py" in str(process) for process in found)
+    assert scratch not in reap.unused_files()
+    assert reap.end(found) == []
+    assert runtime.processes_of(owner.instance) == []
+    assert owner.orphans() == []
+    files = [path for path in reap.unused_files() if path == scratch or path.name == f"token-127.0.0.1-{owner.port}"]
+    assert len(files) == 2
+    for path in files:
+        reap.remove(path)
+        assert not path.exists()
+
+
+def test_a_living_service_and_its_files_are_left_alone(owner: Owner) -> None:
+    assert owner.orphans() == []
+    files = reap.unused_files()
+    assert runtime.scratch_folder(owner.instance) not in files
+    assert not any(str(owner.port) in path.name for path in files)
+    assert len(runtime.processes_of(owner.instance)) == 2
+
+
+class Marked:
+    """A process with the environment of one of a server's."""
+
+    def __init__(self, owner: str, command: str = "exec sleep 600") -> None:
+        self.instance = uuid.uuid4().hex
+        environ = os.environ | {runtime.ID_VARIABLE: self.instance, runtime.OWNER_VARIABLE: owner}
+        self.process = subprocess.Popen(["sh", "-c", command], env=environ, stdout=subprocess.PIPE, text=True)
+        eventually(lambda: self.process.pid in runtime.processes_of(self.instance))
+
+    def orphans(self) -> list[reap.Process]:
+        return [process for process in reap.orphans() if process.instance == self.instance]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@pytest.fixture
+def marked() -> Iterator[Callable[..., Marked]]:
+    made: list[Marked] = []
+
+    def make(owner: str, command: str = "exec sleep 600") -> Marked:
+        made.append(Marked(owner, command))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def dead_owner() -> str:
+    """Return the mark of a process that has ended."""
+    program = "from gserve_core import runtime; print(runtime.owner_mark())"
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_a_process_of_a_living_owner_is_no_orphan(marked: Callable[..., Marked]) -> None:
+    assert marked(runtime.owner_mark()).orphans() == []
+
+
+def test_a_process_of_a_dead_owner_is_one(marked: Callable[..., Marked]) -> None:
+    one = marked(dead_owner())
+    assert [process.pid for process in one.orphans()] == [one.process.pid]
+    assert str(one.orphans()[0]) == f"process {one.process.pid} (sleep 600)"
+
+
+def test_an_owner_is_dead_also_when_another_process_has_its_id_now(marked: Callable[..., Marked]) -> None:
+    pid, started, boot = runtime.owner_mark().split(":")
+    assert len(marked(f"{pid}:{int(started) - 1}:{boot}").orphans()) == 1
+
+
+def test_a_process_whose_owner_is_on_another_machine_or_unknown_is_no_orphan(marked: Callable[..., Marked]) -> None:
+    pid, started, _ = dead_owner().split(":")
+    for mark in (f"{pid}:{started}:{uuid.uuid4()}", "", "who?", "1:2:3:4"):
+        assert marked(mark).orphans() == []
+
+
+def test_a_process_may_end_in_order(marked: Callable[..., Marked]) -> None:
+    one = marked(dead_owner(), "trap 'echo in order; exit' TERM; echo ready; while :; do sleep 0.05; done")
+    assert one.process.stdout is not None
+    assert one.process.stdout.readline() == "ready\n"
+    assert reap.end([it for it in one.orphans() if it.pid == one.process.pid]) == []
+    assert one.process.communicate()[0] == "in order\n"
+
+
+def test_a_process_that_does_not_end_is_killed(marked: Callable[..., Marked]) -> None:
+    one = marked(dead_owner(), "trap '' TERM; echo ready; exec sleep 600")
+    assert one.process.stdout is not None
+    assert one.process.stdout.readline() == "ready\n"
+    assert reap.end(one.orphans()) == []
+    assert one.process.wait() == -signal.SIGKILL
+
+
+def test_a_process_that_has_the_id_of_one_that_was_found_is_left_alone(marked: Callable[..., Marked]) -> None:
+    one = marked(dead_owner())
+    (found,) = one.orphans()
+    assert reap.end([replace(found, started=found.started - 1)]) == []
+    assert one.process.poll() is None
+
+
+def test_a_temporary_folder_is_used_as_long_as_the_server_lives_also_one_started_by_hand(tmp_path: Path) -> None:
+    instance = uuid.uuid4().hex
+    using = f"from gserve_core import runtime; print(runtime.make_scratch_folder({instance!r}), flush=True); input()"
+    unused = "from gserve_core import runtime; print(*runtime.unused_scratch_folders(()))"
+    environ = os.environ | {"TMPDIR": str(tmp_path)}
+
+    def found() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", unused], env=environ, capture_output=True, text=True
+        ).stdout.strip()
+
+    with subprocess.Popen(
+        [sys.executable, "-c", using], env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        folder = server.stdout.readline().strip()
+        assert Path(folder) == tmp_path / f"gserve-{instance[:12]}"
+        assert found() == ""
+        server.kill()
+    assert found() == folder
+    Path(folder).rename(tmp_path / "gserve-0")
+    (tmp_path / "gserve-ab12ab12ab12").symlink_to(tmp_path)
+    assert found() == ""
+
+
+def test_the_token_of_a_server_that_does_not_answer_is_kept_while_its_socket_is_open(owner: Owner) -> None:
+    server = min(runtime.processes_of(owner.instance))
+    os.kill(server, signal.SIGSTOP)
+    try:
+        assert not any(str(owner.port) in path.name for path in reap.unused_files())
+    finally:
+        os.kill(server, signal.SIGCONT)
+
+
+def test_state_files_that_nobody_owns_are_found() -> None:
+    address = Address(["127.0.0.1"], 1)
+    runtime.write_token(address, "token")
+    pid, started, _ = dead_owner().split(":")
+    runtime.write_service(runtime.ServiceRecord("dead", int(pid), int(started), [], {"type": "http"}))
+    alive = runtime.ServiceRecord("alive", os.getpid(), runtime.process_start(os.getpid()) or 0, [], {"type": "http"})
+    runtime.write_service(alive)
+    try:
+        assert [path.name for path in runtime.stale_files()] == ["service-dead", "token-127.0.0.1-1"]
+    finally:
+        for path in runtime.folder().iterdir():
+            path.unlink()
