@@ -7,7 +7,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -247,8 +246,8 @@ class VLLMService(Inference):
     def status(self) -> list[ServerStatus]:
         """Return what is known of each server now."""
         if self._attached is None:
-            restarts = self._supervisor.restarts if self._supervisor is not None else lambda server: 0
-            return [replace(server.status(), restarts=restarts(server)) for server in self._servers]
+            supervisor = self._supervisor
+            return [supervisor.status(it) if supervisor is not None else it.status() for it in self._servers]
         return [self._remote_status(server) for server in self._records.values()]
 
     def _remote_status(self, record: runtime.ServerRecord) -> ServerStatus:

@@ -6,10 +6,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .errors import GserveError, LaunchError
-from .server import TICK, State, VLLMServer
+from .server import TICK, ServerStatus, State, VLLMServer
 
 WINDOW = 600.0
 """Seconds in which `max_restarts` are counted."""
@@ -93,9 +94,13 @@ class Supervisor:
         for server in self._servers:
             server.wait_stopped()
 
-    def restarts(self, server: VLLMServer) -> int:
-        """Return how often a server was started again within the last ten minutes."""
-        return len(self._lives[server].restarts)
+    def status(self, server: VLLMServer) -> ServerStatus:
+        """Return what is known of a server now: one that is to be started again is starting already."""
+        life, status = self._lives[server], server.status()
+        status = replace(status, restarts=len(life.restarts))
+        if status.state == State.FAILED and life.was_ready and not life.is_given_up and not self._stopping:
+            return replace(status, state=State.STARTING, phase="waiting to be started again")
+        return status
 
     def _run(self) -> None:
         while not self._stopping:
@@ -122,8 +127,12 @@ class Supervisor:
                 life.was_ready = True
                 self._on_ready(server)
                 self._changed.notify_all()
-        elif status.state == State.FAILED and not self._stopping:
+        elif self._stopping:
+            return
+        elif status.state == State.FAILED:
             self._lost(server, life, status.error or "it failed")
+        elif status.state == State.STOPPED:
+            self._give_up(server, life, f"{server.name} was stopped")
 
     def _lost(self, server: VLLMServer, life: _Life, why: str) -> None:
         """Decide what becomes of a server that has failed."""
@@ -133,9 +142,13 @@ class Supervisor:
         life.useless = 0 if self._finished(server) else life.useless + 1
         cause = why.splitlines()[0]
         if not life.was_ready:
+            if self._min_ready < len(self._servers):  # else `start` raises it
+                logger.error("%s", why)
             self._give_up(server, life, cause)
         elif len(life.restarts) >= self._max_restarts:
-            self._give_up(server, life, f"{cause}; it was started again {len(life.restarts)} times in ten minutes")
+            enough = f"it was started again {len(life.restarts)} times in ten minutes (max_restarts)"
+            logger.error("%s is given up: %s", server.name, enough)
+            self._give_up(server, life, f"{cause}; {enough}")
         else:
             self._on_lost(server, cause, True)
             life.restarts.append(now)
@@ -144,8 +157,6 @@ class Supervisor:
             self._due[server] = now + wait
 
     def _give_up(self, server: VLLMServer, life: _Life, why: str) -> None:
-        if life.was_ready or self._min_ready < len(self._servers):  # else `start` raises it
-            logger.error("%s is given up: %s", server.name, why)
         with self._changed:
             life.is_given_up = True
             self._on_lost(server, why, False)
@@ -160,7 +171,7 @@ class Supervisor:
 
 def _failure(servers: Sequence[VLLMServer]) -> LaunchError:
     """Return one error with the causes of all of `servers`."""
-    errors = [error for server in servers if (error := server.error) is not None]
+    errors = [server.error or LaunchError(f"{server.name} was stopped while it started") for server in servers]
     if len(errors) == 1:
         return errors[0]
-    return LaunchError("\n".join(dict.fromkeys(map(str, errors))), log=errors[0].log if errors else None)
+    return LaunchError("\n".join(dict.fromkeys(map(str, errors))), log=errors[0].log)

@@ -336,7 +336,7 @@ def test_launch_goes_on_without_a_server_that_died_and_says_so_in_the_end(place:
 
 
 def test_launch_ends_with_exit_code_1_when_no_server_is_left(place: Place) -> None:
-    process = place.start("launch", place.config())
+    process = place.start("launch", place.config(), "--set", "serve.max_restarts=0")
     assert process.stdout is not None
     assert process.stdout.readline()
     place.servers()[0].kill()
