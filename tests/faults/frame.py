@@ -129,9 +129,7 @@ def run(row: Row, scale: Scale) -> list[Outcome]:
             limit = scale.of(*row.limit)
             try:
                 said, _ = process.communicate(timeout=limit)
-                outcomes = _heard(row, said) or [
-                    _failed(row, f"it ended with code {process.returncode} and no outcome")
-                ]
+                outcomes = _heard(said) or [_failed(row, f"it ended with code {process.returncode} and said nothing")]
             except subprocess.TimeoutExpired:
                 outcomes = [_failed(row, f"not done within {limit:g} s")]
             finally:

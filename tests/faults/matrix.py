@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import frame, servers
+from . import frame, owners, servers
 from .frame import Outcome, Row, Scale
 
 ROWS = (
@@ -21,6 +21,10 @@ ROWS = (
     Row("wedge", servers.wedge, (120, 600)),
     Row("poison", servers.poison, (120, 900)),
     Row("none-left", servers.none_left, (90, 400)),
+    Row("owner", owners.killed, (150, 900)),
+    Row("owner-and-server", owners.killed_with_server, (120, 600)),
+    Row("owner-ends", owners.other_ends, (120, 600)),
+    Row("notebook", owners.notebook, (90, 600)),
 )
 
 
