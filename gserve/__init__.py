@@ -12,9 +12,12 @@ if TYPE_CHECKING:
     from gserve_core.config import LLMConfig, ServeConfig
     from gserve_core.errors import (
         BatchError,
+        BatchInterrupted,
         ConfigError,
+        DeadlineExceeded,
         GserveError,
         ItemError,
+        ItemLost,
         LaunchError,
         PluginError,
         RemoteError,
@@ -34,8 +37,8 @@ _HOMES = {
     "commands": ("CommandLauncher",),
     "config": ("LLMConfig", "ServeConfig"),
     "errors": (
-        "BatchError", "ConfigError", "GserveError", "ItemError", "LaunchError", "PluginError", "RemoteError",
-        "ServerExited", "StallTimeout", "StartupTimeout", "TransportError",
+        "BatchError", "BatchInterrupted", "ConfigError", "DeadlineExceeded", "GserveError", "ItemError", "ItemLost",
+        "LaunchError", "PluginError", "RemoteError", "ServerExited", "StallTimeout", "StartupTimeout", "TransportError",
     ),
     "hookspecs": ("hookimpl",),
     "interfaces": ("Engine", "Job", "Launcher", "Transport"),
@@ -47,11 +50,14 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "BatchError",
+    "BatchInterrupted",
     "CommandLauncher",
     "ConfigError",
+    "DeadlineExceeded",
     "Engine",
     "GserveError",
     "ItemError",
+    "ItemLost",
     "Job",
     "LLMConfig",
     "LaunchError",

@@ -297,9 +297,8 @@ class _Batch:
         self._under_way = 0
 
     def feed(self) -> bool:
-        """Submit what there is room for; return whether outcomes are to come."""
-        ahead = max(AHEAD, 2 * self._dispatcher.room)
-        while not self._items.are_read and self._under_way <= ahead - FEED:
+        """Submit some items, where there is room; return whether outcomes are to come."""
+        if not self._is_full:
             good, bad = self._items.take(self._call)
             self._under_way += len(good) + len(bad)
             if self._open is not None:
@@ -308,12 +307,24 @@ class _Batch:
                 self._deliver(bad)
             if good:
                 self._dispatcher.submit(good)
-        return self._under_way > 0
+        return self._under_way > 0 or not self._items.are_read
 
     @property
-    def seconds_left(self) -> float | None:
-        """Seconds until the deadline; None: there is none."""
+    def _is_full(self) -> bool:
+        ahead = max(AHEAD, 2 * self._dispatcher.room)
+        return self._items.are_read or self._under_way > ahead - FEED
+
+    @property
+    def patience(self) -> float | None:
+        """How many seconds to wait for outcomes, before `feed` or the deadline; None: as long as it takes."""
+        if not self._is_full:
+            return 0.0
         return None if self._ends is None else max(0.0, self._ends - time.monotonic())
+
+    @property
+    def is_late(self) -> bool:
+        """Say whether the deadline has come."""
+        return self._ends is not None and time.monotonic() >= self._ends
 
     def count(self, outcomes: list[tuple[int, Outcome]]) -> list[tuple[int, Outcome]]:
         """Take note of outcomes that have come; return them."""
@@ -347,10 +358,12 @@ def _outcomes(dispatcher: Dispatcher, items: _Items, deadline: float | None) -> 
     try:
         while batch.feed():
             try:
-                come = news.get(timeout=batch.seconds_left)
+                come = news.get(timeout=batch.patience)
             except queue.Empty:
-                yield from batch.expire()
-                return
+                if batch.is_late:
+                    yield from batch.expire()
+                    return
+                continue
             yield from batch.count(come)
     except BaseException:  # Ctrl-C, or the caller wants no more: the servers need not go on
         batch.cancel()
@@ -386,12 +399,14 @@ async def _collect_async(
     try:
         while batch.feed():
             try:
-                async with asyncio.timeout(batch.seconds_left):
+                async with asyncio.timeout(batch.patience):
                     come = await news.get()
             except TimeoutError:
-                for index, outcome in batch.expire():
-                    found.add(index, outcome)
-                break
+                if batch.is_late:
+                    for index, outcome in batch.expire():
+                        found.add(index, outcome)
+                    break
+                continue
             for index, outcome in batch.count(come):
                 found.add(index, outcome)
     except BaseException:

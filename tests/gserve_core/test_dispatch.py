@@ -14,9 +14,19 @@ from typing import Any
 
 import pytest
 
-from gserve import BatchError, ConfigError, ItemError, LLMConfig, ResponseOutput, ServeConfig, VLLMServer, VLLMService
+from gserve import (
+    BatchError,
+    ConfigError,
+    ItemError,
+    LLMConfig,
+    ResponseOutput,
+    ServeConfig,
+    VLLMClient,
+    VLLMServer,
+    VLLMService,
+)
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.errors import ItemLost
+from gserve_core.errors import BatchInterrupted, DeadlineExceeded, ItemLost
 from gserve_core.testing import our_processes
 
 LLM = LLMConfig("m", max_model_len=1000)
@@ -324,3 +334,148 @@ def test_a_server_that_shows_no_life_is_left_and_its_items_go_elsewhere() -> Non
         finally:
             os.kill(stopped, signal.SIGCONT)
         assert service.generate(prompts) == [[prompt] for prompt in prompts]
+
+
+# ------------------------------------------------------------------------------------- deadlines, Ctrl-C, event loops
+
+
+def is_idle(service: VLLMService) -> bool:
+    """Say whether the servers are free: as many items as they take at once are answered at once."""
+    began = time.monotonic()
+    service.generate(["next"] * 8)
+    return time.monotonic() - began < 2
+
+
+def test_a_deadline_ends_what_is_not_finished_and_keeps_what_is(slow: VLLMService) -> None:
+    prompts = ["short", *["long " * 500] * 100, "late"]
+    began = time.monotonic()
+    with pytest.raises(BatchError) as caught:
+        slow.generate(prompts, {"max_tokens": 500}, deadline=1.0)
+    assert time.monotonic() - began < 2
+    assert caught.value.results[0] == ["short"]
+    assert all(isinstance(error, DeadlineExceeded) for error in caught.value.results[1:])
+    assert [error.index for error in caught.value.errors] == list(range(1, 102))
+    assert is_idle(slow)
+
+
+def test_a_deadline_also_ends_what_was_never_read(slow: VLLMService) -> None:
+    given = ["long " * 500] * 200_000
+    results = slow.generate(given, {"max_tokens": 500}, deadline=1.0, on_error="return")
+    assert [result.index for result in results if isinstance(result, DeadlineExceeded)] == list(range(200_000))
+
+
+@pytest.mark.parametrize("deadline", [0, -1, float("nan"), float("inf"), "soon"])
+def test_a_deadline_that_is_none_is_told(service: VLLMService, deadline: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a deadline in seconds above 0"):
+        service.generate(["a"], deadline=deadline)
+
+
+def test_ctrl_c_leaves_what_is_finished_and_frees_the_servers(slow: VLLMService) -> None:
+    interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt) as caught:
+        slow.generate(["short", *["long " * 500] * 50], {"max_tokens": 500})
+    assert isinstance(caught.value, BatchInterrupted)
+    assert caught.value.results == [["short"], *[None] * 50]
+    assert is_idle(slow)
+
+
+def test_items_are_read_as_they_are_worked_off(service: VLLMService) -> None:
+    read = count()
+
+    def endless() -> Iterator[str]:
+        while True:
+            yield f"p{next(read)}"
+
+    each = service.generate_iter(endless())
+    found = {}
+    for _ in range(200_000):
+        index, outcome = next(each)
+        found[index] = outcome
+    each.close()  # type: ignore[attr-defined]
+    assert len(found) == 200_000
+    assert all(found[index][0].text == f"p{index}" for index in range(50_000))
+    assert next(read) < 400_000, "no more may be read than is under way"
+
+
+def test_a_slow_source_does_not_hold_its_items_back(service: VLLMService) -> None:
+    def trickle() -> Iterator[str]:
+        for number in range(4):
+            yield f"p{number}"
+            time.sleep(0.3)
+
+    began = time.monotonic()
+    each = service.generate_iter(trickle())
+    assert next(each)[0] == 0
+    assert time.monotonic() - began < 1
+    assert len(list(each)) == 3
+
+
+def test_many_async_calls_share_an_event_loop(service: VLLMService) -> None:
+    async def ask(number: int) -> list[list[str]]:
+        return await service.generate_async([f"p{number}"])
+
+    async def ask_all() -> list[Any]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.001)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        answers = await asyncio.gather(*(ask(number) for number in range(200)))
+        ticking.cancel()
+        assert ticks > 3, "the event loop must turn meanwhile"
+        talk = await service.chat_async([say("hello")], return_extra=True)
+        assert talk[0][0].text == "hello"
+        with pytest.raises(BatchError):
+            await service.generate_async(["a", ""])
+        return answers
+
+    assert asyncio.run(ask_all()) == [[[f"p{number}"]] for number in range(200)]
+
+
+def test_a_cancelled_async_call_frees_the_servers(slow: VLLMService) -> None:
+    async def cancel() -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.5):
+                await slow.generate_async(["long " * 500] * 50, {"max_tokens": 500})
+        results = await slow.generate_async(
+            ["a b", "long " * 500], {"max_tokens": 500}, deadline=1.0, on_error="return"
+        )
+        assert results[0] == ["a b"]
+        assert isinstance(results[1], DeadlineExceeded)
+
+    asyncio.run(cancel())
+    assert is_idle(slow)
+
+
+def test_a_server_with_enough_to_do_is_asked_again(tmp_path: Path) -> None:
+    """Four clients that know nothing of the capacity overload a server of two; it says so, and all are served."""
+    with VLLMServer(LLM, engine=EchoEngine(latency=0.001, capacity=2)) as server:
+        assert server.port is not None
+
+        def call(number: int) -> list[list[str]]:
+            with VLLMClient(server.host, server.port or 0) as client:
+                return client.generate([f"c{number} p{index}" for index in range(200)])
+
+        with ThreadPoolExecutor(4) as pool:
+            answers = list(pool.map(call, range(4)))
+        assert answers == [[[f"c{number} p{index}"] for index in range(200)] for number in range(4)]
+
+
+def test_an_item_that_is_sent_again_is_sampled_alike() -> None:
+    params = {"temperature": 1.0, "max_tokens": 8}
+    with VLLMService(LLM, ServeConfig(), engine=EchoEngine(sample=True, latency=0.05, capacity=4)) as service:
+        one, other = service.generate(["x"] * 2, params)
+        assert one != other, "each item has a seed of its own"
+        assert (
+            service.generate(["x"] * 2, {**params, "seed": 7})[0] == service.generate(["x"], {**params, "seed": 7})[0]
+        )
+        each = service.generate_iter([f"p{index}" for index in range(40)], params)
+        seen = dict(next(each) for _ in range(4))
+        os.kill(pid_of(service.servers[0]), signal.SIGKILL)
+        seen |= dict(each)
+        assert sorted(seen) == list(range(40))
