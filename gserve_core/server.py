@@ -129,12 +129,13 @@ def _json(value: object) -> str:
 class _End:
     """What is known of the end of a server: the cause that it told, and how much of its log has been looked at.
 
-    `is_hung`: it is to be killed at once. `error`: what to raise in place of ServerExited. `kills`: how often the
-    system had killed a process for its memory before.
+    `since`: where in the log begins what it said once it was ready. `is_hung`: it is to be killed at once. `error`: what
+    to raise in place of ServerExited. `kills`: how often the system had killed a process for its memory before.
     """
 
     cause: str | None = None
     position: int = 0
+    since: int = 0
     is_hung: bool = False
     error: LaunchError | None = None
     kills: int | None = None
@@ -430,7 +431,7 @@ class VLLMServer:
             else:
                 self._error = end.error or diagnosis.exited(
                     self.name, phase=self._doing() or "serving", cause=end.cause, returncode=returncode, log=log,
-                    kills=end.kills,
+                    since=end.since, kills=end.kills,
                 )  # fmt: skip
                 if self._state == State.READY:
                     logger.error("%s", self._error)
@@ -450,6 +451,8 @@ class VLLMServer:
                     runtime.write_token(message.address, self._token, self._control)
                 elif isinstance(message, lease.Failed):
                     end.cause = message.cause
+                elif isinstance(message, lease.Ready):
+                    end.since = log.stat().st_size  # what was said before is not why it dies
                 self._hear(message)
                 sign = time.monotonic()
             end.position = self._follow(log, end.position)
