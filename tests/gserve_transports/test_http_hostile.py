@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import logging
 import socket
 import threading
 import time
@@ -23,6 +24,7 @@ MIB = 1 << 20
 GROWTH = 120 * MIB
 """How much more memory a server may have at its peak, in bytes, whatever it is sent."""
 FLOOD = 4096 * MIB
+logger = logging.getLogger(__name__)
 HEALTH = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
@@ -384,3 +386,39 @@ def test_a_server_with_enough_to_do_says_when_to_come_again(noted, exchange, sec
         b"HTTP/1.1 200 "
     )
     assert not noted.effects
+
+
+# -------------------------------------------------------------------------------------------------- much, and honest
+
+
+def test_a_hundred_thousand_prompts_in_one_body_are_answered_in_order_and_keep_nobody_out() -> None:
+    body = json.dumps({"prompts": [f"number {number}" for number in range(100_000)]}).encode()
+    with VLLMServer(LLMConfig("m"), engine=EchoEngine()) as server:
+        roomy = Hostile(server)
+        answers: list[bytes] = []
+        waits: list[float] = []
+        peak = 0
+
+        def ask() -> None:
+            with contextlib.closing(HTTPConnection("127.0.0.1", roomy.port, timeout=240)) as line:
+                line.request("POST", "/generate", body, {"Authorization": f"Bearer {roomy.token}"})
+                answers.append(line.getresponse().read())
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        while asking.is_alive():
+            began = time.monotonic()
+            with contextlib.closing(HTTPConnection("127.0.0.1", roomy.port, timeout=60)) as line:
+                line.request("GET", "/health")
+                assert line.getresponse().status == 200
+            waits.append(time.monotonic() - began)
+            peak = max(peak, roomy.memory)
+            time.sleep(0.05)
+        texts = [item[0]["text"] for item in json.loads(answers[0])]
+    assert texts == [f"number {number}" for number in range(100_000)]
+    assert peak < 300 * MIB
+    assert len(waits) > 5
+    assert max(waits) < 20
+    logger.info(
+        "%d looks at its health took at most %.2f s; its memory was at most %d MiB", len(waits), max(waits), peak >> 20
+    )
