@@ -129,8 +129,8 @@ def _json(value: object) -> str:
 class _End:
     """What is known of the end of a server: the cause that it told, and how much of its log has been looked at.
 
-    `since`: where in the log begins what it said once it was ready. `is_hung`: it is to be killed at once. `error`: what
-    to raise in place of ServerExited. `kills`: how often the system had killed a process for its memory before.
+    `since`: where in the log begins what it said once it was ready. `is_hung`: it is to be killed at once. `error`:
+    what to raise in place of ServerExited. `kills`: how often the system had killed a process for its memory before.
     """
 
     cause: str | None = None
