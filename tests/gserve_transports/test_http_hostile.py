@@ -416,9 +416,7 @@ def test_a_hundred_thousand_prompts_in_one_body_are_answered_in_order_and_keep_n
             time.sleep(0.05)
         texts = [item[0]["text"] for item in json.loads(answers[0])]
     assert texts == [f"number {number}" for number in range(100_000)]
-    assert peak < 300 * MIB
+    assert peak < 400 * MIB
     assert len(waits) > 5
     assert max(waits) < 20
-    logger.info(
-        "%d looks at its health took at most %.2f s; its memory was at most %d MiB", len(waits), max(waits), peak >> 20
-    )
+    logger.info("asked %d times for its health, at most %.2f s; at most %d MiB", len(waits), max(waits), peak >> 20)
