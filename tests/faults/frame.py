@@ -12,12 +12,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 from msgspec import Struct
@@ -31,6 +32,8 @@ GONE_SECONDS = 10.0
 """How long what a row has started may take to be gone after its process."""
 REPORT = "outcomes: "
 """Begins the line in which the process of a row says what it found."""
+
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ class Outcome(Struct, kw_only=True):
     @contextlib.contextmanager
     def trial(self, what: str) -> Iterator[None]:
         """Count a trial: survived unless an exception ends it, which becomes a problem and goes no further."""
-        self.trials += 1
+        with _ONE_AT_A_TIME:
+            self.trials += 1
         try:
             yield
         except Exception as error:
@@ -89,7 +93,8 @@ class Outcome(Struct, kw_only=True):
                 f"{what}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
             )
         else:
-            self.survived += 1
+            with _ONE_AT_A_TIME:
+                self.survived += 1
 
     def count(self, tally: "oracles.Tally") -> None:
         """Add what became of items."""
@@ -147,7 +152,7 @@ def run(row: Row, scale: Scale) -> list[Outcome]:
     return outcomes
 
 
-def inside(row: Row, scale: Scale) -> None:
+def inside(row: Row, scale: Scale) -> NoReturn:
     """Be the process of a row: run it, and say what came of it on stdout."""
     try:
         outcomes = row.run(scale)
@@ -157,6 +162,7 @@ def inside(row: Row, scale: Scale) -> None:
     said = msgspec.json.encode(outcomes if isinstance(outcomes, list) else [outcomes])
     sys.stdout.write(f"\n{REPORT}{said.decode()}\n")
     sys.stdout.flush()
+    os._exit(0)  # threads that hang must not hold it up
 
 
 def _heard(said: str) -> list[Outcome]:

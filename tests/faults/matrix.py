@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import frame, owners, servers
+from . import frame, load, owners, servers, starts
 from .frame import Outcome, Row, Scale
 
 ROWS = (
@@ -25,6 +25,14 @@ ROWS = (
     Row("owner-and-server", owners.killed_with_server, (120, 600)),
     Row("owner-ends", owners.other_ends, (120, 600)),
     Row("notebook", owners.notebook, (90, 600)),
+    Row("overload", load.overload, (90, 800)),
+    Row("cancels", load.cancels, (60, 300)),
+    Row("memory", load.memory, (90, 900)),
+    Row("full-disk", load.full_disk, (60, 200)),
+    Row("ports", starts.ports, (180, 1800)),
+    Row("decoy", starts.decoy, (60, 300)),
+    Row("cycles", starts.cycles, (120, 1800)),
+    Row("machine", starts.machine, (120, 3000)),
 )
 
 
@@ -47,7 +55,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     scale = Scale(options.long, options.seed)
     if options.inside:
         frame.inside(row(options.inside), scale)
-        return
     if unknown := set(options.rows) - set(names):
         parser.error(f"no row {', '.join(sorted(unknown))}: expected some of {', '.join(names)}")
     sys.exit(_run([row for row in ROWS if row.name in (options.rows or names)], scale, options.output))

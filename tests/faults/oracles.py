@@ -44,6 +44,15 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     return value
 
 
+def raised[E: BaseException](kind: type[E], function: Callable[..., object], *arguments: Any) -> E:
+    """Return the exception of this kind that `function` raises. Raises AssertionError: it raises none."""
+    try:
+        function(*arguments)
+    except kind as error:
+        return error
+    raise AssertionError(f"{function.__name__} raised no {kind.__name__}")
+
+
 # ----------------------------------------------------------------------------------------------------------- processes
 
 
