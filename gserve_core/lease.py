@@ -199,6 +199,8 @@ class ServerEnd:
         self._unheard: list[Down] = []
         self._handlers: tuple[Callable[[Down], object], Callable[[], object]] | None = None
         self._hearing = threading.Lock()
+        self.last_act: Callable[[], object] = lambda: None
+        """What is done before the group is killed."""
         self.hello = self._greeting()
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
 
@@ -249,6 +251,8 @@ class ServerEnd:
             with contextlib.suppress(Exception):
                 self._handlers[1]()
             time.sleep(GRACE)
+        with contextlib.suppress(Exception):
+            self.last_act()
         end_group()
 
     def _pass_on(self, messages: list[Down]) -> None:

@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import contextlib
 import errno
+import functools
 import ipaddress
 import json
 import logging
@@ -425,6 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     scratch = runtime.scratch_folder(instance)
     log = None
     if line is not None:
+        line.last_act = functools.partial(shutil.rmtree, scratch, ignore_errors=True)
         own = {line.hello.token, line.hello.control or line.hello.token}
         log = ServerLog(own | secret_values(line.hello.secrets) | secret_values(os.environ))
     try:
