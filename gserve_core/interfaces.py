@@ -31,7 +31,7 @@ class Job:
 
     name: str
     command: Sequence[str]
-    env: Mapping[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
     gpu_ids: tuple[int, ...] | None = None
     gpus: int = 1
     index: int = 0
@@ -100,6 +100,10 @@ class Access(Struct, frozen=True, kw_only=True):
     control: str | None = None
     instance: str | None = None
     timeout: float | None = None
+
+    def __repr__(self) -> str:
+        """Show no secret."""
+        return f"Access(instance={self.instance!r}, timeout={self.timeout!r})"
 
 
 class ServerApi(Protocol):
@@ -189,9 +193,13 @@ type Report = Callable[[str], object]
 
 @dataclass(frozen=True, kw_only=True)
 class Engine(ABC):
-    """Turns prompts into outputs inside a server. The value is what the YAML says; `start` hands out the engine."""
+    """Turns prompts into outputs inside a server. The value is what the YAML says; `start` hands out the engine.
+
+    `uses_gpus`: whether servers with this engine must not have the same GPU.
+    """
 
     name: ClassVar[str]
+    uses_gpus: ClassVar[bool] = True
 
     @abstractmethod
     async def start(self, llm: LLMConfig, report: Report) -> "RunningEngine":

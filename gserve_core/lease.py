@@ -35,15 +35,16 @@ _LONGEST_LINE = 1 << 20
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """The first line down: who the server is, what it asks for, and the keyword arguments that are secrets.
+    """The first line down: who the server is, what it asks for, and what must not stand in its command.
 
-    `control`: see `interfaces.Access`. `stall_timeout`: see `config.ServeConfig`.
+    `control`: see `interfaces.Access`. `secrets`: arguments by the section that they belong to, "llm", "engine" or
+    "transport". `stall_timeout`: see `config.ServeConfig`.
     """
 
     instance: str
     token: str
     control: str | None = None
-    secrets: dict[str, Any] = {}
+    secrets: dict[str, dict[str, Any]] = {}
     ttl: float = TTL
     stall_timeout: float | None = None
 

@@ -46,6 +46,12 @@ def redact(text: str, values: Collection[str]) -> str:
     return text
 
 
+def divided(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return those of the arguments that may be seen, and those that are secrets or hold some."""
+    shown = {name: value for name, value in mapping.items() if hidden({name: value}) == {name: value}}
+    return shown, {name: value for name, value in mapping.items() if name not in shown}
+
+
 def hidden(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of environment variables or arguments in which the values of secrets, at any depth, are hidden."""
     return {

@@ -40,6 +40,10 @@ class ServerRecord(Struct, frozen=True, forbid_unknown_fields=True):
     gpu_ids: list[int] | None = None
     control: str | None = None
 
+    def __repr__(self) -> str:
+        """Show no secret."""
+        return f"ServerRecord(name={self.name!r}, address={self.address!r}, instance={self.instance!r})"
+
 
 class ServiceRecord(Struct, frozen=True, forbid_unknown_fields=True):
     """A launched service: its owner's process id and that process's start time in clock ticks, and its servers."""

@@ -29,7 +29,7 @@ from .errors import ConfigError, GserveError, LaunchError, StartupTimeout
 from .interfaces import Address, Engine, EngineInfo, Job, Launcher, Process, Transport
 from .log_utils import LEVEL_VARIABLE, log_level
 from .plugins import Parts, assemble
-from .redaction import hidden
+from .redaction import divided
 
 PROGRAM = Path(__file__).resolve().parent.parent / "gserve" / "vllm_server.py"
 """The server program. It is run by its path, so that the server needs nothing of the owner's module search path."""
@@ -74,17 +74,17 @@ class ServerStatus:
     restarts: int = 0
 
 
-def secret_arguments(llm: LLMConfig) -> dict[str, Any]:
-    """Return the keyword arguments for vLLM that must not be seen: they travel over the lease, not in the command."""
-    return {name: value for name, value in llm.engine_kwargs.items() if hidden({name: value}) != {name: value}}
+def secret_options(llm: LLMConfig, parts: Parts) -> dict[str, dict[str, Any]]:
+    """Return the options, by section, that must not be seen: they travel over the lease, not in the command."""
+    sections = {kind: parts.registry.section(kind, getattr(parts, kind)) for kind in ("engine", "transport")}
+    return {name: divided(options)[1] for name, options in {"llm": llm.engine_kwargs, **sections}.items()}
 
 
 def server_command(llm: LLMConfig, parts: Parts, host: str, port: int, *, share_gpu: bool = False) -> list[str]:
     """Return the command that runs a server under a lease. By hand it works too, without its last word."""
     usual = LLMConfig(llm.model_name).engine_kwargs
     more = {name: value for name, value in llm.engine_kwargs.items() if usual.get(name) != value}
-    for name in secret_arguments(llm):
-        more.pop(name, None)
+    more, _ = divided(more)
     command = [sys.executable, str(PROGRAM), "--serve", "--model", llm.model_name, "--host", host, "--port", str(port)]
     if more:
         command += ["--llm_kwargs", _json(more)]
@@ -93,7 +93,7 @@ def server_command(llm: LLMConfig, parts: Parts, host: str, port: int, *, share_
     if share_gpu:
         command.append("--share_gpu")
     for kind, usual_type in (("engine", "vllm"), ("transport", "http")):
-        section = parts.registry.section(kind, getattr(parts, kind))
+        section, _ = divided(parts.registry.section(kind, getattr(parts, kind)))
         if section != {"type": usual_type}:
             command += [f"--{kind}", _json(section)]
     if parts.plugins:
@@ -320,15 +320,15 @@ class VLLMServer:
             self._log = _new_log(logs or runtime.log_folder(self._instance[:8]), self.name)
             job = self.job(self._log)
             marked = {  # what ours are found by, even renamed
-                **job.env, runtime.ID_VARIABLE: self._instance, "SPT_NOENV": "1",
-                runtime.OWNER_VARIABLE: f"{os.getpid()}:{runtime.process_start(os.getpid())}",
+                **job.env, runtime.ID_VARIABLE: self._instance, runtime.OWNER_VARIABLE: runtime.owner_mark(),
+                "SPT_NOENV": "1",
             }  # fmt: skip
             self._state, self._phase, self._step = State.STARTING, "starting the process", None
             self._address = self._info = self._error = None
             self._asked_to_stop, self._patience_ends = False, math.inf
             self._progress = time.monotonic()
             hello = lease.Hello(
-                self._instance, self._token, self._control, secret_arguments(self._llm),
+                self._instance, self._token, self._control, secret_options(self._llm, self._parts),
                 stall_timeout=self._serve.stall_timeout,
             )  # fmt: skip
             process = None

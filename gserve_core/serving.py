@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -60,12 +60,14 @@ class Server:
         *,
         stall_timeout: float | None = None,
         share_gpu: bool = False,
+        secrets: Collection[str] = (),
     ) -> None:
         self.instance = instance
         self.token = token
         self.control = control
         self._stall_timeout = stall_timeout
         self._share_gpu = share_gpu
+        self._secrets = secrets
         self._state = "starting"
         self._phase: str | None = None
         self._engine: RunningEngine | None = None
@@ -106,7 +108,7 @@ class Server:
                     if await self._is_over():
                         return
                     logger.exception("item %d failed", index)
-                    event = Failure(index, _sentence(error), invalid=False)
+                    event = Failure(index, redact(_sentence(error), self._secrets), invalid=False)
                 happened.append(event)
                 news.set()
 
@@ -167,7 +169,7 @@ class Server:
                     status = 400 if first.invalid else 500
                 elif await self._is_over():
                     status = 503
-                raise RemoteError(_sentence(first), status=status) from first
+                raise RemoteError(redact(_sentence(first), self._secrets), status=status) from first
 
     def shut_down(self) -> None:
         """Begin to end: finish what there is, take no more."""
@@ -276,7 +278,8 @@ class Server:
             else:
                 loop.call_soon_threadsafe(self._report, text)
 
-        gpus = await asyncio.to_thread(devices.visible, os.environ, llm.gpus_per_server)
+        wanted = llm.gpus_per_server if engine.uses_gpus else 0
+        gpus = await asyncio.to_thread(devices.visible, os.environ, wanted) if wanted else []
         held = devices.hold(gpus, share=self._share_gpu)
         await held.turn(self._report)
         running = await engine.start(llm, report)
@@ -381,6 +384,7 @@ class Server:
         (self._stop if self._drain.is_set() else self._drain).set()
 
     def _report(self, text: str) -> None:
+        text = redact(text, self._secrets)
         self._phase = text
         logger.info("%s", text)
         self._tell(lease.Phase(text))
@@ -424,17 +428,17 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     instance = line.hello.instance if line else uuid.uuid4().hex
     _mark_children(instance)
     scratch = runtime.scratch_folder(instance)
-    log = None
+    secrets, log = secret_values(os.environ), None
     if line is not None:
         line.last_act = functools.partial(shutil.rmtree, scratch, ignore_errors=True)
-        own = {line.hello.token, line.hello.control or line.hello.token}
-        log = ServerLog(own | secret_values(line.hello.secrets) | secret_values(os.environ))
+        secrets |= {line.hello.token, line.hello.control or line.hello.token} | secret_values(line.hello.secrets)
+        log = ServerLog(secrets)
     try:
         setup_logging()
-        _use_scratch(scratch)
-        code = _serve(options, line, instance)
+        _use_scratch(instance)
+        code = _serve(options, line, instance, secrets)
     except GserveError as error:
-        code = _fail(error, line)
+        code = _fail(error, line, secrets)
     if line is not None and code == 0:
         line.tell(lease.Stopped())
     _end_children()
@@ -449,23 +453,23 @@ def _mark_children(instance: str) -> None:
     """Have the processes below this one know whom they belong to, and be found by it, even when they are renamed."""
     me = f"{os.getpid()}:{runtime.process_start(os.getpid())}"
     os.environ |= {runtime.ID_VARIABLE: instance, runtime.SERVER_VARIABLE: me, "SPT_NOENV": "1"}
-    os.environ.setdefault(runtime.OWNER_VARIABLE, me)
+    os.environ.setdefault(runtime.OWNER_VARIABLE, runtime.owner_mark())
 
 
-def _use_scratch(scratch: Path) -> None:
+def _use_scratch(instance: str) -> None:
     """Have the temporary files of the engine's processes in one folder: vLLM removes neither its sockets nor its files.
 
     torch's cache of what it has compiled, which is to last, stays beside it.
     """
     try:
-        scratch.mkdir(mode=0o700, exist_ok=True)
+        scratch = runtime.make_scratch_folder(instance)
     except OSError as error:
-        raise GserveError(f"cannot make {scratch} for temporary files: {error.strerror}; set TMPDIR") from error
+        raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
     os.environ["TMPDIR"] = str(scratch)
 
 
-def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str) -> int:
+def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
     token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
@@ -474,27 +478,29 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
             f"--host {options.host} can be reached from other machines, and no token is set:"
             f" set {TOKEN_VARIABLE}, or listen on 127.0.0.1"
         )
-    extra = options.llm_kwargs | (line.hello.secrets if line else {})
+    hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
+    extra = options.llm_kwargs | hello.secrets.get("llm", {})
     llm = LLMConfig(model_name=options.model, lora_path=options.lora_path, llm_kwargs=extra)
     registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
-    engine = registry.build("engine", options.engine)
-    transport = registry.build("transport", options.transport)
-    hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
-    server = Server(instance, token, hello.control, stall_timeout=hello.stall_timeout, share_gpu=options.share_gpu)
+    engine = registry.build("engine", options.engine | hello.secrets.get("engine", {}))
+    transport = registry.build("transport", options.transport | hello.secrets.get("transport", {}))
+    server = Server(
+        instance, token, hello.control, stall_timeout=hello.stall_timeout, share_gpu=options.share_gpu, secrets=secrets
+    )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(server.live(engine, transport, llm, options.host, options.port, line))
     except Exception as error:
-        return _fail(error, line)
+        return _fail(error, line, secrets)
     return 0
 
 
-def _fail(error: BaseException, line: lease.ServerEnd | None) -> int:
+def _fail(error: BaseException, line: lease.ServerEnd | None, secrets: Collection[str]) -> int:
     """Say why the server ends; return the exit code."""
-    cause = _sentence(error)
+    cause = redact(_sentence(error), secrets)
     logger.error("failed: %s", cause, exc_info=None if isinstance(error, GserveError) else error)
     if line is not None:
-        line.tell(lease.Failed(redact(cause, secret_values(line.hello.secrets) | secret_values(os.environ))))
+        line.tell(lease.Failed(cause))
     return 1
 
 

@@ -55,6 +55,7 @@ class EchoEngine(Engine):
     """
 
     name: ClassVar[str] = "echo"
+    uses_gpus: ClassVar[bool] = False
     latency: float = 0.0
     load_time: float = 0.0
     capacity: int = 256

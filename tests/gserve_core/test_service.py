@@ -265,3 +265,80 @@ def test_shutdown_during_a_call_ends_the_call_with_what_it_has() -> None:
         assert not calling.is_alive()
     assert errors[0].results[0] == ["a"]
     assert "the service was closed" in str(errors[0].results[1])
+
+
+ON_GPUS = """
+from dataclasses import dataclass
+from typing import ClassVar
+from gserve import hookimpl
+from gserve_core.engines.echo import EchoEngine
+
+@dataclass(frozen=True, kw_only=True)
+class OnGpus(EchoEngine):
+    '''Like echo, but servers with it must not share a GPU.'''
+
+    name: ClassVar[str] = "on-gpus"
+    uses_gpus: ClassVar[bool] = True
+    api_key: str = ""
+
+@hookimpl
+def gserve_register_engines():
+    return [OnGpus]
+"""
+
+
+def on_gpus(folder: Path, *overrides: str) -> VLLMService:
+    (folder / "on_gpus.py").write_text(ON_GPUS)
+    (folder / "c.yaml").write_text(
+        "llm: {model_name: m}\nserve: {gpu_ids: [91, 92]}\nplugins: [on_gpus]\nengine: {type: on-gpus}\n"
+    )
+    return VLLMService.from_yaml(folder / "c.yaml", overrides=overrides)
+
+
+def test_a_gpu_has_one_owner_and_the_second_is_told_who(tmp_path: Path) -> None:
+    with on_gpus(tmp_path) as first:
+        holders = {pid for server in first.servers for pid in runtime.processes_of(server.record().instance)}
+        began = time.monotonic()
+        with pytest.raises(LaunchError, match=r"GPU 92 is held by process \d+") as caught:
+            on_gpus(tmp_path, "serve.gpu_ids=[92, 93]").start()
+        assert time.monotonic() - began < 10
+        named = re.search(r"held by process (\d+)", str(caught.value))
+        assert named
+        assert int(named[1]) in holders
+        os.kill(int(named[1]), signal.SIGKILL)
+        until(lambda: first.status()[1].restarts == 1 and first.status()[1].state == State.READY)
+    with on_gpus(tmp_path) as again:
+        assert again.generate(["free again"]) == [["free again"]]
+
+
+def test_services_that_share_a_gpu_start_one_after_the_other(tmp_path: Path) -> None:
+    share = ("serve.share_gpu=true", "serve.gpu_ids=[94]", "engine.load_time=1.0")
+    services = [on_gpus(tmp_path, *share) for _ in range(2)]
+    began = time.monotonic()
+    starting = [threading.Thread(target=service.start) for service in services]
+    for thread in starting:
+        thread.start()
+    for thread in starting:
+        thread.join(60)
+    assert time.monotonic() - began >= 2.0
+    try:
+        assert [service.generate(["a"]) for service in services] == [[["a"]]] * 2
+    finally:
+        for service in services:
+            service.shutdown()
+
+
+def test_secret_options_of_an_engine_are_not_in_its_command(tmp_path: Path) -> None:
+    service = on_gpus(tmp_path, "engine.api_key=canary-canary")
+    assert "canary" not in str(service.jobs())
+    assert "canary" not in repr(service.jobs())
+    with service:
+        commands = [
+            Path(f"/proc/{pid}/cmdline").read_text()
+            for server in service.servers
+            for pid in runtime.processes_of(server.record().instance)
+        ]
+        servers = [command for command in commands if "vllm_server.py" in command]
+        assert len(servers) == 2
+        assert not any("canary" in command for command in servers)
+        assert service.generate(["a"]) == [["a"]]
