@@ -216,6 +216,8 @@ class VLLMServer:
         self._patience_ends = math.inf
         self._token = self._control = self._instance = ""
         self._listeners: list[Callable[[], object]] = []
+        self.left: list[int] = []
+        """Processes of its last life that could not be killed: they may hold its GPUs."""
         self._pid = os.getpid()
         self._owner: lease.OwnerEnd | None = None
         self._watcher: threading.Thread | None = None
@@ -418,8 +420,7 @@ class VLLMServer:
         grace = 0.0 if end.is_hung else STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0
         returncode = process.stop(grace)
         owner.close()
-        if left := _end_marked(self._instance):
-            logger.error("%s has left processes that cannot be killed: %s", self.name, left)
+        self.left = _end_marked(self._instance)
         shutil.rmtree(runtime.scratch_folder(self._instance), ignore_errors=True)  # a server that was killed left it
         self._follow(log, end.position)
         if self._address is not None:
@@ -452,7 +453,7 @@ class VLLMServer:
                 elif isinstance(message, lease.Failed):
                     end.cause = message.cause
                 elif isinstance(message, lease.Ready):
-                    end.since = log.stat().st_size  # what was said before is not why it dies
+                    end.since = end.position  # what was said before is not why it dies
                 self._hear(message)
                 sign = time.monotonic()
             end.position = self._follow(log, end.position)

@@ -145,6 +145,10 @@ class Supervisor:
             if self._min_ready < len(self._servers):  # else `start` raises it
                 logger.error("%s", why)
             self._give_up(server, life, cause)
+        elif server.left:
+            stuck = f"it has left processes that cannot be killed: {', '.join(map(str, server.left))}"
+            logger.error("%s is given up: %s", server.name, stuck)
+            self._give_up(server, life, f"{cause}; {stuck}")
         elif len(life.restarts) >= self._max_restarts:
             enough = f"it was started again {len(life.restarts)} times in ten minutes (max_restarts)"
             logger.error("%s is given up: %s", server.name, enough)
