@@ -16,19 +16,18 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..interfaces import Report
+from ..redaction import divided
 
 REPORT_SECONDS = 10.0
 """How often a server that waits says so: it must not be taken for one that hangs in its start."""
 LOOK_SECONDS = 0.2
-SECRETS = ("token", "key", "secret", "password")
-"""How the names of arguments end that have no part in what is compiled, and must not leave the process."""
 
 logger = logging.getLogger("gserve.engine")
 
 
 def key(arguments: Mapping[str, Any], *circumstances: str) -> str:
     """Return a name for what an engine with these arguments compiles under these circumstances."""
-    public = {name: value for name, value in arguments.items() if not name.lower().endswith(SECRETS)}
+    public, _ = divided(arguments)  # secrets have no part in it, and must not leave the process
     text = json.dumps([public, circumstances], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

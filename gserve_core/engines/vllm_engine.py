@@ -36,6 +36,8 @@ CPU_KV_CACHE = 4 << 30
 _MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 RENDER_CHUNK = 128
 """Prompts that are rendered between two looks at the event loop: about 5 ms."""
+LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+"""Keeps what the processes of an engine, which are all on one machine, say to each other on it."""
 TURNS, WORKING_SECONDS = 10, 0.25
 """An engine whose loop takes longer for so many turns works: without work a turn takes a few milliseconds."""
 STOP_SECONDS = 5.0
@@ -100,6 +102,9 @@ class RunningVLLM(RunningEngine):
 
         if scratch := os.environ.get("TMPDIR"):  # vLLM would ask Python, which may have settled on another folder
             os.environ.setdefault("VLLM_RPC_BASE_PATH", scratch)
+        if arguments.get("distributed_executor_backend") != "ray":
+            for name, value in LOOPBACK.items():
+                os.environ.setdefault(name, value)
         if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and "gserve" not in plugins.split(","):
             os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # see the module `orphans`
         report("importing vLLM")
