@@ -12,6 +12,9 @@ from .errors import ConfigError
 
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000
+"""How many values a file may have, its aliases written out."""
+MAX_YAML_WRITTEN = 20_000
+"""How many values and keys may stand in a file: to read these takes about a second."""
 
 
 class Document:
@@ -149,6 +152,16 @@ class _Loader(yaml.SafeLoader):
 
     Digits that begin with 0 stay a text, for they are more often a name than a number.
     """
+
+    _written = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a node, unless there have been too many. Raises ConfigError."""
+        self._written += 1
+        if self._written > MAX_YAML_WRITTEN:
+            line = self.line + 1
+            raise ConfigError(f"the config is too long: expected at most {MAX_YAML_WRITTEN} keys and values", line=line)
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {
