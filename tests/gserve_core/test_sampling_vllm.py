@@ -1,5 +1,6 @@
 """Sampling parameters that come from outside, with those of the installed vLLM."""
 
+import os
 import warnings
 from typing import Any
 
@@ -211,8 +212,16 @@ LIKELY = st.fixed_dictionaries(
     },
 )
 
+EXAMPLES = 100_000 if os.environ.get("GSERVE_LONG") else 2000
 
-@settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+@pytest.mark.timeout(3600)
+@settings(
+    max_examples=100_000 if os.environ.get("GSERVE_LONG") else 2000,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 @given(params=st.one_of(LIKELY, st.dictionaries(NAMES, VALUES, max_size=4)))
 def test_any_mapping_is_read_or_refused_and_what_is_read_survives_the_way_to_the_engine(params: dict[str, Any]) -> None:
     made = attempt(params)
