@@ -15,7 +15,9 @@ from xdist.scheduler import LoadScopeScheduling
 from gserve_core import testing
 
 nothing_left = testing.nothing_left
-ENGINE = ("tests/gserve_core/engines/", "tests/test_quickstart.py", "tests/test_seed_readme.py")
+ENGINE = (
+    "tests/gserve_core/engines/", "tests/test_faults_vllm.py", "tests/test_quickstart.py", "tests/test_seed_readme.py",
+)  # fmt: skip
 """Tests that start real vLLM. Two cores bear one engine at a time: with several test processes, all are in one."""
 ROOT = Path(__file__).parent.parent
 

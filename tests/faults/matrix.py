@@ -11,28 +11,30 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import frame, load, owners, servers, starts
+from . import frame, load, owners, real, servers, starts
 from .frame import Outcome, Row, Scale
 
 ROWS = (
-    Row("kills", servers.kills, (120, 900)),
-    Row("pauses", servers.pauses, (90, 400)),
-    Row("stops", servers.stops, (120, 600)),
-    Row("wedge", servers.wedge, (120, 600)),
+    Row("kills", servers.kills, (150, 1200)),
+    Row("pauses", servers.pauses, (120, 900)),
+    Row("stops", servers.stops, (240, 1200)),
+    Row("wedge", servers.wedge, (180, 900)),
     Row("poison", servers.poison, (120, 900)),
     Row("none-left", servers.none_left, (90, 400)),
-    Row("owner", owners.killed, (150, 900)),
-    Row("owner-and-server", owners.killed_with_server, (120, 600)),
-    Row("owner-ends", owners.other_ends, (120, 600)),
-    Row("notebook", owners.notebook, (90, 600)),
-    Row("overload", load.overload, (90, 800)),
-    Row("cancels", load.cancels, (60, 300)),
+    Row("owner", owners.killed, (150, 1800)),
+    Row("owner-and-server", owners.killed_with_server, (120, 1200)),
+    Row("owner-ends", owners.other_ends, (120, 1200)),
+    Row("notebook", owners.notebook, (90, 900)),
+    Row("overload", load.overload, (90, 900)),
+    Row("cancels", load.cancels, (120, 600)),
     Row("memory", load.memory, (90, 900)),
     Row("full-disk", load.full_disk, (60, 200)),
-    Row("ports", starts.ports, (180, 1800)),
+    Row("ports", starts.ports, (180, 2400)),
     Row("decoy", starts.decoy, (60, 300)),
     Row("cycles", starts.cycles, (120, 1800)),
     Row("machine", starts.machine, (120, 3000)),
+    Row("vllm", real.service, (1200, 2400), is_real=True),
+    Row("vllm-owner", real.killed, (600, 2400), is_real=True),
 )
 
 

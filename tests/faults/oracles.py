@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import psutil
 
@@ -287,16 +287,28 @@ class Tally:
     out_of_order: int = 0
     lost: list[str] = field(default_factory=list)
     _numbers: Iterator[int] = field(default_factory=itertools.count)
+    patience: ClassVar[float] = 60.0
+    """Seconds after which an item of a call is lost, whatever is going on."""
 
     def prompts(self, count: int) -> list[str]:
         """Return new prompts, no two of them alike."""
         self.items += count
         return [f"item-{next(self._numbers)}" for _ in range(count)]
 
+    def params(self, prompts: list[str]) -> Any:
+        """Return the sampling parameters of prompts."""
+        return None
+
+    def is_right(self, prompt: str, outputs: Any) -> bool:
+        """Say whether this is the answer to this prompt."""
+        return [it.text for it in outputs] == [prompt]
+
     def batch(self, service: VLLMService, count: int) -> None:
         """Send new items as one call; the results must be theirs, in their order."""
         prompts = self.prompts(count)
-        results = service.generate(prompts, on_error="return")
+        results = service.generate(
+            prompts, self.params(prompts), return_extra=True, on_error="return", deadline=self.patience
+        )
         self.lost += ["no result"] * (len(prompts) - len(results))
         for prompt, result in zip(prompts, results, strict=False):
             self._judge(prompt, result)
@@ -305,14 +317,14 @@ class Tally:
         """Send new items, and take them as they come: each of them once."""
         prompts = self.prompts(count)
         seen: set[int] = set()
-        for index, outcome in service.generate_iter(prompts):
+        for index, outcome in service.generate_iter(prompts, self.params(prompts), deadline=self.patience):
             self.duplicated += index in seen
             seen.add(index)
-            self._judge(prompts[index], outcome if isinstance(outcome, ItemError) else [it.text for it in outcome])
+            self._judge(prompts[index], outcome)
         self.lost += ["no result"] * (len(prompts) - len(seen))
 
     def _judge(self, prompt: str, result: Any) -> None:
         if isinstance(result, ItemError):
             self.lost.append(f"{prompt}: {type(result).__name__}: {result}")
-        elif result != [prompt]:
+        elif not self.is_right(prompt, result):
             self.out_of_order += 1

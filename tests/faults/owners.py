@@ -33,7 +33,8 @@ START = 3.0
 class Owner:
     """An owner at work, in a session and with a mark of its own."""
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Options, patience: float) -> None:
+        self._patience = patience
         self.run = uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.owner", msgspec.json.encode(options)],
@@ -44,7 +45,7 @@ class Owner:
     def hear(self, kind: str) -> str:
         """Return the next line that begins so. Raises AssertionError: there is none."""
         assert self.process.stdout is not None
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + self._patience
         while True:
             line, newline, self._rest = self._rest.partition(b"\n")
             if newline:
@@ -63,9 +64,9 @@ class Owner:
 
 
 @contextlib.contextmanager
-def owner(options: Options) -> Iterator[Owner]:
+def owner(options: Options, patience: float = PATIENCE) -> Iterator[Owner]:
     """Have an owner for as long as the context lasts; whatever happens, nothing of it is left after."""
-    one = Owner(options)
+    one = Owner(options, patience)
     try:
         yield one
     finally:
