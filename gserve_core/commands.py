@@ -14,6 +14,8 @@ from .interfaces import Job, Launcher
 
 FAREWELL = 1.0
 """Seconds that processes below a server have to end by themselves after it: some free shared memory."""
+GONE = 10.0
+"""Seconds that killed processes may take to be gone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +71,19 @@ class LocalProcess:
             except subprocess.TimeoutExpired:
                 self._kill_group()
         if not self._group_ended:
-            deadline = time.monotonic() + min(FAREWELL, grace)
-            while group_is_alive(self.pid) and time.monotonic() < deadline:
-                time.sleep(0.01)
+            self._wait_for_group(min(FAREWELL, grace))
             self._kill_group()
+            self._wait_for_group(GONE)  # a killed process holds its GPU's memory until it is gone
             self._group_ended = True
         with contextlib.suppress(OSError):
             self.stdin.close()
         self.stdout.close()
         return self._popen.wait()
+
+    def _wait_for_group(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while group_is_alive(self.pid) and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -36,7 +36,7 @@ def visible(environ: Mapping[str, str], wanted: int) -> list[str]:
     """Return the identities of the first `wanted` GPUs that a process with this environment sees.
 
     They are UUIDs where nvidia-smi knows them, since in two containers or SLURM steps the same number may stand for
-    different GPUs; else what stands in CUDA_VISIBLE_DEVICES.
+    different GPUs; else what stands in CUDA_VISIBLE_DEVICES. Raises LaunchError: there is no GPU of that number.
     """
     uuids = _uuids(environ)
     listed = environ.get("CUDA_VISIBLE_DEVICES")
@@ -48,6 +48,8 @@ def visible(environ: Mapping[str, str], wanted: int) -> list[str]:
 
 def _identity(entry: str, uuids: Mapping[str, str]) -> str:
     """Return the UUID for an index, or for the beginning of one, as CUDA takes both."""
+    if uuids and entry.isdecimal() and entry not in uuids:
+        raise LaunchError(f"there is no GPU {entry} here, only {', '.join(uuids)}: choose other gpu_ids")
     found = [uuid for index, uuid in uuids.items() if index == entry or uuid.startswith(entry)]
     return found[0] if len(found) == 1 else entry
 

@@ -274,7 +274,7 @@ printf '0, GPU-aaaa-1\\n1, GPU-aabb-2\\n2, GPU-cccc-3\\n'
         ("2,0", 1, ["GPU-cccc-3"]),
         (" 1 , 2", 8, ["GPU-aabb-2", "GPU-cccc-3"]),
         ("GPU-cc,GPU-aa", 2, ["GPU-cccc-3", "GPU-aa"]),  # the second one fits two, as it is
-        ("7,MIG-x", 2, ["7", "MIG-x"]),
+        ("MIG-x,1", 2, ["MIG-x", "GPU-aabb-2"]),
         ("0,-1,2", 3, ["GPU-aaaa-1"]),
         ("", 1, []),
         ("-1", 1, []),
@@ -289,6 +289,11 @@ def test_gpus_are_known_by_their_uuid(
     if listed is not None:
         environ["CUDA_VISIBLE_DEVICES"] = listed
     assert devices.visible(environ, wanted) == expected
+
+
+def test_a_number_that_no_gpu_has_is_told_with_those_that_there_are(smi: Callable[[str], dict[str, str]]) -> None:
+    with pytest.raises(LaunchError, match="there is no GPU 7 here, only 0, 1, 2: choose other gpu_ids"):
+        devices.visible(smi(THREE) | {"CUDA_VISIBLE_DEVICES": "0,7"}, 2)
 
 
 @pytest.mark.parametrize("script", ["echo 'no driver'; exit 9", "echo what?", "printf '\\377\\n'", ""])
