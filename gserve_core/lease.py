@@ -240,9 +240,10 @@ class ServerEnd:
 
     def _watch(self) -> None:
         last = time.monotonic()
-        while (remaining := last + self.hello.ttl - time.monotonic()) > 0:
-            lines = self._lines.read(remaining)
-            if lines is None:
+        while True:
+            remaining = last + self.hello.ttl - time.monotonic()
+            lines = self._lines.read(remaining)  # also when it is over: we may have been stopped, and not the owner
+            if lines is None or (not lines and remaining <= 0):
                 break
             if lines:
                 last = time.monotonic()
