@@ -5,9 +5,9 @@ Between gserve's own client and server travels a `RunRequest`, answered by a str
 """
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from msgspec import Struct, structs
+from msgspec import Meta, Struct, structs
 
 
 class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
@@ -88,7 +88,7 @@ class Group(Struct, frozen=True, forbid_unknown_fields=True):
 
     prompts: list[str | list[int] | Conversation]
     params: Params | None = None
-    seeds: list[int] | None = None
+    seeds: list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]] | None = None
 
 
 class RunRequest(Struct, frozen=True, forbid_unknown_fields=True):

@@ -32,7 +32,7 @@ from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteErro
 from .interfaces import Address, Engine, RunningEngine, Transport
 from .log_utils import ServerLog, setup_logging
 from .redaction import redact, secret_values
-from .schema import Event, Failure, Health, Heartbeat, ResponseOutput, Result, RunRequest
+from .schema import Event, Failure, Group, Health, Heartbeat, ResponseOutput, Result, RunRequest
 
 TOKEN_VARIABLE = "GSERVE_TOKEN"
 DRAIN_SECONDS = 30.0
@@ -43,6 +43,8 @@ ADMISSION = 16
 """How many times its capacity a server takes of items before it says that it has enough to do."""
 BUSY_SECONDS = 1.0
 """After how long a client that was told so may ask again."""
+SLICE = 1024
+"""How many items are dealt with in one turn of the event loop."""
 LOOK_SECONDS = 1.0
 """Seconds between two looks at whether the engine moves; less where `stall_timeout` is short."""
 
@@ -117,17 +119,11 @@ class Server:
             try:
                 first = 0
                 for group in request.groups:
-                    try:
-                        prepared: Sequence[Any] = await admitted.engine.prepare(
-                            group.prompts, group.params, group.seeds
-                        )
-                    except ItemError as wrong:
-                        prepared = [wrong] * len(group.prompts)
-                    for index, item in enumerate(prepared, first):
+                    async for index, item in _prepared(admitted.engine, group, first):
                         task = asyncio.create_task(work(index, item))
                         tasks.add(task)
                         task.add_done_callback(tasks.discard)
-                    first += len(prepared)
+                    first += len(group.prompts)
                 left = first
                 while left:
                     try:
@@ -154,12 +150,13 @@ class Server:
             prepared: list[Any] = []
             for group in request.groups:
                 try:
-                    prepared += await admitted.engine.prepare(group.prompts, group.params, group.seeds)
+                    await admitted.engine.prepare([], group.params)  # what is wrong with them is no item's fault
                 except ItemError as error:
                     raise RemoteError(str(error), status=400) from error
-            for index, item in enumerate(prepared):
-                if isinstance(item, ItemError):
-                    raise RemoteError(f"item {index}: {item}", status=400) from item
+                async for index, item in _prepared(admitted.engine, group, len(prepared)):
+                    if isinstance(item, ItemError):
+                        raise RemoteError(f"item {index}: {item}", status=400) from item
+                    prepared.append(item)
             try:
                 return await self._unless_over(_all([self._run(admitted, item) for item in prepared]))
             except ExceptionGroup as failures:
@@ -181,6 +178,8 @@ class Server:
         if self._state != "ready" or self._engine is None:
             phase = f" ({self._phase})" if self._phase else ""
             raise RemoteError(f"the server is {self._state}{phase}", status=503)
+        if any(group.seeds is not None and len(group.seeds) != len(group.prompts) for group in request.groups):
+            raise RemoteError("expected a seed for each prompt", status=400)
         size, most = sum(len(group.prompts) for group in request.groups), ADMISSION * self._engine.info.capacity
         if self._items and self._items + size > most:  # one alone may be larger: else it could never be served
             raise RemoteError(
@@ -394,6 +393,23 @@ class Server:
             self._lease.tell(message)
 
 
+async def _prepared(engine: RunningEngine, group: Group, first: int) -> AsyncIterator[tuple[int, Any]]:
+    """Yield the index, from `first` on, of each prompt of a group, and what the engine makes of it, or its ItemError.
+
+    It is asked for some at a time: in between the event loop answers others.
+    """
+    for start in range(0, len(group.prompts), SLICE):
+        part = slice(start, start + SLICE)
+        prompts, seeds = group.prompts[part], group.seeds and group.seeds[part]
+        try:
+            prepared: Sequence[Any] = await engine.prepare(prompts, group.params, seeds)
+        except ItemError as wrong:
+            prepared = [wrong] * len(prompts)
+        for index, item in enumerate(prepared, first + start):
+            yield index, item
+        await asyncio.sleep(0)
+
+
 @dataclass
 class _Admitted:
     """A request that was taken in: `left` of its items have not ended."""
@@ -416,8 +432,12 @@ async def _listening(transport: Transport, server: Server, host: str, port: int)
 
 async def _all[T](work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
     """Return what all of `work` returns, in order. Raises ExceptionGroup: some failed; the rest is cancelled then."""
+    tasks = []
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one) for one in work]
+        for place, one in enumerate(work):
+            tasks.append(group.create_task(one))
+            if place % SLICE == SLICE - 1:
+                await asyncio.sleep(0)
     return [task.result() for task in tasks]
 
 

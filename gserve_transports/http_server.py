@@ -23,7 +23,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gserve_core.errors import RemoteError
 from gserve_core.interfaces import Address, ServerApi
-from gserve_core.schema import ChatRequest, Conversation, Event, GenerateRequest, Group, RunRequest, json_safe
+from gserve_core.schema import (
+    ChatRequest,
+    Conversation,
+    Event,
+    GenerateRequest,
+    Group,
+    ResponseOutput,
+    RunRequest,
+    json_safe,
+)
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, pack
 
@@ -190,7 +199,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     async def whole(request: Request, run: RunRequest) -> Response:
         outputs = await _unless_gone(request, api.run_whole(run))
-        return _json([[json_safe(output) for output in item] for item in outputs])
+        return await asyncio.to_thread(_outputs, outputs)  # others are answered while a large one is written
 
     @app.exception_handler(RemoteError)
     async def refuse(_: Request, error: RemoteError) -> Response:
@@ -212,7 +221,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     @app.post("/chat")
     async def chat(request: Request) -> Response:
-        asked = _decode_json(await read(request), ChatRequest)
+        asked = await asyncio.to_thread(_decode_json, await read(request), ChatRequest)
         conversations = [
             Conversation(messages, asked.add_generation_prompt, asked.continue_final_message)
             for messages in asked.conversations
@@ -221,7 +230,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     @app.post("/generate")
     async def generate(request: Request) -> Response:
-        asked = _decode_json(await read(request), GenerateRequest)
+        asked = await asyncio.to_thread(_decode_json, await read(request), GenerateRequest)
         return await whole(request, RunRequest([Group([*asked.prompts], asked.params)]))
 
     @app.post("/run")
@@ -351,6 +360,10 @@ def _decode_json[T](body: bytearray, type_: type[T]) -> T:
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
     if len(pairs) > 1 and len({key for key, _ in pairs}) < len(pairs):
         raise RemoteError("the body has an object in which a key stands twice", status=400)
+
+
+def _outputs(outputs: list[list[ResponseOutput]]) -> Response:
+    return _json([[json_safe(output) for output in item] for item in outputs])
 
 
 def _json(value: object, status: int = 200) -> Response:
