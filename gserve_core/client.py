@@ -81,7 +81,7 @@ class Inference:
         and its error is DeadlineExceeded. Raises ConfigError: an argument is wrong; BatchInterrupted: Ctrl-C.
         """
         flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-        items = self._conversations(conversations, sampling_params, **flags)
+        items = self._conversations(_whole(conversations), sampling_params, **flags)
         return _collect(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
 
     @overload
@@ -107,7 +107,7 @@ class Inference:
 
         Arguments, results and errors are those of `chat`.
         """
-        items = self._prompts(prompts, sampling_params)
+        items = self._prompts(_whole(prompts), sampling_params)
         return _collect(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
 
     def chat_iter(
@@ -150,7 +150,7 @@ class Inference:
     ) -> list[Any]:
         """Like `chat`, without blocking the event loop. Cancelling the call cancels what is not finished."""
         flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-        items = self._conversations(conversations, sampling_params, **flags)
+        items = self._conversations(_whole(conversations), sampling_params, **flags)
         return await _collect_async(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
 
     async def generate_async(
@@ -163,7 +163,7 @@ class Inference:
         deadline: float | None = None,
     ) -> list[Any]:
         """Like `generate`, without blocking the event loop. Cancelling the call cancels what is not finished."""
-        items = self._prompts(prompts, sampling_params)
+        items = self._prompts(_whole(prompts), sampling_params)
         return await _collect_async(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
 
     def _conversations(
@@ -194,6 +194,11 @@ class Inference:
 
         _check_list(given, "prompts", '["a prompt", …]')
         return _Items(given, sampling_params, prompt)
+
+
+def _whole(given: Any) -> Any:
+    """Return items as a sequence: a call that returns them all has to know how many there are."""
+    return list(given) if isinstance(given, Iterable) and not isinstance(given, (Sequence, Mapping)) else given
 
 
 def _check_list(given: Any, what: str, example: str) -> None:
@@ -337,10 +342,12 @@ class _Batch:
         """End the call at its deadline; yield the errors of what is not finished."""
         self.cancel()
         late = sorted(self._open or ())
-        while late or not self._items.are_read:
+        while True:
             for index in late:
                 message = f"the deadline of {self._deadline:g} s came before this was finished"
                 yield index, DeadlineExceeded(message, index=index, invalid=False)
+            if self._items.are_read or self._items.size is None:  # of those in an iterator there may be no end
+                return
             good, bad = self._items.take(self._call)
             yield from bad
             late = [item.index for item in good]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .errors import GserveError, LaunchError
+from .errors import LaunchError
 from .server import TICK, ServerStatus, State, VLLMServer
 
 WINDOW = 600.0
@@ -169,7 +169,7 @@ class Supervisor:
     def _restart(self, server: VLLMServer) -> None:
         try:
             server.begin(self._logs)
-        except (GserveError, OSError) as error:
+        except Exception as error:
             self._lost(server, self._lives[server], str(error))
 
 

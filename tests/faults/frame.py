@@ -154,6 +154,7 @@ def run(row: Row, scale: Scale) -> list[Outcome]:
 
 def inside(row: Row, scale: Scale) -> NoReturn:
     """Be the process of a row: run it, and say what came of it on stdout."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     try:
         outcomes = row.run(scale)
     except Exception:

@@ -1,6 +1,7 @@
 """Faults of load: more work than there is room for, work that nobody wants any more, a million items, a full disk."""
 
 import contextlib
+import functools
 import os
 import signal
 import statistics
@@ -138,7 +139,8 @@ def _closed_iterator(service: VLLMService, seconds: float) -> None:
 def _interrupt(service: VLLMService, seconds: float) -> None:
     timer = threading.Timer(0.5 + seconds, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    interrupt = oracles.raised(BatchInterrupted, service.generate, SLOW, LONG_ANSWER)
+    call = functools.partial(service.generate, SLOW, LONG_ANSWER, deadline=20.0)
+    interrupt = oracles.raised(BatchInterrupted, call)
     timer.join()
     assert interrupt.results == [["quick"], *[None] * 8], "what was finished is kept"
 

@@ -50,7 +50,7 @@ def raised[E: BaseException](kind: type[E], function: Callable[..., object], *ar
         function(*arguments)
     except kind as error:
         return error
-    raise AssertionError(f"{function.__name__} raised no {kind.__name__}")
+    raise AssertionError(f"{function} raised no {kind.__name__}")
 
 
 # ----------------------------------------------------------------------------------------------------------- processes

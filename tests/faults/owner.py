@@ -40,6 +40,7 @@ class Options(Struct, frozen=True, kw_only=True):
 
 def main(options: Options) -> None:
     """Live the life of an owner."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     serve = ServeConfig(servers=options.servers) if options.echo is not None else REAL
     engine = EchoEngine(**options.echo) if options.echo is not None else None
     llm = LLMConfig("m") if engine else DEMO
@@ -48,7 +49,6 @@ def main(options: Options) -> None:
         say("idle")
         time.sleep(options.idle)
         if options.is_notebook:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             be_a_notebook(service)
         say("batch")
         for index, _ in enumerate(service.generate_iter(f"prompt {number}" for number in range(options.batch))):

@@ -481,3 +481,16 @@ def test_an_item_that_is_sent_again_is_sampled_alike() -> None:
         os.kill(pid_of(service.servers[0]), signal.SIGKILL)
         seen |= dict(each)
         assert sorted(seen) == list(range(40))
+
+
+def test_a_deadline_ends_also_a_source_without_end(slow: VLLMService) -> None:
+    def endless() -> Iterator[str]:
+        while True:
+            yield "a"
+
+    began = time.monotonic()
+    outcomes = list(slow.generate_iter(endless(), deadline=1.0))
+    assert time.monotonic() - began < 20
+    assert sorted(index for index, _ in outcomes) == list(range(len(outcomes)))
+    assert isinstance(dict(outcomes)[len(outcomes) - 1], DeadlineExceeded)
+    assert is_idle(slow)

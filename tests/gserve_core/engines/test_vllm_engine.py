@@ -27,6 +27,8 @@ SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 ASK = {"role": "user", "content": "Name three colours."}
 ANSWER = {"role": "assistant", "content": "Red, green and"}
 
+EXAMPLES = 5000 if os.environ.get("GSERVE_LONG") else 1000
+
 GREEDY = {"temperature": 0.0, "max_tokens": 24}
 ANSWERED = [ASK, {"role": "assistant", "content": "Red, green, blue."}]
 BATCHES: list[dict[str, Any]] = [
@@ -256,10 +258,11 @@ def parameters(draw: st.DrawFn) -> dict[str, Any]:
     return drawn
 
 
-def test_a_thousand_random_parameter_mappings_are_all_answered(http: httpx.Client, service: VLLMService) -> None:
+@pytest.mark.timeout(1800)
+def test_random_parameter_mappings_are_all_answered(http: httpx.Client, service: VLLMService) -> None:
     statuses: dict[int, int] = {}
 
-    @settings(max_examples=1000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(parameters())
     def ask(params: dict[str, Any]) -> None:
         body = json.dumps({"prompts": ["The sea"], "params": params})
