@@ -157,7 +157,7 @@ def notebook(scale: Scale) -> Outcome:
             one.hear("batch")
             servers = one.servers()
             for _ in range(3):
-                time.sleep(chance.uniform(0.1, 0.3))
+                time.sleep(chance.uniform(0.3, 0.7))
                 os.killpg(one.process.pid, signal.SIGINT)
                 since = time.monotonic()
                 _, finished, given, is_right = one.hear("gave").split()
