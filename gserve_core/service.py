@@ -15,7 +15,7 @@ from . import runtime
 from .client import Inference
 from .config import Config, LLMConfig, ServeConfig, check_placement, load
 from .dispatch import Dispatcher
-from .errors import GserveError, TransportError
+from .errors import GserveError, LaunchError, TransportError
 from .interfaces import Access, Engine, EngineInfo, Job, Launcher, Transport
 from .plugins import Parts, assemble
 from .runtime import ServerRecord, ServiceRecord
@@ -150,6 +150,8 @@ class VLLMService(Inference):
                 finished=lambda server: queue.finished(server.name),
             )
             self._supervisor.start(logs, self._config.serve.min_ready or len(self._servers))
+            if self._queue is not queue:
+                raise LaunchError("the service was shut down while it started")
         except BaseException:
             self.shutdown()
             raise

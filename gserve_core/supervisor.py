@@ -77,6 +77,8 @@ class Supervisor:
                 failed = [server for server, life in self._lives.items() if life.is_given_up]
                 if len(self._servers) - len(failed) < min_ready:
                     raise _failure(failed)
+                if self._stopping:
+                    raise LaunchError("the service was shut down while it started")
                 self._changed.wait(TICK)
         if ready < len(self._servers):
             logger.info("%d of %d servers are ready, the others follow", ready, len(self._servers))

@@ -300,3 +300,15 @@ def test_a_poisoned_item_costs_three_lives_and_no_other_item() -> None:
         assert [index for index, result in enumerate(results) if isinstance(result, ItemError)] == [100, 700]
         assert sum(result == [prompt] for result, prompt in zip(results, prompts, strict=True)) == 998
         assert sum(status.restarts for status in service.status()) <= 6
+
+
+def test_a_shutdown_while_it_starts_ends_the_start() -> None:
+    service = VLLMService(LLM, ServeConfig(servers=2), engine=EchoEngine(load_time=30))
+    ending = threading.Timer(1.0, service.shutdown)
+    ending.start()
+    began = time.monotonic()
+    with pytest.raises(LaunchError, match=r"was (shut down|stopped) while it started"):
+        service.start()
+    assert time.monotonic() - began < 20
+    ending.join(20)
+    assert [status.state for status in service.status()] == [State.STOPPED] * 2
