@@ -71,7 +71,7 @@ Cannot access gated repo for url https://hub/x/resolve/main/config.json.
 The above exception was the direct cause of the following exception:
 
 Traceback (most recent call last):
-  File "/work/gserve_core/serving.py", line 350, in _serve
+  File "/home/user/gserve_core/serving.py", line 350, in _serve
 {TOKENIZER}
 /env/multiprocessing/resource_tracker.py:254: UserWarning: resource_tracker: There appear to be 1 leaked semaphore
 """
