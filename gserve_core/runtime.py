@@ -90,7 +90,7 @@ def _boot() -> str:
 
 def processes_of(instance: str) -> list[int]:
     """Return the live processes of this machine that carry the id of a server's instance in their environment."""
-    mark = f"GSERVE_ID={instance}".encode()
+    mark = f"{ID_VARIABLE}={instance}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
