@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import tempfile
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -287,7 +288,7 @@ def test_a_client_without_the_token_finds_it(service: VLLMService) -> None:
         assert client.generate(["The capital of France is"], {"max_tokens": 1, "temperature": 0.0}) == [[" Paris"]]
 
 
-def test_vllm_keeps_the_contract_of_engines(tmp_path: Path) -> None:
+def test_vllm_keeps_the_contract_of_engines() -> None:
     script = (
         "from gserve import LLMConfig\n"
         "from gserve_core import testing\n"
@@ -296,8 +297,9 @@ def test_vllm_keeps_the_contract_of_engines(tmp_path: Path) -> None:
         f"    testing.check_engine(VLLMEngine(), LLMConfig({DEMO!r}, enforce_eager=True, gpu_memory_utilization=0.18,\n"
         "        max_model_len=1024))\n"
     )
-    environ = os.environ | {"TMPDIR": str(tmp_path)}  # without a server there is nobody to remove vLLM's sockets
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environ)
+    with tempfile.TemporaryDirectory() as folder:  # a short path, for vLLM's sockets, which no server is there to remove
+        environ = os.environ | {"TMPDIR": folder}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
