@@ -39,6 +39,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     },
     "reap": {"lease", "runtime"},
     "testing": {"errors", "schema", "config", "interfaces", "runtime"},
+    "testing.slurm": {"runtime"},
     "engines.echo": {
         "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.orphans",
     },
@@ -68,13 +69,14 @@ HOMES = {  # third parties: the only files that may import them
     "uvloop": {"gserve_core/serving.py"},
     "typer": {"gserve/cli.py"},
     "rich": {"gserve/cli.py"},
-    "pytest": {"gserve_core/testing.py"},
+    "pytest": {"gserve_core/testing/__init__.py", "gserve_core/testing/slurm.py"},
 }
 EVERYWHERE = {"msgspec"}
 LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm_engine.py": {"vllm"},  # takes 10 s, and health is answered meanwhile
     "gserve_core/engines/demo_model.py": {"torch", "transformers"},
-    "gserve_core/testing.py": {"pytest"},  # only its fixtures need pytest
+    "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
+    "gserve_core/testing/slurm.py": {"pytest"},
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used
     "gserve/vllm_server.py": {"gserve_core"},  # after the search path is right
     "gserve/cli.py": {"gserve_core", "rich"},  # `gserve --help` needs none of them

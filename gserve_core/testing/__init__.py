@@ -17,11 +17,11 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, suppress
 from pathlib import Path
 
-from . import runtime
-from .config import LLMConfig
-from .errors import ItemError, LaunchError, RemoteError, TransportError
-from .interfaces import Access, Address, Engine, Job, Launcher, Process, RunningEngine, Transport
-from .schema import (
+from .. import runtime
+from ..config import LLMConfig
+from ..errors import ItemError, LaunchError, RemoteError, TransportError
+from ..interfaces import Access, Address, Engine, Job, Launcher, Process, RunningEngine, Transport
+from ..schema import (
     Conversation,
     Event,
     Failure,

@@ -1,0 +1,334 @@
+"""A real SLURM cluster on this machine, for tests: one munged, one slurmctld and a slurmd for every node.
+
+`with SlurmCluster() as cluster:` needs root and Debian's packages `slurm-wlm` and `munge`, and none of their services.
+As a pytest fixture: `pytest_plugins = ["gserve_core.testing.slurm"]` in your conftest.py, then `slurm_cluster`. By
+hand: `python -m gserve_core.testing.slurm`.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Self
+
+from .. import runtime
+
+_CONFIG = """\
+ClusterName=gserve
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+CredType=cred/munge
+AuthInfo=socket={folder}/munge.socket,cred_expire=10
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+SlurmdParameters=config_overrides
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core_Memory
+GresTypes=gpu
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+MpiDefault=none
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+ReturnToService=2
+KillWait=5
+SlurmdTimeout=30
+MinJobAge=300
+InactiveLimit=0
+OverTimeLimit=0
+SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sched_delay=0
+PartitionName=DEFAULT Nodes=ALL MaxTime=INFINITE State=UP
+PartitionName=main Default=YES PriorityTier=1 PreemptMode=OFF
+PartitionName=high PriorityTier=10 PreemptMode=OFF
+PartitionName=low PriorityTier=1 PreemptMode=REQUEUE
+"""
+"""`cred_expire` is also how long a job that was requeued waits before it may start again; its default is 120 s."""
+
+_START = 60.0
+_STOP = 20.0
+
+
+def is_installed() -> bool:
+    """Say whether SLURM's daemons and commands, and munged, are on this machine."""
+    return all(_program(name) for name in ("munged", "mungekey", "slurmctld", "slurmd", "srun", "scontrol"))
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name, path=f"{os.environ.get('PATH', os.defpath)}:/usr/local/sbin:/usr/sbin:/sbin")
+
+
+class SlurmCluster:
+    """A SLURM cluster of its own folder, ports and key; several may run on one machine. Only root can start one.
+
+    Its nodes are n1, n2, …, all on this machine, each with `gpus` GPUs of the type "test" (which are no GPUs), `cpus`
+    CPUs and `memory` MB, both of which may be more than the machine has. Memory is consumed, as the CPUs are, but its
+    use is not limited. Partitions: `main` (the default), and `high`, for whose jobs those in `low` are requeued.
+    `lines` are appended to slurm.conf.
+    """
+
+    def __init__(self, *, nodes: int = 3, gpus: int = 4, cpus: int = 8, memory: int = 4096, lines: str = "") -> None:
+        self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
+        self._gpus, self._cpus, self._memory, self._lines = gpus, cpus, memory, lines
+        self._ports: list[socket.socket] = []
+        self._folder: Path | None = None
+
+    @property
+    def folder(self) -> Path:
+        """Return the folder of the cluster's configuration, state and logs; it is there while the cluster is up."""
+        if self._folder is None:
+            raise RuntimeError("this SLURM cluster is not up: use it within `with SlurmCluster() as cluster:`")
+        return self._folder
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """Return what SLURM's commands need in their environment to speak to this cluster and no other."""
+        return {"SLURM_CONF": str(self.folder / "slurm.conf")}
+
+    @property
+    def daemons(self) -> dict[str, int]:
+        """Return the process ids of the daemons that live: "munged", "slurmctld", "slurmd[n1]", …."""
+        found = {}
+        for name in ("munged", "slurmctld", *self.nodes):
+            file = self.folder / (f"slurmd.{name}.pid" if name in self.nodes else f"{name}.pid")
+            with contextlib.suppress(OSError, ValueError):
+                pid = int(file.read_text())
+                if self._mark() in _environ(pid):  # else another process has the id of one that died
+                    found[f"slurmd[{name}]" if name in self.nodes else name] = pid
+        return found
+
+    def __enter__(self) -> Self:
+        """Start all daemons; return when every node is idle. Raises RuntimeError, with the daemons' last words."""
+        if os.geteuid() != 0:
+            raise RuntimeError(f"only root can start a SLURM cluster for tests, and this is user {os.geteuid()}")
+        self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        try:
+            self._write_files()
+            self._start("munged")
+            self._start("slurmctld")
+            for node in self.nodes:
+                self._start("slurmd", node)
+            self._until(_START, "has not come up", lambda: set(self.node_states().values()) == {"idle"})
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Stop the cluster."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Kill all daemons and all that their jobs have started; remove the folder. Idempotent."""
+        if self._folder is None:
+            return
+        deadline = time.monotonic() + _STOP
+        while left := [*self.daemons.values(), *self.processes()]:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"these processes of a SLURM cluster do not end: {left}")
+            for pid in left:
+                _kill(pid)
+            time.sleep(0.05)
+        for port in self._ports:
+            port.close()
+        self._ports = []
+        shutil.rmtree(self._folder)
+        self._folder = None
+
+    def run(self, *command: str, seconds: float = 60.0) -> str:
+        """Run one of SLURM's commands against this cluster; return its output. Raises RuntimeError when it fails."""
+        ran = subprocess.run(
+            command,
+            env=os.environ | self.environ,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+        if ran.returncode:
+            raise RuntimeError(f"{' '.join(command)}: exit code {ran.returncode}: {ran.stderr.strip()}")
+        return ran.stdout
+
+    def jobs(self) -> list[str]:
+        """Return a line for each job in the queue: id, state, partition, reason or nodes, name."""
+        return self.run("squeue", "--noheader", "--format=%i %T %P %R %j").splitlines()
+
+    def node_states(self) -> dict[str, str]:
+        """Return each node's state as sinfo has it, for example "idle", "mixed", "down*"."""
+        lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
+        return dict(line.split() for line in lines)
+
+    def processes(self) -> dict[int, str]:
+        """Return the live processes of all jobs and steps: every slurmstepd and what it has started."""
+        parents, commands, found = {}, {}, set()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    pid = int(entry.name)
+                    state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
+                    if state in "ZX":
+                        continue
+                    parents[pid] = int(parent)
+                    commands[pid] = (
+                        (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                    )
+                    environ = _environ(pid)
+                    if self._mark() in environ and (
+                        "slurmstepd" in commands[pid] or any(it.startswith(b"SLURMD_NODENAME=") for it in environ)
+                    ):
+                        found.add(pid)
+        while below := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= below
+        return {pid: commands[pid] for pid in sorted(found)}
+
+    def restart_node(self, name: str) -> None:
+        """Start the slurmd of a node anew, whether it is alive or not; return when the node can be used."""
+        deadline = time.monotonic() + _STOP
+        while pid := self.daemons.get(f"slurmd[{name}]"):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the slurmd of {name}, process {pid}, does not end")
+            _kill(pid)
+            time.sleep(0.05)
+        self._start("slurmd", name)
+        usable = ("idle", "mixed", "allocated", "completing")
+        self._until(_START, f"does not get its node {name} back", lambda: self.node_states()[name] in usable)
+
+    def wait_idle(self, seconds: float) -> None:
+        """Wait until no job is in the queue, every node is idle, and no process of a job is left."""
+
+        def is_idle() -> bool:
+            return not self.processes() and not self.jobs() and set(self.node_states().values()) == {"idle"}
+
+        self._until(seconds, "is not idle", is_idle)
+
+    def _mark(self) -> bytes:
+        """Return what stands in the environment of each process of this cluster, and of its clients."""
+        return f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
+
+    def _write_files(self) -> None:
+        folder = self.folder
+        folder.chmod(0o755)  # munged wants its socket to be open to all
+        for name in ("state", *self.nodes):
+            (folder / name).mkdir()
+        key = folder / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(secrets.token_bytes(128))
+        host = socket.gethostname().partition(".")[0]
+        config = _CONFIG.format(host=host, port=self._port(), folder=folder)
+        config += f"NodeName=DEFAULT CPUs={self._cpus} RealMemory={self._memory}"
+        config += f" Gres=gpu:test:{self._gpus}\n" if self._gpus else "\n"
+        devices = ""
+        for node in self.nodes:
+            config += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={self._port()}\n"
+            for number in range(self._gpus):
+                device = folder / f"{node}-gpu{number}"
+                os.mknod(device, 0o20666, os.makedev(1, 3))  # another /dev/null
+                devices += f"NodeName={node} Name=gpu Type=test File={device}\n"
+        (folder / "slurm.conf").write_text(config + self._lines)
+        (folder / "gres.conf").write_text(devices)
+        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+
+    def _port(self) -> int:
+        """Take a free port: bound here, it is given to nobody else, and a daemon may listen there nevertheless."""
+        port = socket.socket()
+        port.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        port.bind(("", 0))
+        self._ports.append(port)
+        return int(port.getsockname()[1])
+
+    def _start(self, daemon: str, node: str | None = None) -> None:
+        """Start a daemon, which goes into the background when it is ready or raises RuntimeError."""
+        options = {
+            "munged": [
+                f"--{name}={self.folder / file}"
+                for name, file in {
+                    "key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid",
+                    "log-file": "munged.log", "seed-file": "munge.seed",
+                }.items()
+            ],
+            "slurmctld": ["-f", self.environ["SLURM_CONF"], "-i"],
+            "slurmd": ["-f", self.environ["SLURM_CONF"], "-N", str(node)],
+        }  # fmt: skip
+        ran = subprocess.run(
+            [_program(daemon) or daemon, *options[daemon]],
+            env={"PATH": os.environ.get("PATH", os.defpath)} | self.environ,
+            cwd=self.folder,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_START,
+            check=False,
+        )
+        if ran.returncode:
+            raise RuntimeError(f"{daemon} of a SLURM cluster: exit code {ran.returncode}{self._last_words()}")
+
+    def _until(self, seconds: float, otherwise: str, condition: Callable[[], bool]) -> None:
+        """Wait for a condition, which is not met also while it raises RuntimeError."""
+        deadline = time.monotonic() + seconds
+        why: RuntimeError | None = None
+        while True:
+            try:
+                if condition():
+                    return
+            except RuntimeError as error:
+                why = error
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        raise RuntimeError(
+            f"the SLURM cluster {otherwise} within {seconds:g} s{self._state()}{self._last_words()}"
+        ) from why
+
+    def _state(self) -> str:
+        """Return what is known of jobs, nodes, daemons and processes."""
+        found = f"\ndaemons: {self.daemons}\nprocesses of jobs: {self.processes()}"
+        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+            found += f"\njobs: {self.jobs()}\nnodes: {self.node_states()}"
+        return found
+
+    def _last_words(self) -> str:
+        """Return the ends of the daemons' logs."""
+        return "".join(
+            f"\n{log.name}:\n  " + "\n  ".join(log.read_text(errors="replace").splitlines()[-10:])
+            for log in sorted(self.folder.glob("*.log"))
+        )
+
+
+def _environ(pid: int) -> list[bytes]:
+    """Return the environment that a live process was started with. Raises OSError: there is none."""
+    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if runtime.process_start(pid) else []
+
+
+def _kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _keep() -> None:
+    """Keep a cluster until Ctrl-C or SIGTERM, for use by hand."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt), SlurmCluster() as cluster:
+        sys.stdout.writelines(f"export {name}={value}\n" for name, value in cluster.environ.items())
+        sys.stdout.flush()
+        while True:
+            signal.pause()
+
+
+if __name__ == "__main__":
+    _keep()
