@@ -22,14 +22,22 @@ GONE = 10.0
 class CommandLauncher(Launcher):
     """A launcher that is a command prefix (srun, ssh, nice, numactl, a container runtime): override `command`."""
 
+    def environment(self, job: Job) -> dict[str, str]:
+        """Return the environment that `launch` gives the command."""
+        return {**os.environ, **job.env}
+
     def launch(self, job: Job) -> "LocalProcess":
         """Start `command(job)` in a session of its own."""
+        return LocalProcess(self.popen(job))
+
+    def popen(self, job: Job) -> "subprocess.Popen[bytes]":
+        """Start `command(job)`. Raises LaunchError."""
         command = self.command(job)
         try:
             with job.log.open("ab") as log:
-                popen = subprocess.Popen(
+                return subprocess.Popen(
                     command,
-                    env={**os.environ, **job.env},
+                    env=self.environment(job),
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
@@ -38,7 +46,6 @@ class CommandLauncher(Launcher):
                 )
         except (OSError, ValueError) as error:
             raise LaunchError(f"cannot start '{command[0]}' for {job.name}: {error}", log=job.log) from error
-        return LocalProcess(popen)
 
 
 class LocalProcess:
@@ -79,6 +86,14 @@ class LocalProcess:
             self.stdin.close()
         self.stdout.close()
         return self._popen.wait()
+
+    def waiting(self) -> str | None:
+        """Return None: a process of this machine runs at once."""
+        return None
+
+    def why(self) -> str | None:
+        """Return None: the exit code is all that is known."""
+        return None
 
     def _wait_for_group(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

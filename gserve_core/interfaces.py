@@ -25,12 +25,14 @@ class Job:
     """What a launcher is to start: one server.
 
     `env` is added to the environment that the server inherits; it holds the GPU pinning (`CUDA_VISIBLE_DEVICES`) for
-    `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its scheduler for `gpus` of them.
-    It is number `index` of `servers` that are started together.
+    `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its scheduler for `gpus` of them, 0 where
+    the engine uses none. It is number `index` of `servers` that are started together. `instance` is an id of this start
+    alone; "" where nothing is to be started.
     """
 
     name: str
     command: Sequence[str]
+    instance: str = ""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     gpu_ids: tuple[int, ...] | None = None
     gpus: int = 1
@@ -55,12 +57,26 @@ class Process(Protocol):
         Leaves nothing behind, also where the process has ended by itself but something below it has not. Idempotent.
         """
 
+    def waiting(self) -> str | None:
+        """Return what the job waits for before it runs ("in the queue: Priority"); None once it runs. Never waits itself.
+
+        Raises LaunchError: it has waited too long.
+        """
+
+    def why(self) -> str | None:
+        """Return in a sentence why an ended job has ended, where a scheduler knows more than the exit code, else None."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Launcher(ABC):
-    """Starts a command somewhere."""
+    """Starts a command somewhere.
+
+    `owner_variable`: where that may be another machine, the environment variable in which a process there finds the
+    address of the owner's machine, as its first word. A server then listens where that machine can reach it.
+    """
 
     name: ClassVar[str]
+    owner_variable: ClassVar[str | None] = None
 
     def command(self, job: Job) -> list[str]:
         """Return the command line that `launch` runs for `job`; `gserve check` prints it."""

@@ -20,6 +20,7 @@ from .interfaces import Engine, Launcher, Transport
 
 BUILT_IN = (
     "gserve_launchers.local",
+    "gserve_launchers.slurm",
     "gserve_transports",
     "gserve_core.engines.vllm_engine",
     "gserve_core.engines.echo",

@@ -5,6 +5,7 @@ Files of mode 0600 in the user's runtime directory, written by the owner of a se
 
 import contextlib
 import fcntl
+import ipaddress
 import os
 import socket
 import stat
@@ -70,6 +71,14 @@ def process_start(pid: int) -> int | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else int(fields[19])
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def owner_mark() -> str:

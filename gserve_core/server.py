@@ -85,7 +85,10 @@ def server_command(llm: LLMConfig, parts: Parts, host: str, port: int, *, share_
     usual = LLMConfig(llm.model_name).engine_kwargs
     more = {name: value for name, value in llm.engine_kwargs.items() if usual.get(name) != value}
     more, _ = divided(more)
-    command = [sys.executable, str(PROGRAM), "--serve", "--model", llm.model_name, "--host", host, "--port", str(port)]
+    command = [sys.executable, str(PROGRAM), "--serve", "--model", llm.model_name]
+    variable = parts.launcher.owner_variable
+    command += ["--host", host] if variable is None or not runtime.is_loopback(host) else ["--reachable_from", variable]
+    command += ["--port", str(port)]
     if more:
         command += ["--llm_kwargs", _json(more)]
     if llm.lora_path is not None:
@@ -256,10 +259,12 @@ class VLLMServer:
         """Return the phase that the server told, with the step that its log tells."""
         return f"{self._phase}: {self._step}" if self._phase and self._step else self._phase
 
-    def job(self, log: Path) -> Job:
+    def job(self, log: Path, instance: str = "") -> Job:
         """Return what the launcher is asked to start. Raises ConfigError or PluginError."""
+        gpus = len(self._gpu_ids) if self._gpu_ids else self._llm.gpus_per_server
         return Job(
             name=self.name,
+            instance=instance,
             command=server_command(
                 self._llm, self._parts, self._serve.host, self._serve.port or 0, share_gpu=self._serve.share_gpu
             ),
@@ -268,7 +273,7 @@ class VLLMServer:
             | weakening(os.environ, self._serve.env)
             | self._serve.env,
             gpu_ids=self._gpu_ids,
-            gpus=len(self._gpu_ids) if self._gpu_ids else self._llm.gpus_per_server,
+            gpus=gpus if self._parts.engine.uses_gpus else 0,
             index=self._index,
             servers=self._servers,
             log=log,
@@ -320,7 +325,7 @@ class VLLMServer:
             self._instance = uuid.uuid4().hex
             self._token, self._control = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
             self._log = _new_log(logs or runtime.log_folder(self._instance[:8]), self.name)
-            job = self.job(self._log)
+            job = self.job(self._log, self._instance)
             marked = {  # what ours are found by, even renamed
                 **job.env, runtime.ID_VARIABLE: self._instance, runtime.OWNER_VARIABLE: runtime.owner_mark(),
                 "SPT_NOENV": "1",
@@ -411,7 +416,8 @@ class VLLMServer:
 
     def _watch(self, process: Process, owner: lease.OwnerEnd, log: Path) -> None:
         """Follow a server from its start to its end, and clean up after it."""
-        end = _End(kills=diagnosis.memory_kills())
+        is_here = self._parts.launcher.owner_variable is None
+        end = _End(kills=diagnosis.memory_kills() if is_here else None)
         try:
             self._listen(process, owner, log, end)
         except Exception as error:  # a full disk, for one: without a watcher there can be no server
@@ -420,7 +426,7 @@ class VLLMServer:
         grace = 0.0 if end.is_hung else STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0
         returncode = process.stop(grace)
         owner.close()
-        self.left = _end_marked(self._instance)
+        self.left = _end_marked(self._instance) if is_here else []
         shutil.rmtree(runtime.scratch_folder(self._instance), ignore_errors=True)  # a server that was killed left it
         self._follow(log, end.position)
         if self._address is not None:
@@ -430,8 +436,9 @@ class VLLMServer:
             if self._asked_to_stop:
                 self._state = State.STOPPED
             else:
+                why = None if end.is_hung else process.why()
                 self._error = end.error or diagnosis.exited(
-                    self.name, phase=self._doing() or "serving", cause=end.cause, returncode=returncode, log=log,
+                    self.name, phase=self._doing() or "serving", cause=why or end.cause, returncode=returncode, log=log,
                     since=end.since, kills=end.kills,
                 )  # fmt: skip
                 if self._state == State.READY:
@@ -444,10 +451,18 @@ class VLLMServer:
         """Follow a server to its end, or until it is to be ended by force; note in `end` what is known of that."""
         stall, startup = self._serve.stall_timeout, self._serve.startup_timeout
         sign = time.monotonic()
+        runs = False
         while time.monotonic() < self._patience_ends:
             ended = process.poll() is not None
+            if not runs and not ended:
+                try:
+                    runs = self._wait_in_queue(process)
+                except LaunchError as error:
+                    end.is_hung, end.error = True, error
+                    return
             messages = owner.receive(0 if ended else TICK)
             for message in messages or ():
+                runs = True
                 if isinstance(message, lease.Listening):
                     runtime.write_token(message.address, self._token, self._control)
                 elif isinstance(message, lease.Failed):
@@ -473,6 +488,15 @@ class VLLMServer:
                 return
         logger.warning("%s did not end within %g s: ending it by force", self.name, STOP_SECONDS)
         end.is_hung = True
+
+    def _wait_in_queue(self, process: Process) -> bool:
+        """Say whether the process runs; while it waits to, the clock of its start stands. Raises LaunchError."""
+        waiting = process.waiting()
+        with self._changed:
+            self._phase = waiting or "starting the process"
+            if waiting is not None:
+                self._progress = time.monotonic()
+        return waiting is None
 
     def _hear(self, message: lease.Up) -> None:
         with self._changed:

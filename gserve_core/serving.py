@@ -8,13 +8,13 @@ import asyncio
 import contextlib
 import errno
 import functools
-import ipaddress
 import json
 import logging
 import math
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -493,9 +493,10 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
     token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
-    if token is None and not _is_loopback(options.host):
+    host = _own_address(options.reachable_from) if options.reachable_from else options.host
+    if token is None and not runtime.is_loopback(host):
         raise ConfigError(
-            f"--host {options.host} can be reached from other machines, and no token is set:"
+            f"--host {host} can be reached from other machines, and no token is set:"
             f" set {TOKEN_VARIABLE}, or listen on 127.0.0.1"
         )
     hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
@@ -509,7 +510,7 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
     )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(server.live(engine, transport, llm, options.host, options.port, line))
+            runner.run(server.live(engine, transport, llm, host, options.port, line))
     except Exception as error:
         return _fail(error, line, secrets)
     return 0
@@ -531,11 +532,24 @@ def _sentence(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _is_loopback(host: str) -> bool:
+def _own_address(variable: str) -> str:
+    """Return the address of this machine by which that one reaches it which an environment variable names.
+
+    Raises LaunchError: it names none, or there is no way to it.
+    """
+    peer = os.environ.get(variable, "").partition(" ")[0]
     try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+        if not peer:
+            raise OSError("it is empty")
+        family, kind, _, _, place = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing, but chooses the way
+            return str(probe.getsockname()[0])
+    except (OSError, UnicodeError) as error:
+        raise LaunchError(
+            f"cannot find the way to the owner's machine, {variable}='{peer}': {error};"
+            " set serve.host to the address to listen on"
+        ) from error
 
 
 def _end_children() -> None:
@@ -577,6 +591,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--serve", action="store_true", required=True, help="start the server")
     parser.add_argument("--model", required=True, help="model name or path")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--reachable_from", metavar="NAME", help="listen where the host that this environment variable names reaches us"
+    )
     parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: %(default)s)")
     parser.add_argument("--gpus", help='GPU ids for CUDA_VISIBLE_DEVICES, as "0" or "0,1"')
     parser.add_argument("--llm_kwargs", type=_mapping, default={}, help="more arguments for vllm.LLM, as JSON")

@@ -38,8 +38,9 @@ class SubprocessLauncher(CommandLauncher):
 
 def share(job: Job, cores: Sequence[int]) -> str:
     """Return the cores of one of several servers: for each of its ranks a list "0,1", ranks divided by "|"."""
-    ranks = job.servers * job.gpus
-    own = range(job.index * job.gpus, (job.index + 1) * job.gpus)
+    size = max(1, job.gpus)
+    ranks = job.servers * size
+    own = range(job.index * size, (job.index + 1) * size)
     if ranks > len(cores):  # more ranks than cores: some compute on the same one
         return "|".join(str(cores[rank % len(cores)]) for rank in own)
     return "|".join(

@@ -1,0 +1,362 @@
+"""The launcher `slurm`: a server is one `srun`, a step of the allocation that we are in, else a job of its own.
+
+The lease of a server goes through srun's stdin and stdout, its log through srun's stderr. That srun lives does not mean
+that the server does, and a SIGTERM to srun is a SIGKILL for the server: so what a server is told, and how it fares,
+goes over the lease. SLURM is asked why a job does not run yet, why it has ended, and whether it is gone.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from gserve_core.commands import CommandLauncher, LocalProcess
+from gserve_core.errors import ConfigError, StartupTimeout
+from gserve_core.hookspecs import hookimpl
+from gserve_core.interfaces import Job, Launcher
+
+ASK_SECONDS = 10.0
+"""How long an answer of SLURM is waited for."""
+LOOK_SECONDS = 1.0, 15.0
+"""Seconds between two questions about a job that waits: doubled from the first to the second."""
+STEP_SECONDS = 120.0
+"""How long a step may wait for its place in the allocation, unless `queue_timeout` says so."""
+FORCE_SECONDS = 10.0
+"""How long srun may take to end its job by force."""
+GONE_SECONDS = 60.0
+"""How long SLURM may take to end a job that was cancelled: its KillWait, 30 s by default, and some more."""
+TAIL = 1 << 16
+"""Bytes at the end of a log in which srun's last words are looked for."""
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+NAMES = rf"{NAME}(,{NAME})*"
+NODES = r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]{0,1023}"
+FORMS = {  # the form of each option that is a text, and an example of it
+    "partition": (NAMES, "gpu"),
+    "account": (NAME, "my-project"),
+    "qos": (NAME, "normal"),
+    "time": (r"(\d+-)?\d+(:\d\d){0,2}", '"02:00:00" (in quotes: without, YAML reads a number of seconds)'),
+    "gpu_type": (NAME, "a100"),
+    "mem": (r"[1-9]\d*[KMGT]", "64G"),
+    "constraint": (r"[A-Za-z0-9(\[][A-Za-z0-9._()\[\]&|*,:-]{0,255}", "a100&nvlink"),
+    "reservation": (NAMES, "course"),
+    "nodelist": (NODES, "n[1-4]"),
+    "exclude": (NODES, "n7"),
+    "job_name": (r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", "gserve"),
+    "comment": (r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}", "evaluation of Monday"),
+}
+JOB_OPTIONS = ("partition", "account", "qos", "time", "constraint", "reservation", "nodelist", "exclude", "comment")
+"""What a job is asked for with. Of a step in an allocation it is decided already."""
+OURS = (
+    "ntasks", "nodes", "job-name", "jobid", "input", "output", "error", "label", "pty", "export", "multi-prog",
+    "kill-on-bad-exit", "het-group", "ntasks-per-node", "parsable", "test-only", "no-allocate", "help", "version",
+    "usage", "chdir", "open-mode", "attach", "n", "N", "J", "i", "o", "e", "l", "K", "D", "Z", "h", "V",
+)  # fmt: skip
+"""Options of srun on which a server and its lease depend."""
+SHAPING = re.compile(
+    r"SLURM_(CPUS?_.*|GPUS?_?.*|GRES.*|TRES_.*|MEM_.*|NNODES|N?TASKS.*|NPROCS|DIST.*|HINT|THREADS.*|EXACT|EXCLUSIVE|OVERLAP"
+    r"|OVERCOMMIT|OPEN_MODE|LABELIO|STD\w+MODE|UNBUFFEREDIO|WAIT|EXPORT_ENV|STEP_.*|STEPID|IMMEDIATE|KILL_BAD_EXIT|MPI_TYPE"
+    r"|PROCID|LOCALID|NODEID|TASK_.*|PROLOG|EPILOG|SPREAD_JOB|NO_KILL|JOB_NAME|JOB_NUM_NODES|TIMELIMIT)"
+)
+"""What srun would read as options: in a batch job they are those of the job, not of a server."""
+DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
+"""What SLURM sets in a step to the GPUs that it has bound; ours are not those of another machine."""
+
+ENDINGS = {  # SLURM's states of a job that has not ended by itself, in words
+    "BOOT_FAIL": "its node did not boot",
+    "CANCELLED": "it was cancelled",
+    "DEADLINE": "its deadline came",
+    "NODE_FAIL": "its node failed",
+    "OUT_OF_MEMORY": "it needed more memory than it had asked for (mem)",
+    "PREEMPTED": "another job took its place",
+    "REVOKED": "it was revoked",
+    "TIMEOUT": "its time was over (time)",
+}
+LAST_WORDS = (  # what srun and slurmstepd say of a step, and the state that it means
+    (r"CANCELLED AT \S+ DUE TO TIME LIMIT", "TIMEOUT"),
+    (r"CANCELLED AT \S+ DUE TO PREEMPTION", "PREEMPTED"),
+    (r"CANCELLED AT \S+ DUE TO NODE FAILURE|Node failure on", "NODE_FAIL"),
+    (r"(?i:out.of.memory|oom.kill|exceeded \w+ memory limit)", "OUT_OF_MEMORY"),
+    (r"CANCELLED AT|Force Terminated", "CANCELLED"),
+)
+
+logger = logging.getLogger("gserve.slurm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmLauncher(CommandLauncher):
+    """Starts each server by `srun`: inside an allocation as a step of it, elsewhere as a job of its own.
+
+    `gpus_per_server`: None asks for as many as the engine wants, 0 for none. `cpus_per_server` and `mem` (as "64G"):
+    None takes a server's share of the allocation, or SLURM's default. `queue_timeout`: seconds that a server may wait
+    in the queue; None: no limit. `srun_args`: more options, each as one word ("--switches=1"). `nodes`: how many nodes
+    a job of `gserve sbatch` has. All other options are srun's own; those about jobs say nothing inside an allocation.
+    """
+
+    name: ClassVar[str] = "slurm"
+    owner_variable: ClassVar[str | None] = "SLURM_LAUNCH_NODE_IPADDR"
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    time: str | None = None
+    gpus_per_server: int | None = None
+    gpu_type: str | None = None
+    cpus_per_server: int | None = None
+    mem: str | None = None
+    nodes: int | None = None
+    constraint: str | None = None
+    reservation: str | None = None
+    nodelist: str | None = None
+    exclude: str | None = None
+    job_name: str = "gserve"
+    comment: str | None = None
+    srun_args: list[str] = field(default_factory=list)
+    queue_timeout: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, (form, example) in FORMS.items():
+            value = getattr(self, option)
+            if value is not None and not (isinstance(value, str) and re.fullmatch(form, value)):
+                raise ConfigError(f"expected something like {example}, got {value!r}", at=f"$.{option}")
+        for option, least in (("gpus_per_server", 0), ("cpus_per_server", 1), ("nodes", 1), ("queue_timeout", 0)):
+            value = getattr(self, option)
+            if value is not None and not least <= value < 1 << 31:
+                raise ConfigError(f"expected a number from {least} up, got {value}", at=f"$.{option}")
+        for place, word in enumerate(self.srun_args):
+            _check_argument(word, f"$.srun_args[{place}]")
+
+    def command(self, job: Job) -> list[str]:
+        """Return the command line of srun for `job`. Raises ConfigError: SLURM cannot give it what it wants."""
+        return srun(self, job, os.environ)
+
+    def environment(self, job: Job) -> dict[str, str]:
+        """Return our environment without what srun would read as options, and without the GPUs of this machine."""
+        return {
+            name: value
+            for name, value in super().environment(job).items()
+            if not SHAPING.fullmatch(name) and name not in DEVICES
+        }
+
+    def launch(self, job: Job) -> "SlurmProcess":
+        """Start srun for `job`; it may wait in SLURM's queue then."""
+        return SlurmProcess(
+            self.popen(job), job_title(self, job), os.environ.get("SLURM_JOB_ID"), self.queue_timeout, job.log
+        )
+
+
+def _check_argument(word: str, at: str) -> None:
+    """Raise ConfigError where `word` cannot be an option of srun beside ours."""
+    option = re.fullmatch(r"--([a-z][a-z-]*)(=.*)?|-([A-Za-z])(.*)", word)
+    if option is None or not word.isprintable():
+        raise ConfigError(f'expected an option of srun as one word, as "--switches=1", got {word!r}', at=at)
+    name = option[1] or option[3]
+    if any(ours.startswith(name) for ours in OURS):  # srun takes the beginning of an option for it
+        raise ConfigError(f"'{word}' is not for srun_args: gserve sets that itself, or has an option for it", at=at)
+
+
+def job_title(launcher: SlurmLauncher, job: Job) -> str:
+    """Return the name by which SLURM knows `job`: no other has it, once it is started."""
+    return "-".join([launcher.job_name, job.name, *([job.instance[:12]] if job.instance else [])])
+
+
+def srun(launcher: SlurmLauncher, job: Job, environ: Mapping[str, str]) -> list[str]:
+    """Return the command line that starts `job`: in the allocation that `environ` tells of, else as a job of its own.
+
+    Raises ConfigError.
+    """
+    if job.gpu_ids is not None:
+        raise ConfigError("SLURM chooses the GPUs: say how many servers there are to be (serve.servers), not gpu_ids")
+    gpus = job.gpus if launcher.gpus_per_server is None else launcher.gpus_per_server
+    if 0 < gpus < job.gpus:
+        raise ConfigError(
+            f"a server takes {job.gpus} GPUs (tensor_parallel_size times pipeline_parallel_size), and gpus_per_server"
+            f" is {gpus}"
+        )
+    words = ["srun", "--nodes=1", "--ntasks=1", f"--job-name={job_title(launcher, job)}"]
+    cpus, mem = launcher.cpus_per_server, launcher.mem
+    if "SLURM_JOB_ID" in environ:
+        words += ["--exact"]  # a step takes what it asks for, and no more: others run beside it
+        cpus, mem = cpus or _share_of_cpus(job, environ), mem or _share_of_memory(job, environ)
+    else:
+        options = [(option, getattr(launcher, option)) for option in JOB_OPTIONS]
+        words += [f"--{option}={value}" for option, value in options if value is not None]
+    if gpus:
+        words.append(f"--gres=gpu:{launcher.gpu_type}:{gpus}" if launcher.gpu_type else f"--gres=gpu:{gpus}")
+    if cpus is not None:
+        words.append(f"--cpus-per-task={cpus}")
+    if mem is not None:
+        words.append(f"--mem={mem}")
+    # ALL: the environment travels as such, in no command line; none: PMI is not for a program that knows nothing of MPI
+    words += ["--export=ALL", "--kill-on-bad-exit=1", "--mpi=none", *launcher.srun_args]
+    return [*words, *job.command]
+
+
+def _servers_on_a_node(job: Job, environ: Mapping[str, str]) -> int:
+    """Return how many of the servers that are started together a node of the allocation must take."""
+    return -(-job.servers // int(environ.get("SLURM_JOB_NUM_NODES") or 1))
+
+
+def _share_of_cpus(job: Job, environ: Mapping[str, str]) -> int:
+    """Return a server's share of the CPUs of the smallest node: SLURM says "8(x3),4"."""
+    counts = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
+    return max(1, min(map(int, counts)) // _servers_on_a_node(job, environ))
+
+
+def _share_of_memory(job: Job, environ: Mapping[str, str]) -> str | None:
+    """Return a server's share of a node's memory, where the allocation has so many MiB a node; else SLURM knows."""
+    total = environ.get("SLURM_MEM_PER_NODE", "")
+    return f"{int(total) // _servers_on_a_node(job, environ)}M" if total.isdecimal() and int(total) else None
+
+
+class SlurmProcess(LocalProcess):
+    """An srun, and the job or step that it has made. `title` is its name, `allocation` the job that it is a step of."""
+
+    def __init__(
+        self, popen: "subprocess.Popen[bytes]", title: str, allocation: str | None, limit: float | None, log: Path
+    ) -> None:
+        super().__init__(popen)
+        self._title = title
+        self._allocation = allocation
+        self._limit = STEP_SECONDS if allocation and limit is None else limit
+        self._log = log
+        self._began = time.monotonic()
+        self._place = "a free place in its job" if allocation else "SLURM's answer"
+        self._runs = False
+        self._was_forced = False
+        self._is_gone = False
+        threading.Thread(target=self._look, name=title, daemon=True).start()
+
+    def poll(self) -> int | None:
+        """Return the exit code of the server once srun has ended (negative: a signal's number), else None."""
+        code = super().poll()
+        return code if code is None or not 128 < code <= 192 else 128 - code  # srun's way to tell of a signal
+
+    def waiting(self) -> str | None:
+        """Return what the job waits for, in SLURM's words; None once it runs. Raises StartupTimeout: for too long."""
+        if self._runs:
+            return None
+        if self._limit is not None and time.monotonic() - self._began > self._limit:
+            hint = (
+                "other steps of the job hold what it asks for" if self._allocation else "ask for less, or wait longer"
+            )
+            raise StartupTimeout(
+                f"{self._title} waited {self._limit:g} s (queue_timeout) for {self._place}: {hint} (log: {self._log})",
+                log=self._log,
+            )
+        return f"waiting for {self._place}"
+
+    def why(self) -> str | None:
+        """Return how SLURM has ended the job; None where it ended by itself, or was ended by us."""
+        if self._was_forced:
+            return None
+        if self._popen.returncode < 0:
+            return f"its srun was killed by {signal.Signals(-self._popen.returncode).name}"
+        rows = self._told("--states=all")
+        number, state, _ = rows[-1] if rows else (self._allocation or self._title, "", "")
+        if state not in ENDINGS:
+            state = self._accounted() or self._last_words() or ""
+        what = f"its step of job {number}" if self._allocation else f"its job {number}"
+        return f"SLURM says {state} of {what}: {ENDINGS[state]}" if state in ENDINGS else None
+
+    def stop(self, grace: float) -> int:
+        """Wait `grace` seconds for the end that the server was told; then end it by force. Returns the exit code."""
+        if not self._is_gone:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(grace)
+            if self._popen.poll() is None:
+                self._was_forced = True
+                self._popen.terminate()  # srun kills the server, and ends its job
+                try:
+                    self._popen.wait(FORCE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._kill_group()
+            self._end_job()
+            self._is_gone = True
+        with contextlib.suppress(OSError):
+            self.stdin.close()
+        self.stdout.close()
+        self._popen.wait()
+        code = self.poll()
+        assert code is not None
+        return code
+
+    def _end_job(self) -> None:
+        """Wait until SLURM has no such job any more; cancel one that goes on although its srun has ended."""
+        deadline = time.monotonic() + GONE_SECONDS
+        while (rows := self._active()) != [] and time.monotonic() < deadline:
+            for number, state, *_ in rows or ():
+                if state != "COMPLETING":
+                    ask("scancel", number)
+            time.sleep(LOOK_SECONDS[0] / 2)
+        if rows != []:
+            logger.warning(
+                "SLURM has not ended %s within %g s: see squeue --name=%s", self._title, GONE_SECONDS, self._title
+            )
+
+    def _look(self) -> None:
+        """Be the thread that asks what the job waits for, until it runs."""
+        pause = LOOK_SECONDS[0]
+        while not self._runs and self._popen.poll() is None:
+            for number, state, reason in self._active() or ():
+                self._runs = state not in ("PENDING", "CONFIGURING")
+                self._place = f"SLURM's queue (job {number}, {reason})"
+            time.sleep(pause)
+            pause = min(2 * pause, LOOK_SECONDS[1])
+
+    def _active(self) -> list[list[str]] | None:
+        """Return the number, the state and the reason for it of our job or step, while there is one; None: unknown."""
+        if self._allocation is None:
+            return self._told()
+        steps = ask("squeue", "--noheader", "--steps", f"--jobs={self._allocation}", "--format=%i|%j")
+        if steps is None:  # the allocation may be gone, and the step with it
+            return [] if ask("squeue", "--noheader", "--format=%i") is not None else None
+        return [[number, "RUNNING", ""] for number, title in steps if title == self._title]
+
+    def _told(self, *options: str) -> list[list[str]] | None:
+        """Return the number, the state and the reason for it of our job, or of that which we are a step of."""
+        which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
+        return ask("squeue", "--noheader", which, "--format=%i|%T|%r", *options)
+
+    def _accounted(self) -> str | None:
+        """Return the state with which the job or step ended, where SLURM keeps accounts."""
+        which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
+        rows = ask("sacct", "--noheader", "--parsable2", "--delimiter=|", which, "--format=JobName,State") or ()
+        return next((state.split()[0] for name, state in rows if name == self._title and state), None)
+
+    def _last_words(self) -> str | None:
+        """Return the state that srun's last words in the log mean."""
+        try:
+            with self._log.open("rb") as stream:
+                stream.seek(max(0, self._log.stat().st_size - TAIL))
+                text = stream.read().decode(errors="replace")
+        except OSError:
+            return None
+        said = [line for line in text.splitlines() if line.startswith(("srun: ", "slurmstepd: "))]
+        return next((state for words, state in LAST_WORDS if any(re.search(words, line) for line in said)), None)
+
+
+def ask(*command: str) -> list[list[str]] | None:
+    """Return the lines that a command of SLURM prints, cut at "|"; None where there is no answer."""
+    try:
+        told = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
+            timeout=ASK_SECONDS, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return [line.split("|") for line in told.stdout.splitlines()]
+
+
+@hookimpl
+def gserve_register_launchers() -> list[type[Launcher]]:
+    """Bring the launcher for SLURM."""
+    return [SlurmLauncher]
