@@ -13,20 +13,27 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from gserve_core import testing
+from gserve_core.testing import slurm
 
 nothing_left = testing.nothing_left
+slurm_cluster = slurm.slurm_cluster
+pytest_terminal_summary = slurm.pytest_terminal_summary
 ENGINE = (
     "tests/gserve_core/engines/", "tests/test_faults_vllm.py", "tests/test_quickstart.py", "tests/test_seed_readme.py",
 )  # fmt: skip
 """Tests that start real vLLM. Two cores bear one engine at a time: with several test processes, all are in one."""
+SLURM = ("tests/slurm/",)
+"""Tests that need the cluster, of which one is enough."""
 ROOT = Path(__file__).parent.parent
 
 
 class OneEngine(LoadScopeScheduling):
-    """Gives whole files to test processes, and all files that start real vLLM to one of them."""
+    """Gives whole files to test processes; all that start real vLLM to one of them, all that use SLURM to one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "engine" if nodeid.startswith(ENGINE) else nodeid.partition("::")[0]
+        if nodeid.startswith(ENGINE):
+            return "engine"
+        return "slurm" if nodeid.startswith(SLURM) else nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngine:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -61,7 +61,8 @@ PartitionName=low PriorityTier=1 PreemptMode=REQUEUE
 """`cred_expire` is also how long a job that was requeued waits before it may start again; its default is 120 s."""
 
 _START = 60.0
-_STOP = 20.0
+"""Seconds that daemons have to come up, and to die."""
+_NOT_TESTED = "what runs on a real cluster is not tested"
 
 
 def is_installed() -> bool:
@@ -108,7 +109,7 @@ class SlurmCluster:
             file = self.folder / (f"slurmd.{name}.pid" if name in self.nodes else f"{name}.pid")
             with contextlib.suppress(OSError, ValueError):
                 pid = int(file.read_text())
-                if self._mark() in _environ(pid):  # else another process has the id of one that died
+                if runtime.process_start(pid) and self._owns(pid):  # else its id is another's by now
                     found[f"slurmd[{name}]" if name in self.nodes else name] = pid
         return found
 
@@ -116,7 +117,7 @@ class SlurmCluster:
         """Start all daemons; return when every node is idle. Raises RuntimeError, with the daemons' last words."""
         if os.geteuid() != 0:
             raise RuntimeError(f"only root can start a SLURM cluster for tests, and this is user {os.geteuid()}")
-        self._folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="slurm-")).resolve()
         try:
             self._write_files()
             self._start("munged")
@@ -137,8 +138,8 @@ class SlurmCluster:
         """Kill all daemons and all that their jobs have started; remove the folder. Idempotent."""
         if self._folder is None:
             return
-        deadline = time.monotonic() + _STOP
-        while left := [*self.daemons.values(), *self.processes()]:
+        deadline = time.monotonic() + _START
+        while left := self._processes("munged", "slurmctld", "slurmd", "slurmstepd"):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"these processes of a SLURM cluster do not end: {left}")
             for pid in left:
@@ -151,10 +152,11 @@ class SlurmCluster:
         self._folder = None
 
     def run(self, *command: str, seconds: float = 60.0) -> str:
-        """Run one of SLURM's commands against this cluster; return its output. Raises RuntimeError when it fails."""
+        """Run one of SLURM's commands in the cluster's folder; return its output. Raises RuntimeError when it fails."""
         ran = subprocess.run(
             command,
             env=os.environ | self.environ,
+            cwd=self.folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -176,30 +178,11 @@ class SlurmCluster:
 
     def processes(self) -> dict[int, str]:
         """Return the live processes of all jobs and steps: every slurmstepd and what it has started."""
-        parents, commands, found = {}, {}, set()
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError):
-                    pid = int(entry.name)
-                    state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
-                    if state in "ZX":
-                        continue
-                    parents[pid] = int(parent)
-                    commands[pid] = (
-                        (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
-                    )
-                    environ = _environ(pid)
-                    if self._mark() in environ and (
-                        "slurmstepd" in commands[pid] or any(it.startswith(b"SLURMD_NODENAME=") for it in environ)
-                    ):
-                        found.add(pid)
-        while below := {pid for pid, parent in parents.items() if parent in found} - found:
-            found |= below
-        return {pid: commands[pid] for pid in sorted(found)}
+        return self._processes("slurmstepd")
 
     def restart_node(self, name: str) -> None:
         """Start the slurmd of a node anew, whether it is alive or not; return when the node can be used."""
-        deadline = time.monotonic() + _STOP
+        deadline = time.monotonic() + _START
         while pid := self.daemons.get(f"slurmd[{name}]"):
             if time.monotonic() > deadline:
                 raise RuntimeError(f"the slurmd of {name}, process {pid}, does not end")
@@ -217,9 +200,29 @@ class SlurmCluster:
 
         self._until(seconds, "is not idle", is_idle)
 
-    def _mark(self) -> bytes:
-        """Return what stands in the environment of each process of this cluster, and of its clients."""
-        return f"SLURM_CONF={self.folder / 'slurm.conf'}".encode()
+    def _processes(self, *programs: str) -> dict[int, str]:
+        """Return the live processes of these daemons, what is below them, and what says that it is of a step."""
+        parents, commands, found = {}, {}, set()
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and runtime.process_start(int(entry.name)):
+                with contextlib.suppress(OSError):
+                    pid = int(entry.name)
+                    parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                    commands[pid] = (
+                        (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                    )
+                    program = Path(commands[pid].partition(" ")[0]).name.rstrip(":")
+                    if self._owns(pid) and (program in programs or b"\0SLURMD_NODENAME=" in _environ(pid)):
+                        found.add(pid)
+        while below := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= below
+        return {pid: commands[pid] for pid in sorted(found & commands.keys())}
+
+    def _owns(self, pid: int) -> bool:
+        """Say whether a process is one of this cluster or its clients. Raises OSError where there is none."""
+        # SLURM's daemons work in the folder; a slurmstepd writes its title over its environment.
+        mark = "".join(f"\0{name}={value}\0" for name, value in self.environ.items()).encode()
+        return Path(f"/proc/{pid}/cwd").readlink() == self.folder or mark in _environ(pid)
 
     def _write_files(self) -> None:
         folder = self.folder
@@ -265,16 +268,17 @@ class SlurmCluster:
             "slurmctld": ["-f", self.environ["SLURM_CONF"], "-i"],
             "slurmd": ["-f", self.environ["SLURM_CONF"], "-N", str(node)],
         }  # fmt: skip
-        ran = subprocess.run(
-            [_program(daemon) or daemon, *options[daemon]],
-            env={"PATH": os.environ.get("PATH", os.defpath)} | self.environ,
-            cwd=self.folder,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=_START,
-            check=False,
-        )
+        with (self.folder / f"{daemon}.start.log").open("ab") as log:
+            ran = subprocess.run(
+                [_program(daemon) or daemon, *options[daemon]],
+                env={"PATH": os.environ.get("PATH", os.defpath)} | self.environ,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                timeout=_START,
+                check=False,
+            )
         if ran.returncode:
             raise RuntimeError(f"{daemon} of a SLURM cluster: exit code {ran.returncode}{self._last_words()}")
 
@@ -310,9 +314,9 @@ class SlurmCluster:
         )
 
 
-def _environ(pid: int) -> list[bytes]:
-    """Return the environment that a live process was started with. Raises OSError: there is none."""
-    return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if runtime.process_start(pid) else []
+def _environ(pid: int) -> bytes:
+    """Return a process's environment, each variable between two zeros. Raises OSError where there is no process."""
+    return b"\0" + Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
 
 
 def _kill(pid: int) -> None:
@@ -328,6 +332,50 @@ def _keep() -> None:
         sys.stdout.flush()
         while True:
             signal.pause()
+
+
+try:
+    import pytest
+except ImportError:  # pytest is only needed for the fixture
+    pass
+else:
+
+    @pytest.fixture(scope="session")
+    def slurm_cluster() -> Iterator[SlurmCluster]:
+        """Give a cluster that SLURM's commands, run anywhere in this session, speak to.
+
+        Where there can be none, the test is skipped, and pytest's summary says so; under CI it fails.
+        """
+        if why := _why_not():
+            if os.environ.get("CI"):
+                pytest.fail(why, pytrace=False)
+            pytest.skip(why)
+        with pytest.MonkeyPatch.context() as patch:
+            for name in os.environ:
+                if name.startswith(("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_")):
+                    patch.delenv(name)
+            with SlurmCluster() as cluster:
+                for name, value in cluster.environ.items():
+                    patch.setenv(name, value)
+                yield cluster
+
+    def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+        """Say aloud what was not tested."""
+        skipped = [
+            report for report in terminalreporter.stats.get("skipped", []) if _NOT_TESTED in str(report.longrepr)
+        ]
+        if skipped:
+            terminalreporter.section("SLURM NOT TESTED", red=True, bold=True)
+            terminalreporter.write_line(f"{len(skipped)} tests skipped: {_why_not()}", red=True, bold=True)
+
+
+def _why_not() -> str | None:
+    """Return why no cluster can be started here, if so."""
+    if not is_installed():
+        return f"SLURM is not installed: {_NOT_TESTED}; as root: apt-get install slurm-wlm munge"
+    if os.geteuid() != 0:
+        return f"only root can start a SLURM cluster: {_NOT_TESTED}; run the tests as root"
+    return None
 
 
 if __name__ == "__main__":
