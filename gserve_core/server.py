@@ -261,7 +261,7 @@ class VLLMServer:
 
     def job(self, log: Path, instance: str = "") -> Job:
         """Return what the launcher is asked to start. Raises ConfigError or PluginError."""
-        gpus = len(self._gpu_ids) if self._gpu_ids else self._llm.gpus_per_server
+        wanted = self._llm.gpus_per_server if self._parts.engine.uses_gpus else 0
         return Job(
             name=self.name,
             instance=instance,
@@ -273,7 +273,7 @@ class VLLMServer:
             | weakening(os.environ, self._serve.env)
             | self._serve.env,
             gpu_ids=self._gpu_ids,
-            gpus=gpus if self._parts.engine.uses_gpus else 0,
+            gpus=len(self._gpu_ids) if self._gpu_ids else wanted,
             index=self._index,
             servers=self._servers,
             log=log,
