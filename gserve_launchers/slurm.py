@@ -291,16 +291,15 @@ class SlurmProcess(LocalProcess):
 
     def _end_job(self) -> None:
         """Wait until SLURM has no such job any more; cancel one that goes on although its srun has ended."""
-        deadline = time.monotonic() + GONE_SECONDS
-        while (rows := self._active()) != [] and time.monotonic() < deadline:
+        began = time.monotonic()
+        while (rows := self._active()) != []:
+            if time.monotonic() - began > (FORCE_SECONDS if rows is None else GONE_SECONDS):
+                logger.warning("SLURM may not have ended %s: see squeue --name=%s", self._title, self._title)
+                break
             for number, state, *_ in rows or ():
                 if state != "COMPLETING":
                     ask("scancel", number)
             time.sleep(LOOK_SECONDS[0] / 2)
-        if rows != []:
-            logger.warning(
-                "SLURM has not ended %s within %g s: see squeue --name=%s", self._title, GONE_SECONDS, self._title
-            )
 
     def _look(self) -> None:
         """Be the thread that asks what the job waits for, until it runs."""

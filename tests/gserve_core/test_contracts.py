@@ -8,7 +8,7 @@ from gserve_core import plugins, testing
 registry = plugins.load()
 
 
-@pytest.mark.parametrize("name", registry.classes["launcher"])
+@pytest.mark.parametrize("name", sorted(registry.classes["launcher"].keys() - {"slurm"}))  # that one: tests/slurm
 def test_every_launcher_keeps_its_contract(name: str) -> None:
     testing.check_launcher(registry.build("launcher", {"type": name}))
 
