@@ -25,9 +25,9 @@ class Job:
     """What a launcher is to start: one server.
 
     `env` is added to the environment that the server inherits; it holds the GPU pinning (`CUDA_VISIBLE_DEVICES`) for
-    `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its scheduler for `gpus` of them, 0 where
-    the engine uses none. It is number `index` of `servers` that are started together. `instance` is an id of this start
-    alone; "" where nothing is to be started.
+    `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its scheduler for `gpus` of them, 0
+    where the engine uses none. It is number `index` of `servers` that are started together. `instance` is an id of this
+    start alone; "" where nothing is to be started.
     """
 
     name: str
@@ -58,13 +58,13 @@ class Process(Protocol):
         """
 
     def waiting(self) -> str | None:
-        """Return what the job waits for before it runs ("in the queue: Priority"); None once it runs. Never waits itself.
+        """Return what the job waits for before it runs, as "the queue: Priority"; None once it runs. Takes no time.
 
         Raises LaunchError: it has waited too long.
         """
 
     def why(self) -> str | None:
-        """Return in a sentence why an ended job has ended, where a scheduler knows more than the exit code, else None."""
+        """Return in a sentence why an ended job has ended, where a scheduler knows more than its exit code says."""
 
 
 @dataclass(frozen=True, kw_only=True)

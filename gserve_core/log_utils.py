@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Collection
+from pathlib import Path
 
 from .errors import ConfigError
 from .redaction import redact
@@ -127,6 +128,25 @@ class ServerLog:
         self._sink.put(b"".join(lines))
 
 
+class BoundedLog:
+    """A file to which a process appends that cannot keep it below `limit` bytes, as srun: its owner does, by `look`.
+
+    What is appended in the very moment in which lines are dropped may be lost.
+    """
+
+    def __init__(self, path: Path, limit: int = LIMIT) -> None:
+        with path.open("rb") as stream:
+            self._sink = _Sink(stream.fileno(), limit)
+
+    def look(self) -> None:
+        """Drop lines from the middle where the file has grown too large. Raises OSError."""
+        self._sink.keep_below(0)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._sink.close()
+
+
 class _Sink:
     """Where a log goes: a file, which it keeps below `limit` bytes, or what cannot be cut, a pipe or a terminal."""
 
@@ -144,6 +164,11 @@ class _Sink:
         self._lost = 0
         self._why = ""
         self._is_torn = False
+
+    def close(self) -> None:
+        """Release the file."""
+        if self._is_file:
+            os.close(self._descriptor)
 
     def put(self, lines: bytes) -> None:
         """Write lines. Never raises: what cannot be written is lost, which is told when writing works again."""
@@ -171,15 +196,17 @@ class _Sink:
     def _append(self, data: memoryview) -> int:
         """Write some of `data`; return how many bytes."""
         if self._is_file:
-            size = os.fstat(self._descriptor).st_size
-            if size + len(data) > self._limit:
-                size = self._shrink(size)
-            return os.pwrite(self._descriptor, data, size)
+            return os.pwrite(self._descriptor, data, self.keep_below(len(data)))
         room = select.poll()
         room.register(self._descriptor, select.POLLOUT)
         if not room.poll(0 if self._lost else PATIENCE * 1000):
             raise BlockingIOError(errno.EAGAIN, "nobody reads it")
         return os.write(self._descriptor, data[: select.PIPE_BUF])  # so much never has to wait then
+
+    def keep_below(self, more: int) -> int:
+        """See to it that the file stays below the limit with `more` bytes behind it; return its size then."""
+        size = os.fstat(self._descriptor).st_size
+        return size if size + more <= self._limit else self._shrink(size)
 
     def _shrink(self, size: int) -> int:
         """Drop lines from the middle of the file, so that half of it is free; return its size then."""

@@ -27,7 +27,7 @@ from .config import Config, LLMConfig, ServeConfig
 from .environment import weakening
 from .errors import ConfigError, GserveError, LaunchError, StartupTimeout
 from .interfaces import Address, Engine, EngineInfo, Job, Launcher, Process, Transport
-from .log_utils import LEVEL_VARIABLE, log_level
+from .log_utils import LEVEL_VARIABLE, BoundedLog, log_level
 from .plugins import Parts, assemble
 from .redaction import divided
 
@@ -223,6 +223,7 @@ class VLLMServer:
         """Processes of its last life that could not be killed: they may hold its GPUs."""
         self._pid = os.getpid()
         self._owner: lease.OwnerEnd | None = None
+        self._bounded: BoundedLog | None = None
         self._watcher: threading.Thread | None = None
         self._progress = 0.0
 
@@ -418,6 +419,7 @@ class VLLMServer:
         """Follow a server from its start to its end, and clean up after it."""
         is_here = self._parts.launcher.owner_variable is None
         end = _End(kills=diagnosis.memory_kills() if is_here else None)
+        self._bounded = None if is_here else BoundedLog(log)
         try:
             self._listen(process, owner, log, end)
         except Exception as error:  # a full disk, for one: without a watcher there can be no server
@@ -429,6 +431,8 @@ class VLLMServer:
         self.left = _end_marked(self._instance) if is_here else []
         shutil.rmtree(runtime.scratch_folder(self._instance), ignore_errors=True)  # a server that was killed left it
         self._follow(log, end.position)
+        if self._bounded is not None:
+            self._bounded.close()
         if self._address is not None:
             with suppress(GserveError, OSError):
                 runtime.remove_token(self._address, self._token)
@@ -520,8 +524,10 @@ class VLLMServer:
     def _follow(self, log: Path, position: int) -> int:
         """Look at what has come to the log: it is progress, and shown where asked for. Returns its length."""
         try:
+            if self._bounded is not None:
+                self._bounded.look()
             size = log.stat().st_size
-            position = min(position, size)  # the server drops the middle of a log that grows too large
+            position = min(position, size)  # the middle of a log that grows too large is dropped
             if size == position:
                 return position
             self._progress = time.monotonic()

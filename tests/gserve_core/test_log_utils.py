@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gserve_core.log_utils import HEAD, LIMIT, LONGEST_LINE, TAIL_LINES
+from gserve_core.log_utils import HEAD, LIMIT, LONGEST_LINE, TAIL_LINES, BoundedLog
 
 SECRET = "hf_canary_0123456789"
 PREAMBLE = f"""
@@ -96,6 +96,26 @@ def test_a_file_that_was_large_already_keeps_its_beginning(log: Path) -> None:
     assert text.startswith("old 0000000")
     assert text.endswith("new\n")
     assert text.count("dropped here") == 1
+
+
+def test_the_owner_keeps_a_log_bounded_to_which_another_program_appends(log: Path) -> None:
+    log.touch()
+    bounded = BoundedLog(log, limit=3 * HEAD)
+    longest = 0
+    with log.open("ab") as stream:
+        for number in range(200_000):
+            stream.write(b"line %d of a program that knows no bound\n" % number)
+            if number % 1000 == 999:
+                stream.flush()
+                bounded.look()
+                longest = max(longest, log.stat().st_size)
+    bounded.look()
+    bounded.close()
+    text = log.read_text()
+    assert longest <= 3 * HEAD
+    assert text.startswith("line 0 of")
+    assert text.endswith("line 199999 of a program that knows no bound\n")
+    assert "bytes of this log were dropped here" in text
 
 
 def test_secrets_are_hidden_also_when_they_come_in_pieces(log: Path) -> None:
