@@ -96,9 +96,10 @@ class SlurmLauncher(CommandLauncher):
     """Starts each server by `srun`: inside an allocation as a step of it, elsewhere as a job of its own.
 
     `gpus_per_server`: None asks for as many as the engine wants, 0 for none. `cpus_per_server` and `mem` (as "64G"):
-    None takes a server's share of the allocation, or SLURM's default. `queue_timeout`: seconds that a server may wait
-    in the queue; None: no limit. `srun_args`: more options, each as one word ("--switches=1"). `nodes`: how many nodes
-    a job of `gserve sbatch` has. All other options are srun's own; those about jobs say nothing inside an allocation.
+    None takes, of an allocation, a server's share of the CPUs and what memory it needs, else SLURM's default.
+    `queue_timeout`: seconds that a server may wait in the queue; None: no limit. `srun_args`: more options, each as one
+    word ("--switches=1"). `nodes`: how many nodes a job of `gserve sbatch` has. All other options are srun's own; those
+    about jobs say nothing inside an allocation.
     """
 
     name: ClassVar[str] = "slurm"
@@ -185,12 +186,14 @@ def srun(launcher: SlurmLauncher, job: Job, environ: Mapping[str, str]) -> list[
     cpus, mem = launcher.cpus_per_server, launcher.mem
     if "SLURM_JOB_ID" in environ:
         words += ["--exact"]  # a step takes what it asks for, and no more: others run beside it
-        cpus, mem = cpus or _share_of_cpus(job, environ), mem or _share_of_memory(job, environ)
+        cpus, mem = cpus or _share_of_cpus(job, environ), mem or "0"  # 0: the job's, without keeping others from it
     else:
         options = [(option, getattr(launcher, option)) for option in JOB_OPTIONS]
         words += [f"--{option}={value}" for option, value in options if value is not None]
     if gpus:
         words.append(f"--gres=gpu:{launcher.gpu_type}:{gpus}" if launcher.gpu_type else f"--gres=gpu:{gpus}")
+    elif "SLURM_JOB_ID" in environ:
+        words.append("--gres=none")  # a step that asks for none takes all GPUs of the job
     if cpus is not None:
         words.append(f"--cpus-per-task={cpus}")
     if mem is not None:
@@ -200,21 +203,11 @@ def srun(launcher: SlurmLauncher, job: Job, environ: Mapping[str, str]) -> list[
     return [*words, *job.command]
 
 
-def _servers_on_a_node(job: Job, environ: Mapping[str, str]) -> int:
-    """Return how many of the servers that are started together a node of the allocation must take."""
-    return -(-job.servers // int(environ.get("SLURM_JOB_NUM_NODES") or 1))
-
-
 def _share_of_cpus(job: Job, environ: Mapping[str, str]) -> int:
     """Return a server's share of the CPUs of the smallest node: SLURM says "8(x3),4"."""
     counts = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
-    return max(1, min(map(int, counts)) // _servers_on_a_node(job, environ))
-
-
-def _share_of_memory(job: Job, environ: Mapping[str, str]) -> str | None:
-    """Return a server's share of a node's memory, where the allocation has so many MiB a node; else SLURM knows."""
-    total = environ.get("SLURM_MEM_PER_NODE", "")
-    return f"{int(total) // _servers_on_a_node(job, environ)}M" if total.isdecimal() and int(total) else None
+    servers_on_a_node = -(-job.servers // int(environ.get("SLURM_JOB_NUM_NODES") or 1))
+    return max(1, min(map(int, counts)) // servers_on_a_node)
 
 
 class SlurmProcess(LocalProcess):
