@@ -43,9 +43,9 @@ FORMS = {  # the form of each option that is a text, and an example of it
     "partition": (NAMES, "gpu"),
     "account": (NAME, "my-project"),
     "qos": (NAME, "normal"),
-    "time": (r"(\d+-)?\d+(:\d\d){0,2}", '"02:00:00" (in quotes: without, YAML reads a number of seconds)'),
+    "time": (r"([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}", '"02:00:00" (in quotes: without, YAML reads a number of seconds)'),
     "gpu_type": (NAME, "a100"),
-    "mem": (r"[1-9]\d*[KMGT]", "64G"),
+    "mem": (r"[1-9][0-9]*[KMGT]", "64G"),
     "constraint": (r"[A-Za-z0-9(\[][A-Za-z0-9._()\[\]&|*,:-]{0,255}", "a100&nvlink"),
     "reservation": (NAMES, "course"),
     "nodelist": (NODES, "n[1-4]"),
@@ -57,14 +57,14 @@ JOB_OPTIONS = ("partition", "account", "qos", "time", "constraint", "reservation
 """What a job is asked for with. Of a step in an allocation it is decided already."""
 OURS = (
     "ntasks", "nodes", "job-name", "jobid", "input", "output", "error", "label", "pty", "export", "multi-prog",
-    "kill-on-bad-exit", "het-group", "ntasks-per-node", "parsable", "test-only", "no-allocate", "help", "version",
-    "usage", "chdir", "open-mode", "attach", "n", "N", "J", "i", "o", "e", "l", "K", "D", "Z", "h", "V",
+    "kill-on-bad-exit", "het-group", "pack-group", "ntasks-per-node", "parsable", "test-only", "no-allocate", "help",
+    "version", "usage", "chdir", "open-mode", "attach", "clusters", "prolog", "epilog", "task-prolog", "task-epilog",
 )  # fmt: skip
-"""Options of srun on which a server and its lease depend."""
+"""Options of srun on which a server and its lease depend, or that run other programs."""
 SHAPING = re.compile(
     r"SLURM_(CPUS?_.*|GPUS?_?.*|GRES.*|TRES_.*|MEM_.*|NNODES|N?TASKS.*|NPROCS|DIST.*|HINT|THREADS.*|EXACT|EXCLUSIVE|OVERLAP"
     r"|OVERCOMMIT|OPEN_MODE|LABELIO|STD\w+MODE|UNBUFFEREDIO|WAIT|EXPORT_ENV|STEP_.*|STEPID|IMMEDIATE|KILL_BAD_EXIT|MPI_TYPE"
-    r"|PROCID|LOCALID|NODEID|TASK_.*|PROLOG|EPILOG|SPREAD_JOB|NO_KILL|JOB_NAME|JOB_NUM_NODES|TIMELIMIT)"
+    r"|PROCID|LOCALID|NODEID|TASK_.*|PROLOG|EPILOG|SPREAD_JOB|NO_KILL|WHOLE|JOB_NAME|JOB_NUM_NODES|TIMELIMIT)"
 )
 """What srun would read as options: in a batch job they are those of the job, not of a server."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
@@ -108,7 +108,7 @@ class SlurmLauncher(CommandLauncher):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | None = None
+    time: str | int | None = None  # a number is refused with an example, not only for its type
     gpus_per_server: int | None = None
     gpu_type: str | None = None
     cpus_per_server: int | None = None
@@ -156,12 +156,13 @@ class SlurmLauncher(CommandLauncher):
 
 def _check_argument(word: str, at: str) -> None:
     """Raise ConfigError where `word` cannot be an option of srun beside ours."""
-    option = re.fullmatch(r"--([a-z][a-z-]*)(=.*)?|-([A-Za-z])(.*)", word)
+    option = re.fullmatch(r"--([a-z][a-z0-9-]*)(=.*)?", word)  # short ones may hide others: -uJx is -u -J x
     if option is None or not word.isprintable():
-        raise ConfigError(f'expected an option of srun as one word, as "--switches=1", got {word!r}', at=at)
-    name = option[1] or option[3]
-    if any(ours.startswith(name) for ours in OURS):  # srun takes the beginning of an option for it
-        raise ConfigError(f"'{word}' is not for srun_args: gserve sets that itself, or has an option for it", at=at)
+        raise ConfigError(f'expected a long option of srun as one word, as "--switches=1", got {word!r}', at=at)
+    if any(ours.startswith(option[1]) for ours in OURS):  # srun takes the beginning of an option for it
+        raise ConfigError(
+            f"'--{option[1]}' is not for srun_args: gserve sets that itself, or it would run another program", at=at
+        )
 
 
 def job_title(launcher: SlurmLauncher, job: Job) -> str:
@@ -175,12 +176,16 @@ def srun(launcher: SlurmLauncher, job: Job, environ: Mapping[str, str]) -> list[
     Raises ConfigError.
     """
     if job.gpu_ids is not None:
-        raise ConfigError("SLURM chooses the GPUs: say how many servers there are to be (serve.servers), not gpu_ids")
+        raise ConfigError(
+            "SLURM chooses the GPUs: say how many servers there are to be (serve.servers), not gpu_ids",
+            at="$.serve.gpu_ids",
+        )
     gpus = job.gpus if launcher.gpus_per_server is None else launcher.gpus_per_server
     if 0 < gpus < job.gpus:
         raise ConfigError(
             f"a server takes {job.gpus} GPUs (tensor_parallel_size times pipeline_parallel_size), and gpus_per_server"
-            f" is {gpus}"
+            f" is {gpus}",
+            at="$.launcher.gpus_per_server",
         )
     words = ["srun", "--nodes=1", "--ntasks=1", f"--job-name={job_title(launcher, job)}"]
     cpus, mem = launcher.cpus_per_server, launcher.mem
@@ -200,7 +205,7 @@ def srun(launcher: SlurmLauncher, job: Job, environ: Mapping[str, str]) -> list[
         words.append(f"--mem={mem}")
     # ALL: the environment travels as such, in no command line; none: PMI is not for a program that knows nothing of MPI
     words += ["--export=ALL", "--kill-on-bad-exit=1", "--mpi=none", *launcher.srun_args]
-    return [*words, *job.command]
+    return [*words, "--", *job.command]
 
 
 def _share_of_cpus(job: Job, environ: Mapping[str, str]) -> int:
