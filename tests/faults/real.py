@@ -193,6 +193,7 @@ def _stops(service: VLLMService, watch: Watch, stall: float) -> Outcome:
     for role in ("server", "engine", "worker"):
         with outcome.trial(f"a stop of the {role}"):
             until(lambda: all(server.is_running() for server in service.servers), HEAL_SECONDS, "all servers ready")
+            tally.batch(service, 10)  # by its end all servers take part: one without work is not missed
             since = time.monotonic()
             with oracles.stopped(oracles.of(service.servers[0])[role]):
                 _during(service, tally, 60, lambda: None)
