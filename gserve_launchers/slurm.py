@@ -43,7 +43,7 @@ FORMS = {  # the form of each option that is a text, and an example of it
     "partition": (NAMES, "gpu"),
     "account": (NAME, "my-project"),
     "qos": (NAME, "normal"),
-    "time": (r"([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}", '"02:00:00" (in quotes: without, YAML reads a number of seconds)'),
+    "time": (r"([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}", "02:00:00 (hours, minutes, seconds)"),
     "gpu_type": (NAME, "a100"),
     "mem": (r"[1-9][0-9]*[KMGT]", "64G"),
     "constraint": (r"[A-Za-z0-9(\[][A-Za-z0-9._()\[\]&|*,:-]{0,255}", "a100&nvlink"),
@@ -108,7 +108,7 @@ class SlurmLauncher(CommandLauncher):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | int | None = None  # a number is refused with an example, not only for its type
+    time: str | int | None = None  # of a number, which is refused, SLURM would think in minutes
     gpus_per_server: int | None = None
     gpu_type: str | None = None
     cpus_per_server: int | None = None
