@@ -31,6 +31,8 @@ STEP_SECONDS = 120.0
 """How long a step may wait for its place in the allocation, unless `queue_timeout` says so."""
 FORCE_SECONDS = 10.0
 """How long srun may take to end its job by force."""
+SETTLE_SECONDS = 3.0
+"""How long SLURM may take to see that a job has ended whose srun has."""
 GONE_SECONDS = 60.0
 """How long SLURM may take to end a job that was cancelled: its KillWait, 30 s by default, and some more."""
 TAIL = 1 << 16
@@ -85,7 +87,7 @@ LAST_WORDS = (  # what srun and slurmstepd say of a step, and the state that it 
     (r"CANCELLED AT \S+ DUE TO PREEMPTION", "PREEMPTED"),
     (r"CANCELLED AT \S+ DUE TO NODE FAILURE|Node failure on", "NODE_FAIL"),
     (r"(?i:out.of.memory|oom.kill|exceeded \w+ memory limit)", "OUT_OF_MEMORY"),
-    (r"CANCELLED AT|Force Terminated", "CANCELLED"),
+    (r"CANCELLED AT", "CANCELLED"),
 )
 
 logger = logging.getLogger("gserve.slurm")
@@ -288,14 +290,18 @@ class SlurmProcess(LocalProcess):
         return code
 
     def _end_job(self) -> None:
-        """Wait until SLURM has no such job any more; cancel one that goes on although its srun has ended."""
+        """Wait until SLURM has no such job any more; cancel one that goes on although its srun has ended.
+
+        One that has ended by itself is given the time to be seen as ended: it would count as cancelled.
+        """
         began = time.monotonic()
+        patience = 0.0 if self._was_forced or self._popen.returncode < 0 else SETTLE_SECONDS
         while (rows := self._active()) != []:
             if time.monotonic() - began > (FORCE_SECONDS if rows is None else GONE_SECONDS):
                 logger.warning("SLURM may not have ended %s: see squeue --name=%s", self._title, self._title)
                 break
             for number, state, *_ in rows or ():
-                if state != "COMPLETING":
+                if state != "COMPLETING" and time.monotonic() - began >= patience:
                     ask("scancel", number)
             time.sleep(LOOK_SECONDS[0] / 2)
 
@@ -337,7 +343,7 @@ class SlurmProcess(LocalProcess):
                 text = stream.read().decode(errors="replace")
         except OSError:
             return None
-        said = [line for line in text.splitlines() if line.startswith(("srun: ", "slurmstepd: "))]
+        said = [line for line in text.splitlines() if re.match(r"(srun|slurmstepd\S*): ", line)]
         return next((state for words, state in LAST_WORDS if any(re.search(words, line) for line in said)), None)
 
 
