@@ -112,6 +112,7 @@ class Dispatcher:
         self._suspects: deque[Item] = deque()
         self._coming: set[str] = set()
         self._no_server = "there is no server"
+        self._ending: str | None = None
         self._numbers = itertools.count()
         self._workers: dict[str, _Worker] = {}
         self._loop = asyncio.new_event_loop()
@@ -148,6 +149,10 @@ class Dispatcher:
     def remove(self, key: str, why: str, *, returns: bool = False) -> None:
         """Take a server out; its unfinished items go to the others, or wait for it where it `returns`."""
         self._soon(self._remove, key, why, returns)
+
+    def drain(self, why: str) -> None:
+        """Send nothing any more: what the servers have goes on, all else is lost because of `why`, now and later."""
+        self._soon(self._drain, why)
 
     def finished(self, key: str) -> int:
         """Return how many items a server has finished since it was added."""
@@ -221,6 +226,10 @@ class Dispatcher:
                 self._let_go(worker)
         self._pump()
 
+    def _drain(self, why: str) -> None:
+        self._ending = why
+        self._pump()
+
     def _let_go(self, worker: _Worker) -> None:
         closing = asyncio.ensure_future(worker.connection.close())
         self._closing.add(closing)
@@ -261,12 +270,13 @@ class Dispatcher:
 
     def _pump(self) -> None:
         """Give every server as much of the queue as it should have now."""
+        if self._ending is not None:
+            self._lose_all(self._ending)
+            return
         workers = [worker for worker in self._workers.values() if not worker.lost]
         if not workers:
             if not self._coming and not any(worker.may_return for worker in self._workers.values()):
-                self._lose([*self._queue, *self._suspects], self._no_server)
-                self._queue.clear()
-                self._suspects.clear()
+                self._lose_all(self._no_server)
             return
         free = [worker for worker in workers if not worker.is_reserved and not worker.is_busy]
         while self._queue and free:
@@ -387,6 +397,11 @@ class Dispatcher:
     def _ask_again(self, worker: _Worker) -> None:
         worker.is_busy = False
         self._pump()
+
+    def _lose_all(self, message: str) -> None:
+        self._lose([*self._queue, *self._suspects], message)
+        self._queue.clear()
+        self._suspects.clear()
 
     def _lose(self, items: list[Item], message: str) -> None:
         for item in items:

@@ -85,6 +85,8 @@ class VLLMService(Inference):
         if not name:
             raise GserveError(f"no name given to attach to, and {ATTACH_VARIABLE} is not set; gserve ps lists them")
         record = runtime.find_service(name)
+        if not record.servers:
+            raise GserveError(_ending(name))
         config = Config(
             LLMConfig(record.servers[0].model), ServeConfig(client_timeout=record.client_timeout),
             transport=record.transport, plugins=record.plugins,
@@ -103,8 +105,10 @@ class VLLMService(Inference):
         self._queue: Dispatcher | None = None
         self._supervisor: Supervisor | None = None
         self._records: dict[str, ServerRecord] = {}
+        self._draining = False
         self._pid = os.getpid()
         self._starting = threading.Lock()
+        self._telling = threading.Lock()
         placement = check_placement(config.llm, config.serve)
         serve = config.serve
         self._servers = [
@@ -137,6 +141,7 @@ class VLLMService(Inference):
             return
         if self._name is not None:
             runtime.check_name(self._name)
+        self._draining = False
         self._queue = queue = Dispatcher()
         try:
             logs = runtime.log_folder(self._name or uuid.uuid4().hex[:8])
@@ -174,8 +179,9 @@ class VLLMService(Inference):
 
     def _tell(self) -> None:
         """Let other processes know which servers there are now."""
-        if self._name is not None and self._records:
-            runtime.write_service(self._record(self._name))
+        with self._telling:
+            if self._name is not None and (self._records or self._draining):
+                runtime.write_service(self._record(self._name))
 
     def _add(self, queue: Dispatcher, record: ServerRecord, *, is_watched: bool) -> None:
         timeout = self._config.serve.client_timeout
@@ -206,8 +212,27 @@ class VLLMService(Inference):
                         queue.remove(server, f"the service '{name}' has ended")
                     self._records.clear()
                     return
-                self._join(queue, service.servers)
+                if service.servers:
+                    self._join(queue, service.servers)
+                else:
+                    queue.drain(_ending(name))
                 time.sleep(FOLLOW_SECONDS)
+
+    def drain(self, why: str = "it was told to") -> None:
+        """Take no more items and start no server again; what the servers have goes on until `shutdown`, which follows.
+
+        What they do not have ends as ItemLost with `why`: here at once, in a process that is attached within seconds.
+        Does nothing where the service does not run.
+        """
+        queue = self._queue
+        if queue is None:
+            return
+        with suppress(TransportError):  # closed meanwhile
+            queue.drain(f"the service is ending: {why}")
+        if self._supervisor is not None:
+            self._draining = True
+            self._supervisor.drain()
+            self._tell()
 
     def shutdown(self) -> None:
         """End all servers and connections. Idempotent; from any thread.
@@ -281,7 +306,7 @@ class VLLMService(Inference):
         folder = self._parts.folder
         return ServiceRecord(
             name=name, pid=pid, started=runtime.process_start(pid) or 0,
-            servers=list(self._records.values()),
+            servers=[] if self._draining else list(self._records.values()),
             transport=self._parts.registry.section("transport", self._parts.transport),
             plugins=list(self._parts.plugins), folder=str(folder.resolve()) if folder else None,
             client_timeout=self._config.serve.client_timeout,
@@ -295,3 +320,8 @@ class VLLMService(Inference):
             for record in list(self._records.values()):
                 self._add(self._queue, record, is_watched=False)
         return self._queue
+
+
+def _ending(name: str) -> str:
+    """Return why a service, which says that it has no servers, takes no items: one that does not end has some."""
+    return f"the service '{name}' is ending: it finishes what it has, and takes no more"

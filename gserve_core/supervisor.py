@@ -58,6 +58,7 @@ class Supervisor:
         self._logs: Path | None = None
         self._min_ready = len(servers)
         self._stopping = False
+        self._draining = False
         self._changed = threading.Condition()
         for server in servers:
             server.on_change(lambda server=server: self._news.put(server))  # type: ignore[misc]
@@ -82,6 +83,10 @@ class Supervisor:
                 self._changed.wait(TICK)
         if ready < len(self._servers):
             logger.info("%d of %d servers are ready, the others follow", ready, len(self._servers))
+
+    def drain(self) -> None:
+        """Start nothing any more: a server that ends from now on has ended."""
+        self._draining = True
 
     def stop(self) -> None:
         """Start nothing any more, and end all servers. Idempotent."""
@@ -151,6 +156,8 @@ class Supervisor:
             stuck = f"it has left processes that cannot be killed: {', '.join(map(str, server.left))}"
             logger.error("%s is given up: %s", server.name, stuck)
             self._give_up(server, life, f"{cause}; {stuck}")
+        elif self._draining:
+            self._give_up(server, life, cause)
         elif len(life.restarts) >= self._max_restarts:
             enough = f"it was started again {len(life.restarts)} times in ten minutes (max_restarts)"
             logger.error("%s is given up: %s", server.name, enough)
@@ -169,6 +176,9 @@ class Supervisor:
             self._changed.notify_all()
 
     def _restart(self, server: VLLMServer) -> None:
+        if self._draining:
+            self._give_up(server, self._lives[server], f"{server.name} is not started again: the service is ending")
+            return
         try:
             server.begin(self._logs)
         except Exception as error:
