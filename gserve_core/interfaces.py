@@ -6,11 +6,11 @@ dataclasses with a `name`, whose fields are their YAML options. What they hand o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, ClassVar, Protocol, runtime_checkable
+from typing import IO, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -67,6 +67,18 @@ class Process(Protocol):
         """Return in a sentence why an ended job has ended, where a scheduler knows more than its exit code says."""
 
 
+class Finding(Struct, frozen=True):
+    """What was found out about one thing that servers need.
+
+    A "note" is what may be right as it is, or wrong elsewhere. `hint`: what to do, where there is something to do.
+    """
+
+    subject: str
+    state: Literal["ok", "note", "problem"]
+    text: str
+    hint: str = ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Launcher(ABC):
     """Starts a command somewhere.
@@ -88,6 +100,10 @@ class Launcher(ABC):
 
         Raises LaunchError: it could not be started.
         """
+
+    def examine(self) -> Iterable[Finding]:
+        """Yield, for `gserve doctor`, what there is here of what the launcher uses. Starts nothing, takes seconds."""
+        return ()
 
 
 # ----------------------------------------------------------------------------------------------------------- transport
