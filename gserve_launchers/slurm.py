@@ -9,20 +9,23 @@ import contextlib
 import logging
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 from gserve_core.commands import CommandLauncher, LocalProcess
-from gserve_core.errors import ConfigError, StartupTimeout
+from gserve_core.errors import ConfigError, StartupTimeout, did_you_mean
 from gserve_core.hookspecs import hookimpl
-from gserve_core.interfaces import Job, Launcher
+from gserve_core.interfaces import Finding, Job, Launcher
 
+GUARD = Path(__file__).with_name("slurm_guard.py")
 ASK_SECONDS = 10.0
 """How long an answer of SLURM is waited for."""
 LOOK_SECONDS = 1.0, 15.0
@@ -37,6 +40,10 @@ GONE_SECONDS = 60.0
 """How long SLURM may take to end a job that was cancelled: its KillWait, 30 s by default, and some more."""
 TAIL = 1 << 16
 """Bytes at the end of a log in which srun's last words are looked for."""
+COMMANDS = ("srun", "sbatch", "squeue", "sinfo", "scontrol", "scancel")
+"""What gserve uses of SLURM."""
+UNUSABLE = re.compile(r"down|drain|fail|maint|unk|inval|.*\*$")
+"""States of nodes that take no jobs, as sinfo has them; a star means that SLURM does not hear of the node."""
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAMES = rf"{NAME}(,{NAME})*"
@@ -155,6 +162,59 @@ class SlurmLauncher(CommandLauncher):
             self.popen(job), job_title(self, job), os.environ.get("SLURM_JOB_ID"), self.queue_timeout, job.log
         )
 
+    def examine(self) -> Iterator[Finding]:
+        """Yield what there is of SLURM: its commands, the allocation that we are in, and the partitions with GPUs."""
+        missing = [command for command in COMMANDS if shutil.which(command) is None]
+        if missing:
+            hint = "log in where SLURM's commands are, or load the module that brings them"
+            yield Finding("SLURM", "problem", f"not found here: {', '.join(missing)}", hint)
+            return
+        version, rows = ask("srun", "--version"), ask("sinfo", "--noheader", "--format=%P|%a|%l|%D|%G|%T")
+        if not version or rows is None:
+            what = "its controller (slurmctld) does not answer" if version else "srun does not run"
+            hint = "run sinfo and scontrol ping to see why, and tell those who run the cluster"
+            yield Finding("SLURM", "problem", f"it is installed, but {what}", hint)
+            return
+        yield Finding("SLURM", "ok", f"{version[0][0]}: {', '.join(COMMANDS)}")
+        if (job := os.environ.get("SLURM_JOB_ID")) is not None:
+            yield _examine_allocation(job)
+        yield from _examine_partitions(rows, [] if job or not self.partition else self.partition.split(","))
+
+
+def _examine_allocation(job: str) -> Finding:
+    """Return what SLURM says of the job that we are in, unless that is over."""
+    (state, left, nodes), *_ = ask("squeue", "--noheader", f"--jobs={job}", "--format=%T|%L|%N") or [["", "", ""]]
+    if state != "RUNNING":
+        hint = "leave this shell, or unset SLURM_JOB_ID: else servers are to be steps of that job"
+        return Finding("allocation", "problem", f"job {job} is not running any more", hint)
+    return Finding("allocation", "ok", f"job {job} on {nodes}: servers are steps of it; time left: {left.lower()}")
+
+
+def _examine_partitions(rows: list[list[str]], chosen: list[str]) -> Iterator[Finding]:
+    """Yield what there is of each partition that has GPUs or is chosen; sinfo has a row for each state of its nodes."""
+    partitions: dict[str, list[list[str]]] = {}
+    for name, *row in rows:
+        partitions.setdefault(name, []).append(row)
+    for name, own in partitions.items():
+        gpus = ", ".join(dict.fromkeys(row[3] for row in own if "gpu" in row[3]))
+        is_chosen = name.rstrip("*") in chosen
+        if gpus or is_chosen:
+            availability, limit, *_ = own[0]
+            is_usable = availability == "up" and any(not UNUSABLE.match(row[4]) for row in own)
+            states = ", ".join(f"{row[2]} {row[4]}" for row in own)
+            yield Finding(
+                f"partition {name.rstrip('*')}",
+                "ok" if is_usable and gpus else "problem" if is_chosen and not is_usable else "note",
+                f"{availability}{', the default' * name.endswith('*')}; nodes: {states}; time limit: {limit};"
+                f" {gpus or 'no GPUs'}",
+            )
+    known = [name.rstrip("*") for name in partitions]
+    for name in chosen:
+        if name not in known:
+            yield Finding(f"partition {name}", "problem", f"there is none of this name{did_you_mean(name, known)}")
+    if not any("gpu" in row[4] for row in rows):
+        yield Finding("partitions", "note", f"none has GPUs that SLURM knows of: {', '.join(known)}")
+
 
 def _check_argument(word: str, at: str) -> None:
     """Raise ConfigError where `word` cannot be an option of srun beside ours."""
@@ -224,6 +284,7 @@ class SlurmProcess(LocalProcess):
         self, popen: "subprocess.Popen[bytes]", title: str, allocation: str | None, limit: float | None, log: Path
     ) -> None:
         super().__init__(popen)
+        self._guard = _guard(popen)
         self._title = title
         self._allocation = allocation
         self._limit = STEP_SECONDS if allocation and limit is None else limit
@@ -285,6 +346,8 @@ class SlurmProcess(LocalProcess):
             self.stdin.close()
         self.stdout.close()
         self._popen.wait()
+        self._guard.kill()
+        self._guard.wait()
         code = self.poll()
         assert code is not None
         return code
@@ -345,6 +408,16 @@ class SlurmProcess(LocalProcess):
             return None
         said = [line for line in text.splitlines() if re.match(r"(srun|slurmstepd\S*): ", line)]
         return next((state for words, state in LAST_WORDS if any(re.search(words, line) for line in said)), None)
+
+
+def _guard(srun: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
+    """Start what ends an srun when this process is gone."""
+    assert srun.stdin is not None
+    with Path(f"/proc/self/fd/{srun.stdin.fileno()}").open("rb", buffering=0) as line:  # srun's end of the pipe
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(GUARD), str(srun.pid)],
+            stdin=line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
 
 
 def ask(*command: str) -> list[list[str]] | None:
