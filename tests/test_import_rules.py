@@ -38,6 +38,10 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "diagnosis",
     },
     "reap": {"lease", "runtime"},
+    "doctor": {
+        "errors", "config", "interfaces", "devices", "runtime", "plugins", "service", "engines", "engines.demo_model",
+        "engines.vllm_engine",
+    },
     "testing": {"errors", "schema", "config", "interfaces", "runtime"},
     "testing.slurm": {"runtime"},
     "engines.echo": {
@@ -79,7 +83,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/testing/slurm.py": {"pytest"},
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used
     "gserve/vllm_server.py": {"gserve_core"},  # after the search path is right
-    "gserve/cli.py": {"gserve_core", "rich"},  # `gserve --help` needs none of them
+    "gserve/cli.py": {"gserve", "gserve_core", "gserve_launchers", "rich"},  # `gserve --help` needs none of them
 }
 HEAVY = {"vllm", "torch", "fastapi", "uvicorn", "httpx", "numpy", "transformers"}
 

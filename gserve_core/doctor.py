@@ -1,0 +1,428 @@
+"""What `gserve doctor` finds out: whether there is what servers need, here and on a node, before the first is started.
+
+A node is looked at by `answer`, a program that the launcher starts there as it would start a server: it gets its errand
+over stdin, says on stdout where it listens, and once it is told to go on, what it finds.
+"""
+
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import replace
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from . import devices, plugins
+from .config import Config, load
+from .engines import demo_model
+from .engines.vllm_engine import VLLMEngine, insecurity
+from .errors import ConfigError, LaunchError
+from .interfaces import Address, Engine, Finding, Job, Process
+from .plugins import Parts, assemble
+from .runtime import is_loopback
+from .service import VLLMService
+
+ROOT = Path(__file__).resolve().parent.parent
+PROGRAM = "import sys; sys.path[0] = sys.argv[1]; from gserve_core import doctor; doctor.answer()"
+"""What runs on a node. Its modules lie where ours do, as the server program does."""
+QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader")
+ASK_SECONDS = 20.0
+"""How long nvidia-smi may take: without its persistence daemon it first wakes every GPU."""
+REACH_SECONDS = 10.0
+"""How long a connection to a node may take."""
+SILENCE = 60.0
+"""Seconds in which a program that runs on a node must have said something: Python may come from a slow file system."""
+LIFETIME = 180
+"""Seconds after which the program on a node ends, whatever it does."""
+STOP_SECONDS = 2.0
+TICK = 0.1
+OVER = b"null"
+"""The last line of `answer`."""
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+LAST_WORDS = 3
+"""Lines of the log that a message has."""
+
+
+class Errand(Struct, frozen=True):
+    """What `answer` is to do: listen where a server of `config` would, and where `look` says so, look around.
+
+    `token`: what it says to whoever connects. `variable`: the launcher's `owner_variable`. `folder`: where the plugins
+    of `config` lie.
+    """
+
+    config: Config
+    folder: str
+    variable: str | None
+    token: str
+    look: bool
+
+
+class Arrival(Struct, frozen=True):
+    """The first line of `answer`: the machine that it runs on, and where it listens or why it cannot."""
+
+    node: str
+    address: Address | None
+    trouble: str = ""
+
+
+def examine(
+    config: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    on_node: bool = False,
+    waiting: Callable[[str], object] = lambda _: None,
+) -> Iterator[Finding]:
+    """Yield what is found out of this machine, and of what `config` needs, the moment it is known.
+
+    Where servers start on other machines, a job like a server's is started on one, and ends at once; `on_node` has it
+    look around there. `waiting` is told what that job waits for. Closing the iterator ends the job.
+    Raises ConfigError or PluginError.
+    """
+    if config is None:
+        if on_node:
+            raise ConfigError("--on-node goes with a CONFIG, whose launcher knows the way to a node")
+        yield from _look(None, None, runs_here=False)
+        yield from _examine_launchers()
+        return
+    loaded, document = load(config, overrides)
+    with document.located():
+        parts = assemble(loaded, document.file.parent)
+        service = VLLMService(
+            loaded.llm, loaded.serve, launcher=parts.launcher, transport=parts.transport, engine=parts.engine,
+            plugins=loaded.plugins,
+        )  # fmt: skip
+        jobs = [job for job, _ in service.jobs()]
+    is_here = parts.launcher.owner_variable is None
+    yield from _look(loaded, parts.engine, runs_here=is_here)
+    if is_here:
+        yield from _examine_pinning(jobs)
+    found = list(parts.launcher.examine())
+    yield from found
+    if is_here and not on_node:
+        return
+    if any(finding.state == "problem" for finding in found):
+        yield Finding("node", "note", f"not tried: the launcher '{parts.launcher.name}' has a problem, see above")
+        return
+    folder, variable = str(document.file.parent.resolve()), parts.launcher.owner_variable
+    errand = Errand(loaded, folder, variable, secrets.token_hex(16), look=on_node)
+    yield from _visit(parts, jobs[0], errand, waiting)
+
+
+# ---------------------------------------------------------------------------------------------------------- a machine
+
+
+def _look(config: Config | None, engine: Engine | None, *, runs_here: bool) -> Iterator[Finding]:
+    """Yield what there is on this machine; what is missing is a problem where servers run here."""
+    yield Finding("Python", "ok", f"{sys.version.split()[0]} ({sys.executable})")
+    yield Finding("gserve", "ok", f"{version('gserve')} ({ROOT})")
+    if engine is None or isinstance(engine, VLLMEngine):
+        yield _examine_vllm(engine or VLLMEngine(), runs_here)
+    if engine is None or engine.uses_gpus:
+        yield _examine_gpus()
+    if config is None:
+        return
+    if not isinstance(engine, VLLMEngine):
+        yield Finding("model", "note", f"'{config.llm.model_name}': nothing is known of models of this engine")
+        return
+    environ = os.environ | config.serve.env
+    yield _examine_model(config, environ)
+    if config.llm.lora_path is not None:
+        yield _examine_adapter(Path(config.llm.lora_path).expanduser())
+
+
+def _examine_vllm(engine: VLLMEngine, runs_here: bool) -> Finding:
+    """Find vLLM by its package's data: importing it would take ten seconds."""
+    if find_spec("vllm") is None:
+        hint = (
+            "install it: pip install 'gserve[cuda]', or 'gserve[cpu]' for a machine without GPUs"
+            if runs_here
+            else "servers need it on the machines where they run; gserve doctor CONFIG --on-node looks there"
+        )
+        return Finding("vLLM", "problem" if runs_here else "note", "not installed here", hint)
+    packages = packages_distributions().get("vllm")  # there are several that bring it
+    installed = version(packages[0]) if packages else "of an unknown version"
+    try:
+        warning = insecurity(installed, engine.allow_insecure_vllm)
+    except ConfigError as error:
+        return Finding("vLLM", "problem", str(error))
+    return Finding("vLLM", "note", warning) if warning else Finding("vLLM", "ok", installed)
+
+
+def _examine_gpus() -> Finding:
+    program = shutil.which("nvidia-smi")
+    hint = "right on a login node, and where vLLM computes on the CPU"
+    if program is None:
+        return Finding("GPUs", "note", "none seen: there is no nvidia-smi", hint)
+    try:
+        told = subprocess.run([program, *QUERY], capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("GPUs", "problem", f"nvidia-smi does not answer: {error}", "the driver may hang: ask for help")
+    rows = Counter(line.strip() for line in told.stdout.splitlines() if line.strip())
+    if told.returncode or not rows:
+        said = " ".join((told.stdout or told.stderr).split())
+        return Finding("GPUs", "note", f"none seen: nvidia-smi says: {said or 'nothing'}", hint)
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    text = "; ".join(f"{count} x {row}" for row, count in rows.items())
+    return Finding("GPUs", "ok", text if shown is None else f"{text} (CUDA_VISIBLE_DEVICES={shown})")
+
+
+def _examine_pinning(jobs: Sequence[Job]) -> Iterator[Finding]:
+    """Yield a problem for each server that is to have a GPU that is not there."""
+    for job in jobs:
+        try:
+            devices.visible(os.environ | job.env, job.gpus)
+        except LaunchError as error:
+            yield Finding(f"GPU of {job.name}", "problem", str(error))
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def _examine_model(config: Config, environ: Mapping[str, str]) -> Finding:
+    """Say what kind of name the model's is, and whether what it names is there."""
+    name = config.llm.model_name
+    path = Path(name)
+    if name.startswith(demo_model.PREFIX):
+        return _examine_demo(name)
+    if path.is_file():
+        return Finding("model", "ok", f"a file: {path.resolve()}")
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "params.json")):
+            hint = "name the folder that has it; a folder of the cache of Hugging Face has it below snapshots/"
+            return Finding("model", "problem", f"a folder without config.json: {path.resolve()}", hint)
+        return Finding("model", "ok", f"a local folder: {path.resolve()}")
+    if "://" in name:
+        return Finding("model", "note", f"at an address that was not tried: {name}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        hint = "write ~ out: vLLM does not know it" if name.startswith("~") else "is its file system mounted here?"
+        return Finding("model", "problem", f"there is no such folder here: {name}", hint)
+    return _examine_hub(name, config, environ)
+
+
+def _examine_demo(name: str) -> Finding:
+    known = demo_model.MODELS.get(name.removeprefix(demo_model.PREFIX))
+    if known is None:
+        names = ", ".join(demo_model.PREFIX + model for model in demo_model.MODELS)
+        return Finding("model", "problem", f"there is no demo model '{name}'; expected {names}")
+    folder = demo_model.cache_folder() / name.removeprefix(demo_model.PREFIX)
+    if folder.is_dir():
+        return Finding("model", "ok", f"a demo model: {folder}")
+    if find_spec(known[0]) is None:
+        hint = "pip install 'gserve[cpu]'"
+        return Finding("model", "problem", f"{name} needs the package {known[0].replace('_', '-')}", hint)
+    return Finding("model", "ok", "a demo model, which the first server makes in half a minute")
+
+
+def _examine_hub(name: str, config: Config, environ: Mapping[str, str]) -> Finding:
+    """Look for a model id in the cache of Hugging Face, as its own library would."""
+    llm = config.llm
+    home = Path(environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = Path(llm.download_dir or environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    folder = cache / f"models--{name.replace('/', '--')}"
+    revision = llm.revision or "main"
+    with suppress(OSError):
+        revision = (folder / "refs" / revision).read_text().strip()
+    snapshot = folder / "snapshots" / revision
+    if any(file.exists() for pattern in WEIGHTS for file in snapshot.glob(pattern)):
+        return Finding("model", "ok", f"a model id, whose files are in the cache: {snapshot}")
+    what = f"a model id, not in the cache here ({cache}), or not whole"
+    fetch = f"hf download {name}{f' --revision {llm.revision}' if llm.revision else ''} --cache-dir {cache}"
+    if any(environ.get(variable, "").lower() in ("1", "true", "yes", "on") for variable in OFFLINE):
+        return Finding("model", "problem", f"{what}, and this environment is offline", f"where it is not: {fetch}")
+    return Finding(
+        "model", "note", f"{what}: the first server fetches it", f"nodes may have no way out; before: {fetch}"
+    )
+
+
+def _examine_adapter(path: Path) -> Finding:
+    folder = path.parent if path.is_file() else path
+    if (folder / "adapter_config.json").is_file():
+        return Finding("LoRA adapter", "ok", f"a local folder: {folder.resolve()}")
+    what = "a folder without adapter_config.json" if folder.is_dir() else "there is no such folder here"
+    return Finding("LoRA adapter", "problem", f"{what}: {folder}", "set llm.lora_path to the folder of the adapter")
+
+
+# ---------------------------------------------------------------------------------------------------------- launchers
+
+
+def _examine_launchers() -> Iterator[Finding]:
+    """Yield what there is of each launcher. Of one that has nothing here nobody has said that it is needed."""
+    registry = plugins.load()
+    for name in registry.classes["launcher"]:
+        with suppress(ConfigError):  # it has options without a default
+            found = list(registry.build("launcher", {"type": name}).examine())
+            if all(finding.state == "problem" for finding in found):
+                found = [Finding(it.subject, "note", it.text, it.hint) for it in found]
+            yield from found
+    for name, reason in registry.broken.items():
+        yield Finding(f"plugin {name}", "problem", reason, "repair or uninstall it")
+
+
+# --------------------------------------------------------------------------------------------- a node: from the owner
+
+
+def _visit(parts: Parts, job: Job, errand: Errand, waiting: Callable[[str], object]) -> Iterator[Finding]:
+    """Have `answer` run in the place of a server; yield whether it is reached, and what it finds."""
+    with tempfile.TemporaryDirectory(prefix="gserve-doctor-") as scratch:
+        log = Path(scratch) / "log"
+        command = [sys.executable, "-c", PROGRAM, str(ROOT)]
+        job = replace(job, name="doctor", command=command, instance=uuid.uuid4().hex, log=log)
+        with ExitStack() as stack:
+            try:
+                process = parts.launcher.launch(job)
+                stack.callback(_end, process)
+                yield from _talk(process, errand, log, waiting)
+            except LaunchError as error:
+                yield Finding("node", "problem", str(error))
+
+
+def _end(process: Process) -> None:
+    with suppress(OSError):
+        process.stdin.close()  # the sign for it to end by itself
+    process.stop(STOP_SECONDS)
+
+
+def _talk(process: Process, errand: Errand, log: Path, waiting: Callable[[str], object]) -> Iterator[Finding]:
+    """Give `answer` its errand and yield what comes of it. Raises LaunchError: it does not run to its end."""
+    _say(process, msgspec.json.encode(errand))
+    node = None
+    for line in _lines(process, waiting):
+        if node is None and (arrival := _decoded(line, Arrival)) is not None:
+            node = arrival.node
+            yield _reach(arrival, errand.token)
+            _say(process, b"")
+        elif line == OVER:
+            return
+        elif (finding := _decoded(line, Finding)) is not None:
+            yield Finding(f"{finding.subject} on {node}", finding.state, finding.text, finding.hint)
+    code = process.stop(STOP_SECONDS)
+    said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    why = process.why() or "; ".join(said[-LAST_WORDS:]) or "it said nothing"
+    raise LaunchError(f"a program of ours on {node or 'a node'} ended with exit code {code}: {why}")
+
+
+def _say(process: Process, line: bytes) -> None:
+    with suppress(OSError):  # it has ended, which is seen where it is listened to
+        process.stdin.write(line + b"\n")
+
+
+def _lines(process: Process, waiting: Callable[[str], object]) -> Iterator[bytes]:
+    """Yield the lines that a job says, once it runs, to its end. Raises LaunchError: none comes."""
+    said = select.poll()
+    said.register(process.stdout, select.POLLIN)
+    rest, shown, heard, runs = b"", None, time.monotonic(), False
+    while True:
+        if not said.poll(TICK * 1000):
+            doing = None if runs else process.waiting()
+            if doing is not None:
+                heard = time.monotonic()
+                if doing != shown:
+                    waiting(doing)
+                shown = doing
+            elif time.monotonic() - heard > SILENCE:
+                raise LaunchError(f"a program of ours was started, and has said nothing for {SILENCE:g} s")
+            continue
+        chunk = os.read(process.stdout.fileno(), 1 << 16)
+        if not chunk:
+            return
+        runs, heard = True, time.monotonic()
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines
+
+
+def _decoded[T](line: bytes, kind: type[T]) -> T | None:
+    """Return what a line says; None where it is something else, as a login script's greeting."""
+    try:
+        return msgspec.json.decode(line, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None
+
+
+def _reach(arrival: Arrival, token: str) -> Finding:
+    """Connect to the node, as to a server there, and see that it is this one that answers."""
+    hint = (
+        "servers there cannot be used from here: set serve.host to an address, and serve.port to a port, that are open"
+    )
+    if arrival.address is None:
+        return Finding("node", "problem", f"{arrival.node} runs programs, and cannot listen: {arrival.trouble}", hint)
+    failed = []
+    for host in arrival.address.hosts:
+        try:
+            with socket.create_connection((host, arrival.address.port), REACH_SECONDS) as line:
+                if line.makefile("rb").read() == token.encode():
+                    return Finding("node", "ok", f"{arrival.node} runs programs, and is reached at {host}")
+            failed.append(f"{host}: another machine answers")
+        except OSError as error:
+            failed.append(f"{host}: {error}")
+    where = f"port {arrival.address.port} of {'; '.join(failed)}"
+    return Finding("node", "problem", f"{arrival.node} runs programs, and is not reached from here at {where}", hint)
+
+
+# ---------------------------------------------------------------------------------------------- a node: what runs there
+
+
+def answer() -> None:
+    """Be the program on a node. Ends when its owner does, and after `LIFETIME` seconds whatever happens."""
+    signal.alarm(LIFETIME)
+    with os.fdopen(os.dup(1), "wb", buffering=0) as up:
+        os.dup2(2, 1)  # what plugins print
+        errand = msgspec.json.decode(sys.stdin.buffer.readline(), type=Errand)
+        with ExitStack() as stack:
+            try:
+                listening = stack.enter_context(_listen(errand))
+            except OSError as error:
+                up.write(msgspec.json.encode(Arrival(socket.gethostname(), None, str(error))) + b"\n")
+            else:
+                host, port, *_ = listening.getsockname()
+                hosts = [socket.getfqdn(), socket.gethostname()] if host in ("0.0.0.0", "::") else [host]  # noqa: S104
+                up.write(msgspec.json.encode(Arrival(socket.gethostname(), Address(hosts, port))) + b"\n")
+                _show_token(listening, errand.token)
+        if not sys.stdin.buffer.readline():
+            return
+        if errand.look:
+            parts = assemble(errand.config, Path(errand.folder))
+            for finding in _look(errand.config, parts.engine, runs_here=True):
+                up.write(msgspec.json.encode(finding) + b"\n")
+        up.write(OVER + b"\n")
+
+
+def _listen(errand: Errand) -> socket.socket:
+    """Listen where a server of this config would. Raises OSError."""
+    host = errand.config.serve.host
+    if errand.variable is not None and is_loopback(host):
+        owner = os.environ.get(errand.variable, "").partition(" ")[0]
+        if not owner:
+            raise OSError(f"{errand.variable} does not say where the owner's machine is")
+        family, kind, _, _, place = socket.getaddrinfo(owner, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing, but chooses the way
+            host = probe.getsockname()[0]
+    family, _, _, _, place = socket.getaddrinfo(host, errand.config.serve.port or 0, type=socket.SOCK_STREAM)[0]
+    return socket.create_server(place[:2], family=family)
+
+
+def _show_token(listening: socket.socket, token: str) -> None:
+    """Say the token to whoever connects, until the owner speaks on stdin or ends."""
+    news = select.poll()
+    news.register(listening, select.POLLIN)
+    news.register(0, select.POLLIN)
+    while 0 not in (ready := dict(news.poll())):
+        if ready:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(token.encode())
