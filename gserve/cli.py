@@ -1,4 +1,4 @@
-"""The command line: `gserve launch`, `generate`, `chat`, `check`, `plugins`, `ps`, `stop` and `reap`.
+"""The command line: `gserve launch`, `generate`, `chat`, `run`, `sbatch`, `check`, `plugins`, `ps`, `stop` and `reap`.
 
 Results go to stdout, all else to stderr. What goes wrong is said there after "error:", and by the exit code: 2 for a
 config, a plugin or an argument, 1 for anything else, 128 and its number for a signal.
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 TICK = 0.1
 """Seconds between two looks at servers or processes."""
+ATTACH_VARIABLE = "GSERVE_ATTACH"
 STDIO = Path("-")
 RECORD_START = b'{"id":'
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -61,6 +62,12 @@ ParamsText = Annotated[
     str | None,
     typer.Option("--params", metavar="JSON", help='Sampling parameters, as in {"max_tokens": 64, "temperature": 0}.'),
 ]
+Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="A program and its arguments.")]
+CommandOrNot = Annotated[
+    list[str] | None, typer.Argument(metavar="[-- COMMAND]", help="A program and its arguments.", show_default=False)
+]
+SlurmText = Annotated[str | None, typer.Option(help="As in SLURM.")]
+SlurmNumber = Annotated[int | None, typer.Option()]
 Output = Annotated[
     Path | None,
     typer.Option(
@@ -233,6 +240,108 @@ def chat(
 
 
 @app.command()
+def run(
+    config: ConfigFile,
+    command: Command,
+    patience: Annotated[
+        float | None,
+        typer.Option(metavar="SECONDS", help="How long COMMAND may take to end after SIGUSR1 [default: 80]."),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Start the servers of CONFIG, run COMMAND with $GSERVE_ATTACH set, and end with its exit code.
+
+    SIGUSR1 says that the time is nearly over: no more items are taken, those at work finish, and COMMAND is given the
+    rest back as errors.
+    """
+    from gserve import batch_job
+
+    ended = batch_job.run(config, overrides or (), command, batch_job.PATIENCE if patience is None else patience)
+    raise typer.Exit(ended.code)
+
+
+@app.command()
+def sbatch(
+    config: ConfigFile,
+    command: CommandOrNot = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", "-i", metavar="IN", help="Without COMMAND: generate from these prompts.")
+    ] = None,
+    output: Output = None,
+    params: ParamsText = None,
+    is_chat: Annotated[bool, typer.Option("--chat", help="IN holds conversations.")] = False,
+    overrides: Overrides = None,
+    only_print: Annotated[bool, typer.Option("--print", help="Show what would be submitted, and leave it.")] = False,
+    partition: SlurmText = None,
+    account: SlurmText = None,
+    qos: SlurmText = None,
+    time: SlurmText = None,
+    nodes: SlurmNumber = None,
+    gpus_per_server: SlurmNumber = None,
+    gpu_type: SlurmText = None,
+    cpus_per_server: SlurmNumber = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of a server, as in 64G.")] = None,
+    constraint: SlurmText = None,
+    reservation: SlurmText = None,
+    nodelist: SlurmText = None,
+    exclude: SlurmText = None,
+    job_name: SlurmText = None,
+    comment: SlurmText = None,
+    requeue: Annotated[
+        bool | None, typer.Option(help="Run the job again where it was preempted, or its time was too short.")
+    ] = None,
+) -> None:
+    """Submit a job to SLURM that starts the servers of CONFIG and runs COMMAND, with $GSERVE_ATTACH set, to its end.
+
+    Options about the job go before those of the launcher slurm in CONFIG. COMMAND stands after --.
+    """
+    from gserve_core.documents import Document
+    from gserve_core.redaction import secret_values
+    from gserve_launchers import batch
+
+    given = {
+        "partition": partition, "account": account, "qos": qos, "time": time, "nodes": nodes,
+        "gpus_per_server": gpus_per_server, "gpu_type": gpu_type, "cpus_per_server": cpus_per_server, "mem": mem,
+        "constraint": constraint, "reservation": reservation, "nodelist": nodelist, "exclude": exclude,
+        "job_name": job_name, "comment": comment, "requeue": requeue,
+    }  # fmt: skip
+    if bool(command) == (source is not None):
+        raise ConfigError("expected either a COMMAND after -- or an --input")
+    if source is not None:
+        command = _answering(source, output, params, ConversationLine if is_chat else PromptLine)
+    elif output is not None or params is not None or is_chat:
+        raise ConfigError("--output, --params and --chat go with --input")
+    service = gserve.VLLMService.from_yaml(config, overrides=overrides or ())
+    if secret_values(Document(config, overrides or ()).data) - secret_values(Document(config).data):
+        raise ConfigError("--set holds a secret: write it into CONFIG, or into the environment")
+    launcher = batch.configured(service.launcher, {name: value for name, value in given.items() if value is not None})
+    jobs = [job for job, _ in service.jobs()]
+    order = batch.Order(
+        config=str(config.absolute()), overrides=overrides or [], command=command or [],
+        patience=batch.notice(launcher) * 2 / 3, requeue=launcher.requeue,
+    )  # fmt: skip
+    if only_print:
+        print(batch.SCRIPT.read_text())
+        print(shlex.join(batch.sbatch(launcher, jobs, str(batch.SCRIPT), sys.executable, f"{batch.folder()}/….json")))
+        return
+    number = batch.submit(launcher, jobs, order)
+    print(f"job {number}: its output goes to {Path.cwd() / f'slurm-{number}.out'}")
+
+
+def _answering(source: Path, output: Path | None, params: str | None, kind: "type[Line]") -> list[str]:
+    """Return the command that does what `generate` and `chat` do, with the service that $GSERVE_ATTACH names."""
+    if output is None or STDIO in (source, output):
+        raise ConfigError("a job has no stdin and nobody to read its stdout: expected --output, and both as files")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write the results: there is no folder {output.absolute().parent}")
+    _read(source, kind)  # what is wrong is to be known before the job waits in the queue
+    _read_params(params)
+    command = [sys.executable, "-P", "-m", "gserve.cli", "chat" if kind is ConversationLine else "generate"]
+    command += ["--input", str(source.absolute()), "--output", str(output.absolute())]
+    return command if params is None else [*command, "--params", params]
+
+
+@app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check CONFIG, and print the commands that would run."""
     for job, command in gserve.VLLMService.from_yaml(config, overrides=overrides or ()).jobs():
@@ -328,10 +437,15 @@ def reap(
 
 
 def _split(config: str | None, texts: Sequence[str], attach: str | None) -> tuple[Path | None, Sequence[str]]:
-    """Return the config and the texts after it; with --attach there is no config, and its place is the first text's."""
+    """Return the config and the texts after it; with --attach there is no config, and its place is the first text's.
+
+    With neither, $GSERVE_ATTACH names a service.
+    """
     if attach is not None:
         return None, texts if config is None else [config, *texts]
     if config is None:
+        if os.environ.get(ATTACH_VARIABLE):
+            return None, texts
         raise ConfigError("expected a CONFIG (a YAML file), or --attach NAME")
     return Path(config), texts
 

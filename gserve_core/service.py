@@ -266,6 +266,11 @@ class VLLMService(Inference):
         """The servers, in order; none where the service is attached."""
         return () if self._attached else tuple(self._servers)
 
+    @property
+    def launcher(self) -> Launcher:
+        """What starts the servers."""
+        return self._parts.launcher
+
     def is_running(self) -> bool:
         """Say whether at least one server is ready for requests."""
         return any(status.state == State.READY for status in self.status()) if self._queue is not None else False

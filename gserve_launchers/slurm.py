@@ -107,8 +107,9 @@ class SlurmLauncher(CommandLauncher):
     `gpus_per_server`: None asks for as many as the engine wants, 0 for none. `cpus_per_server` and `mem` (as "64G"):
     None takes, of an allocation, a server's share of the CPUs and what memory it needs, else SLURM's default.
     `queue_timeout`: seconds that a server may wait in the queue; None: no limit. `srun_args`: more options, each as one
-    word ("--switches=1"). `nodes`: how many nodes a job of `gserve sbatch` has. All other options are srun's own; those
-    about jobs say nothing inside an allocation.
+    word ("--switches=1"). `nodes` and `requeue` are for `gserve sbatch`: how many nodes its job has, and whether SLURM
+    runs it again where it was preempted or did not finish in its time. All other options are srun's own; those about
+    jobs say nothing inside an allocation.
     """
 
     name: ClassVar[str] = "slurm"
@@ -123,6 +124,7 @@ class SlurmLauncher(CommandLauncher):
     cpus_per_server: int | None = None
     mem: str | None = None
     nodes: int | None = None
+    requeue: bool = False
     constraint: str | None = None
     reservation: str | None = None
     nodelist: str | None = None
