@@ -1,4 +1,4 @@
-"""The command line: `gserve launch`, `generate`, `chat`, `run`, `sbatch`, `check`, `plugins`, `ps`, `stop` and `reap`.
+"""The command line: `launch`, `generate`, `chat`, `run`, `sbatch`, `check`, `doctor`, `plugins`, `ps`, `stop`, `reap`.
 
 Results go to stdout, all else to stderr. What goes wrong is said there after "error:", and by the exit code: 2 for a
 config, a plugin or an argument, 1 for anything else, 128 and its number for a signal.
@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -40,6 +40,7 @@ ATTACH_VARIABLE = "GSERVE_ATTACH"
 STDIO = Path("-")
 RECORD_START = b'{"id":'
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 logger = logging.getLogger("gserve.cli")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode=None)
@@ -348,6 +349,31 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
         gpus = f" on GPU {','.join(map(str, job.gpu_ids))}" if job.gpu_ids else ""
         print(f"# {job.name}{gpus}")
         print(*(f"{key}={shlex.quote(value)}" for key, value in hidden(job.env).items()), shlex.join(command))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Look for what it needs too, and try its launcher.")
+    ] = None,
+    on_node: Annotated[
+        bool, typer.Option("--on-node", help="Look around on a node too, where servers would run.")
+    ] = False,
+    overrides: Overrides = None,
+) -> None:
+    """Say whether there is what servers need: vLLM, GPUs, the model, SLURM, the way to a node."""
+    from gserve_core.doctor import examine
+
+    problems = 0
+    with closing(examine(config, overrides or (), on_node=on_node, waiting=_say)) as findings:
+        for finding in findings:
+            problems += finding.state == "problem"
+            state = typer.style(f"{finding.state:<8}", fg=COLOURS[finding.state])
+            typer.echo(f"{state} {finding.subject:<16} {finding.text}")
+            if finding.hint:
+                typer.echo(f"{'':<25} -> {finding.hint}")
+    if problems:
+        raise GserveError(f"{problems} problem{'s' * (problems > 1)}, see above")
 
 
 @app.command("plugins")

@@ -16,7 +16,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import packages_distributions, version
@@ -86,7 +86,7 @@ def examine(
     *,
     on_node: bool = False,
     waiting: Callable[[str], object] = lambda _: None,
-) -> Iterator[Finding]:
+) -> Generator[Finding]:
     """Yield what is found out of this machine, and of what `config` needs, the moment it is known.
 
     Where servers start on other machines, a job like a server's is started on one, and ends at once; `on_node` has it
