@@ -74,11 +74,11 @@ def test_the_plugin_in_it_is_the_file() -> None:
     assert source in blocks("python")
 
 
-def test_the_yaml_in_it_is_right(tmp_path: Path) -> None:
-    (block,) = blocks("yaml")
+@pytest.mark.parametrize(("block", "servers"), [*zip(blocks("yaml"), (2, 8), strict=True)])
+def test_the_yaml_in_it_is_right(block: str, servers: int, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(block)
     loaded, document = config.load(tmp_path / "config.yaml")
-    assert len(config.check_placement(loaded.llm, loaded.serve)) == 2
+    assert len(config.check_placement(loaded.llm, loaded.serve)) == servers
     plugins.assemble(loaded, document.file.parent)
 
 
