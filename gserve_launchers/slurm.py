@@ -244,6 +244,10 @@ def srun(launcher: SlurmLauncher, job: Job, environ: Mapping[str, str]) -> list[
             "SLURM chooses the GPUs: say how many servers there are to be (serve.servers), not gpu_ids",
             at="$.serve.gpu_ids",
         )
+    if ":" in job.command:
+        raise ConfigError(
+            "srun takes a ':' that stands alone for the end of a command: no name or path can be just that"
+        )
     gpus = job.gpus if launcher.gpus_per_server is None else launcher.gpus_per_server
     if 0 < gpus < job.gpus:
         raise ConfigError(

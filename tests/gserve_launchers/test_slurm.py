@@ -263,6 +263,11 @@ def test_what_is_no_long_option_in_one_word_is_refused(word: str) -> None:
     assert 'expected a long option of srun as one word, as "--switches=1"' in error.message
 
 
+def test_a_word_that_srun_takes_for_the_end_of_a_command_is_refused() -> None:
+    with pytest.raises(ConfigError, match="srun takes a ':' that stands alone for the end of a command"):
+        commands(LLMConfig(":"), ServeConfig(), EchoEngine())
+
+
 def test_other_options_of_srun_are_taken_as_they_are() -> None:
     taken = ["--overlap", "--switches=1", "--gres=gpu:a100:1,tmp:5G", "--mem-bind=local", "--container=/a b/$(c)"]
     assert words(SlurmLauncher(srun_args=taken))[-5:] == taken
@@ -324,9 +329,8 @@ def test_no_setting_becomes_another_option_or_a_command() -> None:
 @given(texts)
 def test_the_path_of_a_model_stays_one_word_of_the_servers_own_command(path: str) -> None:
     try:
-        llm = LLMConfig(path)
+        ((of, line),) = VLLMService(LLMConfig(path), launcher=SlurmLauncher(), engine=EchoEngine()).jobs()
     except ConfigError:
         return
-    ((of, line),) = VLLMService(llm, launcher=SlurmLauncher(), engine=EchoEngine()).jobs()
     assert line[line.index("--") :] == ["--", *of.command]
     assert of.command[of.command.index("--model") + 1] == path
