@@ -25,7 +25,6 @@ from gserve_core.errors import ConfigError, StartupTimeout, did_you_mean
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Finding, Job, Launcher
 
-GUARD = Path(__file__).with_name("slurm_guard.py")
 ASK_SECONDS = 10.0
 """How long an answer of SLURM is waited for."""
 LOOK_SECONDS = 1.0, 15.0
@@ -273,7 +272,13 @@ def srun(launcher: SlurmLauncher, job: Job, environ: Mapping[str, str]) -> list[
         words.append(f"--mem={mem}")
     # ALL: the environment travels as such, in no command line; none: PMI is not for a program that knows nothing of MPI
     words += ["--export=ALL", "--kill-on-bad-exit=1", "--mpi=none", *launcher.srun_args]
-    return [*words, "--", *job.command]
+    task = [] if "SLURM_JOB_ID" in environ else _program("slurm_task.py")  # an allocation is not ours to end
+    return [*words, "--", *task, *job.command]
+
+
+def _program(name: str) -> list[str]:
+    """Return the command of a program beside this one that needs nothing but Python."""
+    return [sys.executable, "-I", "-S", str(Path(__file__).with_name(name))]
 
 
 def _share_of_cpus(job: Job, environ: Mapping[str, str]) -> int:
@@ -421,7 +426,7 @@ def _guard(srun: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
     assert srun.stdin is not None
     with Path(f"/proc/self/fd/{srun.stdin.fileno()}").open("rb", buffering=0) as line:  # srun's end of the pipe
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", str(GUARD), str(srun.pid)],
+            [*_program("slurm_guard.py"), str(srun.pid)],
             stdin=line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import frame, load, owners, real, servers, starts
+from . import frame, jobs, load, owners, real, servers, starts
 from .frame import Outcome, Row, Scale
 
 ROWS = (
@@ -33,6 +33,12 @@ ROWS = (
     Row("decoy", starts.decoy, (90, 600)),
     Row("cycles", starts.cycles, (120, 1800)),
     Row("machine", starts.machine, (120, 3000)),
+    Row("slurm-jobs", jobs.of_jobs, jobs.LIMIT),
+    Row("slurm-steps", jobs.of_steps, jobs.LIMIT),
+    Row("slurm-nodes", jobs.of_nodes, jobs.LIMIT),
+    Row("slurm-time", jobs.of_time, jobs.LIMIT),
+    Row("slurm-queue", jobs.of_queue, jobs.LIMIT),
+    Row("slurm-owners", jobs.of_owners, jobs.LIMIT),
     Row("vllm", real.service, (1200, 2400), is_real=True),
     Row("vllm-owner", real.killed, (600, 2400), is_real=True),
 )

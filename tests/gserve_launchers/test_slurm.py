@@ -31,9 +31,10 @@ def job(**options: Any) -> Job:
 def words(launcher: SlurmLauncher, environ: Mapping[str, str] = {}, **options: Any) -> list[str]:
     """Return what stands between `srun` and the command of the server."""
     line = srun(launcher, job(**options), environ)
-    end = len(line) - len(COMMAND) - 1
+    end = line.index("--")
     assert line[0] == "srun"
-    assert line[end:] == ["--", *COMMAND]
+    assert line[-len(COMMAND) :] == COMMAND
+    assert [Path(word).name for word in line[end + 4 : -len(COMMAND)]] == ([] if environ else ["slurm_task.py"])
     return line[1:end]
 
 
@@ -332,5 +333,5 @@ def test_the_path_of_a_model_stays_one_word_of_the_servers_own_command(path: str
         ((of, line),) = VLLMService(LLMConfig(path), launcher=SlurmLauncher(), engine=EchoEngine()).jobs()
     except ConfigError:
         return
-    assert line[line.index("--") :] == ["--", *of.command]
+    assert line[line.index("--") + 5 :] == of.command
     assert of.command[of.command.index("--model") + 1] == path

@@ -1,0 +1,62 @@
+"""Runs a server as the task of a job of its own, and ends the job if nobody else does: `python slurm_task.py COMMAND …`.
+
+A job ends when its srun does, which ends when the server has. Where srun was killed, and its owner with it, as on a
+machine that dies, SLURM keeps the job although nothing is in it, and its GPUs with it. This process hears what the
+server hears; once the server has ended after a long silence, it cancels the job. It is started by its path, and needs
+nothing but Python.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+SILENCE = 40.0
+"""Seconds of silence that say that srun is gone: more than some beats of the lease, less than the time of the lease."""
+
+
+class Line:
+    """What comes from srun, passed on to a server."""
+
+    def __init__(self, server: int) -> None:
+        self._server = server
+        self._heard = time.monotonic()
+        self._is_closed = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Say whether srun is gone without having closed its end."""
+        return not self._is_closed and time.monotonic() - self._heard > SILENCE
+
+    def forward(self) -> None:
+        """Pass on all that comes, and its end."""
+        try:
+            while chunk := os.read(0, 1 << 16):
+                self._heard = time.monotonic()
+                while chunk:
+                    chunk = chunk[os.write(self._server, chunk) :]
+            self._is_closed = True
+            os.close(self._server)
+        except BrokenPipeError:  # the server has ended
+            pass
+
+
+def main(command: list[str]) -> int:
+    """Run a server, and do what is to be done at its end; return its exit code, as a shell would."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)  # SLURM sends it to all processes of the job: the server decides
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as server:
+        assert server.stdin is not None
+        line = Line(os.dup(server.stdin.fileno()))
+        server.stdin.close()
+        threading.Thread(target=line.forward, daemon=True).start()
+        code = server.wait()
+    if line.is_silent:
+        os.execlp("scancel", "scancel", os.environ["SLURM_JOB_ID"])  # which ends all of the job, and so this too
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,637 @@
+"""Faults of SLURM: jobs and steps that end, wait, or lose their node, and owners that leave them behind.
+
+Every row has a real cluster of its own. It looks at the cluster's queue, at its processes in /proc, at the sockets of
+this machine, and at what became of the items; gserve is asked only how it finds its servers, and why they have ended.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from gserve import LaunchError, ServeConfig, VLLMServer, VLLMService
+from gserve_core.engines.echo import EchoEngine
+from gserve_core.testing import RUN_VARIABLE
+from gserve_core.testing.slurm import SlurmCluster, is_installed
+from gserve_launchers.slurm import SlurmLauncher
+
+from . import oracles
+from .frame import Outcome, Scale
+from .oracles import Tally, Watch, raised, until
+from .servers import LLM, at_work
+
+ENDS_SECONDS = 60.0 + 5.0 + 15.0
+"""How long what a fault has hit may take to be gone: the lease's time, SLURM's KillWait, and some more."""
+HEAL_SECONDS = 150.0
+"""How long a server may take to be ready again: as long as that, and to start."""
+LIMIT_SECONDS = 180.0
+"""How long SLURM may take to end a job whose time of one minute is over."""
+SECONDS = 240, 1500
+"""How long a row may take, in its short and its long form; and then, two minutes to end what it has started."""
+LIMIT = SECONDS[0] + 120, SECONDS[1] + 120
+
+STALL = 10.0
+"""`stall_timeout`, in seconds."""
+ECHO = EchoEngine(latency=0.05, capacity=4, processes=2)
+"""An item takes 50 ms: some are in flight at every moment."""
+
+
+class Patient(Tally):
+    """Items that may wait until a server is back."""
+
+    patience = 2 * HEAL_SECONDS
+
+
+@contextlib.contextmanager
+def cluster(seconds: int, nodes: int = 3) -> Iterator[SlurmCluster]:
+    """Have a cluster to which SLURM's commands speak, in this process and those below it.
+
+    Raises TimeoutError in the context after so many seconds: a row that is killed would leave its cluster behind.
+    """
+
+    def end(number: int, frame: object) -> None:
+        raise TimeoutError(f"not done within {seconds} s")
+
+    for folder in (Path(tempfile.gettempdir()), Path(tempfile.gettempdir()).parent):
+        folder.chmod(folder.stat().st_mode | 0o011)  # the way to munged's socket must be open to all
+    with SlurmCluster(nodes=nodes) as one:
+        os.environ |= one.environ
+        signal.signal(signal.SIGALRM, end)
+        signal.alarm(seconds)
+        try:
+            yield one
+        finally:
+            signal.alarm(0)
+
+
+@contextlib.contextmanager
+def allocation(*options: str) -> Iterator[None]:
+    """Be inside an allocation, with what its shell would have in its environment."""
+    tell = "import json, os, sys; print(json.dumps(dict(os.environ)), flush=True); sys.stdin.read()"
+    command = ["salloc", "--quiet", *options, sys.executable, "-c", tell]
+    before = dict(os.environ)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as salloc:
+        assert salloc.stdout is not None
+        os.environ |= json.loads(salloc.stdout.readline())
+        try:
+            yield
+        finally:
+            for name in os.environ.keys() - before.keys():
+                del os.environ[name]
+            salloc.communicate()
+
+
+def service(serve: ServeConfig, launcher: SlurmLauncher) -> VLLMService:
+    """Return a service on echo."""
+    return VLLMService(LLM, serve, engine=ECHO, launcher=launcher)
+
+
+def serving(servers: int) -> ServeConfig:
+    """Return a config that lets servers be struck as often as a row wants."""
+    return ServeConfig(servers=servers, stall_timeout=STALL, max_restarts=1000)
+
+
+def named(on: SlurmCluster, name: str) -> list[str]:
+    """Return what the queue has under a name, or a part of one: jobs and steps, in words of squeue."""
+    lines = on.run("squeue", "--noheader", "--format=%i|%T|%N|%j").splitlines()
+    lines += on.run("squeue", "--noheader", "--steps", "--format=%i|step|%N|%j").splitlines()
+    return [line for line in lines if name in line]
+
+
+# ------------------------------------------------------------------------------------------------- servers that are hit
+
+
+class Heard(logging.Handler):
+    """What gserve says in its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sentences: list[str] = []
+        logging.getLogger("gserve").addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a sentence."""
+        self._sentences.append(record.getMessage())
+
+    def of(self, log: Path | None) -> str:
+        """Return what was said of the end of the server with this log."""
+        return next((it.splitlines()[0] for it in self._sentences if f"(log: {log})" in it), "nothing")
+
+
+class Life:
+    """One life of a ready server, as SLURM and /proc know it."""
+
+    def __init__(self, on: SlurmCluster, server: VLLMServer) -> None:
+        record = server.record()
+        self.on = on
+        self.log = server.status().log
+        self._instance = record.instance
+        self._port = record.address.port
+        (step,) = [line for line in named(on, self._instance[:12]) if "|step|" in line]
+        self.step, _, self.node, _ = step.split("|")
+        self.job = self.step.partition(".")[0]
+
+    def pids(self, role: str) -> list[int]:
+        """Return the process ids of a role, in the order in which they began."""
+        if role == "slurmstepd":
+            return [pid for pid, it in self.on.processes().items() if f"slurmstepd: [{self.step}]" in it]
+        return [it.pid for it in oracles.of_servers() if it.instance == self._instance and it.role == role]
+
+    def left(self) -> list[str]:
+        """Return what there is of it: processes, its job or step, its port."""
+        found = [f"{it.pid} {it.command[:80]}" for it in oracles.of_servers() if it.instance == self._instance]
+        found += [f"{pid} slurmstepd" for pid in self.pids("slurmstepd")]
+        found += named(self.on, self._instance[:12])
+        return found + [f"port {self._port}"] * (self._port in oracles.listening())
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What befalls one server, and what must be said of its end; None: it is to live on.
+
+    `strike` returns at the moment of the fault.
+    """
+
+    name: str
+    strike: Callable[[Life], object]
+    says: str | None
+    step_stays: bool = False
+    """SLURM has no eyes for the end of the step, as long as the allocation lasts."""
+
+
+def kill(role: str, *places: int) -> Callable[[Life], None]:
+    """Return what kills processes of a role: those at some places in the order of their beginning, or all."""
+
+    def strike(life: Life) -> None:
+        pids = life.pids(role)
+        assert pids, f"there is no {role}"
+        for pid in [pids[place] for place in places] or pids:
+            os.kill(pid, signal.SIGKILL)
+
+    return strike
+
+
+def run(*command: str) -> Callable[[Life], None]:
+    """Return what runs a command of SLURM; "{job}", "{step}" and "{node}" in it are those of the server."""
+    return lambda life: void(life.on.run(*(word.format(**vars(life)) for word in command)))
+
+
+def void(_: object) -> None:
+    """Return nothing."""
+
+
+class Range:
+    """A service at work, whose servers are hit one after the other."""
+
+    def __init__(self, on: SlurmCluster, service: VLLMService, watch: Watch) -> None:
+        self._on = on
+        self._service = service
+        self._watch = watch
+        self._heard = Heard()
+
+    def strike(self, fault: Fault, outcome: Outcome, index: int) -> None:
+        """Do a fault to one server: it must be seen, named, cleared away and mended."""
+        with outcome.trial(fault.name):
+            watch, servers = self._watch, self._service.servers
+            until(lambda: all(watch.ready_for(it) > 1.0 for it in range(len(servers))), HEAL_SECONDS, "all ready")
+            life = Life(self._on, servers[index])
+            restarts = self._service.status()[index].restarts
+            before = time.monotonic()
+            fault.strike(life)
+            since = before if time.monotonic() - before < LONG_STRIKE else time.monotonic()
+            if fault.says is None:
+                time.sleep(2 * STALL)
+                assert self._service.status()[index].restarts == restarts, f"it ended: {self._heard.of(life.log)}"
+                return
+            detect, recover = watch.wait_recovered(index, since, HEAL_SECONDS)
+            outcome.detect.append(detect)
+            outcome.recover.append(recover)
+            if "down" in self._on.node_states()[life.node]:
+                self._on.restart_node(life.node)
+            wait_gone(outcome, lambda: [it for it in life.left() if not (fault.step_stays and "|step|" in it)], since)
+            said = self._heard.of(life.log)
+            assert fault.says in said, f"expected '{fault.says}' in: {said}"
+
+
+LONG_STRIKE = 10.0
+"""Seconds: what takes longer waits for the fault."""
+
+
+def wait_gone(outcome: Outcome, left: Callable[[], Sequence[object]], since: float) -> None:
+    """Wait until nothing is left; note how long that took. Raises AssertionError: too long."""
+    while found := left():
+        if time.monotonic() - since > ENDS_SECONDS:
+            outcome.orphans += len(found)
+            raise AssertionError(f"{len(found)} left after {ENDS_SECONDS:g} s: {'; '.join(map(str, found))}")
+        time.sleep(0.2)
+    took = time.monotonic() - since
+    outcome.figures["gone, worst"] = max(took, outcome.figures.get("gone, worst", 0.0))
+
+
+def strike_each(
+    on: SlurmCluster, service: VLLMService, faults: Sequence[Fault], times: int, chance: random.Random
+) -> list[Outcome]:
+    """Do each fault some times, to servers chosen at random, while items are worked on."""
+    outcomes = []
+    with Watch(service) as watch:
+        shots = Range(on, service, watch)
+        for fault in faults:
+            outcome, tally = Outcome(fault=fault.name), Patient()
+            with at_work(service, tally):
+                for _ in range(times):
+                    shots.strike(fault, outcome, chance.randrange(len(service.servers)))
+            outcome.count(tally)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def skipped(fault: str) -> list[Outcome]:
+    """Return that nothing was tried, where there can be no cluster."""
+    why = "" if is_installed() and os.geteuid() == 0 else "needs SLURM's packages, and root"
+    return [Outcome(fault=fault, skipped=why)] if why else []
+
+
+def of_jobs(scale: Scale) -> list[Outcome]:
+    """Hit servers that are jobs of their own, started from a login node."""
+    faults = [
+        Fault("scancel of a job", run("scancel", "{job}"), "SLURM says CANCELLED"),
+        Fault("scancel of a job's step", run("scancel", "{step}"), "SLURM says CANCELLED"),
+        Fault("kill -9 of a job's srun", kill("srun", 0), "its srun was killed by SIGKILL"),
+        Fault("kill -9 of a job's other srun, which only looks after the first", kill("srun", 1), None),
+        Fault("kill -9 of both sruns of a job", kill("srun"), "its srun was killed by SIGKILL"),
+        Fault("kill -9 of a job's slurmstepd", kill("slurmstepd"), "it gave no sign of life"),
+        Fault("kill -9 of a job's server", kill("server"), "its process was killed by SIGKILL"),
+    ]
+    if not_tried := skipped("jobs of SLURM that end"):
+        return not_tried
+    with cluster(scale.of(*SECONDS)) as on, service(serving(3), SlurmLauncher(gpus_per_server=1)) as one:
+        return strike_each(on, one, faults, scale.of(1, 3), scale.random)
+
+
+def of_steps(scale: Scale) -> list[Outcome]:
+    """Hit servers that are steps of the allocation in which their owner is; before, have no room for them."""
+    faults = [
+        Fault("scancel of a step", run("scancel", "{step}"), "SLURM says CANCELLED"),
+        Fault("kill -9 of a step's srun", kill("srun", 0), "its srun was killed by SIGKILL"),
+        Fault("kill -9 of both sruns of a step", kill("srun"), "its srun was killed by SIGKILL"),
+        Fault("kill -9 of a step's server", kill("server"), "its process was killed by SIGKILL"),
+        Fault("kill -9 of a step's slurmstepd", kill("slurmstepd"), "it gave no sign of life", step_stays=True),
+    ]
+    if not_tried := skipped("steps of an allocation that end"):
+        return not_tried
+    with cluster(scale.of(*SECONDS)) as on, allocation("--nodes=3", "--exclusive", "--gres=gpu:4"):
+        outcome = full(on, scale)
+        launcher = SlurmLauncher(gpus_per_server=1, cpus_per_server=1, mem="100M")
+        with service(serving(3), launcher) as one:
+            return [outcome, *strike_each(on, one, faults, scale.of(1, 3), scale.random)]
+
+
+def full(on: SlurmCluster, scale: Scale) -> Outcome:
+    """Start servers in an allocation whose other steps have all of it, and again when they have ended."""
+    outcome = Outcome(fault="an allocation that is full")
+    serve = ServeConfig(servers=3, startup_timeout=60.0)
+    for _ in range(scale.of(1, 3)):
+        with outcome.trial(outcome.fault):
+            command = ["srun", "--exact", "--nodes=3", "--ntasks=3", "--cpus-per-task=8", "--mem=0", "sleep", "600"]
+            with subprocess.Popen(command) as other:
+                until(lambda: named(on, "sleep"), HEAL_SECONDS, "another step")
+                began = time.monotonic()
+                error = raised(LaunchError, service(serve, SlurmLauncher(queue_timeout=5.0)).start)
+                outcome.detect.append(time.monotonic() - began)
+                other.terminate()
+            for words in ("queue_timeout", "a free place in its job", "other steps of the job hold what it asks for"):
+                assert words in str(error), f"expected '{words}' in: {error}"
+            wait_gone(outcome, lambda: [*named(on, "gserve"), *oracles.of_servers()], time.monotonic())
+            with service(serve, SlurmLauncher()) as one:
+                tally = Patient()
+                tally.batch(one, 100)
+            outcome.count(tally)
+    return outcome
+
+
+# ----------------------------------------------------------------------------------------- nodes, time and preemption
+
+
+def of_nodes(scale: Scale) -> list[Outcome]:
+    """Take nodes from servers: they are set down, or lose their slurmd, or a job of more weight wants them."""
+    wants = ["sbatch", "--partition=high", "--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 10"]
+    faults = [
+        Fault("preemption (REQUEUE)", run(*wants), "SLURM says PREEMPTED"),
+        Fault(
+            "a node set down",
+            run("scontrol", "update", "nodename={node}", "state=down", "reason=test"),
+            "SLURM says NODE_FAIL",
+        ),
+        Fault("kill -9 of slurmd", lambda life: kill_slurmd(life), "SLURM says NODE_FAIL"),
+    ]
+    if not_tried := skipped("nodes of SLURM that fail"):
+        return not_tried
+    with (
+        cluster(scale.of(*SECONDS)) as on,
+        service(serving(2), SlurmLauncher(gpus_per_server=1, partition="low")) as one,
+    ):
+        return strike_each(on, one, faults, scale.of(1, 3), scale.random)
+
+
+def kill_slurmd(life: Life) -> None:
+    """Kill the slurmd of a server's node; return once SLURM has noticed."""
+    os.kill(life.on.daemons[f"slurmd[{life.node}]"], signal.SIGKILL)
+    until(lambda: "down" in life.on.node_states()[life.node], LIMIT_SECONDS, "the node is down")
+
+
+def of_time(scale: Scale) -> list[Outcome]:
+    """Have the time of servers run out, which is one minute: not that of all at once."""
+    apart = Fault("scancel, half a minute before", run("scancel", "{job}"), "SLURM says CANCELLED")
+    over = Fault("walltime of a minute", wait_for_end, "SLURM says TIMEOUT")
+    if not_tried := skipped(over.name):
+        return not_tried
+    outcome, tally = Outcome(fault=over.name), Patient()
+    with (
+        cluster(scale.of(*SECONDS)) as on,
+        service(serving(2), SlurmLauncher(gpus_per_server=1, time="1")) as one,
+        Watch(one) as watch,
+        at_work(one, tally),
+    ):
+        shots = Range(on, one, watch)
+        time.sleep(20.0)
+        shots.strike(apart, Outcome(fault=apart.name), 1)
+        for number in range(scale.of(1, 3)):
+            shots.strike(over, outcome, number % 2)
+    outcome.count(tally)
+    return [outcome]
+
+
+def wait_for_end(life: Life) -> None:
+    """Return when SLURM has begun to end the job."""
+    until(lambda: not any("|RUNNING|" in it for it in named(life.on, f"{life.job}|")), LIMIT_SECONDS, "end")
+
+
+# ------------------------------------------------------------------------------------------------ a queue that is long
+
+
+def of_queue(scale: Scale) -> list[Outcome]:
+    """Have jobs wait in the queue, of which the cluster's only node is full."""
+    trials = [released, queue_timeout, cancelled, given_up, abandoned, beside_another]
+    if not_tried := skipped("jobs of SLURM that wait"):
+        return not_tried
+    outcomes = []
+    with cluster(scale.of(*SECONDS), nodes=1) as on:
+        for trial in trials:
+            outcome = Outcome(fault=str(trial.__doc__).partition(":")[0].removesuffix("."))
+            for _ in range(scale.of(1, 3)):
+                with outcome.trial(outcome.fault):
+                    other = on.run("sbatch", "--parsable", "--exclusive", "--output=/dev/null", "--wrap=sleep 600")
+                    until(lambda: any("|RUNNING|" in it for it in named(on, "wrap")), HEAL_SECONDS, "a full node")
+                    try:
+                        trial(on, outcome)
+                    finally:
+                        on.run("scancel", other.strip())
+                    wait_gone(outcome, lambda: [*named(on, "gserve"), *oracles.of_servers()], time.monotonic())
+                    on.wait_idle(HEAL_SECONDS)
+            outcomes.append(outcome)
+    return outcomes
+
+
+@contextlib.contextmanager
+def pending(
+    on: SlurmCluster, serve: ServeConfig, launcher: SlurmLauncher
+) -> Iterator[tuple[VLLMService, Future[None]]]:
+    """Have a service that starts, and of which a job waits in the queue; and what waits for its start."""
+    one = service(serve, launcher)
+    with ThreadPoolExecutor(1) as pool:
+        start = pool.submit(one.start)
+        try:
+            until(lambda: any("|PENDING|" in it for it in named(on, "gserve")), HEAL_SECONDS, "a job that waits")
+            until(lambda: "SLURM's queue" in str(one.status()[-1].phase), HEAL_SECONDS, "a phase that says so")
+            yield one, start
+        finally:
+            one.shutdown()
+
+
+def released(on: SlurmCluster, outcome: Outcome) -> None:
+    """A job waits in the queue, longer than startup_timeout, and is released: it serves."""
+    with pending(on, ServeConfig(startup_timeout=4.0), SlurmLauncher()) as (one, start):
+        time.sleep(8.0)
+        assert not start.done(), f"startup_timeout ran in the queue: {start.exception()}"
+        phase = one.status()[0].phase or ""
+        assert "Resources" in phase or "Priority" in phase, phase
+        on.run("scancel", "--name=wrap")
+        start.result(HEAL_SECONDS)
+        tally = Patient()
+        tally.batch(one, 100)
+        outcome.count(tally)
+
+
+def queue_timeout(on: SlurmCluster, outcome: Outcome) -> None:
+    """A job waits in the queue longer than queue_timeout: a sentence says so."""
+    began = time.monotonic()
+    error = raised(LaunchError, service(ServeConfig(), SlurmLauncher(queue_timeout=3.0)).start)
+    outcome.detect.append(time.monotonic() - began)
+    for words in ("waited 3 s (queue_timeout) for SLURM's queue", "Resources"):
+        assert words in str(error), f"expected '{words}' in: {error}"
+
+
+def cancelled(on: SlurmCluster, outcome: Outcome) -> None:
+    """A job is cancelled while it waits in the queue: a sentence says so."""
+    with pending(on, ServeConfig(), SlurmLauncher()) as (_, start):
+        on.run("scancel", "--state=PENDING", "--user=root")
+        began = time.monotonic()
+        error = start.exception(HEAL_SECONDS)
+        outcome.detect.append(time.monotonic() - began)
+        assert isinstance(error, LaunchError), error
+        assert "SLURM says CANCELLED" in str(error), error
+
+
+def given_up(on: SlurmCluster, outcome: Outcome) -> None:
+    """The owner gives up while a job waits in the queue: no job is left."""
+    with pending(on, ServeConfig(), SlurmLauncher()) as (one, start):
+        began = time.monotonic()
+        one.shutdown()
+        outcome.recover.append(time.monotonic() - began)
+        assert not named(on, "gserve"), "a job is left"
+        assert isinstance(start.exception(HEAL_SECONDS), LaunchError)
+
+
+def abandoned(on: SlurmCluster, outcome: Outcome) -> None:
+    """The owner is killed -9 while a job waits in the queue: no job is left."""
+    with owner(on, 1) as one:
+        until(lambda: any("|PENDING|" in it for it in one.jobs()), HEAL_SECONDS, "a job that waits")
+        one.wait_gone(outcome, one.process.kill)
+
+
+def beside_another(on: SlurmCluster, outcome: Outcome) -> None:
+    """A job waits in the queue for ever, and another server works; then it is cancelled: nothing is lost."""
+    tally = Patient()
+    launcher = SlurmLauncher(cpus_per_server=8, mem="100M")
+    on.run("scancel", "--name=wrap")
+    with pending(on, ServeConfig(servers=2, min_ready=1), launcher) as (one, start):
+        start.result(HEAL_SECONDS)
+        with at_work(one, tally):
+            time.sleep(3.0)
+            on.run("scancel", "--state=PENDING", "--user=root")
+            until(lambda: any("SLURM says CANCELLED" in str(it.error) for it in one.status()), HEAL_SECONDS, "error")
+            time.sleep(1.0)
+    outcome.count(tally)
+
+
+# ------------------------------------------------------------------------------------------------------ owners that end
+
+GO_ON = "sleep 613"
+"""What the script of a batch job does after its owner has ended."""
+OF_A_JOB = {"gpus_per_server": 1, "cpus_per_server": 1, "mem": "100M"}
+"""What the servers of an owner are asked for, so that several have room on a node."""
+
+
+class Owner:
+    """A `gserve generate` at work on a file of prompts, on a login node or in a batch job, with a mark of its own."""
+
+    def __init__(self, on: SlurmCluster, servers: int, *, is_job: bool) -> None:
+        self._on = on
+        self.run = uuid.uuid4().hex
+        self.title = f"own-{self.run[:8]}"
+        folder = Path(tempfile.mkdtemp())
+        config, prompts, self._results = (folder / it for it in ("config.yaml", "prompts.txt", "results.jsonl"))
+        sections = {
+            "llm": {"model_name": "m"},
+            "serve": {"servers": servers},
+            "engine": {"type": "echo", "latency": ECHO.latency, "capacity": ECHO.capacity, "processes": ECHO.processes},
+            "launcher": {"type": "slurm", "job_name": self.title, **OF_A_JOB},
+        }
+        config.write_text(json.dumps(sections))
+        self._items = [" ".join([f"item-{number}"] * 4) for number in range(300)]  # 0.2 s each, with this latency
+        prompts.write_text("\n".join(self._items))
+        files = [str(config), "-i", str(prompts), "-o", str(self._results)]
+        self._command = [sys.executable, "-m", "gserve.cli", "generate", *files]
+        script = f"--wrap={shlex.join(self._command)}; {GO_ON}"
+        batch = [
+            "sbatch",
+            f"--job-name=script-{self.run[:8]}",
+            "--nodes=2",
+            "--gres=gpu:1",
+            "--output=/dev/null",
+            script,
+        ]
+        self._said = (folder / "said").open("wb")
+        self.process = subprocess.Popen(
+            batch if is_job else self._command,
+            env=os.environ | {RUN_VARIABLE: self.run}, stdout=self._said, stderr=self._said, start_new_session=True,
+        )  # fmt: skip
+
+    def jobs(self) -> list[str]:
+        """Return the jobs and steps of its servers in the queue."""
+        return named(self._on, self.title)
+
+    def end_script(self) -> None:
+        """Cancel its batch job."""
+        self._on.run("scancel", f"--name=script-{self.run[:8]}")
+
+    def results(self) -> int:
+        """Return how many items it has put out."""
+        return self._results.read_bytes().count(b"\n") if self._results.exists() else 0
+
+    def pids(self, *words: str) -> list[int]:
+        """Return its processes whose command has one of these."""
+        return [it.pid for it in oracles.marked(self.run) if any(word in it.command for word in words)]
+
+    def wait_gone(self, outcome: Outcome, strike: Callable[[], object]) -> None:
+        """Strike; nothing of it may be left after, but the script of its batch job."""
+        ports = set()
+        for pid in self.pids("vllm_server.py"):
+            with contextlib.suppress(psutil.Error):
+                ports |= {it.laddr.port for it in psutil.Process(pid).net_connections("tcp") if it.status == "LISTEN"}
+
+        def left() -> list[str]:
+            marked = [it.command for it in oracles.marked(self.run)]
+            found = [it[:80] for it in marked if GO_ON not in it and "slurm_script" not in it]
+            return found + self.jobs() + [f"port {it}" for it in ports & oracles.listening()]
+
+        began = time.monotonic()
+        strike()
+        wait_gone(outcome, left, began)
+        outcome.recover.append(time.monotonic() - began)
+
+    def finish(self, outcome: Outcome) -> None:
+        """Run the same command again: each item must be there once, then."""
+        before = self.results()
+        assert 0 < before < len(self._items), f"{before} items were finished when it ended"
+        subprocess.run(
+            self._command, env=os.environ | {RUN_VARIABLE: self.run}, check=True, timeout=HEAL_SECONDS,
+            stdout=self._said, stderr=self._said,
+        )  # fmt: skip
+        rows = [json.loads(line) for line in self._results.read_text().splitlines()]
+        counts = Counter(row["id"] for row in rows)
+        outcome.figures["items"] = outcome.figures.get("items", 0) + len(self._items)
+        outcome.lost += len(self._items) - len(counts)
+        outcome.duplicated += len(rows) - len(counts)
+        outcome.out_of_order += sum(row["outputs"][0]["text"] != self._items[row["id"]] for row in rows)
+
+    def close(self) -> None:
+        """Leave nothing behind, whatever has happened."""
+        self.process.kill()
+        self.process.wait()
+        self._said.close()
+        self.end_script()
+        for line in self.jobs():
+            self._on.run("scancel", line.partition("|")[0])
+        oracles.kill(oracles.marked(self.run))
+
+
+@contextlib.contextmanager
+def owner(on: SlurmCluster, servers: int, *, is_job: bool = False) -> Iterator[Owner]:
+    """Have an owner for as long as the context lasts."""
+    one = Owner(on, servers, is_job=is_job)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def kill_all(pids: Sequence[int]) -> None:
+    """Kill processes at the same instant, or nearly so."""
+    assert pids, "there is none"
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def of_owners(scale: Scale) -> list[Outcome]:
+    """End owners in the middle of a batch, on a login node and in a batch job; and what they have started there."""
+    if not_tried := skipped("owners of SLURM's jobs that end"):
+        return not_tried
+    with_sruns = "gserve.cli", "srun --nodes", "slurm_guard"
+    deaths: list[tuple[str, bool, Callable[[Owner], object]]] = [
+        ("owner killed -9 on a login node", False, lambda one: kill_all(one.pids("gserve.cli"))),
+        ("owner and all its sruns killed -9 on a login node", False, lambda one: kill_all(one.pids(*with_sruns))),
+        ("owner killed -9 in a batch job", True, lambda one: kill_all(one.pids("gserve.cli"))),
+        ("owner and all its sruns killed -9 in a batch job", True, lambda one: kill_all(one.pids(*with_sruns))),
+        ("scancel of the owner's batch job", True, Owner.end_script),
+    ]
+
+    def end(name: str, strike: Callable[[Owner], object], *, is_job: bool) -> Outcome:
+        outcome = Outcome(fault=name)
+        for _ in range(scale.of(1, 3)):
+            with outcome.trial(name), owner(on, 2, is_job=is_job) as one:
+                until(lambda one=one: one.results() > 20, HEAL_SECONDS, "a batch at work")
+                one.wait_gone(outcome, lambda one=one: strike(one))
+                one.end_script()
+                one.finish(outcome)
+        return outcome
+
+    with cluster(scale.of(*SECONDS)) as on, ThreadPoolExecutor(len(deaths)) as pool:
+        ending = [pool.submit(end, name, strike, is_job=is_job) for name, is_job, strike in deaths]
+        return [it.result() for it in ending]
