@@ -171,12 +171,14 @@ class SlurmLauncher(CommandLauncher):
             yield Finding("SLURM", "problem", f"not found here: {', '.join(missing)}", hint)
             return
         version, rows = ask("srun", "--version"), ask("sinfo", "--noheader", "--format=%P|%a|%l|%D|%G|%T")
-        if not version or rows is None:
-            what = "its controller (slurmctld) does not answer" if version else "srun does not run"
-            hint = "run sinfo and scontrol ping to see why, and tell those who run the cluster"
-            yield Finding("SLURM", "problem", f"it is installed, but {what}", hint)
+        hint = "run sinfo and scontrol ping to see why, and tell those who run the cluster"
+        if not version:
+            yield Finding("SLURM", "problem", "it is installed, but srun does not run", hint)
             return
         yield Finding("SLURM", "ok", f"{version[0][0]}: {', '.join(COMMANDS)}")
+        if rows is None:
+            yield Finding("controller", "problem", "slurmctld, the controller of SLURM, does not answer", hint)
+            return
         if (job := os.environ.get("SLURM_JOB_ID")) is not None:
             yield _examine_allocation(job)
         yield from _examine_partitions(rows, [] if job or not self.partition else self.partition.split(","))
