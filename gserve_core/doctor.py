@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections import Counter
@@ -22,6 +21,7 @@ from dataclasses import replace
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import msgspec
 from msgspec import Struct
@@ -33,7 +33,7 @@ from .engines.vllm_engine import VLLMEngine, insecurity
 from .errors import ConfigError, LaunchError
 from .interfaces import Address, Engine, Finding, Job, Process
 from .plugins import Parts, assemble
-from .runtime import is_loopback
+from .runtime import is_loopback, log_folder
 from .service import VLLMService
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,10 +130,11 @@ def _look(config: Config | None, engine: Engine | None, *, runs_here: bool) -> I
     """Yield what there is on this machine; what is missing is a problem where servers run here."""
     yield Finding("Python", "ok", f"{sys.version.split()[0]} ({sys.executable})")
     yield Finding("gserve", "ok", f"{version('gserve')} ({ROOT})")
+    package = _package_of("vllm")
     if engine is None or isinstance(engine, VLLMEngine):
-        yield _examine_vllm(engine or VLLMEngine(), runs_here)
+        yield _examine_vllm(package, engine or VLLMEngine(), runs_here)
     if engine is None or engine.uses_gpus:
-        yield _examine_gpus()
+        yield _examine_gpus(is_needed=runs_here and package is not None and "cpu" not in "".join(package))
     if config is None:
         return
     if not isinstance(engine, VLLMEngine):
@@ -145,40 +146,54 @@ def _look(config: Config | None, engine: Engine | None, *, runs_here: bool) -> I
         yield _examine_adapter(Path(config.llm.lora_path).expanduser())
 
 
-def _examine_vllm(engine: VLLMEngine, runs_here: bool) -> Finding:
-    """Find vLLM by its package's data: importing it would take ten seconds."""
-    if find_spec("vllm") is None:
+def _package_of(module: str) -> tuple[str, str] | None:
+    """Return the name and the version of the package that brings a module, which importing may take ten seconds."""
+    if find_spec(module) is None:
+        return None
+    packages = packages_distributions().get(module)
+    return (packages[0], version(packages[0])) if packages else (module, "of an unknown version")
+
+
+def _examine_vllm(package: tuple[str, str] | None, engine: VLLMEngine, runs_here: bool) -> Finding:
+    if package is None:
         hint = (
             "install it: pip install 'gserve[cuda]', or 'gserve[cpu]' for a machine without GPUs"
             if runs_here
-            else "servers need it on the machines where they run; gserve doctor CONFIG --on-node looks there"
+            else "servers need it on the machines where they run: gserve doctor CONFIG --on-node looks there"
         )
         return Finding("vLLM", "problem" if runs_here else "note", "not installed here", hint)
-    packages = packages_distributions().get("vllm")  # there are several that bring it
-    installed = version(packages[0]) if packages else "of an unknown version"
+    name, installed = package
     try:
         warning = insecurity(installed, engine.allow_insecure_vllm)
     except ConfigError as error:
         return Finding("vLLM", "problem", str(error))
-    return Finding("vLLM", "note", warning) if warning else Finding("vLLM", "ok", installed)
+    return Finding("vLLM", "note", warning) if warning else Finding("vLLM", "ok", f"{installed} ({name})")
 
 
-def _examine_gpus() -> Finding:
+def _examine_gpus(is_needed: bool) -> Finding:
+    """Ask nvidia-smi, which knows nothing of what CUDA_VISIBLE_DEVICES hides."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    limits = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown})"
+    state: Literal["problem", "note"] = "problem" if is_needed else "note"
+    hint = (
+        "the vLLM here needs one: ask for GPUs, or install gserve[cpu]"
+        if is_needed
+        else "right on a login node, and where vLLM computes on the CPU"
+    )
     program = shutil.which("nvidia-smi")
-    hint = "right on a login node, and where vLLM computes on the CPU"
     if program is None:
-        return Finding("GPUs", "note", "none seen: there is no nvidia-smi", hint)
+        return Finding("GPUs", state, f"none seen: there is no nvidia-smi{limits}", hint)
     try:
-        told = subprocess.run([program, *QUERY], capture_output=True, text=True, timeout=ASK_SECONDS, check=False)
+        told = subprocess.run(
+            [program, *QUERY], capture_output=True, text=True, errors="replace", timeout=ASK_SECONDS, check=False
+        )
     except (OSError, subprocess.SubprocessError) as error:
         return Finding("GPUs", "problem", f"nvidia-smi does not answer: {error}", "the driver may hang: ask for help")
     rows = Counter(line.strip() for line in told.stdout.splitlines() if line.strip())
     if told.returncode or not rows:
         said = " ".join((told.stdout or told.stderr).split())
-        return Finding("GPUs", "note", f"none seen: nvidia-smi says: {said or 'nothing'}", hint)
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    text = "; ".join(f"{count} x {row}" for row, count in rows.items())
-    return Finding("GPUs", "ok", text if shown is None else f"{text} (CUDA_VISIBLE_DEVICES={shown})")
+        return Finding("GPUs", state, f"none seen: nvidia-smi says {said or 'nothing'}{limits}", hint)
+    return Finding("GPUs", "ok", "; ".join(f"{count} x {row}" for row, count in rows.items()) + limits)
 
 
 def _examine_pinning(jobs: Sequence[Job]) -> Iterator[Finding]:
@@ -278,17 +293,17 @@ def _examine_launchers() -> Iterator[Finding]:
 
 def _visit(parts: Parts, job: Job, errand: Errand, waiting: Callable[[str], object]) -> Iterator[Finding]:
     """Have `answer` run in the place of a server; yield whether it is reached, and what it finds."""
-    with tempfile.TemporaryDirectory(prefix="gserve-doctor-") as scratch:
-        log = Path(scratch) / "log"
-        command = [sys.executable, "-c", PROGRAM, str(ROOT)]
-        job = replace(job, name="doctor", command=command, instance=uuid.uuid4().hex, log=log)
-        with ExitStack() as stack:
-            try:
-                process = parts.launcher.launch(job)
-                stack.callback(_end, process)
-                yield from _talk(process, errand, log, waiting)
-            except LaunchError as error:
-                yield Finding("node", "problem", str(error))
+    instance = uuid.uuid4().hex
+    log = log_folder(instance[:8]) / "doctor.log"
+    log.touch(mode=0o600)
+    command = [sys.executable, "-c", PROGRAM, str(ROOT)]
+    with ExitStack() as stack:
+        try:
+            process = parts.launcher.launch(replace(job, name="doctor", command=command, instance=instance, log=log))
+            stack.callback(_end, process)
+            yield from _talk(process, errand, log, waiting)
+        except LaunchError as error:
+            yield Finding("node", "problem", str(error))
 
 
 def _end(process: Process) -> None:
@@ -313,7 +328,7 @@ def _talk(process: Process, errand: Errand, log: Path, waiting: Callable[[str], 
     code = process.stop(STOP_SECONDS)
     said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     why = process.why() or "; ".join(said[-LAST_WORDS:]) or "it said nothing"
-    raise LaunchError(f"a program of ours on {node or 'a node'} ended with exit code {code}: {why}")
+    raise LaunchError(f"a program of ours on {node or 'a node'} ended with exit code {code}: {why} (log: {log})")
 
 
 def _say(process: Process, line: bytes) -> None:

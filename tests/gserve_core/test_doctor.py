@@ -1,0 +1,346 @@
+"""What is found out before the first server starts: on real folders, programs and packages."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from gserve_core import doctor
+from gserve_core.config import Config, LLMConfig
+from gserve_core.errors import ConfigError
+from gserve_core.interfaces import Finding
+
+type Examine = Callable[..., dict[str, Finding]]
+
+LAUNCHERS = """
+from dataclasses import dataclass
+from typing import ClassVar
+from gserve import CommandLauncher, hookimpl
+from gserve_core.interfaces import Finding
+
+@dataclass(frozen=True, kw_only=True)
+class Prefix(CommandLauncher):
+    name: ClassVar[str] = "prefix"
+    prefix: list[str]
+    finding: str = "ok"
+    def command(self, job):
+        return [*self.prefix, *job.command]
+    def examine(self):
+        yield Finding("prefix", self.finding, "was examined", "nothing")
+
+@hookimpl
+def gserve_register_launchers():
+    return [Prefix]
+"""
+
+
+@pytest.fixture
+def examine(tmp_path: Path) -> Examine:
+    """Return a function that examines a config of these sections, and returns the findings by subject."""
+
+    def run(llm: dict[str, Any] | None = None, *, on_node: bool = False, **sections: Any) -> dict[str, Finding]:
+        path = tmp_path / "config.yaml"
+        path.write_text(json.dumps({"llm": {"model_name": "demo:smollm2-135m"} | (llm or {})} | sections))
+        findings = list(doctor.examine(path, on_node=on_node))
+        assert len({finding.subject for finding in findings}) == len(findings)
+        return {finding.subject: finding for finding in findings}
+
+    return run
+
+
+def through(*prefix: str, folder: Path, **options: str) -> dict[str, Any]:
+    """Return the sections of a config whose launcher puts a prefix before the command."""
+    (folder / "prefix_launcher.py").write_text(LAUNCHERS)
+    return {
+        "launcher": {"type": "prefix", "prefix": prefix} | options,
+        "plugins": ["prefix_launcher"],
+        "engine": {"type": "echo"},
+    }
+
+
+def a_program(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def no_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give a folder that is all of PATH: neither SLURM nor nvidia-smi are found."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    return folder
+
+
+def a_vllm(folder: Path, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a package vllm of this version found before any other."""
+    data = folder / f"vllm-{version}.dist-info"
+    data.mkdir(parents=True)
+    (data / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    (data / "top_level.txt").write_text("vllm\n")
+    (folder / "vllm").mkdir()
+    (folder / "vllm" / "__init__.py").write_text("raise AssertionError('nobody needs to import vLLM')\n")
+    monkeypatch.syspath_prepend(str(folder))
+
+
+# ---------------------------------------------------------------------------------------------------------- a machine
+
+
+@pytest.mark.usefixtures("no_programs")
+def test_without_a_config_nothing_that_is_missing_is_a_problem() -> None:
+    found = {finding.subject: finding for finding in doctor.examine()}
+    assert found["Python"].state == found["gserve"].state == "ok"
+    assert sys.executable in found["Python"].text
+    assert (found["GPUs"].state, found["GPUs"].text) == ("note", "none seen: there is no nvidia-smi")
+    assert found["SLURM"].state == "note"
+    assert found["SLURM"].text.startswith("not found here: srun, ")
+    assert "node" not in found
+
+
+@pytest.mark.usefixtures("no_programs")
+def test_a_config_that_wants_slurm_has_a_problem_where_there_is_none(examine: Examine) -> None:
+    found = examine(launcher={"type": "slurm"})
+    assert found["SLURM"].state == "problem"
+    assert found["SLURM"].text.startswith("not found here: srun, ")
+    assert found["node"].state == "note"
+    assert found["node"].text.startswith("not tried")
+
+
+@pytest.mark.parametrize(
+    ("version", "engine", "state", "says"),
+    [
+        ("99.1", {}, "ok", "99.1"),
+        ("0.31.9", {}, "note", "security holes"),
+        ("0.21.0", {}, "problem", "allow_insecure_vllm"),
+        ("0.21.0", {"allow_insecure_vllm": True}, "note", "security holes"),
+    ],
+)
+def test_vllm_is_judged_by_its_version_and_not_imported(
+    examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    version: str, engine: dict[str, Any], state: str, says: str,
+) -> None:  # fmt: skip
+    a_vllm(tmp_path / "site", version, monkeypatch)
+    found = examine(engine={"type": "vllm"} | engine)["vLLM"]
+    assert found.state == state
+    assert version in found.text
+    assert says in found.text
+
+
+def test_a_missing_vllm_is_a_problem_only_where_servers_run(tmp_path: Path) -> None:
+    """Shown in a process that has all of our packages but those of vLLM."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for entry in Path(msgspec.__file__).parent.parent.iterdir():
+        if not entry.name.startswith("vllm"):
+            (site / entry.name).symlink_to(entry)
+    (tmp_path / "config.yaml").write_text("llm: {model_name: any/model}\n")
+    environ = os.environ | {"PYTHONPATH": f"{site}:{doctor.ROOT}"}
+    command = [sys.executable, "-S", "-m", "gserve.cli", "doctor"]
+    for arguments, state in ((), "note"), (("config.yaml",), "problem"):
+        ran = subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == (state == "problem"), ran.stderr
+        (line,) = [line for line in ran.stdout.splitlines() if line.split()[1:2] == ["vLLM"]]
+        assert line.split() == [state, "vLLM", "not", "installed", "here"]
+
+
+def test_an_engine_that_is_not_vllm_needs_none(examine: Examine) -> None:
+    found = examine({"model_name": "any"}, engine={"type": "echo"})
+    assert not {"vLLM", "GPUs"} & set(found)
+    assert found["model"].state == "note"
+
+
+# --------------------------------------------------------------------------------------------------------------- GPUs
+
+
+def test_gpus_are_counted_by_name_and_memory(
+    examine: Examine, no_programs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_program(no_programs, "nvidia-smi", 'for i in 1 2; do echo "Big GPU, 80000 MiB"; done; echo "Small GPU, 8000 MiB"')
+    assert examine()["GPUs"] == Finding("GPUs", "ok", "2 x Big GPU, 80000 MiB; 1 x Small GPU, 8000 MiB")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert examine()["GPUs"].text.endswith("(CUDA_VISIBLE_DEVICES=1)")
+
+
+def test_no_gpu_is_a_problem_where_servers_run_on_the_vllm_for_gpus(
+    examine: Examine, no_programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_program(no_programs, "nvidia-smi", 'echo "No devices were found"; exit 6')
+    a_vllm(tmp_path / "site", "99.1", monkeypatch)
+    found = examine()["GPUs"]
+    assert (found.state, found.text) == ("problem", "none seen: nvidia-smi says No devices were found")
+    found = examine(launcher={"type": "slurm"})["GPUs"]
+    assert found.state == "note", "this may be a login node"
+
+
+def test_a_gpu_id_that_is_not_there_is_a_problem(examine: Examine, no_programs: Path) -> None:
+    a_program(no_programs, "nvidia-smi", 'echo "0, GPU-1234"')  # an index and a UUID, or a name and a memory
+    found = examine(serve={"gpu_ids": [0, 3]})
+    assert "GPU of server-0" not in found
+    assert found["GPU of server-1"].state == "problem"
+    assert found["GPU of server-1"].text.startswith("there is no GPU 3 here")
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+def test_a_local_folder_is_a_model_if_it_has_a_config(examine: Examine, tmp_path: Path) -> None:
+    found = examine({"model_name": str(tmp_path)})["model"]
+    assert (found.state, found.text) == ("problem", f"a folder without config.json: {tmp_path}")
+    (tmp_path / "config.json").write_text("{}")
+    found = examine({"model_name": str(tmp_path)})["model"]
+    assert (found.state, found.text) == ("ok", f"a local folder: {tmp_path}")
+
+
+@pytest.mark.parametrize("name", ["/nowhere/model", "./model", "../a/b", "~/model", "a/b/c"])
+def test_a_path_that_is_not_there_is_a_problem(examine: Examine, name: str) -> None:
+    found = examine({"model_name": name})["model"]
+    assert (found.state, found.text) == ("problem", f"there is no such folder here: {name}")
+    assert found.hint
+
+
+def test_an_unknown_demo_model_is_a_problem(examine: Examine) -> None:
+    assert examine({"model_name": "demo:none"})["model"].state == "problem"
+    assert examine({"model_name": "demo:smollm2-135m"})["model"].state == "ok"
+
+
+def test_a_model_id_is_looked_for_in_the_cache_that_servers_use(examine: Examine, tmp_path: Path) -> None:
+    llm, serve = {"model_name": "some/model"}, {"env": {"HF_HOME": str(tmp_path)}}
+    found = examine(llm, serve=serve)["model"]
+    assert found.state == "note"
+    assert f"hf download some/model --cache-dir {tmp_path}/hub" in found.hint
+    offline = {"env": serve["env"] | {"HF_HUB_OFFLINE": "1"}}
+    assert examine(llm, serve=offline)["model"].state == "problem"
+
+    cached = tmp_path / "hub" / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("1a2b")
+    snapshot = cached / "snapshots" / "1a2b"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    (snapshot / "model.safetensors").symlink_to(cached / "blobs" / "weights")
+    assert examine(llm, serve=offline)["model"].state == "problem", "its weights were not fetched"
+    (cached / "blobs").mkdir()
+    (cached / "blobs" / "weights").write_text("")
+    assert examine(llm, serve=offline)["model"].state == "ok"
+    assert examine(llm | {"revision": "other"}, serve=offline)["model"].state == "problem"
+    assert examine(llm | {"revision": "1a2b"}, serve=offline)["model"].state == "ok"
+    assert examine(llm | {"download_dir": str(tmp_path / "hub")})["model"].state == "ok"
+
+
+def test_an_adapter_is_a_folder_with_its_config(examine: Examine, tmp_path: Path) -> None:
+    assert "LoRA adapter" not in examine()
+    assert examine({"lora_path": str(tmp_path / "none")})["LoRA adapter"].state == "problem"
+    assert examine({"lora_path": str(tmp_path)})["LoRA adapter"].state == "problem"
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert examine({"lora_path": str(tmp_path)})["LoRA adapter"].state == "ok"
+
+
+# ------------------------------------------------------------------------------------------------------------- a node
+
+
+def test_a_node_is_reached_and_says_what_it_has(examine: Examine, tmp_path: Path) -> None:
+    found = examine(on_node=True, **through("env", folder=tmp_path))
+    node = socket.gethostname()
+    assert (found["node"].state, found["node"].text) == ("ok", f"{node} runs programs, and is reached at 127.0.0.1")
+    assert found[f"Python on {node}"] == Finding(f"Python on {node}", "ok", found["Python"].text)
+    assert found[f"model on {node}"].state == "note"
+
+
+def test_a_launcher_of_this_machine_starts_nothing_unless_told_to(examine: Examine, tmp_path: Path) -> None:
+    found = examine(**through("touch", str(tmp_path / "started"), "--", folder=tmp_path))
+    assert found["prefix"] == Finding("prefix", "ok", "was examined", "nothing")
+    assert "node" not in found
+    assert not (tmp_path / "started").exists()
+
+
+def test_a_launcher_with_a_problem_is_not_tried(examine: Examine, tmp_path: Path) -> None:
+    found = examine(on_node=True, **through("false", folder=tmp_path, finding="problem"))
+    assert found["node"].state == "note"
+    assert found["node"].text.startswith("not tried")
+
+
+def test_what_a_login_script_says_is_passed_over(examine: Examine, tmp_path: Path) -> None:
+    greeting = through("sh", "-c", 'echo Welcome; echo "{}"; exec "$@"', "sh", folder=tmp_path)
+    assert examine(on_node=True, **greeting)["node"].state == "ok"
+
+
+def test_a_node_that_cannot_run_our_program_says_so_in_its_own_words(examine: Examine, tmp_path: Path) -> None:
+    found = examine(on_node=True, **through("sh", "-c", "echo no such Python >&2; exit 127", folder=tmp_path))["node"]
+    assert found.state == "problem"
+    assert "exit code 127: no such Python (log: /" in found.text
+
+
+def test_a_launcher_that_cannot_start_is_a_problem(examine: Examine, tmp_path: Path) -> None:
+    found = examine(on_node=True, **through("/nonexistent/program", folder=tmp_path))["node"]
+    assert found.state == "problem"
+    assert found.text.startswith("cannot start '/nonexistent/program' for doctor")
+
+
+def test_a_port_that_is_taken_there_is_a_problem(examine: Examine, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        sections = through("env", folder=tmp_path) | {"serve": {"port": taken.getsockname()[1]}}
+        found = examine(on_node=True, **sections)["node"]
+    assert found.state == "problem"
+    assert "cannot listen: [Errno 98]" in found.text
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a network that we are not in")
+def test_a_node_that_is_not_reached_is_a_problem_and_still_says_what_it_has(examine: Examine, tmp_path: Path) -> None:
+    found = examine(on_node=True, **through("unshare", "--net", "--", folder=tmp_path))
+    assert found["node"].state == "problem"
+    assert "is not reached from here at port " in found["node"].text
+    assert "serve.port" in found["node"].hint
+    assert f"Python on {socket.gethostname()}" in found
+
+
+def test_no_node_without_a_config() -> None:
+    with pytest.raises(ConfigError, match="--on-node goes with a CONFIG"):
+        list(doctor.examine(on_node=True))
+
+
+def test_the_program_on_a_node_ends_with_its_owner() -> None:
+    errand = doctor.Errand(Config(LLMConfig("any"), engine={"type": "echo"}), "/", None, "token", look=True)
+    command = [sys.executable, "-c", doctor.PROGRAM, str(doctor.ROOT)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin
+        assert process.stdout
+        process.stdin.write(msgspec.json.encode(errand) + b"\n")
+        process.stdin.flush()
+        arrival = msgspec.json.decode(process.stdout.readline(), type=doctor.Arrival)
+        assert arrival.address is not None
+        for _ in range(2):
+            with socket.create_connection((arrival.address.hosts[0], arrival.address.port), 10) as line:
+                assert line.makefile().read() == "token"
+        process.stdin.close()
+        assert process.wait(30) == 0
+        assert process.stdout.read() == b"", "nobody told it to look"
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+
+def test_the_command_prints_a_line_for_each_and_its_exit_code_tells_of_problems(tmp_path: Path) -> None:
+    def run(*arguments: str, model: str) -> "subprocess.CompletedProcess[str]":
+        (tmp_path / "config.yaml").write_text(json.dumps({"llm": {"model_name": model}}))
+        command = [sys.executable, "-m", "gserve.cli", "doctor", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    ran = run("config.yaml", model=str(tmp_path / "none"))
+    assert (ran.returncode, ran.stderr) == (1, "error: 1 problem, see above\n")
+    rows = [line for line in ran.stdout.splitlines() if not line.startswith(" ")]
+    assert [row.split()[1] for row in rows] == ["Python", "gserve", "vLLM", "GPUs", "model"]
+    assert rows[-1].split()[0] == "problem"
+    assert ran.stdout.splitlines()[-1].strip() == "-> is its file system mounted here?"
+    ran = run("config.yaml", "--set", "llm.model_name=demo:smollm2-135m", model="/none")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert run("config.yaml", "--set", "llm.model=x", model="/none").returncode == 2
