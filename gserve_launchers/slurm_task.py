@@ -1,4 +1,4 @@
-"""Runs a server as the task of a job of its own, and ends the job if nobody else does: `python slurm_task.py COMMAND …`.
+"""Runs a server as the task of a job of its own, and ends the job where nobody else does: `slurm_task.py COMMAND …`.
 
 A job ends when its srun does, which ends when the server has. Where srun was killed, and its owner with it, as on a
 machine that dies, SLURM keeps the job although nothing is in it, and its GPUs with it. This process hears what the
@@ -54,7 +54,8 @@ def main(command: list[str]) -> int:
         threading.Thread(target=line.forward, daemon=True).start()
         code = server.wait()
     if line.is_silent:
-        os.execlp("scancel", "scancel", os.environ["SLURM_JOB_ID"])  # which ends all of the job, and so this too
+        cancel = ["scancel", os.environ["SLURM_JOB_ID"]]
+        subprocess.run(cancel, check=False)
     return code if code >= 0 else 128 - code
 
 
