@@ -124,11 +124,13 @@ def _accompany(service: VLLMService, name: str, command: Sequence[str], patience
 
 
 def _do(file: Path) -> int:
-    """Do what the file of a job says; return the exit code. The file goes, unless the job may be run again."""
+    """Do what the file of a job says; return the exit code. The file stays while the job may be run again."""
     order = batch.read(file)
+    if not order.requeue:
+        file.unlink()
     ended = run(order.config, order.overrides, order.command, order.patience)
-    if ended.notice is None:
-        file.unlink(missing_ok=True)
+    if order.requeue and ended.notice is None:
+        file.unlink()
     elif order.requeue and ended.notice == signal.SIGUSR1 and ended.code:
         _requeue(os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT") or 0))
     return ended.code

@@ -109,12 +109,16 @@ def folder() -> Path:
 
 
 def write(order: Order) -> Path:
-    """Write the file of a job, which nobody else can read; return its path."""
+    """Write the file of a job, which nobody else can read; return its path. Raises ConfigError: not UTF-8."""
+    try:
+        text = msgspec.json.encode(order)
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"the arguments are not UTF-8 text: {error.reason}") from error
     folder().mkdir(parents=True, exist_ok=True)
     folder().chmod(0o700)
-    descriptor, path = tempfile.mkstemp(dir=folder(), suffix=".json")
+    descriptor, path = tempfile.mkstemp(dir=folder(), prefix="job-", suffix=".json")
     with os.fdopen(descriptor, "wb") as stream:
-        stream.write(msgspec.json.encode(order))
+        stream.write(text)
         os.fsync(stream.fileno())  # another machine reads it
     return Path(path)
 
