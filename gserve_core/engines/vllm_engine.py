@@ -120,6 +120,8 @@ class RunningVLLM(RunningEngine):
 
         if warning := insecurity(vllm.__version__, options.allow_insecure_vllm):
             logger.warning("%s", warning)
+        if current_platform.is_cuda():
+            check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), llm.gpus_per_server, current_platform)
         self._parse = parse_model_prompt
         self._renderers = renderers
         self._params_type = vllm.SamplingParams
@@ -371,6 +373,20 @@ def insecurity(version: str, is_allowed: bool) -> str | None:
             at="$.engine.allow_insecure_vllm",
         )
     return f"vLLM {version} has security holes that are published, and fixed up to 0.32: install 0.32 or newer"
+
+
+def check_devices(visible: str, wanted: int, platform: Any) -> None:
+    """Raise GserveError where vLLM cannot tell which GPU one of the first `wanted` in CUDA_VISIBLE_DEVICES is."""
+    find = getattr(platform, "device_control_id_to_physical_device_id", int)  # older versions take numbers only
+    for entry in filter(None, visible.split(",")[:wanted]):
+        try:
+            find(entry)
+        except Exception as error:  # those of NVML have no base among Python's
+            kind = "is a MIG slice, which" if entry.startswith("MIG-") else "stands for a GPU that"
+            raise GserveError(
+                f"'{entry}' in CUDA_VISIBLE_DEVICES {kind} this vLLM cannot use: {_first_line(error)};"
+                " ask for whole GPUs"
+            ) from error
 
 
 def _seeded(sampling: Any, seed: int) -> Any:
