@@ -2,7 +2,7 @@
 
 A job ends when its srun does, which ends when the server has. Where srun was killed, and its owner with it, as on a
 machine that dies, SLURM keeps the job although nothing is in it, and its GPUs with it. This process hears what the
-server hears; once the server has ended after a long silence, it cancels the job. It is started by its path, and needs
+server hears: once that has ended because its owner is gone, it cancels the job. It is started by its path, and needs
 nothing but Python.
 """
 
@@ -26,9 +26,9 @@ class Line:
         self._is_closed = False
 
     @property
-    def is_silent(self) -> bool:
-        """Say whether srun is gone without having closed its end."""
-        return not self._is_closed and time.monotonic() - self._heard > SILENCE
+    def is_over(self) -> bool:
+        """Say whether the owner is gone: it has closed the line before the server ended, or is silent."""
+        return self._is_closed or time.monotonic() - self._heard > SILENCE
 
     def forward(self) -> None:
         """Pass on all that comes, and its end."""
@@ -53,7 +53,7 @@ def main(command: list[str]) -> int:
         server.stdin.close()
         threading.Thread(target=line.forward, daemon=True).start()
         code = server.wait()
-    if line.is_silent:
+    if line.is_over:
         cancel = ["scancel", os.environ["SLURM_JOB_ID"]]
         subprocess.run(cancel, check=False)
     return code if code >= 0 else 128 - code

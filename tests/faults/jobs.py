@@ -47,8 +47,8 @@ LIMIT = SECONDS[0] + 120, SECONDS[1] + 120
 
 STALL = 10.0
 """`stall_timeout`, in seconds."""
-ECHO = EchoEngine(latency=0.05, capacity=4, processes=2)
-"""An item takes 50 ms: some are in flight at every moment."""
+ECHO = EchoEngine(latency=0.2, capacity=4, processes=2)
+"""An item takes 0.2 s: some are in flight at every moment."""
 
 
 class Patient(Tally):
@@ -513,7 +513,7 @@ class Owner:
             "launcher": {"type": "slurm", "job_name": self.title, **OF_A_JOB},
         }
         config.write_text(json.dumps(sections))
-        self._items = [" ".join([f"item-{number}"] * 4) for number in range(300)]  # 0.2 s each, with this latency
+        self._items = [f"item-{number}" for number in range(300)]
         prompts.write_text("\n".join(self._items))
         files = [str(config), "-i", str(prompts), "-o", str(self._results)]
         self._command = [sys.executable, "-m", "gserve.cli", "generate", *files]
