@@ -2,7 +2,8 @@
 
 The lease of a server goes through srun's stdin and stdout, its log through srun's stderr. That srun lives does not mean
 that the server does, and a SIGTERM to srun is a SIGKILL for the server: so what a server is told, and how it fares,
-goes over the lease. SLURM is asked why a job does not run yet, why it has ended, and whether it is gone.
+goes over the lease. SLURM is asked why a job does not run yet, why it has ended, and whether it is gone. Where the
+owner has died, `slurm_guard` ends a job that has no server yet, and `slurm_task` one that has no srun any more.
 """
 
 import contextlib

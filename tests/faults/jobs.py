@@ -44,7 +44,6 @@ LIMIT_SECONDS = 180.0
 SECONDS = 240, 1500
 """How long a row may take, in its short and its long form; and then, two minutes to end what it has started."""
 LIMIT = SECONDS[0] + 120, SECONDS[1] + 120
-
 STALL = 10.0
 """`stall_timeout`, in seconds."""
 ECHO = EchoEngine(latency=0.2, capacity=4, processes=2)
@@ -61,11 +60,11 @@ class Patient(Tally):
 def cluster(seconds: int, nodes: int = 3) -> Iterator[SlurmCluster]:
     """Have a cluster to which SLURM's commands speak, in this process and those below it.
 
-    Raises TimeoutError in the context after so many seconds: a row that is killed would leave its cluster behind.
+    Raises KeyboardInterrupt in the context after so many seconds: a row that is killed would leave its cluster behind.
     """
 
     def end(number: int, frame: object) -> None:
-        raise TimeoutError(f"not done within {seconds} s")
+        raise KeyboardInterrupt(f"not done within {seconds} s")
 
     for folder in (Path(tempfile.gettempdir()), Path(tempfile.gettempdir()).parent):
         folder.chmod(folder.stat().st_mode | 0o011)  # the way to munged's socket must be open to all
@@ -164,14 +163,14 @@ class Life:
 class Fault:
     """What befalls one server, and what must be said of its end; None: it is to live on.
 
-    `strike` returns at the moment of the fault.
+    `strike` returns something where it has waited for the moment of the fault. `step_stays`: SLURM does not see the end
+    of the step as long as the allocation lasts.
     """
 
     name: str
     strike: Callable[[Life], object]
     says: str | None
     step_stays: bool = False
-    """SLURM has no eyes for the end of the step, as long as the allocation lasts."""
 
 
 def kill(role: str, *places: int) -> Callable[[Life], None]:
@@ -188,11 +187,11 @@ def kill(role: str, *places: int) -> Callable[[Life], None]:
 
 def run(*command: str) -> Callable[[Life], None]:
     """Return what runs a command of SLURM; "{job}", "{step}" and "{node}" in it are those of the server."""
-    return lambda life: void(life.on.run(*(word.format(**vars(life)) for word in command)))
 
+    def strike(life: Life) -> None:
+        life.on.run(*(word.format(job=life.job, step=life.step, node=life.node) for word in command))
 
-def void(_: object) -> None:
-    """Return nothing."""
+    return strike
 
 
 class Range:
@@ -211,9 +210,9 @@ class Range:
             until(lambda: all(watch.ready_for(it) > 1.0 for it in range(len(servers))), HEAL_SECONDS, "all ready")
             life = Life(self._on, servers[index])
             restarts = self._service.status()[index].restarts
-            before = time.monotonic()
-            fault.strike(life)
-            since = before if time.monotonic() - before < LONG_STRIKE else time.monotonic()
+            since = time.monotonic()
+            if fault.strike(life) is not None:
+                since = time.monotonic()
             if fault.says is None:
                 time.sleep(2 * STALL)
                 assert self._service.status()[index].restarts == restarts, f"it ended: {self._heard.of(life.log)}"
@@ -226,10 +225,6 @@ class Range:
             wait_gone(outcome, lambda: [it for it in life.left() if not (fault.step_stays and "|step|" in it)], since)
             said = self._heard.of(life.log)
             assert fault.says in said, f"expected '{fault.says}' in: {said}"
-
-
-LONG_STRIKE = 10.0
-"""Seconds: what takes longer waits for the fault."""
 
 
 def wait_gone(outcome: Outcome, left: Callable[[], Sequence[object]], since: float) -> None:
@@ -337,7 +332,7 @@ def of_nodes(scale: Scale) -> list[Outcome]:
             run("scontrol", "update", "nodename={node}", "state=down", "reason=test"),
             "SLURM says NODE_FAIL",
         ),
-        Fault("kill -9 of slurmd", lambda life: kill_slurmd(life), "SLURM says NODE_FAIL"),
+        Fault("kill -9 of slurmd", kill_slurmd, "SLURM says NODE_FAIL"),
     ]
     if not_tried := skipped("nodes of SLURM that fail"):
         return not_tried
@@ -348,10 +343,10 @@ def of_nodes(scale: Scale) -> list[Outcome]:
         return strike_each(on, one, faults, scale.of(1, 3), scale.random)
 
 
-def kill_slurmd(life: Life) -> None:
+def kill_slurmd(life: Life) -> bool:
     """Kill the slurmd of a server's node; return once SLURM has noticed."""
     os.kill(life.on.daemons[f"slurmd[{life.node}]"], signal.SIGKILL)
-    until(lambda: "down" in life.on.node_states()[life.node], LIMIT_SECONDS, "the node is down")
+    return bool(until(lambda: "down" in life.on.node_states()[life.node], LIMIT_SECONDS, "the node is down"))
 
 
 def of_time(scale: Scale) -> list[Outcome]:
@@ -376,9 +371,13 @@ def of_time(scale: Scale) -> list[Outcome]:
     return [outcome]
 
 
-def wait_for_end(life: Life) -> None:
+def wait_for_end(life: Life) -> bool:
     """Return when SLURM has begun to end the job."""
-    until(lambda: not any("|RUNNING|" in it for it in named(life.on, f"{life.job}|")), LIMIT_SECONDS, "end")
+
+    def runs() -> bool:
+        return any(line.startswith(f"{life.job}|RUNNING|") for line in named(life.on, ""))
+
+    return bool(until(lambda: not runs(), LIMIT_SECONDS, "the end of its time"))
 
 
 # ------------------------------------------------------------------------------------------------ a queue that is long
