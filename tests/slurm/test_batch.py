@@ -1,0 +1,250 @@
+"""Batch jobs on a real cluster: to their end, over the end of their time, and through preemption."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gserve_core.testing.slurm import SlurmCluster
+
+pytestmark = pytest.mark.usefixtures("slurm_cluster")
+
+ROOT = Path(__file__).parent.parent.parent
+SLOW = {"latency": 0.25, "capacity": 4}
+"""Three quarters of a second for each of the items below; two servers have 16 of them at once."""
+SECRET = "canary-0123456789"
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from gserve import BatchError, VLLMService
+done = [json.loads(line)["id"] for path in Path().glob("own.jsonl") for line in path.open()]
+todo = sorted(set(range(1000)) - set(done))
+try:
+    results = VLLMService.attach().generate([f"item number {number}" for number in todo])
+except BatchError as error:
+    results = error.results
+finished = [(number, result) for number, result in zip(todo, results) if isinstance(result, list)]
+Path("own.jsonl").open("a").writelines(json.dumps({"id": id, "text": text}) + "\\n" for id, (text,) in finished)
+sys.exit(len(finished) < len(todo))
+"""
+
+
+class Place:
+    """A folder to submit jobs from."""
+
+    def __init__(self, cluster: SlurmCluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        (folder / "tmp").mkdir()
+        self.environ = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "XDG_STATE_HOME": str(folder / "state"),
+            "TMPDIR": str(folder / "tmp"),
+            "HF_TOKEN": SECRET,
+        }
+
+    def config(self, name: str = "echo.yaml", launcher: dict[str, Any] | None = None, **engine: Any) -> str:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        text = {
+            "llm": {"model_name": "m", "llm_kwargs": {"hf_token": SECRET}},
+            "serve": {"servers": 2},
+            "launcher": launcher or {"type": "slurm", "cpus_per_server": 2},
+            "engine": {"type": "echo"} | engine,
+        }
+        path.write_text(json.dumps(text))
+        return name
+
+    def items(self, count: int) -> tuple[str, ...]:
+        """Write so many items; return the options that have them answered."""
+        (self.folder / "in.txt").write_text("".join(f"item number {number}\n" for number in range(count)))
+        return "-i", "in.txt", "-o", "out.jsonl"
+
+    def submit(self, *arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "gserve.cli", "sbatch", *arguments],
+            cwd=self.folder, env=self.environ, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        number = done.stdout.split()[1].rstrip(":")
+        assert done.stdout == f"job {number}: its output goes to {self.folder}/slurm-{number}.out\n"
+        return number
+
+    def state(self, job: str) -> dict[str, str]:
+        """Return what SLURM says of a job: "JobState", "ExitCode", "Restarts" and more."""
+        words = self.cluster.run("scontrol", "show", "job", job).split()
+        return dict(word.partition("=")[::2] for word in words if "=" in word)
+
+    def ended(self, job: str, seconds: float = 60) -> tuple[str, str]:
+        """Return the state and the exit code of a job, once it has ended."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
+        until(lambda: self.state(job)["JobState"] in over, seconds)
+        return self.state(job)["JobState"], self.state(job)["ExitCode"]
+
+    def output(self, job: str) -> str:
+        return (self.folder / f"slurm-{job}.out").read_text()
+
+    def lines(self, name: str) -> list[Any]:
+        path = self.folder / name
+        rows = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [json.loads(row) for row in rows]
+
+    def check_each_once(self, name: str, count: int) -> None:
+        rows = self.lines(name)
+        assert sorted(row["id"] for row in rows) == list(range(count))
+        texts = {row["id"]: row["text"] if "text" in row else row["outputs"][0]["text"] for row in rows}
+        assert texts == {number: f"item number {number}" for number in range(count)}
+
+
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds:g} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def place(slurm_cluster: SlurmCluster, tmp_path: Path) -> Any:
+    slurm_cluster.wait_idle(60)
+    place = Place(slurm_cluster, tmp_path)
+    yield place
+    for job in [line.split()[0] for line in slurm_cluster.jobs()]:
+        slurm_cluster.run("scancel", job)
+    slurm_cluster.wait_idle(60)
+    left = [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()]
+    assert not [path for path in left if path.name.startswith(("service-", "token-"))]
+
+
+def test_a_program_of_a_users_own_runs_to_its_end_on_servers_of_two_nodes(place: Place) -> None:
+    (place.folder / "own.py").write_text(PROGRAM)
+    launcher = {"type": "slurm", "gpus_per_server": 1, "cpus_per_server": 2, "mem": "500M", "comment": "a; $(touch no)"}
+    job = place.submit(
+        place.config(launcher=launcher), "--set", "serve.servers=5", "--nodes=2", "--", sys.executable, "own.py"
+    )
+    assert place.ended(job) == ("COMPLETED", "0:0")
+    assert "5 servers are ready" in place.output(job)
+    assert place.state(job)["TRES"].startswith("cpu=12,mem=3000M,node=2")
+    place.check_each_once("own.jsonl", 1000)
+    assert not (place.folder / "no").exists()
+    assert list((place.folder / "state" / "gserve" / "jobs").iterdir()) == []
+
+
+def test_servers_may_be_processes_of_the_jobs_node(place: Place) -> None:
+    config = place.config(launcher={"type": "subprocess"})
+    job = place.submit(
+        config, *place.items(50), "--set", "serve={gpu_ids: [0, 1]}", "--params", '{"max_tokens": 9}', "--time=5"
+    )
+    assert place.ended(job) == ("COMPLETED", "0:0")
+    place.check_each_once("out.jsonl", 50)
+
+
+def test_the_exit_code_of_a_job_is_that_of_its_command(place: Place) -> None:
+    config = place.config(launcher={"type": "slurm", "cpus_per_server": 1})
+    expected = {("sh", "-c", "exit 7"): "7:0", ("sh", "-c", "kill -9 $$"): "137:0", ("no-such-program",): "2:0"}
+    jobs = {place.submit(config, "--", *command): code for command, code in expected.items()}
+    assert {job: place.ended(job) for job in jobs} == {job: ("FAILED", code) for job, code in jobs.items()}
+
+
+def test_no_secret_is_seen_in_a_job(place: Place) -> None:
+    listing = "from gserve_core import runtime as r; [print(it.token) for s in r.services() for it in s.servers]"
+    script = f'{sys.executable} -c "{listing}" > tokens; touch ready; sleep 99'
+    job = place.submit(place.config(), "--requeue", "--", "sh", "-c", script)
+    until(lambda: (place.folder / "ready").exists())
+    tokens = (place.folder / "tokens").read_text().split()
+    assert len(tokens) == 2
+    seen = {
+        "job": place.cluster.run("scontrol", "--details", "show", "job", job),
+        "queue": place.cluster.run("squeue", "--format=%all") + place.cluster.run("squeue", "--steps", "--format=%all"),
+        "script": place.cluster.run("scontrol", "write", "batch_script", job, "-"),
+        "ps": subprocess.run(["ps", "-eww", "-o", "args"], capture_output=True, text=True, check=True).stdout,
+        "file": "".join(path.read_text() for path in (place.folder / "state" / "gserve" / "jobs").iterdir()),
+        "output": place.output(job),
+        "logs": "".join(path.read_text() for path in (place.folder / "state" / "gserve" / "logs").rglob("*.log")),
+    }
+    assert 'exec "$1"' in seen["script"]
+    assert "vllm_server.py" in seen["ps"]
+    assert all(seen.values())
+    assert [(name, secret) for name, text in seen.items() for secret in (SECRET, *tokens) if secret in text] == []
+    place.cluster.run("scancel", job)
+
+
+def test_a_program_whose_job_has_no_time_left_has_its_results_and_does_the_rest_in_the_next(place: Place) -> None:
+    (place.folder / "own.py").write_text(PROGRAM)
+    job = place.submit(place.config(**SLOW), "--time=1", "--", sys.executable, "own.py")
+    assert place.ended(job, 150) == ("FAILED", "1:0"), "it ended by itself, before its time was over"
+    assert "its job's time is nearly over" in place.output(job)
+    finished = place.lines("own.jsonl")
+    assert 16 <= len(finished) < 1000
+    job = place.submit(place.config(), "--", sys.executable, "own.py")
+    assert place.ended(job) == ("COMPLETED", "0:0")
+    place.check_each_once("own.jsonl", 1000)
+
+
+def test_a_job_that_is_to_be_run_again_goes_on_where_it_stopped(place: Place) -> None:
+    """SLURM's notice is given by hand, so that it comes in the midst of the work."""
+    job = place.submit(place.config(**SLOW), *place.items(200), "--requeue")
+    until(lambda: len(place.lines("out.jsonl")) >= 16)
+    place.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    until(lambda: place.state(job)["Restarts"] == "1")
+    until(lambda: len(place.lines("out.jsonl")) >= 200)
+    errors = [row["error"] for row in place.lines("out.jsonl") if "error" in row]
+    assert errors, "what is not done is listed"
+    assert all(" is ending" in error for error in errors)
+    assert place.ended(job, 90) == ("COMPLETED", "0:0")
+    assert "skipped " in place.output(job)
+    place.check_each_once("out.jsonl", 200)
+    assert list((place.folder / "state" / "gserve" / "jobs").iterdir()) == []
+
+
+def test_a_job_that_was_preempted_goes_on_where_it_stopped(place: Place) -> None:
+    where = ("--nodelist=n2", "--time=10")
+    job = place.submit(place.config(**SLOW), *place.items(150), "--requeue", "--partition=low", *where)
+    until(lambda: len(place.lines("out.jsonl")) >= 16)
+    other = place.cluster.run("sbatch", "--parsable", "--partition=high", *where, "--exclusive", "--wrap=sleep 1")
+    until(lambda: place.state(job)["Restarts"] == "1")
+    assert len(place.lines("out.jsonl")) < 150
+    assert place.ended(other.strip())[0] == "COMPLETED"
+    assert place.ended(job, 90) == ("COMPLETED", "0:0")
+    place.check_each_once("out.jsonl", 150)
+
+
+def test_a_job_that_was_cancelled_leaves_nothing_and_the_next_does_the_rest(place: Place) -> None:
+    arguments = (place.config(**SLOW), *place.items(100))
+    job = place.submit(*arguments)
+    until(lambda: len(place.lines("out.jsonl")) >= 16)
+    place.cluster.run("scancel", job)
+    assert place.ended(job)[0] == "CANCELLED"
+    place.cluster.wait_idle(30)
+    assert len(place.lines("out.jsonl")) < 100
+    assert place.ended(place.submit(*arguments)) == ("COMPLETED", "0:0")
+    place.check_each_once("out.jsonl", 100)
+
+
+def test_the_job_that_is_written_by_hand_does_the_same(place: Place) -> None:
+    """The script as it stands; its config is that of the engine without a model."""
+    place.config("configs/slurm.yaml", launcher={"type": "slurm", "gpus_per_server": 1, "cpus_per_server": 4}, **SLOW)
+    place.items(60)
+    (place.folder / "in.txt").rename(place.folder / "prompts.txt")
+    shutil.copy(ROOT / "configs" / "slurm_job.sbatch", place.folder / "configs")
+
+    def submit() -> str:
+        told = subprocess.run(
+            ["sbatch", "--parsable", "configs/slurm_job.sbatch"],
+            cwd=place.folder, env=place.environ, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return told.stdout.strip()
+
+    job = submit()
+    until(lambda: len(place.lines("results.jsonl")) >= 16)
+    place.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    assert place.ended(job) == ("FAILED", "1:0")
+    assert "items failed" in place.output(job)
+    assert place.ended(submit()) == ("COMPLETED", "0:0")
+    place.check_each_once("results.jsonl", 60)
