@@ -67,8 +67,8 @@ Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="A prog
 CommandOrNot = Annotated[
     list[str] | None, typer.Argument(metavar="[-- COMMAND]", help="A program and its arguments.", show_default=False)
 ]
-SlurmText = Annotated[str | None, typer.Option(help="As in SLURM.")]
-SlurmNumber = Annotated[int | None, typer.Option()]
+SlurmText = Annotated[str | None, typer.Option(help="As under 'launcher' in CONFIG.")]
+SlurmNumber = Annotated[int | None, typer.Option(help="As under 'launcher' in CONFIG.")]
 Output = Annotated[
     Path | None,
     typer.Option(

@@ -4,10 +4,12 @@ The script of a job is a constant. All else travels in a file of mode 0600 that 
 becomes a part of a script, and neither SLURM nor a list of processes shows it.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,8 @@ from .slurm import JOB_OPTIONS, SlurmLauncher
 SCRIPT = Path(__file__).with_name("batch.sh")
 NOTICE = 120
 """Seconds before the end of its time at which a job is told of it. SLURM may do so up to 60 s earlier."""
+SEEN_SECONDS = 90.0
+"""How long a file may take to be seen on another machine: network file systems remember what was not there."""
 SUBMIT_SECONDS = 60.0
 """How long SLURM may take to answer."""
 
@@ -124,7 +128,12 @@ def write(order: Order) -> Path:
 
 
 def read(path: Path) -> Order:
-    """Read the file of a job. Raises GserveError."""
+    """Read the file of a job, as soon as this machine sees it. Raises GserveError."""
+    deadline = time.monotonic() + SEEN_SECONDS
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(1.0)
+        with contextlib.suppress(OSError):
+            os.listdir(path.parent)  # has a network file system look anew
     try:
         return msgspec.json.decode(path.read_bytes(), type=Order)
     except (OSError, msgspec.MsgspecError) as error:

@@ -2,12 +2,13 @@
 
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gserve import ConfigError, Job
+from gserve import ConfigError, GserveError, Job
 from gserve_launchers import batch
 from gserve_launchers.local import SubprocessLauncher
 from gserve_launchers.slurm import SlurmLauncher
@@ -136,10 +137,23 @@ def test_the_file_of_a_job_is_for_its_owner_alone_and_says_what_was_said(
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_file_that_this_machine_sees_late_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    path = batch.write(order())
+    hidden = path.rename(tmp_path / "hidden")
+    appearing = threading.Timer(1.5, hidden.rename, [path])
+    appearing.start()
+    assert batch.read(path) == order()
+    appearing.join()
+    path.write_text("{}")
+    with pytest.raises(GserveError, match="cannot read what this job is to do: .*missing required field"):
+        batch.read(path)
+
+
 def test_where_slurm_does_not_take_a_job_its_file_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(batch.GserveError, match="cannot run 'sbatch': No such file"):
+    with pytest.raises(GserveError, match="cannot run 'sbatch': No such file"):
         batch.submit(SlurmLauncher(), jobs(), order())
     assert list(batch.folder().iterdir()) == []
 
