@@ -132,7 +132,7 @@ def _look(config: Config | None, engine: Engine | None, *, runs_here: bool) -> I
     yield Finding("gserve", "ok", f"{version('gserve')} ({ROOT})")
     package = _package_of("vllm")
     if engine is None or isinstance(engine, VLLMEngine):
-        yield _examine_vllm(package, engine or VLLMEngine(), runs_here)
+        yield _weighed(_examine_vllm(package, engine or VLLMEngine()), runs_here)
     if engine is None or engine.uses_gpus:
         yield _examine_gpus(is_needed=runs_here and package is not None and "cpu" not in "".join(package))
     if config is None:
@@ -140,10 +140,17 @@ def _look(config: Config | None, engine: Engine | None, *, runs_here: bool) -> I
     if not isinstance(engine, VLLMEngine):
         yield Finding("model", "note", f"'{config.llm.model_name}': nothing is known of models of this engine")
         return
-    environ = os.environ | config.serve.env
-    yield _examine_model(config, environ)
+    yield _weighed(_examine_model(config, os.environ | config.serve.env), runs_here)
     if config.llm.lora_path is not None:
-        yield _examine_adapter(Path(config.llm.lora_path).expanduser())
+        yield _weighed(_examine_adapter(Path(config.llm.lora_path).expanduser()), runs_here)
+
+
+def _weighed(finding: Finding, runs_here: bool) -> Finding:
+    """Return a finding as it is, but a problem of this machine as a note where servers run on others."""
+    if runs_here or finding.state != "problem":
+        return finding
+    hint = f"{finding.hint}; gserve doctor CONFIG --on-node looks where servers run".removeprefix("; ")
+    return Finding(finding.subject, "note", finding.text, hint)
 
 
 def _package_of(module: str) -> tuple[str, str] | None:
@@ -154,14 +161,10 @@ def _package_of(module: str) -> tuple[str, str] | None:
     return (packages[0], version(packages[0])) if packages else (module, "of an unknown version")
 
 
-def _examine_vllm(package: tuple[str, str] | None, engine: VLLMEngine, runs_here: bool) -> Finding:
+def _examine_vllm(package: tuple[str, str] | None, engine: VLLMEngine) -> Finding:
     if package is None:
-        hint = (
-            "install it: pip install 'gserve[cuda]', or 'gserve[cpu]' for a machine without GPUs"
-            if runs_here
-            else "servers need it on the machines where they run: gserve doctor CONFIG --on-node looks there"
-        )
-        return Finding("vLLM", "problem" if runs_here else "note", "not installed here", hint)
+        hint = "pip install 'gserve[cuda]', or 'gserve[cpu]' for a machine without GPUs"
+        return Finding("vLLM", "problem", "not installed here", hint)
     name, installed = package
     try:
         warning = insecurity(installed, engine.allow_insecure_vllm)

@@ -208,6 +208,27 @@ def test_a_path_that_is_not_there_is_a_problem(examine: Examine, name: str) -> N
     assert found.hint
 
 
+@pytest.mark.usefixtures("no_programs")
+def test_what_is_missing_here_is_no_problem_yet_where_servers_run_elsewhere(examine: Examine) -> None:
+    found = examine({"model_name": "/nowhere/model", "lora_path": "/nowhere/adapter"}, launcher={"type": "slurm"})
+    for subject in ("model", "LoRA adapter"):
+        assert found[subject].state == "note"
+        assert found[subject].hint.endswith("; gserve doctor CONFIG --on-node looks where servers run")
+
+
+@pytest.mark.parametrize("node_has_it", [True, False])
+def test_on_a_node_it_counts_what_is_there(examine: Examine, tmp_path: Path, node_has_it: bool) -> None:
+    """The node here is this machine, and its working directory another one."""
+    model = tmp_path / "node" / "models" / "mine"
+    (model if node_has_it else tmp_path / "node").mkdir(parents=True)
+    if node_has_it:
+        (model / "config.json").write_text("{}")
+    sections = through("env", f"--chdir={tmp_path / 'node'}", folder=tmp_path)
+    found = examine({"model_name": "./models/mine"}, on_node=True, **sections | {"engine": {"type": "vllm"}})
+    assert found["model"].state == "problem"
+    assert found[f"model on {socket.gethostname()}"].state == ("ok" if node_has_it else "problem")
+
+
 def test_an_unknown_demo_model_is_a_problem(examine: Examine) -> None:
     assert examine({"model_name": "demo:none"})["model"].state == "problem"
     assert examine({"model_name": "demo:smollm2-135m"})["model"].state == "ok"
