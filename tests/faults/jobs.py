@@ -173,14 +173,21 @@ class Fault:
     step_stays: bool = False
 
 
+def kill_all(pids: Sequence[int]) -> None:
+    """Kill processes at the same instant: none sees another die, as the other srun of a pair would, and clear up."""
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+
 def kill(role: str, *places: int) -> Callable[[Life], None]:
     """Return what kills processes of a role: those at some places in the order of their beginning, or all."""
 
     def strike(life: Life) -> None:
         pids = life.pids(role)
         assert pids, f"there is no {role}"
-        for pid in [pids[place] for place in places] or pids:
-            os.kill(pid, signal.SIGKILL)
+        kill_all([pids[place] for place in places] or pids)
 
     return strike
 
@@ -235,7 +242,7 @@ def wait_gone(outcome: Outcome, left: Callable[[], Sequence[object]], since: flo
             raise AssertionError(f"{len(found)} left after {ENDS_SECONDS:g} s: {'; '.join(map(str, found))}")
         time.sleep(0.2)
     took = time.monotonic() - since
-    outcome.figures["gone, worst"] = max(took, outcome.figures.get("gone, worst", 0.0))
+    outcome.figures["gone within, worst"] = max(took, outcome.figures.get("gone within, worst", 0.0))
 
 
 def strike_each(
@@ -598,14 +605,6 @@ def owner(on: SlurmCluster, servers: int, *, is_job: bool = False) -> Iterator[O
         yield one
     finally:
         one.close()
-
-
-def kill_all(pids: Sequence[int]) -> None:
-    """Kill processes at the same instant, or nearly so."""
-    assert pids, "there is none"
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
 
 
 def of_owners(scale: Scale) -> list[Outcome]:
