@@ -20,6 +20,7 @@ slurm_cluster = slurm.slurm_cluster
 pytest_terminal_summary = slurm.pytest_terminal_summary
 ENGINE = (
     "tests/gserve_core/engines/", "tests/test_faults_vllm.py", "tests/test_quickstart.py", "tests/test_seed_readme.py",
+    "tests/slurm/test_vllm_on_nodes.py",
 )  # fmt: skip
 """Tests that start real vLLM. Two cores bear one engine at a time: with several test processes, all are in one."""
 SLURM = ("tests/slurm/",)
