@@ -374,7 +374,8 @@ class SlurmProcess(LocalProcess):
         began = time.monotonic()
         patience = 0.0 if self._was_forced or self._popen.returncode < 0 else SETTLE_SECONDS
         while (rows := self._active()) != []:
-            if time.monotonic() - began > (FORCE_SECONDS if rows is None else GONE_SECONDS):
+            # a step that is cancelled is killed at once: one that stays has lost its slurmstepd, and stays for ever
+            if time.monotonic() - began > (FORCE_SECONDS if rows is None or self._allocation else GONE_SECONDS):
                 logger.warning("SLURM may not have ended %s: see squeue --name=%s", self._title, self._title)
                 break
             for number, state, *_ in rows or ():
