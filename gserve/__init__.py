@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         TransportError,
     )
     from gserve_core.hookspecs import hookimpl
-    from gserve_core.interfaces import Engine, Job, Launcher, Transport
+    from gserve_core.interfaces import Engine, Finding, Job, Launcher, Transport
     from gserve_core.schema import ResponseOutput
     from gserve_core.server import VLLMServer
     from gserve_core.service import VLLMService
@@ -41,7 +41,7 @@ _HOMES = {
         "LaunchError", "PluginError", "RemoteError", "ServerExited", "StallTimeout", "StartupTimeout", "TransportError",
     ),
     "hookspecs": ("hookimpl",),
-    "interfaces": ("Engine", "Job", "Launcher", "Transport"),
+    "interfaces": ("Engine", "Finding", "Job", "Launcher", "Transport"),
     "schema": ("ResponseOutput",),
     "server": ("VLLMServer",),
     "service": ("VLLMService",),
@@ -55,6 +55,7 @@ __all__ = [
     "ConfigError",
     "DeadlineExceeded",
     "Engine",
+    "Finding",
     "GserveError",
     "ItemError",
     "ItemLost",

@@ -33,7 +33,7 @@ from .engines.vllm_engine import VLLMEngine, insecurity
 from .errors import ConfigError, LaunchError
 from .interfaces import Address, Engine, Finding, Job, Process
 from .plugins import Parts, assemble
-from .runtime import is_loopback, log_folder
+from .runtime import is_loopback, log_folder, own_address
 from .service import VLLMService
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -403,7 +403,7 @@ def answer() -> None:
         with ExitStack() as stack:
             try:
                 listening = stack.enter_context(_listen(errand))
-            except OSError as error:
+            except (OSError, LaunchError) as error:
                 up.write(msgspec.json.encode(Arrival(socket.gethostname(), None, str(error))) + b"\n")
             else:
                 host, port, *_ = listening.getsockname()
@@ -420,16 +420,10 @@ def answer() -> None:
 
 
 def _listen(errand: Errand) -> socket.socket:
-    """Listen where a server of this config would. Raises OSError."""
+    """Listen where a server of this config would. Raises OSError or LaunchError."""
     host = errand.config.serve.host
     if errand.variable is not None and is_loopback(host):
-        owner = os.environ.get(errand.variable, "").partition(" ")[0]
-        if not owner:
-            raise OSError(f"{errand.variable} does not say where the owner's machine is")
-        family, kind, _, _, place = socket.getaddrinfo(owner, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(place)  # sends nothing, but chooses the way
-            host = probe.getsockname()[0]
+        host = own_address(errand.variable)
     family, _, _, _, place = socket.getaddrinfo(host, errand.config.serve.port or 0, type=socket.SOCK_STREAM)[0]
     return socket.create_server(place[:2], family=family)
 

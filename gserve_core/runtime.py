@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from .errors import ConfigError, GserveError, did_you_mean
+from .errors import ConfigError, GserveError, LaunchError, did_you_mean
 from .interfaces import Access, Address
 
 ID_VARIABLE = "GSERVE_ID"
@@ -79,6 +79,26 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def own_address(variable: str) -> str:
+    """Return the address of this machine by which that one reaches it which an environment variable names.
+
+    Raises LaunchError: it names none, or there is no way to it.
+    """
+    peer = os.environ.get(variable, "").partition(" ")[0]
+    try:
+        if not peer:
+            raise OSError("it is empty")
+        family, kind, _, _, place = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(place)  # sends nothing, but chooses the way
+            return str(probe.getsockname()[0])
+    except (OSError, UnicodeError) as error:
+        raise LaunchError(
+            f"cannot find the way to the owner's machine, {variable}='{peer}': {error};"
+            " set serve.host to the address to listen on"
+        ) from error
 
 
 def owner_mark() -> str:

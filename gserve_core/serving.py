@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -493,7 +492,7 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
     token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
-    host = _own_address(options.reachable_from) if options.reachable_from else options.host
+    host = runtime.own_address(options.reachable_from) if options.reachable_from else options.host
     if token is None and not runtime.is_loopback(host):
         raise ConfigError(
             f"--host {host} can be reached from other machines, and no token is set:"
@@ -530,26 +529,6 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, GserveError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _own_address(variable: str) -> str:
-    """Return the address of this machine by which that one reaches it which an environment variable names.
-
-    Raises LaunchError: it names none, or there is no way to it.
-    """
-    peer = os.environ.get(variable, "").partition(" ")[0]
-    try:
-        if not peer:
-            raise OSError("it is empty")
-        family, kind, _, _, place = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(place)  # sends nothing, but chooses the way
-            return str(probe.getsockname()[0])
-    except (OSError, UnicodeError) as error:
-        raise LaunchError(
-            f"cannot find the way to the owner's machine, {variable}='{peer}': {error};"
-            " set serve.host to the address to listen on"
-        ) from error
 
 
 def _end_children() -> None:

@@ -172,7 +172,7 @@ def test_the_version_is_printed(place: Place) -> None:
 
 def test_help_names_every_command_and_loads_neither_rich_nor_the_core_behind_them(place: Place) -> None:
     shown = place.run("--help").stdout
-    for command in ("launch", "generate", "chat", "check", "plugins", "ps", "stop", "reap"):
+    for command in ("launch", "generate", "chat", "run", "sbatch", "check", "doctor", "plugins", "ps", "stop", "reap"):
         assert f"\n  {command} " in shown
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, gserve.cli; print(*sys.modules)"],
