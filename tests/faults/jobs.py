@@ -276,7 +276,8 @@ def of_jobs(scale: Scale) -> list[Outcome]:
         Fault("kill -9 of a job's srun", kill("srun", 0), "its srun was killed by SIGKILL"),
         Fault("kill -9 of a job's other srun, which only looks after the first", kill("srun", 1), None),
         Fault("kill -9 of both sruns of a job", kill("srun"), "its srun was killed by SIGKILL"),
-        Fault("kill -9 of a job's slurmstepd", kill("slurmstepd"), "it gave no sign of life"),
+        # the line to the server breaks, as if its owner were gone: it ends, and cancels its job
+        Fault("kill -9 of a job's slurmstepd", kill("slurmstepd"), "SLURM says CANCELLED"),
         Fault("kill -9 of a job's server", kill("server"), "its process was killed by SIGKILL"),
     ]
     if not_tried := skipped("jobs of SLURM that end"):
