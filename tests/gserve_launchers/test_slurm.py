@@ -79,7 +79,7 @@ FLAGS = {
     "job_name": ("mine", "--job-name=mine-server-0"),
     "srun_args": (["--switches=1"], "--switches=1"),
 }
-NO_FLAG = {"gpu_type": "a100", "nodes": 3, "queue_timeout": 60.0}
+NO_FLAG = {"gpu_type": "a100", "nodes": 3, "requeue": True, "queue_timeout": 60.0}
 """What stands in no flag of its own, or is for others than srun."""
 
 
