@@ -248,15 +248,16 @@ def wait_gone(outcome: Outcome, left: Callable[[], Sequence[object]], since: flo
 def strike_each(
     on: SlurmCluster, service: VLLMService, faults: Sequence[Fault], times: int, chance: random.Random
 ) -> list[Outcome]:
-    """Do each fault some times, to servers chosen at random, while items are worked on."""
+    """Do each fault some times while items are worked on: to each server in turn, from one chosen at random."""
     outcomes = []
     with Watch(service) as watch:
         shots = Range(on, service, watch)
         for fault in faults:
             outcome, tally = Outcome(fault=fault.name), Patient()
             with at_work(service, tally):
-                for _ in range(times):
-                    shots.strike(fault, outcome, chance.randrange(len(service.servers)))
+                first = chance.randrange(len(service.servers))
+                for number in range(first, first + times):
+                    shots.strike(fault, outcome, number % len(service.servers))
             outcome.count(tally)
             outcomes.append(outcome)
     return outcomes
