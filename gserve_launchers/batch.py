@@ -133,7 +133,7 @@ def read(path: Path) -> Order:
     while not path.exists() and time.monotonic() < deadline:
         time.sleep(1.0)
         with contextlib.suppress(OSError):
-            os.listdir(path.parent)  # has a network file system look anew
+            list(path.parent.iterdir())  # has a network file system look anew
     try:
         return msgspec.json.decode(path.read_bytes(), type=Order)
     except (OSError, msgspec.MsgspecError) as error:

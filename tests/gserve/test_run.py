@@ -11,7 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+
+from gserve_launchers import batch
 
 PROGRAM = """
 import json, sys
@@ -118,6 +121,35 @@ def test_a_signal_before_the_service_is_ready_ends_all(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- sbatch
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [("10", "job 77 was run again 10 times, which is enough"), ("9", "cannot run 'scontrol'")],
+    ids=["no more", "once more"],
+)
+def test_a_job_that_gets_nowhere_is_not_run_again_for_ever(tmp_path: Path, times: str, said: str) -> None:
+    command = ["/bin/sh", "-c", "echo begun; exec /bin/sleep 99"]
+    order = batch.Order(
+        config=str(tmp_path / config(tmp_path)), overrides=[], command=command, patience=0.5, requeue=True
+    )
+    file = tmp_path / "job.json"
+    file.write_bytes(msgspec.json.encode(order))
+    environ = os.environ | {
+        "SLURM_JOB_ID": "77",
+        "SLURM_RESTART_COUNT": times,
+        "PATH": "/nowhere",
+        "TMPDIR": str(tmp_path),
+    }
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "gserve.batch_job", file], env=environ, stdout=out, stderr=subprocess.STDOUT
+        )
+    until(lambda: b"begun" in (tmp_path / "out").read_bytes())
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(30) == (143 if times == "10" else 1)
+    assert said in (tmp_path / "out").read_text()
+    assert file.exists(), "it may be wanted again"
 
 
 def test_print_shows_the_script_and_the_command_line_and_submits_nothing(tmp_path: Path) -> None:

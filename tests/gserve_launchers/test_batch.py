@@ -146,7 +146,7 @@ def test_a_file_that_this_machine_sees_late_is_waited_for(tmp_path: Path, monkey
     assert batch.read(path) == order()
     appearing.join()
     path.write_text("{}")
-    with pytest.raises(GserveError, match="cannot read what this job is to do: .*missing required field"):
+    with pytest.raises(GserveError, match=r"cannot read what this job is to do: .*missing required field"):
         batch.read(path)
 
 
