@@ -595,7 +595,8 @@ class Owner:
         self._said.close()
         self.end_script()
         for line in self.jobs():
-            self._on.run("scancel", line.partition("|")[0])
+            with contextlib.suppress(RuntimeError):  # it has ended since we looked
+                self._on.run("scancel", line.partition("|")[0])
         oracles.kill(oracles.marked(self.run))
 
 
