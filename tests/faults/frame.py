@@ -88,6 +88,8 @@ class Outcome(Struct, kw_only=True):
         try:
             yield
         except Exception as error:
+            while isinstance(error, ExceptionGroup):  # hypothesis hides in one what it has seen only once
+                error = error.exceptions[0]
             place = traceback.extract_tb(error.__traceback__)[-1]
             self.problems.append(
                 f"{what}: {type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"

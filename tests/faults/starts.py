@@ -108,7 +108,7 @@ def _held() -> dict[str, float]:
 
 
 THREADS = 4
-PATIENCE = 30.0
+PATIENCE = 120.0
 """Seconds after which a start, a stop or a call hangs."""
 
 
