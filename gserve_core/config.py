@@ -45,6 +45,9 @@ class LLMConfig:
         check(self)
         if not self.model_name.strip():
             raise ConfigError("model_name is empty: expected a model id or a folder", at="$.model_name")
+        for name, value in (("model_name", self.model_name), ("lora_path", self.lora_path)):
+            if value is not None and value.startswith("-"):
+                raise ConfigError(f"'{value}' looks like an option: write a folder as ./{value}", at=f"$.{name}")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"expected a fraction above 0 and up to 1, got {self.gpu_memory_utilization}",

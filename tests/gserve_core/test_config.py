@@ -330,6 +330,10 @@ WRONG = {
         "llm: {model_name: ' '}\n",
         ":1: model_name is empty: expected a model id or a folder - at $.llm.model_name",
     ),
+    "an option as model_name": (
+        "llm: {model_name: --lease}\n",
+        ":1: '--lease' looks like an option: write a folder as ./--lease - at $.llm.model_name",
+    ),
     "a list": ("- a\n", ":1: expected a mapping, got list"),
     "a text": ("hello\n", ":1: expected a mapping, got str"),
     "null": ("null\n", ":1: expected a mapping, got null"),

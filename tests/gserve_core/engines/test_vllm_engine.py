@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -297,7 +296,7 @@ def test_vllm_keeps_the_contract_of_engines() -> None:
         f"    testing.check_engine(VLLMEngine(), LLMConfig({DEMO!r}, enforce_eager=True, gpu_memory_utilization=0.18,\n"
         "        max_model_len=1024))\n"
     )
-    with tempfile.TemporaryDirectory() as folder:  # a short path, for vLLM's sockets, which no server is there to remove
+    with tempfile.TemporaryDirectory() as folder:  # a short path, for vLLM's sockets; no server is there to remove them
         environ = os.environ | {"TMPDIR": folder}
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environ)
     assert done.returncode == 0, done.stderr[-3000:]
