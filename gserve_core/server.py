@@ -464,6 +464,9 @@ class VLLMServer:
                 except LaunchError as error:
                     end.is_hung, end.error = True, error
                     return
+                if self._asked_to_stop and not runs:
+                    end.is_hung = True  # there is nobody yet who could end in order
+                    return
             messages = owner.receive(0 if ended else TICK)
             for message in messages or ():
                 runs = True
