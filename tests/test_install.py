@@ -53,3 +53,12 @@ def test_the_base_install_holds_no_vllm_and_no_torch(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "hello there"
+    shown = subprocess.run(
+        [bin_ / "gserve", "sbatch", config, "--print", "--", "true"],
+        capture_output=True,
+        text=True,
+        env=environ,
+        check=False,
+    )
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.startswith("#!")  # the script of a job is in the package
