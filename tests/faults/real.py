@@ -27,7 +27,7 @@ IDLE_SECONDS = 2.0
 """How long an engine may be busy with what nobody wants any more."""
 SPIN_SECONDS = 1.0
 """How long a worker of vLLM keeps a core busy with waiting for more, after its last step."""
-BUSY = 0.5
+BUSY = 0.1
 """The part of a core from which on the processes of an engine are taken to be at work."""
 CONFIG = """
 llm: {{model_name: "demo:smollm2-135m", enforce_eager: true, gpu_memory_utilization: 0.16, max_model_len: 512}}

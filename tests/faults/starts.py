@@ -199,7 +199,7 @@ class Life(stateful.RuleBasedStateMachine):
 
 def machine(scale: Scale) -> Outcome:
     """Have hypothesis start, stop and call one service from four threads, in any order, and look for what breaks."""
-    runs, steps = scale.of((4, 25), (200, 50))
+    runs, steps = scale.of((4, 25), (220, 50))
     outcome = Outcome(fault="start, stop and call from 4 threads, in any order")
     settings = hypothesis.settings(
         max_examples=runs, stateful_step_count=steps, deadline=None, database=None, print_blob=False,
