@@ -372,7 +372,7 @@ def of_time(scale: Scale) -> list[Outcome]:
         at_work(one, tally),
     ):
         shots = Range(on, one, watch)
-        time.sleep(20.0)
+        time.sleep(20.0)  # so that the new life of one of them outlasts the old one of the other
         shots.strike(apart, Outcome(fault=apart.name), 1)
         for number in range(scale.of(1, 3)):
             shots.strike(over, outcome, number % 2)
