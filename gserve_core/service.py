@@ -307,11 +307,11 @@ class VLLMService(Inference):
         return [(job, self._parts.launcher.command(job)) for job in jobs]
 
     def _record(self, name: str) -> ServiceRecord:
-        pid = os.getpid()
+        pid, names = os.getpid(), [server.name for server in self._servers]
         folder = self._parts.folder
         return ServiceRecord(
             name=name, pid=pid, started=runtime.process_start(pid) or 0,
-            servers=[] if self._draining else list(self._records.values()),
+            servers=[] if self._draining else [it for name in names if (it := self._records.get(name)) is not None],
             transport=self._parts.registry.section("transport", self._parts.transport),
             plugins=list(self._parts.plugins), folder=str(folder.resolve()) if folder else None,
             client_timeout=self._config.serve.client_timeout,
