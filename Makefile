@@ -12,7 +12,7 @@ UV := $(RUN)/uv
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.12 --no-strip-extras --generate-hashes \
   --custom-compile-command "make lock"
 
-.PHONY: help quickstart test faults lint lock clean
+.PHONY: help quickstart test faults scale lint lock clean
 help: ## say what there is to make
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 18
 
@@ -24,6 +24,9 @@ test: $(READY) ## pass the tests
 
 faults: $(READY) ## try every fault, for 10 minutes; LONG=1: for an hour
 	$(RUN)/python -m tests.faults $(ROWS)
+
+scale: $(READY) ## measure what an item costs a client and 1 to 64 servers, in 10 minutes
+	$(RUN)/python -m benchmarks.scale
 
 lint: $(READY) ## check style and types
 	$(RUN)/ruff check .

@@ -1,0 +1,1 @@
+"""The benchmarks: what gserve costs and what it gains, measured."""
