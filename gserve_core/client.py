@@ -226,28 +226,22 @@ class _Items:
         self._read = read
         if isinstance(sampling_params, (list, tuple)):
             given = given if isinstance(given, Sequence) else list(given)
-            self._params = iter(_each_params(sampling_params, len(given)))
+            params: Iterable[Params | ItemError | None] = _each_params(sampling_params, len(given))
         else:
             try:
-                self._params = itertools.repeat(params_from(sampling_params))
+                params = itertools.repeat(params_from(sampling_params))
             except ItemError as error:
                 raise ConfigError(str(error)) from error
         self.size = len(given) if isinstance(given, Sequence) else None
         self.are_read = False
-        self._given = enumerate(given)
+        self._given = zip(enumerate(given), params, strict=False)
 
     def take(self, call: Call) -> tuple[list[Item], list[tuple[int, Outcome]]]:
         """Read the next items; return those that are good, and the errors of the others."""
         good: list[Item] = []
         bad: list[tuple[int, Outcome]] = []
         enough = time.monotonic() + FEED_SECONDS
-        while len(good) + len(bad) < FEED and time.monotonic() < enough:
-            try:
-                index, given = next(self._given)
-            except StopIteration:
-                self.are_read = True
-                break
-            own = next(self._params)
+        for (index, given), own in itertools.islice(self._given, FEED):
             try:
                 if isinstance(own, ItemError):
                     raise own
@@ -258,6 +252,9 @@ class _Items:
                 bad.append((index, ItemError(f"not as expected: {str(error).replace('`', '')}", index=index)))
             except (UnicodeEncodeError, RecursionError, OverflowError) as error:
                 bad.append((index, ItemError(f"cannot be sent: {error}", index=index)))
+            if time.monotonic() > enough:
+                return good, bad
+        self.are_read = len(good) + len(bad) < FEED
         return good, bad
 
 
@@ -338,18 +335,17 @@ class _Batch:
             self._open.difference_update([index for index, _ in outcomes])
         return outcomes
 
-    def expire(self) -> Iterator[tuple[int, Outcome]]:
+    def expire(self) -> Iterator[list[tuple[int, Outcome]]]:
         """End the call at its deadline; yield the errors of what is not finished."""
         self.cancel()
+        message = f"the deadline of {self._deadline:g} s came before this was finished"
         late = sorted(self._open or ())
         while True:
-            for index in late:
-                message = f"the deadline of {self._deadline:g} s came before this was finished"
-                yield index, DeadlineExceeded(message, index=index, invalid=False)
+            yield [(index, DeadlineExceeded(message, index=index, invalid=False)) for index in late]
             if self._items.are_read or self._items.size is None:  # of those in an iterator there may be no end
                 return
             good, bad = self._items.take(self._call)
-            yield from bad
+            yield bad
             late = [item.index for item in good]
 
     def cancel(self) -> None:
@@ -360,6 +356,14 @@ class _Batch:
 
 def _outcomes(dispatcher: Dispatcher, items: _Items, deadline: float | None) -> Iterator[tuple[int, Outcome]]:
     """Yield the outcomes of all items as they come. Nothing is sent before the first is asked for."""
+    for outcomes in _outcome_lists(dispatcher, items, deadline):
+        yield from outcomes
+
+
+def _outcome_lists(
+    dispatcher: Dispatcher, items: _Items, deadline: float | None
+) -> Iterator[list[tuple[int, Outcome]]]:
+    """Yield what `_outcomes` yields, as many at once as there are."""
     news: queue.SimpleQueue[list[tuple[int, Outcome]]] = queue.SimpleQueue()
     batch = _Batch(dispatcher, items, deadline, news.put)
     try:
@@ -371,7 +375,7 @@ def _outcomes(dispatcher: Dispatcher, items: _Items, deadline: float | None) -> 
                     yield from batch.expire()
                     return
                 continue
-            yield from batch.count(come)
+            yield batch.count(come)
     except BaseException:  # Ctrl-C, or the caller wants no more: the servers need not go on
         batch.cancel()
         raise
@@ -381,12 +385,12 @@ def _collect(
     dispatcher: Dispatcher, items: _Items, deadline: float | None, return_extra: bool, on_error: OnError
 ) -> list[Any]:
     """Return all outcomes in the order of the call. Raises BatchError, BatchInterrupted."""
-    found = _Found(return_extra, on_error)
+    found = _Found(items, return_extra, on_error)
     try:
-        for index, outcome in _outcomes(dispatcher, items, deadline):
-            found.add(index, outcome)
+        for outcomes in _outcome_lists(dispatcher, items, deadline):
+            found.add(outcomes)
     except KeyboardInterrupt as interrupt:
-        raise BatchInterrupted(found.so_far(items.size)) from interrupt
+        raise BatchInterrupted(found.so_far) from interrupt
     return found.all()
 
 
@@ -394,7 +398,7 @@ async def _collect_async(
     dispatcher: Dispatcher, items: _Items, deadline: float | None, return_extra: bool, on_error: OnError
 ) -> list[Any]:
     """Return what `_collect` returns."""
-    found = _Found(return_extra, on_error)
+    found = _Found(items, return_extra, on_error)
     loop = asyncio.get_running_loop()
     news: asyncio.Queue[list[tuple[int, Outcome]]] = asyncio.Queue()
 
@@ -410,12 +414,11 @@ async def _collect_async(
                     come = await news.get()
             except TimeoutError:
                 if batch.is_late:
-                    for index, outcome in batch.expire():
-                        found.add(index, outcome)
+                    for outcomes in batch.expire():
+                        found.add(outcomes)
                     break
                 continue
-            for index, outcome in batch.count(come):
-                found.add(index, outcome)
+            found.add(batch.count(come))
     except BaseException:
         batch.cancel()
         raise
@@ -423,32 +426,29 @@ async def _collect_async(
 
 
 class _Found:
-    """The outcomes of a call so far."""
+    """The outcomes of a call so far, in its order; None where there is none yet."""
 
-    def __init__(self, return_extra: bool, on_error: OnError) -> None:
+    def __init__(self, items: _Items, return_extra: bool, on_error: OnError) -> None:
         if on_error not in ("raise", "return"):
             raise ConfigError(f"expected on_error as 'raise' or 'return', got {on_error!r}")
+        assert items.size is not None
+        self.so_far: list[Any] = [None] * items.size
         self._return_extra = return_extra
         self._raises = on_error == "raise"
-        self._found: dict[int, Any] = {}
         self._failed = False
 
-    def add(self, index: int, outcome: Outcome) -> None:
-        if isinstance(outcome, ItemError):
-            self._failed = True
-            self._found[index] = outcome
-        else:
-            self._found[index] = outcome if self._return_extra else [output.text for output in outcome]
-
-    def so_far(self, size: int | None) -> list[Any]:
-        size = max(self._found, default=-1) + 1 if size is None else size
-        return [self._found.get(index) for index in range(size)]
+    def add(self, outcomes: list[tuple[int, Outcome]]) -> None:
+        for index, outcome in outcomes:
+            if isinstance(outcome, ItemError):
+                self._failed = True
+                self.so_far[index] = outcome
+            else:
+                self.so_far[index] = outcome if self._return_extra else [output.text for output in outcome]
 
     def all(self) -> list[Any]:
-        results = [self._found[index] for index in range(len(self._found))]
         if self._failed and self._raises:
-            raise BatchError(results)
-        return results
+            raise BatchError(self.so_far)
+        return self.so_far
 
 
 class VLLMClient(Inference):

@@ -12,9 +12,12 @@ import itertools
 import logging
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
+
+import uvloop
+from msgspec import Struct
 
 from .errors import GserveError, ItemError, ItemLost, RemoteError, StallTimeout, TransportError
 from .interfaces import Connection
@@ -52,18 +55,15 @@ class Call:
         self.cancelled = False
 
 
-class Item:
+class Item(Struct, eq=False, gc=False):
     """An item on its way. `seed`: for its sampling, where its parameters name none."""
 
-    __slots__ = ("call", "index", "losses", "params", "prompt", "seed")
-
-    def __init__(self, call: Call, index: int, prompt: Prompt, params: Params | None, seed: int | None) -> None:
-        self.call = call
-        self.index = index
-        self.prompt = prompt
-        self.params = params
-        self.seed = seed
-        self.losses = 0
+    call: Call
+    index: int
+    prompt: Prompt
+    params: Params | None
+    seed: int | None
+    losses: int = 0
 
     @property
     def text(self) -> int:
@@ -115,7 +115,7 @@ class Dispatcher:
         self._ending: str | None = None
         self._numbers = itertools.count()
         self._workers: dict[str, _Worker] = {}
-        self._loop = asyncio.new_event_loop()
+        self._loop = uvloop.new_event_loop()
         self._closed = False
         self._closing: set[asyncio.Task[None]] = set()
         self._pid = os.getpid()
@@ -288,7 +288,7 @@ class Dispatcher:
             room = limit - worker.in_flight
             if room < min(len(self._queue), max(1, limit // 4)):  # a few at a time are not worth a request
                 return
-            self._begin(worker, list(self._take(min(room, MAX_PIECE_ITEMS), worker.piece_text)))
+            self._begin(worker, self._take(min(room, MAX_PIECE_ITEMS), worker.piece_text))
         for worker in free:
             if self._suspects and not worker.in_flight:
                 worker.is_reserved = True
@@ -303,14 +303,16 @@ class Dispatcher:
         worker.pieces[task] = [*piece]
         task.add_done_callback(worker.pieces.pop)
 
-    def _take(self, count: int, most: int) -> Iterator[Item]:
+    def _take(self, count: int, most: int) -> list[Item]:
+        """Take up to `count` items from the queue, with no more text than `most`, unless one alone has more."""
+        taken: list[Item] = []
         text = 0
-        while self._queue and count:
+        while self._queue and len(taken) < count:
             text += self._queue[0].text
-            if text > most and text > self._queue[0].text:
-                return
-            yield self._queue.popleft()
-            count -= 1
+            if text > most and taken:
+                break
+            taken.append(self._queue.popleft())
+        return taken
 
     async def _send(self, worker: _Worker, piece: list[Item]) -> None:
         """Have a server work on a piece; deliver what it says, and put back what it leaves undone."""
@@ -341,7 +343,7 @@ class Dispatcher:
         self._pump()
 
     def _deliver(self, worker: _Worker, left: list[Item | None], events: Sequence[Any]) -> None:
-        outcomes: dict[Call, list[tuple[int, Outcome]]] = {}
+        outcomes: defaultdict[Call, list[tuple[int, Outcome]]] = defaultdict(list)
         for event in events:
             if not isinstance(event, (Result, Failure)):
                 continue
@@ -356,7 +358,7 @@ class Dispatcher:
                 if isinstance(event, Result)
                 else ItemError(event.message, index=item.index, invalid=event.invalid)
             )
-            outcomes.setdefault(item.call, []).append((item.index, outcome))
+            outcomes[item.call].append((item.index, outcome))
         for call, batch in outcomes.items():
             call.deliver(batch)
         if self._queue and outcomes:

@@ -68,7 +68,7 @@ type Logprobs = list[dict[int, Logprob] | None]
 """One entry a token: by token id. The first entry of prompt log probabilities is None."""
 
 
-class ResponseOutput(Struct, frozen=True, omit_defaults=True):
+class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
     """One completion: the fields of `vllm.CompletionOutput`, and the prompt's log probabilities.
 
     `finish_reason` is "stop", "length" or "repetition"; `stop_reason` the stop string or token id that ended it.
@@ -98,7 +98,7 @@ class RunRequest(Struct, frozen=True, forbid_unknown_fields=True):
     heartbeat: float = 5.0
 
 
-class Result(Struct, frozen=True, tag="result", array_like=True):
+class Result(Struct, frozen=True, tag="result", array_like=True, gc=False):
     """Item `index` is done: its outputs, one per completion asked for."""
 
     index: int
