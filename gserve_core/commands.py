@@ -7,10 +7,10 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from .errors import LaunchError
-from .interfaces import Job, Launcher
+from .interfaces import Job, Launcher, Process
 
 FAREWELL = 1.0
 """Seconds that processes below a server have to end by themselves after it: some free shared memory."""
@@ -26,20 +26,22 @@ class CommandLauncher(Launcher):
         """Return the environment that `launch` gives the command."""
         return {**os.environ, **job.env}
 
-    def launch(self, job: Job) -> "LocalProcess":
+    def launch(self, job: Job) -> Process:
         """Start `command(job)` in a session of its own."""
         return LocalProcess(self.popen(job))
 
-    def popen(self, job: Job) -> "subprocess.Popen[bytes]":
-        """Start `command(job)`. Raises LaunchError."""
+    def popen(
+        self, job: Job, *, stdin: int | IO[Any] = subprocess.PIPE, stdout: int | IO[Any] = subprocess.PIPE
+    ) -> "subprocess.Popen[bytes]":
+        """Start `command(job)`; stdin and stdout are pipes unless others are given. Raises LaunchError."""
         command = self.command(job)
         try:
             with job.log.open("ab") as log:
                 return subprocess.Popen(
                     command,
                     env=self.environment(job),
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
+                    stdin=stdin,
+                    stdout=stdout,
                     stderr=log,
                     bufsize=0,
                     start_new_session=True,

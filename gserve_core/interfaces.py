@@ -27,7 +27,7 @@ class Job:
     `env` is added to the environment that the server inherits; it holds the GPU pinning (`CUDA_VISIBLE_DEVICES`) for
     `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its scheduler for `gpus` of them, 0
     where the engine uses none. It is number `index` of `servers` that are started together. `instance` is an id of this
-    start alone; "" where nothing is to be started.
+    start alone; "" where nothing is to be started. `nursery`: what forks it, where a launcher would start it here.
     """
 
     name: str
@@ -38,7 +38,15 @@ class Job:
     gpus: int = 1
     index: int = 0
     servers: int = 1
+    nursery: "Forks | None" = field(default=None, repr=False)
     log: Path
+
+
+class Forks(Protocol):
+    """What forks servers from a process that has imported what they need."""
+
+    def fork(self, job: Job, popen: Callable[..., Any]) -> "Process":
+        """Have `job` forked. `popen` starts a job as a process of this machine, with `stdin` and `stdout` as given."""
 
 
 @runtime_checkable
@@ -195,6 +203,9 @@ class Transport(ABC):
 
     name: ClassVar[str]
 
+    def preload(self) -> None:  # noqa: B027
+        """Import what a server needs for it, before the server is forked. Does nothing unless overridden."""
+
     @abstractmethod
     def serve(self, api: ServerApi, host: str, port: int) -> AbstractAsyncContextManager[Address]:
         """Listen and answer for `api` until the context ends; port 0 takes a free one. Runs in the server.
@@ -232,6 +243,12 @@ class Engine(ABC):
 
     name: ClassVar[str]
     uses_gpus: ClassVar[bool] = True
+
+    def preload(self) -> None:  # noqa: B027
+        """Import what a server needs for it, before the server is forked. Does nothing unless overridden.
+
+        Must start no thread and touch no GPU: neither outlives a fork.
+        """
 
     @abstractmethod
     async def start(self, llm: LLMConfig, report: Report) -> "RunningEngine":

@@ -28,6 +28,7 @@ from .environment import weakening
 from .errors import ConfigError, GserveError, LaunchError, StartupTimeout
 from .interfaces import Address, Engine, EngineInfo, Job, Launcher, Process, Transport
 from .log_utils import LEVEL_VARIABLE, BoundedLog, log_level
+from .nursery import Nursery
 from .plugins import Parts, assemble
 from .redaction import divided
 
@@ -191,6 +192,7 @@ class VLLMServer:
         engine: Engine | None = None,
         plugins: Sequence[str] = (),
         parts: Parts | None = None,
+        nursery: Nursery | None = None,
         index: int = 0,
         servers: int = 1,
     ) -> None:
@@ -203,6 +205,7 @@ class VLLMServer:
         self._parts = parts or assemble(
             Config(llm_config, plugins=list(plugins)), launcher=launcher, transport=transport, engine=engine
         )
+        self._nursery, self._has_own_nursery = nursery or Nursery(), nursery is None
         self._gpu_ids = None if ids is None else tuple(ids)
         self._index = index
         self._servers = servers
@@ -341,7 +344,7 @@ class VLLMServer:
             )  # fmt: skip
             process = None
             try:
-                process = self._parts.launcher.launch(replace(job, env=marked))
+                process = self._parts.launcher.launch(replace(job, env=marked, nursery=self._nursery))
                 self._owner = lease.OwnerEnd(process.stdin, process.stdout, hello)
                 watcher = threading.Thread(
                     target=self._watch, args=(process, self._owner, self._log), name=self.name, daemon=True
@@ -403,6 +406,8 @@ class VLLMServer:
             self._watcher = None
             if self._state != State.FAILED or self._asked_to_stop:
                 self._state = State.STOPPED
+            if self._has_own_nursery:
+                self._nursery.close()
 
     def __enter__(self) -> Self:
         self.start()
@@ -440,7 +445,7 @@ class VLLMServer:
             if self._asked_to_stop:
                 self._state = State.STOPPED
             else:
-                why = None if end.is_hung else process.why()
+                why = None if end.is_hung or (is_here and end.cause) else process.why()
                 self._error = end.error or diagnosis.exited(
                     self.name, phase=self._doing() or "serving", cause=why or end.cause, returncode=returncode, log=log,
                     since=end.since, kills=end.kills,

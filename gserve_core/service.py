@@ -17,6 +17,7 @@ from .config import Config, LLMConfig, ServeConfig, check_placement, load
 from .dispatch import Dispatcher
 from .errors import GserveError, LaunchError, TransportError
 from .interfaces import Access, Engine, EngineInfo, Job, Launcher, Transport
+from .nursery import Nursery
 from .plugins import Parts, assemble
 from .runtime import ServerRecord, ServiceRecord
 from .server import ServerStatus, State, VLLMServer
@@ -109,6 +110,7 @@ class VLLMService(Inference):
         self._pid = os.getpid()
         self._starting = threading.Lock()
         self._telling = threading.Lock()
+        self._nursery = Nursery()
         placement = check_placement(config.llm, config.serve)
         serve = config.serve
         self._servers = [
@@ -116,7 +118,7 @@ class VLLMService(Inference):
                 config.llm, gpu_ids, serve.host, None if serve.port is None else serve.port + index,
                 serve.startup_timeout, serve.verbose, client_timeout=serve.client_timeout,
                 stall_timeout=serve.stall_timeout, share_gpu=serve.share_gpu, env=serve.env,
-                parts=parts, index=index, servers=len(placement),
+                parts=parts, nursery=self._nursery, index=index, servers=len(placement),
             )
             for index, gpu_ids in enumerate(placement)
         ]  # fmt: skip
@@ -246,6 +248,7 @@ class VLLMService(Inference):
             supervisor, self._supervisor = self._supervisor, None
             if supervisor is not None:
                 supervisor.stop()
+            self._nursery.close()
             if self._name is not None and queue is not None:
                 runtime.remove_service(self._name)
         self._records = {}

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import signal
+import tempfile
 import threading
 import time
 import uuid
@@ -24,7 +25,7 @@ from typing import Any, NoReturn
 
 import uvloop
 
-from . import devices, lease, plugins, runtime
+from . import devices, lease, nursery, plugins, runtime
 from .config import LLMConfig, ServeConfig
 from .diagnosis import port_holder
 from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
@@ -443,6 +444,9 @@ async def _all[T](work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a server, and end the process with its exit code. See `--help` for the arguments."""
     options = _parser().parse_args(arguments)
+    if options.nursery:
+        setup_logging()
+        options = _parser().parse_args(nursery.tend(functools.partial(_preload, options)))
     line = lease.ServerEnd() if options.lease else None
     instance = line.hello.instance if line else uuid.uuid4().hex
     _mark_children(instance)
@@ -468,6 +472,18 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os._exit(code)  # a load that was interrupted has threads that nothing else would end
 
 
+def _preload(options: argparse.Namespace) -> None:
+    """Import what servers with these options need. What is wrong with the options, they say themselves."""
+    began = time.monotonic()
+    try:
+        registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
+        for kind in ("engine", "transport"):
+            registry.build(kind, getattr(options, kind)).preload()
+    except Exception:
+        logger.exception("cannot import what servers need: each will try by itself")
+    logger.info("imported what servers need in %.1f s", time.monotonic() - began)
+
+
 def _mark_children(instance: str) -> None:
     """Have the processes below this one know whom they belong to, and be found by it, even when they are renamed."""
     me = f"{os.getpid()}:{runtime.process_start(os.getpid())}"
@@ -486,6 +502,7 @@ def _use_scratch(instance: str) -> None:
         raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
     os.environ["TMPDIR"] = str(scratch)
+    tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use
 
 
 def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
@@ -582,5 +599,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--transport", type=_mapping, default={"type": "http"}, help="transport, as JSON")
     parser.add_argument("--plugins", type=lambda text: text.split(","), default=[], help="modules with plugins")
     parser.add_argument("--plugin_folder", help="folder where modules with plugins are looked for too")
+    parser.add_argument("--nursery", action="store_true", help="fork such servers on demand: gserve itself sets this")
     parser.add_argument("--lease", action="store_true", help="an owner speaks on stdin: gserve itself sets this")
     return parser

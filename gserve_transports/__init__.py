@@ -19,6 +19,10 @@ class HttpTransport(Transport):
     name: ClassVar[str] = "http"
     max_body_mib: int = 64
 
+    def preload(self) -> None:
+        """Import the server's half."""
+        from . import http_server  # noqa: F401
+
     def serve(self, api: ServerApi, host: str, port: int) -> AbstractAsyncContextManager[Address]:
         """Listen and answer until the context ends."""
         from .http_server import serve  # brings in fastapi and uvicorn, which a client does not need

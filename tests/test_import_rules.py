@@ -25,7 +25,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"config"},
     {"interfaces"},
     {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "devices", "diagnosis"},
-    {"plugins"},
+    {"plugins", "nursery"},
     {"dispatch"},
     {"client"},
     {"server"},
@@ -35,7 +35,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
     "serving": {
         "errors", "schema", "config", "interfaces", "lease", "log_utils", "redaction", "devices", "runtime", "plugins",
-        "diagnosis",
+        "nursery", "diagnosis",
     },
     "reap": {"lease", "runtime"},
     "doctor": {

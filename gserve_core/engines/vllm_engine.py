@@ -7,6 +7,7 @@ those of `vllm.LLM`. Why each step is as it is, is told in vLLM's own `entrypoin
 import asyncio
 import contextlib
 import gc
+import importlib
 import json
 import logging
 import multiprocessing
@@ -42,6 +43,13 @@ TURNS, WORKING_SECONDS = 10, 0.25
 """An engine whose loop takes longer for so many turns works: without work a turn takes a few milliseconds."""
 STOP_SECONDS = 5.0
 """How long vLLM may take to end itself."""
+PRELOADED = (
+    "vllm.entrypoints.llm", "vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.renderers.hf",
+    "vllm.v1.executor.multiproc_executor", "vllm.model_executor.model_loader",
+)  # fmt: skip
+"""What the processes of an engine import, if they are not forked from one that has."""
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+"""vLLM's own setting: whether its processes are forked, or "spawn"ed and have to import everything again."""
 SECURE, TOLERABLE = (0, 32), (0, 22)
 """Since which versions of vLLM no published hole is left open, and none that lets strangers in."""
 
@@ -58,6 +66,12 @@ class VLLMEngine(Engine):
     name: ClassVar[str] = "vllm"
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     allow_insecure_vllm: bool = False
+
+    def preload(self) -> None:
+        """Import vLLM."""
+        for name in PRELOADED:
+            with contextlib.suppress(ImportError):  # not in this version
+                importlib.import_module(name)
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Load the model, in a thread that lives as long as the engine."""
@@ -141,10 +155,18 @@ class RunningVLLM(RunningEngine):
             engine_arguments = vllm.AsyncEngineArgs(**arguments)
         except TypeError as error:
             raise ConfigError(f"vLLM {vllm.__version__} refuses its keyword arguments: {error}", at="$.llm") from error
+        chosen = os.environ.get(START_METHOD)
         alone = compile_turn.turn(demo_model.cache_folder() / "compile", compiled, report)
         with contextlib.nullcontext() if engine_arguments.enforce_eager else alone:
             # The usage context of `vllm.LLM`: another one means a fraction of the sequences (max_num_seqs).
-            self._engine = vllm.AsyncLLMEngine.from_engine_args(engine_arguments, usage_context=UsageContext.LLM_CLASS)
+            config = engine_arguments.create_engine_config(UsageContext.LLM_CLASS)
+            if chosen is None and current_platform.is_cpu():  # there it has just been set to "spawn"
+                os.environ[START_METHOD] = "fork"
+            self._engine = vllm.AsyncLLMEngine.from_vllm_config(
+                config, usage_context=UsageContext.LLM_CLASS,
+                disable_log_stats=engine_arguments.disable_log_stats,
+                enable_log_requests=engine_arguments.enable_log_requests,
+            )  # fmt: skip
         self._config = self._engine.model_config
         self._renderer = self._engine.renderer
         self._tokenize_in_template = (

@@ -1,0 +1,403 @@
+"""The nursery: a process that has imported what servers need, and forks one whenever it is wanted. Both of its ends.
+
+Importing vLLM is most of a server's start. A nursery does it once for all servers of a service, and for every restart.
+What it forks is a server like any other: it leads a session of its own, and has its own environment, log, lease and
+GPUs. It goes on when the nursery dies; a server that is wanted then, or while the nursery hangs, is started plainly.
+
+A process that has threads is forked with care, since a lock that one of them holds stays locked in the child for ever.
+So when a nursery forks it has no other thread of Python's; it has no event loop and has touched no GPU. The threads of
+the libraries that it has imported, a pool or two, have had no work yet, and so hold no lock.
+"""
+
+import contextlib
+import ctypes
+import gc
+import io
+import json
+import math
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, cast
+
+from . import runtime
+from .commands import LocalProcess
+from .interfaces import Job
+
+IMPORT_SECONDS = 600.0
+"""How long a nursery may import: from a slow network file system that takes minutes."""
+FORK_SECONDS = 10.0
+"""How long one that has forked before may take to do it again."""
+END_SECONDS = 1.0
+"""How long it may take to end by itself."""
+REAP_SECONDS = 1.0
+"""How long a nursery may take to say with what exit code a server has ended."""
+UNKNOWN = 255
+"""The exit code of a server whose nursery does not say it, since it has died before, or hangs."""
+PINNING = "CUDA_VISIBLE_DEVICES"
+"""What a nursery must not have of its first server's environment: libraries would count the GPUs in it."""
+
+type Popen = Callable[..., subprocess.Popen[bytes]]
+"""Starts a job as a process of this machine; takes `stdin` and `stdout` too. Raises LaunchError."""
+
+
+# ------------------------------------------------------------------------------------------------------ the owner's end
+
+
+def _is_possible() -> bool:
+    """Say whether this system tells how a process fares that is not our child (Linux 5.3)."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
+
+
+class Nursery:
+    """The nursery of a service: started when it is first needed, and again when it has died."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._line: socket.socket | None = None
+        self._lock = threading.Lock()
+        self.has_forked = False
+        forget = weakref.WeakMethod(self._close_line)  # while a fork of ours held it open, our end would not be noticed
+        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
+
+    def fork(self, job: Job, popen: Popen) -> LocalProcess:
+        """Have a server forked as soon as what it needs is imported. Does not wait for it. Raises LaunchError.
+
+        `popen` starts the nursery itself, from the job's own command, and the server where it is not to be forked.
+        """
+        if not _is_possible():
+            return LocalProcess(popen(job))
+        with self._lock:
+            if self._line is None or self._process is None or self._process.poll() is not None:
+                self._start(job, popen)
+            assert self._line is not None
+            stdin, write = os.pipe()
+            read, stdout = os.pipe()
+            talk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            order = os.memfd_create("order")
+            with theirs, os.fdopen(order, "wb", 0) as stream, job.log.open("ab") as log:
+                stream.write(json.dumps([list(job.command), dict(job.env), _folder()]).encode())
+                with contextlib.suppress(OSError):  # it has died just now: the server notices
+                    descriptors = [order, stdin, stdout, log.fileno(), theirs.fileno()]
+                    socket.send_fds(self._line, [b"fork"], descriptors)
+            fork = _Fork(talk, os.fdopen(write, "wb", 0), os.fdopen(read, "rb", 0))
+            return ForkedServer(self, fork, lambda: popen(job, stdin=stdin, stdout=stdout), [stdin, stdout])
+
+    def _start(self, job: Job, popen: Popen) -> None:
+        self._release()
+        self.has_forked = False
+        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            env = {name: value for name, value in job.env.items() if name != PINNING}
+            command = [*job.command, "--nursery"]
+            job = replace(
+                job, name="the nursery", command=command, env=env | {runtime.ID_VARIABLE: uuid.uuid4().hex},
+                log=job.log.with_name("nursery.log"),
+            )  # fmt: skip
+            job.log.touch(mode=0o600)
+            self._process = popen(job, stdin=theirs, stdout=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        """End a nursery that does not answer: who waits for it goes on without it."""
+        with self._lock:
+            if self._process is not None:
+                self._process.kill()
+
+    def close(self) -> None:
+        """End the nursery; what it has forked goes on. Idempotent; may be used again."""
+        with self._lock:
+            self._release()
+
+    def _release(self) -> None:
+        self._close_line()
+        if self._process is not None:
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def _close_line(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+
+class _Fork:
+    """A process that a nursery forks, like a `subprocess.Popen`. `pid`: 0 until it is there.
+
+    `talk` brings "is" and the process id from the process itself, with a descriptor of it, and from the nursery "ended"
+    and the exit code. It ends with the nursery: if nobody has said a word by then, nobody will, and the fork `is_lost`.
+    """
+
+    def __init__(self, talk: socket.socket, stdin: io.FileIO, stdout: io.FileIO) -> None:
+        self.stdin = stdin
+        self.stdout = stdout
+        self.pid = 0
+        self.returncode: int | None = None
+        self.is_lost = False
+        self._talk = talk
+        self._process = -1
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self._hear(0.0)
+        return self.returncode
+
+    def wait(self, timeout: float = math.inf) -> int:
+        deadline = time.monotonic() + timeout
+        while self.returncode is None:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise subprocess.TimeoutExpired("a forked server", timeout)
+            self._hear(min(remaining, 1.0))
+        return self.returncode
+
+    def terminate(self) -> None:
+        signal.pidfd_send_signal(self._process, signal.SIGTERM)
+
+    def forget(self) -> None:
+        """Listen no more. A process that is not there yet ends at once when it finds nobody to talk to."""
+        self._talk.close()
+        if self._process >= 0:
+            os.close(self._process)
+            self._process = -1
+
+    def _hear(self, seconds: float) -> None:
+        """Take in what is said within so many seconds, and whether the process ends."""
+        talk = self._talk.fileno()
+        ready = _readable(seconds, talk, self._process)
+        if talk not in ready and self._process in ready:
+            ready = _readable(REAP_SECONDS, talk)
+            if talk not in ready:
+                self.returncode = UNKNOWN
+        if talk not in ready:
+            return
+        said, descriptors, *_ = socket.recv_fds(self._talk, 64, 1)
+        word, _, number = said.decode().partition(" ")
+        match word:
+            case "is":
+                self.pid, (self._process,) = int(number), descriptors
+                os.set_inheritable(self._process, False)
+            case "ended":
+                self.returncode = int(number)
+            case _:
+                self._talk.close()
+                self.is_lost = not self.pid and self.returncode is None
+
+
+def _readable(seconds: float, *descriptors: int) -> list[int]:
+    """Return those of some descriptors, of which -1 is none, that are readable within so many seconds."""
+    waiting = select.poll()
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            waiting.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in waiting.poll(math.ceil(seconds * 1000))]
+
+
+class ForkedServer(LocalProcess):
+    """A server that a nursery forks, or that is started plainly where that dies first. Implements `interfaces.Process`.
+
+    `pipes`: the server's ends of its stdin and stdout.
+    """
+
+    def __init__(
+        self, nursery: Nursery, fork: _Fork, start: Callable[[], "subprocess.Popen[bytes]"], pipes: list[int]
+    ) -> None:
+        super().__init__(cast("subprocess.Popen[bytes]", fork))
+        self._nursery = nursery
+        self._fork = fork
+        self._start = start
+        self._pipes = pipes
+        self._began = time.monotonic()
+
+    def poll(self) -> int | None:
+        """Return the exit code once the server has ended, else None. Starts it where its nursery has died."""
+        code = super().poll()
+        if self._fork.is_lost and self._popen is cast(object, self._fork):
+            self._popen = self._start()
+        if self.pid:
+            self._close_pipes()
+            self._nursery.has_forked = True
+        return code
+
+    def waiting(self) -> str | None:
+        """Return that what servers need is imported; None once the server is there."""
+        if self.pid:
+            return None
+        if time.monotonic() - self._began > (FORK_SECONDS if self._nursery.has_forked else IMPORT_SECONDS):
+            self._nursery.kill()
+        return "importing, once for all servers"
+
+    def why(self) -> str | None:
+        """Return that nobody can say how it has ended, where that is so; its exit code says nothing then."""
+        if self._fork.returncode == UNKNOWN:
+            return "its process has ended, and the nursery that had forked it did not say how"
+        return None
+
+    def stop(self, grace: float) -> int:
+        """End the whole group, by force after `grace` seconds; return the exit code."""
+        self._close_pipes()
+        if self.pid:
+            code = super().stop(grace)
+            self._fork.forget()
+            return code
+        self._fork.forget()
+        self.stdin.close()
+        self.stdout.close()
+        return self._fork.returncode or -signal.SIGTERM
+
+    def _close_pipes(self) -> None:
+        while self._pipes:
+            os.close(self._pipes.pop())
+
+
+def _folder() -> str:
+    """Return the working directory, which may have been removed."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return "."
+
+
+# ---------------------------------------------------------------------------------------------------- the nursery's end
+
+
+def tend(prepare: Callable[[], object]) -> list[str]:
+    """Be the nursery whose owner is at the other end of stdin: run `prepare`, then fork whenever it is asked to.
+
+    Returns in every server that it forks, with the arguments of its command. In the nursery it does not return: that
+    ends when its owner does.
+    """
+    _show(["gserve", "nursery", *sys.argv[1:]])
+    line = socket.socket(fileno=os.dup(0))  # the dup is not for programs that are executed, as imports do
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    with _ending_with(line):
+        prepare()
+    gc.collect()
+    gc.freeze()  # no collection touches it any more, so that servers share the memory that it is in
+    children: dict[int, tuple[int, socket.socket]] = {}
+    waiting = select.poll()
+    waiting.register(line, select.POLLIN)
+    while True:
+        for ready, _ in waiting.poll():
+            if ready in children:
+                pid, talk = children.pop(ready)
+                waiting.unregister(ready)
+                os.close(ready)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                with talk, contextlib.suppress(OSError):
+                    talk.send(f"ended {code}".encode())
+                continue
+            said, descriptors, *_ = socket.recv_fds(line, 64, 5)
+            if not said:
+                os._exit(0)
+            *order, theirs = descriptors
+            talk = socket.socket(fileno=theirs)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see the top
+                pid = os.fork()
+            if not pid:
+                line.close()
+                for descriptor, (_, other) in children.items():
+                    os.close(descriptor)
+                    other.close()
+                return _become_server(order, talk)
+            for descriptor in order:
+                os.close(descriptor)
+            child = os.pidfd_open(pid)
+            children[child] = pid, talk
+            waiting.register(child, select.POLLIN)
+
+
+@contextlib.contextmanager
+def _ending_with(line: socket.socket) -> Iterator[None]:
+    """End this process when the other end of `line` is closed, by a thread that is gone after the block."""
+    over, end = os.pipe()
+
+    def watch() -> None:
+        waiting = select.poll()
+        waiting.register(line, 0)  # a line that breaks is always told
+        waiting.register(over, 0)
+        if line.fileno() in dict(waiting.poll()):
+            os._exit(0)
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield
+    finally:
+        os.close(end)
+        watching.join()
+        os.close(over)
+
+
+def _become_server(received: Sequence[int], talk: socket.socket) -> list[str]:
+    """Make this process what it would be had it been started by its command; return the arguments of that.
+
+    received: descriptors of the order, of stdin, stdout and the log.
+    """
+    order, *streams = received
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    with os.fdopen(order, "rb") as file:
+        file.seek(0)
+        command, env, folder = json.load(file)
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+    os.environ |= env
+    sys.argv = command[1:]
+    _show(command)
+    _mark(env[runtime.ID_VARIABLE])
+    me = os.getpid()
+    with talk:
+        try:
+            socket.send_fds(talk, [f"is {me}".encode()], [os.pidfd_open(me)])
+        except OSError:  # nobody wants it any more
+            os._exit(1)
+    return sys.argv[1:]
+
+
+def _show(command: Sequence[str]) -> None:
+    """Let `ps` show another command for this process; one that is longer than that of its start is cut."""
+    start, end = _memory("arguments")
+    shown = b"\0".join(map(os.fsencode, command))[: end - start - 1]
+    ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
+
+
+def _mark(instance: str) -> None:
+    """Let /proc show the id of this process in place of the nursery's, which is as long."""
+    start, end = _memory("environment")
+    mark = f"{runtime.ID_VARIABLE}=".encode()
+    place = ctypes.string_at(start, end - start).index(mark) + len(mark)
+    ctypes.memmove(start + place, instance.encode(), len(instance))
+
+
+def _memory(what: Literal["arguments", "environment"]) -> tuple[int, int]:
+    """Return where in memory begins and ends what /proc shows of this process: where the kernel laid it at its start.
+
+    These are `arg_start` to `env_end` in proc(5), /proc/PID/stat.
+    """
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    place = {"arguments": 45, "environment": 47}[what]
+    return int(fields[place]), int(fields[place + 1])

@@ -1,0 +1,247 @@
+"""The nursery: what it forks is a server like any other, and its own end costs nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from gserve import LLMConfig, ServeConfig, VLLMServer, VLLMService
+from gserve_core import runtime
+from gserve_core.engines.echo import EchoEngine
+from gserve_core.server import State
+from gserve_launchers.local import SubprocessLauncher
+
+LLM = LLMConfig("m")
+
+PRELOADING = """
+import os, signal, time
+from dataclasses import dataclass
+from typing import ClassVar
+from gserve import hookimpl
+from gserve_core.engines.echo import EchoEngine
+
+@dataclass(frozen=True, kw_only=True)
+class Preloading(EchoEngine):
+    name: ClassVar[str] = "preloading"
+    fault: str = ""
+
+    def preload(self):
+        print("preloading")
+        if self.fault == "slow":
+            time.sleep(600)
+        elif self.fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.fault == "wrong":
+            raise RuntimeError("no such library")
+
+@hookimpl
+def gserve_register_engines():
+    return [Preloading]
+"""
+
+
+def preloading(folder: Path, fault: str, serve: str = "{servers: 2}") -> VLLMService:
+    (folder / "preloading.py").write_text(PRELOADING)
+    (folder / "c.yaml").write_text(
+        f"llm: {{model_name: m}}\nserve: {serve}\nplugins: [preloading]\nengine: {{type: preloading, fault: {fault}}}\n"
+    )
+    return VLLMService.from_yaml(folder / "c.yaml")
+
+
+def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds:g} s"
+        time.sleep(0.02)
+
+
+def nurseries(of: int | None = None) -> list[psutil.Process]:
+    """Return the nurseries of a process, by default of this one."""
+    found = []
+    for child in psutil.Process(of).children():
+        command = child.cmdline()
+        if "nursery" in command or "--nursery" in command:
+            found.append(child)
+    return found
+
+
+def server_process(server: VLLMServer) -> psutil.Process:
+    """Return the process of a ready server."""
+    below = [psutil.Process(pid) for pid in runtime.processes_of(server.record().instance)]
+    (found,) = [process for process in below if "--lease" in process.cmdline()]
+    return found
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Say whether a process has ended; who has to reap it may not have done so yet."""
+    return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+
+
+@pytest.fixture
+def service() -> Iterator[VLLMService]:
+    with VLLMService(LLM, ServeConfig(gpu_ids=[0, 1]), engine=EchoEngine()) as started:
+        yield started
+
+
+def test_all_servers_of_a_service_are_forked_from_one_nursery_which_ends_with_it() -> None:
+    with VLLMService(LLM, ServeConfig(servers=3), engine=EchoEngine()) as service:
+        (nursery,) = nurseries()
+        assert {server_process(server).ppid() for server in service.servers} == {nursery.pid}
+        assert service.generate(["a", "b"]) == [["a"], ["b"]]
+    assert not nurseries()
+    service.start()
+    (another,) = nurseries()
+    assert another.pid != nursery.pid
+    service.shutdown()
+
+
+def test_a_forked_server_has_a_session_an_environment_a_log_and_a_command_of_its_own(service: VLLMService) -> None:
+    servers = [server_process(server) for server in service.servers]
+    assert [os.getsid(process.pid) for process in servers] == [process.pid for process in servers]
+    for index, (server, process) in enumerate(zip(service.servers, servers, strict=True)):
+        assert process.cmdline()[1].endswith("vllm_server.py")
+        assert "--nursery" not in process.cmdline()
+        assert process.environ()[runtime.ID_VARIABLE] == server.record().instance
+        log = service.status()[index].log
+        assert log is not None
+        assert f"listening on 127.0.0.1:{server.port}" in log.read_text()
+
+
+def test_a_forked_server_inherits_no_line_of_another(service: VLLMService) -> None:
+    def sockets_and_pipes(process: psutil.Process) -> set[str]:
+        targets = {str(entry.readlink()) for entry in Path(f"/proc/{process.pid}/fd").iterdir()}
+        return {target for target in targets if target.startswith(("socket:", "pipe:"))}
+
+    first, second = (server_process(server) for server in service.servers)
+    assert not sockets_and_pipes(first) & sockets_and_pipes(second)
+    assert not sockets_and_pipes(first) & sockets_and_pipes(nurseries()[0])
+
+
+def test_a_server_that_is_killed_is_forked_again_and_its_end_is_named(
+    service: VLLMService, caplog: pytest.LogCaptureFixture
+) -> None:
+    (nursery,) = nurseries()
+    server_process(service.servers[0]).kill()
+    until(lambda: service.status()[0].restarts == 1 and service.status()[0].state == State.READY)
+    assert "its process was killed by SIGKILL" in caplog.text
+    assert server_process(service.servers[0]).ppid() == nursery.pid
+    assert service.generate(["a", "b", "c"]) == [["a"], ["b"], ["c"]]
+
+
+def test_the_death_of_the_nursery_costs_nothing(service: VLLMService, caplog: pytest.LogCaptureFixture) -> None:
+    before = [server.record() for server in service.servers]
+    (nursery,) = nurseries()
+    nursery.kill()
+    assert service.generate([f"{index}" for index in range(100)]) == [[f"{index}"] for index in range(100)]
+    assert [server.record() for server in service.servers] == before
+    server_process(service.servers[0]).kill()
+    until(lambda: service.status()[0].restarts == 1 and service.status()[0].state == State.READY)
+    assert "its process has ended, and the nursery that had forked it did not say how" in caplog.text
+    (another,) = nurseries()
+    assert server_process(service.servers[0]).ppid() == another.pid
+    assert service.servers[1].record() == before[1]
+
+
+def test_a_nursery_that_dies_while_it_imports_leaves_servers_that_are_started_plainly(tmp_path: Path) -> None:
+    with preloading(tmp_path, "killed") as service:
+        assert {server_process(server).ppid() for server in service.servers} == {os.getpid()}
+        assert service.generate(["a", "b"]) == [["a"], ["b"]]
+
+
+def test_what_fails_to_be_imported_stops_no_server(tmp_path: Path) -> None:
+    with preloading(tmp_path, "wrong") as service:
+        assert service.generate(["a"]) == [["a"]]
+        log = service.status()[0].log
+        assert log is not None
+        assert "no such library" in log.with_name("nursery.log").read_text()
+
+
+def test_a_nursery_that_hangs_is_done_without(service: VLLMService) -> None:
+    (nursery,) = nurseries()
+    nursery.suspend()
+    try:
+        server_process(service.servers[0]).kill()
+        until(lambda: service.status()[0].restarts == 1 and service.status()[0].state == State.READY, 60)
+        assert server_process(service.servers[0]).ppid() == os.getpid()
+    finally:
+        nursery.kill()
+
+
+def test_a_start_is_cancelled_while_the_nursery_imports(tmp_path: Path) -> None:
+    service = preloading(tmp_path, "slow")
+    failed: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            service.start()
+        except BaseException as error:
+            failed.append(error)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    until(lambda: service.status()[0].phase == "importing, once for all servers")
+    until(nurseries)
+    service.shutdown()
+    starting.join(20)
+    assert not starting.is_alive()
+    assert len(failed) == 1
+    assert not nurseries()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_nursery_that_imports_ends_with_its_owner(tmp_path: Path, number: int) -> None:
+    preloading(tmp_path, "slow")
+    script = "from gserve import VLLMService; VLLMService.from_yaml('c.yaml').start()"
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stderr=subprocess.DEVNULL) as owner:
+        until(lambda: nurseries(owner.pid))
+        (nursery,) = nurseries(owner.pid)
+        until(lambda: nursery.num_threads() == 2)  # the second one waits for the end of the owner
+        owner.send_signal(number)
+    until(lambda: is_gone(nursery), 5)
+
+
+def test_a_fork_of_the_owner_keeps_no_nursery_alive() -> None:
+    script = """
+        import os, time
+        from gserve import VLLMService, LLMConfig
+        from gserve_core.engines.echo import EchoEngine
+        VLLMService(LLMConfig("m"), engine=EchoEngine()).start()
+        if (child := os.fork()) == 0:
+            time.sleep(600)
+        print(child, flush=True)
+        time.sleep(600)
+    """
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        child = psutil.Process(int(owner.stdout.readline()))
+        (nursery,) = nurseries(owner.pid)
+        owner.kill()
+        until(lambda: is_gone(nursery), 5)
+        assert child.is_running()
+        child.kill()
+
+
+def test_a_launcher_without_a_nursery_starts_each_server_as_a_program() -> None:
+    launcher = SubprocessLauncher(nursery=False)
+    with VLLMService(LLM, ServeConfig(servers=2), engine=EchoEngine(), launcher=launcher) as service:
+        assert not nurseries()
+        assert {server_process(server).ppid() for server in service.servers} == {os.getpid()}
+
+
+def test_a_server_alone_has_a_nursery_until_it_is_shut_down() -> None:
+    with VLLMServer(LLM, engine=EchoEngine()) as server:
+        (nursery,) = nurseries()
+        server_process(server).kill()
+        until(lambda: server.status().state == State.FAILED)
+        server.start()
+        assert server_process(server).ppid() == nursery.pid
+    assert not nurseries()
