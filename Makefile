@@ -12,9 +12,9 @@ UV := $(RUN)/uv
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.12 --no-strip-extras --generate-hashes \
   --custom-compile-command "make lock"
 
-.PHONY: help quickstart test faults scale lint lock clean
+.PHONY: help quickstart test faults bench bench-gpu scale lint lock clean
 help: ## say what there is to make
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1	\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 18
 
 quickstart: $(READY) ## ask the demo model a question, on real vLLM
 	$(RUN)/gserve chat configs/quickstart.yaml "Write a haiku about the sea." --params '{"temperature": 0, "max_tokens": 60}'
@@ -24,6 +24,12 @@ test: $(READY) ## pass the tests
 
 faults: $(READY) ## try every fault, for 10 minutes; LONG=1: for an hour
 	$(RUN)/python -m tests.faults $(ROWS)
+
+bench: $(READY) ## measure gserve against vLLM, on this machine without a GPU, in 15 minutes
+	$(RUN)/python -m benchmarks cpu $(WHAT)
+
+bench-gpu: ## the same on a GPU, in the environment that holds vLLM for it, in 9 minutes; MODEL=8b: the larger one
+	python -m benchmarks gpu $(WHAT) --model $(or $(MODEL),1b)
 
 scale: $(READY) ## measure what an item costs a client and 1 to 64 servers, in 10 minutes
 	$(RUN)/python -m benchmarks.scale

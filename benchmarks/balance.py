@@ -1,0 +1,119 @@
+"""Balance: one queue over two servers, against a static split of the same batch over the same two servers.
+
+Both work with answers of very different lengths; then both again while one server gets half of its time: its processes
+are stopped and continued in turn. That is how a server looks whose machine or GPU is shared, and it needs no setting of
+gserve's or vLLM's.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from gserve import ServeConfig, VLLMClient, VLLMServer, VLLMService
+
+from . import machine, workloads
+from .rounds import Benchmark, say, wrong
+from .sides import READY_SECONDS, Answer, Gserve, llm_config
+from .table import GSERVE, Figures
+from .workloads import Work
+
+SPLIT = "static split"
+STOPPED_SECONDS = 0.05
+"""How long the slow server is stopped, and then runs, in turn."""
+
+
+def measure(bench: Benchmark, model: str, scale: float) -> None:
+    """Measure the queue and the split in turn, with two equal servers and with one slowed by half."""
+    here = machine.gpus()
+    serve = ServeConfig(
+        gpu_ids=[0, 1] if len(here) > 1 else None, servers=None if len(here) > 1 else 2, startup_timeout=READY_SECONDS
+    )
+    arguments = machine.engine_arguments(model, 1) | {"enable_prefix_caching": False}  # both ways ask the same
+    workload = replace(workloads.skewed(1024, {}), name="balance").scaled(scale)
+    with VLLMService(llm_config(arguments), serve) as service, contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(server.client()) for server in service.servers]
+        ways: dict[str, Callable[[Work], Answer]] = {
+            GSERVE: lambda work: Gserve(service).do(work, ""),
+            SPLIT: lambda work: split(clients, work),
+        }
+        for name, slow in (("balance", None), ("balance, one slowed", service.servers[1])):
+            title = f"{name}: {workload.title.partition(': ')[2]}, 2 servers"
+            made = {
+                side: Figures(
+                    workload=name, title=title, side=side, model=Path(model).name, unit="tokens/s", figures=[]
+                )
+                for side in ways
+            }
+            with slowed(slow) if slow is not None else contextlib.nullcontext():
+                for turn in bench.turns(title):
+                    work = workload.work(turn)
+                    for side, do in ways.items():
+                        answer = do(work)
+                        say(f"{title}, round {turn}, {side}: {answer.seconds:.2f} s")
+                        bench.problems += [f"{title}, {side}: {problem}" for problem in wrong(work, answer)]
+                        made[side].figures.append(answer.tokens / answer.seconds)
+            bench.figures += [one for one in made.values() if one.figures]
+
+
+def split(clients: Sequence[VLLMClient], work: Work) -> Answer:
+    """Do a work in equal parts, one a server, each by a client of its own at the same time."""
+    count = len(clients)
+    parts = [
+        replace(work, prompts=work.prompts[at::count], max_tokens=work.max_tokens[at::count]) for at in range(count)
+    ]
+    began = time.perf_counter()
+    with ThreadPoolExecutor(count) as pool:
+        answers = list(pool.map(lambda client, part: Gserve(client).do(part, ""), clients, parts))
+    seconds = time.perf_counter() - began
+    outcomes = [answers[at % count].outcomes[at // count] for at in range(len(work.prompts))]
+    return Answer(seconds, outcomes, next((answer.error for answer in answers if answer.error), None))
+
+
+def processes(server: VLLMServer) -> list[psutil.Process]:
+    """Return the processes of a server: the one that listens on its port, and all below that."""
+    listening = [
+        it.pid
+        for it in psutil.net_connections("tcp")
+        if it.status == psutil.CONN_LISTEN and it.laddr.port == server.port and it.pid is not None
+    ]
+    if len(listening) != 1:
+        raise RuntimeError(
+            f"{len(listening)} processes listen on port {server.port}, expected the one of {server.name}"
+        )
+    first = psutil.Process(listening[0])
+    return [first, *first.children(recursive=True)]
+
+
+@contextlib.contextmanager
+def slowed(server: VLLMServer) -> Iterator[None]:
+    """Give a server half of the time, until the context ends."""
+    ended = threading.Event()
+    pids = [process.pid for process in processes(server)]
+
+    def signals(number: int) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def take_turns() -> None:
+        while not ended.is_set():
+            signals(signal.SIGSTOP)
+            time.sleep(STOPPED_SECONDS)
+            signals(signal.SIGCONT)
+            time.sleep(STOPPED_SECONDS)
+
+    thread = threading.Thread(target=take_turns, name="slow")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

@@ -1,0 +1,196 @@
+"""What only GPUs show: more of them, one server over two, an adapter, and what a killed server leaves of its memory."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from gserve import LLMConfig, ServeConfig, VLLMService
+
+from . import machine, models
+from .balance import processes
+from .rounds import WARM_UP, Benchmark, different, say, wrong
+from .sides import READY_SECONDS, Answer, Gserve, Room, Side, llm_config
+from .table import GSERVE, Figures
+from .workloads import Work, Workload, of_gpu
+
+FREE = 0.05
+"""The part of a server's memory that may still be in use where that memory is called free."""
+PROMPT, PARAMS = "Once upon a time there was", {"temperature": 0, "max_tokens": 4}
+
+
+class Memory:
+    """Looks at the memory of all GPUs, ten times a second. A context manager."""
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[float, tuple[int, ...]]] = []
+        self._process: subprocess.Popen[str] | None = None
+
+    def now(self) -> tuple[int, ...]:
+        """Return the MiB in use on each GPU, as seen from now on."""
+        began = time.monotonic()
+        while not (seen := self.since(began)):
+            time.sleep(0.05)
+        return seen[0][1]
+
+    def since(self, began: float) -> list[tuple[float, tuple[int, ...]]]:
+        """Return what was seen since a time of the monotonic clock, each with its time."""
+        return [(at, used) for at, used in list(self._seen) if at >= began]
+
+    def _look(self, lines: Any, count: int) -> None:
+        used: list[int] = []
+        for line in lines:
+            used.append(int(line))
+            if len(used) == count:
+                self._seen.append((time.monotonic(), tuple(used)))
+                used = []
+
+    def __enter__(self) -> Self:
+        count = len(machine.gpus())
+        if not count:
+            raise SystemExit("this measures the memory of GPUs, and nvidia-smi finds none here")
+        command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=100"]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        threading.Thread(target=self._look, args=(self._process.stdout, count), name="memory", daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+
+def scaling(bench: Benchmark, model: str, counts: Sequence[int], scale: float) -> None:
+    """Measure the workload `long` on so many GPUs, one count after the other, with as much work for each GPU."""
+    one = next(it for it in of_gpu(model) if it.name == "long").scaled(scale)
+    config = llm_config(machine.engine_arguments(model, 1))
+    base: list[float] = []
+    for count in counts:
+        workload = one.scaled(count)
+        made = _figures(f"{count} GPUs", f"{count} GPUs, {workload.title}", model, "tokens/s")
+        with _service(config, count) as service:
+            side = Gserve(service)
+            side.do(workload.scaled(WARM_UP).work(0), "")
+            made.figures += [_rate(bench, made.title, side, workload.work(turn)) for turn in bench.turns(made.title)]
+        if not made.figures:
+            return
+        bench.figures.append(made)
+        if count == 1:
+            base = made.figures
+        elif base:
+            other = _figures(made.workload, made.title, model, "tokens/s")
+            other.side, other.figures = "one GPU", base
+            bench.figures.append(other)
+
+
+def tensor_parallel(bench: Benchmark, model: str, scale: float) -> None:
+    """Run one server over two GPUs: it answers, uses both, and leaves neither in use."""
+    workload = of_gpu(model)[0].scaled(scale)
+    made = _figures("tensor-parallel", f"one server on 2 GPUs, {workload.title}", model, "tokens/s")
+    arguments = machine.engine_arguments(model, 1) | {"tensor_parallel_size": 2}
+    with Memory() as memory:
+        before = memory.now()
+        with _service(llm_config(arguments), 2) as service:
+            if len(service.servers) != 1:
+                bench.problems.append(f"{made.title}: {len(service.servers)} servers, expected one")
+            side = Gserve(service)
+            side.do(workload.scaled(WARM_UP).work(0), "")
+            made.figures += [_rate(bench, made.title, side, workload.work(turn)) for turn in bench.turns(made.title)]
+            during = memory.now()
+        after = memory.now()
+    bench.figures += [made] if made.figures else []
+    say(f"{made.title}: MiB in use before {before}, during {during}, after {after}")
+    for gpu, (idle, busy, left) in enumerate(zip(before, during, after, strict=True)):
+        if gpu < 2 and busy - idle < 1024:
+            bench.problems.append(f"{made.title}: GPU {gpu} has {busy - idle} MiB in use, expected a half of the model")
+        if left - idle > FREE * max(busy - idle, 1024):
+            bench.problems.append(f"{made.title}: GPU {gpu} has {left - idle} MiB in use after the shutdown")
+
+
+def lora(bench: Benchmark, model: str) -> None:
+    """Ask with and without a random adapter of rank 16: it changes the answers, to those of `vllm.LLM` with it.
+
+    One prompt at a time, as on a GPU answers depend on what else is in the batch.
+    """
+    arguments = machine.engine_arguments(model, 1)
+    adapted = arguments | {"lora_path": str(models.adapter(arguments["model"]))}
+    work = Workload("lora", 8, 30, 16, {}).work(0)
+    with _service(llm_config(arguments), 1) as service:
+        base = _one_by_one(Gserve(service), work)
+    with _service(llm_config(adapted), 1) as service:
+        own = _one_by_one(Gserve(service), work)
+    with Room("vllm.LLM", adapted, bench.folder) as room:
+        room.wait()
+        reference = _one_by_one(room, work)
+    for name, answer in (("without", base), ("with", own), ("vllm.LLM", reference)):
+        bench.problems += [f"lora, {name}: {problem}" for problem in wrong(work, answer)]
+    bench.problems += [f"lora, vllm.LLM: {problem}" for problem in different(own, reference)]
+    changed = sum(ours != theirs for ours, theirs in zip(own.outcomes, base.outcomes, strict=True))
+    say(f"lora: the adapter changes {changed} of {len(work.prompts)} answers")
+    if not changed:
+        bench.problems.append("lora: the adapter changes no answer")
+
+
+def memory(bench: Benchmark, model: str) -> None:
+    """Kill a server with SIGKILL: its memory is free before the next one takes any, and it is ready again."""
+    config = llm_config(machine.engine_arguments(model, 1) | {"enforce_eager": True})
+    free_after = _figures("memory free after kill -9", "memory free after kill -9", model, "s")
+    token_after = _figures("token after kill -9", "token after kill -9", model, "s")
+    with Memory() as seen:
+        idle = seen.now()[0]
+        with _service(config, 1) as service:
+            answer = service.generate([PROMPT], PARAMS)
+            for turn in bench.turns("memory"):
+                busy = seen.now()[0]
+                began = time.monotonic()
+                os.kill(processes(service.servers[0])[0].pid, signal.SIGKILL)
+                again = service.generate([PROMPT], PARAMS)
+                token_after.figures.append(ready := time.monotonic() - began)
+                free = [at - began for at, used in seen.since(began) if used[0] - idle <= FREE * (busy - idle)]
+                free_after.figures += free[:1]
+                if not free:
+                    bench.problems.append(f"memory: some of {busy} MiB were in use all the time until the next start")
+                if again != answer:
+                    bench.problems.append(f"memory: {again} after a restart, {answer} before")
+                say(
+                    f"memory, round {turn}: {busy} MiB, free after {free[:1]} s, a token {token_after.figures[-1]:.1f} s"
+                )
+    bench.figures += [it for it in (free_after, token_after) if it.figures]
+
+
+def _figures(workload: str, title: str, model: str, unit: str) -> Figures:
+    return Figures(workload=workload, title=title, side=GSERVE, model=Path(model).name, unit=unit, figures=[])
+
+
+def _service(config: LLMConfig, gpus: int) -> VLLMService:
+    """Return a service on so many GPUs; on a machine without any, with so many servers."""
+    has_gpus = bool(machine.gpus())
+    ids, servers = (list(range(gpus)), None) if has_gpus else (None, gpus)
+    return VLLMService(config, ServeConfig(gpu_ids=ids, servers=servers, startup_timeout=READY_SECONDS))
+
+
+def _rate(bench: Benchmark, title: str, side: Side, work: Work) -> float:
+    """Have a side do a work, look at its answer, and return tokens a second."""
+    answer = side.do(work, "")
+    bench.problems += [f"{title}: {problem}" for problem in wrong(work, answer)]
+    say(f"{title}: {answer.seconds:.2f} s")
+    return answer.tokens / answer.seconds
+
+
+def _one_by_one(side: Side, work: Work) -> Answer:
+    """Have a side do a work, one item after the other."""
+    alone = [
+        replace(work, prompts=[prompt], max_tokens=[tokens])
+        for prompt, tokens in zip(work.prompts, work.max_tokens, strict=True)
+    ]
+    answers = [side.do(one, "") for one in alone]
+    error = next((answer.error for answer in answers if answer.error), None)
+    return Answer(sum(it.seconds for it in answers), [it.outcomes[0] for it in answers], error)

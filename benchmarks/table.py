@@ -1,0 +1,125 @@
+"""What was measured, as a table: median, least, most, and the ratio of gserve to each other side with its target."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import msgspec
+from msgspec import Struct
+
+GSERVE = "gserve"
+
+
+class Figures(Struct, kw_only=True):
+    """What one side did of a workload: a figure for each round, in `unit`; seconds are better the fewer they are.
+
+    `errors`: items without an answer, in all rounds. `note`: what else is to be known.
+    """
+
+    workload: str
+    title: str
+    side: str
+    model: str
+    unit: str
+    figures: list[float]
+    errors: int = 0
+    note: str = ""
+
+
+class Target(Struct, frozen=True):
+    """A ratio that gserve must reach, and the one that it aims at."""
+
+    least: float
+    aim: float | None = None
+
+
+TARGETS: Mapping[tuple[str, str, str], Target] = {  # by workload, model (the end of its name) and side
+    ("short", "tiny", "vllm.LLM"): Target(1.00, 1.10),
+    ("short", "tiny", "serve list"): Target(1.00, 1.10),
+    ("short", "tiny", "serve openai"): Target(15, 18),
+    ("chat", "tiny", "vllm.LLM"): Target(1.00),
+    ("chat", "tiny", "serve list"): Target(1.25),
+    ("logprobs", "tiny", "vllm.LLM"): Target(1.3, 1.5),
+    ("logprobs", "tiny", "serve list"): Target(1.2, 1.5),
+    ("short", "1b", "vllm.LLM"): Target(1.25, 1.40),
+    ("short", "1b", "serve list"): Target(1.04, 1.15),
+    ("long", "1b", "vllm.LLM"): Target(1.03, 1.10),
+    ("long", "8b", "vllm.LLM"): Target(1.00, 1.03),
+    ("calls", "", "serve openai"): Target(5, 10),
+    ("balance, one slowed", "", "static split"): Target(1.4),
+    ("start", "", "vllm serve"): Target(0.6, 0.3),
+    ("start of two", "", "vllm serve"): Target(0.5, 0.25),
+    ("second start", "1b", "vllm serve"): Target(0.25, 0.12),
+    ("restart", "1b", "vllm serve"): Target(0.25, 0.12),
+    ("2 GPUs", "8b", "one GPU"): Target(1.97),
+    ("4 GPUs", "8b", "one GPU"): Target(3.9),
+}
+
+
+def target(workload: str, model: str, side: str) -> Target | None:
+    """Return what gserve must reach against a side, where that is laid down."""
+    for (name, kind, other), found in TARGETS.items():
+        if (name, other) == (workload, side) and model.endswith(kind):
+            return found
+    return None
+
+
+def ratio(own: Figures, other: Figures) -> float:
+    """Return the median of one side as a multiple of that of another."""
+    return median(own.figures) / median(other.figures)
+
+
+def verdict(reached: float, wanted: Target | None, unit: str) -> tuple[str, str]:
+    """Return a target in words, and whether it is reached: at least so much, or of seconds at most."""
+    if wanted is None:
+        return "", ""
+    is_time = unit == "s"
+    words = f"{'≤' if is_time else '≥'} {wanted.least:.2f}" + (f" ({wanted.aim:.2f})" if wanted.aim else "")
+    return words, "reached" if (reached <= wanted.least if is_time else reached >= wanted.least) else "**missed**"
+
+
+def rows(found: Sequence[Figures]) -> Iterator[list[str]]:
+    """Yield the rows of the table; gserve is the first of its workload."""
+    yield [
+        "model",
+        "workload",
+        "side",
+        "unit",
+        "median",
+        "least",
+        "most",
+        "rounds",
+        "errors",
+        "gserve is",
+        "wanted",
+        "",
+    ]
+    for one in found:
+        cells = [_figure(value) for value in (median(one.figures), min(one.figures), max(one.figures))]
+        row = [one.model, one.title, one.side + (f" ({one.note})" if one.note else ""), one.unit, *cells]
+        row += [str(len(one.figures)), str(one.errors)]
+        own = next((it for it in found if (it.model, it.title, it.side) == (one.model, one.title, GSERVE)), None)
+        if own is None or one is own:
+            yield [*row, "", "", ""]
+        else:
+            reached = ratio(own, one)
+            yield [*row, f"{reached:.2f} x", *verdict(reached, target(one.workload, one.model, one.side), one.unit)]
+
+
+def markdown(lines: Sequence[str], found: Sequence[Figures]) -> str:
+    """Return the whole table, with `lines` above it."""
+    table = [f"| {' | '.join(row)} |" for row in rows(found)]
+    table.insert(1, "|---" * table[0].count(" | ") + "|---|")
+    return "\n".join([*(f"{line}  " for line in lines), "", *table]) + "\n"
+
+
+def write(folder: Path, lines: Sequence[str], found: Sequence[Figures]) -> None:
+    """Write the table as Markdown, and every figure as JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(markdown(lines, found))
+    whole = msgspec.json.encode({"header": lines, "figures": found})
+    (folder / "table.json").write_bytes(msgspec.json.format(whole, indent=1) + b"\n")
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
