@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from . import balance, gpus, machine, models, starting, table, workloads
+from .rooms import KINDS
 from .rounds import Benchmark, say
-from .sides import KINDS
 
 USUAL_CPU = ("short", "long", "chat", "logprobs", "skewed", "stream", "calls", "demo", "balance", "starting")
 USUAL_GPU = ("short", "long", "chat", "logprobs", "skewed", "stream", "calls")

@@ -15,8 +15,9 @@ from gserve import LLMConfig, ServeConfig, VLLMService
 
 from . import machine, models
 from .balance import processes
+from .rooms import Room
 from .rounds import WARM_UP, Benchmark, different, say, wrong
-from .sides import READY_SECONDS, Answer, Gserve, Room, Side, llm_config
+from .sides import READY_SECONDS, Answer, Gserve, Side, llm_config
 from .table import GSERVE, Figures
 from .workloads import Work, Workload, of_gpu
 
@@ -160,9 +161,7 @@ def memory(bench: Benchmark, model: str) -> None:
                     bench.problems.append(f"memory: some of {busy} MiB were in use all the time until the next start")
                 if again != answer:
                     bench.problems.append(f"memory: {again} after a restart, {answer} before")
-                say(
-                    f"memory, round {turn}: {busy} MiB, free after {free[:1]} s, a token {token_after.figures[-1]:.1f} s"
-                )
+                say(f"memory, round {turn}: {busy} MiB, free after {free[:1]} s, a token after {ready:.1f} s")
     bench.figures += [it for it in (free_after, token_after) if it.figures]
 
 

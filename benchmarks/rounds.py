@@ -8,7 +8,8 @@ from pathlib import Path
 
 from . import models
 from .machine import engine_arguments, gpus
-from .sides import KINDS, Answer, Room
+from .rooms import KINDS, Room
+from .sides import Answer
 from .table import GSERVE, Figures
 from .workloads import Work, Workload
 

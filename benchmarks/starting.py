@@ -22,7 +22,8 @@ from gserve import ServeConfig, VLLMService
 from . import machine
 from .balance import processes
 from .rounds import Benchmark, say
-from .sides import READY_SECONDS, Arguments, first_token, llm_config, serving
+from .served import first_token, serving
+from .sides import READY_SECONDS, Arguments, llm_config
 from .table import GSERVE, Figures
 
 BARE = "vllm serve"
@@ -81,7 +82,10 @@ def bare(arguments: Arguments, servers: int, folder: Path) -> Starts:
     with contextlib.ExitStack() as stack:
         logs = [folder / f"bare-{index}-{time.time_ns()}.log" for index in range(servers)]
         began, clock = time.perf_counter(), datetime.now()  # noqa: DTZ005 (vLLM's log has local times)
-        running = [stack.enter_context(serving(arguments, log, gpu=index)) for index, log in enumerate(logs)]
+        running = [
+            stack.enter_context(serving(arguments, log, gpu=index if servers > 1 else None))
+            for index, log in enumerate(logs)
+        ]
         for process, address in running:
             first_token(process, address)
         seconds = time.perf_counter() - began

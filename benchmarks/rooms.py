@@ -1,0 +1,95 @@
+"""Rooms: the processes in which the sides live, each with an engine of its own.
+
+All are up together and one works at a time: an idle engine takes next to nothing of the machine.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from . import models, served, sides
+from .sides import Answer, Arguments, Side
+from .workloads import Work
+
+KINDS: Mapping[str, Callable[[Arguments, Path], contextlib.AbstractContextManager[Side]]] = {
+    "gserve": sides.gserve,
+    "vllm.LLM": sides.in_process,
+    "serve": served.served,
+}
+
+
+class Room:
+    """A process in which a side lives. A context manager; starts at once, and is ready after `wait`.
+
+    Each has a cache of vLLM's of its own, so that none finds, or waits for, what another compiles.
+    """
+
+    def __init__(self, kind: str, arguments: Arguments, folder: Path) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._kind = kind
+        self._log = folder / f"{kind}.log"
+        self._log.unlink(missing_ok=True)
+        self._line, theirs = context.Pipe()
+        self._process = context.Process(target=_live, args=(theirs, kind, dict(arguments), self._log), name=kind)
+        self._process.start()
+        theirs.close()
+
+    def wait(self) -> float:
+        """Wait until the side is ready; return how many seconds that took it."""
+        return self._hear(float)
+
+    def do(self, work: Work, way: str) -> Answer:
+        """Have the side do a work."""
+        self._line.send((work, way))
+        return self._hear(Answer)
+
+    def _hear[T](self, kind: type[T]) -> T:
+        try:
+            heard = self._line.recv()
+        except EOFError:
+            heard = "its process has ended"
+        if not isinstance(heard, kind):
+            raise RuntimeError(f"{self._kind}: {heard}\nits log: {self._log}")
+        return heard
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        below = psutil.Process(self._process.pid).children(recursive=True) if self._process.is_alive() else []
+        self._line.close()
+        self._process.join(60)
+        for process in (self._process, *below):  # those of `vllm.LLM` may stay
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.join()
+
+
+def _live(line: Connection, kind: str, arguments: Arguments, log: Path) -> None:
+    """Be a side: take work until there is nobody any more who could bring some."""
+    with log.open("ab") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.environ["VLLM_CACHE_ROOT"] = str(models.folder() / "vllm" / kind)
+    try:
+        began = time.perf_counter()
+        with KINDS[kind](arguments, log) as side, contextlib.suppress(EOFError):
+            line.send(time.perf_counter() - began)
+            while True:
+                work, way = line.recv()
+                line.send(side.do(work, way))
+    except Exception as error:
+        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            line.send(f"{type(error).__name__}: {error}")
