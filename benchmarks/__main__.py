@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from gserve import GserveError
+
 from . import balance, gpus, machine, models, starting, table, workloads
 from .rooms import KINDS
 from .rounds import Benchmark, say
@@ -37,13 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     bench = Benchmark(options.rounds, time.monotonic() + 60 * options.minutes, folder)
     head = machine.header()
     say("\n".join(head))
-    known = workloads.of_cpu() if options.where == "cpu" else workloads.of_gpu(options.model)
-    asked = [workload.scaled(options.scale) for workload in known if workload.name in options.what]
-    if asked:
-        bench.compare(options.model, asked, options.sides)
-    for name, measure in measures(options).items():
-        if name in options.what:
-            measure(bench)
+    try:
+        _measure(bench, options)
+    except (RuntimeError, GserveError) as error:  # what was measured before is worth to be seen
+        bench.problems.append(str(error))
     if bench.figures:
         table.write(folder, [*head, *bench.notes], bench.figures)
         say("\n" + table.markdown([*head, *bench.notes], bench.figures))
@@ -51,6 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in bench.problems:
         say(f"WRONG: {problem}")
     return 1 if bench.problems else 0
+
+
+def _measure(bench: Benchmark, options: argparse.Namespace) -> None:
+    known = workloads.of_cpu() if options.where == "cpu" else workloads.of_gpu(options.model)
+    asked = [workload.scaled(options.scale) for workload in known if workload.name in options.what]
+    if asked:
+        bench.compare(options.model, asked, options.sides)
+    for name, measure in measures(options).items():
+        if name in options.what:
+            measure(bench)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

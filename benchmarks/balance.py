@@ -79,16 +79,13 @@ def split(clients: Sequence[VLLMClient], work: Work) -> Answer:
 
 def processes(server: VLLMServer) -> list[psutil.Process]:
     """Return the processes of a server: the one that listens on its port, and all below that."""
-    listening = [
+    listening = {
         it.pid
         for it in psutil.net_connections("tcp")
         if it.status == psutil.CONN_LISTEN and it.laddr.port == server.port and it.pid is not None
-    ]
-    if len(listening) != 1:
-        raise RuntimeError(
-            f"{len(listening)} processes listen on port {server.port}, expected the one of {server.name}"
-        )
-    first = psutil.Process(listening[0])
+    }
+    found = [psutil.Process(pid) for pid in listening]
+    first = next(process for process in found if process.ppid() not in listening)  # those below it may have it too
     return [first, *first.children(recursive=True)]
 
 

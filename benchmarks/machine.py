@@ -99,4 +99,4 @@ def _commit() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + (" and changes" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown: no git repository"
+        return os.environ.get("GSERVE_COMMIT", "unknown: no git repository here, and GSERVE_COMMIT is not set")
