@@ -91,8 +91,8 @@ class Benchmark:
             say(f"{workload.name}, round {turn}, {side}: {len(own.prompts):,} in {answer.seconds:.2f} s")
             where = f"{workload.name}, round {turn}, {side}"
             self.problems += [f"{where}: {problem}" for problem in wrong(own, answer, errors_count=side in SINGLE)]
-            if is_exact and side != GSERVE:
-                self.problems += [f"{where}: {problem}" for problem in different(answers[GSERVE], answer)]
+            if is_exact:
+                self.problems += [f"{where}: {problem}" for problem in different(answers[sides[0]], answer)]
         return answers
 
 
@@ -124,7 +124,9 @@ def different(own: Answer, other: Answer) -> list[str]:
     if not pairs:
         return []
     at, ours, theirs = pairs[0]
-    return [f"{len(pairs)} answers differ from gserve's, the first at item {at}: {theirs[:80]!r}, not {ours[:80]!r}"]
+    return [
+        f"{len(pairs)} answers are not those of the first side, as at item {at}: {theirs[:80]!r}, not {ours[:80]!r}"
+    ]
 
 
 def say(text: str) -> None:

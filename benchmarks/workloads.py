@@ -122,10 +122,10 @@ def of_cpu() -> list[Workload]:
     """Return the workloads of a CPU with the tiny model, by which everything but the model shows."""
     both: dict[str, int | None] = {"vllm.LLM": None, "serve list": None}
     return [
-        Workload("short", 2048, 30, 16, both | {"serve httpx": 256, "serve openai": 256}),
+        Workload("short", 1024, 30, 16, both | {"serve httpx": 256, "serve openai": 256}),
         Workload("long", 256, 120, 256, both, "tokens/s"),
         Workload("chat", 512, 30, 16, both, system=500),
-        Workload("logprobs", 1024, 30, 16, both, logprobs=5),
+        Workload("logprobs", 512, 30, 16, both, logprobs=5),
         skewed(256, {"vllm.LLM": None, "serve httpx": None}),
         Workload("stream", 512, 30, 16, {"serve httpx": None, "serve openai": None}, manner=Manner.THREADS),
         Workload("calls", 4096, 30, 16, {"serve openai": 4096}, manner=Manner.AT_ONCE),

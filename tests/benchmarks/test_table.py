@@ -90,7 +90,7 @@ def test_another_text_for_the_same_prompt_is_told_and_a_part_is_compared_as_far_
     assert not different(own, Answer(1.0, RIGHT[:1]))
     assert not different(own, Answer(1.0, [None, RIGHT[1]]))
     assert different(own, Answer(1.0, [RIGHT[0], ("d e g", 3, 0)])) == [
-        "1 answers differ from gserve's, the first at item 1: 'd e g', not 'd e f'"
+        "1 answers are not those of the first side, as at item 1: 'd e g', not 'd e f'"
     ]
 
 
