@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import psutil
 
@@ -22,7 +21,7 @@ from gserve import ServeConfig, VLLMClient, VLLMServer, VLLMService
 from . import machine, workloads
 from .rounds import Benchmark, say, wrong
 from .sides import READY_SECONDS, Answer, Gserve, llm_config
-from .table import GSERVE, Figures
+from .table import GSERVE, no_figures
 from .workloads import Work
 
 SPLIT = "static split"
@@ -46,12 +45,7 @@ def measure(bench: Benchmark, model: str, scale: float) -> None:
         }
         for name, slow in (("balance", None), ("balance, one slowed", service.servers[1])):
             title = f"{name}: {workload.title.partition(': ')[2]}, 2 servers"
-            made = {
-                side: Figures(
-                    workload=name, title=title, side=side, model=Path(model).name, unit="tokens/s", figures=[]
-                )
-                for side in ways
-            }
+            made = {side: no_figures(name, title, side, model, "tokens/s") for side in ways}
             with slowed(slow) if slow is not None else contextlib.nullcontext():
                 for turn in bench.turns(title):
                     work = workload.work(turn)

@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from msgspec import structs
 
 from gserve import LLMConfig, ServeConfig, VLLMService
 
@@ -18,7 +19,7 @@ from .balance import processes
 from .rooms import Room
 from .rounds import WARM_UP, Benchmark, different, say, wrong
 from .sides import READY_SECONDS, Answer, Gserve, Side, llm_config
-from .table import GSERVE, Figures
+from .table import GSERVE, no_figures
 from .workloads import Work, Workload, of_gpu
 
 FREE = 0.05
@@ -76,7 +77,7 @@ def scaling(bench: Benchmark, model: str, counts: Sequence[int], scale: float) -
     base: list[float] = []
     for count in counts:
         workload = one.scaled(count)
-        made = _figures(f"{count} GPUs", f"{count} GPUs, {workload.title}", model, "tokens/s")
+        made = no_figures(f"{count} GPUs", f"{count} GPUs, {workload.title}", GSERVE, model, "tokens/s")
         with _service(config, count) as service:
             side = Gserve(service)
             side.do(workload.scaled(WARM_UP).work(0), "")
@@ -87,15 +88,13 @@ def scaling(bench: Benchmark, model: str, counts: Sequence[int], scale: float) -
         if count == 1:
             base = made.figures
         elif base:
-            other = _figures(made.workload, made.title, model, "tokens/s")
-            other.side, other.figures = "one GPU", base
-            bench.figures.append(other)
+            bench.figures.append(structs.replace(made, side="one GPU", figures=base))
 
 
 def tensor_parallel(bench: Benchmark, model: str, scale: float) -> None:
     """Run one server over two GPUs: it answers, uses both, and leaves neither in use."""
     workload = of_gpu(model)[0].scaled(scale)
-    made = _figures("tensor-parallel", f"one server on 2 GPUs, {workload.title}", model, "tokens/s")
+    made = no_figures("tensor-parallel", f"one server on 2 GPUs, {workload.title}", GSERVE, model, "tokens/s")
     arguments = machine.engine_arguments(model, 1) | {"tensor_parallel_size": 2}
     with Memory() as memory:
         before = memory.now()
@@ -143,8 +142,8 @@ def lora(bench: Benchmark, model: str) -> None:
 def memory(bench: Benchmark, model: str) -> None:
     """Kill a server with SIGKILL: its memory is free before the next one takes any, and it is ready again."""
     config = llm_config(machine.engine_arguments(model, 1) | {"enforce_eager": True})
-    free_after = _figures("memory free after kill -9", "memory free after kill -9", model, "s")
-    token_after = _figures("token after kill -9", "token after kill -9", model, "s")
+    free_after = no_figures("freed", "GPU memory free after kill -9", GSERVE, model, "s")
+    token_after = no_figures("restart", "token again after kill -9", GSERVE, model, "s")
     with Memory() as seen:
         idle = seen.now()[0]
         with _service(config, 1) as service:
@@ -163,10 +162,6 @@ def memory(bench: Benchmark, model: str) -> None:
                     bench.problems.append(f"memory: {again} after a restart, {answer} before")
                 say(f"memory, round {turn}: {busy} MiB, free after {free[:1]} s, a token after {ready:.1f} s")
     bench.figures += [it for it in (free_after, token_after) if it.figures]
-
-
-def _figures(workload: str, title: str, model: str, unit: str) -> Figures:
-    return Figures(workload=workload, title=title, side=GSERVE, model=Path(model).name, unit=unit, figures=[])
 
 
 def _service(config: LLMConfig, gpus: int) -> VLLMService:

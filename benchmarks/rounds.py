@@ -10,7 +10,7 @@ from . import models
 from .machine import engine_arguments, gpus
 from .rooms import KINDS, Room
 from .sides import Answer
-from .table import GSERVE, Figures
+from .table import GSERVE, Figures, no_figures
 from .workloads import Work, Workload
 
 WARM_UP = 0.25
@@ -55,16 +55,11 @@ class Benchmark:
             seconds = {kind: room.wait() for kind, room in rooms.items()}
             say("ready: " + ", ".join(f"{kind} after {taken:.0f} s" for kind, taken in seconds.items()))
             for workload in workloads:
-                self._measure(Path(model).name, workload, rooms, models.is_exact(arguments["model"]))
+                self._measure(model, workload, rooms, models.is_exact(arguments["model"]))
 
     def _measure(self, model: str, workload: Workload, rooms: dict[str, Room], is_exact: bool) -> None:
         sides = [side for side in (GSERVE, *workload.sides) if _kind(side) in rooms]
-        made = {
-            side: Figures(
-                workload=workload.name, title=workload.title, side=side, model=model, unit=workload.unit, figures=[]
-            )
-            for side in sides
-        }  # fmt: skip
+        made = {side: no_figures(workload.name, workload.title, side, model, workload.unit) for side in sides}
         self._round(workload.scaled(WARM_UP), 0, rooms, sides, is_exact)
         for turn in self.turns(workload.title):
             for side, answer in self._round(workload, turn, rooms, sides, is_exact).items():

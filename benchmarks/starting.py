@@ -24,7 +24,7 @@ from .balance import processes
 from .rounds import Benchmark, say
 from .served import first_token, serving
 from .sides import READY_SECONDS, Arguments, llm_config
-from .table import GSERVE, Figures
+from .table import GSERVE, Figures, no_figures
 
 BARE = "vllm serve"
 PROMPT, PARAMS = "Once upon a time there was", {"temperature": 0, "max_tokens": 1}
@@ -50,7 +50,6 @@ def measure(bench: Benchmark, model: str) -> None:
     """Measure all kinds of start in turn, without compilation (`enforce_eager`)."""
     here = machine.gpus()
     arguments = machine.engine_arguments(model, 1 if here else 2) | {"enforce_eager": True}
-    name = Path(model).name
     steps: list[tuple[str, Callable[[], Starts]]] = [
         (BARE, lambda: bare(arguments, 1, bench.folder)),
         (GSERVE, lambda: _apart(one_server, arguments)),
@@ -68,7 +67,7 @@ def measure(bench: Benchmark, model: str) -> None:
             for kind, seconds in starts.seconds.items():
                 say(f"{kind}, round {turn}, {side}: {seconds:.1f} s")
                 for title in (kind, "second start", "restart") if (side, kind) == (BARE, "start") else (kind,):
-                    made = Figures(workload=title, title=title, side=side, model=name, unit="s", figures=[])
+                    made = no_figures(title, title, side, model, "s")
                     found.setdefault((title, side), made).figures.append(seconds)
             if starts.phases and turn == 1:
                 bench.notes.append(f"{', '.join(starts.seconds)}, {side}: {starts.phases}")

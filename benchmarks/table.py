@@ -26,6 +26,11 @@ class Figures(Struct, kw_only=True):
     note: str = ""
 
 
+def no_figures(workload: str, title: str, side: str, model: str, unit: str) -> Figures:
+    """Return the figures of a side that has not done anything yet; of `model` the last part of its path is told."""
+    return Figures(workload=workload, title=title, side=side, model=Path(model).name, unit=unit, figures=[])
+
+
 class Target(Struct, frozen=True):
     """A ratio that gserve must reach, and the one that it aims at."""
 
