@@ -73,14 +73,16 @@ def split(clients: Sequence[VLLMClient], work: Work) -> Answer:
 
 def processes(server: VLLMServer) -> list[psutil.Process]:
     """Return the processes of a server: the one that listens on its port, and all below that."""
-    listening = {
-        it.pid
-        for it in psutil.net_connections("tcp")
-        if it.status == psutil.CONN_LISTEN and it.laddr.port == server.port and it.pid is not None
-    }
-    found = [psutil.Process(pid) for pid in listening]
-    first = next(process for process in found if process.ppid() not in listening)  # those below it may have it too
+    ours = psutil.Process().children(recursive=True)
+    listening = [process for process in ours if server.port in _ports(process)]
+    first = next(it for it in listening if it.parent() not in listening)  # those below it may have its socket too
     return [first, *first.children(recursive=True)]
+
+
+def _ports(process: psutil.Process) -> set[int]:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return {it.laddr.port for it in process.net_connections("tcp") if it.status == psutil.CONN_LISTEN}
+    return set()
 
 
 @contextlib.contextmanager
