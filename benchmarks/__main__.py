@@ -12,23 +12,29 @@ from . import balance, gpus, machine, models, starting, table, workloads
 from .rooms import KINDS
 from .rounds import Benchmark, say
 
-USUAL_CPU = ("short", "long", "chat", "logprobs", "skewed", "stream", "calls", "demo", "balance", "starting")
+USUAL_CPU = ("short", "long", "chat", "logprobs", "skewed", "stream", "calls", "balance")
 USUAL_GPU = ("short", "long", "chat", "logprobs", "skewed", "stream", "calls")
+USUAL_LARGE = ("short", "long", "chat")
+"""What a model as large as `8b` has the time for."""
 
 
-def measures(options: argparse.Namespace) -> Mapping[str, Callable[[Benchmark], None]]:
-    """Return, by name, what is measured besides the workloads of `options.model`."""
-    model, scale = options.model, options.scale
-    demo = [workload.scaled(scale) for workload in workloads.of_demo()]
-    return {
-        "demo": lambda bench: bench.compare(models.DEMO, demo, options.sides),
-        "balance": lambda bench: balance.measure(bench, model, scale),
-        "starting": lambda bench: starting.measure(bench, models.DEMO if model == "tiny" else model),
-        "scaling": lambda bench: gpus.scaling(bench, model, options.gpus, scale),
-        "tensor-parallel": lambda bench: gpus.tensor_parallel(bench, model, scale),
-        "lora": lambda bench: gpus.lora(bench, model),
-        "memory": lambda bench: gpus.memory(bench, model),
-    }
+def _demo(bench: Benchmark, options: argparse.Namespace) -> None:
+    bench.compare(models.DEMO, [workload.scaled(options.scale) for workload in workloads.of_demo()], options.sides)
+
+
+MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
+    "demo": _demo,
+    "balance": lambda bench, options: balance.measure(bench, options.model, options.scale),
+    "starting": lambda bench, options: starting.measure(
+        bench, models.DEMO if options.model == "tiny" else options.model
+    ),
+    "scaling": lambda bench, options: gpus.scaling(bench, options.model, options.gpus, options.scale),
+    "tensor-parallel": lambda bench, options: gpus.tensor_parallel(bench, options.model, options.scale),
+    "lora": lambda bench, options: gpus.lora(bench, options.model),
+    "memory": lambda bench, options: gpus.memory(bench, options.model),
+}
+"""What is measured besides the workloads, by name."""
+NAMES = (*USUAL_GPU, *MEASURES)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,19 +59,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measure(bench: Benchmark, options: argparse.Namespace) -> None:
-    known = workloads.of_cpu() if options.where == "cpu" else workloads.of_gpu(options.model)
+    known = workloads.of_cpu() if options.where == "cpu" else workloads.of_gpu()
     asked = [workload.scaled(options.scale) for workload in known if workload.name in options.what]
     if asked:
         bench.compare(options.model, asked, options.sides)
-    for name, measure in measures(options).items():
+    for name, measure in MEASURES.items():
         if name in options.what:
-            measure(bench)
+            measure(bench, options)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("where", choices=("cpu", "gpu"), help="which sizes and what by default")
-    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(USUAL_CPU)}; on GPUs also scaling, …")
+    parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--model", help="tiny, 1b, 8b or a folder (default: tiny on a CPU, 1b on a GPU)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s, after a smaller one to warm up")
     parser.add_argument("--minutes", type=float, help="after which no round begins (default: 14 on a CPU, 8 on a GPU)")
@@ -78,10 +84,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.model = options.model or ("tiny" if options.where == "cpu" else "1b")
     options.minutes = options.minutes or (14 if options.where == "cpu" else 8)
-    options.what = options.what or (USUAL_CPU if options.where == "cpu" else USUAL_GPU)
-    names = {*USUAL_CPU, *measures(options)}
-    if unknown := set(options.what) - names:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(sorted(names))}")
+    of_gpu = USUAL_LARGE if "8b" in options.model else USUAL_GPU
+    options.what = options.what or (USUAL_CPU if options.where == "cpu" else of_gpu)
+    if unknown := set(options.what) - set(NAMES):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected some of {', '.join(NAMES)}")
     if unknown := set(options.sides) - set(KINDS):
         parser.error(f"unknown sides: {', '.join(sorted(unknown))}; expected some of {', '.join(KINDS)}")
     return options

@@ -72,7 +72,7 @@ class Memory:
 
 def scaling(bench: Benchmark, model: str, counts: Sequence[int], scale: float) -> None:
     """Measure the workload `long` on so many GPUs, one count after the other, with as much work for each GPU."""
-    one = next(it for it in of_gpu(model) if it.name == "long").scaled(scale)
+    one = next(it for it in of_gpu() if it.name == "long").scaled(scale)
     config = llm_config(machine.engine_arguments(model, 1))
     base: list[float] = []
     for count in counts:
@@ -93,7 +93,7 @@ def scaling(bench: Benchmark, model: str, counts: Sequence[int], scale: float) -
 
 def tensor_parallel(bench: Benchmark, model: str, scale: float) -> None:
     """Run one server over two GPUs: it answers, uses both, and leaves neither in use."""
-    workload = of_gpu(model)[0].scaled(scale)
+    workload = of_gpu()[0].scaled(scale)
     made = no_figures("tensor-parallel", f"one server on 2 GPUs, {workload.title}", GSERVE, model, "tokens/s")
     arguments = machine.engine_arguments(model, 1) | {"tensor_parallel_size": 2}
     with Memory() as memory:

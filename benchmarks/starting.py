@@ -71,9 +71,8 @@ def measure(bench: Benchmark, model: str) -> None:
                     found.setdefault((title, side), made).figures.append(seconds)
             if starts.phases and turn == 1:
                 bench.notes.append(f"{', '.join(starts.seconds)}, {side}: {starts.phases}")
-    bench.figures += sorted(
-        found.values(), key=lambda it: [*dict.fromkeys(title for title, _ in found)].index(it.title)
-    )
+    titles = [*dict.fromkeys(title for title, _ in found)]
+    bench.figures += sorted(found.values(), key=lambda it: (titles.index(it.title), it.side != GSERVE))
 
 
 def bare(arguments: Arguments, servers: int, folder: Path) -> Starts:
@@ -136,7 +135,8 @@ def _first(made: VLLMService) -> tuple[float, list[list[str]], str]:
 
     def watch() -> None:
         while not ready.wait(0.02):
-            phases.setdefault(made.status()[0].phase or "begins", time.perf_counter() - began)
+            if (phase := made.status()[0].phase) is not None:
+                phases.setdefault(phase, time.perf_counter() - began)
 
     watching = threading.Thread(target=watch, name="phases")
     watching.start()

@@ -103,10 +103,10 @@ def skewed(items: int, sides: Mapping[str, int | None]) -> Workload:
     return Workload("skewed", items, 30, None, sides, "tokens/s")
 
 
-def of_gpu(model: str) -> list[Workload]:
-    """Return the workloads of a GPU. A model as large as `8b` gets those that show the most."""
+def of_gpu() -> list[Workload]:
+    """Return the workloads of a GPU."""
     both: dict[str, int | None] = {"vllm.LLM": None, "serve list": None}
-    work = [
+    return [
         Workload("short", 4096, 30, 16, both | {"serve httpx": 1024, "serve openai": 1024}),
         Workload("long", 1024, 120, 256, both, "tokens/s"),
         Workload("chat", 1024, 30, 16, both, system=500),
@@ -115,7 +115,6 @@ def of_gpu(model: str) -> list[Workload]:
         Workload("stream", 1024, 30, 16, {"serve httpx": None, "serve openai": None}, manner=Manner.THREADS),
         Workload("calls", 4096, 30, 16, {"serve openai": None}, manner=Manner.AT_ONCE),
     ]
-    return work[:3] if "8b" in model else work
 
 
 def of_cpu() -> list[Workload]:
