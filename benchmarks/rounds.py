@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from . import models
-from .machine import engine_arguments, gpus
+from .machine import engine_arguments
 from .rooms import KINDS, Room
 from .sides import Answer
 from .table import GSERVE, Figures, no_figures
@@ -47,9 +47,8 @@ class Benchmark:
     def compare(self, model: str, workloads: Sequence[Workload], kinds: Sequence[str] = tuple(KINDS)) -> None:
         """Measure workloads on the sides of these kinds, all on engines of their own that are up together."""
         arguments = engine_arguments(model, len(kinds))
-        if gpus() and len(kinds) > 1:
-            gibibytes = arguments["kv_cache_memory_bytes"] / 2**30
-            self.notes.append(f"{len(kinds)} engines share the GPU: each has {gibibytes:.1f} GiB for its KV cache")
+        given = ", ".join(f"{name}={value}" for name, value in arguments.items() if name != "model")
+        self.notes.append(f"each of {len(kinds)} engines: {given}")
         with contextlib.ExitStack() as stack:
             rooms = {kind: stack.enter_context(Room(kind, arguments, self.folder)) for kind in kinds}
             seconds = {kind: room.wait() for kind, room in rooms.items()}
