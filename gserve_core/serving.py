@@ -114,15 +114,14 @@ class Server:
                 happened.append(event)
                 news.set()
 
-            tasks: set[asyncio.Task[None]] = set()
+            tasks: list[asyncio.Task[None]] = []
+            loop = asyncio.get_running_loop()
             self._news.add(news)
             try:
                 first = 0
                 for group in request.groups:
                     async for index, item in _prepared(admitted.engine, group, first):
-                        task = asyncio.create_task(work(index, item))
-                        tasks.add(task)
-                        task.add_done_callback(tasks.discard)
+                        tasks.append(asyncio.Task(work(index, item), loop=loop, eager_start=True))
                     first += len(group.prompts)
                 left = first
                 while left:
@@ -140,9 +139,10 @@ class Server:
                         return  # the client sees what is missing, and takes it elsewhere
             finally:
                 self._news.discard(news)
-                for task in tasks:
+                unfinished = [task for task in tasks if not task.done()]
+                for task in unfinished:
                     task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
+                await asyncio.gather(*unfinished, return_exceptions=True)
 
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
         """Work on a request; return the outputs of each item, in order."""
