@@ -144,7 +144,9 @@ def limits(costs: Sequence[Costs]) -> str:
         f"With {most} servers an item costs {last.total:.1f} µs of CPU time in {last.items:,} items and"
         f" {first.total:.1f} µs in {first.items:,} ({last.total / first.total:.2f} times as much).\n\n"
         f"The client's Python has one core at a time: at {last.client:.1f} µs an item one client is the limit from"
-        f" {1e6 / last.client:,.0f} items/s on, however many servers there are."
+        f" {1e6 / last.client:,.0f} items/s on, however many servers there are. Beyond it, take several clients, each"
+        " with a service of its own, and a part of the prompts and of the servers: under SLURM a batch job each"
+        " (`gserve sbatch CONFIG -i part-1.txt -o part-1.jsonl`). They share nothing, so that their rates add up."
     )
 
 
