@@ -10,7 +10,9 @@ import ctypes
 import gc
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -205,7 +207,7 @@ def _where() -> str:
     return (
         f"{time.strftime('%Y-%m-%d', time.gmtime())}, {os.cpu_count()} cores ({cpu}),"
         f" {psutil.virtual_memory().total >> 30} GiB, Python {platform.python_version()}, commit {commit},"
-        " `make scale`."
+        f" `{shlex.join(['python', '-m', 'benchmarks.scale', *sys.argv[1:]])}`."
     )
 
 
