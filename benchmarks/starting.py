@@ -1,7 +1,7 @@
 """Starting: the time from `start()` to the first token, against `vllm serve` from its command to its first token.
 
-Each round begins in a process of its own, where nothing is warm: a service is started there, its server is killed with
-SIGKILL and comes back, and a second service is started after the first. Two servers at once are another process.
+Each step is a process of its own, where nothing is warm: a service is started there, and its server is killed with
+SIGKILL and comes back; or two servers are started, at once or, on one GPU, one after the other.
 """
 
 import contextlib
@@ -54,6 +54,9 @@ def measure(bench: Benchmark, model: str) -> None:
         (BARE, lambda: bare(arguments, 1, bench.folder)),
         (GSERVE, lambda: _apart(one_server, arguments)),
     ]
+    if here:
+        smaller = machine.engine_arguments(model, 2) | {"enforce_eager": True}
+        steps += [(GSERVE, lambda: _apart(one_gpu, smaller))]
     if len(here) != 1:
         steps += [
             (BARE, lambda: bare(arguments, 2, bench.folder)),
@@ -66,7 +69,7 @@ def measure(bench: Benchmark, model: str) -> None:
             bench.problems += starts.problems
             for kind, seconds in starts.seconds.items():
                 say(f"{kind}, round {turn}, {side}: {seconds:.1f} s")
-                for title in (kind, "second start", "restart") if (side, kind) == (BARE, "start") else (kind,):
+                for title in (kind, "second server", "restart") if (side, kind) == (BARE, "start") else (kind,):
                     made = no_figures(title, title, side, model, "s")
                     found.setdefault((title, side), made).figures.append(seconds)
             if starts.phases and turn == 1:
@@ -91,7 +94,7 @@ def bare(arguments: Arguments, servers: int, folder: Path) -> Starts:
 
 
 def one_server(arguments: Arguments) -> Starts:
-    """Start a service, kill its server, and start a second service, which is to be quicker."""
+    """Start a service, and kill its server."""
     starts = Starts()
     with service(arguments, 1) as first:
         starts.seconds["start"], answer, starts.phases = _first(first)
@@ -101,11 +104,19 @@ def one_server(arguments: Arguments) -> Starts:
         starts.seconds["restart"] = time.perf_counter() - began
         if first.status()[0].restarts != 1:
             starts.problems.append(f"restart: {first.status()[0].restarts} restarts after one death")
-    with service(arguments, 1) as second:
-        starts.seconds["second start"], last, _ = _first(second)
-    if not answer == again == last:
-        starts.problems.append(f"starting: {answer} at first, {again} after a restart, {last} by a second service")
+    if answer != again:
+        starts.problems.append(f"starting: {answer} at first, {again} after a restart")
     return starts
+
+
+def one_gpu(arguments: Arguments) -> Starts:
+    """Start a service of two servers that share a GPU, and so start one after the other."""
+    serve = ServeConfig(servers=2, share_gpu=True, min_ready=1, startup_timeout=READY_SECONDS)
+    with VLLMService(llm_config(arguments), serve) as shared:
+        began = time.perf_counter()
+        while not all(status.state == "ready" for status in shared.status()):
+            time.sleep(0.02)
+        return Starts({"second server": time.perf_counter() - began})
 
 
 def two_servers(arguments: Arguments) -> Starts:

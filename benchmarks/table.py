@@ -54,7 +54,7 @@ TARGETS: Mapping[tuple[str, str, str], Target] = {  # by workload, model (the en
     ("balance, one slowed", "", "static split"): Target(1.4),
     ("start", "", "vllm serve"): Target(0.6, 0.3),
     ("start of two", "", "vllm serve"): Target(0.5, 0.25),
-    ("second start", "1b", "vllm serve"): Target(0.25, 0.12),
+    ("second server", "1b", "vllm serve"): Target(0.25, 0.12),
     ("restart", "1b", "vllm serve"): Target(0.25, 0.12),
     ("2 GPUs", "8b", "one GPU"): Target(1.97),
     ("4 GPUs", "8b", "one GPU"): Target(3.9),

@@ -104,7 +104,7 @@ class Nursery:
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             env = {name: value for name, value in job.env.items() if name != PINNING}
-            command = [*job.command, "--nursery"]
+            command = [{"--lease": "--forks"}.get(word, word) for word in job.command]
             job = replace(
                 job, name="the nursery", command=command, env=env | {runtime.ID_VARIABLE: uuid.uuid4().hex},
                 log=job.log.with_name("nursery.log"),
@@ -379,10 +379,14 @@ def _become_server(received: Sequence[int], talk: socket.socket) -> list[str]:
 
 
 def _show(command: Sequence[str]) -> None:
-    """Let `ps` show another command for this process; one that is longer than that of its start is cut."""
+    """Let `ps` show another command for this process; one that is longer than that of its start is cut.
+
+    A shorter one has spaces behind: where all is as it was, vLLM can name its processes in the same place.
+    """
     start, end = _memory("arguments")
-    shown = b"\0".join(map(os.fsencode, command))[: end - start - 1]
-    ctypes.memmove(start, shown.ljust(end - start, b"\0"), end - start)
+    size = end - start - 1
+    shown = b"\0".join(map(os.fsencode, command))[:size].ljust(size)
+    ctypes.memmove(start, shown + b"\0", size + 1)
 
 
 def _mark(instance: str) -> None:

@@ -6,8 +6,10 @@ import hmac
 import ipaddress
 import json
 import math
+import os
 import re
 import socket
+import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
@@ -163,6 +165,8 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
                 listening.setsockopt(*option)  # connections inherit it
             listening.bind(target)
             listening.listen(2048)
+            forget = weakref.WeakMethod(listening.close)  # a fork, as an engine may be, would keep the port
+            os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
         except (OSError, OverflowError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or error
             raise OSError(getattr(error, "errno", None), f"cannot listen on {host}:{port}: {why}") from error

@@ -62,7 +62,7 @@ FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspec
 
 HOMES = {  # third parties: the only files that may import them
     "vllm": {"gserve_core/engines/vllm_engine.py"},
-    "torch": {"gserve_core/engines/demo_model.py"},
+    "torch": {"gserve_core/engines/demo_model.py", "gserve_core/engines/vllm_engine.py"},
     "transformers": {"gserve_core/engines/demo_model.py"},
     "httpx": {"gserve_transports/http_client.py"},
     "fastapi": {"gserve_transports/http_server.py"},
@@ -70,14 +70,14 @@ HOMES = {  # third parties: the only files that may import them
     "uvicorn": {"gserve_transports/http_server.py"},
     "pluggy": {"gserve_core/hookspecs.py", "gserve_core/plugins.py"},
     "yaml": {"gserve_core/documents.py"},
-    "uvloop": {"gserve_core/serving.py"},
+    "uvloop": {"gserve_core/dispatch.py", "gserve_core/serving.py"},
     "typer": {"gserve/cli.py"},
     "rich": {"gserve/cli.py"},
     "pytest": {"gserve_core/testing/__init__.py", "gserve_core/testing/slurm.py"},
 }
 EVERYWHERE = {"msgspec"}
 LATE = {  # imports that do not stand at the top of their file, and why
-    "gserve_core/engines/vllm_engine.py": {"vllm"},  # takes 10 s, and health is answered meanwhile
+    "gserve_core/engines/vllm_engine.py": {"torch", "vllm"},  # takes 10 s, and health is answered meanwhile
     "gserve_core/engines/demo_model.py": {"torch", "transformers"},
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
     "gserve_core/testing/slurm.py": {"pytest"},

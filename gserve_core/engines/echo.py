@@ -8,7 +8,6 @@ server, which can be made slow, and told to fail: `-m gserve_core.engines.echo e
 
 import asyncio
 import contextlib
-import gc
 import heapq
 import itertools
 import os
@@ -39,9 +38,6 @@ from . import orphans
 FAULTS = ("die", "hang", "wedge", "error")
 STEP_SECONDS = 0.2
 """How often a process that has work says that it moves."""
-YOUNG = 10_000
-"""How many more objects there are before the garbage collector looks: each item at work is some 20, and none of them
-garbage. With Python's 700 a third of a server's time goes into looking."""
 WORKER_DIED = 70
 """The exit code of an engine process whose worker has died."""
 
@@ -103,9 +99,6 @@ class EchoEngine(Engine):
         engine = RunningEcho(child, self, llm)
         try:
             await engine.loaded(report)
-            gc.collect()
-            gc.freeze()
-            gc.set_threshold(YOUNG)
         except BaseException:
             await engine.stop()
             raise

@@ -6,7 +6,6 @@ those of `vllm.LLM`. Why each step is as it is, is told in vLLM's own `entrypoin
 
 import asyncio
 import contextlib
-import gc
 import importlib
 import json
 import logging
@@ -95,8 +94,6 @@ class VLLMEngine(Engine):
         threading.Thread(target=load, name="engine", daemon=True).start()
         engine = await loaded
         await engine.add_adapter()
-        gc.collect()
-        gc.freeze()  # a full collection over what torch and transformers leave behind takes a third of a second
         return engine
 
 

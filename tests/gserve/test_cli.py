@@ -353,7 +353,8 @@ gserve() { "$PYTHON" -m gserve.cli "$@"; }
 "$PYTHON" -m gserve.cli launch killed.yaml >/dev/null & killed=$!
 "$PYTHON" -m gserve.cli launch alive.yaml >/dev/null & alive=$!
 until [ "$(gserve ps 2>/dev/null | grep -c server-0)" = 2 ]; do sleep 0.2; done
-server=$(cat /proc/$killed/task/*/children)
+nursery=$(cat /proc/$killed/task/*/children | tr -d ' ')
+server=$(cat /proc/$nursery/task/*/children)
 kill -STOP $server # so that it cannot end itself
 kill -KILL $killed
 echo "server" $server

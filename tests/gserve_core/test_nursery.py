@@ -69,7 +69,7 @@ def nurseries(of: int | None = None) -> list[psutil.Process]:
     found = []
     for child in psutil.Process(of).children():
         command = child.cmdline()
-        if "nursery" in command or "--nursery" in command:
+        if "nursery" in command or "--forks" in command:
             found.append(child)
     return found
 
@@ -109,7 +109,7 @@ def test_a_forked_server_has_a_session_an_environment_a_log_and_a_command_of_its
     assert [os.getsid(process.pid) for process in servers] == [process.pid for process in servers]
     for index, (server, process) in enumerate(zip(service.servers, servers, strict=True)):
         assert process.cmdline()[1].endswith("vllm_server.py")
-        assert "--nursery" not in process.cmdline()
+        assert "--forks" not in process.cmdline()
         assert process.environ()[runtime.ID_VARIABLE] == server.record().instance
         log = service.status()[index].log
         assert log is not None

@@ -456,7 +456,7 @@ def test_a_broken_installed_plugin_is_quoted_only_when_it_is_asked_for(tmp_path:
         """,
     )
     assert said.splitlines() == [
-        "SubprocessLauncher(nice=0)",
+        "SubprocessLauncher(nice=0, nursery=True)",
         "Prefix()",
         f"PluginError: the plugin 'old' is installed but broken: {why}",
         "ConfigError: unknown launcher 'prefixx'; did you mean 'prefix'?"
