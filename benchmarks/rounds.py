@@ -74,10 +74,11 @@ class Benchmark:
     def _round(
         self, workload: Workload, turn: int, rooms: dict[str, Room], sides: Sequence[str], is_exact: bool
     ) -> dict[str, Answer]:
-        """Have each side do the work of a round, and look at what it answered."""
+        """Have each side do the work of a round, and look at what it answered. Each time another one begins."""
         work = workload.work(turn)
         answers: dict[str, Answer] = {}
-        for side in sides:
+        first = turn % len(sides)
+        for side in (*sides[first:], *sides[:first]):
             own = work.first(workload.sides.get(side) or workload.items)
             if len(os.sched_getaffinity(0)) < MANY_CORES:
                 time.sleep(QUIET_SECONDS)
@@ -85,8 +86,9 @@ class Benchmark:
             say(f"{workload.name}, round {turn}, {side}: {len(own.prompts):,} in {answer.seconds:.2f} s")
             where = f"{workload.name}, round {turn}, {side}"
             self.problems += [f"{where}: {problem}" for problem in wrong(own, answer, errors_count=side in SINGLE)]
-            if is_exact:
-                self.problems += [f"{where}: {problem}" for problem in different(answers[sides[0]], answer)]
+        for side in sides[1:] if is_exact else ():
+            where = f"{workload.name}, round {turn}, {side}"
+            self.problems += [f"{where}: {problem}" for problem in different(answers[sides[0]], answers[side])]
         return answers
 
 

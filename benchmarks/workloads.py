@@ -107,7 +107,7 @@ def of_gpu() -> list[Workload]:
     """Return the workloads of a GPU."""
     both: dict[str, int | None] = {"vllm.LLM": None, "serve list": None}
     return [
-        Workload("short", 4096, 30, 16, both | {"serve httpx": 1024, "serve openai": 1024}),
+        Workload("short", 4096, 30, 16, both | {"serve httpx": 256, "serve openai": 1024}),
         Workload("long", 1024, 120, 256, both, "tokens/s"),
         Workload("chat", 1024, 30, 16, both, system=500),
         Workload("logprobs", 2048, 30, 16, both, logprobs=5),
