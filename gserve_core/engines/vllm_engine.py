@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -159,6 +160,7 @@ class RunningVLLM(RunningEngine):
             config = engine_arguments.create_engine_config(UsageContext.LLM_CLASS)
             if chosen is None and current_platform.is_cpu() and config.parallel_config.world_size == 1:
                 _fork_on_cpu(config)
+            resource_tracker.ensure_running()  # one of a forked process is killed with it, and frees no shared memory
             self._engine = vllm.AsyncLLMEngine.from_vllm_config(
                 config, usage_context=UsageContext.LLM_CLASS,
                 disable_log_stats=engine_arguments.disable_log_stats,
@@ -388,7 +390,10 @@ def _fork_on_cpu(config: Any) -> None:
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     os.environ[START_METHOD] = "fork"
+    told = logging.getLogger(OMPProcessManager.__module__)
+    told.disabled = True  # it tells this again in the process that it is about
     cores = OMPProcessManager(config).cpu_lists
+    told.disabled = False
     if cores:  # none: "nobind"
         torch.set_num_threads(len(cores[0]))
 
