@@ -27,6 +27,8 @@ from .sides import READY_SECONDS, Arguments, llm_config
 from .table import GSERVE, Figures, no_figures
 
 BARE = "vllm serve"
+AGAIN = {True: ("second server", "restart"), False: ("restart",)}
+"""What is held against the start of one `vllm serve` too, with a GPU and without."""
 PROMPT, PARAMS = "Once upon a time there was", {"temperature": 0, "max_tokens": 1}
 MARKS = {
     "engine begins": "Initializing a V1 LLM engine",
@@ -69,7 +71,7 @@ def measure(bench: Benchmark, model: str) -> None:
             bench.problems += starts.problems
             for kind, seconds in starts.seconds.items():
                 say(f"{kind}, round {turn}, {side}: {seconds:.1f} s")
-                for title in (kind, "second server", "restart") if (side, kind) == (BARE, "start") else (kind,):
+                for title in (kind, *AGAIN[bool(here)]) if (side, kind) == (BARE, "start") else (kind,):
                     made = no_figures(title, title, side, model, "s")
                     found.setdefault((title, side), made).figures.append(seconds)
             if starts.phases and turn == 1:
