@@ -19,12 +19,14 @@ import psutil
 from gserve import ServeConfig, VLLMClient, VLLMServer, VLLMService
 
 from . import machine, workloads
-from .rounds import Benchmark, say, wrong
+from .rounds import WARM_UP, Benchmark, say, wrong
 from .sides import READY_SECONDS, Answer, Gserve, llm_config
 from .table import GSERVE, no_figures
 from .workloads import Work
 
 SPLIT = "static split"
+ROOMS = 8
+"""How many times `max_num_seqs` there are items: fewer are all at work at once, and there is nothing to balance."""
 STOPPED_SECONDS = 0.05
 """How long the slow server is stopped, and then runs, in turn."""
 
@@ -35,22 +37,27 @@ def measure(bench: Benchmark, model: str, scale: float) -> None:
     serve = ServeConfig(
         gpu_ids=[0, 1] if len(here) > 1 else None, servers=None if len(here) > 1 else 2, startup_timeout=READY_SECONDS
     )
-    arguments = machine.engine_arguments(model, 1) | {"enable_prefix_caching": False}  # both ways ask the same
-    workload = replace(workloads.skewed(1024, {}), name="balance").scaled(scale)
+    workload = replace(workloads.skewed(1024 if here else 512, {}), name="balance").scaled(scale)
+    arguments = machine.engine_arguments(model, 1) | {
+        "max_num_seqs": max(1, workload.items // ROOMS),
+        "enable_prefix_caching": False,  # both ways ask the same
+    }
     with VLLMService(llm_config(arguments), serve) as service, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for server in service.servers]
         ways: dict[str, Callable[[Work], Answer]] = {
             GSERVE: lambda work: Gserve(service).do(work, ""),
             SPLIT: lambda work: split(clients, work),
         }
+        for do in ways.values():
+            do(workload.scaled(WARM_UP).work(0))
         for name, slow in (("balance", None), ("balance, one slowed", service.servers[1])):
-            title = f"{name}: {workload.title.partition(': ')[2]}, 2 servers"
+            title = f"{name}: {workload.title.partition(': ')[2]}, 2 servers, {arguments['max_num_seqs']} at once each"
             made = {side: no_figures(name, title, side, model, "tokens/s") for side in ways}
             with slowed(slow) if slow is not None else contextlib.nullcontext():
                 for turn in bench.turns(title):
                     work = workload.work(turn)
-                    for side, do in ways.items():
-                        answer = do(work)
+                    for side in (GSERVE, SPLIT) if turn % 2 else (SPLIT, GSERVE):
+                        answer = ways[side](work)
                         say(f"{title}, round {turn}, {side}: {answer.seconds:.2f} s")
                         bench.problems += [f"{title}, {side}: {problem}" for problem in wrong(work, answer)]
                         made[side].figures.append(answer.tokens / answer.seconds)

@@ -37,6 +37,8 @@ PROBE = 1.0
 """Seconds between two questions to a server that broke off, whether it is there all the same."""
 BUSY = 1.0
 """Seconds until a server that has enough to do is asked again, where it does not say."""
+AHEAD = 1.25
+"""How many times its capacity a server has at least, where there is as much: while it works it never waits for more."""
 
 logger = logging.getLogger("gserve.dispatch")
 
@@ -87,6 +89,7 @@ class _Worker:
         self.key = key
         self.connection = connection
         self.is_watched = is_watched
+        self.least = int(AHEAD * capacity)
         self.window = 2 * capacity
         self.piece_text = MAX_PIECE_TEXT
         self.heartbeat = HEARTBEAT if timeout is None else min(HEARTBEAT, timeout / 3)
@@ -102,6 +105,15 @@ class _Worker:
     def may_return(self) -> bool:
         """Say whether a server that is lost may be there all the same."""
         return self.probe is not None
+
+    def limit(self, outstanding: int, servers: int) -> int:
+        """Return how many items it may have, of all that so many servers have and shall have.
+
+        That is its share while it can work on that at once. Of a larger one it has no more than the half ahead: another
+        may turn out to be faster, or its items to be shorter.
+        """
+        share = -(-outstanding // servers)
+        return min(share, self.window, max(share // min(servers, 2), self.least))
 
 
 class Dispatcher:
@@ -284,7 +296,7 @@ class Dispatcher:
                 break  # it is their turn: they come last in their call, since they may cost a server
             worker = min(free, key=lambda it: it.in_flight / it.window)
             outstanding = len(self._queue) + sum(it.in_flight for it in free)
-            limit = min(worker.window, -(-outstanding // len(free)))
+            limit = worker.limit(outstanding, len(free))
             room = limit - worker.in_flight
             if room < min(len(self._queue), max(1, limit // 4)):  # a few at a time are not worth a request
                 return

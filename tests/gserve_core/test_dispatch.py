@@ -255,6 +255,21 @@ def pid_of(server: VLLMServer) -> int:
     return pid
 
 
+def test_a_server_that_is_slow_gets_less_of_a_batch() -> None:
+    with service_of(2, latency=0.05, capacity=4) as service, ThreadPoolExecutor() as pool:
+        slow = pid_of(service.servers[0])
+        seen: list[int] = []
+        os.kill(slow, signal.SIGSTOP)
+        try:
+            each = service.generate_iter(["a"] * 16)
+            done = pool.submit(lambda: seen.extend(index for index, _ in each))
+            until(lambda: len(seen) == 11)  # all but the five that the slow one has been given
+        finally:
+            os.kill(slow, signal.SIGCONT)
+        done.result(10)
+    assert sorted(seen) == list(range(16))
+
+
 def test_a_server_that_is_killed_loses_no_item() -> None:
     with service_of(2, latency=0.03, capacity=8) as service:
         prompts = [f"prompt {index}" for index in range(150)]
