@@ -25,8 +25,8 @@ from .table import GSERVE, no_figures
 from .workloads import Work
 
 SPLIT = "static split"
-ROOMS = 8
-"""How many times `max_num_seqs` there are items: fewer are all at work at once, and there is nothing to balance."""
+TIMES = 64
+"""How many times `max_num_seqs` there are items: of fewer the longest answer decides alone, wherever it is made."""
 STOPPED_SECONDS = 0.05
 """How long the slow server is stopped, and then runs, in turn."""
 
@@ -37,9 +37,9 @@ def measure(bench: Benchmark, model: str, scale: float) -> None:
     serve = ServeConfig(
         gpu_ids=[0, 1] if len(here) > 1 else None, servers=None if len(here) > 1 else 2, startup_timeout=READY_SECONDS
     )
-    workload = replace(workloads.skewed(1024 if here else 512, {}), name="balance").scaled(scale)
+    workload = replace(workloads.skewed(4096 if here else 1024, {}), name="balance").scaled(scale)
     arguments = machine.engine_arguments(model, 1) | {
-        "max_num_seqs": max(1, workload.items // ROOMS),
+        "max_num_seqs": max(1, workload.items // TIMES),
         "enable_prefix_caching": False,  # both ways ask the same
     }
     with VLLMService(llm_config(arguments), serve) as service, contextlib.ExitStack() as stack:
@@ -48,6 +48,9 @@ def measure(bench: Benchmark, model: str, scale: float) -> None:
             GSERVE: lambda work: Gserve(service).do(work, ""),
             SPLIT: lambda work: split(clients, work),
         }
+        if not here:
+            for index, server in enumerate(service.servers):
+                bind(server, index)
         for do in ways.values():
             do(workload.scaled(WARM_UP).work(0))
         for name, slow in (("balance", None), ("balance, one slowed", service.servers[1])):
@@ -90,6 +93,15 @@ def _ports(process: psutil.Process) -> set[int]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return {it.laddr.port for it in process.net_connections("tcp") if it.status == psutil.CONN_LISTEN}
     return set()
+
+
+def bind(server: VLLMServer, index: int) -> None:
+    """Give a server a core of its own: on few cores a slow one would else leave its time to the other."""
+    cores = sorted(os.sched_getaffinity(0))
+    for process in processes(server):
+        for thread in process.threads():
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(thread.id, [cores[index % len(cores)]])
 
 
 @contextlib.contextmanager

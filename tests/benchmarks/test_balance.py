@@ -1,5 +1,7 @@
 """The static split, and the slow server, that the queue is measured against."""
 
+import os
+
 import psutil
 
 from benchmarks import balance
@@ -29,6 +31,10 @@ def test_the_processes_of_a_server_are_its_own_and_go_on_once_it_is_no_longer_sl
         assert first
         assert not {it.pid for it in first} & {it.pid for it in second}
         assert all("vllm_server.py" in " ".join(of_one[0].cmdline()) for of_one in (first, second))
+        cores = sorted(os.sched_getaffinity(0))
+        balance.bind(service.servers[1], len(cores) - 1)
+        threads = [thread.id for process in second for thread in process.threads()]
+        assert {tuple(os.sched_getaffinity(thread)) for thread in threads} == {tuple(cores[-1:])}
         with balance.slowed(service.servers[0]):
             pass
         assert psutil.STATUS_STOPPED not in {process.status() for process in first}
