@@ -82,6 +82,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, help="folder for the table and the logs (default: in gserve's cache)")
     options = parser.parse_args(arguments)
+    if options.where == "gpu" and not machine.gpus():
+        parser.error("nvidia-smi finds no GPU here: 'cpu' measures without one")
     options.model = options.model or ("tiny" if options.where == "cpu" else "1b")
     options.minutes = options.minutes or (14 if options.where == "cpu" else 8)
     of_gpu = USUAL_LARGE if "8b" in options.model else USUAL_GPU
