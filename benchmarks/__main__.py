@@ -1,6 +1,7 @@
 """The command line: `python -m benchmarks cpu|gpu [WHAT …]`. See README.md beside this file."""
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -96,4 +97,5 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing running, as after Ctrl-C
     sys.exit(main())

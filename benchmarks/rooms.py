@@ -6,6 +6,7 @@ All are up together and one works at a time: an idle engine takes next to nothin
 import contextlib
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -81,6 +82,7 @@ def _live(line: Connection, kind: str, arguments: Arguments, log: Path) -> None:
     with log.open("ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` tells us too: what is begun is to be ended
     os.environ["VLLM_CACHE_ROOT"] = str(models.folder() / "vllm" / kind)
     try:
         began = time.perf_counter()

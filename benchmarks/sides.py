@@ -162,6 +162,8 @@ class InProcess:
 @contextlib.contextmanager
 def in_process(arguments: Arguments, log: Path) -> Iterator[Side]:
     """Load the model into this process."""
-    yield InProcess(arguments)
-    for process in multiprocessing.active_children():  # the engine: Python would wait for it for ever
-        process.terminate()
+    try:
+        yield InProcess(arguments)
+    finally:
+        for process in multiprocessing.active_children():  # the engine: Python would wait for it for ever
+            process.terminate()
