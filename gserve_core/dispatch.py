@@ -16,6 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
+import msgspec
 import uvloop
 from msgspec import Struct
 
@@ -129,6 +130,7 @@ class Dispatcher:
         self._workers: dict[str, _Worker] = {}
         self._loop = uvloop.new_event_loop()
         self._closed = False
+        self._has_news = False
         self._closing: set[asyncio.Task[None]] = set()
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -252,7 +254,9 @@ class Dispatcher:
             if worker.lost and worker.probe is None:  # it may be there again
                 worker.probe = asyncio.ensure_future(self._look_for(worker))
         self._queue.extend(items)
-        self._pump()
+        if not self._has_news:  # once for all calls that come at the same time: each would be a request of its own
+            self._has_news = True
+            self._loop.call_soon(self._pump)
 
     async def _look_for(self, worker: _Worker) -> None:
         """Find out whether a server that broke off is there all the same. Nothing is sent to it meanwhile."""
@@ -282,6 +286,7 @@ class Dispatcher:
 
     def _pump(self) -> None:
         """Give every server as much of the queue as it should have now."""
+        self._has_news = False
         if self._ending is not None:
             self._lose_all(self._ending)
             return
@@ -440,8 +445,16 @@ class Dispatcher:
 
 def _groups(items: list[Item]) -> list[Group]:
     """Return the items of a piece as they travel: those that share their parameters together."""
+    encoded: dict[int, bytes] = {}
+
+    def kind(item: Item) -> tuple[bytes, bool]:
+        """Return what the items of a group share. Of equal parameters each call has an object of its own."""
+        if (params := id(item.params)) not in encoded:
+            encoded[params] = msgspec.msgpack.encode(item.params)
+        return encoded[params], item.seed is None
+
     groups = []
-    for _, it in itertools.groupby(items, key=lambda item: (id(item.params), item.seed is None)):
+    for _, it in itertools.groupby(items, kind):
         members = list(it)
         seeds = [item.seed for item in members if item.seed is not None]
         groups.append(Group([item.prompt for item in members], members[0].params, seeds or None))
