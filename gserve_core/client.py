@@ -19,7 +19,7 @@ from .dispatch import Call, Dispatcher, Item, Outcome
 from .errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
 from .interfaces import Access, Address, Transport
 from .sampling import params_from
-from .schema import Conversation, Health, Message, Params, Prompt, ResponseOutput
+from .schema import Conversation, Health, Message, Params, Prompt, ResponseOutput, unfolded
 
 UNKNOWN_CAPACITY = 1024
 """Items that a server works on at once, where nobody has told."""
@@ -357,7 +357,8 @@ class _Batch:
 def _outcomes(dispatcher: Dispatcher, items: _Items, deadline: float | None) -> Iterator[tuple[int, Outcome]]:
     """Yield the outcomes of all items as they come. Nothing is sent before the first is asked for."""
     for outcomes in _outcome_lists(dispatcher, items, deadline):
-        yield from outcomes
+        for index, outcome in outcomes:
+            yield index, outcome if isinstance(outcome, ItemError) else unfolded(outcome)
 
 
 def _outcome_lists(
@@ -443,7 +444,7 @@ class _Found:
                 self._failed = True
                 self.so_far[index] = outcome
             else:
-                self.so_far[index] = outcome if self._return_extra else [output.text for output in outcome]
+                self.so_far[index] = unfolded(outcome) if self._return_extra else [output.text for output in outcome]
 
     def all(self) -> list[Any]:
         if self._failed and self._raises:

@@ -4,7 +4,9 @@ The JSON bodies of `/chat` and `/generate` are `ChatRequest`, `GenerateRequest` 
 Between gserve's own client and server travels a `RunRequest`, answered by a stream of lists of `Event`.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct, structs
@@ -56,7 +58,7 @@ class GenerateRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defa
     params: Params | None = None
 
 
-class Logprob(Struct, frozen=True, omit_defaults=True):
+class Logprob(Struct, frozen=True, omit_defaults=True, gc=False):
     """The log probability of one token, as in `vllm.logprobs.Logprob`."""
 
     logprob: float
@@ -83,6 +85,45 @@ class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
     prompt_logprobs: Logprobs | None = None
 
 
+class FlatLogprobs(Struct, frozen=True, array_like=True, gc=False):
+    """Log probabilities in few objects: as vLLM makes them, and as they travel.
+
+    `counts` says how many entries each token has, 0 where `Logprobs` have None; the rest has an item for each entry.
+    """
+
+    counts: list[int]
+    token_ids: list[int]
+    logprobs: list[float]
+    ranks: list[int | None]
+    decoded_tokens: list[str | None]
+
+    def unfold(self) -> Logprobs:
+        """Return them by token and token id. Of a token id that a token has twice, the second entry counts."""
+        entries = zip(self.token_ids, map(Logprob, self.logprobs, self.ranks, self.decoded_tokens), strict=True)
+        return [dict(itertools.islice(entries, count)) or None for count in self.counts]
+
+
+class FlatOutput(ResponseOutput, frozen=True, omit_defaults=True, gc=False):
+    """A completion whose log probabilities are flat: what an engine may return. What users see is unfolded."""
+
+    flat_logprobs: FlatLogprobs | None = None
+    flat_prompt_logprobs: FlatLogprobs | None = None
+
+    def unfold(self) -> ResponseOutput:
+        """Return the completion as users see it."""
+        flat, of_prompt = self.flat_logprobs, self.flat_prompt_logprobs
+        return ResponseOutput(
+            self.text, self.token_ids, self.finish_reason, self.stop_reason, self.cumulative_logprob,
+            self.logprobs if flat is None else flat.unfold(),
+            self.prompt_logprobs if of_prompt is None else of_prompt.unfold(),
+        )  # fmt: skip
+
+
+def unfolded(outputs: Sequence[ResponseOutput]) -> list[ResponseOutput]:
+    """Return completions as users see them."""
+    return [output.unfold() if isinstance(output, FlatOutput) else output for output in outputs]
+
+
 class Group(Struct, frozen=True, forbid_unknown_fields=True):
     """Prompts that share their sampling parameters; `seeds` has one for each prompt, where `params` name none."""
 
@@ -105,6 +146,12 @@ class Result(Struct, frozen=True, tag="result", array_like=True, gc=False):
     outputs: list[ResponseOutput]
 
 
+class FlatResult(Result, frozen=True, tag="flat", array_like=True, gc=False):
+    """A result with flat outputs, which would lose their log probabilities as others."""
+
+    outputs: list[FlatOutput]  # type: ignore[assignment]
+
+
 class Failure(Struct, frozen=True, tag="failure", array_like=True):
     """Item `index` failed. `invalid`: see `ItemError`."""
 
@@ -119,7 +166,7 @@ class Heartbeat(Struct, frozen=True, tag="heartbeat", array_like=True):
     running: int
 
 
-type Event = Result | Failure | Heartbeat
+type Event = Result | FlatResult | Failure | Heartbeat
 
 
 class Health(Struct, frozen=True, omit_defaults=True):

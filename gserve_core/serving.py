@@ -33,7 +33,19 @@ from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteErro
 from .interfaces import Address, Engine, RunningEngine, Transport
 from .log_utils import ServerLog, setup_logging
 from .redaction import redact, secret_values
-from .schema import Event, Failure, Group, Health, Heartbeat, ResponseOutput, Result, RunRequest
+from .schema import (
+    Event,
+    Failure,
+    FlatOutput,
+    FlatResult,
+    Group,
+    Health,
+    Heartbeat,
+    ResponseOutput,
+    Result,
+    RunRequest,
+    unfolded,
+)
 
 TOKEN_VARIABLE = "GSERVE_TOKEN"
 DRAIN_SECONDS = 30.0
@@ -106,8 +118,9 @@ class Server:
             news = asyncio.Event()
 
             async def work(index: int, prepared: Any) -> None:
+                event: Event
                 try:
-                    event: Event = Result(index, await self._run(admitted, prepared))
+                    event = _result(index, await self._run(admitted, prepared))
                 except ItemError as error:
                     event = Failure(index, str(error), error.invalid)
                 except Exception as error:
@@ -162,7 +175,8 @@ class Server:
                         raise RemoteError(f"item {index}: {item}", status=400) from item
                     prepared.append(item)
             try:
-                return await self._unless_over(_all([self._run(admitted, item) for item in prepared]))
+                outputs = await self._unless_over(_all([self._run(admitted, item) for item in prepared]))
+                return [unfolded(item) for item in outputs]
             except ExceptionGroup as failures:
                 first = failures.exceptions[0]
                 status = 500
@@ -415,6 +429,12 @@ async def _prepared(engine: RunningEngine, group: Group, first: int) -> AsyncIte
         for index, item in enumerate(prepared, first + start):
             yield index, item
         await asyncio.sleep(0)
+
+
+def _result(index: int, outputs: list[ResponseOutput]) -> Result:
+    if any(isinstance(output, FlatOutput) for output in outputs):
+        return FlatResult(index, outputs)  # type: ignore[arg-type]
+    return Result(index, outputs)
 
 
 @dataclass

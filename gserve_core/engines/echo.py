@@ -32,7 +32,7 @@ from ..errors import ConfigError, GserveError, ItemError
 from ..hookspecs import hookimpl
 from ..interfaces import Engine, EngineInfo, Report, RunningEngine
 from ..sampling import read_params
-from ..schema import Conversation, Logprob, Logprobs, Params, Prompt, ResponseOutput
+from ..schema import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from . import orphans
 
 FAULTS = ("die", "hang", "wedge", "error")
@@ -231,10 +231,11 @@ class RunningEcho(RunningEngine):
         ends = "stop" if params.max_tokens is None or len(words) < params.max_tokens else "length"
         answer = " ".join(words)
         ids = [zlib.crc32(word) % 50_000 for word in answer.encode(errors="replace").split(b" ")]
-        logprobs: Logprobs | None = None
+        output = ResponseOutput(answer, ids, ends)
         if params.logprobs is not None:
-            logprobs = [{token: Logprob(0.0, 1, word)} for token, word in zip(ids, words, strict=True)]
-        output = ResponseOutput(answer, ids, ends, None, None if logprobs is None else 0.0, logprobs, None)
+            ones, zeros = [1] * len(ids), [0.0] * len(ids)
+            flat = FlatLogprobs(ones, ids, zeros, [*ones], [*words])
+            output = FlatOutput(answer, ids, ends, cumulative_logprob=0.0, flat_logprobs=flat)
         return [output] * params.n
 
     def _fault(self, text: str) -> str:

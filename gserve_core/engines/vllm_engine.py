@@ -27,8 +27,9 @@ from ..errors import ConfigError, GserveError, ItemError
 from ..hookspecs import hookimpl
 from ..interfaces import Engine, EngineInfo, Report, RunningEngine
 from ..sampling import read_params
-from ..schema import Conversation, Logprob, Logprobs, Params, Prompt, ResponseOutput
+from ..schema import Conversation, FlatLogprobs, FlatOutput, Logprob, Logprobs, Params, Prompt, ResponseOutput
 from . import compile_turn, demo_model
+from .tokenizing import quicken
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What `max_lora_rank` may be (vllm/config/lora.py)."""
@@ -160,6 +161,8 @@ class RunningVLLM(RunningEngine):
             config = engine_arguments.create_engine_config(UsageContext.LLM_CLASS)
             if chosen is None and current_platform.is_cpu() and config.parallel_config.world_size == 1:
                 _fork_on_cpu(config)
+                if "distributed_executor_backend" not in arguments and config.parallel_config.data_parallel_size == 1:
+                    config.parallel_config.distributed_executor_backend = "uni"  # see `_fork_on_cpu`
             resource_tracker.ensure_running()  # one of a forked process is killed with it, and frees no shared memory
             self._engine = vllm.AsyncLLMEngine.from_vllm_config(
                 config, usage_context=UsageContext.LLM_CLASS,
@@ -168,6 +171,7 @@ class RunningVLLM(RunningEngine):
             )  # fmt: skip
         self._config = self._engine.model_config
         self._renderer = self._engine.renderer
+        self._ahead = {} if self._renderer.tokenizer is None else quicken(self._renderer.tokenizer)
         self._tokenize_in_template = (
             _is_a(self._renderer.tokenizer, "MistralTokenizer") or self._config.enable_prompt_embeds
         )
@@ -244,6 +248,8 @@ class RunningVLLM(RunningEngine):
             sampling = read_params(params, self._params_type)
         sampling.output_kind = self._final_only
         sampling.skip_clone = True
+        if hasattr(sampling, "flat_logprobs"):  # in this version
+            sampling.flat_logprobs = True
         return sampling
 
     def _render(self, prompts: Sequence[Prompt]) -> list[Any]:
@@ -252,7 +258,11 @@ class RunningVLLM(RunningEngine):
         plain = {place: prompt for place, prompt in enumerate(prompts) if not isinstance(prompt, Conversation)}
         if plain:
             parsed = [self._parse(self._config, prompt) for prompt in plain.values()]
-            rendered = self._renderer.render_cmpl(parsed, self._renderer.default_cmpl_tok_params)
+            self._ahead |= {text: None for text in plain.values() if isinstance(text, str)}
+            try:
+                rendered = self._renderer.render_cmpl(parsed, self._renderer.default_cmpl_tok_params)
+            finally:
+                self._ahead.clear()
             inputs |= zip(plain, rendered, strict=True)
         chats: dict[tuple[bool, bool], dict[int, Conversation]] = {}
         for place, prompt in enumerate(prompts):
@@ -323,19 +333,13 @@ class RunningVLLM(RunningEngine):
             self._done += 1 + sum(len(it.token_ids) for it in last.outputs) if last is not None else 1
         if last is None:
             raise GserveError("the engine gave no output")
-        prompt_logprobs = _logprobs(last.prompt_logprobs)
-        outputs = []
+        outputs: list[ResponseOutput] = []
         for it in last.outputs:
             if it.finish_reason == "error" and sampling.structured_outputs is not None:
                 raise ItemError("structured_outputs and the other sampling parameters leave no token to go on with")
             if it.finish_reason in ("abort", "error", None):
                 raise GserveError(f"the engine ended this prompt early ({it.finish_reason})")
-            outputs.append(
-                ResponseOutput(
-                    it.text, list(it.token_ids), it.finish_reason, it.stop_reason, it.cumulative_logprob,
-                    _logprobs(it.logprobs), prompt_logprobs,
-                )
-            )  # fmt: skip
+            outputs.append(_output(it, last.prompt_logprobs))
         return outputs
 
     async def check(self) -> None:
@@ -385,6 +389,8 @@ def _fork_on_cpu(config: Any) -> None:
     """Have vLLM fork its processes on the CPU too, where it has just chosen to "spawn" them: it takes half the time.
 
     It spawns them to bind their threads, for which it leaves one core free. What is forked keeps our number of threads.
+    So nothing is left for which a worker would have to be a process of its own, as it has none on a GPU: in that of
+    EngineCore it saves two messages between processes for each token.
     """
     import torch
     from vllm.utils.ompmultiprocessing import OMPProcessManager
@@ -484,6 +490,16 @@ def _first_line(error: BaseException) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+def _output(it: Any, prompt_logprobs: Any) -> ResponseOutput:
+    """Return a completion of vLLM's as ours."""
+    plain = it.text, list(it.token_ids), it.finish_reason, it.stop_reason, it.cumulative_logprob
+    if it.logprobs is None and prompt_logprobs is None:
+        return ResponseOutput(*plain)
+    if isinstance(it.logprobs, list) or isinstance(prompt_logprobs, list):  # a version that has no others
+        return ResponseOutput(*plain, _logprobs(it.logprobs), _logprobs(prompt_logprobs))
+    return FlatOutput(*plain, flat_logprobs=_flat(it.logprobs), flat_prompt_logprobs=_flat(prompt_logprobs))
+
+
 def _logprobs(given: Any) -> Logprobs | None:
     if given is None:
         return None
@@ -491,6 +507,14 @@ def _logprobs(given: Any) -> Logprobs | None:
         entry and {token: Logprob(it.logprob, it.rank, it.decoded_token) for token, it in entry.items()}
         for entry in given
     ]
+
+
+def _flat(given: Any) -> FlatLogprobs | None:
+    """Return a `vllm.logprobs.FlatLogprobs` as ours."""
+    if given is None:
+        return None
+    counts = [end - start for start, end in zip(given.start_indices, given.end_indices, strict=True)]
+    return FlatLogprobs(counts, given.token_ids, given.logprobs, given.ranks, given.decoded_tokens)
 
 
 @hookimpl

@@ -25,6 +25,9 @@ from ..schema import (
     Conversation,
     Event,
     Failure,
+    FlatLogprobs,
+    FlatOutput,
+    FlatResult,
     Group,
     Health,
     Heartbeat,
@@ -38,6 +41,7 @@ from ..schema import (
 RUN_VARIABLE = "GSERVE_TEST_RUN"
 PATIENCE = 20.0
 """Seconds that a check waits for what should come at once."""
+FLAT = FlatLogprobs([1, 0], [1], [float("-inf")], [None], ["é"])
 
 _CHILD = """
 import os, sys, subprocess
@@ -151,6 +155,8 @@ class _Api:
                             yield [Heartbeat(1)]
                     finally:
                         self.cancelled.set()
+                elif prompt == "flat":
+                    yield [FlatResult(index, [FlatOutput("flat", flat_logprobs=FLAT)])]
                 else:
                     yield [Result(index, [ResponseOutput(str(prompt), logprobs=[{1: Logprob(float("-inf"))}])])]
                 index += 1
@@ -180,16 +186,18 @@ async def _check_transport(transport: Transport) -> None:
 
         prompts: list[str | list[int] | Conversation] = ["a", [1, 2], Conversation([Message("user", "é\x00")]), "bad"]
         events: list[Event] = []
-        async with aclosing(connection.run(RunRequest([Group(prompts, {"n": 1}), Group(["b"])]))) as stream:
+        async with aclosing(connection.run(RunRequest([Group(prompts, {"n": 1}), Group(["b", "flat"])]))) as stream:
             async for batch in stream:
                 events += batch
         done = {event.index: event for event in events if not isinstance(event, Heartbeat)}
-        assert sorted(done) == [0, 1, 2, 3, 4], f"every item must end once, by its index; got {sorted(done)}"
+        assert sorted(done) == [0, 1, 2, 3, 4, 5], f"every item must end once, by its index; got {sorted(done)}"
         assert isinstance(done[3], Failure)
         assert isinstance(done[4], Result)
         assert done[4].outputs[0].text == "b"
         logprob = done[4].outputs[0].logprobs[0][1].logprob  # type: ignore[index]
         assert logprob == float("-inf"), f"minus infinity must survive the way; got {logprob}"
+        assert isinstance(done[5], FlatResult), "a result with flat log probabilities must stay one"
+        assert done[5].outputs == [FlatOutput("flat", flat_logprobs=FLAT)]
 
         async with aclosing(connection.run(RunRequest([Group(["first", "slow"])], heartbeat=0.05))) as stream:
             first = await anext(stream)

@@ -12,17 +12,22 @@ from gserve_core.schema import (
     Conversation,
     Event,
     Failure,
+    FlatLogprobs,
+    FlatOutput,
+    FlatResult,
     GenerateRequest,
     Group,
     Health,
     Heartbeat,
     Logprob,
+    Logprobs,
     Message,
     ResponseOutput,
     Result,
     RunRequest,
     TextPart,
     json_safe,
+    unfolded,
 )
 
 INFINITY = float("inf")
@@ -112,6 +117,38 @@ def test_a_reply_has_the_fields_of_the_seed() -> None:
 def test_msgpack_carries_minus_infinity() -> None:
     output = ResponseOutput("", [], None, None, -INFINITY, [{1: Logprob(-INFINITY)}], [None, {1: Logprob(-INFINITY)}])
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(output), type=ResponseOutput) == output
+
+
+FLAT = FlatLogprobs(
+    [2, 0, 3], [7, 8, 1, 2, 1], [-0.5, -INFINITY, -3.0, -1.0, -2.0], [1, 2, 9, 1, None], ["a", None, "é", "", "b"]
+)
+UNFOLDED: Logprobs = [
+    {7: Logprob(-0.5, 1, "a"), 8: Logprob(-INFINITY, 2)},
+    None,
+    {1: Logprob(-2.0, None, "b"), 2: Logprob(-1.0, 1, "")},  # of the token that stands twice, the place and the value
+]
+
+
+def test_flat_log_probabilities_unfold_to_those_that_users_see() -> None:
+    output = FlatOutput("a", [7], "stop", 3, -1.0, flat_logprobs=FLAT, flat_prompt_logprobs=FLAT)
+    assert unfolded([output, FULL]) == [ResponseOutput("a", [7], "stop", 3, -1.0, UNFOLDED, UNFOLDED), FULL]
+    assert [list(entry or ()) for entry in FLAT.unfold()] == [[7, 8], [], [1, 2]]
+
+
+def test_an_output_that_is_not_flat_where_flat_ones_may_be_keeps_its_log_probabilities() -> None:
+    assert unfolded([FlatOutput("a", logprobs=UNFOLDED, prompt_logprobs=UNFOLDED)]) == [
+        ResponseOutput("a", logprobs=UNFOLDED, prompt_logprobs=UNFOLDED)
+    ]
+
+
+def test_flat_outputs_travel_as_they_are_and_beside_others() -> None:
+    events: list[Event] = [
+        Result(0, [FULL]),
+        FlatResult(1, [FlatOutput("b", flat_logprobs=FLAT)]),
+        Failure(2, "no"),
+        Heartbeat(1),
+    ]
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(events), type=list[Event]) == events
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,18 @@ def answer(asked: dict[str, Any]) -> list[Any]:
 
 def plain(output: RequestOutput) -> list[Any]:
     """Return the completions of one prompt."""
-    return [[it.text, list(it.token_ids), it.finish_reason, it.stop_reason] for it in output.outputs]
+    of_prompt = logprobs(output.prompt_logprobs)
+    return [
+        [it.text, list(it.token_ids), it.finish_reason, it.stop_reason, logprobs(it.logprobs), of_prompt]
+        for it in output.outputs
+    ]
+
+
+def logprobs(given: Any) -> list[Any] | None:
+    """Return log probabilities in the order that they have, those of a token as [token id, …] each."""
+    return given and [
+        entry and [[token, it.logprob, it.rank, it.decoded_token] for token, it in entry.items()] for entry in given
+    ]
 
 
 if __name__ == "__main__":

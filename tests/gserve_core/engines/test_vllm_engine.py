@@ -51,7 +51,12 @@ BATCHES: list[dict[str, Any]] = [
         "params": GREEDY | {"stop": ["\n", "."], "n": 1},
         "options": {},
     },
-    {"kind": "generate", "inputs": ["The sea"], "params": GREEDY | {"ignore_eos": True, "logprobs": 2}, "options": {}},
+    {
+        "kind": "generate",
+        "inputs": ["The sea", "Ünï ☃ 🙂", [1, 9, 28]],
+        "params": GREEDY | {"ignore_eos": True, "logprobs": 2, "prompt_logprobs": 1},
+        "options": {},
+    },
     {
         "kind": "chat",
         "inputs": [
@@ -100,7 +105,20 @@ def ours(service: VLLMService, call: dict[str, Any]) -> list[Any]:
     """Return what the service answers, in the form of reference.py."""
     run: Any = service.chat if call["kind"] == "chat" else service.generate
     outputs = run(call["inputs"], call["params"], return_extra=True, **call["options"])
-    return [[[it.text, it.token_ids, it.finish_reason, it.stop_reason] for it in item] for item in outputs]
+    return [
+        [
+            [it.text, it.token_ids, it.finish_reason, it.stop_reason, listed(it.logprobs), listed(it.prompt_logprobs)]
+            for it in item
+        ]
+        for item in outputs
+    ]
+
+
+def listed(given: Any) -> list[Any] | None:
+    """Return log probabilities in the form of reference.py."""
+    return given and [
+        entry and [[token, it.logprob, it.rank, it.decoded_token] for token, it in entry.items()] for entry in given
+    ]
 
 
 @pytest.fixture(scope="module")
