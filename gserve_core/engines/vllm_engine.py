@@ -160,9 +160,7 @@ class RunningVLLM(RunningEngine):
             # The usage context of `vllm.LLM`: another one means a fraction of the sequences (max_num_seqs).
             config = engine_arguments.create_engine_config(UsageContext.LLM_CLASS)
             if chosen is None and current_platform.is_cpu() and config.parallel_config.world_size == 1:
-                _fork_on_cpu(config)
-                if "distributed_executor_backend" not in arguments and config.parallel_config.data_parallel_size == 1:
-                    config.parallel_config.distributed_executor_backend = "uni"  # see `_fork_on_cpu`
+                _fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") is not None)
             resource_tracker.ensure_running()  # one of a forked process is killed with it, and frees no shared memory
             self._engine = vllm.AsyncLLMEngine.from_vllm_config(
                 config, usage_context=UsageContext.LLM_CLASS,
@@ -385,12 +383,12 @@ class RunningVLLM(RunningEngine):
         self._ended.set()
 
 
-def _fork_on_cpu(config: Any) -> None:
+def _fork_on_cpu(config: Any, *, is_apart: bool) -> None:
     """Have vLLM fork its processes on the CPU too, where it has just chosen to "spawn" them: it takes half the time.
 
     It spawns them to bind their threads, for which it leaves one core free. What is forked keeps our number of threads.
-    So nothing is left for which a worker would have to be a process of its own, as it has none on a GPU: in that of
-    EngineCore it saves two messages between processes for each token.
+    So its worker need not be a process of its own either, unless it `is_apart` because somebody said so: within that of
+    EngineCore, as on a GPU, no step of the model waits for messages between the two.
     """
     import torch
     from vllm.utils.ompmultiprocessing import OMPProcessManager
@@ -402,6 +400,8 @@ def _fork_on_cpu(config: Any) -> None:
     told.disabled = False
     if cores:  # none: "nobind"
         torch.set_num_threads(len(cores[0]))
+    if not is_apart and config.parallel_config.data_parallel_size == 1:
+        config.parallel_config.distributed_executor_backend = "uni"
 
 
 def insecurity(version: str, is_allowed: bool) -> str | None:
