@@ -49,13 +49,14 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     },
     "engines.vllm_engine": {
         "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.compile_turn",
-        "engines.demo_model",
+        "engines.demo_model", "engines.tokenizing",
     },
 }  # fmt: skip
 OF_AN_ENGINE = {
     "engines.compile_turn": {"interfaces", "redaction"},
     "engines.demo_model": {"errors", "interfaces"},
     "engines.orphans": {"runtime"},
+    "engines.tokenizing": set(),
 }
 FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs"}
 """What launchers and transports need of the core: no more than a plugin's author."""
