@@ -80,9 +80,7 @@ class LocalProcess:
             except subprocess.TimeoutExpired:
                 self._kill_group()
         if not self._group_ended:
-            self._wait_for_group(min(FAREWELL, grace))
-            self._kill_group()
-            self._wait_for_group(GONE)  # a killed process holds its GPU's memory until it is gone
+            end_group(self.pid, min(FAREWELL, grace))
             self._group_ended = True
         with contextlib.suppress(OSError):
             self.stdin.close()
@@ -97,14 +95,27 @@ class LocalProcess:
         """Return None: the exit code is all that is known."""
         return None
 
-    def _wait_for_group(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while group_is_alive(self.pid) and time.monotonic() < deadline:
-            time.sleep(0.01)
-
     def _kill_group(self) -> None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+        kill_group(self.pid)
+
+
+def end_group(group: int, grace: float) -> None:
+    """See a group of processes end, by force after `grace` seconds; return once it has, or `GONE` seconds later."""
+    _wait_for_group(group, grace)
+    kill_group(group)
+    _wait_for_group(group, GONE)  # a killed process holds its GPU's memory until it is gone
+
+
+def kill_group(group: int) -> None:
+    """Kill all processes of a group."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def _wait_for_group(group: int, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while group_is_alive(group) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def group_is_alive(group: int) -> bool:

@@ -28,6 +28,7 @@ class Job:
     `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its scheduler for `gpus` of them, 0
     where the engine uses none. It is number `index` of `servers` that are started together. `instance` is an id of this
     start alone; "" where nothing is to be started. `nursery`: what forks it, where a launcher would start it here.
+    `previous`: the process of its life before this one, which has been stopped; None: this is the first.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Job:
     index: int = 0
     servers: int = 1
     nursery: "Forks | None" = field(default=None, repr=False)
+    previous: "Process | None" = field(default=None, repr=False)
     log: Path
 
 
@@ -62,7 +64,8 @@ class Process(Protocol):
     def stop(self, grace: float) -> int:
         """End the process and everything below it, by force after `grace` seconds; return its exit code.
 
-        Leaves nothing behind, also where the process has ended by itself but something below it has not. Idempotent.
+        Leaves nothing behind, also where the process has ended by itself but something below it has not, except what
+        its launcher keeps for the next life until `Launcher.release`. Idempotent.
         """
 
     def waiting(self) -> str | None:
@@ -107,6 +110,12 @@ class Launcher(ABC):
         """Start `job` with pipes as stdin and stdout, and its stderr appended to the file `job.log`.
 
         Raises LaunchError: it could not be started.
+        """
+
+    def release(self, process: Process) -> None:  # noqa: B027
+        """Keep nothing of `process` for another life of its server: there will be none. Does not wait; idempotent.
+
+        May be called before or after its `stop`, which then leaves nothing. Does nothing unless overridden.
         """
 
     def examine(self) -> Iterable[Finding]:

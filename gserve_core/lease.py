@@ -100,7 +100,7 @@ _down: "msgspec.json.Decoder[Down]" = msgspec.json.Decoder(Down)
 _up: "msgspec.json.Decoder[Up]" = msgspec.json.Decoder(Up)
 
 
-class _Lines:
+class Lines:
     """Cuts what comes from a descriptor into lines."""
 
     def __init__(self, fd: int) -> None:
@@ -132,7 +132,7 @@ class OwnerEnd:
 
     def __init__(self, stdin: IO[bytes], stdout: IO[bytes], hello: Hello) -> None:
         self._stdin = stdin
-        self._lines = _Lines(stdout.fileno())
+        self._lines = Lines(stdout.fileno())
         self._outgoing = b""
         self._next_beat = time.monotonic() + BEAT
         self._lock = threading.Lock()
@@ -144,7 +144,7 @@ class OwnerEnd:
     def send(self, message: Down) -> None:
         """Send a message, or as much as fits now; the rest follows. Never blocks, never raises."""
         with self._lock:
-            self._outgoing += msgspec.json.encode(message) + b"\n"
+            self._outgoing += encoded(message)
             self._flush()
 
     def _flush(self) -> None:
@@ -187,7 +187,7 @@ class ServerEnd:
 
     def __init__(self) -> None:
         sys.stdout.flush()
-        self._lines = _Lines(os.dup(0))  # both are private: `dup` makes them close when a program is executed
+        self._lines = Lines(os.dup(0))  # both are private: `dup` makes them close when a program is executed
         self._up = os.dup(1)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
@@ -216,7 +216,7 @@ class ServerEnd:
             lines = self._lines.read(deadline - time.monotonic())
             if lines is None:
                 break
-            messages = _decoded(lines)
+            messages = decoded(lines)
             for place, message in enumerate(messages):
                 if isinstance(message, Hello):
                     self._unheard = messages[place + 1 :]
@@ -226,7 +226,7 @@ class ServerEnd:
     def tell(self, message: Up) -> None:
         """Tell the owner. Never raises: an owner that is gone is noticed by `watch`."""
         with self._lock, contextlib.suppress(OSError):
-            os.write(self._up, msgspec.json.encode(message) + b"\n")
+            os.write(self._up, encoded(message))
 
     def watch(self, on_message: Callable[[Down], object], on_lost: Callable[[], object]) -> None:
         """Have what the owner says passed on, from the thread of the lease, and first what it has said so far.
@@ -248,7 +248,7 @@ class ServerEnd:
             if lines:
                 last = time.monotonic()
                 with self._hearing:
-                    self._pass_on(_decoded(lines))
+                    self._pass_on(decoded(lines))
         if self._handlers is not None:
             with contextlib.suppress(Exception):
                 self._handlers[1]()
@@ -266,8 +266,13 @@ class ServerEnd:
                     self._handlers[0](message)
 
 
-def _decoded(lines: list[bytes]) -> list[Down]:
-    """Return the messages that the lines hold; what is none is passed over."""
+def encoded(message: Down | Up) -> bytes:
+    """Return the line that is sent for a message."""
+    return msgspec.json.encode(message) + b"\n"
+
+
+def decoded(lines: list[bytes]) -> list[Down]:
+    """Return the messages to a server that the lines hold; what is none is passed over."""
     messages = []
     for line in lines:
         with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):

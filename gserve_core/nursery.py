@@ -7,6 +7,9 @@ GPUs. It goes on when the nursery dies; a server that is wanted then, or while t
 A process that has threads is forked with care, since a lock that one of them holds stays locked in the child for ever.
 So when a nursery forks it has no other thread of Python's; it has no event loop and has touched no GPU. The threads of
 the libraries that it has imported, a pool or two, have had no work yet, and so hold no lock.
+
+Where a server has a place of its own, as a step of a SLURM job, a nursery stands in that place (`stay`): it forks the
+server there, and forks it again when it has died, so that the place is not given up.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import json
 import math
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,13 +30,13 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NoReturn, cast
 
-from . import runtime
-from .commands import LocalProcess
+from . import diagnosis, lease, runtime
+from .commands import FAREWELL, LocalProcess, end_group, kill_group
 from .interfaces import Job
 
 IMPORT_SECONDS = 600.0
@@ -45,6 +49,14 @@ REAP_SECONDS = 1.0
 """How long a nursery may take to say with what exit code a server has ended."""
 UNKNOWN = 255
 """The exit code of a server whose nursery does not say it, since it has died before, or hangs."""
+END = b"end"
+"""What the owner says to a nursery in a server's place: kill the server."""
+SILENCE = 40.0
+"""Seconds of silence that say that an owner is gone: more than some beats of the lease, less than its time."""
+PARTING = 10.0
+"""Seconds that a server has to end by itself when its owner is gone."""
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+"""Signals that tell a server to end."""
 PINNING = "CUDA_VISIBLE_DEVICES"
 """What a nursery must not have of its first server's environment: libraries would count the GPUs in it."""
 
@@ -290,10 +302,7 @@ def tend(prepare: Callable[[], object]) -> list[str]:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    with _ending_with(line):
-        prepare()
-    gc.collect()
-    gc.freeze()  # no collection touches it any more, so that servers share the memory that it is in
+    _import(prepare, line.fileno())
     children: dict[int, tuple[int, socket.socket]] = {}
     waiting = select.poll()
     waiting.register(line, select.POLLIN)
@@ -312,10 +321,7 @@ def tend(prepare: Callable[[], object]) -> list[str]:
                 os._exit(0)
             *order, theirs = descriptors
             talk = socket.socket(fileno=theirs)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see the top
-                pid = os.fork()
-            if not pid:
+            if not (pid := _fork()):
                 line.close()
                 for descriptor, (_, other) in children.items():
                     os.close(descriptor)
@@ -328,8 +334,158 @@ def tend(prepare: Callable[[], object]) -> list[str]:
             waiting.register(child, select.POLLIN)
 
 
+def stay(prepare: Callable[[], object]) -> list[str]:
+    """Be the nursery that stands in a server's place: run `prepare`, then fork the server for whoever says hello.
+
+    Stdin and stdout are the lease of each of these servers in turn. When one has died, and nothing is left of it,
+    "ended INSTANCE CODE" goes up, and another may be greeted. This process ends, with the server's exit code, where
+    there is to be no other: the server has ended in order, a signal has told it to, the owner is gone; or the system
+    has killed it for want of memory, of which a scheduler is to hear. Returns in every server, with the arguments of
+    its command.
+    """
+    _show(["gserve", "nursery", *sys.argv[1:]])
+    down, up = os.dup(0), os.dup(1)  # neither is for programs that are executed, as imports do
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    os.write(up, lease.encoded(lease.Phase("importing, once for all lives of the server")))
+    _import(prepare, down)
+    return _Place(down, up).hold()
+
+
+class _Place:
+    """The place of a server, which `hold` keeps when that dies. `down` and `up` are the line to the owner."""
+
+    def __init__(self, down: int, up: int) -> None:
+        self._down = down
+        self._up = up
+        self._lines = lease.Lines(down)
+        self._heard = time.monotonic()
+        self._is_last = False
+        self._pid = 0
+        self._instance = ""
+        self._stdin = -1
+        self._kills: int | None = None
+        self._code = 0
+        self._signals, self._signalled = os.pipe()
+        os.set_blocking(self._signals, False)
+        os.set_blocking(self._signalled, False)
+        signal.set_wakeup_fd(self._signalled)
+        for number in (signal.SIGCHLD, *ENDING):
+            signal.signal(number, lambda *_: None)  # what comes is read from the pipe
+
+    def hold(self) -> list[str]:
+        """Do what the owner says, and see to the servers. Returns in every server: the arguments of its command."""
+        while True:
+            ready = _readable(PARTING if self._down < 0 else SILENCE, self._signals, self._down)
+            if self._signals in ready:
+                self._take_signals()
+            if self._down in ready:
+                for line in self._hear():
+                    if self._obey(line):
+                        return sys.argv[1:]
+            if not self._pid and (self._is_last or time.monotonic() - self._heard > SILENCE):
+                self._end()
+            if not ready and (self._down < 0 or time.monotonic() - self._heard > lease.TTL + PARTING):
+                kill_group(self._pid)  # it was to end by itself
+
+    def _take_signals(self) -> None:
+        numbers = os.read(self._signals, 64)
+        if any(number in ENDING for number in numbers):
+            self._is_last = True
+            self._tell(lease.encoded(lease.Drain()))  # a scheduler may have told us alone, or the server too
+        if self._pid and signal.SIGCHLD in numbers:
+            pid, status = os.waitpid(self._pid, os.WNOHANG)
+            if pid:
+                self._bury(os.waitstatus_to_exitcode(status))
+
+    def _hear(self) -> list[bytes]:
+        """Return the lines that the owner has said. At its end the server ends, too, by itself."""
+        lines = self._lines.read(0)
+        if lines is None:
+            os.close(self._down)
+            self._down, self._is_last = -1, True
+            self._close_stdin()
+            return []
+        self._heard = time.monotonic()
+        return lines
+
+    def _obey(self, line: bytes) -> bool:
+        """Do what a line says, or pass it on to the server; return True in a server that it begins."""
+        if not self._pid:
+            hello = next((it for it in lease.decoded([line]) if isinstance(it, lease.Hello)), None)
+            return hello is not None and self._begin(hello.instance, line)
+        if line == END:
+            kill_group(self._pid)
+        else:
+            self._tell(line + b"\n")
+        return False
+
+    def _begin(self, instance: str, hello: bytes) -> bool:
+        """Fork a server, and pass the hello on to it; return True in the server."""
+        stdin, self._stdin = os.pipe()
+        if not (pid := _fork()):
+            signal.set_wakeup_fd(-1)
+            for number in (signal.SIGCHLD, *ENDING):
+                signal.signal(number, signal.SIG_DFL)
+            for descriptor in (self._down, self._stdin, self._signals, self._signalled):
+                os.close(descriptor)
+            _become([sys.executable, *sys.argv], {runtime.ID_VARIABLE: instance}, [stdin, self._up, os.dup(2)])
+            return True
+        os.close(stdin)
+        self._pid, self._instance, self._kills = pid, instance, diagnosis.memory_kills()
+        self._tell(hello + b"\n")
+        os.set_blocking(self._stdin, False)  # a server that does not read must not hold us up
+        return False
+
+    def _tell(self, line: bytes) -> None:
+        """Say something to the server, where there is one that listens."""
+        if self._stdin >= 0:
+            with contextlib.suppress(OSError):
+                os.write(self._stdin, line)
+
+    def _close_stdin(self) -> None:
+        if self._stdin >= 0:
+            os.close(self._stdin)
+            self._stdin = -1
+
+    def _bury(self, code: int) -> None:
+        """See that nothing is left of a server that has ended; tell the owner, where there may be another."""
+        self._close_stdin()
+        end_group(self._pid, FAREWELL)
+        left = runtime.end_processes_of(self._instance)
+        shutil.rmtree(runtime.scratch_folder(self._instance), ignore_errors=True)
+        self._pid, self._code = 0, code
+        if not code or left or diagnosis.memory_kills() != self._kills:
+            self._end()
+        if not self._is_last:
+            try:
+                os.write(self._up, f"ended {self._instance} {code}\n".encode())
+            except OSError:
+                self._end()
+
+    def _end(self) -> NoReturn:
+        """End this process as the last server has ended."""
+        os._exit(self._code if self._code >= 0 else 128 - self._code)
+
+
+def _import(prepare: Callable[[], object], line: int) -> None:
+    """Run `prepare`, unless the owner at the other end of `line` is gone meanwhile: then end this process."""
+    with _ending_with(line):
+        prepare()
+    gc.collect()
+    gc.freeze()  # no collection touches it any more, so that servers share the memory that it is in
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see the top
+        return os.fork()
+
+
 @contextlib.contextmanager
-def _ending_with(line: socket.socket) -> Iterator[None]:
+def _ending_with(line: int) -> Iterator[None]:
     """End this process when the other end of `line` is closed, by a thread that is gone after the block."""
     over, end = os.pipe()
 
@@ -337,7 +493,7 @@ def _ending_with(line: socket.socket) -> Iterator[None]:
         waiting = select.poll()
         waiting.register(line, 0)  # a line that breaks is always told
         waiting.register(over, 0)
-        if line.fileno() in dict(waiting.poll()):
+        if line in dict(waiting.poll()):
             os._exit(0)
 
     watching = threading.Thread(target=watch, daemon=True)
@@ -356,19 +512,12 @@ def _become_server(received: Sequence[int], talk: socket.socket) -> list[str]:
     received: descriptors of the order, of stdin, stdout and the log.
     """
     order, *streams = received
-    os.setsid()
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
     with os.fdopen(order, "rb") as file:
         file.seek(0)
         command, env, folder = json.load(file)
     with contextlib.suppress(OSError):
         os.chdir(folder)
-    os.environ |= env
-    sys.argv = command[1:]
-    _show(command)
-    _mark(env[runtime.ID_VARIABLE])
+    _become(command, env, streams)
     me = os.getpid()
     with talk:
         try:
@@ -376,6 +525,18 @@ def _become_server(received: Sequence[int], talk: socket.socket) -> list[str]:
         except OSError:  # nobody wants it any more
             os._exit(1)
     return sys.argv[1:]
+
+
+def _become(command: Sequence[str], env: Mapping[str, str], streams: Sequence[int]) -> None:
+    """Give this process a command, more environment, a session and other streams: stdin, stdout and stderr."""
+    os.setsid()
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    os.environ |= env
+    sys.argv = list(command[1:])
+    _show(command)
+    _mark(env[runtime.ID_VARIABLE])
 
 
 def _show(command: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import ipaddress
 import os
+import signal
 import socket
 import stat
 import tempfile
@@ -27,6 +28,8 @@ OWNER_VARIABLE = "GSERVE_OWNER"
 """Who has started it, beside that: see `owner_mark`."""
 SERVER_VARIABLE = "GSERVE_SERVER"
 """The server itself, for the processes below it: a process's id and its start in clock ticks, as "4711:98765"."""
+GONE_SECONDS = 10.0
+"""How long killed processes may take to be gone: they free a GPU's memory before."""
 
 
 class ServerRecord(Struct, frozen=True, forbid_unknown_fields=True):
@@ -127,6 +130,17 @@ def processes_of(instance: str) -> list[int]:
                 if mark in (entry / "environ").read_bytes().split(b"\0") and process_start(int(entry.name)):
                     found.append(int(entry.name))
     return found
+
+
+def end_processes_of(instance: str) -> list[int]:
+    """Kill what is left of a server on this machine; return what is still there after `GONE_SECONDS`."""
+    deadline = time.monotonic() + GONE_SECONDS
+    while (left := processes_of(instance)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return left
 
 
 def folder() -> Path:

@@ -6,7 +6,6 @@ import math
 import os
 import secrets
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -36,8 +35,6 @@ PROGRAM = Path(__file__).resolve().parent.parent / "gserve" / "vllm_server.py"
 """The server program. It is run by its path, so that the server needs nothing of the owner's module search path."""
 STOP_SECONDS = 10.0
 """How long a server may take to end after it was told to stop."""
-GONE_SECONDS = 10.0
-"""How long killed processes may take to be gone: they free a GPU's memory before."""
 TICK = 0.2
 """Seconds between two looks at a server's process and log."""
 MAX_LOG_READ = 1 << 20
@@ -155,17 +152,6 @@ def _new_log(folder: Path, name: str) -> Path:
     raise AssertionError
 
 
-def _end_marked(instance: str) -> list[int]:
-    """Kill what is left of a server on this machine; return what is still there after `GONE_SECONDS`."""
-    deadline = time.monotonic() + GONE_SECONDS
-    while (left := runtime.processes_of(instance)) and time.monotonic() < deadline:
-        for pid in left:
-            with suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    return left
-
-
 class VLLMServer:
     """One vLLM server: its process, from start to shutdown. A context manager; may be started again.
 
@@ -225,6 +211,7 @@ class VLLMServer:
         self.left: list[int] = []
         """Processes of its last life that could not be killed: they may hold its GPUs."""
         self._pid = os.getpid()
+        self._process: Process | None = None
         self._owner: lease.OwnerEnd | None = None
         self._bounded: BoundedLog | None = None
         self._watcher: threading.Thread | None = None
@@ -344,7 +331,9 @@ class VLLMServer:
             )  # fmt: skip
             process = None
             try:
-                process = self._parts.launcher.launch(replace(job, env=marked, nursery=self._nursery))
+                process = self._process = self._parts.launcher.launch(
+                    replace(job, env=marked, nursery=self._nursery, previous=self._process)
+                )
                 self._owner = lease.OwnerEnd(process.stdin, process.stdout, hello)
                 watcher = threading.Thread(
                     target=self._watch, args=(process, self._owner, self._log), name=self.name, daemon=True
@@ -352,6 +341,7 @@ class VLLMServer:
                 watcher.start()
             except BaseException:
                 if process is not None:
+                    self.release()
                     process.stop(1.0)
                 self._state = State.FAILED
                 raise
@@ -391,15 +381,23 @@ class VLLMServer:
             if self._state in (State.STARTING, State.READY):
                 self._state = State.DRAINING
             self._changed.notify_all()
+            self.release()
             if self._owner is not None:
                 self._owner.send(lease.Stop())
 
+    def release(self) -> None:
+        """Have nothing kept for another life of the server: there will be none, or one that owes nothing to this."""
+        if self._process is not None:
+            self._parts.launcher.release(self._process)
+
     def wait_stopped(self) -> None:
         """Wait until a server that was told to end has ended; end it by force where it does not."""
-        watcher = self._watcher
+        watcher, process = self._watcher, self._process
         if watcher is None or self._pid != os.getpid():
             return
         watcher.join()
+        if process is not None:
+            process.stop(STOP_SECONDS / 2)  # what its launcher had kept of it
         with self._changed:
             if self._watcher is not watcher:  # another thread has waited too, and may have started it again
                 return
@@ -433,7 +431,7 @@ class VLLMServer:
         grace = 0.0 if end.is_hung else STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0
         returncode = process.stop(grace)
         owner.close()
-        self.left = _end_marked(self._instance) if is_here else []
+        self.left = runtime.end_processes_of(self._instance) if is_here else []
         shutil.rmtree(runtime.scratch_folder(self._instance), ignore_errors=True)  # a server that was killed left it
         self._follow(log, end.position)
         if self._bounded is not None:

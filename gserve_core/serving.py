@@ -471,9 +471,10 @@ async def _all[T](work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a server, and end the process with its exit code. See `--help` for the arguments."""
     options = _parser().parse_args(arguments)
-    if options.forks:
+    if options.forks or (options.lease and options.again):
         setup_logging()
-        options = _parser().parse_args(nursery.tend(functools.partial(_preload, options)))
+        tend = nursery.tend if options.forks else nursery.stay
+        options = _parser().parse_args(tend(functools.partial(_preload, options)))
     line = lease.ServerEnd() if options.lease else None
     instance = line.hello.instance if line else uuid.uuid4().hex
     _mark_children(instance)
@@ -627,5 +628,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--plugins", type=lambda text: text.split(","), default=[], help="modules with plugins")
     parser.add_argument("--plugin_folder", help="folder where modules with plugins are looked for too")
     parser.add_argument("--lease", action="store_true", help="an owner speaks on stdin: gserve itself sets this")
+    parser.add_argument(
+        "--again", action="store_true", help="with --lease: a nursery in the server's place, for every life of it"
+    )
     parser.add_argument("--forks", action="store_true", help="fork such servers on demand: gserve itself sets this")
     return parser

@@ -170,6 +170,7 @@ class Supervisor:
             self._due[server] = now + wait
 
     def _give_up(self, server: VLLMServer, life: _Life, why: str) -> None:
+        server.release()
         with self._changed:
             life.is_given_up = True
             self._on_lost(server, why, False)

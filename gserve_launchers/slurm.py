@@ -4,6 +4,9 @@ The lease of a server goes through srun's stdin and stdout, its log through srun
 that the server does, and a SIGTERM to srun is a SIGKILL for the server: so what a server is told, and how it fares,
 goes over the lease. SLURM is asked why a job does not run yet, why it has ended, and whether it is gone. Where the
 owner has died, `slurm_guard` ends a job that has no server yet, and `slurm_task` one that has no srun any more.
+
+What srun runs is the server's nursery (`gserve_core.nursery.stay`), which forks it, and again when it has died: a step
+then has many lives of a server, one after the other, and asks SLURM for its place once.
 """
 
 import contextlib
@@ -16,15 +19,17 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
+import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import IO, ClassVar
 
 from gserve_core.commands import CommandLauncher, LocalProcess
 from gserve_core.errors import ConfigError, StartupTimeout, did_you_mean
 from gserve_core.hookspecs import hookimpl
-from gserve_core.interfaces import Finding, Job, Launcher
+from gserve_core.interfaces import Finding, Job, Launcher, Process
 
 ASK_SECONDS = 10.0
 """How long an answer of SLURM is waited for."""
@@ -38,6 +43,12 @@ SETTLE_SECONDS = 3.0
 """How long SLURM may take to see that a job has ended whose srun has."""
 GONE_SECONDS = 60.0
 """How long SLURM may take to end a job that was cancelled: its KillWait, 30 s by default, and some more."""
+LOOK_AT_LIFE = 0.02
+"""Seconds between two looks at a server that is to end."""
+CHUNK = 1 << 16
+"""Bytes that are read at once."""
+END = b"end\n"
+"""What tells the nursery of a step to kill its server."""
 TAIL = 1 << 16
 """Bytes at the end of a log in which srun's last words are looked for."""
 COMMANDS = ("srun", "sbatch", "squeue", "sinfo", "scontrol", "scancel")
@@ -106,7 +117,9 @@ class SlurmLauncher(CommandLauncher):
 
     `gpus_per_server`: None asks for as many as the engine wants, 0 for none. `cpus_per_server` and `mem` (as "64G"):
     None takes, of an allocation, a server's share of the CPUs and what memory it needs, else SLURM's default.
-    `queue_timeout`: seconds that a server may wait in the queue; None: no limit. `srun_args`: more options, each as one
+    `queue_timeout`: seconds that a server may wait in the queue; None: no limit. `nursery`: have a server that has died
+    forked again in the same step or job, by a process there that has imported vLLM; false gives each life an srun of
+    its own, which imports it anew. `srun_args`: more options, each as one
     word ("--switches=1"). `nodes` and `requeue` are for `gserve sbatch`: how many nodes its job has, and whether SLURM
     runs it again where it was preempted or did not finish in its time. All other options are srun's own; those about
     jobs say nothing inside an allocation.
@@ -133,6 +146,7 @@ class SlurmLauncher(CommandLauncher):
     comment: str | None = None
     srun_args: list[str] = field(default_factory=list)
     queue_timeout: float | None = None
+    nursery: bool = True
 
     def __post_init__(self) -> None:
         for option, (form, example) in FORMS.items():
@@ -158,8 +172,26 @@ class SlurmLauncher(CommandLauncher):
             if not SHAPING.fullmatch(name) and name not in DEVICES
         }
 
-    def launch(self, job: Job) -> "SlurmProcess":
-        """Start srun for `job`; it may wait in SLURM's queue then."""
+    def launch(self, job: Job) -> Process:
+        """Begin another life in the step of `job.previous`, or start srun: that may wait in SLURM's queue then."""
+        if isinstance(job.previous, Life):
+            with contextlib.suppress(OSError):
+                if job.previous.is_kept:
+                    return job.previous.next(job)
+            job.previous.release()
+            job.previous.stop(0.0)
+        if not (self.nursery and is_server(job)):
+            return self._srun(job)
+        own = uuid.uuid4().hex  # what stays is found by an id of its own, not by that of one life
+        env = {name: own if value == job.instance else value for name, value in job.env.items()}
+        return Life(self._srun(replace(job, env=env)), job.instance)
+
+    def release(self, process: Process) -> None:
+        """Have the step of an ended server end, or that of a living one with it."""
+        if isinstance(process, Life):
+            process.release()
+
+    def _srun(self, job: Job) -> "SlurmProcess":
         return SlurmProcess(
             self.popen(job), job_title(self, job), os.environ.get("SLURM_JOB_ID"), self.queue_timeout, job.log
         )
@@ -276,7 +308,13 @@ def srun(launcher: SlurmLauncher, job: Job, environ: Mapping[str, str]) -> list[
     # ALL: the environment travels as such, in no command line; none: PMI is not for a program that knows nothing of MPI
     words += ["--export=ALL", "--kill-on-bad-exit=1", "--mpi=none", *launcher.srun_args]
     task = [] if "SLURM_JOB_ID" in environ else _program("slurm_task.py")  # an allocation is not ours to end
-    return [*words, "--", *task, *job.command]
+    command = [*job.command[:-1], "--again", "--lease"] if launcher.nursery and is_server(job) else job.command
+    return [*words, "--", *task, *command]
+
+
+def is_server(job: Job) -> bool:
+    """Say whether a job is the server program under a lease, and not another that a test or `doctor` runs."""
+    return job.command[-1:] == ["--lease"]
 
 
 def _program(name: str) -> list[str]:
@@ -308,6 +346,8 @@ class SlurmProcess(LocalProcess):
         self._runs = False
         self._was_forced = False
         self._is_gone = False
+        forget = weakref.WeakMethod(self.leave)  # while a fork of ours held the line open, our end would not be noticed
+        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
         threading.Thread(target=self._look, name=title, daemon=True).start()
 
     def poll(self) -> int | None:
@@ -356,8 +396,7 @@ class SlurmProcess(LocalProcess):
                     self._kill_group()
             self._end_job()
             self._is_gone = True
-        with contextlib.suppress(OSError):
-            self.stdin.close()
+        self.leave()
         self.stdout.close()
         self._popen.wait()
         self._guard.kill()
@@ -365,6 +404,21 @@ class SlurmProcess(LocalProcess):
         code = self.poll()
         assert code is not None
         return code
+
+    def leave(self) -> None:
+        """Close srun's stdin: what it runs ends by itself."""
+        with contextlib.suppress(OSError):
+            self.stdin.close()
+
+    def write_to(self, log: Path) -> None:
+        """Have srun, which holds its log open, write to another file from now on. Raises OSError."""
+        shutil.copyfile(self._log, log)
+        os.truncate(self._log, 0)  # srun appends: what comes next stands at the beginning
+        between = log.with_name(f"{log.name}.new")
+        self._log.rename(between)
+        log.rename(self._log)
+        between.rename(log)
+        self._log = log
 
     def _end_job(self) -> None:
         """Wait until SLURM has no such job any more; cancel one that goes on although its srun has ended.
@@ -423,6 +477,104 @@ class SlurmProcess(LocalProcess):
             return None
         said = [line for line in text.splitlines() if re.match(r"(srun|slurmstepd\S*): ", line)]
         return next((state for words, state in LAST_WORDS if any(re.search(words, line) for line in said)), None)
+
+
+class Life:
+    """One life of a server in a step that may have more of them. Implements `interfaces.Process`.
+
+    Its stdin is srun's. What comes from srun is the server's, but for the nursery's word that the server has ended.
+    """
+
+    def __init__(self, step: SlurmProcess, instance: str) -> None:
+        self._step = step
+        self._ended = re.compile(rf"ended {instance} (-?\d+)".encode())
+        self.stdin: IO[bytes] = os.fdopen(os.dup(step.stdin.fileno()), "wb", 0)
+        stdout, write = os.pipe()
+        self.stdout: IO[bytes] = os.fdopen(stdout, "rb", 0)
+        self._pipe: IO[bytes] = os.fdopen(write, "wb", 0)
+        for descriptor in (step.stdout.fileno(), write):
+            os.set_blocking(descriptor, False)
+        self._line = b""
+        self._unread = b""
+        self._code: int | None = None
+        self._has_spoken = False
+        self._has_ended = False
+        self._is_stopped = False
+        self._is_last = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Say whether the step may begin another life: this one has ended, and the step has not."""
+        return self._has_ended and not self._is_last and self._step.poll() is None
+
+    def next(self, job: Job) -> "Life":
+        """Begin another life, that of `job`. Raises OSError: it cannot have a log of its own."""
+        self._step.write_to(job.log)
+        return Life(self._step, job.instance)
+
+    def release(self) -> None:
+        """Have the step end with this life."""
+        self._is_last = True
+        if self._is_stopped:
+            self._step.leave()
+
+    def poll(self) -> int | None:
+        """Return the exit code of the server once it or srun has ended, else None. Hands on what has come from it."""
+        self._look()
+        if self._unread:
+            with contextlib.suppress(BlockingIOError):
+                self._unread = self._unread[os.write(self._pipe.fileno(), self._unread) :]
+        return None if self._unread else self._code
+
+    def waiting(self) -> str | None:
+        """Return what the job waits for, in SLURM's words; None once it runs. Raises StartupTimeout: for too long."""
+        return self._step.waiting()
+
+    def why(self) -> str | None:
+        """Return how SLURM has ended the job; None where only the server has ended."""
+        return None if self._has_ended else self._step.why()
+
+    def stop(self, grace: float) -> int:
+        """Wait `grace` seconds for the end of the server, then end it by force; and its step, if there is no other."""
+        if self._wait(grace) is None and self._has_spoken and not self._is_last:
+            with contextlib.suppress(OSError):
+                os.write(self._step.stdin.fileno(), END)
+            self._wait(FORCE_SECONDS)
+        self._is_stopped = True
+        if not self._has_ended:
+            self._code = self._step.stop(0.0)
+        elif self._is_last:
+            self._step.leave()
+            self._step.stop(FORCE_SECONDS)
+        self._unread = b""
+        for stream in (self.stdin, self.stdout, self._pipe):
+            with contextlib.suppress(OSError):
+                stream.close()
+        assert self._code is not None
+        return self._code
+
+    def _wait(self, seconds: float) -> int | None:
+        deadline = time.monotonic() + seconds
+        while self._code is None and time.monotonic() < deadline:
+            self._look()
+            time.sleep(LOOK_AT_LIFE)
+        return self._code
+
+    def _look(self) -> None:
+        """Divide what has come from srun; see whether the server has ended, or srun has."""
+        if self._code is not None:
+            return
+        code = self._step.poll()  # first: what has come until then is read after
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._step.stdout.fileno(), CHUNK):
+                self._has_spoken = True
+                *lines, self._line = (self._line + chunk).split(b"\n")
+                for line in lines:
+                    if ended := self._ended.fullmatch(line):
+                        self._has_ended, code = True, int(ended[1])
+                    else:
+                        self._unread += line + b"\n"
+        self._code = code
 
 
 def _guard(srun: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":

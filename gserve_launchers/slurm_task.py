@@ -16,6 +16,11 @@ import time
 SILENCE = 40.0
 """Seconds of silence that say that srun is gone: more than some beats of the lease, less than the time of the lease."""
 
+ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+"""Signals that tell a server to end."""
+AGAIN = "--again"
+"""The option of a server whose nursery stands in its place."""
+
 
 class Line:
     """What comes from srun, passed on to a server."""
@@ -45,9 +50,12 @@ class Line:
 
 def main(command: list[str]) -> int:
     """Run a server, and do what is to be done at its end; return its exit code, as a shell would."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in ENDING:
         signal.signal(number, lambda *_: None)  # SLURM sends it to all processes of the job: the server decides
     with subprocess.Popen(command, stdin=subprocess.PIPE) as server:
+        if AGAIN in command:  # or to this one alone, where it has control groups; a nursery may be told twice
+            for number in ENDING:
+                signal.signal(number, lambda number, _: server.send_signal(number))
         assert server.stdin is not None
         line = Line(os.dup(server.stdin.fileno()))
         server.stdin.close()
