@@ -139,23 +139,30 @@ class Life:
         record = server.record()
         self.on = on
         self.log = server.status().log
-        self._instance = record.instance
+        self._instances = {record.instance}
         self._port = record.address.port
-        (step,) = [line for line in named(on, self._instance[:12]) if "|step|" in line]
-        self.step, _, self.node, _ = step.split("|")
-        self.job = self.step.partition(".")[0]
+        (pid,) = self.pids("server")
+        environ = psutil.Process(pid).environ()
+        self.job = environ["SLURM_JOB_ID"]
+        self.step = f"{self.job}.{environ['SLURM_STEP_ID']}"
+        (step,) = [line for line in named(on, "gserve") if line.startswith(f"{self.step}|step|")]
+        _, _, self.node, self._title = step.split("|")
+        self._own = {record.instance}
+        self._instances |= {it.instance for it in oracles.of_servers() if f"--job-name={self._title} " in it.command}
 
     def pids(self, role: str) -> list[int]:
         """Return the process ids of a role, in the order in which they began."""
         if role == "slurmstepd":
             return [pid for pid, it in self.on.processes().items() if f"slurmstepd: [{self.step}]" in it]
-        return [it.pid for it in oracles.of_servers() if it.instance == self._instance and it.role == role]
+        return [it.pid for it in oracles.of_servers() if it.instance in self._instances and it.role == role]
 
-    def left(self) -> list[str]:
-        """Return what there is of it: processes, its job or step, its port."""
-        found = [f"{it.pid} {it.command[:80]}" for it in oracles.of_servers() if it.instance == self._instance]
-        found += [f"{pid} slurmstepd" for pid in self.pids("slurmstepd")]
-        found += named(self.on, self._instance[:12])
+    def left(self, *, place_stays: bool = False) -> list[str]:
+        """Return what there is of it: processes, its job or step, its port; without what stays for its next life."""
+        instances = self._own if place_stays else self._instances
+        found = [f"{it.pid} {it.command[:80]}" for it in oracles.of_servers() if it.instance in instances]
+        if not place_stays:
+            found += [f"{pid} slurmstepd" for pid in self.pids("slurmstepd")]
+            found += named(self.on, self._title)
         return found + [f"port {self._port}"] * (self._port in oracles.listening())
 
 
@@ -164,13 +171,14 @@ class Fault:
     """What befalls one server, and what must be said of its end; None: it is to live on.
 
     `strike` returns something where it has waited for the moment of the fault. `step_stays`: SLURM does not see the end
-    of the step as long as the allocation lasts.
+    of the step as long as the allocation lasts. `place_stays`: the server is forked again in the same job or step.
     """
 
     name: str
     strike: Callable[[Life], object]
     says: str | None
     step_stays: bool = False
+    place_stays: bool = False
 
 
 def kill_all(pids: Sequence[int]) -> None:
@@ -229,7 +237,14 @@ class Range:
             outcome.recover.append(recover)
             if "down" in self._on.node_states()[life.node]:
                 self._on.restart_node(life.node)
-            wait_gone(outcome, lambda: [it for it in life.left() if not (fault.step_stays and "|step|" in it)], since)
+
+            def left() -> list[str]:
+                found = life.left(place_stays=fault.place_stays)
+                return [it for it in found if not (fault.step_stays and "|step|" in it)]
+
+            wait_gone(outcome, left, since)
+            if fault.place_stays:
+                assert Life(self._on, servers[index]).step == life.step, "it was given another place"
             said = self._heard.of(life.log)
             assert fault.says in said, f"expected '{fault.says}' in: {said}"
 
@@ -279,7 +294,8 @@ def of_jobs(scale: Scale) -> list[Outcome]:
         Fault("kill -9 of both sruns of a job", kill("srun"), "its srun was killed by SIGKILL"),
         # the line to the server breaks, as if its owner were gone: it ends, and cancels its job
         Fault("kill -9 of a job's slurmstepd", kill("slurmstepd"), "SLURM says CANCELLED"),
-        Fault("kill -9 of a job's server", kill("server"), "its process was killed by SIGKILL"),
+        Fault("kill -9 of a job's server", kill("server"), "its process was killed by SIGKILL", place_stays=True),
+        Fault("kill -9 of a job's nursery", kill("nursery"), "its process was killed by SIGKILL"),
     ]
     if not_tried := skipped("jobs of SLURM that end"):
         return not_tried
@@ -293,7 +309,8 @@ def of_steps(scale: Scale) -> list[Outcome]:
         Fault("scancel of a step", run("scancel", "{step}"), "SLURM says CANCELLED"),
         Fault("kill -9 of a step's srun", kill("srun", 0), "its srun was killed by SIGKILL"),
         Fault("kill -9 of both sruns of a step", kill("srun"), "its srun was killed by SIGKILL"),
-        Fault("kill -9 of a step's server", kill("server"), "its process was killed by SIGKILL"),
+        Fault("kill -9 of a step's server", kill("server"), "its process was killed by SIGKILL", place_stays=True),
+        Fault("kill -9 of a step's nursery", kill("nursery"), "its process was killed by SIGKILL"),
         Fault("kill -9 of a step's slurmstepd", kill("slurmstepd"), "it gave no sign of life", step_stays=True),
     ]
     if not_tried := skipped("steps of an allocation that end"):

@@ -27,6 +27,7 @@ ID = b"GSERVE_ID="
 ROLES = {  # what the command of a process holds, and what the process is
     "srun --nodes": "srun",  # it has the server's command as its arguments
     "slurm_task.py": "task",
+    "gserve nursery": "nursery",
     "vllm_server.py": "server",
     "gserve_core.engines.echo engine": "engine",
     "gserve_core.engines.echo worker": "worker",
@@ -68,7 +69,7 @@ class Marked:
 
     @property
     def role(self) -> str:
-        """Say what it is: a "server", its "engine" or "worker", its "srun" and "task" on SLURM, or "other"."""
+        """Say what it is: a "server", its "engine", "worker", "nursery", "srun" or "task", or "other"."""
         return next((role for words, role in ROLES.items() if words in self.command), "other")
 
 

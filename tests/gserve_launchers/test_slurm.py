@@ -79,7 +79,7 @@ FLAGS = {
     "job_name": ("mine", "--job-name=mine-server-0"),
     "srun_args": (["--switches=1"], "--switches=1"),
 }
-NO_FLAG = {"gpu_type": "a100", "nodes": 3, "requeue": True, "queue_timeout": 60.0}
+NO_FLAG = {"gpu_type": "a100", "nodes": 3, "requeue": True, "queue_timeout": 60.0, "nursery": False}
 """What stands in no flag of its own, or is for others than srun."""
 
 
@@ -164,6 +164,16 @@ def test_a_step_uses_the_memory_of_its_job_unless_it_asks_for_some() -> None:
     assert "--mem=0" in words(SlurmLauncher(), ALLOCATION)
     assert "--mem=64G" in words(SlurmLauncher(mem="64G"), ALLOCATION)
     assert not [word for word in words(SlurmLauncher()) if word.startswith("--mem")]
+
+
+def test_a_server_is_told_to_serve_again_unless_it_is_to_have_no_nursery() -> None:
+    def last(*, nursery: bool) -> list[str]:
+        service = VLLMService(LLMConfig("m"), launcher=SlurmLauncher(nursery=nursery), engine=EchoEngine())
+        ((_, line),) = service.jobs()
+        return line[-2:]
+
+    assert last(nursery=True) == ["--again", "--lease"]
+    assert "--again" not in last(nursery=False)
 
 
 # --------------------------------------------------------------------------------------------------------- environment
@@ -333,5 +343,5 @@ def test_the_path_of_a_model_stays_one_word_of_the_servers_own_command(path: str
         ((of, line),) = VLLMService(LLMConfig(path), launcher=SlurmLauncher(), engine=EchoEngine()).jobs()
     except ConfigError:
         return
-    assert line[line.index("--") + 5 :] == of.command
+    assert line[line.index("--") + 5 :] == [*of.command[:-1], "--again", "--lease"]
     assert of.command[of.command.index("--model") + 1] == path

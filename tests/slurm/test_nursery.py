@@ -1,4 +1,4 @@
-"""The nursery in a server's step or job: a server that died is back in the same place, and no place outlives its use."""
+"""The nursery in a server's step or job: a server that died is back in its place, and no place outlives its use."""
 
 import contextlib
 import os
@@ -19,9 +19,11 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.server import State
 from gserve_core.testing.slurm import SlurmCluster
 from gserve_launchers.slurm import SlurmLauncher
+from tests.faults.jobs import allocation
 
 LLM = LLMConfig("demo")
-TELL = "import json, os, sys; print(json.dumps(dict(os.environ)), flush=True); sys.stdin.read()"
+ECHO = EchoEngine(latency=0.05, capacity=8, processes=2)
+PROMPTS = [f"prompt {number}" for number in range(300)]
 
 
 @pytest.fixture(autouse=True)
@@ -32,23 +34,233 @@ def idle(slurm_cluster: SlurmCluster) -> Iterator[None]:
     slurm_cluster.wait_idle(15)
 
 
-def test_x(slurm_cluster):
-    with VLLMService(LLM, ServeConfig(servers=2), launcher=SlurmLauncher(), engine=EchoEngine()) as service:
-        print(slurm_cluster.run("squeue", "--steps", "--format=%i|%j|%N"))
-        for server in service.servers:
-            pids = runtime.processes_of(server.record().instance)
-            print(subprocess.run(["ps", "-o", "pid,ppid,sid,args", "-p", ",".join(map(str, pids))], capture_output=True, text=True).stdout)
-        print(subprocess.run(["ps", "-axf", "-o", "pid,ppid,sid,args"], capture_output=True, text=True).stdout)
-        first = service.servers[0]
-        for pid in runtime.processes_of(first.record().instance):
-            if "--lease" in psutil.Process(pid).cmdline():
-                os.kill(pid, 9)
-        began = time.monotonic()
-        while not service.status()[0].restarts: time.sleep(0.05); assert time.monotonic() < began + 10
-        while service.status()[0].state != State.READY: time.sleep(0.05); assert time.monotonic() < began + 30
-        print("back after", time.monotonic() - began)
-        print(slurm_cluster.run("squeue", "--steps", "--format=%i|%j|%N"))
-        print(service.generate(["a", "b"]))
-        for f in sorted(service.status()[0].log.parent.iterdir()): print(f, f.read_text())
-        began = time.monotonic()
-    print("shutdown", time.monotonic() - began)
+@pytest.fixture(params=["job", "step"])
+def places(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Have servers be jobs of their own, or steps of an allocation."""
+    with allocation("--nodes=2", "--exclusive") if request.param == "step" else contextlib.nullcontext():
+        yield request.param
+
+
+def service(launcher: SlurmLauncher | None = None, engine: EchoEngine = ECHO, **options: Any) -> VLLMService:
+    serve = ServeConfig(**{"servers": 2} | options)
+    return VLLMService(LLM, serve, launcher=launcher or SlurmLauncher(cpus_per_server=1, mem="100M"), engine=engine)
+
+
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds:g} s"
+        time.sleep(0.05)
+
+
+def process(server: VLLMServer) -> psutil.Process:
+    """Return the process of a ready server."""
+    below = [psutil.Process(pid) for pid in runtime.processes_of(server.record().instance)]
+    (found,) = [it for it in below if it.cmdline()[-1:] == ["--lease"] and "SLURM_PROCID" in it.environ()]
+    return found
+
+
+def engine_of(server: VLLMServer) -> psutil.Process:
+    (found,) = [it for it in process(server).children() if "engine" in it.cmdline()]
+    return found
+
+
+def nursery(server: VLLMServer) -> psutil.Process:
+    """Return what has forked a ready server."""
+    found = process(server).parent()
+    assert found is not None
+    assert found.cmdline()[:2] == ["gserve", "nursery"]
+    return found
+
+
+def place(server: VLLMServer) -> str:
+    """Return the step in which a ready server runs."""
+    environ = process(server).environ()
+    return f"{environ['SLURM_JOB_ID']}.{environ['SLURM_STEP_ID']}"
+
+
+def steps(cluster: SlurmCluster) -> list[str]:
+    """Return the steps of servers that SLURM has."""
+    lines = cluster.run("squeue", "--noheader", "--steps", "--format=%i %j").splitlines()
+    return sorted(line.split()[0] for line in lines if "gserve" in line)
+
+
+def texts(results: dict[int, Any]) -> list[str]:
+    """Return what came of each prompt, in order."""
+    assert sorted(results) == list(range(len(PROMPTS)))
+    return [results[index][0].text for index in range(len(PROMPTS))]
+
+
+def is_back(service: VLLMService, index: int = 0) -> bool:
+    status = service.status()[index]
+    return status.restarts > 0 and status.state == State.READY
+
+
+# ----------------------------------------------------------------------------------------------- back in the same place
+
+
+@pytest.mark.usefixtures("places")
+def test_a_server_that_is_killed_is_back_in_the_same_place_with_a_log_of_its_own(slurm_cluster: SlurmCluster) -> None:
+    with service() as one:
+        first = one.servers[0]
+        before, log, known = place(first), one.status()[0].log, steps(slurm_cluster)
+        forks = nursery(first)
+        iterator = one.generate_iter(PROMPTS)
+        results = dict([next(iterator)])
+        process(first).kill()
+        results |= dict(iterator)
+        assert texts(results) == PROMPTS
+        until(lambda: is_back(one))
+        assert place(first) == before
+        assert steps(slurm_cluster) == known
+        assert nursery(first) == forks
+        another = one.status()[0].log
+        assert log is not None
+        assert another is not None
+        assert another != log
+        port = f"listening on 127.0.0.1:{first.port}"
+        assert port in another.read_text()
+        assert port not in log.read_text()
+        assert "imported what servers need" in log.read_text(), "the first log stays what it was"
+        assert "imported what servers need" not in another.read_text(), "nothing is imported again"
+    assert steps(slurm_cluster) == []
+
+
+@pytest.mark.usefixtures("places")
+def test_a_server_whose_engine_dies_or_which_hangs_is_back_in_the_same_place(slurm_cluster: SlurmCluster) -> None:
+    with service(stall_timeout=3.0) as one:
+        first = one.servers[0]
+        before = place(first)
+        engine_of(first).kill()
+        until(lambda: one.status()[0].restarts == 1 and is_back(one))
+        assert place(first) == before
+        process(first).suspend()
+        until(lambda: one.status()[0].restarts == 2 and is_back(one))
+        assert place(first) == before
+        assert one.generate(PROMPTS[:20]) == [[prompt] for prompt in PROMPTS[:20]]
+
+
+def test_a_server_alone_is_started_again_in_its_job_until_it_is_shut_down(slurm_cluster: SlurmCluster) -> None:
+    server = VLLMServer(LLM, launcher=SlurmLauncher(), engine=ECHO)
+    with server:
+        before = place(server)
+        for _ in range(3):
+            process(server).kill()
+            until(lambda: server.status().state == State.FAILED)
+            server.start()
+            assert place(server) == before
+            with server.client() as client:
+                assert client.generate(["a"]) == [["a"]]
+    assert slurm_cluster.jobs() == []
+    with server:
+        assert place(server) != before
+        process(server).kill()
+        until(lambda: server.status().state == State.FAILED)
+        assert len(slurm_cluster.jobs()) == 1
+    assert slurm_cluster.jobs() == [], "a job is not kept for a server that is shut down after its death"
+
+
+# ------------------------------------------------------------------------------------------------------ another place
+
+
+@pytest.mark.usefixtures("places")
+def test_the_death_of_the_nursery_costs_no_item_and_leaves_nothing(slurm_cluster: SlurmCluster) -> None:
+    with service() as one:
+        first = one.servers[0]
+        before, instance = place(first), first.record().instance
+        iterator = one.generate_iter(PROMPTS)
+        results = dict([next(iterator)])
+        nursery(first).kill()
+        results |= dict(iterator)
+        assert texts(results) == PROMPTS
+        until(lambda: is_back(one))
+        assert place(first) != before
+        until(lambda: before not in steps(slurm_cluster))
+        assert not runtime.processes_of(instance)
+
+
+@pytest.mark.usefixtures("places")
+def test_a_signal_of_slurm_reaches_the_server_and_ends_its_place(slurm_cluster: SlurmCluster) -> None:
+    with service() as one:
+        first = one.servers[0]
+        before, log = place(first), one.status()[0].log
+        slurm_cluster.run("scancel", "--signal=TERM", before)
+        until(lambda: is_back(one))
+        assert log is not None
+        assert "SIGTERM: ending\n" in log.read_text(), "it was told once, and ends in order"
+        assert place(first) != before
+        assert before not in steps(slurm_cluster)
+
+
+def test_a_signal_that_reaches_the_task_alone_is_passed_on(slurm_cluster: SlurmCluster) -> None:
+    with service(servers=1) as one:
+        first = one.servers[0]
+        before, above = place(first), nursery(first).parent()
+        assert above is not None
+        above.send_signal(signal.SIGTERM)  # as SLURM does where it has control groups
+        until(lambda: is_back(one))
+        assert place(first) != before
+
+
+def test_without_a_nursery_each_life_has_a_job_of_its_own(slurm_cluster: SlurmCluster) -> None:
+    with service(SlurmLauncher(nursery=False), servers=1) as one:
+        first = one.servers[0]
+        before = place(first)
+        above = process(first).parent()
+        assert above is not None
+        assert "slurm_task.py" in " ".join(above.cmdline())
+        process(first).kill()
+        until(lambda: is_back(one))
+        assert place(first) != before
+        assert steps(slurm_cluster) == [place(first)]
+
+
+# ------------------------------------------------------------------------------------------------------ nothing is left
+
+
+@pytest.mark.usefixtures("places")
+def test_a_server_that_is_given_up_keeps_no_place(slurm_cluster: SlurmCluster) -> None:
+    with service(max_restarts=0) as one:
+        first = one.servers[0]
+        before, other = place(first), place(one.servers[1])
+        process(first).kill()
+        until(lambda: "max_restarts" in str(one.status()[0].error) or one.status()[0].state == State.FAILED)
+        until(lambda: steps(slurm_cluster) == [other], 15)
+        assert before != other
+        assert one.generate(["a"]) == [["a"]]
+
+
+def test_a_server_that_does_not_start_keeps_no_job(slurm_cluster: SlurmCluster) -> None:
+    with pytest.raises(LaunchError, match="as asked"):
+        service(engine=EchoEngine(fail_start="as asked")).start()
+    assert slurm_cluster.jobs() == []
+
+
+OWNER = """
+import time
+from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve_core.engines.echo import EchoEngine
+from gserve_launchers.slurm import SlurmLauncher
+
+service = VLLMService(LLMConfig("m"), ServeConfig(servers=2), launcher=SlurmLauncher(), engine=EchoEngine())
+service.start()
+print(*(server.record().instance for server in service.servers), flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.usefixtures("places")
+def test_a_server_that_dies_with_its_owner_leaves_nothing(slurm_cluster: SlurmCluster) -> None:
+    command = [sys.executable, "-c", OWNER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent.parent) as owner:
+        assert owner.stdout is not None
+        instances = owner.stdout.readline().split()
+        assert len(instances) == 2
+        assert len(steps(slurm_cluster)) == 2
+        (server,) = [
+            pid for pid in runtime.processes_of(instances[0]) if psutil.Process(pid).cmdline()[-1:] == ["--lease"]
+        ]
+        os.kill(server, signal.SIGKILL)
+        owner.kill()
+    until(lambda: not steps(slurm_cluster), 30)
+    assert not [pid for instance in instances for pid in runtime.processes_of(instance)]
