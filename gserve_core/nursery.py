@@ -385,9 +385,11 @@ class _Place:
                 for line in self._hear():
                     if self._obey(line):
                         return sys.argv[1:]
-            if not self._pid and (self._is_last or time.monotonic() - self._heard > SILENCE):
-                self._end()
-            if not ready and (self._down < 0 or time.monotonic() - self._heard > lease.TTL + PARTING):
+            silence = time.monotonic() - self._heard
+            if not self._pid:
+                if self._is_last or silence > SILENCE:
+                    self._end()
+            elif not ready and (self._down < 0 or silence > lease.TTL + PARTING):
                 kill_group(self._pid)  # it was to end by itself
 
     def _take_signals(self) -> None:

@@ -314,7 +314,7 @@ def srun(launcher: SlurmLauncher, job: Job, environ: Mapping[str, str]) -> list[
 
 def is_server(job: Job) -> bool:
     """Say whether a job is the server program under a lease, and not another that a test or `doctor` runs."""
-    return job.command[-1:] == ["--lease"]
+    return job.command[-1] == "--lease"
 
 
 def _program(name: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The nursery: what it forks is a server like any other, and its own end costs nothing."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import textwrap
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,9 @@ import psutil
 import pytest
 
 from gserve import LLMConfig, ServeConfig, VLLMServer, VLLMService
-from gserve_core import runtime
+from gserve_core import lease, runtime
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.server import State
+from gserve_core.server import PROGRAM, State
 from gserve_launchers.local import SubprocessLauncher
 
 LLM = LLMConfig("m")
@@ -245,3 +247,152 @@ def test_a_server_alone_has_a_nursery_until_it_is_shut_down() -> None:
         server.start()
         assert server_process(server).ppid() == nursery.pid
     assert not nurseries()
+
+
+# -------------------------------------------------------------------------------------------------- in a server's place
+
+
+class Place:
+    """A nursery in a server's place, seen by its owner, who speaks the lease with it."""
+
+    def __init__(self, *options: str) -> None:
+        words = ["--serve", "--model", "m", "--port", "0", *options, "--again", "--lease"]
+        command = [sys.executable, str(PROGRAM), *words]
+        env = os.environ | {runtime.ID_VARIABLE: uuid.uuid4().hex}
+        self.process = subprocess.Popen(
+            command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.stdin = self.process.stdin
+        self._lines = lease.Lines(self.process.stdout.fileno())
+        self.instance = ""
+
+    def say(self, message: lease.Down) -> None:
+        self.stdin.write(lease.encoded(message))
+
+    def hear(self, awaited: str) -> str:
+        """Return the first line that begins so."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            lines = self._lines.read(0.1)
+            assert lines is not None, f"it has ended with {self.process.wait()}, and '{awaited}' was awaited"
+            for line in lines:
+                if line.startswith(awaited.encode()):
+                    return line.decode()
+        raise AssertionError(f"not said: {awaited}")
+
+    def begin(self) -> psutil.Process:
+        """Have a server begin; return its process once it is ready."""
+        self.instance = uuid.uuid4().hex
+        self.say(lease.Hello(self.instance, "a-token-of-a-test"))
+        self.hear('{"type":"ready"')
+        below = [psutil.Process(pid) for pid in runtime.processes_of(self.instance)]
+        (server,) = [process for process in below if process.cmdline()[-1:] == ["--lease"]]
+        assert server.ppid() == self.process.pid
+        return server
+
+    def ended(self) -> int:
+        """Return the exit code that is told of the server that has died; nothing of it may be left then."""
+        line = self.hear("ended ")
+        assert not runtime.processes_of(self.instance)
+        assert not runtime.scratch_folder(self.instance).exists()
+        _, instance, code = line.split()
+        assert instance == self.instance
+        return int(code)
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    one = Place("--engine", '{"type":"echo","processes":2}')
+    yield one
+    one.process.kill()
+    one.process.wait()
+    one.stdin.close()
+    assert one.process.stdout is not None
+    one.process.stdout.close()
+    until(lambda: not runtime.processes_of(one.instance))
+
+
+def test_a_server_is_forked_again_in_its_place_as_often_as_it_dies(place: Place) -> None:
+    place.stdin.write(b"a greeting\n{}\n")
+    forked = set()
+    for _ in range(3):
+        server = place.begin()
+        assert os.getsid(server.pid) == server.pid
+        assert server.environ()[runtime.ID_VARIABLE] == place.instance
+        forked.add(server.pid)
+        server.kill()
+        assert place.ended() == -signal.SIGKILL
+    assert len(forked) == 3
+
+
+def test_a_server_whose_engine_dies_leaves_its_place_too(place: Place) -> None:
+    (engine,) = [child for child in place.begin().children() if "engine" in child.cmdline()]
+    engine.kill()
+    assert place.ended() == 1
+    place.begin()
+
+
+def test_a_server_that_hangs_is_ended_where_its_owner_says_so(place: Place) -> None:
+    place.begin().suspend()
+    place.stdin.write(b"end\n")
+    assert place.ended() == -signal.SIGKILL
+    place.begin()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("both", [False, True], ids=["alone", "with its server"])
+def test_a_signal_ends_the_place_with_its_server_in_order(place: Place, number: int, both: bool) -> None:
+    server = place.begin()
+    if both:
+        server.send_signal(number)
+    place.process.send_signal(number)
+    place.hear('{"type":"stopped"')
+    assert place.process.wait(20) == 0
+
+
+def test_a_server_that_ends_in_order_ends_its_place(place: Place) -> None:
+    place.begin()
+    place.say(lease.Stop())
+    place.hear('{"type":"stopped"')
+    assert place.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("state", ["serving", "stopped", "dead", "not begun"])
+def test_a_place_ends_with_its_owner(place: Place, state: str) -> None:
+    if state != "not begun":
+        server = place.begin()
+        if state == "stopped":
+            server.suspend()
+        elif state == "dead":
+            server.kill()
+            place.ended()
+    place.stdin.close()
+    assert place.process.wait(30) == {"serving": 0, "not begun": 0}.get(state, 128 + signal.SIGKILL)
+
+
+def test_a_signal_between_two_lives_ends_the_place(place: Place) -> None:
+    place.begin().kill()
+    place.ended()
+    place.process.terminate()
+    assert place.process.wait(20) == 128 + signal.SIGKILL, "as the last server has ended"
+
+
+def test_a_server_ends_when_its_place_is_killed(place: Place) -> None:
+    place.begin()
+    place.process.kill()
+    until(lambda: not runtime.processes_of(place.instance), 10)
+
+
+def test_a_place_that_imports_ends_with_its_owner(tmp_path: Path) -> None:
+    (tmp_path / "preloading.py").write_text(PRELOADING)
+    engine = '{"type":"preloading","fault":"slow"}'
+    place = Place("--engine", engine, "--plugins", "preloading", "--plugin_folder", str(tmp_path))
+    with contextlib.closing(place.stdin):
+        place.hear('{"type":"phase","text":"importing')
+        nursery = psutil.Process(place.process.pid)
+        until(lambda: nursery.num_threads() == 2)  # the second one waits for the end of the owner
+    assert place.process.wait(20) == 0
+    assert place.process.stdout is not None
+    place.process.stdout.close()
