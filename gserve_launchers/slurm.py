@@ -540,16 +540,16 @@ class Life:
             with contextlib.suppress(OSError):
                 os.write(self._step.stdin.fileno(), END)
             self._wait(FORCE_SECONDS)
+        for stream in (self.stdin, self.stdout, self._pipe):
+            with contextlib.suppress(OSError):
+                stream.close()
+        self._unread = b""
         self._is_stopped = True
         if not self._has_ended:
             self._code = self._step.stop(0.0)
         elif self._is_last:
             self._step.leave()
             self._step.stop(FORCE_SECONDS)
-        self._unread = b""
-        for stream in (self.stdin, self.stdout, self._pipe):
-            with contextlib.suppress(OSError):
-                stream.close()
         assert self._code is not None
         return self._code
 
