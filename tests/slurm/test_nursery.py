@@ -241,6 +241,7 @@ def test_a_server_that_does_not_start_keeps_no_job(slurm_cluster: SlurmCluster) 
 
 
 OWNER = """
+import os
 import time
 from gserve import LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
@@ -248,22 +249,28 @@ from gserve_launchers.slurm import SlurmLauncher
 
 service = VLLMService(LLMConfig("m"), ServeConfig(servers=2), launcher=SlurmLauncher(), engine=EchoEngine())
 service.start()
-print(*(server.record().instance for server in service.servers), flush=True)
+child = os.fork() or time.sleep(600)
+print(child, *(server.record().instance for server in service.servers), flush=True)
 time.sleep(600)
 """
 
 
 @pytest.mark.usefixtures("places")
-def test_a_server_that_dies_with_its_owner_leaves_nothing(slurm_cluster: SlurmCluster) -> None:
+def test_a_server_that_dies_with_its_owner_leaves_nothing_also_where_that_has_forked(
+    slurm_cluster: SlurmCluster,
+) -> None:
     command = [sys.executable, "-c", OWNER]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent.parent) as owner:
         assert owner.stdout is not None
-        instances = owner.stdout.readline().split()
+        child, *instances = owner.stdout.readline().split()
         assert len(instances) == 2
         assert len(steps(slurm_cluster)) == 2
         server_of(instances[0]).kill()
         owner.kill()
     until(lambda: not steps(slurm_cluster), 30)
+    fork = psutil.Process(int(child))
+    assert fork.is_running()
+    fork.kill()
     assert not [pid for instance in instances for pid in runtime.processes_of(instance)]
     for path in runtime.stale_files():  # neither can remove the server's token
         path.unlink()
