@@ -101,6 +101,8 @@ class Server:
         self._idle = asyncio.Event()
         self._idle.set()
         self._drain = asyncio.Event()
+        self._is_drain_a_signal = False
+        """Whether the lease told to drain because of a signal, which may come to this process too."""
         self._stop = asyncio.Event()
         self._lease: lease.ServerEnd | None = None
         self._address: Address | None = None
@@ -391,6 +393,7 @@ class Server:
                 self._stop.set()
             case lease.Drain():
                 self._drain.set()
+                self._is_drain_a_signal = True
 
     def _on_lost(self) -> None:
         logger.warning("the owner is gone: ending")
@@ -400,8 +403,10 @@ class Server:
                 runtime.remove_token(self._address, self.token)  # the owner, who has written it, cannot
 
     def _on_signal(self, number: int) -> None:
-        logger.info("%s: ending%s", signal.Signals(number).name, " at once" if self._drain.is_set() else "")
-        (self._stop if self._drain.is_set() else self._drain).set()
+        is_second = self._drain.is_set() and not self._is_drain_a_signal
+        self._is_drain_a_signal = False
+        logger.info("%s: ending%s", signal.Signals(number).name, " at once" if is_second else "")
+        (self._stop if is_second else self._drain).set()
 
     def _report(self, text: str) -> None:
         text = redact(text, self._secrets)

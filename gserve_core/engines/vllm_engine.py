@@ -160,7 +160,7 @@ class RunningVLLM(RunningEngine):
             # The usage context of `vllm.LLM`: another one means a fraction of the sequences (max_num_seqs).
             config = engine_arguments.create_engine_config(UsageContext.LLM_CLASS)
             if chosen is None and current_platform.is_cpu() and config.parallel_config.world_size == 1:
-                _fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") is not None)
+                _fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))
             resource_tracker.ensure_running()  # one of a forked process is killed with it, and frees no shared memory
             self._engine = vllm.AsyncLLMEngine.from_vllm_config(
                 config, usage_context=UsageContext.LLM_CLASS,
@@ -388,18 +388,22 @@ def _fork_on_cpu(config: Any, *, is_apart: bool) -> None:
 
     It spawns them to bind their threads, for which it leaves one core free. What is forked keeps our number of threads.
     So its worker need not be a process of its own either, unless it `is_apart` because somebody said so: within that of
-    EngineCore, as on a GPU, no step of the model waits for messages between the two.
+    EngineCore, as on a GPU, no step of the model waits for messages between the two. Where somebody said which cores,
+    what this thread forks keeps to them.
     """
     import torch
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     os.environ[START_METHOD] = "fork"
     told = logging.getLogger(OMPProcessManager.__module__)
-    told.disabled = True  # it tells this again in the process that it is about
-    cores = OMPProcessManager(config).cpu_lists
+    told.disabled = is_apart  # it is told again in the process that it is about
+    binding = OMPProcessManager(config)
     told.disabled = False
-    if cores:  # none: "nobind"
-        torch.set_num_threads(len(cores[0]))
+    if binding.cpu_lists:  # none: "nobind"
+        (cores,) = binding.cpu_lists
+        torch.set_num_threads(len(cores))
+        if not binding.auto_setup:
+            os.sched_setaffinity(0, cores)
     if not is_apart and config.parallel_config.data_parallel_size == 1:
         config.parallel_config.distributed_executor_backend = "uni"
 

@@ -91,6 +91,10 @@ async def killed(running: RunningEngine, name: str) -> dict[str, Any]:
 async def main() -> dict[str, Any]:
     running = await VLLMEngine().start(LLM, print)
     found = await working(running)
+    (engine,) = [
+        process for process in psutil.Process().children(recursive=True) if process.name() == "VLLM::EngineCore"
+    ]
+    found["cores"] = {"engine": sorted(os.sched_getaffinity(engine.pid)), "here": sorted(os.sched_getaffinity(0))}
     found["engine killed"] = await killed(running, "VLLM::EngineCore")
     apart = LLM.llm_kwargs | {"distributed_executor_backend": "mp"}  # by itself there is none without a GPU
     running = await VLLMEngine().start(replace(LLM, llm_kwargs=apart), print)

