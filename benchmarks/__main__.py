@@ -75,7 +75,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(NAMES)}")
     parser.add_argument("--model", help="tiny, 1b, 8b or a folder (default: tiny on a CPU, 1b on a GPU)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s, after a smaller one to warm up")
-    parser.add_argument("--minutes", type=float, help="after which no round begins (default: 14 on a CPU, 8 on a GPU)")
+    parser.add_argument("--minutes", type=float, help="after which no round begins (default: CPU 14, GPU 8.2)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of items")
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(KINDS), help=f"of {','.join(KINDS)}")
     parser.add_argument(
@@ -86,7 +86,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.where == "gpu" and not machine.gpus():
         parser.error("nvidia-smi finds no GPU here: 'cpu' measures without one")
     options.model = options.model or ("tiny" if options.where == "cpu" else "1b")
-    options.minutes = options.minutes or (14 if options.where == "cpu" else 8)
+    options.minutes = options.minutes or (14 if options.where == "cpu" else 8.2)
     of_gpu = USUAL_LARGE if "8b" in options.model else USUAL_GPU
     options.what = options.what or (USUAL_CPU if options.where == "cpu" else of_gpu)
     if unknown := set(options.what) - set(NAMES):

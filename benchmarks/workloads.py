@@ -111,9 +111,9 @@ def of_gpu() -> list[Workload]:
         Workload("long", 1024, 120, 256, both, "tokens/s"),
         Workload("chat", 1024, 30, 16, both, system=500),
         Workload("logprobs", 2048, 30, 16, both, logprobs=5),
-        skewed(1024, {"vllm.LLM": None}),
-        Workload("stream", 1024, 30, 16, {"serve httpx": None, "serve openai": None}, manner=Manner.THREADS),
-        Workload("calls", 4096, 30, 16, {"serve openai": None}, manner=Manner.AT_ONCE),
+        Workload("stream", 512, 30, 16, {"serve httpx": None, "serve openai": None}, manner=Manner.THREADS),
+        Workload("calls", 2048, 30, 16, {"serve openai": None}, manner=Manner.AT_ONCE),
+        skewed(512, {"vllm.LLM": None}),
     ]
 
 
