@@ -61,11 +61,11 @@ def engine_arguments(model: str, engines: int) -> dict[str, Any]:
     return given | {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache}  # the fraction then says nothing
 
 
-def header() -> list[str]:
-    """Return what stands above a table: date, machine, versions, commit and command."""
+def header(module: str = "benchmarks") -> list[str]:
+    """Return what stands above a table: date, machine, versions, commit and command, which ran this module."""
     cores = len(os.sched_getaffinity(0))
     graphics = ", ".join(f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus()) or "no GPU"
-    command = shlex.join(["python", "-m", "benchmarks", *sys.argv[1:]])
+    command = shlex.join(["python", "-m", module, *sys.argv[1:]])
     return [
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         f"{_processor()}, {cores} cores, {graphics}",

@@ -8,11 +8,6 @@ An answer that is wrong, missing or comes twice ends the run with an error.
 import argparse
 import ctypes
 import gc
-import os
-import platform
-import shlex
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +19,8 @@ from matplotlib.figure import Figure
 
 from gserve import LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
+
+from . import machine
 
 HERE = Path(__file__).parent
 SERVERS = (1, 4, 16, 64)
@@ -186,29 +183,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--items", type=int, nargs="+", default=SIZES, help="how many items in a call")
     parser.add_argument("--to", type=Path, default=HERE, help="folder for scale.md and scale.png")
     options = parser.parse_args(arguments)
+    head = "  \n".join(machine.header("benchmarks.scale"))
     costs: list[Costs] = []
     for servers in options.servers:
         for one in measure(servers, sorted(options.items)):
             costs.append(one)
             print(table([one]).splitlines()[-1], flush=True)
     chart(costs, options.to / "scale.png")
-    (options.to / "scale.md").write_text(
-        f"{_where()}\n\n{table(costs)}\n\n{limits(costs)}\n\n![The costs](scale.png)\n"
-    )
-
-
-def _where() -> str:
-    """Return a line that says when, on what and with what this was measured."""
-    info = Path("/proc/cpuinfo").read_text()
-    cpu = next((line.partition(":")[2].strip() for line in info.splitlines() if "model name" in line), "")
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return (
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}, {os.cpu_count()} cores ({cpu}),"
-        f" {psutil.virtual_memory().total >> 30} GiB, Python {platform.python_version()}, commit {commit},"
-        f" `{shlex.join(['python', '-m', 'benchmarks.scale', *sys.argv[1:]])}`."
-    )
+    (options.to / "scale.md").write_text(f"{head}\n\n{table(costs)}\n\n{limits(costs)}\n\n![The costs](scale.png)\n")
 
 
 if __name__ == "__main__":
