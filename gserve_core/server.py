@@ -39,6 +39,8 @@ TICK = 0.2
 """Seconds between two looks at a server's process and log."""
 MAX_LOG_READ = 1 << 20
 """Bytes of a log that are looked at in one go."""
+BEGINNING = "starting the process"
+"""The phase of a server that has not told one."""
 
 logger = logging.getLogger("gserve.server")
 
@@ -321,7 +323,7 @@ class VLLMServer:
                 **job.env, runtime.ID_VARIABLE: self._instance, runtime.OWNER_VARIABLE: runtime.owner_mark(),
                 "SPT_NOENV": "1",
             }  # fmt: skip
-            self._state, self._phase, self._step = State.STARTING, "starting the process", None
+            self._state, self._phase, self._step = State.STARTING, BEGINNING, None
             self._address = self._info = self._error = None
             self._asked_to_stop, self._patience_ends = False, math.inf
             self._progress = time.monotonic()
@@ -503,7 +505,7 @@ class VLLMServer:
         """Say whether the process runs; while it waits to, the clock of its start stands. Raises LaunchError."""
         waiting = process.waiting()
         with self._changed:
-            self._phase = waiting or "starting the process"
+            self._phase = waiting or BEGINNING
             if waiting is not None:
                 self._progress = time.monotonic()
         return waiting is None
@@ -513,7 +515,7 @@ class VLLMServer:
             self._progress = time.monotonic()
             match message:
                 case lease.Listening(address):
-                    self._address = address
+                    self._address, self._phase = address, BEGINNING
                 case lease.Phase(text):
                     self._phase, self._step = text, None
                 case lease.Ready(info) if self._state == State.STARTING:

@@ -299,7 +299,7 @@ def test_a_gpu_has_one_owner_and_the_second_is_told_who(tmp_path: Path) -> None:
     with on_gpus(tmp_path) as first:
         holders = {pid for server in first.servers for pid in runtime.processes_of(server.record().instance)}
         began = time.monotonic()
-        with pytest.raises(LaunchError, match=r"GPU 92 is held by process \d+") as caught:
+        with pytest.raises(LaunchError, match=r"starting the process: GPU 92 is held by process \d+") as caught:
             on_gpus(tmp_path, "serve.gpu_ids=[92, 93]").start()
         assert time.monotonic() - began < 10
         named = re.search(r"held by process (\d+)", str(caught.value))
