@@ -146,8 +146,13 @@ def _wedge(service: VLLMService, watch: Watch, order: Path, stall: float, times:
     """Put an untyped parameter into the engine, behind the gate: it must be found, and healed."""
     outcome = Outcome(fault=f"vLLM: wedged by an untyped parameter (stall_timeout {stall:g} s)")
     tally = RealTally()
+
+    def replaced(since: float) -> list[int]:
+        return [index for index in range(len(service.servers)) if watch.detected(index, since) is not None]
+
     for _ in range(times):
         with outcome.trial("a wedge"):
+            until(lambda: all(server.is_running() for server in service.servers), HEAL_SECONDS, "all servers ready")
             order.touch()
             since = time.monotonic()
             results: list[Any] = []
@@ -158,9 +163,9 @@ def _wedge(service: VLLMService, watch: Watch, order: Path, stall: float, times:
             _during(service, tally, 30, wedge)
             assert isinstance(results[0], (list, ItemLost)), f"the item that wedged vLLM gave {results[0]!r}"
             assert not order.exists(), "the order did not reach the engine"
-            healed = [index for index in range(len(service.servers)) if watch.detected(index, since) is not None]
-            assert len(healed) == 1, f"servers {healed} were replaced"
-            detect, recover = watch.wait_recovered(healed[0], since, HEAL_SECONDS)
+            first, *_ = until(lambda since=since: replaced(since), HEAL_SECONDS, "a server that was replaced")
+            detect, recover = watch.wait_recovered(first, since, HEAL_SECONDS)
+            assert replaced(since) == [first], f"servers {replaced(since)} were replaced"
             outcome.detect.append(detect)
             outcome.recover.append(recover)
             assert detect < stall + 10.0, f"found only after {detect:.1f} s"
