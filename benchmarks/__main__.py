@@ -30,6 +30,7 @@ MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
         bench, models.DEMO if options.model == "tiny" else options.model
     ),
     "scaling": lambda bench, options: gpus.scaling(bench, options.model, options.gpus, options.scale),
+    "sharing": lambda bench, options: gpus.sharing(bench, options.model, options.scale),
     "tensor-parallel": lambda bench, options: gpus.tensor_parallel(bench, options.model, options.scale),
     "lora": lambda bench, options: gpus.lora(bench, options.model),
     "memory": lambda bench, options: gpus.memory(bench, options.model),

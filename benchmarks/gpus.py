@@ -24,6 +24,8 @@ from .workloads import Work, Workload, of_gpu
 
 FREE = 0.05
 """The part of a server's memory that may still be in use where that memory is called free."""
+SHARERS = 2
+"""How many servers share a GPU."""
 PROMPT, PARAMS = "Once upon a time there was", {"temperature": 0, "max_tokens": 4}
 
 
@@ -89,6 +91,23 @@ def scaling(bench: Benchmark, model: str, counts: Sequence[int], scale: float) -
             base = made.figures
         elif base:
             bench.figures.append(structs.replace(made, side="one GPU", figures=base))
+
+
+def sharing(bench: Benchmark, model: str, scale: float) -> None:
+    """Measure *short* and *long* on two servers that share a GPU, against one of them alone and `vllm.LLM` beside them.
+
+    Where vLLM's own Python is slower than the GPU, two have more of it.
+    """
+    arguments = machine.engine_arguments(model, 3)
+    serve = ServeConfig(servers=SHARERS, share_gpu=True, startup_timeout=READY_SECONDS)
+    with Room("vllm.LLM", arguments, bench.folder) as room, VLLMService(llm_config(arguments), serve) as service:
+        room.wait()
+        with service.servers[0].client() as client:
+            others: dict[str, Side] = {"one server": Gserve(client), "vllm.LLM": room}
+            for one in of_gpu()[:2]:
+                name = f"{one.name}, {SHARERS} servers"
+                workload = replace(one.scaled(scale), name=name, sides=dict.fromkeys(others))
+                bench.measure(model, workload, {GSERVE: Gserve(service), **others})
 
 
 def tensor_parallel(bench: Benchmark, model: str, scale: float) -> None:

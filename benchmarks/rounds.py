@@ -3,13 +3,13 @@
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from . import models
 from .machine import engine_arguments
 from .rooms import KINDS, Room
-from .sides import Answer
+from .sides import Answer, Side
 from .table import GSERVE, Figures, no_figures
 from .workloads import Work, Workload
 
@@ -54,9 +54,11 @@ class Benchmark:
             seconds = {kind: room.wait() for kind, room in rooms.items()}
             say("ready: " + ", ".join(f"{kind} after {taken:.0f} s" for kind, taken in seconds.items()))
             for workload in workloads:
-                self._measure(model, workload, rooms, models.is_exact(arguments["model"]))
+                self.measure(model, workload, rooms)
 
-    def _measure(self, model: str, workload: Workload, rooms: dict[str, Room], is_exact: bool) -> None:
+    def measure(self, model: str, workload: Workload, rooms: Mapping[str, Side]) -> None:
+        """Measure a workload on gserve and on its other sides, as far as there is a room for their kinds."""
+        is_exact = models.is_exact(models.find(model))
         sides = [side for side in (GSERVE, *workload.sides) if _kind(side) in rooms]
         made = {side: no_figures(workload.name, workload.title, side, model, workload.unit) for side in sides}
         self._round(workload.scaled(WARM_UP), 0, rooms, sides, is_exact)
@@ -72,7 +74,7 @@ class Benchmark:
         self.figures += [one for one in made.values() if one.figures]
 
     def _round(
-        self, workload: Workload, turn: int, rooms: dict[str, Room], sides: Sequence[str], is_exact: bool
+        self, workload: Workload, turn: int, rooms: Mapping[str, Side], sides: Sequence[str], is_exact: bool
     ) -> dict[str, Answer]:
         """Have each side do the work of a round, and look at what it answered. Each time another one begins."""
         work = workload.work(turn)

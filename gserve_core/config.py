@@ -90,16 +90,17 @@ class LLMConfig:
 class ServeConfig:
     """How many servers there are, where they listen, and how long to wait for them. Raises `ConfigError`.
 
-    `gpu_ids`: one server per id, or per group of ids in order where `llm_kwargs` asks for tensor parallelism; a
-    machine without a GPU and SLURM say `servers` instead (default 1). `port` is the first server's, the next has the
-    next one; None: each server takes a free one. `startup_timeout`: seconds without any sign of progress while a
-    server starts; `client_timeout`: seconds without any sign of life from a server that has work; None: no limit.
-    `verbose` forwards the servers' logs to stderr.
+    `gpu_ids`: one server per id, or per group of ids in order where `llm_kwargs` asks for tensor parallelism; the same
+    id again is another server on that GPU, with `share_gpu`. A machine without a GPU and SLURM say `servers` instead
+    (default 1). `port` is the first server's, the next has the next one; None: each server takes a free one.
+    `startup_timeout`: seconds without any sign of progress while a server starts; `client_timeout`: seconds without any
+    sign of life from a server that has work; None: no limit. `verbose` forwards the servers' logs to stderr.
 
     `stall_timeout`: seconds without any movement after which a ready server that has work, or does not answer, is taken
     for hung, killed and replaced; None: never. `max_restarts`: how often in ten minutes a server that was ready is
     started again. `min_ready`: how many servers must be ready before `start()` returns; None: all. `share_gpu`: let
-    several servers use a GPU, and start them one after the other. `env`: environment variables for the servers.
+    several servers, of this service or of others, use a GPU, and start them one after the other. `env`: environment
+    variables for the servers.
     """
 
     gpu_ids: list[int] | None = None
@@ -118,8 +119,13 @@ class ServeConfig:
     def __post_init__(self) -> None:
         check(self)
         if self.gpu_ids is not None:
-            if not self.gpu_ids or min(self.gpu_ids) < 0 or len(set(self.gpu_ids)) != len(self.gpu_ids):
-                raise ConfigError(f"expected different GPU ids from 0 up, got {self.gpu_ids}", at="$.gpu_ids")
+            if not self.gpu_ids or min(self.gpu_ids) < 0:
+                raise ConfigError(f"expected GPU ids from 0 up, got {self.gpu_ids}", at="$.gpu_ids")
+            if len(set(self.gpu_ids)) != len(self.gpu_ids) and not self.share_gpu:
+                raise ConfigError(
+                    f"expected different GPU ids, got {self.gpu_ids}: several servers on a GPU need share_gpu: true",
+                    at="$.gpu_ids",
+                )
             if self.servers is not None:
                 raise ConfigError("gpu_ids and servers are both set: the ids say how many servers", at="$.servers")
         if self.servers is not None and not 1 <= self.servers <= 65535:
@@ -155,6 +161,9 @@ class ServeConfig:
         else:
             ids = iter(self.gpu_ids)
             placement = list(zip(*[ids] * gpus_per_server, strict=True))
+            for group in placement:
+                if group is not None and len(set(group)) < gpus_per_server:
+                    raise ConfigError(f"a server would have a GPU twice: {list(group)}", at="$.gpu_ids")
         if self.min_ready is not None and not 1 <= self.min_ready <= len(placement):
             raise ConfigError(
                 f"expected min_ready from 1 to {len(placement)}, the number of servers, got {self.min_ready}",

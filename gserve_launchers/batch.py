@@ -79,7 +79,7 @@ def sbatch(launcher: SlurmLauncher, jobs: Sequence[Job], *script: str) -> list[s
         words.append(f"--cpus-per-task={launcher.cpus_per_server}")
     if launcher.mem is not None:
         words.append(f"--mem={int(launcher.mem[:-1]) * on_a_node}{launcher.mem[-1]}")
-    if gpus := on_a_node * _gpus(launcher, jobs):
+    if gpus := _gpus(launcher, jobs, on_a_node):
         words.append(f"--gres=gpu:{launcher.gpu_type}:{gpus}" if launcher.gpu_type else f"--gres=gpu:{gpus}")
     words += [
         f"--signal=B:USR1@{notice(launcher)}", "--requeue" if launcher.requeue else "--no-requeue",
@@ -88,12 +88,12 @@ def sbatch(launcher: SlurmLauncher, jobs: Sequence[Job], *script: str) -> list[s
     return [*words, *script]
 
 
-def _gpus(launcher: SlurmLauncher, jobs: Sequence[Job]) -> int:
-    """Return how many GPUs each server needs in its job; ids count all that the job has, from 0 on."""
+def _gpus(launcher: SlurmLauncher, jobs: Sequence[Job], on_a_node: int) -> int:
+    """Return how many GPUs a node of the job needs; ids count all that the job has, which then is on one, from 0 on."""
     ids = [gpu for job in jobs for gpu in job.gpu_ids or ()]
     if ids:
-        return -(-(max(ids) + 1) // len(jobs))
-    return jobs[0].gpus if launcher.gpus_per_server is None else launcher.gpus_per_server
+        return max(ids) + 1
+    return on_a_node * (jobs[0].gpus if launcher.gpus_per_server is None else launcher.gpus_per_server)
 
 
 def notice(launcher: SlurmLauncher) -> int:

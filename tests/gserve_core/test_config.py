@@ -184,6 +184,15 @@ def test_a_server_takes_tensor_times_pipeline_gpus() -> None:
     assert check_placement(llm, ServeConfig(range_of(12))) == [(0, 1, 2, 3, 4, 5), (6, 7, 8, 9, 10, 11)]
 
 
+def test_servers_may_share_gpus_but_no_server_has_one_twice() -> None:
+    alone, pairs = LLMConfig("m"), LLMConfig("m", llm_kwargs={"tensor_parallel_size": 2})
+    assert check_placement(alone, ServeConfig([0, 0, 1], share_gpu=True)) == [(0,), (0,), (1,)]
+    assert check_placement(pairs, ServeConfig([0, 1, 0, 1], share_gpu=True)) == [(0, 1), (0, 1)]
+    with pytest.raises(ConfigError) as refused:
+        check_placement(pairs, ServeConfig([0, 0, 1, 1], share_gpu=True))
+    assert str(refused.value) == "a server would have a GPU twice: [0, 0] - at $.serve.gpu_ids"
+
+
 def range_of(count: int) -> list[int]:
     return list(range(count))
 
@@ -384,15 +393,16 @@ WRONG = {
     ),
     "no GPU ids": (
         LLM + "serve: {gpu_ids: []}\n",
-        ":3: expected different GPU ids from 0 up, got [] - at $.serve.gpu_ids",
+        ":3: expected GPU ids from 0 up, got [] - at $.serve.gpu_ids",
     ),
     "a GPU twice": (
         LLM + "serve: {gpu_ids: [1, 1]}\n",
-        ":3: expected different GPU ids from 0 up, got [1, 1] - at $.serve.gpu_ids",
+        ":3: expected different GPU ids, got [1, 1]: several servers on a GPU need share_gpu: true"
+        " - at $.serve.gpu_ids",
     ),
     "a negative GPU": (
         LLM + "serve: {gpu_ids: [-1]}\n",
-        ":3: expected different GPU ids from 0 up, got [-1] - at $.serve.gpu_ids",
+        ":3: expected GPU ids from 0 up, got [-1] - at $.serve.gpu_ids",
     ),
     "no servers": (LLM + "serve: {servers: 0}\n", ":3: expected 1 to 65535 servers, got 0 - at $.serve.servers"),
     "too many servers": (

@@ -311,6 +311,13 @@ def test_a_gpu_has_one_owner_and_the_second_is_told_who(tmp_path: Path) -> None:
         assert again.generate(["free again"]) == [["free again"]]
 
 
+def test_several_servers_of_a_service_share_a_gpu(tmp_path: Path) -> None:
+    with on_gpus(tmp_path, "serve.share_gpu=true", "serve.gpu_ids=[95, 95, 96]", "engine.load_time=0.5") as service:
+        assert [server.gpu_ids for server in service.status()] == [(95,), (95,), (96,)]
+        assert len({server.port for server in service.status()}) == 3
+        assert service.generate([str(item) for item in range(600)]) == [[str(item)] for item in range(600)]
+
+
 def test_services_that_share_a_gpu_start_one_after_the_other(tmp_path: Path) -> None:
     share = ("serve.share_gpu=true", "serve.gpu_ids=[94]", "engine.load_time=1.0")
     services = [on_gpus(tmp_path, *share) for _ in range(2)]

@@ -89,6 +89,7 @@ def test_ids_of_gpus_count_those_of_the_job() -> None:
     assert gres((0,), (1,)) == "--gres=gpu:2"
     assert gres((0, 1), (2, 3)) == "--gres=gpu:4"
     assert gres((2,), (3,)) == "--gres=gpu:4"
+    assert gres((0,), (0,), (1,), (1,)) == "--gres=gpu:2"
 
 
 def test_nodes_without_a_server_are_refused() -> None:
