@@ -85,7 +85,11 @@ class Place:
     def ended(self, job: str, seconds: float = 60) -> tuple[str, str]:
         """Return the state and the exit code of a job, once it has ended."""
         over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL")
-        until(lambda: self.state(job)["JobState"] in over, seconds)
+        try:
+            until(lambda: self.state(job)["JobState"] in over, seconds)
+        except AssertionError as error:
+            error.add_note(f"{self.cluster.run('scontrol', 'show', 'job', job)}\n{self.output(job)[-4000:]}")
+            raise
         return self.state(job)["JobState"], self.state(job)["ExitCode"]
 
     def output(self, job: str) -> str:
