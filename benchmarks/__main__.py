@@ -13,8 +13,8 @@ from . import balance, gpus, machine, models, starting, table, workloads
 from .rooms import KINDS
 from .rounds import Benchmark, say
 
-USUAL_CPU = ("short", "long", "chat", "logprobs", "skewed", "stream", "calls")
-USUAL_GPU = ("short", "long", "chat", "logprobs", "skewed", "stream", "calls")
+USUAL_CPU = ("short", "long", "chat", "logprobs", "sampled", "skewed", "stream", "calls")
+USUAL_GPU = ("short", "long", "chat", "logprobs", "sampled", "skewed", "stream", "calls")
 USUAL_LARGE = ("short", "long", "chat")
 """What a model as large as `8b` has the time for."""
 

@@ -88,7 +88,7 @@ class Benchmark:
             say(f"{workload.name}, round {turn}, {side}: {len(own.prompts):,} in {answer.seconds:.2f} s")
             where = f"{workload.name}, round {turn}, {side}"
             self.problems += [f"{where}: {problem}" for problem in wrong(own, answer, errors_count=side in SINGLE)]
-        for side in sides[1:] if is_exact else ():
+        for side in sides[1:] if is_exact and not work.temperature else ():
             where = f"{workload.name}, round {turn}, {side}"
             self.problems += [f"{where}: {problem}" for problem in different(answers[sides[0]], answers[side])]
         return answers

@@ -86,9 +86,7 @@ class Served:
 
 
 def _body(work: Work, at: int) -> dict[str, Any]:
-    body = {"model": NAME, "temperature": 0, "max_tokens": work.max_tokens[at], "ignore_eos": True}
-    if work.logprobs is not None:
-        body["logprobs"] = work.logprobs
+    body = {"model": NAME} | work.params(at)
     return body if work.is_chat else body | {"prompt": work.prompts[at]}
 
 

@@ -86,11 +86,8 @@ def llm_config(arguments: Arguments) -> LLMConfig:
 
 
 def gserve_params(work: Work) -> Any:
-    """Return the sampling parameters of a work as gserve takes them."""
-    params: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "max_tokens": work.max_tokens[0]}
-    if work.logprobs is not None:
-        params["logprobs"] = work.logprobs
-    return params if work.is_even else [params | {"max_tokens": tokens} for tokens in work.max_tokens]
+    """Return the sampling parameters of a work as lists of prompts have them: one for all, or one for each."""
+    return work.params(0) if work.is_even else [work.params(at) for at in range(len(work.prompts))]
 
 
 class Gserve:
@@ -148,11 +145,7 @@ class InProcess:
 
     def do(self, work: Work, way: str) -> Answer:
         """Do a work in one call."""
-        lengths = work.max_tokens[:1] if work.is_even else work.max_tokens
-        params = [
-            self._params_type(temperature=0, ignore_eos=True, max_tokens=tokens, logprobs=work.logprobs)
-            for tokens in lengths
-        ]
+        params = [self._params_type(**work.params(at)) for at in range(1 if work.is_even else len(work.prompts))]
         call = self._llm.chat if work.is_chat else self._llm.generate
         began = time.perf_counter()
         results = call(work.prompts, params[0] if work.is_even else params, use_tqdm=False, lora_request=self._lora)

@@ -1,8 +1,8 @@
 """The workloads: what is asked, in what manner, of which sides. Generated from seeds, different in every round.
 
 No prompt is like an earlier one, so that the prefix cache, which is on as users have it, helps only where conversations
-of one round share their system message. All is greedy and goes on to its last token: how many tokens there must be is
-known.
+of one round share their system message. All goes on to its last token, so that it is known how many tokens there must
+be, and is greedy but for what is called sampled.
 """
 
 import random
@@ -39,6 +39,12 @@ class Work:
     manner: Manner = Manner.LIST
     is_chat: bool = False
     logprobs: int | None = None
+    temperature: float = 0.0
+
+    def params(self, at: int) -> dict[str, Any]:
+        """Return the sampling parameters of an item, by the names that all sides know."""
+        params = {"temperature": self.temperature, "ignore_eos": True, "max_tokens": self.max_tokens[at]}
+        return params if self.logprobs is None else params | {"logprobs": self.logprobs}
 
     def first(self, count: int) -> "Work":
         """Return the first `count` items of this work, as a work of its own."""
@@ -67,6 +73,7 @@ class Workload:
     manner: Manner = Manner.LIST
     system: int = 0
     logprobs: int | None = None
+    temperature: float = 0.0
 
     def scaled(self, scale: float) -> "Workload":
         """Return the same with more or fewer items."""
@@ -87,7 +94,7 @@ class Workload:
             system = {"role": "system", "content": _text(chance, self.system)}
             prompts = [[system, {"role": "user", "content": prompt}] for prompt in prompts]
         lengths = [_length(chance) if self.tokens is None else self.tokens for _ in prompts]
-        return Work(prompts, lengths, self.manner, bool(self.system), self.logprobs)
+        return Work(prompts, lengths, self.manner, bool(self.system), self.logprobs, self.temperature)
 
 
 def _text(chance: random.Random, words: int) -> str:
@@ -111,6 +118,7 @@ def of_gpu() -> list[Workload]:
         Workload("long", 1024, 120, 256, both, "tokens/s"),
         Workload("chat", 1024, 30, 16, both, system=500),
         Workload("logprobs", 2048, 30, 16, both, logprobs=5),
+        Workload("sampled", 2048, 30, 16, both, temperature=1.0),
         Workload("stream", 512, 30, 16, {"serve httpx": None, "serve openai": None}, manner=Manner.THREADS),
         Workload("calls", 2048, 30, 16, {"serve openai": None}, manner=Manner.AT_ONCE),
         skewed(512, {"vllm.LLM": None}),
@@ -125,6 +133,7 @@ def of_cpu() -> list[Workload]:
         Workload("long", 256, 120, 256, both, "tokens/s"),
         Workload("chat", 512, 30, 16, both, system=500),
         Workload("logprobs", 512, 30, 16, both, logprobs=5),
+        Workload("sampled", 512, 30, 16, both, temperature=1.0),
         skewed(256, {"vllm.LLM": None, "serve httpx": None}),
         Workload("stream", 512, 30, 16, {"serve httpx": None, "serve openai": None}, manner=Manner.THREADS),
         Workload("calls", 4096, 30, 16, {"serve openai": 4096}, manner=Manner.AT_ONCE),

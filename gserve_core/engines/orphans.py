@@ -1,7 +1,6 @@
 """The end of an engine's processes when its server and the server's owner die at the same instant.
 
-Nobody else is left to end them then: they notice by themselves. vLLM calls `watch` in each of its processes, as the
-entry point `gserve` of the group `vllm.general_plugins`.
+Nobody else is left to end them then: they notice by themselves. An engine calls `watch` in each of its processes.
 """
 
 import contextlib

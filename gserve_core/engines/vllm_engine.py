@@ -6,6 +6,7 @@ those of `vllm.LLM`. Why each step is as it is, is told in vLLM's own `entrypoin
 
 import asyncio
 import contextlib
+import functools
 import importlib
 import json
 import logging
@@ -28,7 +29,7 @@ from ..hookspecs import hookimpl
 from ..interfaces import Engine, EngineInfo, Report, RunningEngine
 from ..sampling import read_params
 from ..schema import Conversation, FlatLogprobs, FlatOutput, Logprob, Logprobs, Params, Prompt, ResponseOutput
-from . import compile_turn, demo_model
+from . import compile_turn, demo_model, orphans
 from .tokenizing import quicken
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -121,7 +122,7 @@ class RunningVLLM(RunningEngine):
             for name, value in LOOPBACK.items():
                 os.environ.setdefault(name, value)
         if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and "gserve" not in plugins.split(","):
-            os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # see the module `orphans`
+            os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # see `enter`
         report("importing vLLM")
         import vllm
         from vllm import renderers
@@ -387,6 +388,40 @@ class RunningVLLM(RunningEngine):
             for child in multiprocessing.active_children():
                 child.kill()
         self._ended.set()
+
+
+def enter() -> None:
+    """Be called by vLLM in each of its processes, as the entry point `gserve` of the group `vllm.general_plugins`."""
+    orphans.watch()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _spare_generators()
+
+
+@functools.cache
+def _spare_generators() -> None:
+    """Keep items that have a seed from killing EngineCore on the CPU. Idempotent.
+
+    Of a prompt that is read in several steps each step samples a token, and all but the last are thrown away. vLLM then
+    sets the generator back as if nothing had been sampled (`_bookkeeping_sync` in its gpu_model_runner.py), in a way
+    that only CUDA's generators know: those of the CPU raise RuntimeError. So here such a step has no generator.
+    """
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    sample = CPUModelRunner.sample_tokens
+
+    @functools.wraps(sample)
+    def sample_tokens(self: Any, *arguments: Any, **options: Any) -> Any:
+        generators = self.input_batch.generators
+        is_thrown_away = self.discard_request_mask.np
+        spared = {place: generators.pop(place) for place in [*generators] if is_thrown_away[place]}
+        try:
+            return sample(self, *arguments, **options)
+        finally:
+            generators.update(spared)
+
+    CPUModelRunner.sample_tokens = sample_tokens
 
 
 def _fork_on_cpu(config: Any, *, is_apart: bool) -> None:

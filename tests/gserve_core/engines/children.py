@@ -43,6 +43,12 @@ async def sampled(running: RunningEngine, params: dict[str, Any], seeds: list[in
     return [(await running.run(item))[0].text for item in prepared]
 
 
+async def read_in_steps(running: RunningEngine) -> list[str]:
+    """Sample what follows a prompt that is too long for a step of the engine; the second time it need not be read."""
+    prepared = await running.prepare([[*range(1000, 1700)]] * 2, {"max_tokens": 12, "temperature": 1.0}, [7, 7])
+    return [(await running.run(item))[0].text for item in prepared]
+
+
 async def working(running: RunningEngine) -> dict[str, Any]:
     found: dict[str, Any] = {
         "prefill": await watched(running, [28] * 2000, {"max_tokens": 1}),
@@ -51,6 +57,7 @@ async def working(running: RunningEngine) -> dict[str, Any]:
         "again": await sampled(running, {"temperature": 1.0}, [8, 7, 7]),
         "own seed": await sampled(running, {"temperature": 1.0, "seed": 7}, [1, 2, 3]),
         "greedy": await sampled(running, {"temperature": 0.0}, [1, 2, 3]),
+        "in steps": await read_in_steps(running),
     }
     idle = running.progress()
     await asyncio.sleep(0.5)

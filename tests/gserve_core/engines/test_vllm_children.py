@@ -51,6 +51,11 @@ def test_an_item_is_sampled_by_its_own_seed_wherever_it_stands(found: dict[str, 
     assert found["again"] == [eight, seven, seven]
 
 
+def test_a_seed_means_the_same_in_however_many_steps_the_prompt_is_read(found: dict[str, Any]) -> None:
+    first, again = found["in steps"]
+    assert first == again
+
+
 def test_a_seed_in_the_parameters_comes_first(found: dict[str, Any]) -> None:
     assert found["own seed"] == [found["sampled"][0]] * 3
 
