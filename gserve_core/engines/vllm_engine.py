@@ -52,6 +52,8 @@ PRELOADED = (
     "vllm.v1.executor.multiproc_executor", "vllm.model_executor.model_loader",
 )  # fmt: skip
 """What the processes of an engine import, if they are not forked from one that has."""
+ON_CPU = ("vllm.v1.worker.cpu_worker",)
+"""What more they import without a GPU: with one the same might look at it, which must not come before a fork."""
 START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 """vLLM's own setting: whether its processes are forked, or "spawn"ed and have to import everything again."""
 SECURE, TOLERABLE = (0, 32), (0, 22)
@@ -73,7 +75,9 @@ class VLLMEngine(Engine):
 
     def preload(self) -> None:
         """Import vLLM."""
-        for name in PRELOADED:
+        from vllm.platforms import current_platform
+
+        for name in PRELOADED + (ON_CPU if current_platform.is_cpu() else ()):
             with contextlib.suppress(ImportError):  # not in this version
                 importlib.import_module(name)
 
