@@ -35,8 +35,8 @@ class SubprocessLauncher(CommandLauncher):
         return ["nice", "-n", str(self.nice), *job.command] if self.nice else list(job.command)
 
     def launch(self, job: Job) -> Process:
-        """Start `job`. Several servers without GPUs share this machine's cores, unless the environment says how."""
-        if job.gpu_ids is None and job.servers > 1 and CORES_VARIABLE not in os.environ:
+        """Start `job`. Without GPUs servers, and ranks, share this machine's cores, unless the environment says how."""
+        if job.gpu_ids is None and max(job.servers, job.gpus) > 1 and CORES_VARIABLE not in os.environ:
             job = replace(job, env={**job.env, CORES_VARIABLE: share(job, sorted(os.sched_getaffinity(0)))})
         if self.nursery and job.nursery is not None:
             return job.nursery.fork(job, self.popen)

@@ -14,7 +14,7 @@ from gserve import LaunchError
 from gserve_core import lease, runtime
 from gserve_core.commands import LocalProcess, group_is_alive
 from gserve_core.interfaces import Job
-from gserve_launchers.local import SubprocessLauncher
+from gserve_launchers.local import CORES_VARIABLE, SubprocessLauncher
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -115,6 +115,22 @@ def test_a_log_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     job = Job(name="job", command=["true"], log=tmp_path / "no" / "such" / "folder")
     with pytest.raises(LaunchError, match="No such file or directory"):
         SubprocessLauncher().launch(job)
+
+
+@pytest.mark.parametrize(
+    ("servers", "index", "ranks", "cores"),
+    [(1, 0, 0, "None"), (1, 0, 1, "None"), (2, 1, 0, "2,3"), (1, 0, 2, "0,1|2,3"), (2, 1, 2, "2|3")],
+)
+def test_servers_and_ranks_without_gpus_share_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, servers: int, index: int, ranks: int, cores: str
+) -> None:
+    monkeypatch.delenv(CORES_VARIABLE, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    command = [sys.executable, "-c", f"import os; print(os.environ.get({CORES_VARIABLE!r}))"]
+    job = Job(name="job", command=command, log=tmp_path / "log", servers=servers, index=index, gpus=ranks)
+    process = SubprocessLauncher().launch(job)
+    assert lines(process, 1) == [cores.encode()]
+    process.stop(1)
 
 
 def test_a_process_leads_a_session_of_its_own(tmp_path: Path) -> None:
