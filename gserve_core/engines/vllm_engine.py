@@ -52,7 +52,7 @@ PRELOADED = (
     "vllm.v1.executor.multiproc_executor", "vllm.model_executor.model_loader",
 )  # fmt: skip
 """What the processes of an engine import, if they are not forked from one that has."""
-ON_CPU = ("vllm.v1.worker.cpu_worker",)
+ON_CPU = "vllm.v1.worker.cpu_worker"
 """What more they import without a GPU: with one the same might look at it, which must not come before a fork."""
 START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 """vLLM's own setting: whether its processes are forked, or "spawn"ed and have to import everything again."""
@@ -75,11 +75,14 @@ class VLLMEngine(Engine):
 
     def preload(self) -> None:
         """Import vLLM."""
-        from vllm.platforms import current_platform
-
-        for name in PRELOADED + (ON_CPU if current_platform.is_cpu() else ()):
+        for name in PRELOADED:
             with contextlib.suppress(ImportError):  # not in this version
                 importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            from vllm.platforms import current_platform
+
+            if current_platform.is_cpu():
+                importlib.import_module(ON_CPU)
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Load the model, in a thread that lives as long as the engine."""
