@@ -160,8 +160,11 @@ class Dispatcher:
         """
         self._soon(self._add, _Worker(key, connection, capacity, timeout, is_watched))
 
-    def remove(self, key: str, why: str, *, returns: bool = False) -> None:
-        """Take a server out; its unfinished items go to the others, or wait for it where it `returns`."""
+    def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
+        """Take a server out; its unfinished items go to the others, or wait for it where it `returns`.
+
+        died: whether the items that it was working on may be the reason. Only that counts as a loss of theirs.
+        """
         self._soon(self._remove, key, why, returns)
 
     def drain(self, why: str) -> None:
@@ -172,6 +175,11 @@ class Dispatcher:
         """Return how many items a server has finished since it was added."""
         worker = self._workers.get(key)
         return worker.finished if worker is not None else 0
+
+    def is_narrowing(self, key: str) -> bool:
+        """Return whether a server works on nothing but items of which one may kill servers."""
+        worker = self._workers.get(key)
+        return worker is not None and worker.is_reserved
 
     def open(self, deliver: Callable[[list[tuple[int, Outcome]]], object]) -> Call:
         """Begin a call. `deliver` must not block."""
