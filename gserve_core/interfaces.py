@@ -179,6 +179,9 @@ class ServerApi(Protocol):
         it failed (500, 503).
         """
 
+    def cancel(self, request_id: str, items: Sequence[int]) -> None:
+        """Cancel items of the running request with this id. Never waits; does nothing for what is not there."""
+
     def shut_down(self) -> None:
         """Begin to end the server: it finishes what it has, and takes no more."""
 
@@ -195,6 +198,12 @@ class Connection(ABC):
         """Send a request and yield its events as they come. Closing the iterator cancels the work on the server.
 
         Raises StallTimeout: no sign of life for too long. RemoteError: refused. TransportError: the line broke.
+        """
+
+    async def cancel(self, request_id: str, items: list[int]) -> None:  # noqa: B027
+        """Cancel items of a running request by its `RunRequest.id`; each ends as a `Failure` in the request's stream.
+
+        Does nothing unless overridden. Raises `TransportError`.
         """
 
     @abstractmethod

@@ -132,11 +132,22 @@ class Group(Struct, frozen=True, forbid_unknown_fields=True):
     seeds: list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]] | None = None
 
 
-class RunRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """A piece of work. Its items are counted through all groups from 0; `heartbeat` is in seconds."""
+class RunRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """A piece of work. Its items are counted through all groups from 0; `heartbeat` is in seconds.
+
+    `id`: the name by which a `CancelRequest` knows it; "" for none.
+    """
 
     groups: list[Group]
     heartbeat: float = 5.0
+    id: str = ""
+
+
+class CancelRequest(Struct, frozen=True, forbid_unknown_fields=True):
+    """Cancels some items of the `RunRequest` with this id. Each one ends as a `Failure`, unless it has ended before."""
+
+    id: str
+    items: list[int]
 
 
 class Result(Struct, frozen=True, tag="result", array_like=True, gc=False):

@@ -54,6 +54,14 @@ DEATH_SECONDS = 1.0
 """How long an engine that dies may take to say so, after the items that it had have failed."""
 ADMISSION = 16
 """How many times its capacity a server takes of items before it says that it has enough to do."""
+MOST_ITEMS = 1 << 16
+"""Items that one request may always have, however small the engine's capacity is."""
+AHEAD = 2
+"""The engine has up to this many times its capacity of items of streamed requests, so that it never runs dry."""
+BACKLOG_BYTES = 4 << 20
+"""Bytes of results that may wait for a client. While there are more, none of its items is begun."""
+ITEM_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 500, 36, 150
+"""About how much memory an item takes without its text, one of its token ids, and one log probability."""
 BUSY_SECONDS = 1.0
 """After how long a client that was told so may ask again."""
 SLICE = 1024
@@ -89,8 +97,10 @@ class Server:
         self._state = "starting"
         self._phase: str | None = None
         self._engine: RunningEngine | None = None
+        self._slots = asyncio.Semaphore(0)
+        """How many more items of streamed requests the engine may have."""
         self._over = asyncio.Event()
-        self._news: set[asyncio.Event] = set()
+        self._pieces: set[_Piece] = set()
         self._requests = 0
         self._items = 0
         """Items that were taken in and have not ended."""
@@ -116,52 +126,77 @@ class Server:
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Work on a request; yield its events in batches as they happen."""
         with self._admit(request) as admitted:
-            happened: list[Event] = []
-            news = asyncio.Event()
-
-            async def work(index: int, prepared: Any) -> None:
-                event: Event
-                try:
-                    event = _result(index, await self._run(admitted, prepared))
-                except ItemError as error:
-                    event = Failure(index, str(error), error.invalid)
-                except Exception as error:
-                    if await self._is_over():
-                        return
-                    logger.exception("item %d failed", index)
-                    event = Failure(index, redact(_sentence(error), self._secrets), invalid=False)
-                happened.append(event)
-                news.set()
-
-            tasks: list[asyncio.Task[None]] = []
-            loop = asyncio.get_running_loop()
-            self._news.add(news)
+            piece = _Piece(request.id, admitted)
+            feeding = asyncio.create_task(self._feed(piece, request.groups))
+            feeding.add_done_callback(lambda _: piece.news.set())
+            self._pieces.add(piece)
+            left = admitted.left
             try:
-                first = 0
-                for group in request.groups:
-                    async for index, item in _prepared(admitted.engine, group, first):
-                        tasks.append(asyncio.Task(work(index, item), loop=loop, eager_start=True))
-                    first += len(group.prompts)
-                left = first
                 while left:
                     try:
                         async with asyncio.timeout(request.heartbeat):
-                            await news.wait()
+                            await piece.news.wait()
                     except TimeoutError:
                         yield [Heartbeat(left)]
                         continue
-                    news.clear()
-                    batch, happened[:] = list(happened), []
-                    left -= len(batch)
-                    yield batch
+                    if feeding.done():
+                        feeding.result()
+                    if batch := piece.take():
+                        left -= len(batch)
+                        yield batch
                     if self._over.is_set():
                         return  # the client sees what is missing, and takes it elsewhere
             finally:
-                self._news.discard(news)
-                unfinished = [task for task in tasks if not task.done()]
+                self._pieces.discard(piece)
+                unfinished = [feeding, *piece.tasks.values()]
                 for task in unfinished:
                     task.cancel()
                 await asyncio.gather(*unfinished, return_exceptions=True)
+
+    async def _feed(self, piece: "_Piece", groups: Sequence[Group]) -> None:
+        """Give the engine the items of a piece, as many as it and the piece's backlog have room for."""
+        loop, first = asyncio.get_running_loop(), 0
+        for group in groups:
+            async for index, item in _prepared(piece.admitted.engine, group, first):
+                await piece.room.wait()
+                await self._slots.acquire()
+                if index in piece.cancelled:
+                    self._slots.release()
+                    continue
+                piece.begun.add(index)
+                task = asyncio.Task(self._work(piece, index, item), loop=loop, eager_start=True)
+                if not task.done():
+                    piece.tasks[index] = task
+            first += len(group.prompts)
+
+    async def _work(self, piece: "_Piece", index: int, prepared: Any) -> None:
+        """Have the engine work on one item, and put what happens to it into its piece."""
+        event: Event
+        try:
+            event = _result(index, await self._run(piece.admitted, prepared))
+        except ItemError as error:
+            event = Failure(index, str(error), error.invalid)
+        except asyncio.CancelledError:
+            if index not in piece.cancelled:
+                raise
+            event = _cancelled(index)
+        except Exception as error:
+            if await self._is_over():
+                return
+            logger.exception("item %d failed", index)
+            event = Failure(index, redact(_sentence(error), self._secrets), invalid=False)
+        finally:
+            self._slots.release()
+            piece.tasks.pop(index, None)
+        piece.put(event)
+
+    def cancel(self, request_id: str, items: Sequence[int]) -> None:
+        """Cancel items of the running request with this id."""
+        for piece in self._pieces:
+            if piece.id == request_id != "":
+                for index in piece.cancel(items):
+                    self._count_end(piece.admitted)
+                    piece.put(_cancelled(index))
 
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
         """Work on a request; return the outputs of each item, in order."""
@@ -201,12 +236,17 @@ class Server:
         if any(group.seeds is not None and len(group.seeds) != len(group.prompts) for group in request.groups):
             raise RemoteError("expected a seed for each prompt", status=400)
         size, most = sum(len(group.prompts) for group in request.groups), ADMISSION * self._engine.info.capacity
+        if size > (limit := max(MOST_ITEMS, most)):
+            raise RemoteError(
+                f"the request has {size} items, and a server takes at most {limit} at once: send it in pieces",
+                status=413,
+            )
         if self._items and self._items + size > most:  # one alone may be larger: else it could never be served
             raise RemoteError(
                 f"the server has {self._items} items to do and takes {most} at a time: ask again in a moment",
                 status=429, retry_after=BUSY_SECONDS,
             )  # fmt: skip
-        admitted = _Admitted(self._engine, size)
+        admitted = _Admitted(self._engine, size, size)
         self._requests += 1
         self._items += size
         self._idle.clear()
@@ -233,8 +273,11 @@ class Server:
         finally:
             self._running -= 1
             self._ended += 1
-            self._items -= 1
-            admitted.left -= 1
+            self._count_end(admitted)
+
+    def _count_end(self, admitted: "_Admitted") -> None:
+        self._items -= 1
+        admitted.left -= 1
 
     async def _is_over(self) -> bool:
         """Say whether the engine is gone, or about to be: what it fails then is not the fault of the item."""
@@ -282,8 +325,8 @@ class Server:
                 self._state = "draining"
                 starting.cancel()
                 self._over.set()
-                for news in self._news:
-                    news.set()
+                for piece in self._pieces:
+                    piece.news.set()
                 if self._engine is not None:
                     await self._engine.stop()
         self._state = "stopped"
@@ -303,6 +346,7 @@ class Server:
         await held.turn(self._report)
         running = await engine.start(llm, report)
         self._engine = running
+        self._slots = asyncio.Semaphore(AHEAD * running.info.capacity)
         gc.collect()
         gc.freeze()  # a full collection over what torch and transformers leave behind takes a third of a second
         gc.set_threshold(YOUNG)
@@ -442,12 +486,74 @@ def _result(index: int, outputs: list[ResponseOutput]) -> Result:
     return Result(index, outputs)
 
 
+def _cancelled(index: int) -> Failure:
+    return Failure(index, "cancelled", invalid=False)
+
+
+def _weight(event: Event) -> int:
+    """Return about how many bytes of memory an event takes."""
+    if not isinstance(event, Result):
+        return ITEM_BYTES
+    weight = ITEM_BYTES
+    for output in event.outputs:
+        weight += 2 * len(output.text) + TOKEN_BYTES * len(output.token_ids)
+        flat = (output.flat_logprobs, output.flat_prompt_logprobs) if isinstance(output, FlatOutput) else ()
+        entries = sum(len(it.token_ids) for it in flat if it is not None)
+        entries += sum(len(it or ()) for logprobs in (output.logprobs, output.prompt_logprobs) for it in logprobs or ())
+        weight += LOGPROB_BYTES * entries
+    return weight
+
+
 @dataclass
 class _Admitted:
-    """A request that was taken in: `left` of its items have not ended."""
+    """A request that was taken in: `left` of its `size` items have not ended."""
 
     engine: RunningEngine
+    size: int
     left: int
+
+
+class _Piece:
+    """A streamed request: its items, and the events that its client has not taken yet.
+
+    `room` is clear while those take more than `BACKLOG_BYTES`: no more items are begun then.
+    """
+
+    def __init__(self, request_id: str, admitted: _Admitted) -> None:
+        self.id = request_id
+        self.admitted = admitted
+        self.news, self.room = asyncio.Event(), asyncio.Event()
+        self.room.set()
+        self.begun: set[int] = set()
+        self.cancelled: set[int] = set()
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        """Of the items that the engine has."""
+        self._events: list[Event] = []
+        self._bytes = 0
+
+    def put(self, event: Event) -> None:
+        """Add what has happened."""
+        self._events.append(event)
+        self._bytes += _weight(event)
+        if self._bytes > BACKLOG_BYTES:
+            self.room.clear()
+        self.news.set()
+
+    def take(self) -> list[Event]:
+        """Return what has happened since the last time."""
+        batch, self._events, self._bytes = self._events, [], 0
+        self.news.clear()
+        self.room.set()
+        return batch
+
+    def cancel(self, items: Sequence[int]) -> list[int]:
+        """Cancel items; return those of them that have not been begun, for which nobody else says so."""
+        fresh = {index for index in items if 0 <= index < self.admitted.size} - self.cancelled
+        self.cancelled |= fresh
+        for index in fresh:
+            if index in self.tasks:
+                self.tasks[index].cancel()
+        return sorted(fresh - self.begun)
 
 
 @contextlib.asynccontextmanager

@@ -9,7 +9,7 @@ import msgspec
 
 from gserve_core.errors import RemoteError, StallTimeout, TransportError
 from gserve_core.interfaces import Access, Address, Connection
-from gserve_core.schema import Event, Health, RunRequest
+from gserve_core.schema import CancelRequest, Event, Health, RunRequest
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, Unpacker
 
@@ -50,6 +50,19 @@ class HttpConnection(Connection):
                 async for chunk in reply.aiter_raw():
                     for events in unpacker.feed(chunk):
                         yield events
+
+    async def cancel(self, request_id: str, items: list[int]) -> None:
+        """Cancel items of a running request."""
+        place = await self._find()
+        body = msgspec.msgpack.encode(CancelRequest(request_id, items))
+        headers = {"content-type": CONTENT_TYPE, **_bearer(self._access.token)}
+        with self._errors(place, CONNECT_SECONDS):
+            reply = await self._client.post(
+                f"http://{place}/cancel", content=body, headers=headers, timeout=CONNECT_SECONDS
+            )
+            self._check_instance(reply, place)
+            if reply.status_code != 200:
+                raise _error(reply)
 
     async def shut_down(self) -> None:
         """Ask the server to end."""

@@ -26,6 +26,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gserve_core.errors import RemoteError
 from gserve_core.interfaces import Address, ServerApi
 from gserve_core.schema import (
+    CancelRequest,
     ChatRequest,
     Conversation,
     Event,
@@ -239,15 +240,22 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     @app.post("/run")
     async def run(request: Request) -> Response:
-        try:
-            asked = msgspec.msgpack.decode(await read(request), type=RunRequest)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-            raise RemoteError(f"the body cannot be read: {error}", status=400) from error
+        asked = _decode_msgpack(await read(request), RunRequest)
         if not HEARTBEATS[0] <= asked.heartbeat <= HEARTBEATS[1]:
             raise RemoteError("expected a heartbeat from {} to {} s".format(*HEARTBEATS), status=400)
         events = api.run(asked)
         first = await _unless_gone(request, anext(events, []))  # an error is a status here; later, a broken stream
         return _Frames(first, events)
+
+    @app.post("/cancel")
+    async def cancel(request: Request) -> Response:
+        body = await read(request)
+        if request.headers.get("content-type") == CONTENT_TYPE:
+            asked = _decode_msgpack(body, CancelRequest)
+        else:
+            asked = _decode_json(body, CancelRequest)
+        api.cancel(asked.id, asked.items)
+        return _json({"status": "ok"})
 
     @app.post(CONTROL_PATH)
     async def shutdown() -> Response:
@@ -344,6 +352,13 @@ def _hostname(header: str) -> str | None:
     """Return the host of a Host header, without its port; None where the header is nothing like one."""
     found = _HOST.fullmatch(header.lower())
     return None if found is None else found[1] or found[2]
+
+
+def _decode_msgpack[T](body: bytearray, type_: type[T]) -> T:
+    try:
+        return msgspec.msgpack.decode(body, type=type_)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise RemoteError(f"the body cannot be read: {error}", status=400) from error
 
 
 def _decode_json[T](body: bytearray, type_: type[T]) -> T:

@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
 
@@ -130,6 +130,7 @@ class _Api:
         self.ready = False
         self.busy: float | None = None
         self.was_shut_down = False
+        self.was_cancelled: list[tuple[str, list[int]]] = []
         self.cancelled = asyncio.Event()
 
     def health(self) -> Health:
@@ -164,6 +165,9 @@ class _Api:
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
         self._admit()
         return [[ResponseOutput(str(prompt))] for group in request.groups for prompt in group.prompts]
+
+    def cancel(self, request_id: str, items: Sequence[int]) -> None:
+        self.was_cancelled.append((request_id, list(items)))
 
     def shut_down(self) -> None:
         self.was_shut_down = True
@@ -204,6 +208,9 @@ async def _check_transport(transport: Transport) -> None:
             assert isinstance(first[0], Result), "results must come the moment they are ready"
             assert isinstance((await anext(stream))[0], Heartbeat), "signs of life must come while work goes on"
         await asyncio.wait_for(api.cancelled.wait(), PATIENCE)  # closing the iterator cancels the work
+
+        await connection.cancel("a-request", [1, 2])
+        assert api.was_cancelled in ([], [("a-request", [1, 2])]), "cancel() must reach the server as it was called"
 
         empty = [batch async for batch in connection.run(RunRequest([]))]
         assert not empty, f"a request without items has no events; got {empty}"

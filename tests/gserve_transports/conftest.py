@@ -4,7 +4,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -60,6 +60,9 @@ class Noted:
             while "slow" in str(prompts):
                 await asyncio.sleep(0.05)
             return [[ResponseOutput(str(prompt))] for prompt in prompts]
+
+    def cancel(self, request_id: str, items: Sequence[int]) -> None:
+        self.effects.append("cancel")
 
     def shut_down(self) -> None:
         self.effects.append("shut_down")

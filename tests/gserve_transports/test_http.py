@@ -29,7 +29,7 @@ from gserve_transports import HttpTransport
 PROGRAM = Path(__file__).parents[2] / "gserve" / "vllm_server.py"
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 LONG: dict[str, Any] = {"prompts": ["a " * 100], "params": {"max_tokens": 100}}
-ROUTES = ("/health", "/chat", "/generate", "/run", "/shutdown", "/", "/docs", "/openapi.json", "/nothing")
+ROUTES = ("/health", "/chat", "/generate", "/run", "/cancel", "/shutdown", "/", "/docs", "/openapi.json", "/nothing")
 
 
 @dataclass
@@ -377,7 +377,7 @@ def test_with_the_token_only_the_routes_and_their_methods_are_there(guarded: VLL
             reply = ask(port_of(guarded), method, route, b"", token=token)
             if route == "/shutdown":
                 status = 403
-            elif route in ("/health", "/chat", "/generate", "/run"):
+            elif route in ("/health", "/chat", "/generate", "/run", "/cancel"):
                 status = 400 if method == "POST" and route != "/health" else 405
             else:
                 status = 404
@@ -393,7 +393,7 @@ def test_only_a_post_with_the_control_secret_ends_a_server(guarded: VLLMServer) 
     for method in METHODS:
         if method not in ("POST", "CONNECT"):
             assert ask(port_of(guarded), method, "/shutdown", b"", token=control).status == 405
-    for route in ("/chat", "/generate", "/run"):
+    for route in ("/chat", "/generate", "/run", "/cancel"):
         assert ask(port_of(guarded), "POST", route, b"", token=control).status == 401
     assert ask(port_of(guarded), "POST", "/shutdown", b"", token=control[:-1]).status == 401
     assert guarded.is_running()

@@ -14,9 +14,12 @@ BODIES = {
     "/chat": json.dumps({"conversations": [[{"role": "user", "content": "a"}]]}).encode(),
     "/generate": json.dumps({"prompts": ["a"]}).encode(),
     "/run": msgspec.msgpack.encode(RunRequest([Group(["a"])])),
+    "/cancel": json.dumps({"id": "a-request", "items": [0]}).encode(),
     "/shutdown": b"",
 }
-EFFECTS = {"/chat": "run_whole", "/generate": "run_whole", "/run": "run", "/shutdown": "shut_down"}
+EFFECTS = {
+    "/chat": "run_whole", "/generate": "run_whole", "/run": "run", "/cancel": "cancel", "/shutdown": "shut_down",
+}  # fmt: skip
 UNKNOWN = ("/", "/docs", "/redoc", "/openapi.json", "/metrics", "/v1/models", "/drain", "/nothing", "*", "")
 TOKEN, CONTROL = "a-token-of-this-server", "the-control-secret"
 NEAR = {
