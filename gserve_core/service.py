@@ -12,9 +12,9 @@ from types import TracebackType
 from typing import Self
 
 from . import runtime
+from .batch.dispatcher import Dispatcher
 from .client import Inference
 from .config import Config, LLMConfig, ServeConfig, check_placement, load
-from .dispatch import Dispatcher
 from .errors import GserveError, LaunchError, TransportError
 from .interfaces import Access, Engine, EngineInfo, Job, Launcher, Transport
 from .nursery import Nursery
@@ -188,10 +188,12 @@ class VLLMService(Inference):
     def _add(self, queue: Dispatcher, record: ServerRecord, *, is_watched: bool) -> None:
         timeout = self._config.serve.client_timeout
         access = Access(token=record.token, control=record.control, instance=record.instance, timeout=timeout)
-        connection = self._parts.transport.connect(record.address, access)
         self._records[record.name] = record
         with suppress(TransportError):  # closed meanwhile
-            queue.add(record.name, connection, record.capacity, timeout, is_watched=is_watched)
+            queue.add(
+                record.name, lambda: self._parts.transport.connect(record.address, access), record.capacity, timeout,
+                is_watched=is_watched,
+            )  # fmt: skip
 
     def _join(self, queue: Dispatcher, servers: Sequence[ServerRecord]) -> None:
         """Take up the servers that another process has now, and wait for those that it has no more."""
@@ -323,10 +325,6 @@ class VLLMService(Inference):
     def _dispatcher(self) -> Dispatcher:
         if self._queue is None:
             raise GserveError("the service is not running: call start(), or use it in a with statement")
-        if self._queue.is_foreign:  # we were forked: the servers are there, the thread and its connections are not
-            self._queue = Dispatcher()
-            for record in list(self._records.values()):
-                self._add(self._queue, record, is_watched=False)
         return self._queue
 
 

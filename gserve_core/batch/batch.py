@@ -1,0 +1,283 @@
+"""One call under way: its items are read as others end, and their outcomes come back."""
+
+import asyncio
+import contextvars
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from itertools import islice
+from typing import Any, Literal
+
+from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
+from ..schema import unfolded
+from .dispatcher import Dispatcher
+from .item_queue import Call, Item, Outcome
+from .items import Items
+
+AHEAD = 1 << 14
+"""Maximum number of items of a call that are read and not yet handed to the caller, unless the servers hold more."""
+AHEAD_SIZE = 64 << 20, 8 << 10
+"""Maximum size of the items of a call that are read and have not ended, in bytes: altogether, or for each item that the
+servers hold, if that is more."""
+FEED = 1 << 12
+"""Number of items that are read in one go from a sequence, for `FEED_SECONDS` at most."""
+FEED_SECONDS = 0.05
+FULL_SECONDS = 1.0
+"""Maximum time between two looks of the reader at whether there is room, in seconds."""
+
+type OnError = Literal["raise", "return"]
+
+
+class Batch:
+    """A call under way.
+
+    The caller's thread calls `feed`, waits `patience` seconds for outcomes, hands them to `count`, and so on.
+
+    `feed` reads a sequence itself. Any other iterable may block, or wait for an earlier outcome of this call: a thread
+    of its own reads it, and submits each item at once. `deliver` is called from any thread and must not block.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        items: Items,
+        deadline: float | None,
+        deliver: Callable[[list[tuple[int, Outcome]]], object],
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._items = items
+        self._deliver = deliver
+        self._call = Call(deliver)
+        self._given = items.read(self._call)
+        self._deadline = deadline
+        self._ends = None if deadline is None else time.monotonic() + deadline
+        self._open: set[int] | None = None if deadline is None else set()
+        self._reader: threading.Thread | None = None
+        self._reading = threading.Lock()
+        """Held while an item is submitted, so that none comes after the deadline."""
+        self._failure: BaseException | None = None
+        self._room = threading.Event()
+        self._read = 0
+        self._read_size = 0
+        self._counted = 0
+        self._is_read = False
+
+    def feed(self) -> bool:
+        """Submit some items, where there is room; return whether outcomes are to come.
+
+        Raises what the source raises.
+        """
+        if self._items.size is None:
+            if self._reader is None:
+                run = contextvars.copy_context().run
+                self._reader = threading.Thread(target=run, args=(self._read_all,), name="gserve-reader", daemon=True)
+                self._reader.start()
+        elif not self._is_full:
+            self._read_some()
+        if self._failure is not None:
+            raise self._failure
+        return self._counted < self._read or not self._is_read
+
+    def _read_some(self) -> None:
+        """Read and submit items, until there are enough."""
+        good: list[Item] = []
+        bad: list[tuple[int, Outcome]] = []
+        enough = time.monotonic() + FEED_SECONDS
+        most = self._read_size + self._size_ahead
+        for item in islice(self._given, FEED):
+            self._note(item)
+            if isinstance(item, ItemError):
+                bad.append((item.index, item))
+            else:
+                good.append(item)
+            if self._read_size > most or time.monotonic() > enough:
+                break
+        else:
+            self._is_read = len(good) + len(bad) < FEED
+        if bad:
+            self._deliver(bad)
+        if good:
+            self._dispatcher.submit(good)
+
+    def _read_all(self) -> None:
+        """Be the reader: submit each item as soon as it is read, and wait where there are enough."""
+        try:
+            for item in self._given:
+                with self._reading:
+                    if self._call.is_cancelled:
+                        return
+                    self._note(item)
+                    if isinstance(item, ItemError):
+                        self._deliver([(item.index, item)])
+                    else:
+                        self._dispatcher.submit([item])
+                while self._is_full and not self._call.is_cancelled:
+                    self._room.wait(FULL_SECONDS)
+                    self._room.clear()
+            self._is_read = True
+        except BaseException as error:
+            self._failure = error
+        finally:
+            self._deliver([])
+
+    def _note(self, item: Item | ItemError) -> None:
+        self._read += 1
+        if self._open is not None:
+            self._open.add(item.index)
+        if isinstance(item, Item):
+            self._read_size += item.size
+
+    @property
+    def _is_full(self) -> bool:
+        ahead = max(AHEAD, 2 * self._dispatcher.room)
+        return self._is_read or self._read - self._counted > ahead - FEED or self._size_ahead <= 0
+
+    @property
+    def _size_ahead(self) -> int:
+        """How many bytes may be read now."""
+        most = max(AHEAD_SIZE[0], AHEAD_SIZE[1] * self._dispatcher.room)
+        return most - (self._read_size - self._call.ended_size)
+
+    @property
+    def patience(self) -> float | None:
+        """How many seconds to wait for outcomes, before `feed` or the deadline; None: as long as it takes."""
+        if self._reader is None and not self._is_full:
+            return 0.0
+        return None if self._ends is None else max(0.0, self._ends - time.monotonic())
+
+    @property
+    def is_late(self) -> bool:
+        """Whether the deadline has come."""
+        return self._ends is not None and time.monotonic() >= self._ends
+
+    def count(self, outcomes: list[tuple[int, Outcome]]) -> list[tuple[int, Outcome]]:
+        """Take note of outcomes that have come; return them."""
+        self._counted += len(outcomes)
+        self._room.set()
+        if self._open is not None:
+            self._open.difference_update([index for index, _ in outcomes])
+        return outcomes
+
+    def expire(self, *, tells_unread: bool) -> Iterator[list[tuple[int, Outcome]]]:
+        """End the call at its deadline; yield the errors of what is not finished.
+
+        Of an iterator, whose end nobody knows, that is what has been read; and with `tells_unread` one more error.
+        """
+        with self._reading:
+            self.cancel()
+            late = sorted(self._open or ())
+
+        def error(index: int, what: str = "this was finished") -> DeadlineExceeded:
+            message = f"the deadline of {self._deadline:g} s came before {what}"
+            return DeadlineExceeded(message, index=index, invalid=False)
+
+        yield [(index, error(index)) for index in late]
+        if self._reader is None:
+            while rest := [*islice(self._given, FEED)]:
+                yield [(it.index, it if isinstance(it, ItemError) else error(it.index)) for it in rest]
+        elif tells_unread and not self._is_read:
+            yield [(self._read, error(self._read, "all items had been read"))]
+
+    def cancel(self) -> None:
+        """Drop what is not finished, also on the servers."""
+        self._call.is_cancelled = True
+        self._room.set()
+        with suppress(Exception):
+            self._dispatcher.cancel(self._call)
+
+
+def outcome_lists(
+    dispatcher: Dispatcher, items: Items, deadline: float | None, *, tells_unread: bool = False
+) -> Iterator[list[tuple[int, Outcome]]]:
+    """Yield the outcomes of all items as they come, as many at once as there are. Nothing is sent before the first.
+
+    tells_unread: where a deadline ends the reading of an iterator, the last outcome says so.
+    """
+    news: queue.SimpleQueue[list[tuple[int, Outcome]]] = queue.SimpleQueue()
+    batch = Batch(dispatcher, items, deadline, news.put)
+    try:
+        while batch.feed():
+            try:
+                come = news.get(timeout=batch.patience)
+            except queue.Empty:
+                if batch.is_late:
+                    yield from batch.expire(tells_unread=tells_unread)
+                    return
+                continue
+            yield batch.count(come)
+    except BaseException:  # Ctrl-C, or the caller wants no more: the servers need not go on
+        batch.cancel()
+        raise
+
+
+async def collect_async(
+    dispatcher: Dispatcher, items: Items, deadline: float | None, return_extra: bool, on_error: OnError
+) -> list[Any]:
+    """Return what `collect` returns."""
+    found = _Found(items, return_extra, on_error)
+    loop = asyncio.get_running_loop()
+    news: asyncio.Queue[list[tuple[int, Outcome]]] = asyncio.Queue()
+
+    def deliver(outcomes: list[tuple[int, Outcome]]) -> None:
+        with suppress(RuntimeError):  # the caller's event loop is closed
+            loop.call_soon_threadsafe(news.put_nowait, outcomes)
+
+    batch = Batch(dispatcher, items, deadline, deliver)
+    try:
+        while batch.feed():
+            try:
+                async with asyncio.timeout(batch.patience):
+                    come = await news.get()
+            except TimeoutError:
+                if batch.is_late:
+                    for outcomes in batch.expire(tells_unread=True):
+                        found.add(outcomes)
+                    break
+                continue
+            found.add(batch.count(come))
+    except BaseException:
+        batch.cancel()
+        raise
+    return found.all()
+
+
+def collect(
+    dispatcher: Dispatcher, items: Items, deadline: float | None, return_extra: bool, on_error: OnError
+) -> list[Any]:
+    """Return all outcomes in the order of the call. Raises BatchError, BatchInterrupted."""
+    found = _Found(items, return_extra, on_error)
+    try:
+        for outcomes in outcome_lists(dispatcher, items, deadline, tells_unread=True):
+            found.add(outcomes)
+    except KeyboardInterrupt as interrupt:
+        raise BatchInterrupted(found.so_far) from interrupt
+    return found.all()
+
+
+class _Found:
+    """The outcomes of a call so far, in its order; None where there is none yet."""
+
+    def __init__(self, items: Items, return_extra: bool, on_error: OnError) -> None:
+        if on_error not in ("raise", "return"):
+            raise ConfigError(f"expected on_error as 'raise' or 'return', got {on_error!r}")
+        self.so_far: list[Any] = [None] * (items.size or 0)
+        self._return_extra = return_extra
+        self._raises = on_error == "raise"
+        self._failed = False
+
+    def add(self, outcomes: list[tuple[int, Outcome]]) -> None:
+        for index, outcome in outcomes:
+            if index >= len(self.so_far):
+                self.so_far += [None] * (index + 1 - len(self.so_far))
+            if isinstance(outcome, ItemError):
+                self._failed = True
+                self.so_far[index] = outcome
+            else:
+                self.so_far[index] = unfolded(outcome) if self._return_extra else [output.text for output in outcome]
+
+    def all(self) -> list[Any]:
+        if self._failed and self._raises:
+            raise BatchError(self.so_far)
+        return self.so_far

@@ -1,0 +1,344 @@
+"""The dispatcher: the thread that sends the items of a queue to servers, over their connections."""
+
+import asyncio
+import contextlib
+import functools
+import itertools
+import logging
+import os
+import sys
+import threading
+import uuid
+import weakref
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+import uvloop
+
+from ..errors import GserveError, StallTimeout, TransportError
+from ..interfaces import Connection
+from ..schema import Group, RunRequest
+from .item_queue import Call, Item, ItemQueue, Piece, Server
+
+HEARTBEAT = 5.0
+"""Seconds between two signs of life of a server at work; less where `client_timeout` is short."""
+PROBE = 1.0
+"""Seconds between two questions to a server whose connection broke."""
+CLOSE_SECONDS = 10.0
+"""Maximum time for closing all connections, in seconds."""
+
+logger = logging.getLogger("gserve.batch")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """How to reach a server: what a forked process needs to use it too."""
+
+    connect: Callable[[], Connection]
+    capacity: int
+    timeout: float | None
+    is_watched: bool
+
+
+class _Link:
+    """A server with its connection."""
+
+    def __init__(self, server: Server, known: _Known) -> None:
+        self.server = server
+        self.connection = known.connect()
+        self.heartbeat = HEARTBEAT if known.timeout is None else min(HEARTBEAT, known.timeout / 3)
+        self.probe: asyncio.Task[None] | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
+
+
+class Dispatcher:
+    """One queue of items and the servers that empty it. Its methods may be called from any thread and signal handler.
+
+    A forked process may go on using it: there it has a thread and connections of its own, and the servers that there
+    were at the fork.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, _Known] = {}
+        self._lock = threading.RLock()  # a signal handler may call us within a call of its thread
+        self._closed = False
+        self._inherited: list[object] = []
+        self._begin()
+        forked = weakref.WeakMethod(self._on_fork)
+        os.register_at_fork(after_in_child=lambda: (method := forked()) and method())
+
+    def _begin(self) -> None:
+        """Start the thread, with all known servers."""
+        self._loop = uvloop.new_event_loop()
+        self._links: dict[Server, _Link] = {}
+        self._tasks: dict[Piece, asyncio.Task[None]] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._requests = map("{}-{}".format, itertools.repeat(uuid.uuid4().hex[:12]), itertools.count())
+        self._incoming: deque[list[Item]] = deque()
+        self._is_taking = False
+        self._queue = ItemQueue(
+            start=self._start, stop=self._stop, cancel=self._cancel_items, probe=self._probe,
+            wake=lambda when: self._loop.call_at(when, self._queue.pump), clock=self._loop.time,
+        )  # fmt: skip
+        self._thread = threading.Thread(target=self._loop.run_forever, name="gserve-dispatch", daemon=True)
+        for key, known in self._known.items():
+            self._loop.call_soon(self._add, key, known)
+        self._thread.start()
+        self._pid = os.getpid()
+
+    def _on_fork(self) -> None:
+        """Prepare for a first use in a forked process. Another thread of the parent may have had the lock."""
+        self._lock = threading.RLock()
+        self._known = {key: replace(known, is_watched=False) for key, known in self._known.items()}
+        self._inherited.append((self._loop, self._queue, self._links, self._tasks, self._closing))  # never collected
+
+    # -------------------------------------------------------------------------------------------------- from any thread
+
+    @property
+    def room(self) -> int:
+        """Number of items that all servers together have in flight, when there are enough."""
+        return sum(2 * known.capacity for known in list(self._known.values()))
+
+    def expect(self, key: str) -> None:
+        """Keep items waiting, where there is no other server, for one that is starting."""
+        self._soon(lambda: self._queue.expect(key))
+
+    def add(
+        self, key: str, connect: Callable[[], Connection], capacity: int, timeout: float | None, *, is_watched: bool
+    ) -> None:
+        """Add a server that works on `capacity` items at once; `connect` makes a connection to it.
+
+        timeout: seconds without any sign of life; None: no limit. is_watched: the caller will call `remove` once the
+        server has died. Until then a broken connection is tried again.
+        """
+        with self._lock:
+            known = self._known[key] = _Known(connect, capacity, timeout, is_watched)
+            self._soon(self._add, key, known)
+
+    def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
+        """Remove a server; its unfinished items go to the others, or wait for its restart where it `returns`.
+
+        died: whether it died while it worked, so that one of its items may be the reason.
+        """
+        with self._lock:
+            self._known.pop(key, None)
+            self._soon(self._remove, key, why, returns, died)
+
+    def drain(self, why: str) -> None:
+        """Send nothing any more: what the servers have goes on, all else is lost because of `why`, now and later."""
+        self._soon(lambda: self._queue.drain(why))
+
+    def finished(self, key: str) -> int:
+        """Return how many items a server has finished since it was added."""
+        return self._queue.finished(key)
+
+    def is_narrowing(self, key: str) -> bool:
+        """Return whether a server works on nothing but items of which one may kill servers."""
+        return self._queue.is_narrowing(key)
+
+    def submit(self, items: list[Item]) -> None:
+        """Put items into the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
+        with self._lock:
+            self._check()
+            self._incoming.append(items)
+            if not self._is_taking:  # once for all that come at the same time: they travel together
+                self._is_taking = True
+                self._loop.call_soon_threadsafe(self._take_incoming)
+
+    def cancel(self, call: Call) -> None:
+        """Drop what is left of a call, also on the servers."""
+        call.is_cancelled = True
+        self._soon(lambda: self._queue.cancel(call))
+
+    def ask[T](self, work: Coroutine[Any, Any, T], timeout: float = 10.0) -> T:
+        """Run a coroutine in the event loop; return what it returns. Raises what it raises.
+
+        Raises StallTimeout: it takes longer than `timeout` seconds.
+        """
+        with self._lock:
+            try:
+                self._check()
+            except BaseException:
+                work.close()
+                raise
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(timeout)
+        except TimeoutError as error:
+            future.cancel()
+            raise StallTimeout(f"no answer within {timeout:g} s") from error
+
+    def ask_server[T](self, key: str, question: Callable[[Connection], Coroutine[Any, Any, T]]) -> T:
+        """Run a coroutine function with the connection to a server; return what it returns. Raises what it raises."""
+
+        async def asked() -> T:
+            link = next((link for server, link in self._links.items() if server.key == key), None)
+            if link is None:
+                raise TransportError(f"there is no connection to {key}")
+            return await question(link.connection)
+
+        return self.ask(asked())
+
+    def close(self) -> None:
+        """End every open call with errors, close all connections, and end the thread. Idempotent."""
+        if sys.is_finalizing():  # the thread is gone already, and every connection goes with the process
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._pid != os.getpid():  # nothing of this process has used it
+                return
+            closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
+        with contextlib.suppress(TimeoutError):
+            closing.result(CLOSE_SECONDS)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_SECONDS)
+        if not self._thread.is_alive():
+            self._loop.close()
+
+    def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
+        with self._lock:
+            self._check()
+            self._loop.call_soon_threadsafe(function, *arguments)
+
+    def _check(self) -> None:
+        """Begin anew in a forked process. Raises GserveError: this cannot be used any more."""
+        if sys.is_finalizing():
+            raise GserveError("the interpreter is ending: call the service before, not in __del__ or a late exit hook")
+        if self._closed:
+            raise TransportError("this service or client is closed: start it again")
+        if self._pid != os.getpid():
+            self._begin()
+
+    # --------------------------------------------------------------------------------- from here on: in the event loop
+
+    def _add(self, key: str, known: _Known) -> None:
+        self._remove(key, "it was replaced", True, False)
+        server = Server(key, known.capacity, known.is_watched)
+        self._links[server] = _Link(server, known)
+        self._queue.add(server)
+
+    def _remove(self, key: str, why: str, returns: bool, died: bool) -> None:
+        self._queue.remove(key, why, returns=returns, died=died)
+        for server in [server for server in self._links if server.key == key]:
+            self._let_go(self._links.pop(server))
+
+    def _let_go(self, link: _Link) -> None:
+        """Close a connection once nothing uses it."""
+
+        async def close() -> None:
+            tasks = [*link.tasks, *([link.probe] if link.probe is not None else [])]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await link.connection.close()
+
+        closing = self._loop.create_task(close())
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+
+    def _take_incoming(self) -> None:
+        self._is_taking = False
+        while self._incoming:
+            self._queue.submit(self._incoming.popleft())
+        self._queue.pump()
+
+    def _start(self, piece: Piece) -> None:
+        assert piece.server is not None
+        link = self._links[piece.server]
+        piece.request = next(self._requests)
+        task = self._tasks[piece] = self._loop.create_task(self._send(piece, link))
+        link.tasks.add(task)
+        task.add_done_callback(functools.partial(self._ended, piece, link))
+
+    async def _send(self, piece: Piece, link: _Link) -> None:
+        """Send a piece, and pass on what comes of it."""
+        request = RunRequest(_groups(piece.sent), link.heartbeat, piece.request)
+        async with contextlib.aclosing(link.connection.run(request)) as stream:
+            async for events in stream:
+                self._queue.happened(piece, events)
+
+    def _ended(self, piece: Piece, link: _Link, task: asyncio.Task[None]) -> None:
+        """Take note of the end of a piece: called for every task, also one that was cancelled before it began."""
+        del self._tasks[piece]
+        link.tasks.discard(task)
+        error: Any = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, TransportError):
+            logger.error("a piece of work failed", exc_info=error)
+        self._queue.ended(piece, error)
+
+    def _stop(self, piece: Piece) -> None:
+        self._tasks[piece].cancel()
+
+    def _cancel_items(self, piece: Piece, indexes: list[int]) -> None:
+        """Have a server stop working on some items of a piece."""
+        assert piece.server is not None
+        link = self._links[piece.server]
+
+        async def cancel() -> None:
+            with contextlib.suppress(TransportError):  # the line broke: the server drops the whole piece
+                await link.connection.cancel(piece.request, indexes)
+
+        task = self._loop.create_task(cancel())
+        link.tasks.add(task)
+        task.add_done_callback(link.tasks.discard)
+
+    def _probe(self, server: Server) -> None:
+        """Find out whether a server lives whose connection broke."""
+        link = self._links[server]
+        if link.probe is None:
+            link.probe = self._loop.create_task(self._ask_until_it_answers(link))
+
+    async def _ask_until_it_answers(self, link: _Link) -> None:
+        server = link.server
+        why = ""
+        while True:
+            try:
+                health = await link.connection.health()
+                if health.status == "ok":
+                    break
+                why = f"it is {health.status}"
+            except TransportError as error:
+                why = str(error)
+            except Exception as error:
+                logger.exception("cannot ask %s for its state", server.key)
+                why = str(error)
+            if not server.is_watched:
+                logger.warning("lost %s: %s", server.key, why)
+                link.probe = None
+                self._queue.lose_sight(server, why)
+                return
+            await asyncio.sleep(PROBE)
+        link.probe = None
+        self._queue.answered(server)
+
+    async def _close(self) -> None:
+        self._take_incoming()
+        self._queue.close("the service was closed")
+        for link in self._links.values():
+            self._let_go(link)
+        self._links.clear()
+        await asyncio.gather(*self._closing, return_exceptions=True)
+        self._take_incoming()
+
+
+def _groups(items: Sequence[Item]) -> list[Group]:
+    """Return the items of a piece as they travel: those that share their parameters together."""
+    encoded: dict[int, bytes] = {}
+
+    def kind(item: Item) -> tuple[bytes, bool]:
+        """Return what the items of a group share. Of equal parameters each call has an object of its own."""
+        if (params := id(item.params)) not in encoded:
+            encoded[params] = msgspec.msgpack.encode(item.params)
+        return encoded[params], item.seed is None
+
+    groups = []
+    for _, it in itertools.groupby(items, kind):
+        members = list(it)
+        seeds = [item.seed for item in members if item.seed is not None]
+        groups.append(Group([item.prompt for item in members], members[0].params, seeds or None))
+    return groups

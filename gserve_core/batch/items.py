@@ -1,0 +1,145 @@
+"""Items: what users hand over, read, checked and sized one by one."""
+
+import hashlib
+import itertools
+import os
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any
+
+import msgspec
+
+from ..errors import ConfigError, ItemError
+from ..sampling import params_from
+from ..schema import Conversation, Message, Params, Prompt
+from .item_queue import Call, Item
+
+TOKEN_SIZE = 5
+"""Size of a token id in a request, in bytes, at most."""
+
+TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+type Read = Callable[[Any], tuple[Prompt, int]]
+"""Reads an item as it was given; returns it with its size in bytes. Raises ItemError, or what encoding raises."""
+
+_chance = random.Random()  # noqa: S311 - our own: the program's global one stays as its user has seeded it
+os.register_at_fork(after_in_child=_chance.seed)
+
+
+class Seeds:
+    """The seeds of items whose parameters name none, so that an item that is sent again samples the same.
+
+    They are random, unless the model has a seed other than 0: then they follow from it, from the number of the call and
+    from the index of the item, and two runs of a program are alike.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self._seed = seed
+        self._calls = itertools.count()
+
+    def of_next_call(self) -> Callable[[int], int]:
+        """Return a function that returns the seed of an item, by its index."""
+        call = next(self._calls)
+        if not self._seed:
+            return lambda index: _chance.getrandbits(31)
+
+        def seed(index: int) -> int:
+            digest = hashlib.blake2b(f"{self._seed} {call} {index}".encode(), digest_size=4).digest()
+            return int.from_bytes(digest) >> 1
+
+        return seed
+
+
+class Items:
+    """The items of a call as they were given, with their parameters. `size`: how many; None where nobody knows.
+
+    Raises ConfigError: the parameters are wrong, or there is not one for each item.
+    """
+
+    def __init__(self, given: Iterable[Any], sampling_params: Any, read: Read, seed: Callable[[int], int]) -> None:
+        self._read = read
+        self._seed = seed
+        self._params: Iterable[tuple[Params | ItemError | None, int]]
+        if isinstance(sampling_params, (list, tuple)):
+            given = given if isinstance(given, Sequence) else list(given)
+            self._params = _each_params(sampling_params, len(given))
+        else:
+            try:
+                self._params = itertools.repeat((params_from(sampling_params), 0))
+            except ItemError as error:
+                raise ConfigError(str(error)) from error
+        self.size = len(given) if isinstance(given, Sequence) else None
+        self._given = given
+
+    def read(self, call: Call) -> Iterator[Item | ItemError]:
+        """Yield each item, or its error. Raises what the source raises."""
+        for (index, given), (params, params_size) in zip(enumerate(self._given), self._params, strict=False):
+            try:
+                if isinstance(params, ItemError):
+                    raise params
+                prompt, size = self._read(given)
+                yield Item(call, index, prompt, params, self._seed_for(index, params), size + params_size)
+            except ItemError as error:
+                yield ItemError(str(error), index=index)
+            except msgspec.ValidationError as error:
+                yield ItemError(f"not as expected: {str(error).replace('`', '')}", index=index)
+            except (UnicodeEncodeError, RecursionError, OverflowError) as error:
+                yield ItemError(f"cannot be sent: {error}", index=index)
+
+    def _seed_for(self, index: int, params: Params | None) -> int | None:
+        """Return a seed for an item that may be sampled and has none."""
+        if params is not None and (params.get("seed") is not None or params.get("temperature") == 0):
+            return None
+        return self._seed(index)
+
+
+def _each_params(given: Sequence[Any], size: int) -> list[tuple[Params | ItemError | None, int]]:
+    """Read sampling parameters, one per item, and their sizes in bytes; equal ones once."""
+    if len(given) != size:
+        raise ConfigError(f"expected one sampling_params for all or {size}, one per item; got {len(given)}")
+    known: dict[int, tuple[Params | ItemError | None, int]] = {}
+    for one in given:
+        if id(one) not in known:
+            try:
+                params = params_from(one)
+                known[id(one)] = params, len(msgspec.msgpack.encode(params))
+            except ItemError as error:
+                known[id(one)] = error, 0
+    return [known[id(one)] for one in given]
+
+
+def read_prompt(given: Any) -> tuple[str | list[int], int]:
+    """Return a text or a list of token ids, and its size in bytes."""
+    if isinstance(given, str):
+        text = str.__str__(given)  # an instance of a subclass, such as NumPy's, cannot travel
+        return text, len(text) if text.isascii() else len(text.encode())
+    if isinstance(given, (list, tuple)):
+        return msgspec.convert(given, list[TokenId]), TOKEN_SIZE * len(given)
+    raise ItemError(f"expected a text or a list of token ids, got {type(given).__name__}")
+
+
+def conversation_reader(*, add_generation_prompt: bool, continue_final_message: bool) -> Read:
+    """Return what reads lists of messages. The flags are those of `vllm.LLM.chat`."""
+
+    def read(given: Any) -> tuple[Conversation, int]:
+        messages = msgspec.convert(given, list[Message])
+        if not messages:
+            raise ItemError("the conversation is empty")
+        made = Conversation(messages, add_generation_prompt, continue_final_message)
+        encoded = msgspec.msgpack.encode(made, enc_hook=_plain_text)
+        return msgspec.msgpack.decode(encoded, type=Conversation), len(encoded)
+
+    return read
+
+
+def check_list(given: Any, what: str, example: str) -> None:
+    """Raise ConfigError where items were not given as a list, or any other iterable but a text or mapping."""
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise ConfigError(f"expected a list of {what} like {example}, got {type(given).__name__}")
+
+
+def _plain_text(given: Any) -> str:
+    """Return the text that an instance of a subclass of `str` holds, such as one of NumPy's."""
+    if isinstance(given, str):
+        return str.__str__(given)
+    raise TypeError(f"expected a text, got {type(given).__name__}")
