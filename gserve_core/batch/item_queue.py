@@ -82,7 +82,7 @@ class Server:
         self.window = 2 * capacity
         self.least = int(AHEAD * capacity)
         self.piece_size = float(MAX_PIECE_SIZE)
-        self.pieces: set[Piece] = set()
+        self.pieces: dict[Piece, None] = {}  # in the order in which they were sent
         self.in_flight = 0
         self.size_in_flight = 0
         self.finished = 0
@@ -227,7 +227,7 @@ class ItemQueue:
         suspects: list[Item] = []
         for item in server.accused if died else ():
             item.losses += not item.is_over
-        for piece in [*server.pieces]:
+        for piece in reversed([*server.pieces]):  # the oldest items come to the head of the queue
             if piece.held_until is None:
                 self._stop(piece)
             items = self._detach(piece)
@@ -253,7 +253,7 @@ class ItemQueue:
         """Use a server again: its connection was broken, and it lives."""
         server.is_broken = server.is_out_of_sight = False
         server.accused.clear()
-        for piece in [piece for piece in server.pieces if piece.held_until is not None]:
+        for piece in reversed([piece for piece in server.pieces if piece.held_until is not None]):
             self._return(piece, self._detach(piece))
         self.pump()
 
@@ -440,7 +440,7 @@ class ItemQueue:
         server, items = piece.server, piece.left
         assert server is not None
         piece.server = None
-        server.pieces.discard(piece)
+        del server.pieces[piece]
         server.in_flight -= len(items)
         server.size_in_flight -= sum(item.size for item in items)
         return items
@@ -483,8 +483,7 @@ class ItemQueue:
             return
         now = self._clock()
         usable = [server for server in self._servers.values() if server.is_usable(now)]
-        if self._suspects:
-            self._narrow_down(usable)
+        self._narrow_down(usable)
         if self._waiting_in_calls:
             self._share_out([server for server in usable if server is not self._reserved and not server.is_narrowing])
 
@@ -494,11 +493,11 @@ class ItemQueue:
 
     def _narrow_down(self, usable: list[Server]) -> None:
         """Start groups of suspects on idle servers. Where none is idle, reserve one, in turn with the calls."""
-        if self._reserved not in usable:
+        must_wait = self._waiting_in_calls and (self._is_turn_of_calls or any(it.is_narrowing for it in self.servers))
+        if not self._suspects or must_wait or not usable:
             self._reserved = None
-        if self._waiting_in_calls and (self._is_turn_of_calls or any(it.is_narrowing for it in self.servers)):
             return
-        if self._reserved is None and usable:
+        if self._reserved not in usable:
             self._reserved = min(usable, key=lambda server: server.in_flight)
         for server in usable:
             if self._suspects and not server.in_flight and (server is self._reserved or not self._waiting_in_calls):
@@ -555,7 +554,7 @@ class ItemQueue:
 
     def _begin(self, server: Server, items: list[Item], *, is_narrowing: bool) -> None:
         piece = Piece(server, items, is_narrowing)
-        server.pieces.add(piece)
+        server.pieces[piece] = None
         server.in_flight += len(items)
         server.size_in_flight += piece.size
         self._start(piece)

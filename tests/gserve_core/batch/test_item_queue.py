@@ -1,0 +1,587 @@
+"""The queue by itself: a state machine with servers that are made up, and a clock that only the test moves."""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+
+from gserve_core.batch import item_queue
+from gserve_core.batch.item_queue import Call, Item, ItemQueue, Outcome, Piece, Server
+from gserve_core.errors import ItemLost, RemoteError, TransportError
+from gserve_core.schema import Failure, Heartbeat, ResponseOutput, Result
+
+STEPS = 100
+EXAMPLES = 200 if os.environ.get("LONG") else 40
+"""Runs of the state machine, of `STEPS` steps each."""
+POISON = "poison"
+BACKGROUND = 400
+"""Number of waiting items of a call that never ends, while the others are to end."""
+
+
+class World:
+    """A queue with made-up servers. A piece that holds a poisoned item kills its server."""
+
+    def __init__(self, queue: type[ItemQueue] = ItemQueue) -> None:
+        self.now = 0.0
+        self.wakes: list[float] = []
+        self.live: list[Piece] = []
+        """The pieces that were started and have neither ended nor been stopped."""
+        self.gone: list[Piece] = []
+        self.probed: list[Server] = []
+        self.servers: dict[str, Server] = {}
+        self.coming: set[str] = set()
+        self.names = (f"server-{number}" for number in range(10**6))
+        self.outcomes: dict[Call, dict[int, Outcome]] = defaultdict(dict)
+        self.sizes: Counter[Call] = Counter()
+        self.submitted = 0
+        self.deaths = 0
+        self.accepts = 10**9
+        """Size of a request that servers accept, in bytes."""
+        self.alone: set[tuple[Call, int]] = set()
+        """The items that were alone on a server when it died."""
+        self.queue = queue(
+            start=self._start, stop=self._stop, cancel=self._cancel, probe=self.probed.append,
+            wake=lambda when: self.wakes.append(when), clock=lambda: self.now,
+        )  # fmt: skip
+
+    def _start(self, piece: Piece) -> None:
+        assert piece.left, "an empty piece was sent"
+        self.live.append(piece)
+
+    def _stop(self, piece: Piece) -> None:
+        self.live.remove(piece)
+        self.gone.append(piece)
+
+    def _cancel(self, piece: Piece, indexes: list[int]) -> None:
+        assert piece in self.live
+        assert all(piece.items[index] is None for index in indexes)
+
+    # ------------------------------------------------------------------------------------------------------- happenings
+
+    def call(self) -> Call:
+        def deliver(outcomes: list[tuple[int, Outcome]]) -> None:
+            for index, outcome in outcomes:
+                assert index not in self.outcomes[call], f"item {index} ended twice"
+                self.outcomes[call][index] = outcome
+
+        call = Call(deliver)
+        return call
+
+    def submit(self, call: Call, prompts: list[str], size: int = 1) -> list[Item]:
+        first = self.sizes[call]
+        items = [Item(call, first + place, prompt, None, None, size) for place, prompt in enumerate(prompts)]
+        self.sizes[call] += len(items)
+        self.submitted += len(items)
+        self.queue.submit(items)
+        self.queue.pump()
+        return items
+
+    def expect(self) -> None:
+        name = next(self.names)
+        self.coming.add(name)
+        self.queue.expect(name)
+
+    def add(self, capacity: int = 4, name: str | None = None, *, is_watched: bool = True) -> Server:
+        name = name or next(self.names)
+        server = self.servers[name] = Server(name, capacity, is_watched)
+        self.coming.discard(name)
+        self.queue.add(server)
+        return server
+
+    def remove(self, server: Server, *, returns: bool, died: bool) -> None:
+        self.deaths += died
+        if died:
+            at_stake = [item for piece in server.pieces for item in piece.left]
+            if len(at_stake) == 1:
+                self.alone.add((at_stake[0].call, at_stake[0].index))
+        del self.servers[server.key]
+        if server in self.probed:
+            self.probed.remove(server)
+        if returns:
+            self.coming.add(server.key)
+        self.queue.remove(server.key, "it died", returns=returns, died=died)
+
+    def result(self, piece: Piece, count: int) -> None:
+        """Have a server answer some items; it dies of a poisoned one."""
+        if any(item.prompt == POISON for item in piece.left):
+            if piece.server is not None and piece.server.key in self.servers:
+                self.remove(piece.server, returns=True, died=True)
+            return
+        indexes = [index for index, item in enumerate(piece.items) if item is not None][:count]
+        events: list[Any] = [Heartbeat(len(indexes))]
+        for index in indexes:
+            item = piece.items[index]
+            assert item is not None
+            events.append(Result(index, [ResponseOutput(str(item.prompt))]))
+        self.queue.happened(piece, events)
+
+    def end(self, piece: Piece, error: Exception | None = None) -> None:
+        if piece in self.live:
+            self.live.remove(piece)
+            self.gone.append(piece)
+            self.queue.ended(piece, error)
+
+    def finish(self, piece: Piece) -> None:
+        """Have a server answer a whole piece, unless it refuses it."""
+        if piece.size > self.accepts and len(piece.sent) > 1:
+            self.end(piece, RemoteError("too large", status=413))
+            return
+        self.result(piece, len(piece.items))
+        self.end(piece)
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        due, self.wakes = [it for it in self.wakes if it <= self.now], [it for it in self.wakes if it > self.now]
+        if due:
+            self.queue.pump()
+
+    def settle(self) -> None:
+        """Let whatever the queue waits for happen: servers come back, connections mend, time passes."""
+        for server in [*self.probed]:
+            self.probed.remove(server)
+            self.queue.answered(server)
+        for name in [*self.coming]:
+            self.add(name=name)
+        self.advance(item_queue.BUSY_SECONDS + item_queue.HOLD_SECONDS)
+
+    # --------------------------------------------------------------------------------------------------------- checks
+
+    def check(self) -> None:
+        """Check what holds at every moment."""
+        queue = self.queue
+        assert queue.submitted == self.submitted
+        assert queue.submitted == queue.waiting + queue.in_flight + queue.ended_items, "an item has no place, or two"
+        held = [piece for server in queue.servers for piece in server.pieces]
+        at_work = [id(item) for piece in held for item in piece.left]
+        assert len(at_work) == len(set(at_work)) == queue.in_flight
+        assert not any(item.is_over for piece in held for item in piece.left)
+        assert all(item.losses <= self.deaths for piece in held for item in piece.left), "a loss without a death"
+        for server in queue.servers:
+            if server.is_narrowing:
+                assert len([piece for piece in server.pieces if piece.left]) <= 1, "a suspect is not alone"
+            else:
+                assert server.in_flight <= server.window
+        for piece in self.live:
+            assert piece.size <= item_queue.MAX_PIECE_SIZE or len(piece.sent) == 1 or piece.is_narrowing
+        if queue.waiting and not any(when <= self.now for when in self.wakes):
+            idle = [it.key for it in queue.servers if it.is_usable(self.now) and not it.in_flight and not it.pieces]
+            assert not idle, f"{idle} idle beside waiting items"
+
+    def check_losses(self) -> None:
+        """Check that nothing is lost but what was alone at a death, once all calls have ended."""
+        for call, outcomes in self.outcomes.items():
+            for index, outcome in outcomes.items():
+                assert not isinstance(outcome, ItemLost) or (call, index) in self.alone, f"item {index}: {outcome}"
+        assert all(len(self.outcomes[call]) == size for call, size in self.sizes.items() if not call.is_cancelled)
+
+    def rounds(self) -> int:
+        """Let servers finish all that they have, again and again; return how often."""
+        count = 0
+        while self.queue.waiting + self.queue.in_flight:
+            for piece in [*self.live]:
+                self.finish(piece)
+            self.settle()
+            self.check()
+            count += 1
+        return count
+
+    def check_speed(self) -> None:
+        """Check what holds of every queue, whatever it went through, once its servers are well."""
+        self.accepts = 10**9
+        for _ in range(100):
+            self.submit(self.call(), ["a"] * len(self.servers))
+            self.rounds()
+        assert min(it.piece_size for it in self.servers.values()) > 1000, "a lowered limit does not recover"
+
+        large, small = self.call(), self.call()
+        self.submit(large, ["a"] * 3000)
+        self.submit(small, ["b"])
+        for _ in range(4):
+            for piece in [*self.live]:
+                self.finish(piece)
+        assert self.outcomes[small], "a small call waits for a large one"
+        self.queue.cancel(large)
+
+        (only, *others) = self.servers.values()
+        for server in others:
+            self.remove(server, returns=False, died=False)
+        self.submit(self.call(), ["a"] * only.window)
+        for _ in range(2):
+            self.remove(only, returns=True, died=True)
+            only = self.add(only.window // 2, only.key)
+        assert self.rounds() <= 2, "two deaths make the rest serial"
+
+    def drain(self, most: int | None = None) -> int:
+        """Let all calls end while another one keeps the servers busy; return how many pieces that took.
+
+        However much the others ask, an item has its turn: `most` bounds the pieces.
+        """
+        self.settle()
+        if not self.servers:
+            self.add()
+        background = self.call()
+        pieces = 0
+        others = [call for call in self.sizes if not call.is_cancelled]
+        while any(len(self.outcomes[call]) < self.sizes[call] for call in others):
+            if (short := BACKGROUND - len(background.waiting)) > BACKGROUND // 2:
+                self.submit(background, ["more"] * short)
+            for piece in [*self.live]:
+                self.finish(piece)
+                pieces += 1
+            self.settle()
+            self.check()
+            waiting = {self.sizes[call] - len(self.outcomes[call]) for call in others}
+            assert most is None or pieces <= most, f"{sum(waiting)} items starve, after {pieces} pieces"
+        self.queue.cancel(background)
+        return pieces
+
+
+PROMPTS = st.lists(st.sampled_from(["a"] * 30 + [POISON]), min_size=1, max_size=40)
+CHOICE = st.integers(0, 10**6)
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Everything that can happen to a queue, in any order."""
+
+    kind: type[ItemQueue] = ItemQueue
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(self.kind)
+        self.world.expect()
+        self.open: list[Call] = []
+
+    def piece(self, choice: int) -> Piece:
+        return self.world.live[choice % len(self.world.live)]
+
+    @rule(prompts=PROMPTS, size=st.sampled_from([1, 1, 100, 3 << 20]))
+    def submit(self, prompts: list[str], size: int) -> None:
+        self.open.append(self.world.call())
+        self.world.submit(self.open[-1], prompts, size)
+
+    @precondition(lambda self: self.open)
+    @rule(choice=CHOICE, prompts=PROMPTS)
+    def submit_more(self, choice: int, prompts: list[str]) -> None:
+        self.world.submit(self.open[choice % len(self.open)], prompts)
+
+    @precondition(lambda self: self.open)
+    @rule(choice=CHOICE)
+    def cancel_or_deadline(self, choice: int) -> None:
+        self.world.queue.cancel(self.open.pop(choice % len(self.open)))
+
+    @precondition(lambda self: len(self.world.servers) < 4)
+    @rule(capacity=st.integers(1, 16))
+    def add(self, capacity: int) -> None:
+        name = next(iter(self.world.coming), None)
+        self.world.add(capacity, name)
+
+    @precondition(lambda self: self.world.servers)
+    @rule(choice=CHOICE, died=st.booleans(), returns=st.booleans())
+    def remove(self, choice: int, died: bool, returns: bool) -> None:
+        servers = [*self.world.servers.values()]
+        is_last = len(servers) + len(self.world.coming) == 1
+        self.world.remove(servers[choice % len(servers)], returns=returns or is_last, died=died)
+
+    @precondition(lambda self: self.world.live)
+    @rule(choice=CHOICE, count=st.integers(1, 40))
+    def answer_some(self, choice: int, count: int) -> None:
+        self.world.result(self.piece(choice), count)
+
+    @precondition(lambda self: self.world.live)
+    @rule(choice=CHOICE)
+    def answer_all(self, choice: int) -> None:
+        self.world.finish(self.piece(choice))
+
+    @precondition(lambda self: self.world.live)
+    @rule(choice=CHOICE)
+    def answer_with_an_error(self, choice: int) -> None:
+        piece = self.piece(choice)
+        index = next((index for index, item in enumerate(piece.items) if item is not None), 0)
+        self.world.queue.happened(piece, [Failure(index, "too long")])
+
+    @precondition(lambda self: self.world.live)
+    @rule(choice=CHOICE)
+    def stop_short(self, choice: int) -> None:
+        self.world.end(self.piece(choice))
+
+    @precondition(lambda self: self.world.live)
+    @rule(choice=CHOICE)
+    def break_connection(self, choice: int) -> None:
+        self.world.end(self.piece(choice), TransportError("connection reset"))
+
+    @precondition(lambda self: self.world.live)
+    @rule(choice=CHOICE, status=st.sampled_from([413, 429, 503, 500]))
+    def refuse(self, choice: int, status: int) -> None:
+        self.world.end(self.piece(choice), RemoteError("no", status=status, retry_after=None))
+
+    @precondition(lambda self: self.world.gone)
+    @rule(choice=CHOICE)
+    def hear_something_late_or_twice(self, choice: int) -> None:
+        piece = self.world.gone[choice % len(self.world.gone)]
+        self.world.queue.happened(piece, [Result(0, [ResponseOutput("late")]), Result(99, [])])
+        self.world.queue.ended(piece, TransportError("late"))
+
+    @precondition(lambda self: self.world.live)
+    @rule(choice=CHOICE)
+    def hear_twice(self, choice: int) -> None:
+        piece = self.piece(choice)
+        self.world.queue.happened(piece, [Result(len(piece.items), []), Result(-1, [])])
+
+    @precondition(lambda self: self.world.probed)
+    @rule(choice=CHOICE)
+    def answer_again(self, choice: int) -> None:
+        self.world.queue.answered(self.world.probed.pop(choice % len(self.world.probed)))
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 3.0]))
+    def wait(self, seconds: float) -> None:
+        self.world.advance(seconds)
+
+    @invariant()
+    def every_item_has_one_place(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        waiting = self.world.queue.waiting + self.world.queue.in_flight
+        poisoned = sum(item.prompt == POISON for piece in self.world.live for item in piece.left)
+        poisoned += sum(item.prompt == POISON for call in self.open for item in call.waiting)
+        suspects = self.world.queue.waiting - sum(len(call.waiting) for call in self.open)
+        self.world.accepts = 8 << 20
+        # each server sends a piece a round; a poisoned item costs a few deaths, of what was in flight each time
+        self.world.drain(most=400 + 2 * waiting + 40 * (poisoned + suspects))
+        self.world.check_losses()
+        self.world.check_speed()
+        self.world.queue.close("the end")
+        assert self.world.queue.ended_items == self.world.submitted
+
+
+def run(machine: type[QueueMachine], examples: int) -> None:
+    run_state_machine_as_test(
+        machine,
+        settings=settings(
+            max_examples=examples, stateful_step_count=STEPS, deadline=None, database=None, derandomize=True,
+            suppress_health_check=list(HealthCheck), phases=[Phase.generate], print_blob=False,
+        ),
+    )  # fmt: skip
+
+
+def test_whatever_happens_every_item_has_one_place_and_every_call_ends() -> None:
+    run(QueueMachine, EXAMPLES)
+
+
+# ------------------------------------------------------------------------------- the rules of before, which it must find
+
+
+class ForgetsWhatHasNotBegun(ItemQueue):
+    """A server that goes takes along what it has not begun (1.1)."""
+
+    def remove(self, key: str, why: str, *, returns: bool, died: bool) -> None:
+        for server in [server for server in self.servers if server.key == key]:
+            for piece in [piece for piece in server.pieces if len(piece.left) == len(piece.sent)]:
+                piece.items.clear()
+                server.in_flight -= len(piece.sent)
+        super().remove(key, why, returns=returns, died=died)
+
+
+class TakesABreakForADeath(ItemQueue):
+    """A connection that breaks is a loss (1.2)."""
+
+    def ended(self, piece: Piece, error: Exception | None) -> None:
+        for item in piece.left if isinstance(error, TransportError) and not isinstance(error, RemoteError) else ():
+            item.losses += 1
+        super().ended(piece, error)
+
+
+class NarrowsOneByOne(ItemQueue):
+    """Suspects run one at a time from the first (1.3)."""
+
+    def remove(self, key: str, why: str, *, returns: bool, died: bool) -> None:
+        super().remove(key, why, returns=returns, died=died)
+        self._suspects = type(self._suspects)([item] for group in self._suspects for item in group)
+
+
+class ForgetsTheReservation(ItemQueue):
+    """The end of any piece ends the reservation of its server (1.4)."""
+
+    def ended(self, piece: Piece, error: Exception | None) -> None:
+        for other in piece.server.pieces if piece.server is not None else ():
+            other.is_narrowing = False
+        super().ended(piece, error)
+
+    def answered(self, server: Server) -> None:
+        for piece in server.pieces:
+            piece.is_narrowing = False
+        super().answered(server)
+
+
+class SuspectsComeLast(ItemQueue):
+    """Suspects wait until no other item does (1.5)."""
+
+    def _narrow_down(self, usable: list[Server]) -> None:
+        if not self._waiting_in_calls:
+            super()._narrow_down(usable)
+
+
+class FirstComeFirstServed(ItemQueue):
+    """Items are sent in the order in which they came, whoever sent them (1.6)."""
+
+    def _take(self, count: int, most: float) -> list[Item]:
+        call = self._calls[0]
+        others = [self._calls.pop() for _ in range(len(self._calls) - 1)]
+        taken = super()._take(count, most)
+        self._calls.extend(reversed(others))
+        if call.waiting:
+            self._calls.remove(call)
+            self._calls.appendleft(call)
+        return taken
+
+
+class NeverRecovers(ItemQueue):
+    """A limit that a refusal has lowered stays (5.2)."""
+
+    def ended(self, piece: Piece, error: Exception | None) -> None:
+        server = piece.server
+        before = server.piece_size if server is not None else 0
+        super().ended(piece, error)
+        if server is not None:
+            server.piece_size = min(before, server.piece_size)
+
+
+OLD_RULES = [
+    NeverRecovers, ForgetsWhatHasNotBegun, TakesABreakForADeath, NarrowsOneByOne, ForgetsTheReservation, SuspectsComeLast,
+    FirstComeFirstServed,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rules", OLD_RULES)
+def test_the_state_machine_finds_the_faults_of_the_rules_before(rules: type[ItemQueue]) -> None:
+    class Old(QueueMachine):
+        kind = rules
+
+    with pytest.raises(AssertionError) as caught:
+        run(Old, EXAMPLES)
+    print(rules.__doc__, "->", str(caught.value).splitlines()[0])
+
+
+# --------------------------------------------------------------------------------------------------------- by the numbers
+
+
+def test_two_deaths_without_a_poisoned_item_cost_no_more_than_their_two_rounds() -> None:
+    world = World()
+    server = world.add(capacity=256)
+    call = world.call()
+    world.submit(call, ["a"] * 256)
+    for _ in range(2):
+        world.remove(server, returns=True, died=True)
+        server = world.add(256, server.key)
+    assert server.is_narrowing
+    assert world.rounds() == 1
+    assert len(world.outcomes[call]) == 256
+
+
+@pytest.mark.parametrize(("items", "servers", "most"), [(1, 1, 3), (16, 1, 4), (256, 1, 5), (1000, 4, 5)])
+def test_a_poisoned_item_costs_few_deaths_and_only_itself(items: int, servers: int, most: int) -> None:
+    world = World()
+    for _ in range(servers):
+        world.add(capacity=256)
+    deaths = 0
+    remove = world.remove
+
+    def counted(server: Server, *, returns: bool, died: bool) -> None:
+        nonlocal deaths
+        deaths += died
+        remove(server, returns=returns, died=died)
+
+    world.remove = counted  # type: ignore[method-assign]
+    call = world.call()
+    world.submit(call, ["a"] * (items // 2) + [POISON] + ["a"] * (items - items // 2 - 1))
+    world.rounds()
+    assert [index for index, outcome in world.outcomes[call].items() if isinstance(outcome, ItemLost)] == [items // 2]
+    assert deaths <= most
+
+
+def test_a_small_call_does_not_wait_for_a_large_one() -> None:
+    world = World()
+    world.add(capacity=16)
+    large, small = world.call(), world.call()
+    world.submit(large, ["a"] * 60_000)
+    world.submit(small, ["b"])
+    for _ in range(4):
+        for piece in [*world.live]:
+            world.finish(piece)
+    assert len(world.outcomes[small]) == 1
+
+
+def test_a_limit_that_a_refusal_has_lowered_recovers() -> None:
+    world = World()
+    world.add(capacity=256)
+    world.accepts = 1 << 20
+    world.submit(world.call(), ["a"] * 64, size=100_000)
+    world.rounds()
+    world.accepts = 10**9
+    for _ in range(60):
+        world.submit(world.call(), ["a"])
+        world.rounds()
+    before = len(world.gone)
+    world.submit(world.call(), ["tiny"] * 256)
+    world.rounds()
+    assert len(world.gone) - before <= 2
+
+
+def test_large_items_do_not_fill_the_memory_of_a_server() -> None:
+    world = World()
+    server = world.add(capacity=256)
+    world.submit(world.call(), ["a"] * 500, size=1 << 20)
+    assert server.size_in_flight <= item_queue.MAX_SIZE_IN_FLIGHT
+    assert all(piece.size <= item_queue.MAX_PIECE_SIZE for piece in world.live)
+    world.rounds()
+
+
+def test_an_interface_that_is_down_is_no_loss() -> None:
+    world = World()
+    servers = [world.add(capacity=16), world.add(capacity=16)]
+    call = world.call()
+    items = world.submit(call, ["a"] * 64)
+    for _ in range(10):
+        while world.live:
+            world.end(world.live[0], TransportError("unreachable"))
+        world.advance(3.0)
+        assert not world.live, "nothing is sent to a server that does not answer"
+        for server in [*world.probed]:
+            world.probed.remove(server)
+            world.queue.answered(server)
+    world.rounds()
+    assert len(world.outcomes[call]) == 64
+    assert not any(item.losses for item in items)
+    assert [*world.servers.values()] == servers
+
+
+def test_the_verdict_that_comes_late_still_counts() -> None:
+    """Items that left a server which did not answer count its death, wherever they are by then."""
+    world = World()
+    hung, other = world.add(capacity=4), world.add(capacity=4)
+    items = world.submit(world.call(), ["a"] * 8)
+    left = [item for piece in hung.pieces for item in piece.left]
+    for piece in [*hung.pieces]:
+        world.end(piece, TransportError("no sign of life"))
+    world.advance(item_queue.HOLD_SECONDS)
+    for piece in [*other.pieces]:
+        world.finish(piece)
+    world.remove(hung, returns=True, died=True)
+    assert [item.losses for item in items] == [int(item in left and not item.is_over) for item in items]
+
+
+def test_what_is_closed_ends_every_call() -> None:
+    world = World()
+    world.add(capacity=4)
+    call = world.call()
+    world.submit(call, ["a"] * 100)
+    world.queue.close("the service was closed")
+    assert len(world.outcomes[call]) == 100
+    world.submit(call, ["a"] * 3)
+    assert len(world.outcomes[call]) == 103
+    world.check()
