@@ -5,6 +5,7 @@ import socket
 import subprocess
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from xdist.scheduler import LoadScopeScheduling
 from gserve_core import testing
 from gserve_core.testing import slurm
 
+default_signals = testing.default_signals
 nothing_left = testing.nothing_left
 slurm_cluster = slurm.slurm_cluster
 pytest_terminal_summary = slurm.pytest_terminal_summary
@@ -26,6 +28,8 @@ ENGINE = (
 SLURM = ("tests/slurm/",)
 """Tests that need the cluster, of which one is enough."""
 ROOT = Path(__file__).parent.parent
+SURROUNDINGS = ("GSERVE_", "SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_")
+"""Beginnings of the variables by which a user's shell, or a job of SLURM, would change what is tested."""
 
 
 class OneEngine(LoadScopeScheduling):
@@ -43,13 +47,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngine:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the suite's state and logs apart from the user's."""
+def own_folders(tmp_path_factory: pytest.TempPathFactory, default_signals: None) -> Iterator[None]:
+    """Keep the suite's state and logs apart from the user's, and what it starts from what the user's shell has set."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("XDG_RUNTIME_DIR", "XDG_STATE_HOME"):
             patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
-        for name in ("GSERVE_LOG_LEVEL", "GSERVE_TOKEN", "GSERVE_ATTACH", "CUDA_VISIBLE_DEVICES"):
-            patch.delenv(name, raising=False)
+        for name in [*os.environ]:
+            if name == "CUDA_VISIBLE_DEVICES" or (name.startswith(SURROUNDINGS) and name != "GSERVE_LONG"):
+                patch.delenv(name)
         patch.setenv(testing.RUN_VARIABLE, uuid.uuid4().hex)
         tree = _changed_files()
         yield
@@ -64,12 +69,17 @@ def clean(nothing_left: None) -> Iterator[None]:
     """Fail where a test leaves a process, a state file or a listening socket behind."""
     children, sockets = _children(), _listening()
     yield
-    assert not _children() - children, "child processes left behind"
+    left = _children() - children
+    for child in left:  # so that only this test fails
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(left, timeout=20)
+    assert not left, f"child processes left behind: {left}"
     assert not _listening() - sockets, "listening sockets left behind"
 
 
-def _children() -> set[int]:
-    return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+def _children() -> set[psutil.Process]:
+    return {child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
 
 
 def _listening() -> set[int]:
