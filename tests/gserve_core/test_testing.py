@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gserve_core import testing
+from gserve_core import runtime, testing
 
 IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 IN_THE_BACKGROUND = """
@@ -74,4 +74,4 @@ def test_what_a_test_leaves_is_ended_and_fails_that_test_alone(tmp_path: Path) -
     assert re.search(r"^2 passed, .*1 error in ", done.stdout, flags=re.MULTILINE)
     said = re.search(r"left behind: \[\((\d+), .*service-left", done.stdout)
     assert said
-    assert not Path(f"/proc/{said[1]}").exists()
+    assert runtime.process_start(int(said[1])) is None
