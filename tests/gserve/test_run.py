@@ -52,7 +52,7 @@ def run(folder: Path, *arguments: str, **environ: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not so within {seconds:g} s"
