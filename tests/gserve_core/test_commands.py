@@ -63,7 +63,7 @@ def test_a_process_that_ignores_sigterm_is_killed_with_all_below_it(tmp_path: Pa
     below = next(int(line) for line in lines(process, 2) if line.isdigit())
     began = time.monotonic()
     assert process.stop(0.5) == -signal.SIGKILL
-    assert 0.4 < time.monotonic() - began < 4
+    assert 0.4 < time.monotonic() - began < 20
     until_gone(below)
     assert not group_is_alive(process.pid)
 

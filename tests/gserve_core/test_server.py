@@ -211,7 +211,7 @@ def test_a_start_that_fails_tells_cause_log_and_its_last_lines() -> None:
     began = time.monotonic()
     with pytest.raises(ServerExited) as caught:
         server.start()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     text = str(caught.value)
     assert text.startswith("server-0 failed while loading: boom (log: ")
     assert caught.value.log is not None

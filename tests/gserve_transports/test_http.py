@@ -212,7 +212,7 @@ def test_a_server_that_loads_answers_503_with_its_phase(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ENDS)
 def test_a_server_by_hand_ends_well_while_it_loads(tmp_path: Path, end: str) -> None:
     before = our_processes()
-    with by_hand(tmp_path, load_time=60.0) as server:
+    with by_hand(tmp_path, load_time=600.0) as server:
         until(lambda: "loading" in server.text)
         ENDS[end](server)
         assert server.process.wait(60) == 0, server.text
@@ -224,11 +224,11 @@ def test_a_server_by_hand_ends_well_while_it_loads(tmp_path: Path, end: str) -> 
 def test_a_server_by_hand_finishes_what_it_has_before_it_ends(tmp_path: Path, end: str) -> None:
     before = our_processes()
     replies: list[Reply] = []
-    with by_hand(tmp_path, latency=0.6) as server:
+    with by_hand(tmp_path, latency=1.6) as server:
         port = server.ready()
         asking = threading.Thread(target=lambda: replies.append(ask(port, "POST", "/generate", {"prompts": ["a"]})))
         asking.start()
-        time.sleep(0.3)
+        time.sleep(0.8)
         ENDS[end](server)
         asking.join(60)
         assert server.process.wait(60) == 0, server.text
@@ -239,12 +239,12 @@ def test_a_server_by_hand_finishes_what_it_has_before_it_ends(tmp_path: Path, en
 
 
 def test_a_second_signal_ends_a_busy_server_at_once(tmp_path: Path) -> None:
-    with by_hand(tmp_path, latency=0.5) as server:
+    with by_hand(tmp_path, latency=5.0) as server:
         port = server.ready()
         replies: list[Reply] = []
         asking = threading.Thread(target=lambda: replies.append(ask(port, "POST", "/generate", LONG)))
         asking.start()
-        time.sleep(0.3)
+        time.sleep(0.8)
         server.process.send_signal(signal.SIGINT)
         until(lambda: "SIGINT: ending" in server.text)
         assert server.process.poll() is None
@@ -311,7 +311,7 @@ def test_a_log_level_that_does_not_exist_is_told_in_one_sentence(
 
 
 def test_a_client_that_goes_away_takes_its_work_with_it(tmp_path: Path) -> None:
-    with by_hand(tmp_path, latency=0.5) as server:
+    with by_hand(tmp_path, latency=5.0) as server:
         port = server.ready()
         body = json.dumps(LONG).encode()
         packed = msgspec.msgpack.encode(RunRequest([Group(LONG["prompts"], LONG["params"])]))

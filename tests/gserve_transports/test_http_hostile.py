@@ -48,7 +48,7 @@ class Hostile:
             lines.append(f"Authorization: Bearer {self.token}")
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
-    def works(self, within: float = 10.0) -> None:
+    def works(self, within: float = 60.0) -> None:
         """Assert that others are served."""
         began = time.monotonic()
         with contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=within)) as line:
