@@ -426,6 +426,18 @@ def our_processes() -> dict[int, str]:
     return found
 
 
+def our_shared_memory() -> set[Path]:
+    """Return the files in /dev/shm that our live processes have mapped; other programs have theirs there too."""
+    found = set()
+    for pid in our_processes():
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                path = line.partition("/dev/shm/")[2]  # noqa: S108 - where POSIX shared memory is on Linux
+                if path and not path.endswith(" (deleted)"):
+                    found.add(Path("/dev/shm") / path)  # noqa: S108
+    return found
+
+
 def our_files() -> set[Path]:
     """Return the state files of servers and services in the runtime directory."""
     return set(runtime.folder().iterdir())
