@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,7 +14,7 @@ import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from gserve_core import testing
+from gserve_core import runtime, testing
 from gserve_core.testing import slurm
 
 default_signals = testing.default_signals
@@ -66,20 +67,40 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, default_signals: None)
 
 @pytest.fixture(autouse=True)
 def clean(nothing_left: None) -> Iterator[None]:
-    """Fail where a test leaves a process, a state file or a listening socket behind."""
-    children, sockets = _children(), _listening()
+    """Fail where a test leaves a process, a state file or a listening socket behind; end the processes."""
+    began, sockets = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"), _listening()
     yield
-    left = _children() - children
-    for child in left:  # so that only this test fails
+    _, left = psutil.wait_procs(_started_since(began), timeout=testing.END_SECONDS)
+    told = [f"{process.pid} {_command(process)}" for process in left]
+    for process in left:
         with suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(left, timeout=20)
-    assert not left, f"child processes left behind: {left}"
+            process.kill()
+    psutil.wait_procs(left, timeout=testing.END_SECONDS)
+    assert not told, f"processes left behind: {told}"
     assert not _listening() - sockets, "listening sockets left behind"
 
 
-def _children() -> set[psutil.Process]:
-    return {child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+def _started_since(began: float) -> list[psutil.Process]:
+    """Return the live processes that this one has started since then (in clock ticks), and all below them."""
+    found = {child.pid for child in psutil.Process().children()}
+    mark = f"\0{testing.RUN_VARIABLE}={os.environ[testing.RUN_VARIABLE]}\0".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                if mark in b"\0" + (entry / "environ").read_bytes() + b"\0":
+                    found.add(int(entry.name))
+    processes = []
+    for pid in found:
+        if (start := runtime.process_start(pid)) is not None and start >= int(began):
+            with suppress(psutil.NoSuchProcess):
+                processes.append(psutil.Process(pid))
+    return processes
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())[:200]
+    return "that has ended by now"
 
 
 def _listening() -> set[int]:
