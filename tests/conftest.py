@@ -3,8 +3,10 @@
 import os
 import socket
 import subprocess
+import time
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from gserve_core import testing
+from gserve_core import runtime, testing
 from gserve_core.testing import slurm
 
+default_signals = testing.default_signals
 nothing_left = testing.nothing_left
 slurm_cluster = slurm.slurm_cluster
 pytest_terminal_summary = slurm.pytest_terminal_summary
@@ -26,6 +29,8 @@ ENGINE = (
 SLURM = ("tests/slurm/",)
 """Tests that need the cluster, of which one is enough."""
 ROOT = Path(__file__).parent.parent
+SURROUNDINGS = ("GSERVE_", "SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_")
+"""Beginnings of the variables by which a user's shell, or a job of SLURM, would change what is tested."""
 
 
 class OneEngine(LoadScopeScheduling):
@@ -43,13 +48,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneEngine:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the suite's state and logs apart from the user's."""
+def own_folders(tmp_path_factory: pytest.TempPathFactory, default_signals: None) -> Iterator[None]:
+    """Keep the suite's state and logs apart from the user's, and what it starts from what the user's shell has set."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("XDG_RUNTIME_DIR", "XDG_STATE_HOME"):
             patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
-        for name in ("GSERVE_LOG_LEVEL", "GSERVE_TOKEN", "GSERVE_ATTACH", "CUDA_VISIBLE_DEVICES"):
-            patch.delenv(name, raising=False)
+        for name in [*os.environ]:
+            if name == "CUDA_VISIBLE_DEVICES" or (name.startswith(SURROUNDINGS) and name != "GSERVE_LONG"):
+                patch.delenv(name)
         patch.setenv(testing.RUN_VARIABLE, uuid.uuid4().hex)
         tree = _changed_files()
         yield
@@ -61,15 +67,40 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def clean(nothing_left: None) -> Iterator[None]:
-    """Fail where a test leaves a process, a state file or a listening socket behind."""
-    children, sockets = _children(), _listening()
+    """Fail where a test leaves a process, a state file or a listening socket behind; end the processes."""
+    began, sockets = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"), _listening()
     yield
-    assert not _children() - children, "child processes left behind"
+    _, left = psutil.wait_procs(_started_since(began), timeout=testing.END_SECONDS)
+    told = [f"{process.pid} {_command(process)}" for process in left]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=testing.END_SECONDS)
+    assert not told, f"processes left behind: {told}"
     assert not _listening() - sockets, "listening sockets left behind"
 
 
-def _children() -> set[int]:
-    return {child.pid for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE}
+def _started_since(began: float) -> list[psutil.Process]:
+    """Return the live processes that this one has started since then (in clock ticks), and all below them."""
+    found = {child.pid for child in psutil.Process().children()}
+    mark = f"\0{testing.RUN_VARIABLE}={os.environ[testing.RUN_VARIABLE]}\0".encode()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                if mark in b"\0" + (entry / "environ").read_bytes() + b"\0":
+                    found.add(int(entry.name))
+    processes = []
+    for pid in found:
+        if (start := runtime.process_start(pid)) is not None and start >= int(began):
+            with suppress(psutil.NoSuchProcess):
+                processes.append(psutil.Process(pid))
+    return processes
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())[:200]
+    return "that has ended by now"
 
 
 def _listening() -> set[int]:

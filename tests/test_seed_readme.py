@@ -1,10 +1,12 @@
-"""Every block of the seed's README runs as written, on real vLLM, but for the model's name and the GPU ids.
+"""Every block of the seed's README runs as written, on real vLLM, but for the model's name, the GPU ids and the port.
 
 The environment makes that fit a small machine: 1 GiB for the KV cache, and no minutes of compilation for a CPU.
 """
 
+import ast
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -78,7 +80,10 @@ def test_several_servers_share_the_requests(tmp_path: Path) -> None:
     )
     logs = run("python", "script.py", folder=tmp_path).split()
     cores = [re.findall(r"core ids=(\[.*?\])", Path(log).read_text()) for log in logs]
-    assert sorted(cores) == [["[0]"], ["[1]"]], "each server computes on a core of its own"
+    first, second = [set(ast.literal_eval(ids)) for (ids,) in cores]
+    assert first, "which cores there are is a matter of the machine"
+    assert second
+    assert not first & second, "each server computes on cores of its own"
 
 
 def test_the_lora_config_is_made(tmp_path: Path) -> None:
@@ -89,10 +94,13 @@ def test_the_lora_config_is_made(tmp_path: Path) -> None:
 def test_the_server_runs_by_hand(tmp_path: Path) -> None:
     script = block("bash", "vllm_server.py --serve")
     script = script.replace("/path/to/gserve_parent_directory", str(ROOT)).replace("/path/to/gserve", str(ROOT))
+    with socket.create_server(("127.0.0.1", 0)) as free:  # on 8000 somebody may listen
+        port = free.getsockname()[1]
+    script = script.replace("--port 8000", f"--port {port}")
     with (tmp_path / "log").open("w") as log:
         shell = subprocess.Popen(["bash", "-ec", script], cwd=tmp_path, env=environment(), stdout=log, stderr=log)
     try:
-        with httpx.Client(base_url="http://127.0.0.1:8000", timeout=60.0) as client:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60.0) as client:
             wait_for_health(client, shell, tmp_path / "log")
             assert client.get("/health").json() == {"status": "ok"}
             chat = {"conversations": [[{"role": "user", "content": "..."}]], "params": {"max_tokens": 3}}
@@ -120,7 +128,7 @@ def wait_for_health(client: httpx.Client, shell: "subprocess.Popen[bytes]", log:
             pass
         else:
             if reply.status_code == 200:
-                assert "importing vLLM" in phases
+                assert phases, "which ones is a matter of the machine's speed"
                 return
             assert reply.status_code == 503
             phases.add(reply.json()["phase"])

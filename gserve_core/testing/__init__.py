@@ -3,7 +3,8 @@
 `check_launcher(MyLauncher())`, `check_transport(MyTransport())` and `check_engine(MyEngine(), llm_config)` raise
 AssertionError where a contract of `gserve_core.interfaces` is broken. gserve's own tests put every registered class
 through them. As pytest fixtures: `pytest_plugins = ["gserve_core.testing"]` in your conftest.py, then
-`nothing_left` for a test after which no process, port or state file of gserve may be left.
+`nothing_left` for a test after which no process or state file of gserve may be left, and `default_signals` for a
+session whose programs are sent signals.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 
 from .. import runtime
@@ -41,6 +42,18 @@ from ..schema import (
 RUN_VARIABLE = "GSERVE_TEST_RUN"
 PATIENCE = 20.0
 """Seconds that a check waits for what should come at once."""
+END_SECONDS = 15.0
+"""Seconds that processes have to end after a test; what is alive then is left behind, and killed."""
+_INHERITED = (
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCHLD,
+)
+"""The signals that gserve or its tests send or need; what a process ignores of them, its children ignore too."""
 FLAT = FlatLogprobs([1, 0], [1], [float("-inf")], [None], ["é"])
 
 _CHILD = """
@@ -369,6 +382,36 @@ async def _check_running(running: RunningEngine) -> None:
     died.cancel()
 
 
+# ------------------------------------------------------------------------------------------------ signals of children
+
+
+@contextmanager
+def signals_by_default() -> Iterator[None]:
+    """Let the programs that are started meanwhile receive every signal, whatever this process ignores or blocks.
+
+    A program inherits what its parent ignores, and `nohup` and a shell's `&` ignore SIGINT, SIGQUIT or SIGHUP. This
+    process still ignores them, but for SIGINT, which raises KeyboardInterrupt. Only for the main thread.
+    """
+    before = {number: signal.getsignal(number) for number in _INHERITED}
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, _INHERITED)
+    for number, handler in before.items():
+        if (
+            handler == signal.SIG_IGN
+        ):  # a handler is not inherited, and one that does nothing is as good for this process
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _ignore)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler == signal.SIG_IGN:
+                signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _ignore(number: int, frame: object) -> None:
+    """Do nothing."""
+
+
 # ---------------------------------------------------------------------------------------------- what may be left behind
 
 
@@ -390,23 +433,41 @@ def our_processes() -> dict[int, str]:
     return found
 
 
+def our_shared_memory() -> set[Path]:
+    """Return the files in /dev/shm that our live processes have mapped; other programs have theirs there too."""
+    found = set()
+    for pid in our_processes():
+        with suppress(OSError):
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                path = line.partition("/dev/shm/")[2]  # noqa: S108 - where POSIX shared memory is on Linux
+                if path and not path.endswith(" (deleted)"):
+                    found.add(Path("/dev/shm") / path)  # noqa: S108
+    return found
+
+
 def our_files() -> set[Path]:
     """Return the state files of servers and services in the runtime directory."""
     return set(runtime.folder().iterdir())
 
 
 def end_leftovers(before: dict[int, str]) -> dict[int, str]:
-    """Wait until no more of our processes are alive than `before`; kill, and return, those that stay for 8 s."""
+    """Wait until no more of our processes are alive than `before`; kill, and return, those that stay."""
 
     def new() -> dict[int, str]:
         return {pid: command for pid, command in our_processes().items() if pid not in before}
 
-    deadline = time.monotonic() + 8.0
-    while (left := new()) and time.monotonic() < deadline:
+    left: dict[int, str] = {}
+    deadline = time.monotonic() + END_SECONDS
+    while (found := new()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    for pid in left:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    deadline += PATIENCE
+    while found and time.monotonic() < deadline:  # what dies may still have started another
+        left |= found
+        for pid in found:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+        found = new()
     return left
 
 
@@ -421,6 +482,15 @@ else:
         """Fail where a test leaves a process or a state file of gserve behind."""
         processes, files = our_processes(), our_files()
         yield
-        left = end_leftovers(processes)
-        assert not left, f"processes left behind: {left}"
-        assert not our_files() - files, f"state files left behind: {our_files() - files}"
+        left: list[object] = [*end_leftovers(processes).items()]
+        for file in our_files() - files:  # what is left is ended and removed: it must fail no other test
+            left.append(file)
+            with suppress(OSError):
+                file.unlink()
+        assert not left, f"processes or state files left behind: {left}"
+
+    @pytest.fixture(scope="session")
+    def default_signals() -> Iterator[None]:
+        """Have every program that a test starts receive its signals, also where the tests run under `nohup`."""
+        with signals_by_default():
+            yield

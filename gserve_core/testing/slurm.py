@@ -193,12 +193,36 @@ class SlurmCluster:
         self._until(_START, f"does not get its node {name} back", lambda: self.node_states()[name] in usable)
 
     def wait_idle(self, seconds: float) -> None:
-        """Wait until no job is in the queue, every node is idle, and no process of a job is left."""
+        """Wait until no job is in the queue, every node is idle, and no process of a job is left.
 
-        def is_idle() -> bool:
-            return not self.processes() and not self.jobs() and set(self.node_states().values()) == {"idle"}
+        Raises RuntimeError when it does not come to that; what is left is then ended, so that the cluster can be used.
+        """
+        try:
+            self._until(seconds, "is not idle", self._is_idle)
+        except RuntimeError:
+            self._clear()
+            raise
 
-        self._until(seconds, "is not idle", is_idle)
+    def _is_idle(self) -> bool:
+        return not self.processes() and not self.jobs() and set(self.node_states().values()) == {"idle"}
+
+    def _clear(self) -> None:
+        """Cancel all jobs, kill what is left of them, and bring every node back; say nothing when that fails."""
+        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+            for node in set(self.nodes) - {daemon[7:-1] for daemon in self.daemons if daemon.startswith("slurmd[")}:
+                self.restart_node(node)
+            if jobs := [line.split()[0] for line in self.jobs()]:
+                self.run("scancel", *jobs)
+            for node, state in self.node_states().items():
+                if state.startswith(("drain", "down", "fail")):
+                    self.run("scontrol", "update", f"NodeName={node}", "State=resume")
+        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+            self._until(_START / 4, "is not idle", self._is_idle)
+            return
+        with contextlib.suppress(RuntimeError, subprocess.TimeoutExpired):
+            for pid in self.processes():
+                _kill(pid)
+            self._until(_START, "is not idle", self._is_idle)
 
     def _processes(self, *programs: str) -> dict[int, str]:
         """Return the live processes of these daemons, what is below them, and what says that it is of a step."""

@@ -6,7 +6,6 @@ JSON.
 
 import itertools
 import os
-import signal
 import sys
 import time
 from typing import Any
@@ -40,7 +39,6 @@ class Options(Struct, frozen=True, kw_only=True):
 
 def main(options: Options) -> None:
     """Live the life of an owner."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     serve = ServeConfig(servers=options.servers) if options.echo is not None else REAL
     engine = EchoEngine(**options.echo) if options.echo is not None else None
     llm = LLMConfig("m") if engine else DEMO

@@ -99,12 +99,12 @@ class Place:
             process.wait()
             if process.stdout is not None:
                 process.stdout.close()
-        eventually(lambda: not self.processes(), 15)
+        eventually(lambda: not self.processes())
         state = self.runtime / "gserve"
         assert not state.exists() or list(state.iterdir()) == []
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 20) -> Any:
+def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
     """Wait until `condition` holds, and return what it gave."""
     deadline = time.monotonic() + seconds
     while not (found := condition()):
@@ -119,18 +119,6 @@ def records(text: str) -> dict[Any, Any]:
     found = {row["id"]: row.get("error") or [output["text"] for output in row["outputs"]] for row in rows}
     assert len(found) == len(rows)
     return found
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _signals_as_in_a_terminal() -> Iterator[None]:
-    """A process in the background may have SIGINT ignored, and hands that on."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    for number, handler in before.items():
-        if handler is signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -270,8 +258,8 @@ def test_a_launched_service_is_listed_and_ends_by_stop(place: Place) -> None:
     table = [process.stdout.readline().split() for _ in range(3)]
     assert table[0] == ["name", "address", "GPUs", "model", "state"]
     assert [[row[0], *row[2:]] for row in table[1:]] == [[f"server-{i}", "-", "other", "ready"] for i in (0, 1)]
-    for phase in ("server-0: starting", "server-1: starting"):
-        assert phase in place.stderr
+    for ready in ("server-0: ready", "server-1: ready"):  # what comes before it may be too short to be seen
+        assert ready in place.stderr
     listed = [row.split() for row in place.run("ps").stdout.splitlines()[1:]]
     assert listed == [["two", str(process.pid), row[0], row[1], "other"] for row in table[1:]]
     taken = place.run("launch", place.config("again"), "--name", "two", code=2)

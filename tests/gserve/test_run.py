@@ -52,7 +52,7 @@ def run(folder: Path, *arguments: str, **environ: str) -> tuple[int, str]:
     return done.returncode, done.stdout
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not so within {seconds:g} s"
@@ -98,7 +98,7 @@ def test_at_a_signal_the_command_gets_what_is_done_and_errors_for_the_rest(tmp_p
     done = [result for result in results if isinstance(result, list)]
     lost = [result for result in results if isinstance(result, str)]
     assert len(results) == 400
-    assert 8 <= len(done) <= 200
+    assert 8 <= len(done) < 400
     assert all("is ending" in text or "has ended" in text for text in lost)
     assert b"the service is ending: " in (tmp_path / "out").read_bytes()
 

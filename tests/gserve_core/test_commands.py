@@ -52,7 +52,7 @@ def lines(process: LocalProcess, count: int) -> list[bytes]:
 
 
 def until_gone(pid: int) -> None:
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while runtime.process_start(pid) is not None:
         assert time.monotonic() < deadline, f"{pid} is alive"
         time.sleep(0.01)
@@ -63,7 +63,7 @@ def test_a_process_that_ignores_sigterm_is_killed_with_all_below_it(tmp_path: Pa
     below = next(int(line) for line in lines(process, 2) if line.isdigit())
     began = time.monotonic()
     assert process.stop(0.5) == -signal.SIGKILL
-    assert 0.4 < time.monotonic() - began < 4
+    assert 0.4 < time.monotonic() - began < 20
     until_gone(below)
     assert not group_is_alive(process.pid)
 
@@ -72,7 +72,7 @@ def test_what_a_process_left_below_it_is_ended_too(tmp_path: Path) -> None:
     process = python(tmp_path, ORPHANER)
     below = int(lines(process, 1)[0])
     process.stdin.write(b"\n")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -97,7 +97,7 @@ def test_stop_is_idempotent_from_any_number_of_threads(tmp_path: Path) -> None:
 )
 def test_the_exit_code_is_that_of_the_process(tmp_path: Path, text: str, code: int) -> None:
     process = python(tmp_path, text)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -480,9 +480,9 @@ def test_an_alias_bomb_is_refused_within_a_second(tmp_path: Path) -> None:
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 10)]
     file.write_text("\n".join(lines))
-    began = time.monotonic()
+    began = time.process_time()
     assert message(lambda: load(file)).endswith("the aliases of this YAML expand to too much")
-    assert time.monotonic() - began < 1
+    assert time.process_time() - began < 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- --set

@@ -19,7 +19,8 @@ from gserve_core import runtime
 
 PROGRAM = Path(__file__).parents[2] / "gserve" / "vllm_server.py"
 HELLO = {"type": "hello", "instance": "the-instance", "token": "the-token"}
-ENDS_WITHIN = 5.0
+ENDS_WITHIN = 15.0
+"""Seconds: three times what is promised, for a loaded machine; what does not watch its line lives for a minute."""
 
 NOISY = """
 import os, subprocess, sys, time
@@ -66,7 +67,7 @@ class Leased:
         assert self.process.stdin is not None
         self.process.stdin.write(message if isinstance(message, bytes) else json.dumps(message).encode() + b"\n")
 
-    def hear(self, kind: str, seconds: float = 15.0) -> dict[str, Any]:
+    def hear(self, kind: str, seconds: float = 60.0) -> dict[str, Any]:
         """Return the next message of a kind; every line that comes must be a message."""
         assert self.process.stdout is not None
         deadline = time.monotonic() + seconds
@@ -123,7 +124,7 @@ def until_gone(*pids: int, seconds: float = ENDS_WITHIN) -> None:
 
 
 def status_of(port: int, token: str | None) -> int:
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         connection.request("POST", "/generate", b'{"prompts": ["a"]}', headers)
@@ -133,7 +134,7 @@ def status_of(port: int, token: str | None) -> int:
 
 
 def begin_long_work(port: int) -> HTTPConnection:
-    connection = HTTPConnection("127.0.0.1", port, timeout=10)
+    connection = HTTPConnection("127.0.0.1", port, timeout=60)
     body = json.dumps({"prompts": ["a " * 100], "params": {"max_tokens": 100}})
     connection.request("POST", "/generate", body, {"Authorization": "Bearer the-token"})
     time.sleep(0.3)
@@ -164,7 +165,7 @@ def test_a_server_that_is_told_to_drain_finishes_what_it_has(tmp_path: Path) -> 
         server.say(HELLO)
         server.hear("ready")
         port = server.heard[0]["address"][1]
-        connection = HTTPConnection("127.0.0.1", port, timeout=10)
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/generate", b'{"prompts": ["a b"]}', {"Authorization": "Bearer the-token"})
         time.sleep(0.3)
         server.say({"type": "drain"})
@@ -208,7 +209,7 @@ def test_a_server_that_nobody_greets_says_what_is_missing(tmp_path: Path) -> Non
     with leased(tmp_path) as server:
         server.say(b"who is there?\n")
         server.hang_up()
-        assert server.process.wait(15) == 1
+        assert server.process.wait(60) == 1
         assert "no owner speaks on stdin" in server.log.read_text()
         assert "Traceback" not in server.log.read_text()
 
@@ -221,7 +222,7 @@ def test_a_server_ends_when_its_owner_is_gone_while_a_plugin_is_imported(
     plugin = ("--plugins", "slow_plugin", "--plugin_folder", str(tmp_path))
     with leased(tmp_path, *plugin, type="noisy") as server:
         server.say(HELLO)
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while "from a program" not in server.log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -327,7 +328,7 @@ def test_a_server_does_not_mind_an_owner_that_does_not_read(tmp_path: Path) -> N
         server.say(HELLO)
         assert server.process.stdout is not None
         server.process.stdout.close()
-        deadline = time.monotonic() + 15
+        deadline = time.monotonic() + 60
         while "ready: m" not in server.log.read_text():
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -160,7 +160,7 @@ sys.stdin.read()
 
 
 def eventually_in(log: Path, text: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while text not in log.read_text():
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.02)
@@ -311,7 +311,7 @@ os.kill(os.getpid(), 9)
         process.stdin.write(f"{found}\n".encode())
         process.stdin.flush()
         assert process.wait(30) == -signal.SIGKILL
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not found.exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)

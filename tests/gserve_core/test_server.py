@@ -63,7 +63,7 @@ def new_processes(before: dict[int, str]) -> dict[int, str]:
     return {pid: command for pid, command in our_processes().items() if pid not in before}
 
 
-def until(condition: Callable[[], Any], seconds: float = 15.0) -> None:
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not so within {seconds:g} s"
@@ -211,7 +211,7 @@ def test_a_start_that_fails_tells_cause_log_and_its_last_lines() -> None:
     began = time.monotonic()
     with pytest.raises(ServerExited) as caught:
         server.start()
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     text = str(caught.value)
     assert text.startswith("server-0 failed while loading: boom (log: ")
     assert caught.value.log is not None
@@ -245,7 +245,7 @@ def test_a_server_that_dies_later_is_failed_and_can_be_started_again() -> None:
         with server.client() as client:
             (result,) = client.generate(["poison"], on_error="return")
         assert isinstance(result, GserveError)
-        until(lambda: server.status().state == State.FAILED, 5)
+        until(lambda: server.status().state == State.FAILED)
         assert not server.is_running()
         assert "the engine died: the echo process was killed by SIGKILL" in str(server.status().error)
         assert all("gserve nursery" in command for command in new_processes(before).values())
@@ -460,7 +460,7 @@ def test_the_temporary_files_of_a_server_go_with_it(ends_by: str) -> None:
         if ends_by == "SIGKILL":
             (pid,) = [pid for pid, it in our_processes().items() if "vllm_server.py" in it and pid not in others]
             os.kill(pid, signal.SIGKILL)
-            deadline = time.monotonic() + 10.0
+            deadline = time.monotonic() + 60
             while server.status().state != "failed" and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert not scratch.exists()

@@ -1,5 +1,6 @@
 """Servers that die or hang are replaced, within a budget; late ones join; nothing that was finished is lost."""
 
+import json
 import os
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from gserve_core.server import State
 LLM = LLMConfig("m", max_model_len=1000)
 
 
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not so within {seconds:g} s"
@@ -59,13 +60,11 @@ def test_the_only_server_that_is_killed_is_replaced_and_the_call_goes_on(victim:
         (server,) = service.servers
         before = server.record()
         prompts = [f"prompt {index}" for index in range(100)]
-        done: list[Any] = []
-        calling = threading.Thread(target=lambda: done.append(service.generate(prompts)))
-        calling.start()
-        time.sleep(0.3)
+        iterator = service.generate_iter(prompts)
+        done = dict([next(iterator)])
         os.kill(processes(server)[victim], signal.SIGKILL)
-        calling.join(30)
-        assert done == [[[prompt] for prompt in prompts]]
+        done |= dict(iterator)
+        assert {index: outputs[0].text for index, outputs in done.items()} == dict(enumerate(prompts))
         after = server.record()
         assert after.instance != before.instance, "a new life has an identity of its own"
         assert after.token != before.token
@@ -93,11 +92,11 @@ def test_a_server_that_dies_again_and_again_is_given_up() -> None:
         began = time.monotonic()
         with pytest.raises(BatchError, match=r"lost 3 times|no server is left"):
             service.generate(["a"])
-        assert time.monotonic() - began < 30
+        assert time.monotonic() - began < 90
         until(lambda: service.status()[0].state == State.FAILED)
         began = time.monotonic()
         results = service.generate(["a", "b"], on_error="return")
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         assert all(isinstance(result, ItemLost) for result in results)
         assert "started again 2 times" in str(results[0])
 
@@ -108,6 +107,8 @@ def test_a_server_that_fails_its_first_start_is_not_started_again() -> None:
 
 
 SOME_FAIL = """
+import asyncio
+import json
 import os
 from dataclasses import dataclass
 from typing import ClassVar
@@ -116,12 +117,12 @@ from gserve_core.engines.echo import EchoEngine
 
 @dataclass(frozen=True, kw_only=True)
 class SomeFail(EchoEngine):
-    '''Fails in the first `fail` servers that start, and loads for `slow` seconds in the next one.'''
+    '''Fails in the first `fail` servers that start; if it is `slow`, the next one loads until `go` is in `folder`.'''
 
     name: ClassVar[str] = "some-fail"
     folder: str
     fail: int = 0
-    slow: float = 0.0
+    slow: bool = False
 
     async def start(self, llm, report):
         for number in range(100):
@@ -133,9 +134,9 @@ class SomeFail(EchoEngine):
         if number < self.fail:
             raise RuntimeError(f"broken, number {number}")
         if number == self.fail and self.slow:
-            import asyncio
-            report("loading for long")
-            await asyncio.sleep(self.slow)
+            while not os.path.exists(f"{self.folder}/go"):
+                report("loading for long")
+                await asyncio.sleep(0.05)
         return await super().start(llm, report)
 
 @hookimpl
@@ -147,7 +148,7 @@ def gserve_register_engines():
 def some_fail(folder: Path, serve: str, **engine: Any) -> VLLMService:
     (folder / "marks").mkdir()
     (folder / "some_fail.py").write_text(SOME_FAIL)
-    options = ", ".join(f"{name}: {value}" for name, value in engine.items())
+    options = ", ".join(f"{name}: {json.dumps(value)}" for name, value in engine.items())
     (folder / "c.yaml").write_text(
         f"llm: {{model_name: m}}\nserve: {serve}\nplugins: [some_fail]\n"
         f"engine: {{type: some-fail, folder: {folder}/marks, {options}}}\n"
@@ -156,16 +157,17 @@ def some_fail(folder: Path, serve: str, **engine: Any) -> VLLMService:
 
 
 def test_a_late_server_joins_by_itself(tmp_path: Path) -> None:
-    with some_fail(tmp_path, "{servers: 3, min_ready: 2}", slow=3.0) as service:
+    with some_fail(tmp_path, "{servers: 3, min_ready: 2}", slow=True) as service:
         assert sum(status.state == State.READY for status in service.status()) == 2
         assert service.generate(["a", "b"]) == [["a"], ["b"]]
+        (tmp_path / "marks" / "go").touch()
         until(lambda: all(status.state == State.READY for status in service.status()))
         assert service.generate([f"{index}" for index in range(100)]) == [[f"{index}"] for index in range(100)]
 
 
 def test_one_that_is_not_needed_may_fail(tmp_path: Path) -> None:
     with some_fail(tmp_path, "{servers: 3, min_ready: 2}", fail=1) as service:
-        assert sorted(status.state for status in service.status()) == ["failed", "ready", "ready"]
+        until(lambda: sorted(status.state for status in service.status()) == ["failed", "ready", "ready"])
         assert service.generate(["a", "b"]) == [["a"], ["b"]]
 
 
@@ -229,8 +231,8 @@ def test_an_engine_that_takes_no_more_work_is_found_when_its_client_gives_up() -
 
 
 def test_a_busy_server_that_moves_is_never_killed() -> None:
-    serve = ServeConfig(stall_timeout=1.0)
-    with VLLMService(LLM, serve, engine=EchoEngine(latency=0.3, capacity=2)) as service:
+    serve = ServeConfig(stall_timeout=2.0)
+    with VLLMService(LLM, serve, engine=EchoEngine(latency=0.4, capacity=2)) as service:
         assert service.generate([f"p{index}" for index in range(30)], {"max_tokens": 1})
         assert service.status()[0].restarts == 0
 
@@ -311,5 +313,5 @@ def test_a_shutdown_while_it_starts_ends_the_start() -> None:
     with pytest.raises(LaunchError, match=r"was (shut down|stopped) while it started"):
         service.start()
     assert time.monotonic() - began < 20
-    ending.join(20)
+    ending.join(60)
     assert [status.state for status in service.status()] == [State.STOPPED] * 2

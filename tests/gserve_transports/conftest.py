@@ -87,12 +87,12 @@ def served(api: Noted, host: str = "127.0.0.1") -> Iterator[Noted]:
 
     thread = threading.Thread(target=live, daemon=True)
     thread.start()
-    assert listening.wait(20)
+    assert listening.wait(60)
     try:
         yield api
     finally:
         loops[0].call_soon_threadsafe(over.set)
-        thread.join(20)
+        thread.join(60)
         assert not thread.is_alive(), "the server does not end"
 
 
@@ -127,7 +127,7 @@ def make_noted() -> type[Noted]:
 def until() -> Callable[..., None]:
     """What waits for a condition."""
 
-    def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+    def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < deadline, f"not so within {seconds:g} s"

@@ -54,7 +54,7 @@ def ask(
 ) -> Reply:
     """Send a request whose every byte is ours: no header that was not asked for, and any target."""
     data = json.dumps(body).encode() if isinstance(body, dict) else body
-    with closing(HTTPConnection("127.0.0.1", port, timeout=20)) as connection:
+    with closing(HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
         connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         for host in [f"127.0.0.1:{port}"] if hosts is None else hosts:
             connection.putheader("Host", host)
@@ -67,7 +67,7 @@ def ask(
         return Reply(reply.status, {name.lower(): value for name, value in reply.getheaders()}, reply.read())
 
 
-def until[T](condition: Callable[[], T], seconds: float = 15.0) -> T:
+def until[T](condition: Callable[[], T], seconds: float = 60.0) -> T:
     deadline = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < deadline, f"not so within {seconds:g} s"
@@ -212,10 +212,10 @@ def test_a_server_that_loads_answers_503_with_its_phase(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", ENDS)
 def test_a_server_by_hand_ends_well_while_it_loads(tmp_path: Path, end: str) -> None:
     before = our_processes()
-    with by_hand(tmp_path, load_time=60.0) as server:
+    with by_hand(tmp_path, load_time=600.0) as server:
         until(lambda: "loading" in server.text)
         ENDS[end](server)
-        assert server.process.wait(5) == 0, server.text
+        assert server.process.wait(60) == 0, server.text
         assert "Traceback" not in server.text
     assert our_processes().keys() <= before.keys()
 
@@ -224,14 +224,14 @@ def test_a_server_by_hand_ends_well_while_it_loads(tmp_path: Path, end: str) -> 
 def test_a_server_by_hand_finishes_what_it_has_before_it_ends(tmp_path: Path, end: str) -> None:
     before = our_processes()
     replies: list[Reply] = []
-    with by_hand(tmp_path, latency=0.6) as server:
+    with by_hand(tmp_path, latency=1.6) as server:
         port = server.ready()
         asking = threading.Thread(target=lambda: replies.append(ask(port, "POST", "/generate", {"prompts": ["a"]})))
         asking.start()
-        time.sleep(0.3)
+        time.sleep(0.8)
         ENDS[end](server)
-        asking.join(10)
-        assert server.process.wait(5) == 0, server.text
+        asking.join(60)
+        assert server.process.wait(60) == 0, server.text
         assert "Traceback" not in server.text
     assert [reply.status for reply in replies] == [200]
     assert replies[0].json[0][0]["text"] == "a"
@@ -239,25 +239,25 @@ def test_a_server_by_hand_finishes_what_it_has_before_it_ends(tmp_path: Path, en
 
 
 def test_a_second_signal_ends_a_busy_server_at_once(tmp_path: Path) -> None:
-    with by_hand(tmp_path, latency=0.5) as server:
+    with by_hand(tmp_path, latency=5.0) as server:
         port = server.ready()
         replies: list[Reply] = []
         asking = threading.Thread(target=lambda: replies.append(ask(port, "POST", "/generate", LONG)))
         asking.start()
-        time.sleep(0.3)
+        time.sleep(0.8)
         server.process.send_signal(signal.SIGINT)
         until(lambda: "SIGINT: ending" in server.text)
         assert server.process.poll() is None
         server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(5) == 0, server.text
-        asking.join(5)
+        assert server.process.wait(60) == 0, server.text
+        asking.join(60)
         assert [reply.status for reply in replies] == [503]
 
 
 @pytest.mark.parametrize("arguments", [["--host", "no.such.host.invalid"], ["--host", "192.0.2.1"]], ids=str)
 def test_a_place_where_nobody_can_listen_is_told_in_one_sentence(tmp_path: Path, arguments: list[str]) -> None:
     with by_hand(tmp_path, *arguments, token="t") as server:
-        assert server.process.wait(15) == 1
+        assert server.process.wait(60) == 1
         assert f"cannot listen on {arguments[1]}:0: " in server.text
         assert "Traceback" not in server.text
 
@@ -265,7 +265,7 @@ def test_a_place_where_nobody_can_listen_is_told_in_one_sentence(tmp_path: Path,
 @pytest.mark.parametrize("port", ["65536", "-1", "http"])
 def test_a_port_that_cannot_be_is_told_in_one_sentence(tmp_path: Path, port: str) -> None:
     with by_hand(tmp_path, "--port", port) as server:
-        assert server.process.wait(15) == 2
+        assert server.process.wait(60) == 2
         assert f"expected a port from 0 to 65535, got {port}" in server.text or "expected one argument" in server.text
 
 
@@ -273,14 +273,14 @@ def test_a_port_that_is_taken_is_told_in_one_sentence(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with by_hand(tmp_path, "--port", str(port)) as server:
-            assert server.process.wait(15) == 1
+            assert server.process.wait(60) == 1
             assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in server.text
             assert "Traceback" not in server.text
 
 
 def test_a_server_that_others_can_reach_wants_a_token(tmp_path: Path) -> None:
     with by_hand(tmp_path, "--host", "0.0.0.0") as server:
-        assert server.process.wait(15) == 1
+        assert server.process.wait(60) == 1
         assert "--host 0.0.0.0 can be reached from other machines" in server.text
         assert "Traceback" not in server.text
 
@@ -305,13 +305,13 @@ def test_a_log_level_that_does_not_exist_is_told_in_one_sentence(
 ) -> None:
     monkeypatch.setenv("GSERVE_LOG_LEVEL", "LOUD")
     with by_hand(tmp_path) as server:
-        assert server.process.wait(15) == 1
+        assert server.process.wait(60) == 1
         assert "unknown log level 'LOUD'" in server.text
         assert "Traceback" not in server.text
 
 
 def test_a_client_that_goes_away_takes_its_work_with_it(tmp_path: Path) -> None:
-    with by_hand(tmp_path, latency=0.5) as server:
+    with by_hand(tmp_path, latency=5.0) as server:
         port = server.ready()
         body = json.dumps(LONG).encode()
         packed = msgspec.msgpack.encode(RunRequest([Group(LONG["prompts"], LONG["params"])]))
@@ -324,7 +324,7 @@ def test_a_client_that_goes_away_takes_its_work_with_it(tmp_path: Path) -> None:
             line.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             time.sleep(0.1)
         end_by_request(server)  # what is at work would be waited for
-        assert server.process.wait(5) == 0, server.text
+        assert server.process.wait(60) == 0, server.text
         assert "Traceback" not in server.text
 
 
@@ -588,7 +588,7 @@ def test_garbage_between_client_and_server_is_refused_with_a_sentence(
 
 
 def test_a_body_without_a_length_is_bounded_too(guarded: VLLMServer, token: str) -> None:
-    with socket.create_connection(("127.0.0.1", port_of(guarded)), timeout=10) as line:
+    with socket.create_connection(("127.0.0.1", port_of(guarded)), timeout=60) as line:
         head = f"POST /generate HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {token}\r\n"
         line.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
         for _ in range(20):

@@ -182,7 +182,7 @@ def test_another_user_of_the_machine_cannot_end_a_server(noted, tmp_path_factory
         raw = request("POST", "/shutdown", None if secret is None else f"Bearer {secret}".encode())
         ran = subprocess.run(
             ["bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{noted.port}; id -u; cat >&3; cat <&3"],
-            input=raw, capture_output=True, check=True, user=65534, group=65534, extra_groups=[], cwd="/", timeout=20,
+            input=raw, capture_output=True, check=True, user=65534, group=65534, extra_groups=[], cwd="/", timeout=60,
         )  # fmt: skip
         uid, _, answer = ran.stdout.partition(b"\n")
         assert (uid, status(answer)) == (b"65534", 401)

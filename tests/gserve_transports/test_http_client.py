@@ -216,7 +216,7 @@ def test_both_ends_look_after_a_line_on_which_nothing_is_said(noted, until) -> N
             pass
 
     assert talk(["127.0.0.1"], noted.port, look) == [(1, 5, 3, 3)] * 2
-    until(lambda: not noted.working, 2.0)
+    until(lambda: not noted.working, 20.0)
 
 
 # --------------------------------------------------------------------------------------------------------- proxies

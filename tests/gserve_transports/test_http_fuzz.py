@@ -184,7 +184,7 @@ class Asker:
     def ask(self, route: str, body: bytes) -> None:
         line = getattr(self._own, "line", None)
         if line is None:
-            line = self._own.line = HTTPConnection("127.0.0.1", self._server.port, timeout=20)
+            line = self._own.line = HTTPConnection("127.0.0.1", self._server.port, timeout=60)
             self._lines.append(line)
         line.request("POST", route, body, {"Authorization": f"Bearer {self._server.record().token}"})
         reply = line.getresponse()

@@ -48,7 +48,7 @@ class Hostile:
             lines.append(f"Authorization: Bearer {self.token}")
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
-    def works(self, within: float = 10.0) -> None:
+    def works(self, within: float = 60.0) -> None:
         """Assert that others are served."""
         began = time.monotonic()
         with contextlib.closing(HTTPConnection("127.0.0.1", self.port, timeout=within)) as line:
@@ -88,7 +88,7 @@ def bounded(server: Hostile) -> Iterator[None]:
 def flood(port: int, head: bytes, piece: bytes, most: int = FLOOD) -> tuple[int, bytes]:
     """Send `head`, then `piece` without end; return how many bytes went, and what the server answered meanwhile."""
     sent, answer = 0, bytearray()
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as line:
 
         def read() -> None:
             with contextlib.suppress(OSError):
@@ -104,7 +104,7 @@ def flood(port: int, head: bytes, piece: bytes, most: int = FLOOD) -> tuple[int,
                 sent += len(piece)
         with contextlib.suppress(OSError):
             line.shutdown(socket.SHUT_RDWR)
-        reading.join(20)
+        reading.join(60)
     return sent, bytes(answer)
 
 
@@ -123,13 +123,13 @@ def test_a_body_without_end_is_refused_and_cut_off(hostile: Hostile, path: str, 
 
 @pytest.mark.parametrize("length", [MIB + 1, 4096 * MIB, 1 << 62])
 def test_a_body_too_large_by_its_own_word_is_refused_before_it_is_sent(hostile: Hostile, length: int) -> None:
-    with bounded(hostile), socket.create_connection(("127.0.0.1", hostile.port), timeout=10) as line:
+    with bounded(hostile), socket.create_connection(("127.0.0.1", hostile.port), timeout=60) as line:
         line.sendall(hostile.head(f"Content-Length: {length}"))
         assert line.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
 def test_a_body_that_is_to_be_continued_is_refused_before_it_is_sent(hostile: Hostile) -> None:
-    with socket.create_connection(("127.0.0.1", hostile.port), timeout=10) as line:
+    with socket.create_connection(("127.0.0.1", hostile.port), timeout=60) as line:
         line.sendall(hostile.head("Expect: 100-continue", f"Content-Length: {4096 * MIB}"))
         assert line.recv(1000).startswith(b"HTTP/1.1 413 ")
 
@@ -236,7 +236,7 @@ def test_a_thousand_connections_that_say_nothing_do_not_keep_others_out(hostile:
     ids=["websocket", "h2c", "HTTP/2", "HTTP/3.7", "HTTP/0.9", "CONNECT", "TLS", "bytes"],
 )
 def test_other_languages_are_not_spoken(hostile: Hostile, raw: bytes) -> None:
-    with socket.create_connection(("127.0.0.1", hostile.port), timeout=5) as line:
+    with socket.create_connection(("127.0.0.1", hostile.port), timeout=60) as line:
         line.sendall(raw)
         line.shutdown(socket.SHUT_WR)
         with contextlib.suppress(OSError):
@@ -343,8 +343,8 @@ def test_whoever_goes_away_takes_the_work_along(noted, until, what: str, how: st
             line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         if how == "closed for writing only":
             line.shutdown(socket.SHUT_WR)
-            until(lambda: not noted.working, 2.0)
-    until(lambda: not noted.working, 2.0)
+            until(lambda: not noted.working, 20.0)
+    until(lambda: not noted.working, 20.0)
 
 
 def test_whoever_goes_away_without_having_read_takes_the_work_along(make_noted, serve, until) -> None:
@@ -364,7 +364,7 @@ def test_whoever_goes_away_without_having_read_takes_the_work_along(make_noted, 
                 assert line.recv(10_000)
                 until(lambda: api.working == 1)
                 time.sleep(0.3)  # until nothing more fits on the line
-            until(lambda: not api.working, 2.0)
+            until(lambda: not api.working, 20.0)
 
 
 # ----------------------------------------------------------------------------------------------------- enough to do

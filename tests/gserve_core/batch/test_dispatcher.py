@@ -1,0 +1,408 @@
+"""Calls over connections that are made up: no server, no socket, all else real."""
+
+import asyncio
+import itertools
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import pytest
+
+from gserve import BatchError, ItemError, VLLMClient
+from gserve_core.batch import batch
+from gserve_core.batch.dispatcher import Dispatcher
+from gserve_core.batch.items import Items, Seeds, read_prompt
+from gserve_core.errors import DeadlineExceeded, TransportError
+from gserve_core.interfaces import Access, Address, Connection, ServerApi, Transport
+from gserve_core.schema import Event, Group, Health, ResponseOutput, Result, RunRequest
+
+
+@dataclass
+class Notes:
+    """What connections were asked to do, and what they are to do."""
+
+    seconds: float = 0.0
+    breaks: int = 0
+    requests: list[RunRequest] = field(default_factory=list)
+    cancelled: list[tuple[str, list[int]]] = field(default_factory=list)
+    healths: int = 0
+
+
+class MadeUp(Connection):
+    """Answers each prompt with itself, after `seconds`; as often as `breaks` says the connection breaks before."""
+
+    def __init__(self, notes: Notes) -> None:
+        self.notes = notes
+
+    async def health(self) -> Health:
+        self.notes.healths += 1
+        return Health("ok")
+
+    async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        self.notes.requests.append(request)
+        prompts = [prompt for group in request.groups for prompt in group.prompts]
+        for index, prompt in enumerate(prompts):
+            if prompt == "slow":
+                await asyncio.sleep(60.0)
+            await asyncio.sleep(self.notes.seconds)
+            if self.notes.breaks:
+                self.notes.breaks -= 1
+                raise TransportError("connection reset")
+            yield [Result(index, [ResponseOutput(str(prompt))])]
+
+    async def cancel(self, request_id: str, items: list[int]) -> None:
+        self.notes.cancelled.append((request_id, items))
+
+    async def shut_down(self) -> None:
+        raise AssertionError
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class MadeUpTransport(Transport):
+    name: ClassVar[str] = "made up"
+    notes: Notes = field(default_factory=Notes)
+
+    def serve(self, api: ServerApi, host: str, port: int) -> AbstractAsyncContextManager[Address]:
+        raise AssertionError
+
+    def connect(self, address: Address, access: Access) -> Connection:
+        return MadeUp(self.notes)
+
+
+@contextmanager
+def client_of(notes: Notes | None = None, capacity: int = 64) -> Iterator[VLLMClient]:
+    transport = MadeUpTransport(notes=notes or Notes())
+    with VLLMClient("127.0.0.1", 1, token="t", transport=transport, capacity=capacity) as client:
+        yield client
+
+
+@contextmanager
+def bounded(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+def collected(dispatcher: Dispatcher, prompts: list[str]) -> list[Any]:
+    return batch.collect(dispatcher, Items(prompts, None, read_prompt, Seeds().of_next_call()), None, False, "return")
+
+
+# --------------------------------------------------------------------------------------------------- nothing gets lost
+
+
+def test_calls_that_run_while_all_is_closed_return() -> None:
+    def call() -> object:
+        try:
+            while True:
+                client.generate(["a"] * 50)
+        except (TransportError, BatchError) as error:
+            return error
+
+    for _ in range(10):
+        with client_of(Notes(seconds=0.001)) as client, ThreadPoolExecutor(16) as pool:
+            calls = [pool.submit(call) for _ in range(16)]
+            time.sleep(random.uniform(0.0, 0.05))
+            client.close()
+            assert all("closed" in str(it.result(20)) for it in calls)
+
+
+def test_what_a_server_was_given_and_had_not_begun_goes_to_the_next_one() -> None:
+    """The task of a request may be cancelled before its first step."""
+    dispatcher = Dispatcher()
+    try:
+        dispatcher.expect("one")
+        with ThreadPoolExecutor() as pool:
+            calls = [pool.submit(collected, dispatcher, [f"p{number}"]) for number in range(20)]
+            for turn in range(200):
+                dispatcher.add("one", lambda: MadeUp(Notes(seconds=0.01)), 4, None, is_watched=True)
+                dispatcher.remove("one", "it ended", returns=True, died=False)
+                if turn == 199:
+                    dispatcher.add("one", lambda: MadeUp(Notes()), 4, None, is_watched=True)
+            assert [it.result(20) for it in calls] == [[[f"p{number}"]] for number in range(20)]
+    finally:
+        dispatcher.close()
+
+
+def test_a_connection_that_is_reset_three_times_loses_nothing() -> None:
+    notes = Notes(breaks=3)
+    with client_of(notes) as client:
+        assert client.generate(["a", "b"]) == [["a"], ["b"]]
+    assert notes.healths >= 3
+
+
+def test_forked_processes_with_threads_lose_no_call() -> None:
+    calls = 500 if os.environ.get("LONG") else 100
+
+    def child(queue: Any) -> None:
+        def call(thread: int) -> int:
+            prompts = [f"{os.getpid()} {thread} {number}" for number in range(calls)]
+            return sum(client.generate([prompt]) == [[prompt]] for prompt in prompts)
+
+        with ThreadPoolExecutor(8) as pool:
+            queue.put(sum(pool.map(call, range(8))))
+
+    with client_of() as client:
+        assert client.generate(["parent"]) == [["parent"]]
+        fork = multiprocessing.get_context("fork")
+        queue = fork.SimpleQueue()
+        children = [fork.Process(target=child, args=(queue,)) for _ in range(4)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            for it in children:
+                it.start()
+        for it in children:
+            it.join(60)
+        assert [queue.get() for _ in children] == [8 * calls] * 4
+        assert client.generate(["parent"]) == [["parent"]]
+
+
+def test_signal_handlers_may_call() -> None:
+    answers = []
+
+    def handler(number: int, frame: object) -> None:
+        answers.append(client.generate(["from the handler"]))
+
+    with client_of() as client:
+        before = signal.signal(signal.SIGALRM, handler)
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+            for number in range(300):
+                assert client.generate([f"p{number}"]) == [[f"p{number}"]]
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+    assert answers
+    assert all(answer == [["from the handler"]] for answer in answers)
+
+
+def test_a_handler_may_close_what_a_call_uses() -> None:
+    with client_of(Notes(seconds=0.01)) as client:
+        before = signal.signal(signal.SIGALRM, lambda number, frame: client.close())
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            with pytest.raises(BatchError, match="the service was closed"):
+                client.generate(["a"] * 1000)
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
+
+
+def test_a_source_that_blocks_does_not_hold_back_the_deadline() -> None:
+    going_on = threading.Event()
+
+    def blocking() -> Iterator[str]:
+        yield "first"
+        going_on.wait(30.0)
+        yield "late"
+
+    with client_of() as client:
+        with bounded(5.0):
+            assert [(index, type(it)) for index, it in client.generate_iter(blocking(), deadline=0.5)] == [(0, list)]
+        with bounded(5.0), pytest.raises(BatchError, match="came before all items had been read") as caught:
+            client.generate(blocking(), deadline=0.5)
+        assert caught.value.results[0] == ["first"]
+        assert isinstance(caught.value.results[1], DeadlineExceeded)
+        going_on.set()
+
+
+def test_an_item_is_sent_as_soon_as_it_is_read() -> None:
+    """The source may wait for an earlier answer of the same call."""
+    answers: list[str] = []
+    answered = threading.Semaphore(0)
+
+    def dependent() -> Iterator[str]:
+        yield "a"
+        for _ in range(5):
+            assert answered.acquire(timeout=10.0)
+            yield answers[-1] + "a"
+
+    with client_of() as client:
+        for _, outcome in client.generate_iter(dependent()):
+            assert isinstance(outcome, list)
+            answers.append(outcome[0].text)
+            answered.release()
+    assert answers == ["a" * length for length in range(1, 7)]
+
+
+def test_an_error_of_the_source_is_raised_to_the_caller() -> None:
+    def broken() -> Iterator[str]:
+        yield "a"
+        raise RuntimeError("the file is torn")
+
+    with client_of() as client:
+        with pytest.raises(RuntimeError, match="the file is torn"):
+            list(client.generate_iter(broken()))
+        with pytest.raises(RuntimeError, match="the file is torn"):
+            asyncio.run(client.generate_async(broken()))
+        assert client.generate(["on"]) == [["on"]]
+
+
+def test_a_sequence_that_says_more_than_it_has_ends() -> None:
+    class Torn(list[str]):
+        def __len__(self) -> int:
+            return 10
+
+    with client_of() as client:
+        assert [index for index, _ in client.generate_iter(Torn(["a", "b"]))] == [0, 1]
+
+
+def test_large_items_are_not_read_far_ahead() -> None:
+    read = itertools.count()
+
+    def documents() -> Iterator[str]:
+        for _ in range(1000):
+            next(read)
+            yield "x" * (1 << 20)
+
+    with client_of(Notes(seconds=0.02), capacity=4) as client:
+        each = client.generate_iter(documents())
+        for _ in range(10):
+            next(each)
+        assert next(read) < 100
+        each.close()  # type: ignore[attr-defined]
+
+
+def test_a_caller_that_is_slow_holds_back_the_reading() -> None:
+    read = itertools.count()
+    with client_of() as client:
+        each = client.generate_iter(f"p{next(read)}" for _ in range(10**6))
+        next(each)
+        time.sleep(1.0)
+        assert next(read) <= batch.AHEAD + 1
+        each.close()  # type: ignore[attr-defined]
+
+
+# -------------------------------------------------------------------------------------------------------- cancellation
+
+
+def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not so within {seconds:g} s"
+        time.sleep(0.01)
+
+
+def test_cancelled_items_leave_the_server_where_they_travel_with_others() -> None:
+    notes = Notes()
+    with client_of(notes) as client, ThreadPoolExecutor() as pool:
+        first = pool.submit(client.generate, ["slow"], deadline=30.0)  # so that the others wait, and travel together
+        until(lambda: notes.requests)
+        calls = [
+            pool.submit(client.generate, ["slow", "slow"], deadline=seconds, on_error="return")
+            for seconds in (0.5, 3.0)
+        ]
+        assert all(isinstance(it, DeadlineExceeded) for it in calls[0].result(10))
+        together = [it for it in notes.requests if sum(len(group.prompts) for group in it.groups) == 4]
+        if together:  # both calls came in the same turn of the loop
+            until(lambda: notes.cancelled)
+            assert notes.cancelled[0][0] == together[0].id
+            assert len(notes.cancelled[0][1]) == 2
+        client.close()
+        assert isinstance(first.exception(10), BatchError)
+
+
+# --------------------------------------------------------------------------------------------------------------- seeds
+
+
+def seeds_of(notes: Notes) -> list[int]:
+    return [seed for request in notes.requests for group in request.groups for seed in group.seeds or []]
+
+
+def test_seeds_leave_the_random_numbers_of_the_program_alone() -> None:
+    random.seed(42)
+    expected = [random.random() for _ in range(3)]
+    random.seed(42)
+    one, other = Notes(), Notes()
+    found = []
+    for notes in (one, other):
+        with client_of(notes) as client:
+            client.generate(["a"] * 3)
+            found.append(random.random())
+    assert found == expected[:2]
+    random.seed(42)
+    assert len({*seeds_of(one), *seeds_of(other)}) == 6, "programs that seed alike sample differently"
+
+
+def test_forked_processes_have_seeds_of_their_own() -> None:
+    read, write = os.pipe()
+    with pytest.warns(DeprecationWarning, match="fork"):
+        pid = os.fork()
+    if not pid:
+        os.write(write, str(Seeds().of_next_call()(0)).encode())
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert int(os.read(read, 64)) != Seeds().of_next_call()(0)
+    os.close(read)
+    os.close(write)
+
+
+def test_seeds_follow_from_the_seed_of_the_model() -> None:
+    def sample(seed: int) -> list[int]:
+        seeds = Seeds(seed)
+        return [of(index) for of in (seeds.of_next_call(), seeds.of_next_call()) for index in range(5)]
+
+    assert sample(7) == sample(7)
+    assert len(set(sample(7))) == 10
+    assert sample(7) != sample(8)
+    assert sample(0) != sample(0)
+    assert all(0 <= seed < 1 << 31 for seed in sample(7))
+
+
+# --------------------------------------------------------------------------------------------------- ends of a program
+
+AT_EXIT = """
+import asyncio, sys
+sys.path.insert(0, {folder!r})
+from test_dispatcher import MadeUpTransport
+from gserve import VLLMClient
+
+class Late:
+    def __init__(self):
+        self.client = VLLMClient("127.0.0.1", 1, token="t", transport=MadeUpTransport())
+        print(self.client.generate(["now"]))
+
+    def __del__(self):
+        try:
+            print(self.client.generate(["late"]))
+        finally:
+            self.client.close()
+
+late = Late()
+sys.modules["kept"] = late
+"""
+
+
+def test_a_call_at_the_end_of_the_interpreter_ends() -> None:
+    program = AT_EXIT.format(folder=os.path.dirname(__file__))  # noqa: PTH120
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("[['now']]")
+    assert "event loop" not in ended.stderr
+    assert "late" in ended.stdout or "the interpreter is ending" in ended.stderr
+
+
+def test_what_the_items_of_a_call_share_is_sent_once() -> None:
+    notes = Notes()
+    with client_of(notes) as client:
+        client.generate(["a", "b"], {"temperature": 0})
+        client.generate(["a", "b"], [{"temperature": 0}, {"temperature": 0}])
+        client.generate(["a", ""], on_error="return")
+    assert [request.groups for request in notes.requests[:2]] == [[Group(["a", "b"], {"temperature": 0})]] * 2
+    assert len({request.id for request in notes.requests}) == len(notes.requests)
+    assert isinstance(ItemError("x"), Exception)
