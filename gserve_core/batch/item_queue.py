@@ -235,7 +235,7 @@ class ItemQueue:
             for item in items:
                 item.losses += died
             if not died:
-                self._return(piece, items)
+                self._wait_again(piece, [items])
             elif not piece.is_narrowing:
                 suspects += [item for item in items if item.losses >= MAX_LOSSES]
                 self._put_back([item for item in items if item.losses < MAX_LOSSES])
@@ -254,7 +254,7 @@ class ItemQueue:
         server.is_broken = server.is_out_of_sight = False
         server.accused.clear()
         for piece in reversed([piece for piece in server.pieces if piece.held_until is not None]):
-            self._return(piece, self._detach(piece))
+            self._return(piece)
         self.pump()
 
     def lose_sight(self, server: Server, why: str) -> None:
@@ -368,11 +368,11 @@ class ItemQueue:
             self._fail(piece, f"cannot be sent: {type(error).__name__}: {error}", invalid=False)
         elif isinstance(error, RemoteError) and error.status == 413 and len(piece.sent) > 1:
             server.piece_size = max(1, min(server.piece_size, piece.size) / 2)
-            self._put_back_piece(piece, parts=2)
+            self._wait_again(piece, _split(self._detach(piece), 2))
         elif isinstance(error, RemoteError) and (error.status == 429 or (error.status == 503 and server.is_watched)):
             server.busy_until = self._clock() + (error.retry_after or BUSY_SECONDS)
             self._wake(server.busy_until)
-            self._put_back_piece(piece)
+            self._wait_again(piece, [self._detach(piece)])
         elif isinstance(error, RemoteError) and 400 <= error.status < 500:
             self._fail(piece, str(error), invalid=error.status in (400, 413, 422))
         else:
@@ -394,7 +394,7 @@ class ItemQueue:
             self._held.append(piece)
             self._wake(piece.held_until)
         else:
-            self._return(piece, self._detach(piece))
+            self._return(piece)
 
     def _release_held(self) -> None:
         """Give the items to others where the verdict takes too long."""
@@ -403,29 +403,26 @@ class ItemQueue:
             piece = self._held.popleft()
             if piece.server is not None:
                 piece.server.accused += piece.left
-                self._return(piece, self._detach(piece))
+                self._return(piece)
 
-    def _return(self, piece: Piece, items: list[Item]) -> None:
-        """Have the items of a detached piece wait again, though no death of their server is known."""
+    def _return(self, piece: Piece) -> None:
+        """Have the items of a broken connection wait again, though no death of their server is known."""
+        items = self._detach(piece)
         for item in items:
             item.returns += 1
         self._lose(
             [item for item in items if item.returns >= MAX_RETURNS],
             f"the connection broke {MAX_RETURNS} times while a server worked on this",
         )
-        left = [item for item in items if not item.is_over]
-        if not piece.is_narrowing:
-            self._put_back(left)
-        elif left:
-            self._suspects.appendleft(left)
+        self._wait_again(piece, [[item for item in items if not item.is_over]])
 
-    def _put_back_piece(self, piece: Piece, parts: int = 1) -> None:
-        """Have the items of a piece that was refused wait again; suspects in so many parts."""
-        items = self._detach(piece)
-        if piece.is_narrowing:
-            self._suspects.extendleft(reversed(_split(items, parts)))
-        else:
-            self._put_back(items)
+    def _wait_again(self, piece: Piece, groups: list[list[Item]]) -> None:
+        """Have the items of a detached piece wait again, suspects in these groups."""
+        for group in reversed(groups):
+            if not piece.is_narrowing:
+                self._put_back(group)
+            elif group:
+                self._suspects.appendleft(group)
 
     def _put_back(self, items: list[Item]) -> None:
         """Have items wait again, at the head of their calls."""
