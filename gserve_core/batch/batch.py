@@ -85,17 +85,21 @@ class Batch:
         good: list[Item] = []
         bad: list[tuple[int, Outcome]] = []
         enough = time.monotonic() + FEED_SECONDS
-        most = self._read_size + self._size_ahead
+        room = self._size_ahead
         for item in islice(self._given, FEED):
-            self._note(item)
             if isinstance(item, ItemError):
                 bad.append((item.index, item))
             else:
                 good.append(item)
-            if self._read_size > most or time.monotonic() > enough:
+                room -= item.size
+            if room < 0 or time.monotonic() > enough:
                 break
         else:
             self._is_read = len(good) + len(bad) < FEED
+        self._read += len(good) + len(bad)
+        self._read_size += sum(item.size for item in good)
+        if self._open is not None:
+            self._open.update([item.index for item in good], [index for index, _ in bad])
         if bad:
             self._deliver(bad)
         if good:
@@ -108,10 +112,13 @@ class Batch:
                 with self._reading:
                     if self._call.is_cancelled:
                         return
-                    self._note(item)
+                    self._read += 1
+                    if self._open is not None:
+                        self._open.add(item.index)
                     if isinstance(item, ItemError):
                         self._deliver([(item.index, item)])
                     else:
+                        self._read_size += item.size
                         self._dispatcher.submit([item])
                 while self._is_full and not self._call.is_cancelled:
                     self._room.wait(FULL_SECONDS)
@@ -121,13 +128,6 @@ class Batch:
             self._failure = error
         finally:
             self._deliver([])
-
-    def _note(self, item: Item | ItemError) -> None:
-        self._read += 1
-        if self._open is not None:
-            self._open.add(item.index)
-        if isinstance(item, Item):
-            self._read_size += item.size
 
     @property
     def _is_full(self) -> bool:

@@ -12,7 +12,7 @@ item that is alone on its server when that dies is lost.
 """
 
 import logging
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from msgspec import Struct
@@ -266,17 +266,17 @@ class ItemQueue:
     # ----------------------------------------------------------------------------------------------------------- items
 
     def submit(self, items: Sequence[Item]) -> None:
-        """Have items wait. `pump` follows."""
+        """Have items of one call wait. `pump` follows."""
         self.submitted += len(items)
-        for item in items:
-            call = item.call
-            if call.is_cancelled:
+        call = items[0].call
+        if call.is_cancelled:
+            for item in items:
                 self._end(item)
-                continue
-            if not call.waiting:
-                self._calls.append(call)
-            call.waiting.append(item)
-            self._waiting_in_calls += 1
+            return
+        if not call.waiting:
+            self._calls.append(call)
+        call.waiting.extend(items)
+        self._waiting_in_calls += len(items)
         for server in self._servers.values():
             if server.is_out_of_sight:
                 server.is_out_of_sight = False
@@ -299,9 +299,12 @@ class ItemQueue:
         self._suspects = deque(rest for rest in rests if rest)
         for server in self._servers.values():
             for piece in [*server.pieces]:
-                indexes = [index for index, item in enumerate(piece.items) if item is not None and item.call is call]
-                for index in indexes:
-                    self._finish(piece, server, index)
+                theirs = [
+                    (index, item) for index, item in enumerate(piece.items) if item is not None and item.call is call
+                ]
+                indexes = [index for index, _ in theirs]
+                for index, item in theirs:
+                    self._finish(piece, server, index, item)
                 if indexes and not piece.left:
                     if piece.held_until is None:
                         self._stop(piece)
@@ -333,23 +336,24 @@ class ItemQueue:
         server = piece.server
         if server is None:
             return
-        outcomes: dict[Call, list[tuple[int, Outcome]]] = {}
+        outcomes: defaultdict[Call, list[tuple[int, Outcome]]] = defaultdict(list)
+        items = piece.items
         for event in events:
-            if not isinstance(event, (Result, Failure)):
+            if isinstance(event, Result):
+                outcome: Outcome = event.outputs
+            elif isinstance(event, Failure):
+                outcome = ItemError(event.message, invalid=event.invalid)
+            else:
                 continue
-            index = event.index
-            item = piece.items[index] if 0 <= index < len(piece.items) else None
+            item = items[event.index] if 0 <= event.index < len(items) else None
             if item is None:
                 continue
-            self._finish(piece, server, index)
-            server.finished += 1
-            outcome: Outcome = (
-                event.outputs
-                if isinstance(event, Result)
-                else ItemError(event.message, index=item.index, invalid=event.invalid)
-            )
-            outcomes.setdefault(item.call, []).append((item.index, outcome))
+            if isinstance(outcome, ItemError):
+                outcome.index = item.index
+            self._finish(piece, server, event.index, item)
+            outcomes[item.call].append((item.index, outcome))
         for call, batch in outcomes.items():
+            server.finished += len(batch)
             call.deliver(batch)
         if outcomes and (self._waiting_in_calls or self._suspects):
             self.pump()
@@ -442,14 +446,14 @@ class ItemQueue:
         server.size_in_flight -= sum(item.size for item in items)
         return items
 
-    def _finish(self, piece: Piece, server: Server, index: int) -> None:
+    def _finish(self, piece: Piece, server: Server, index: int, item: Item) -> None:
         """End one item of a piece."""
-        item = piece.items[index]
-        assert item is not None
         piece.items[index] = None
         server.in_flight -= 1
         server.size_in_flight -= item.size
-        self._end(item)
+        item.is_over = True
+        item.call.ended_size += item.size
+        self.ended_items += 1
 
     def _fail(self, piece: Piece, message: str, *, invalid: bool) -> None:
         for item in self._detach(piece):
@@ -528,18 +532,18 @@ class ItemQueue:
         size = 0
         while self._calls and len(taken) < count:
             call = self._calls[0]
-            share = -(-(count - len(taken)) // len(self._calls))
-            while share and call.waiting:
-                item = call.waiting[0]
+            waiting = call.waiting
+            share = min(len(waiting), -(-(count - len(taken)) // len(self._calls)))
+            for _ in range(share):
+                item = waiting.popleft()
                 size += item.size
                 if size > most and taken:
-                    self._calls.rotate(-1)  # the next piece begins with another call
-                    self._waiting_in_calls -= len(taken)
-                    return taken
-                taken.append(call.waiting.popleft())
-                share -= 1
-            self._calls.rotate(-1)
-            if not call.waiting:
+                    waiting.appendleft(item)
+                    count = 0
+                    break
+                taken.append(item)
+            self._calls.rotate(-1)  # the next piece begins with another call
+            if not waiting:
                 self._calls.pop()
         self._waiting_in_calls -= len(taken)
         accused = [item for item in taken if item.losses >= MAX_LOSSES]

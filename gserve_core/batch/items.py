@@ -73,12 +73,17 @@ class Items:
 
     def read(self, call: Call) -> Iterator[Item | ItemError]:
         """Yield each item, or its error. Raises what the source raises."""
+        read, seed = self._read, self._seed
+        known: object = self  # parameters of which it is known whether they need a seed: mostly all items share them
+        needs_seed = True
         for (index, given), (params, params_size) in zip(enumerate(self._given), self._params, strict=False):
             try:
-                if isinstance(params, ItemError):
-                    raise params
-                prompt, size = self._read(given)
-                yield Item(call, index, prompt, params, self._seed_for(index, params), size + params_size)
+                if params is not known:
+                    if isinstance(params, ItemError):
+                        raise params
+                    known, needs_seed = params, _may_be_sampled(params)
+                prompt, size = read(given)
+                yield Item(call, index, prompt, params, seed(index) if needs_seed else None, size + params_size)
             except ItemError as error:
                 yield ItemError(str(error), index=index)
             except msgspec.ValidationError as error:
@@ -86,11 +91,10 @@ class Items:
             except (UnicodeEncodeError, RecursionError, OverflowError) as error:
                 yield ItemError(f"cannot be sent: {error}", index=index)
 
-    def _seed_for(self, index: int, params: Params | None) -> int | None:
-        """Return a seed for an item that may be sampled and has none."""
-        if params is not None and (params.get("seed") is not None or params.get("temperature") == 0):
-            return None
-        return self._seed(index)
+
+def _may_be_sampled(params: Params | None) -> bool:
+    """Return whether items with these parameters may be sampled, and have no seed."""
+    return params is None or (params.get("seed") is None and params.get("temperature") != 0)
 
 
 def _each_params(given: Sequence[Any], size: int) -> list[tuple[Params | ItemError | None, int]]:
