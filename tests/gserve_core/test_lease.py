@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -263,14 +264,24 @@ def test_a_server_and_its_child_end_when_the_owner_is_killed(tmp_path: Path, loa
 
 def test_a_server_ends_when_no_beat_comes(tmp_path: Path) -> None:
     with leased(tmp_path) as server:
-        server.say({**HELLO, "ttl": 3.0})
-        server.hear("ready")
-        (child,) = below(server.process.pid)
-        for _ in range(8):  # with beats it lives longer than that
-            time.sleep(0.5)
-            server.say({"type": "beat"})
-        assert server.process.poll() is None
-        server.process.wait(3.0 + ENDS_WITHIN)
+        server.say({**HELLO, "ttl": 4.0})
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(0.2):
+                server.say({"type": "beat"})
+
+        beating = threading.Thread(target=beat)
+        beating.start()
+        try:
+            server.hear("ready")
+            (child,) = below(server.process.pid)
+            time.sleep(5.0)  # with beats it lives longer than that
+            assert server.process.poll() is None
+        finally:
+            over.set()
+            beating.join()
+        server.process.wait(4.0 + ENDS_WITHIN)
         until_gone(child)
 
 
