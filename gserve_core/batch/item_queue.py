@@ -299,18 +299,15 @@ class ItemQueue:
         self._suspects = deque(rest for rest in rests if rest)
         for server in self._servers.values():
             for piece in [*server.pieces]:
-                theirs = [
-                    (index, item) for index, item in enumerate(piece.items) if item is not None and item.call is call
-                ]
-                indexes = [index for index, _ in theirs]
-                for index, item in theirs:
+                theirs = {index: item for index, item in enumerate(piece.items) if item and item.call is call}
+                for index, item in theirs.items():
                     self._finish(piece, server, index, item)
-                if indexes and not piece.left:
+                if theirs and not piece.left:
                     if piece.held_until is None:
                         self._stop(piece)
                     self._detach(piece)
-                elif indexes and piece.held_until is None:
-                    self._cancel(piece, indexes)
+                elif theirs and piece.held_until is None:
+                    self._cancel(piece, [*theirs])
         self.pump()
 
     def drain(self, why: str) -> None:

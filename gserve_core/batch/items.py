@@ -78,9 +78,9 @@ class Items:
         needs_seed = True
         for (index, given), (params, params_size) in zip(enumerate(self._given), self._params, strict=False):
             try:
+                if isinstance(params, ItemError):
+                    raise params
                 if params is not known:
-                    if isinstance(params, ItemError):
-                        raise params
                     known, needs_seed = params, _may_be_sampled(params)
                 prompt, size = read(given)
                 yield Item(call, index, prompt, params, seed(index) if needs_seed else None, size + params_size)
