@@ -160,10 +160,14 @@ def group_is_alive(group: int) -> bool:
 
 def reap_group(group: int) -> None:
     """Reap what has ended of a group, and has become our child: of process 1 all do whose parents have ended."""
-    for pid, state, parent in _members(group):
-        if state == "Z" and parent == os.getpid():
+    deadline = time.monotonic() + FAREWELL
+    while ended := [pid for pid, state, parent in _members(group) if state == "Z" and parent == os.getpid()]:
+        for pid in ended:  # while a thread of it still ends, there is nothing to reap
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(POLL_SECONDS)
 
 
 def _members(group: int) -> Iterator[tuple[int, str, int]]:

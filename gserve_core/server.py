@@ -189,6 +189,7 @@ class VLLMServer:
         index: int = 0,
         servers: int = 1,
     ) -> None:
+        open_standard_streams()  # now, before there is an event loop, which breaks with a descriptor below 3
         ids = None if gpu_ids is None else list(gpu_ids)
         self._serve = ServeConfig(
             ids, host, port, startup_timeout, client_timeout, verbose,

@@ -43,6 +43,7 @@ from .schema import (
     Group,
     Health,
     Heartbeat,
+    Prompt,
     ResponseOutput,
     Result,
     RunRequest,
@@ -64,14 +65,14 @@ MOST_ITEMS = 1 << 16
 """Items that one request may always have, however small the engine's capacity is."""
 AHEAD = 2
 """The engine has up to this many times its capacity of items of streamed requests, so that it never runs dry."""
-BACKLOG_BYTES = 4 << 20
+BACKLOG_BYTES = 1 << 20
 """Bytes of results that may wait for a client. While there are more, none of its items is begun."""
 ITEM_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 500, 36, 150
 """About how much memory an item takes without its text, one of its token ids, and one log probability."""
 BUSY_SECONDS = 1.0
 """After how long a client that was told so may ask again."""
-SLICE = 1024
-"""How many items are dealt with in one turn of the event loop."""
+SLICE, SLICE_BYTES = 1024, 128 << 10
+"""How many items, and about how many bytes of them, are dealt with in one turn of the event loop."""
 YOUNG = 10_000
 """How many more objects there are before the garbage collector looks: each item at work is some 20, and none of them
 garbage. With Python's 700 a third of a server's time may go into looking."""
@@ -491,16 +492,37 @@ async def _prepared(engine: RunningEngine, group: Group, first: int) -> AsyncIte
 
     It is asked for some at a time: in between the event loop answers others.
     """
-    for start in range(0, len(group.prompts), SLICE):
-        part = slice(start, start + SLICE)
+    for part in _slices(group.prompts):
         prompts, seeds = group.prompts[part], group.seeds and group.seeds[part]
         try:
             prepared: Sequence[Any] = await engine.prepare(prompts, group.params, seeds)
         except ItemError as wrong:
             prepared = [wrong] * len(prompts)
-        for index, item in enumerate(prepared, first + start):
+        for index, item in enumerate(prepared, first + part.start):
             yield index, item
         await asyncio.sleep(0)
+
+
+def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:
+    """Yield slices of prompts that are not too many, and not too large together."""
+    start = size = 0
+    for place, prompt in enumerate(prompts):
+        size += _size(prompt)
+        if place - start == SLICE - 1 or size > SLICE_BYTES:
+            yield slice(start, place + 1)
+            start, size = place + 1, 0
+    if start < len(prompts):
+        yield slice(start, len(prompts))
+
+
+def _size(prompt: Prompt) -> int:
+    """Return about how many bytes a prompt has."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, list):
+        return 4 * len(prompt)
+    contents = (message.content for message in prompt.messages)
+    return sum(len(it) if isinstance(it, str) else sum(len(part.text) for part in it) for it in contents)
 
 
 def _result(index: int, outputs: list[ResponseOutput]) -> Result:
