@@ -26,7 +26,7 @@ from msgspec import Struct
 
 import gserve
 from gserve_core.errors import ConfigError, GserveError, ItemError, PluginError
-from gserve_core.log_utils import LEVEL_VARIABLE, setup_logging
+from gserve_core.log_utils import LEVEL_VARIABLE, flush, open_standard_streams, setup_logging
 from gserve_core.redaction import hidden
 from gserve_core.schema import ResponseOutput, json_safe
 
@@ -90,6 +90,7 @@ class Signalled(BaseException):
 
 def main() -> None:
     """Run the command line, and exit."""
+    open_standard_streams()
     _on_signals(_raise)
     try:
         app(prog_name="gserve")
@@ -118,6 +119,7 @@ def _ignore(_number: int, _frame: FrameType | None) -> None:
 
 
 def _say(text: str) -> None:
+    flush()  # the log goes before
     with suppress(OSError):  # after a SIGHUP the terminal may be gone
         print(text, file=sys.stderr, flush=True)
 

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +17,33 @@ FAREWELL = 1.0
 """Seconds that processes below a server have to end by themselves after it: some free shared memory."""
 GONE = 10.0
 """Seconds that killed processes may take to be gone."""
+UNKNOWN = 255
+"""The exit code of a process of which nobody knows it."""
+POLL_SECONDS = 0.01
+"""Seconds between two looks at a process that is to end."""
+
+
+class Child(subprocess.Popen[bytes]):
+    """A `Popen` whose exit code is `UNKNOWN`, not 0, where another has taken it: SIGCHLD is ignored, for one."""
+
+    def poll(self) -> int | None:
+        """Return the exit code once the process has ended, else None."""
+        if self.returncode is None:
+            try:
+                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                self.returncode = UNKNOWN
+        return super().poll()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code once the process has ended. Raises subprocess.TimeoutExpired."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                assert timeout is not None
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(POLL_SECONDS)
+        return code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +52,7 @@ class CommandLauncher(Launcher):
 
     def environment(self, job: Job) -> dict[str, str]:
         """Return the environment that `launch` gives the command."""
-        return {**os.environ, **job.env}
+        return {**(os.environ if job.inherited is None else job.inherited), **job.env}
 
     def launch(self, job: Job) -> Process:
         """Start `command(job)` in a session of its own."""
@@ -37,7 +65,7 @@ class CommandLauncher(Launcher):
         command = self.command(job)
         try:
             with job.log.open("ab") as log:
-                return subprocess.Popen(
+                return Child(
                     command,
                     env=self.environment(job),
                     stdin=stdin,
@@ -85,14 +113,21 @@ class LocalProcess:
         with contextlib.suppress(OSError):
             self.stdin.close()
         self.stdout.close()
-        return self._popen.wait()
+        try:
+            code = self._popen.wait(GONE)
+        except subprocess.TimeoutExpired:  # killed, and not gone: the kernel has it
+            code = UNKNOWN
+        reap_group(self.pid)
+        return code
 
     def waiting(self) -> str | None:
         """Return None: a process of this machine runs at once."""
         return None
 
     def why(self) -> str | None:
-        """Return None: the exit code is all that is known."""
+        """Return that nobody knows its exit code, where that is so."""
+        if self._popen.poll() == UNKNOWN and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
+            return "its process has ended, and the system did not say how, since SIGCHLD is ignored in this program"
         return None
 
     def _kill_group(self) -> None:
@@ -120,10 +155,26 @@ def _wait_for_group(group: int, seconds: float) -> None:
 
 def group_is_alive(group: int) -> bool:
     """Say whether a process of the group is alive; zombies, which only wait to be reaped, are not."""
+    return any(state not in "ZX" for _, state, _ in _members(group))
+
+
+def reap_group(group: int) -> None:
+    """Reap what has ended of a group, and has become our child: of process 1 all do whose parents have ended."""
+    deadline = time.monotonic() + FAREWELL
+    while ended := [pid for pid, state, parent in _members(group) if state == "Z" and parent == os.getpid()]:
+        for pid in ended:  # while a thread of it still ends, there is nothing to reap
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def _members(group: int) -> Iterator[tuple[int, str, int]]:
+    """Yield the process id, the state and the parent of each process of a group."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             with contextlib.suppress(OSError, IndexError):
-                state, _, of = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(of) == group and state not in "ZX":
-                    return True
-    return False
+                state, parent, of = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
+                if int(of) == group:
+                    yield int(entry.name), state, int(parent)

@@ -1,6 +1,12 @@
-"""What a server must not take over from the environment that it inherits."""
+"""What a server takes over from the process that starts it, and what it must not."""
 
+import contextlib
+import os
+import resource
+import signal
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 WEAKENING = {
     "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any method of it
@@ -18,3 +24,40 @@ def weakening(environ: Mapping[str, str], chosen: Collection[str]) -> dict[str, 
         for name, harmless in WEAKENING.items()
         if name not in chosen and environ.get(name, harmless) != harmless
     }
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a process takes over from the one that starts it.
+
+    `limits`: soft and hard limit of each resource, by its number (see the module `resource`).
+    """
+
+    environ: Mapping[str, str] = field(repr=False)
+    umask: int
+    limits: Mapping[int, tuple[int, int]]
+
+
+def surroundings() -> Surroundings:
+    """Return what a process that was started now would take over."""
+    numbers = {value for name, value in vars(resource).items() if name.startswith("RLIMIT_")}
+    return Surroundings(dict(os.environ), _umask(), {number: resource.getrlimit(number) for number in numbers})
+
+
+def _umask() -> int:
+    """Return the umask, without the moment in which it would be another one that `os.umask` has."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("Umask:"):
+            return int(line.split()[1], 8)
+    return 0o077
+
+
+def ignore_notices() -> None:
+    """Ignore what a scheduler tells all processes of a job before its end, which would end those that do not know it.
+
+    What a program has set for these signals stays.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            with contextlib.suppress(ValueError):  # only the main thread may
+                signal.signal(number, signal.SIG_IGN)

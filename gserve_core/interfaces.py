@@ -24,11 +24,12 @@ from .schema import Event, Health, Params, Prompt, ResponseOutput, RunRequest
 class Job:
     """What a launcher is to start: one server.
 
-    `env` is added to the environment that the server inherits; it holds the GPU pinning (`CUDA_VISIBLE_DEVICES`) for
-    `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its scheduler for `gpus` of them, 0
-    where the engine uses none. It is number `index` of `servers` that are started together. `instance` is an id of this
-    start alone; "" where nothing is to be started. `nursery`: what forks it, where a launcher would start it here.
-    `previous`: the process of its life before this one, which has been stopped; None: this is the first.
+    `env` is added to the environment `inherited` (None: that of this process), and holds the GPU pinning
+    (`CUDA_VISIBLE_DEVICES`) for `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its
+    scheduler for `gpus` of them, 0 where the engine uses none. It is number `index` of `servers` that are started
+    together. `instance` is an id of this start alone; "" where nothing is to be started. `nursery`: what forks it,
+    where a launcher would start it here. `previous`: the process of its life before this one, which has been stopped;
+    None: this is the first. `startup_timeout`: see `ServeConfig`; `nursery` keeps to it until the server itself runs.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Job:
     gpus: int = 1
     index: int = 0
     servers: int = 1
+    inherited: Mapping[str, str] | None = field(default=None, repr=False)
+    startup_timeout: float | None = None
     nursery: "Forks | None" = field(default=None, repr=False)
     previous: "Process | None" = field(default=None, repr=False)
     log: Path
@@ -100,6 +103,14 @@ class Launcher(ABC):
 
     name: ClassVar[str]
     owner_variable: ClassVar[str | None] = None
+
+    @property
+    def is_line_cut_silently(self) -> bool:
+        """Say whether the line to a server can be cut without either end noticing, as one between machines can.
+
+        Then each end counts the other as dead that says nothing for some time; else only the line's end says so.
+        """
+        return self.owner_variable is not None
 
     def command(self, job: Job) -> list[str]:
         """Return the command line that `launch` runs for `job`; `gserve check` prints it."""

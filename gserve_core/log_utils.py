@@ -1,9 +1,11 @@
 """Logging: loggers below "gserve", the level by `GSERVE_LOG_LEVEL`, which servers inherit; and the log of a server."""
 
+import atexit
 import contextlib
 import errno
 import faulthandler
 import fcntl
+import io
 import logging
 import os
 import select
@@ -12,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from .errors import ConfigError
@@ -31,21 +33,25 @@ CLOSE_SECONDS = 1.0
 """How long a server that ends waits for its last words to be written."""
 PATIENCE = 1.0
 """Seconds that a log which is no file may take to make room before lines are lost."""
+BACKLOG_LINES = 10_000
+"""Lines that may wait to be written to a stderr that nobody reads; of more, the oldest are dropped."""
 _CHUNK = 1 << 20
 
 
-def setup_logging(level: str | int | None = None) -> logging.Logger:
+def setup_logging(level: str | int | None = None, *, waits: bool = False) -> logging.Logger:
     """Write gserve's log to stderr, from `level` on (default: `GSERVE_LOG_LEVEL`, else INFO); return its logger.
 
-    The level reaches the servers that are started afterwards. Raises ConfigError: no such level.
+    The level reaches the servers that are started afterwards. `waits`: the thread that logs writes by itself, and waits
+    where stderr takes nothing; else another thread writes, which drops and counts lines then. Raises ConfigError: no
+    such level.
     """
     name = logging.getLevelName(level) if isinstance(level, int) else (level or log_level())
     if name.upper() not in _LEVELS:
         raise ConfigError(f"unknown log level '{name}'; expected one of {', '.join(_LEVELS)}")
     logger = logging.getLogger("gserve")
     logger.setLevel(name.upper())
-    if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+    if all(isinstance(handler, _LastResort) for handler in logger.handlers):
+        handler = logging.StreamHandler(sys.stderr) if waits else _StderrHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logger.addHandler(handler)
         logger.propagate = False
@@ -56,6 +62,129 @@ def log_level() -> str:
     """Return the level by name: that of the logger "gserve" where it is set, else the environment's, else INFO."""
     own = logging.getLogger("gserve").level
     return logging.getLevelName(own) if own else os.environ.get(LEVEL_VARIABLE, "INFO")
+
+
+def keep_logging_from_waiting() -> None:
+    """Have warnings of a program without any log handler written by a thread, which may wait for stderr. Idempotent."""
+    logger = logging.getLogger("gserve")
+    if not logger.handlers:
+        logger.addHandler(_LastResort(logging.WARNING))
+
+
+def forward(lines: Iterable[str]) -> None:
+    """Have lines written to stderr by a thread. Never waits: lines that stderr does not take are dropped, and counted.
+
+    They are in order with those of our log.
+    """
+    _STDERR.put(lines)
+
+
+def flush(seconds: float = CLOSE_SECONDS) -> None:
+    """Wait until all that is to be forwarded is written, so many seconds at most."""
+    _STDERR.flush(seconds)
+
+
+class _Stderr:
+    """The thread that writes to stderr, and what it has not written yet."""
+
+    def __init__(self) -> None:
+        os.register_at_fork(after_in_child=self._reset)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()  # a signal handler may log while its thread has the lock: it is an RLock
+        self._lines: deque[str] = deque()
+        self._dropped = 0
+        self._is_writing = False
+        self._thread: threading.Thread | None = None
+
+    def put(self, lines: Iterable[str]) -> None:
+        with self._changed:
+            for line in lines:
+                if len(self._lines) >= BACKLOG_LINES:
+                    self._lines.popleft()
+                    self._dropped += 1
+                self._lines.append(line)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._write, name="stderr", daemon=True)
+                self._thread.start()
+                atexit.unregister(flush)
+                atexit.register(flush)
+            self._changed.notify_all()
+
+    def flush(self, seconds: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._lines and not self._is_writing, seconds)
+
+    def _write(self) -> None:
+        while True:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._lines)
+                lines, self._lines = self._lines, deque()
+                dropped, self._dropped = self._dropped, 0
+                self._is_writing = True
+            if dropped:
+                lines.appendleft(f"[gserve: {dropped} lines were dropped here: nobody read stderr]")
+            _write_to_stderr("".join(f"{line}\n" for line in lines))
+
+
+def _write_to_stderr(text: str) -> None:
+    """Write a text, and wait as long as it takes. Holds no lock of `sys.stderr` while it waits: others need it."""
+    stream = sys.stderr
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or there is none
+        if type(stream) is not io.TextIOWrapper:  # a notebook's, or a test's
+            stream.write(text)
+            stream.flush()
+            return
+        data = memoryview(text.encode(stream.encoding or "utf-8", "backslashreplace"))
+        room = select.poll()
+        room.register(stream.fileno(), select.POLLOUT)
+        while data:
+            room.poll()
+            data = data[os.write(stream.fileno(), data[: select.PIPE_BUF]) :]
+
+
+_STDERR = _Stderr()
+
+
+class _StderrHandler(logging.Handler):
+    """Has a thread write to stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            forward([self.format(record)])
+        except Exception:
+            self.handleError(record)
+
+    def flush(self) -> None:
+        flush()
+
+
+class _LastResort(_StderrHandler):
+    """Does what `logging` does itself where a program has no handler, but does not wait."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger = logging.getLogger("gserve")
+        others = [*logger.handlers, *(logging.getLogger().handlers if logger.propagate else ())]
+        if all(isinstance(handler, _LastResort) for handler in others):
+            super().emit(record)
+
+
+def open_standard_streams() -> None:
+    """Open descriptors 0 to 2 on /dev/null where they are closed: else the next file that is opened would be one."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
 class ServerLog:

@@ -36,7 +36,8 @@ from pathlib import Path
 from typing import Literal, NoReturn, cast
 
 from . import diagnosis, lease, runtime
-from .commands import FAREWELL, LocalProcess, end_group, kill_group
+from .commands import FAREWELL, GONE, UNKNOWN, LocalProcess, end_group, kill_group, reap_group
+from .errors import StartupTimeout
 from .interfaces import Job
 
 IMPORT_SECONDS = 600.0
@@ -47,14 +48,16 @@ END_SECONDS = 1.0
 """How long it may take to end by itself."""
 REAP_SECONDS = 1.0
 """How long a nursery may take to say with what exit code a server has ended."""
-UNKNOWN = 255
-"""The exit code of a server whose nursery does not say it, since it has died before, or hangs."""
 END = b"end"
 """What the owner says to a nursery in a server's place: kill the server."""
-SILENCE = 40.0
-"""Seconds of silence that say that an owner is gone: more than some beats of the lease, less than its time."""
+SHARE = 2 / 3
+"""Part of the lease's time limit after which a nursery without a server takes its owner for gone."""
 PARTING = 10.0
-"""Seconds that a server has to end by itself when its owner is gone."""
+"""Seconds that a server has to end by itself when its owner is gone, or the owner to take a line."""
+LONGEST_BACKLOG = 8 << 20
+"""Bytes that may wait for a server that does not read; heartbeats beyond them are dropped."""
+IMPORTING = "importing, once for all servers"
+"""The phase of a server whose nursery imports."""
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 """Signals that tell a server to end."""
 PINNING = "CUDA_VISIBLE_DEVICES"
@@ -82,6 +85,7 @@ class Nursery:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None
+        self._id = ""
         self._lock = threading.Lock()
         self.has_forked = False
         forget = weakref.WeakMethod(self._close_line)  # while a fork of ours held it open, our end would not be noticed
@@ -108,27 +112,28 @@ class Nursery:
                     descriptors = [order, stdin, stdout, log.fileno(), theirs.fileno()]
                     socket.send_fds(self._line, [b"fork"], descriptors)
             fork = _Fork(talk, os.fdopen(write, "wb", 0), os.fdopen(read, "rb", 0))
-            return ForkedServer(self, fork, lambda: popen(job, stdin=stdin, stdout=stdout), [stdin, stdout])
+            return ForkedServer(self, fork, job, lambda: popen(job, stdin=stdin, stdout=stdout), [stdin, stdout])
 
     def _start(self, job: Job, popen: Popen) -> None:
         self._release()
-        self.has_forked = False
+        self.has_forked, self._id = False, uuid.uuid4().hex
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             env = {name: value for name, value in job.env.items() if name != PINNING}
             command = [{"--lease": "--forks"}.get(word, word) for word in job.command]
             job = replace(
-                job, name="the nursery", command=command, env=env | {runtime.ID_VARIABLE: uuid.uuid4().hex},
-                log=job.log.with_name("nursery.log"),
+                job, name="the nursery", command=command, env=env | {runtime.ID_VARIABLE: self._id},
+                log=log_of(job),
             )  # fmt: skip
             job.log.touch(mode=0o600)
             self._process = popen(job, stdin=theirs, stdout=subprocess.DEVNULL)
 
     def kill(self) -> None:
         """End a nursery that does not answer: who waits for it goes on without it."""
-        with self._lock:
-            if self._process is not None:
-                self._process.kill()
+        process, own = self._process, self._id
+        if process is not None:
+            process.kill()
+            _kill_processes_of(own)
 
     def close(self) -> None:
         """End the nursery; what it has forked goes on. Idempotent; may be used again."""
@@ -142,7 +147,10 @@ class Nursery:
                 self._process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
-                self._process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(GONE)
+            _kill_processes_of(self._id)
+            reap_group(self._process.pid)
             self._process = None
 
     def _close_line(self) -> None:
@@ -151,11 +159,24 @@ class Nursery:
             self._line = None
 
 
-class _Fork:
-    """A process that a nursery forks, like a `subprocess.Popen`. `pid`: 0 until it is there.
+def log_of(job: Job) -> Path:
+    """Return the log of the nursery of a job."""
+    return job.log.with_name("nursery.log")
 
-    `talk` brings "is" and the process id from the process itself, with a descriptor of it, and from the nursery "ended"
-    and the exit code. It ends with the nursery: if nobody has said a word by then, nobody will, and the fork `is_lost`.
+
+def _kill_processes_of(nursery: str) -> None:
+    """Kill what carries the id of a nursery: what its imports have started, and forks that are no server yet."""
+    for pid in runtime.processes_of(nursery):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class _Fork:
+    """A process that a nursery forks, like a `subprocess.Popen`. `pid`: 0 until it is a server.
+
+    `talk` brings from the nursery "fork" with a descriptor of the process, and "ended" with its exit code; from the
+    process itself "is" with its id, and a descriptor too, once it is a server. It ends with the nursery: if nobody has
+    said a word by then, nobody will, and the fork `is_lost`.
     """
 
     def __init__(self, talk: socket.socket, stdin: io.FileIO, stdout: io.FileIO) -> None:
@@ -184,6 +205,16 @@ class _Fork:
     def terminate(self) -> None:
         signal.pidfd_send_signal(self._process, signal.SIGTERM)
 
+    def kill(self) -> None:
+        """Kill the process where it is there, and wait until it is gone."""
+        if self.returncode is None:
+            self._hear(0.0)
+        if self.returncode is None and self._process >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.wait(GONE)
+
     def forget(self) -> None:
         """Listen no more. A process that is not there yet ends at once when it finds nobody to talk to."""
         self._talk.close()
@@ -203,10 +234,17 @@ class _Fork:
             return
         said, descriptors, *_ = socket.recv_fds(self._talk, 64, 1)
         word, _, number = said.decode().partition(" ")
+        for descriptor in descriptors:
+            if self._process < 0:
+                self._process = descriptor
+                os.set_inheritable(descriptor, False)
+            else:
+                os.close(descriptor)
         match word:
+            case "fork":
+                pass
             case "is":
-                self.pid, (self._process,) = int(number), descriptors
-                os.set_inheritable(self._process, False)
+                self.pid = int(number)
             case "ended":
                 self.returncode = int(number)
             case _:
@@ -214,9 +252,11 @@ class _Fork:
                 self.is_lost = not self.pid and self.returncode is None
 
 
-def _readable(seconds: float, *descriptors: int) -> list[int]:
-    """Return those of some descriptors, of which -1 is none, that are readable within so many seconds."""
+def _readable(seconds: float, *descriptors: int, writable: int = -1) -> list[int]:
+    """Return those of some descriptors, of which -1 is none, that are readable, or `writable`, within `seconds`."""
     waiting = select.poll()
+    if writable >= 0:
+        waiting.register(writable, select.POLLOUT)
     for descriptor in descriptors:
         if descriptor >= 0:
             waiting.register(descriptor, select.POLLIN)
@@ -230,14 +270,17 @@ class ForkedServer(LocalProcess):
     """
 
     def __init__(
-        self, nursery: Nursery, fork: _Fork, start: Callable[[], "subprocess.Popen[bytes]"], pipes: list[int]
+        self, nursery: Nursery, fork: _Fork, job: Job, start: Callable[[], "subprocess.Popen[bytes]"], pipes: list[int]
     ) -> None:
         super().__init__(cast("subprocess.Popen[bytes]", fork))
         self._nursery = nursery
         self._fork = fork
         self._start = start
         self._pipes = pipes
-        self._began = time.monotonic()
+        self._job = job
+        self._silence = lease.Silence(lease.LOOK)
+        self._log_size = 0
+        self._is_late = False
 
     def poll(self) -> int | None:
         """Return the exit code once the server has ended, else None. Starts it where its nursery has died."""
@@ -250,18 +293,34 @@ class ForkedServer(LocalProcess):
         return code
 
     def waiting(self) -> str | None:
-        """Return that what servers need is imported; None once the server is there."""
+        """Return that what servers need is imported; None once the server is there.
+
+        Raises StartupTimeout: there was no sign of progress for too long.
+        """
         if self.pid:
             return None
-        if time.monotonic() - self._began > (FORK_SECONDS if self._nursery.has_forked else IMPORT_SECONDS):
+        limit, log = self._job.startup_timeout, log_of(self._job)
+        with contextlib.suppress(OSError):
+            if (size := log.stat().st_size) != self._log_size:
+                self._log_size = size
+                self._silence.end()
+        silent = self._silence.look()
+        if limit is not None and silent > limit:
+            self._is_late = True
+            raise StartupTimeout(
+                f"{self._job.name} showed no progress for {limit:g} s (startup_timeout) while {IMPORTING};"
+                f" its log: {log}",
+                log=log,
+            )
+        if silent > (FORK_SECONDS if self._nursery.has_forked else IMPORT_SECONDS):
             self._nursery.kill()
-        return "importing, once for all servers"
+        return IMPORTING
 
     def why(self) -> str | None:
         """Return that nobody can say how it has ended, where that is so; its exit code says nothing then."""
         if self._fork.returncode == UNKNOWN:
             return "its process has ended, and the nursery that had forked it did not say how"
-        return None
+        return super().why()
 
     def stop(self, grace: float) -> int:
         """End the whole group, by force after `grace` seconds; return the exit code."""
@@ -270,8 +329,12 @@ class ForkedServer(LocalProcess):
             code = super().stop(grace)
             self._fork.forget()
             return code
+        if self._is_late:
+            self._nursery.kill()
+        self._fork.kill()
         self._fork.forget()
-        self.stdin.close()
+        with contextlib.suppress(OSError):
+            self.stdin.close()
         self.stdout.close()
         return self._fork.returncode or -signal.SIGTERM
 
@@ -314,7 +377,7 @@ def tend(prepare: Callable[[], object]) -> list[str]:
                 os.close(ready)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
                 with talk, contextlib.suppress(OSError):
-                    talk.send(f"ended {code}".encode())
+                    talk.send(f"ended {code}".encode(), socket.MSG_DONTWAIT)
                 continue
             said, descriptors, *_ = socket.recv_fds(line, 64, 5)
             if not said:
@@ -330,6 +393,8 @@ def tend(prepare: Callable[[], object]) -> list[str]:
             for descriptor in order:
                 os.close(descriptor)
             child = os.pidfd_open(pid)
+            with contextlib.suppress(OSError):
+                socket.send_fds(talk, [f"fork {pid}".encode()], [child], socket.MSG_DONTWAIT)
             children[child] = pid, talk
             waiting.register(child, select.POLLIN)
 
@@ -361,11 +426,14 @@ class _Place:
         self._down = down
         self._up = up
         self._lines = lease.Lines(down)
-        self._heard = time.monotonic()
+        self._silence = lease.Silence(lease.LOOK)
+        self._ttl: float | None = lease.GREETING_SECONDS
         self._is_last = False
         self._pid = 0
         self._instance = ""
         self._stdin = -1
+        self._outgoing = b""
+        """What the server is to be told, and does not read yet."""
         self._kills: int | None = None
         self._code = 0
         self._signals, self._signalled = os.pipe()
@@ -378,19 +446,23 @@ class _Place:
     def hold(self) -> list[str]:
         """Do what the owner says, and see to the servers. Returns in every server: the arguments of its command."""
         while True:
-            ready = _readable(PARTING if self._down < 0 else SILENCE, self._signals, self._down)
+            ready = _readable(lease.LOOK, self._signals, self._down, writable=self._stdin if self._outgoing else -1)
             if self._signals in ready:
                 self._take_signals()
             if self._down in ready:
                 for line in self._hear():
                     if self._obey(line):
                         return sys.argv[1:]
-            silence = time.monotonic() - self._heard
-            if not self._pid:
-                if self._is_last or silence > SILENCE:
-                    self._end()
-            elif not ready and (self._down < 0 or silence > lease.TTL + PARTING):
-                kill_group(self._pid)  # it was to end by itself
+            self._flush()
+            self._end_what_is_over()
+
+    def _end_what_is_over(self) -> None:
+        silent, ttl = self._silence.look(), math.inf if self._ttl is None else self._ttl
+        if not self._pid:
+            if self._is_last or silent > ttl * SHARE:
+                self._end()
+        elif silent > (PARTING if self._down < 0 else ttl + PARTING):
+            kill_group(self._pid)  # it was to end by itself
 
     def _take_signals(self) -> None:
         numbers = os.read(self._signals, 64)
@@ -404,27 +476,27 @@ class _Place:
 
     def _hear(self) -> list[bytes]:
         """Return the lines that the owner has said. At its end the server ends, too, by itself."""
+        self._silence.end()
         lines = self._lines.read(0)
         if lines is None:
             os.close(self._down)
             self._down, self._is_last = -1, True
             self._close_stdin()
             return []
-        self._heard = time.monotonic()
         return lines
 
     def _obey(self, line: bytes) -> bool:
         """Do what a line says, or pass it on to the server; return True in a server that it begins."""
         if not self._pid:
             hello = next((it for it in lease.decoded([line]) if isinstance(it, lease.Hello)), None)
-            return hello is not None and self._begin(hello.instance, line)
+            return hello is not None and self._begin(hello, line)
         if line == END:
             kill_group(self._pid)
         else:
             self._tell(line + b"\n")
         return False
 
-    def _begin(self, instance: str, hello: bytes) -> bool:
+    def _begin(self, hello: lease.Hello, line: bytes) -> bool:
         """Fork a server, and pass the hello on to it; return True in the server."""
         stdin, self._stdin = os.pipe()
         if not (pid := _fork()):
@@ -433,21 +505,32 @@ class _Place:
                 signal.signal(number, signal.SIG_DFL)
             for descriptor in (self._down, self._stdin, self._signals, self._signalled):
                 os.close(descriptor)
-            _become([sys.executable, *sys.argv], {runtime.ID_VARIABLE: instance}, [stdin, self._up, os.dup(2)])
+            _become([sys.executable, *sys.argv], {runtime.ID_VARIABLE: hello.instance}, [stdin, self._up, os.dup(2)])
             return True
         os.close(stdin)
-        self._pid, self._instance, self._kills = pid, instance, diagnosis.memory_kills()
-        self._tell(hello + b"\n")
         os.set_blocking(self._stdin, False)  # a server that does not read must not hold us up
+        self._pid, self._instance, self._kills = pid, hello.instance, diagnosis.memory_kills()
+        self._ttl = hello.ttl
+        self._tell(line + b"\n")
         return False
 
     def _tell(self, line: bytes) -> None:
-        """Say something to the server, where there is one that listens."""
-        if self._stdin >= 0:
-            with contextlib.suppress(OSError):
-                os.write(self._stdin, line)
+        """Say something to the server, where there is one, as soon as it reads."""
+        if self._stdin >= 0 and len(self._outgoing) < LONGEST_BACKLOG:
+            self._outgoing += line
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._stdin >= 0 and self._outgoing:
+            try:
+                self._outgoing = self._outgoing[os.write(self._stdin, self._outgoing) :]
+            except BlockingIOError:
+                pass
+            except OSError:  # it does not listen any more
+                self._outgoing = b""
 
     def _close_stdin(self) -> None:
+        self._outgoing = b""
         if self._stdin >= 0:
             os.close(self._stdin)
             self._stdin = -1
@@ -463,9 +546,12 @@ class _Place:
             self._end()
         if not self._is_last:
             try:
+                if self._up not in _readable(PARTING, writable=self._up):
+                    self._end()
                 os.write(self._up, f"ended {self._instance} {code}\n".encode())
             except OSError:
                 self._end()
+            self._silence.end()
 
     def _end(self) -> NoReturn:
         """End this process as the last server has ended."""

@@ -16,17 +16,17 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import msgspec
 
 from . import diagnosis, lease, runtime
 from .client import VLLMClient
 from .config import Config, LLMConfig, ServeConfig
-from .environment import weakening
+from .environment import Surroundings, surroundings, weakening
 from .errors import ConfigError, GserveError, LaunchError, StartupTimeout
 from .interfaces import Address, Engine, EngineInfo, Job, Launcher, Process, Transport
-from .log_utils import LEVEL_VARIABLE, BoundedLog, log_level
+from .log_utils import LEVEL_VARIABLE, BoundedLog, forward, keep_logging_from_waiting, log_level, open_standard_streams
 from .nursery import Nursery
 from .plugins import Parts, assemble
 from .redaction import divided
@@ -74,27 +74,32 @@ class ServerStatus:
     restarts: int = 0
 
 
-def secret_options(llm: LLMConfig, parts: Parts) -> dict[str, dict[str, Any]]:
-    """Return the options, by section, that must not be seen: they travel over the lease, not in the command."""
-    sections = {kind: parts.registry.section(kind, getattr(parts, kind)) for kind in ("engine", "transport")}
-    return {name: divided(options)[1] for name, options in {"llm": llm.engine_kwargs, **sections}.items()}
+def greeting(
+    llm: LLMConfig, serve: ServeConfig, parts: Parts, origin: Surroundings, instance: str, token: str, control: str
+) -> lease.Hello:
+    """Return the first message to a server, which holds its whole config."""
+    return lease.Hello(
+        instance, token, control,
+        ttl=lease.TTL if parts.launcher.is_line_cut_silently else None,
+        stall_timeout=serve.stall_timeout, share_gpu=serve.share_gpu,
+        llm=llm,
+        engine=parts.registry.section("engine", parts.engine),
+        transport=parts.registry.section("transport", parts.transport),
+        plugins=list(parts.plugins),
+        folder=str(parts.folder.resolve()) if parts.folder else None,
+        umask=origin.umask, limits=dict(origin.limits),
+    )  # fmt: skip
 
 
-def server_command(llm: LLMConfig, parts: Parts, host: str, port: int, *, share_gpu: bool = False) -> list[str]:
-    """Return the command that runs a server under a lease. By hand it works too, without its last word."""
-    usual = LLMConfig(llm.model_name).engine_kwargs
-    more = {name: value for name, value in llm.engine_kwargs.items() if usual.get(name) != value}
-    more, _ = divided(more)
+def server_command(llm: LLMConfig, parts: Parts, host: str, port: int) -> list[str]:
+    """Return the command that runs a server under a lease: what a nursery must know before the hello, and who it is.
+
+    All else comes over the lease.
+    """
     command = [sys.executable, str(PROGRAM), "--serve", "--model", llm.model_name]
     variable = parts.launcher.owner_variable
     command += ["--host", host] if variable is None or not runtime.is_loopback(host) else ["--reachable_from", variable]
     command += ["--port", str(port)]
-    if more:
-        command += ["--llm_kwargs", _json(more)]
-    if llm.lora_path is not None:
-        command += ["--lora_path", llm.lora_path]
-    if share_gpu:
-        command.append("--share_gpu")
     for kind, usual_type in (("engine", "vllm"), ("transport", "http")):
         section, _ = divided(parts.registry.section(kind, getattr(parts, kind)))
         if section != {"type": usual_type}:
@@ -184,6 +189,7 @@ class VLLMServer:
         index: int = 0,
         servers: int = 1,
     ) -> None:
+        open_standard_streams()  # now, before there is an event loop, which breaks with a descriptor below 3
         ids = None if gpu_ids is None else list(gpu_ids)
         self._serve = ServeConfig(
             ids, host, port, startup_timeout, client_timeout, verbose,
@@ -217,7 +223,9 @@ class VLLMServer:
         self._owner: lease.OwnerEnd | None = None
         self._bounded: BoundedLog | None = None
         self._watcher: threading.Thread | None = None
-        self._progress = 0.0
+        self._progress = lease.Silence(TICK)
+        self._origin: Surroundings | None = None
+        """What this process had at the first start: every restart takes over the same."""
 
     # --------------------------------------------------------------------------------------------------------- looking
 
@@ -255,16 +263,17 @@ class VLLMServer:
     def job(self, log: Path, instance: str = "") -> Job:
         """Return what the launcher is asked to start. Raises ConfigError or PluginError."""
         wanted = self._llm.gpus_per_server if self._parts.engine.uses_gpus else 0
+        environ = os.environ if self._origin is None else self._origin.environ
         return Job(
             name=self.name,
             instance=instance,
-            command=server_command(
-                self._llm, self._parts, self._serve.host, self._serve.port or 0, share_gpu=self._serve.share_gpu
-            ),
-            env=pinning(self._gpu_ids)
+            command=server_command(self._llm, self._parts, self._serve.host, self._serve.port or 0),
+            env=pinning(self._gpu_ids, environ)
             | {LEVEL_VARIABLE: log_level()}
-            | weakening(os.environ, self._serve.env)
+            | weakening(environ, self._serve.env)
             | self._serve.env,
+            inherited=environ,
+            startup_timeout=self._serve.startup_timeout,
             gpu_ids=self._gpu_ids,
             gpus=len(self._gpu_ids) if self._gpu_ids else wanted,
             index=self._index,
@@ -314,6 +323,10 @@ class VLLMServer:
         with self._changed:
             if self._watcher is not None and self._state != State.FAILED:
                 return
+            open_standard_streams()
+            keep_logging_from_waiting()
+            if self._origin is None or self._state != State.FAILED:
+                self._origin = surroundings()
             runtime.folder()  # where it cannot be used, this is the time to say so
             self._instance = uuid.uuid4().hex
             self._token, self._control = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
@@ -326,11 +339,10 @@ class VLLMServer:
             self._state, self._phase, self._step = State.STARTING, BEGINNING, None
             self._address = self._info = self._error = None
             self._asked_to_stop, self._patience_ends = False, math.inf
-            self._progress = time.monotonic()
-            hello = lease.Hello(
-                self._instance, self._token, self._control, secret_options(self._llm, self._parts),
-                stall_timeout=self._serve.stall_timeout,
-            )  # fmt: skip
+            self._progress.end()
+            hello = greeting(
+                self._llm, self._serve, self._parts, self._origin, self._instance, self._token, self._control
+            )
             process = None
             try:
                 process = self._process = self._parts.launcher.launch(
@@ -431,6 +443,7 @@ class VLLMServer:
             logger.exception("cannot follow %s", self.name)
             end.cause = f"cannot follow it: {error}"
         grace = 0.0 if end.is_hung else STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0
+        owner.silence()
         returncode = process.stop(grace)
         owner.close()
         self.left = runtime.end_processes_of(self._instance) if is_here else []
@@ -459,7 +472,7 @@ class VLLMServer:
     def _listen(self, process: Process, owner: lease.OwnerEnd, log: Path, end: "_End") -> None:
         """Follow a server to its end, or until it is to be ended by force; note in `end` what is known of that."""
         stall, startup = self._serve.stall_timeout, self._serve.startup_timeout
-        sign = time.monotonic()
+        silence = lease.Silence(TICK)
         runs = False
         while time.monotonic() < self._patience_ends:
             ended = process.poll() is not None
@@ -482,15 +495,15 @@ class VLLMServer:
                 elif isinstance(message, lease.Ready):
                     end.since = end.position  # what was said before is not why it dies
                 self._hear(message)
-                sign = time.monotonic()
+                silence.end()
             end.position = self._follow(log, end.position)
             if messages is None or (ended and not messages):
                 return
-            now = time.monotonic()
-            if self._state == State.READY and stall is not None and now - sign > stall:
+            silent, waited = silence.look(), self._progress.look()
+            if self._state == State.READY and stall is not None and silent > stall:
                 end.cause, end.is_hung = f"it hangs: it gave no sign of life for {stall:g} s (stall_timeout)", True
                 return
-            if self._state == State.STARTING and startup is not None and now - self._progress > startup:
+            if self._state == State.STARTING and startup is not None and waited > startup:
                 end.is_hung = True
                 end.error = StartupTimeout(
                     f"{self.name} showed no progress for {startup:g} s (startup_timeout) while {self._doing()};"
@@ -507,12 +520,12 @@ class VLLMServer:
         with self._changed:
             self._phase = waiting or BEGINNING
             if waiting is not None:
-                self._progress = time.monotonic()
+                self._progress.end()
         return waiting is None
 
     def _hear(self, message: lease.Up) -> None:
         with self._changed:
-            self._progress = time.monotonic()
+            self._progress.end()
             match message:
                 case lease.Listening(address):
                     self._address, self._phase = address, BEGINNING
@@ -538,7 +551,7 @@ class VLLMServer:
             position = min(position, size)  # the middle of a log that grows too large is dropped
             if size == position:
                 return position
-            self._progress = time.monotonic()
+            self._progress.end()
             with log.open("rb") as stream:
                 stream.seek(position)
                 text = stream.read(MAX_LOG_READ).decode(errors="replace")
@@ -546,7 +559,7 @@ class VLLMServer:
             if self._state == State.STARTING and (step := diagnosis.step(text)):
                 self._step = step
             if self._serve.verbose:
-                sys.stderr.write("".join(f"[{self.name}] {line}\n" for line in text.splitlines()))
+                forward([f"[{self.name}] {line}" for line in text.splitlines()])
         except (OSError, ValueError):
             return position
         return size

@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import os
+import resource
 import shutil
 import signal
 import tempfile
@@ -29,9 +30,10 @@ import uvloop
 from . import devices, lease, nursery, plugins, runtime
 from .config import LLMConfig, ServeConfig
 from .diagnosis import port_holder
+from .environment import ignore_notices
 from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
 from .interfaces import Address, Engine, RunningEngine, Transport
-from .log_utils import ServerLog, setup_logging
+from .log_utils import ServerLog, open_standard_streams, setup_logging
 from .redaction import redact, secret_values
 from .schema import (
     Event,
@@ -41,6 +43,7 @@ from .schema import (
     Group,
     Health,
     Heartbeat,
+    Prompt,
     ResponseOutput,
     Result,
     RunRequest,
@@ -49,7 +52,11 @@ from .schema import (
 
 TOKEN_VARIABLE = "GSERVE_TOKEN"
 DRAIN_SECONDS = 30.0
-"""How long a server that is told to end by a signal or by `/shutdown` may finish what it has."""
+"""How long a server that is to drain may finish what it has, in seconds, unless its owner says how long."""
+ENGINE_STOP_SECONDS = 10.0
+"""How long an engine may take to end, in seconds, before its processes are killed."""
+FLUSH_SECONDS = 1.0
+"""How long a server that ends waits for its owner to take its last words, in seconds."""
 DEATH_SECONDS = 1.0
 """How long an engine that dies may take to say so, after the items that it had have failed."""
 ADMISSION = 16
@@ -58,17 +65,19 @@ MOST_ITEMS = 1 << 16
 """Items that one request may always have, however small the engine's capacity is."""
 AHEAD = 2
 """The engine has up to this many times its capacity of items of streamed requests, so that it never runs dry."""
-BACKLOG_BYTES = 4 << 20
+BACKLOG_BYTES = 1 << 20
 """Bytes of results that may wait for a client. While there are more, none of its items is begun."""
 ITEM_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 500, 36, 150
 """About how much memory an item takes without its text, one of its token ids, and one log probability."""
 BUSY_SECONDS = 1.0
 """After how long a client that was told so may ask again."""
-SLICE = 1024
-"""How many items are dealt with in one turn of the event loop."""
+SLICE, SLICE_BYTES = 1024, 128 << 10
+"""How many items, and about how many bytes of them, are dealt with in one turn of the event loop."""
 YOUNG = 10_000
 """How many more objects there are before the garbage collector looks: each item at work is some 20, and none of them
 garbage. With Python's 700 a third of a server's time may go into looking."""
+LONGEST_FOLDER = 70
+"""Bytes of the longest folder for vLLM's sockets: their whole path has 107 at most, and their own names 37."""
 LOOK_SECONDS = 1.0
 """Seconds between two looks at whether the engine moves; less where `stall_timeout` is short."""
 
@@ -111,6 +120,8 @@ class Server:
         self._idle = asyncio.Event()
         self._idle.set()
         self._drain = asyncio.Event()
+        self._drain_ends = math.inf
+        self._drain_changed = asyncio.Event()
         self._is_drain_a_signal = False
         """Whether the lease told to drain because of a signal, which may come to this process too."""
         self._stop = asyncio.Event()
@@ -225,7 +236,12 @@ class Server:
 
     def shut_down(self) -> None:
         """Begin to end: finish what there is, take no more."""
+        self._begin_drain(DRAIN_SECONDS)
+
+    def _begin_drain(self, seconds: float) -> None:
+        self._drain_ends = time.monotonic() + seconds
         self._drain.set()
+        self._drain_changed.set()
 
     @contextlib.contextmanager
     def _admit(self, request: RunRequest) -> Iterator["_Admitted"]:
@@ -328,7 +344,9 @@ class Server:
                 for piece in self._pieces:
                     piece.news.set()
                 if self._engine is not None:
-                    await self._engine.stop()
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(ENGINE_STOP_SECONDS):
+                            await self._engine.stop()
         self._state = "stopped"
 
     async def _start(self, engine: Engine, llm: LLMConfig) -> None:
@@ -375,11 +393,14 @@ class Server:
         if await self._first(died):
             raise GserveError(died.result())
         self._state = "draining"
-        idle = asyncio.create_task(self._idle.wait())
-        stopped = asyncio.create_task(self._stop.wait())
-        await asyncio.wait([idle, stopped, died], timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-        for task in (idle, stopped, died):
-            task.cancel()
+        ends = [died, *(asyncio.create_task(event.wait()) for event in (self._idle, self._stop))]
+        while (remaining := self._drain_ends - time.monotonic()) > 0 and not any(end.done() for end in ends):
+            self._drain_changed.clear()
+            changed = asyncio.create_task(self._drain_changed.wait())
+            await asyncio.wait([*ends, changed], timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+        for end in ends:
+            end.cancel()
 
     async def _lost(self, engine: RunningEngine) -> str:
         """Return why, once the engine has died, or hangs."""
@@ -400,30 +421,30 @@ class Server:
         """Return how, once the engine hangs: it has work and does not move, or makes no token when it is in doubt."""
         pause = min(LOOK_SECONDS, limit / 4)
         seen: object = None
-        now = moved = time.monotonic()
-        while True:
-            before = now
-            await asyncio.sleep(pause)
-            now = time.monotonic()
-            if now - before > pause + limit / 2:  # we have been stopped ourselves, and perhaps so was the engine
-                moved, self._is_doubtful = now, True
-            if (state := (self._ended, engine.progress())) != seen or not self._running:
-                seen, moved = state, now
-            if self._running and now - moved > limit:
-                return f"the engine hangs: {self._running} items are at work, and nothing has moved for {limit:g} s"
-            if self._is_doubtful and not self._running:
-                self._is_doubtful = False
-                try:
-                    async with asyncio.timeout(limit):
-                        await engine.check()
-                except TimeoutError:
-                    if (self._ended, engine.progress()) == seen:
-                        return (
-                            f"the engine hangs: idle, it was asked for one token, which did not come within {limit:g} s"
-                        )
-                except Exception as error:
-                    return f"the engine is broken: idle, it was asked for one token, and failed: {_sentence(error)}"
-                now = time.monotonic()
+        silence = lease.Silence(pause)
+        checking: asyncio.Task[None] | None = None
+        try:
+            while True:
+                await asyncio.sleep(pause)
+                if checking is not None and checking.done():
+                    if error := checking.exception():
+                        return f"the engine is broken: idle, it was asked for one token, and failed: {_sentence(error)}"
+                    checking = None
+                if (state := (self._ended, engine.progress())) != seen or not (self._running or checking):
+                    seen = state
+                    silence.end()
+                if silence.look() > limit:
+                    if self._running:
+                        what = f"{self._running} items are at work, and nothing has moved"
+                        return f"the engine hangs: {what} for {limit:g} s"
+                    return f"the engine hangs: idle, it was asked for one token, which did not come within {limit:g} s"
+                if self._is_doubtful and not self._running and checking is None:
+                    self._is_doubtful = False
+                    checking = asyncio.create_task(engine.check())
+                    silence.end()
+        finally:
+            if checking is not None:
+                checking.cancel()
 
     async def _beat(self, line: lease.ServerEnd) -> str:
         """Show the owner that this event loop turns."""
@@ -435,9 +456,9 @@ class Server:
         match message:
             case lease.Stop():
                 self._stop.set()
-            case lease.Drain():
-                self._drain.set()
+            case lease.Drain(seconds):
                 self._is_drain_a_signal = True
+                self._begin_drain(DRAIN_SECONDS if seconds is None else seconds)
 
     def _on_lost(self) -> None:
         logger.warning("the owner is gone: ending")
@@ -450,7 +471,10 @@ class Server:
         is_second = self._drain.is_set() and not self._is_drain_a_signal
         self._is_drain_a_signal = False
         logger.info("%s: ending%s", signal.Signals(number).name, " at once" if is_second else "")
-        (self._stop if is_second else self._drain).set()
+        if is_second:
+            self._stop.set()
+        elif not self._drain.is_set():
+            self._begin_drain(DRAIN_SECONDS)
 
     def _report(self, text: str) -> None:
         text = redact(text, self._secrets)
@@ -468,16 +492,37 @@ async def _prepared(engine: RunningEngine, group: Group, first: int) -> AsyncIte
 
     It is asked for some at a time: in between the event loop answers others.
     """
-    for start in range(0, len(group.prompts), SLICE):
-        part = slice(start, start + SLICE)
+    for part in _slices(group.prompts):
         prompts, seeds = group.prompts[part], group.seeds and group.seeds[part]
         try:
             prepared: Sequence[Any] = await engine.prepare(prompts, group.params, seeds)
         except ItemError as wrong:
             prepared = [wrong] * len(prompts)
-        for index, item in enumerate(prepared, first + start):
+        for index, item in enumerate(prepared, first + part.start):
             yield index, item
         await asyncio.sleep(0)
+
+
+def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:
+    """Yield slices of prompts that are not too many, and not too large together."""
+    start = size = 0
+    for place, prompt in enumerate(prompts):
+        size += _size(prompt)
+        if place - start == SLICE - 1 or size > SLICE_BYTES:
+            yield slice(start, place + 1)
+            start, size = place + 1, 0
+    if start < len(prompts):
+        yield slice(start, len(prompts))
+
+
+def _size(prompt: Prompt) -> int:
+    """Return about how many bytes a prompt has."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, list):
+        return 4 * len(prompt)
+    contents = (message.content for message in prompt.messages)
+    return sum(len(it) if isinstance(it, str) else sum(len(part.text) for part in it) for it in contents)
 
 
 def _result(index: int, outputs: list[ResponseOutput]) -> Result:
@@ -581,9 +626,10 @@ async def _all[T](work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a server, and end the process with its exit code. See `--help` for the arguments."""
+    _prepare_process()
     options = _parser().parse_args(arguments)
     if options.forks or (options.lease and options.again):
-        setup_logging()
+        setup_logging(waits=True)  # a nursery must have no thread
         tend = nursery.tend if options.forks else nursery.stay
         options = _parser().parse_args(tend(functools.partial(_preload, options)))
     line = lease.ServerEnd() if options.lease else None
@@ -593,10 +639,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     secrets, log = secret_values(os.environ), None
     if line is not None:
         line.last_act = functools.partial(shutil.rmtree, scratch, ignore_errors=True)
-        secrets |= {line.hello.token, line.hello.control or line.hello.token} | secret_values(line.hello.secrets)
+        hello = line.hello
+        sections = {
+            "llm": hello.llm.engine_kwargs if hello.llm else {}, "engine": hello.engine, "transport": hello.transport
+        }  # fmt: skip
+        secrets |= {hello.token, hello.control or hello.token} | secret_values(sections)
+        _take_over(hello)
         log = ServerLog(secrets)
     try:
-        setup_logging()
+        setup_logging(waits=True)
         _use_scratch(instance)
         code = _serve(options, line, instance, secrets)
     except GserveError as error:
@@ -608,7 +659,32 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     logging.shutdown()
     if log is not None:
         log.close()
+    if line is not None:
+        line.flush(FLUSH_SECONDS)
     os._exit(code)  # a load that was interrupted has threads that nothing else would end
+
+
+def _prepare_process() -> None:
+    """Undo what a process may inherit that a server cannot bear, and ignore what must not end it.
+
+    With SIGCHLD ignored nobody would learn how a process below has ended.
+    """
+    open_standard_streams()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ignore_notices()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _take_over(hello: lease.Hello) -> None:
+    """Set the umask and the limits that the owner had at its first start, as far as they are allowed."""
+    if hello.umask is not None:
+        os.umask(hello.umask)
+    for number, (soft, hard) in hello.limits.items():
+        with contextlib.suppress(OSError, ValueError):
+            highest = resource.getrlimit(number)[1]
+            if highest != resource.RLIM_INFINITY:
+                soft, hard = (highest if it == resource.RLIM_INFINITY else min(it, highest) for it in (soft, hard))
+            resource.setrlimit(number, (soft, hard))
 
 
 def _preload(options: argparse.Namespace) -> None:
@@ -641,6 +717,9 @@ def _use_scratch(instance: str) -> None:
         raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
     os.environ["TMPDIR"] = str(scratch)
+    if len(os.fsencode(scratch)) > LONGEST_FOLDER:
+        held = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+        os.environ["VLLM_RPC_BASE_PATH"] = f"/proc/{os.getpid()}/fd/{held}"  # another, short name of the same folder
     tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use
 
 
@@ -655,13 +734,16 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
             f" set {TOKEN_VARIABLE}, or listen on 127.0.0.1"
         )
     hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
-    extra = options.llm_kwargs | hello.secrets.get("llm", {})
-    llm = LLMConfig(model_name=options.model, lora_path=options.lora_path, llm_kwargs=extra)
-    registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
-    engine = registry.build("engine", options.engine | hello.secrets.get("engine", {}))
-    transport = registry.build("transport", options.transport | hello.secrets.get("transport", {}))
+    llm = hello.llm or LLMConfig(model_name=options.model, lora_path=options.lora_path, llm_kwargs=options.llm_kwargs)
+    registry = plugins.load(
+        options.plugins if hello.plugins is None else hello.plugins,
+        Path(folder) if (folder := hello.folder or options.plugin_folder) else None,
+    )
+    engine = registry.build("engine", hello.engine or options.engine)
+    transport = registry.build("transport", hello.transport or options.transport)
+    share_gpu = options.share_gpu if hello.share_gpu is None else hello.share_gpu
     server = Server(
-        instance, token, hello.control, stall_timeout=hello.stall_timeout, share_gpu=options.share_gpu, secrets=secrets
+        instance, token, hello.control, stall_timeout=hello.stall_timeout, share_gpu=share_gpu, secrets=secrets
     )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -47,6 +47,10 @@ HEARTBEATS = 0.01, 3600.0
 """The shortest and the longest time between two signs of life that a client may ask for, in seconds."""
 PATIENCE, SLOWEST = 20.0, 16 << 10
 """A request must arrive within so many seconds, and a second more for so many bytes of it."""
+UNREAD = 12, 5.0
+"""A client that takes no byte of an answer at so many looks, with so many seconds between them, is cut off."""
+LATE = 5.0
+"""A timer that comes so many seconds late says that this process was stopped: its clients may have been stopped too."""
 MAX_HEAD = 64 << 10
 """The most bytes of a request that are not its body: the head, and what follows the last chunk."""
 CHUNKING = 8
@@ -94,6 +98,7 @@ class _Protocol(HttpToolsProtocol):
     """
 
     _timer: asyncio.TimerHandle | None = None
+    _reading: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -101,7 +106,33 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end()
+        self._end_reading()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Expect the client to take something of its answer, of which there is more than enough."""
+        super().pause_writing()
+        self._end_reading()
+        self._expect_reading(self.transport.get_write_buffer_size(), UNREAD[0])
+
+    def resume_writing(self) -> None:
+        """Expect nothing more: it has."""
+        self._end_reading()
+        super().resume_writing()
+
+    def _expect_reading(self, before: int, looks: int) -> None:
+        size = self.transport.get_write_buffer_size()
+        if size < before:
+            looks = UNREAD[0]
+        if looks:
+            self._reading = self.loop.call_later(UNREAD[1], self._expect_reading, size, looks - 1)
+        else:
+            self.transport.abort()
+
+    def _end_reading(self) -> None:
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
 
     def data_received(self, data: bytes) -> None:
         if self._timer is None:
@@ -127,6 +158,7 @@ class _Protocol(HttpToolsProtocol):
         """Expect a request."""
         self._received = self._body = self._leftover = 0
         self._began = self.loop.time()
+        self._look_due = self._began + PATIENCE
         self._timer = self.loop.call_later(PATIENCE, self._look)
 
     def _end(self) -> None:
@@ -139,8 +171,11 @@ class _Protocol(HttpToolsProtocol):
     def _look(self) -> None:
         if self.pipeline:  # until those before it are answered, nothing of it is read
             self._began = self.loop.time()
+        elif (late := self.loop.time() - self._look_due) > LATE:
+            self._began += late
         due = self._began + PATIENCE + self._received / SLOWEST
         if self.loop.time() < due:
+            self._look_due = due
             self._timer = self.loop.call_at(due, self._look)
         else:
             self._cut("the request did not arrive in time")

@@ -38,7 +38,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
     "serving": {
         "errors", "schema", "config", "interfaces", "lease", "log_utils", "redaction", "devices", "runtime", "plugins",
-        "nursery", "diagnosis",
+        "nursery", "diagnosis", "environment",
     },
     "reap": {"lease", "runtime"},
     "doctor": {
@@ -58,7 +58,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
 OF_AN_ENGINE = {
     "engines.compile_turn": {"interfaces", "redaction"},
     "engines.demo_model": {"errors", "interfaces"},
-    "engines.orphans": {"runtime"},
+    "engines.orphans": {"environment", "runtime"},
     "engines.tokenizing": set(),
 }
 FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs"}

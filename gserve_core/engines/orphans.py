@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from .. import runtime
+from ..environment import ignore_notices
 
 GRACE = 2.0
 """Seconds that the engine's own way to end gets, which may be the more orderly one."""
@@ -23,12 +24,14 @@ THREAD = "gserve-orphans"
 def watch() -> None:
     """Have this process, and those that it forks, end when the server does. Does nothing where there is no server.
 
-    Nothing in the server itself, either, except that its forks are watched. Idempotent.
+    Nothing in the server itself, either, except that its forks are watched. Idempotent. The notices that a scheduler
+    sends to all processes of a job do not end this one, too.
     """
     server = os.environ.get(runtime.SERVER_VARIABLE)
     if not server:
         return
     _watch_forks()
+    ignore_notices()
     pid, started = map(int, server.split(":"))
     if pid != os.getpid() and all(thread.name != THREAD for thread in threading.enumerate()):
         threading.Thread(target=_end_with, args=(pid, started), name=THREAD, daemon=True).start()

@@ -1,5 +1,6 @@
 """The lease, spoken by hand: a server as a raw process, JSON lines on its stdin and stdout."""
 
+import fcntl
 import json
 import os
 import select
@@ -9,14 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gserve_core import runtime
+from gserve_core import lease, runtime
 
 PROGRAM = Path(__file__).parents[2] / "gserve" / "vllm_server.py"
 HELLO = {"type": "hello", "instance": "the-instance", "token": "the-token"}
@@ -132,6 +133,25 @@ def status_of(port: int, token: str | None) -> int:
         return connection.getresponse().status
     finally:
         connection.close()
+
+
+@contextmanager
+def beating(server: Leased) -> Iterator[None]:
+    """Send heartbeats meanwhile."""
+    over = threading.Event()
+
+    def beat() -> None:
+        while not over.wait(0.3):
+            with suppress(OSError):
+                server.say({"type": "beat"})
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def begin_long_work(port: int) -> HTTPConnection:
@@ -265,24 +285,143 @@ def test_a_server_and_its_child_end_when_the_owner_is_killed(tmp_path: Path, loa
 def test_a_server_ends_when_no_beat_comes(tmp_path: Path) -> None:
     with leased(tmp_path) as server:
         server.say({**HELLO, "ttl": 4.0})
-        over = threading.Event()
-
-        def beat() -> None:
-            while not over.wait(0.2):
-                server.say({"type": "beat"})
-
-        beating = threading.Thread(target=beat)
-        beating.start()
-        try:
+        with beating(server):
             server.hear("ready")
             (child,) = below(server.process.pid)
-            time.sleep(5.0)  # with beats it lives longer than that
+            time.sleep(5.0)  # with heartbeats it lives longer than that
             assert server.process.poll() is None
-        finally:
-            over.set()
-            beating.join()
         server.process.wait(4.0 + ENDS_WITHIN)
         until_gone(child)
+
+
+def test_where_only_the_end_of_the_line_counts_a_server_needs_no_heartbeat(tmp_path: Path) -> None:
+    with leased(tmp_path) as server:
+        server.say({**HELLO, "stall_timeout": 1.0})
+        server.hear("ready")
+        time.sleep(3.0)
+        assert server.process.poll() is None
+        assert server.hear("pulse")
+        server.hang_up()
+        server.process.wait(ENDS_WITHIN)
+
+
+def test_a_server_that_was_stopped_does_not_count_that_time_as_silence(tmp_path: Path) -> None:
+    with leased(tmp_path) as server:
+        server.say({**HELLO, "ttl": 3.0})
+        with beating(server):
+            server.hear("ready")
+        server.process.send_signal(signal.SIGSTOP)
+        time.sleep(4.0)
+        server.process.send_signal(signal.SIGCONT)
+        time.sleep(0.5)
+        with beating(server):
+            server.say({"type": "stop"})
+            server.hear("stopped")
+            assert server.process.wait(ENDS_WITHIN) == 0
+        assert "the owner is gone" not in server.log.read_text()
+
+
+def test_what_is_told_to_an_owner_that_has_stopped_reading_does_not_hold_the_server_up(tmp_path: Path) -> None:
+    with leased(tmp_path) as server:
+        assert server.process.stdout is not None
+        fcntl.fcntl(server.process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+        server.say({**HELLO, "stall_timeout": 0.02})  # a sign of life each 5 ms
+        address = server.hear("listening")["address"]
+        time.sleep(4.0)
+        assert status_of(address[1], "the-token") == 200
+        server.say({"type": "stop"})
+        assert server.process.wait(ENDS_WITHIN) == 0
+
+
+def test_how_long_a_drain_lasts_is_said_by_the_owner(tmp_path: Path) -> None:
+    with leased(tmp_path, latency=1.0) as server:
+        server.say(HELLO)
+        server.hear("ready")
+        working = begin_long_work(server.heard[0]["address"][1])
+        server.say({"type": "drain", "seconds": 600.0})
+        time.sleep(1.0)
+        assert server.process.poll() is None
+        began = time.monotonic()
+        server.say({"type": "drain", "seconds": 1.0})  # the last one counts
+        server.hear("stopped")
+        assert 0.5 < time.monotonic() - began < ENDS_WITHIN
+        working.close()
+        assert server.process.wait(ENDS_WITHIN) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_notice_to_all_processes_of_a_job_ends_no_server(tmp_path: Path, number: int) -> None:
+    with leased(tmp_path) as server:
+        server.say(HELLO)
+        server.hear("ready")
+        os.killpg(server.process.pid, number)
+        assert status_of(server.heard[0]["address"][1], "the-token") == 200
+
+
+@pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
+def test_a_server_by_hand_runs_with_standard_streams_closed(tmp_path: Path, closed: str) -> None:
+    command = [sys.executable, str(PROGRAM), "--serve", "--model", "m", "--port", "0", "--engine", '{"type":"echo"}']
+    process = subprocess.Popen(
+        ["bash", "-c", f'exec "$@" {closed}', "bash", *command], env={**os.environ, "GSERVE_ID": "closed"}
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not below(process.pid):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        streams = [str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in range(3)]
+        assert streams[0] == "/dev/null"
+        assert ("2>&-" not in closed) or set(streams) == {"/dev/null"}
+        process.terminate()
+        assert process.wait(10) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_owner_sends_heartbeats_while_nobody_receives() -> None:
+    read, write = os.pipe()
+    stdout, theirs = os.pipe()
+    with os.fdopen(write, "wb", 0) as stdin, os.fdopen(stdout, "rb", 0) as out:
+        owner = lease.OwnerEnd(stdin, out, lease.Hello("i", "t"))
+        lines = lease.Lines(read)
+        heard: list[bytes] = []
+        deadline = time.monotonic() + lease.BEAT + 5
+        while b'{"type":"beat"}' not in heard:
+            assert time.monotonic() < deadline
+            heard += lines.read(0.2) or []
+        owner.close()
+        owner.close()
+        owner.send(lease.Stop())
+        while (more := lines.read(0.2)) is not None:
+            heard += more
+        assert b'{"type":"stop"}' not in heard
+    os.close(read)
+    os.close(theirs)
+
+
+def test_what_does_not_fit_into_the_line_follows_in_order() -> None:
+    read, write = os.pipe()
+    stdout, theirs = os.pipe()
+    with os.fdopen(write, "wb", 0) as stdin, os.fdopen(stdout, "rb", 0) as out:
+        owner = lease.OwnerEnd(stdin, out, lease.Hello("i", "t", folder="x" * 300_000))
+        threads = [threading.Thread(target=owner.send, args=(lease.Drain(float(it)),)) for it in range(20)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        lines = lease.Lines(read)
+        heard: list[lease.Down] = []
+        deadline = time.monotonic() + 20
+        while len(heard) < 21:
+            assert time.monotonic() < deadline
+            heard += [it for it in lease.decoded(lines.read(0.2) or []) if not isinstance(it, lease.Beat)]
+        assert isinstance(heard[0], lease.Hello)
+        assert {it.seconds for it in heard[1:] if isinstance(it, lease.Drain)} == set(map(float, range(20)))
+        owner.close()
+    os.close(read)
+    os.close(theirs)
 
 
 def test_what_a_plugin_prints_does_not_disturb_the_line(tmp_path: Path) -> None:

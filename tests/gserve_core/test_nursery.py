@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from gserve import LLMConfig, ServeConfig, VLLMServer, VLLMService
+from gserve import LLMConfig, ServeConfig, StartupTimeout, VLLMServer, VLLMService
 from gserve_core import lease, runtime
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.server import PROGRAM, State
@@ -42,6 +42,8 @@ class Preloading(EchoEngine):
             time.sleep(600)
         elif self.fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif self.fault == "stopped":
+            os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGSTOP))
         elif self.fault == "wrong":
             raise RuntimeError("no such library")
 
@@ -267,6 +269,7 @@ class Place:
         self.stdin = self.process.stdin
         self._lines = lease.Lines(self.process.stdout.fileno())
         self.instance = ""
+        self.ttl: float | None = None
 
     def say(self, message: lease.Down) -> None:
         self.stdin.write(lease.encoded(message))
@@ -275,6 +278,8 @@ class Place:
         """Return the first line that begins so."""
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                self.say(lease.Beat())
             lines = self._lines.read(0.1)
             assert lines is not None, f"it has ended with {self.process.wait()}, and '{awaited}' was awaited"
             for line in lines:
@@ -285,7 +290,7 @@ class Place:
     def begin(self) -> psutil.Process:
         """Have a server begin; return its process once it is ready."""
         self.instance = uuid.uuid4().hex
-        self.say(lease.Hello(self.instance, "a-token-of-a-test"))
+        self.say(lease.Hello(self.instance, "a-token-of-a-test", ttl=self.ttl))
         self.hear('{"type":"ready"')
         below = [psutil.Process(pid) for pid in runtime.processes_of(self.instance)]
         (server,) = [process for process in below if process.cmdline()[-1:] == ["--lease"]]
@@ -396,3 +401,71 @@ def test_a_place_that_imports_ends_with_its_owner(tmp_path: Path) -> None:
     assert place.process.wait(60) == 0
     assert place.process.stdout is not None
     place.process.stdout.close()
+
+
+# --------------------------------------------------------------------------------------------- starts that do not move
+
+
+def not_moving(folder: Path, fault: str, startup_timeout: float) -> VLLMService:
+    """Return a service whose nursery hangs while it imports, or whose forks are stopped before they say a word."""
+    return preloading(folder, fault, f"{{servers: 2, startup_timeout: {startup_timeout}}}")
+
+
+@pytest.mark.parametrize("fault", ["slow", "stopped"])
+def test_a_start_that_shows_no_progress_ends_in_time_whatever_stands_still(tmp_path: Path, fault: str) -> None:
+    service = not_moving(tmp_path, fault, 6.0)
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    began = time.monotonic()
+    with pytest.raises(StartupTimeout, match=r"no progress for 6 s \(startup_timeout\) while importing"):
+        service.start()
+    assert time.monotonic() - began < 40
+    assert not {child.pid for child in psutil.Process().children(recursive=True)} - before
+
+
+@pytest.mark.parametrize("fault", ["slow", "stopped"])
+def test_a_start_that_shows_no_progress_can_be_shut_down(tmp_path: Path, fault: str) -> None:
+    service = not_moving(tmp_path, fault, 600.0)
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    failed: list[BaseException] = []
+
+    def start() -> None:
+        try:
+            service.start()
+        except BaseException as error:
+            failed.append(error)
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    until(nurseries)
+    if fault == "stopped":
+        until(lambda: [it for it in psutil.Process().children(recursive=True) if it.status() == psutil.STATUS_STOPPED])
+    service.shutdown()
+    starting.join(30)
+    assert not starting.is_alive()
+    assert failed
+    assert not {child.pid for child in psutil.Process().children(recursive=True)} - before
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_notice_to_all_processes_of_a_job_ends_no_nursery(place: Place, number: int) -> None:
+    server = place.begin()
+    for process in (place.process, server):
+        process.send_signal(number)
+    place.stdin.write(b"end\n")
+    assert place.ended() == -signal.SIGKILL
+    place.begin()
+
+
+def test_a_place_that_was_stopped_with_its_server_keeps_it(place: Place) -> None:
+    place.ttl = 4.0
+    server = place.begin()
+    for process in (place.process, server):
+        process.send_signal(signal.SIGSTOP)
+    time.sleep(6.0)
+    for process in (place.process, server):
+        process.send_signal(signal.SIGCONT)
+    time.sleep(1.0)
+    assert server.is_running()
+    place.say(lease.Stop())
+    place.hear('{"type":"stopped"')
+    assert place.process.wait(20) == 0

@@ -33,6 +33,7 @@ from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.server import State, pinning
 from gserve_core.testing import our_processes
+from gserve_launchers.local import SubprocessLauncher
 
 LLM = LLMConfig("m")
 CANARY = "canary-9f1c2e"
@@ -345,7 +346,8 @@ def test_secrets_reach_the_server_and_nobody_else(tmp_path: Path, monkeypatch: p
     llm = LLMConfig("m", llm_kwargs={"hf_token": CANARY, "note": "seen"})
     with VLLMServer(llm, gpu_ids=[3], engine=Telltale(), plugins=["telltale"], startup_timeout=30) as server:
         commands = new_processes(before)
-        assert any("seen" in command for command in commands.values())
+        assert any("--model m " in command for command in commands.values())
+        assert not any("seen" in command for command in commands.values()), "all else comes over the lease"
         assert not any(CANARY in command for command in commands.values())
         for pid in commands:
             assert CANARY.encode() not in Path(f"/proc/{pid}/environ").read_bytes()
@@ -465,3 +467,214 @@ def test_the_temporary_files_of_a_server_go_with_it(ends_by: str) -> None:
                 time.sleep(0.05)
             assert not scratch.exists()
     assert not scratch.exists()
+
+
+SEEING = """
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+from gserve import hookimpl
+from gserve_core.engines.echo import EchoEngine
+
+@dataclass(frozen=True, kw_only=True)
+class Seeing(EchoEngine):
+    name: ClassVar[str] = "seeing"
+    file: str = ""
+    api_key: str = ""
+
+    async def start(self, llm, report):
+        Path(self.file).write_text(repr((llm, llm.llm_kwargs.get("hf_token"), self.api_key)))
+        return await super().start(llm, report)
+
+@hookimpl
+def gserve_register_engines():
+    return [Seeing]
+"""
+
+
+@pytest.mark.parametrize("nursery", [True, False])
+def test_the_engine_sees_the_config_as_the_user_wrote_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nursery: bool
+) -> None:
+    (tmp_path / "seeing.py").write_text(SEEING)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from seeing import Seeing
+
+    engine = Seeing(file=str(tmp_path / "seen"), api_key=CANARY)
+    llm = LLMConfig(
+        "m", tokenizer="t", dtype="auto", seed=7, max_model_len=77, quantization=None, gpu_memory_utilization=0.5,
+        enforce_eager=True, lora_path="/nowhere",
+        llm_kwargs={"hf_token": CANARY, "seed": 8, "deep": {"list": [1, None, 0.1]}},
+    )  # fmt: skip
+    launcher = SubprocessLauncher(nursery=nursery)
+    with VLLMServer(llm, engine=engine, plugins=["seeing"], launcher=launcher) as server:
+        assert (tmp_path / "seen").read_text() == repr((llm, CANARY, CANARY))
+        (job_command,) = [it for it in our_processes().values() if "vllm_server.py" in it and "--forks" not in it]
+        assert len(job_command) < 500
+        assert server.is_running()
+
+
+UNREAD = """
+import os, signal, sys, time
+from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve_core import runtime
+from gserve_core.engines.echo import EchoEngine
+if {setup}:
+    from gserve.log_utils import setup_logging
+    setup_logging()
+os.set_blocking(2, False)
+try:
+    while True:
+        os.write(2, b"x" * 4096)
+except BlockingIOError:
+    os.set_blocking(2, True)  # it is full, and nobody reads it
+with VLLMService(LLMConfig("m"), ServeConfig(verbose=True), engine=EchoEngine()) as service:
+    (server,) = service.servers
+    for restarts in (1, 2):
+        for pid in runtime.processes_of(server.record().instance):
+            os.kill(pid, signal.SIGKILL)
+        while service.status()[0].restarts < restarts or service.status()[0].state != "ready":
+            time.sleep(0.02)
+    print(service.generate(["a"]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("setup", [True, False])
+def test_a_stderr_that_nobody_reads_holds_nothing_up(tmp_path: Path, setup: bool) -> None:
+    script = UNREAD.format(setup=setup)
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as owner:
+        try:
+            assert owner.wait(90) == 0
+            assert owner.stdout is not None
+            assert owner.stdout.read() == "[['a']]\n"
+        finally:
+            owner.kill()
+
+
+CLOSED = """
+import sys
+from pathlib import Path
+from gserve import LLMConfig, VLLMService
+from gserve_core.engines.echo import EchoEngine
+with VLLMService(LLMConfig("m"), engine=EchoEngine()) as service:
+    Path(sys.argv[1]).write_text(str(service.generate(["a"])))
+"""
+
+
+def test_a_program_without_standard_streams_has_a_service(tmp_path: Path) -> None:
+    command = ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", sys.executable, "-c", CLOSED, str(tmp_path / "answer")]
+    assert subprocess.run(command, timeout=90, check=False).returncode == 0
+    assert (tmp_path / "answer").read_text() == "[['a']]"
+
+
+SURROUNDINGS = """
+import os, resource, signal, time
+from pathlib import Path
+from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve_core import runtime
+from gserve_core.engines.echo import EchoEngine
+from gserve_launchers.local import SubprocessLauncher
+
+def look():
+    found = set()
+    for pid in runtime.processes_of(server.record().instance):
+        told = Path(f"/proc/{{pid}}/status").read_text().splitlines()
+        limits = Path(f"/proc/{{pid}}/limits").read_text().splitlines()
+        environ = Path(f"/proc/{{pid}}/environ").read_bytes().split(bytes(1))
+        found.add((
+            [line for line in told if line.startswith("Umask")][0].split()[1],
+            [line for line in limits if line.startswith("Max core")][0].split()[4],
+            b"LATER=1" in environ, b"FIRST=1" in environ,
+        ))
+    return found
+
+resource.setrlimit(resource.RLIMIT_CORE, (1000, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+os.umask(0o027)
+os.environ["FIRST"] = "1"
+launcher = SubprocessLauncher(nursery={nursery})
+with VLLMService(LLMConfig("m"), ServeConfig(), engine=EchoEngine(), launcher=launcher) as service:
+    (server,) = service.servers
+    print(look())
+    os.umask(0o077)
+    resource.setrlimit(resource.RLIMIT_CORE, (500, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    os.environ["LATER"] = "1"
+    del os.environ["FIRST"]
+    for pid in runtime.processes_of(server.record().instance):
+        os.kill(pid, signal.SIGKILL)
+    while service.status()[0].restarts < 1 or service.status()[0].state != "ready":
+        time.sleep(0.02)
+    print(look())
+"""
+
+
+@pytest.mark.parametrize("nursery", [True, False])
+def test_a_server_that_is_started_again_has_what_the_first_one_had(tmp_path: Path, nursery: bool) -> None:
+    ended = run_script(tmp_path, SURROUNDINGS.format(nursery=nursery))
+    assert ended.stdout == "{('0027', '1000', False, True)}\n" * 2, ended.stderr
+
+
+IGNORING = """
+import os, signal, time
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve_core import runtime
+from gserve_core.engines.echo import EchoEngine
+from gserve_launchers.local import SubprocessLauncher
+import psutil
+launcher = SubprocessLauncher(nursery={nursery})
+with VLLMService(LLMConfig("m"), ServeConfig(), engine=EchoEngine(), launcher=launcher) as service:
+    (server,) = service.servers
+    nurseries = [it.pid for it in psutil.Process().children() if "--forks" in it.cmdline() or "nursery" in it.cmdline()]
+    for pid in runtime.processes_of(server.record().instance):
+        os.kill(pid, signal.SIGKILL)
+    while service.status()[0].restarts < 1 or service.status()[0].state != "ready":
+        time.sleep(0.02)
+    print(service.generate(["a"]), len(nurseries), all(map(psutil.pid_exists, nurseries)))
+"""
+
+
+@pytest.mark.parametrize("nursery", [True, False])
+def test_where_sigchld_is_ignored_deaths_are_survived_and_told_right(tmp_path: Path, nursery: bool) -> None:
+    ended = run_script(tmp_path, IGNORING.format(nursery=nursery))
+    assert ended.stdout == f"[['a']] {int(nursery)} True\n", ended.stderr
+    assert "exit code 0" not in ended.stderr
+    assert ("was killed by SIGKILL" if nursery else "did not say how, since SIGCHLD is ignored") in ended.stderr
+
+
+FIRST = """
+import os, signal, sys, time
+from pathlib import Path
+from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve_core import runtime
+from gserve_core.engines.echo import EchoEngine
+from gserve_launchers.local import SubprocessLauncher
+
+def zombies():
+    told = [Path(f"/proc/{{pid}}/stat").read_text() for pid in os.listdir("/proc") if pid.isdigit()]
+    return [it for it in told if it.rpartition(")")[2].split()[0] == "Z"]
+
+assert os.getpid() == 1
+launcher = SubprocessLauncher(nursery={nursery})
+with VLLMService(LLMConfig("m"), ServeConfig(), engine=EchoEngine(processes=2), launcher=launcher) as service:
+    (server,) = service.servers
+    for restarts in (1, 2):
+        os.kill(min(runtime.processes_of(server.record().instance)), signal.SIGKILL)
+        while service.status()[0].restarts < restarts or service.status()[0].state != "ready":
+            time.sleep(0.02)
+print(zombies())
+"""
+
+
+@pytest.mark.parametrize("nursery", [True, False])
+def test_an_owner_that_is_process_1_leaves_no_zombies(tmp_path: Path, nursery: bool) -> None:
+    isolated = ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if subprocess.run([*isolated, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("needs the right to make a PID namespace")
+    ended = subprocess.run(
+        [*isolated, sys.executable, "-c", FIRST.format(nursery=nursery)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert ended.stdout == "[]\n", ended.stderr

@@ -1,15 +1,20 @@
 """A server's requests: how items are cancelled, and what a client that does not read may cost."""
 
 import asyncio
+import concurrent.futures
+import contextlib
+import socket
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 
 from gserve import LLMConfig, RemoteError, VLLMServer
+from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Access, Connection
 from gserve_core.schema import Failure, Group, Heartbeat, Result, RunRequest
@@ -113,3 +118,43 @@ def test_a_request_of_too_many_items_is_refused_with_what_to_do(slow: VLLMServer
 
 def test_a_request_without_an_id_looks_as_before() -> None:
     assert msgspec.to_builtins(RunRequest([])) == {"groups": []}
+
+
+def memory(server: VLLMServer) -> int:
+    """Return how many bytes of memory the server's own process has."""
+    (found,) = [
+        process
+        for pid in runtime.processes_of(server.record().instance)
+        if "--lease" in (process := psutil.Process(pid)).cmdline()
+    ]
+    return int(found.memory_info().rss)
+
+
+def test_clients_that_do_not_read_cost_little_memory() -> None:
+    """Together they ask for answers of 400 MB."""
+    request = msgspec.msgpack.encode(RunRequest([Group(["word " * 6000] * 40, {"max_tokens": 6000})]))
+    with (
+        VLLMServer(LLM, engine=EchoEngine(capacity=64)) as server,
+        concurrent.futures.ThreadPoolExecutor() as threads,
+    ):
+        record = server.record()
+        head = (
+            f"POST /run HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {record.token}\r\n"
+            f"Content-Length: {len(request)}\r\n\r\n"
+        )
+        before = memory(server)
+        with contextlib.ExitStack() as stack:
+            clients = []
+            for _ in range(24):
+                client = stack.enter_context(socket.socket())
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.connect(("127.0.0.1", record.address.port))
+                clients.append(client)
+            list(threads.map(lambda client: client.sendall(head.encode() + request), clients))
+            highest = 0
+            for _ in range(16):
+                time.sleep(0.25)
+                highest = max(highest, memory(server) - before)
+            assert highest < 150 << 20, highest >> 20
+        with server.client() as other:
+            assert other.generate(["a"]) == [["a"]]

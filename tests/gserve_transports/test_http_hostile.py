@@ -18,7 +18,7 @@ import pytest
 from gserve import LLMConfig, VLLMServer
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.schema import Failure, Group, RunRequest
-from gserve_transports import HttpTransport
+from gserve_transports import HttpTransport, http_server
 
 MIB = 1 << 20
 GROWTH = 120 * MIB
@@ -420,3 +420,18 @@ def test_a_hundred_thousand_prompts_in_one_body_are_answered_in_order_and_keep_n
     assert len(waits) > 5
     assert max(waits) < 20
     logger.info("asked %d times for its health, at most %.2f s; at most %d MiB", len(waits), max(waits), peak >> 20)
+
+
+def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(make_noted, serve, until, monkeypatch) -> None:
+    monkeypatch.setattr(http_server, "UNREAD", (3, 0.2))
+    small = (socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # else all of it would fit in there
+    monkeypatch.setattr(http_server, "KEEPALIVE", (*http_server.KEEPALIVE, small))
+    api = make_noted()
+    with serve(api), socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", api.port))
+        body = msgspec.msgpack.encode(RunRequest([Group(["x" * 5000] * 180 + ["slow"])]))
+        head = f"POST /run HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {api.token}\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: api.working)
+        until(lambda: not api.working)
