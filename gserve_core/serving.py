@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import tempfile
 import threading
@@ -483,10 +482,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     line = lease.ServerEnd() if options.lease else None
     instance = line.hello.instance if line else uuid.uuid4().hex
     _mark_children(instance)
-    scratch = runtime.scratch_folder(instance)
+    scratch = runtime.scratch_folder(instance)  # now: later, it is the temporary folder itself
     secrets, log = secret_values(os.environ), None
     if line is not None:
-        line.last_act = functools.partial(shutil.rmtree, scratch, ignore_errors=True)
+        line.last_act = functools.partial(runtime.remove_scratch, scratch)
         secrets |= {line.hello.token, line.hello.control or line.hello.token} | secret_values(line.hello.secrets)
         log = ServerLog(secrets)
     try:
@@ -498,7 +497,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if line is not None and code == 0:
         line.tell(lease.Stopped())
     _end_children()
-    shutil.rmtree(scratch, ignore_errors=True)
+    runtime.remove_scratch(scratch)
     logging.shutdown()
     if log is not None:
         log.close()
@@ -534,7 +533,7 @@ def _use_scratch(instance: str) -> None:
     except OSError as error:
         raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
-    os.environ["TMPDIR"] = str(scratch)
+    os.environ["TMPDIR"] = str(runtime.short_path(scratch))
     tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use
 
 

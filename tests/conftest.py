@@ -12,7 +12,7 @@ import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from gserve_core import testing
+from gserve_core import runtime, testing
 from gserve_core.testing import slurm
 
 nothing_left = testing.nothing_left
@@ -48,6 +48,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("XDG_RUNTIME_DIR", "XDG_STATE_HOME"):
             patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
+        patch.setenv(runtime.PLACE_VARIABLE, "")  # the second place, which all sessions of a user share
         for name in ("GSERVE_LOG_LEVEL", "GSERVE_TOKEN", "GSERVE_ATTACH", "CUDA_VISIBLE_DEVICES"):
             patch.delenv(name, raising=False)
         patch.setenv(testing.RUN_VARIABLE, uuid.uuid4().hex)

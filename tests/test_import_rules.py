@@ -24,6 +24,8 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"schema", "documents", "redaction", "environment"},
     {"config"},
     {"interfaces"},
+    {"processes"},
+    {"folders"},
     {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "devices", "diagnosis"},
     {"plugins", "nursery"},
     {"dispatch"},
@@ -37,7 +39,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "errors", "schema", "config", "interfaces", "lease", "log_utils", "redaction", "devices", "runtime", "plugins",
         "nursery", "diagnosis",
     },
-    "reap": {"lease", "runtime"},
+    "reap": {"folders", "processes", "runtime"},
     "doctor": {
         "errors", "config", "interfaces", "devices", "runtime", "plugins", "service", "engines", "engines.demo_model",
         "engines.vllm_engine",

@@ -5,6 +5,7 @@ itself is ended here. The command `gserve reap` is tested in a machine of its ow
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,13 +94,24 @@ def test_a_living_service_and_its_files_are_left_alone(owner: Owner) -> None:
     assert len(runtime.processes_of(owner.instance)) == 2
 
 
+SERVER = """
+import os, sys
+from gserve_core import runtime
+runtime.make_scratch_folder(sys.argv[1])
+os.execvp("sh", ["sh", "-c", sys.argv[2]])
+"""
+
+
 class Marked:
-    """A process with the environment of one of a server's."""
+    """A process with the environment of a server, which has made its temporary folder."""
 
     def __init__(self, owner: str, command: str = "exec sleep 600") -> None:
         self.instance = uuid.uuid4().hex
         environ = os.environ | {runtime.ID_VARIABLE: self.instance, runtime.OWNER_VARIABLE: owner}
-        self.process = subprocess.Popen(["sh", "-c", command], env=environ, stdout=subprocess.PIPE, text=True)
+        program = [sys.executable, "-c", SERVER, self.instance, f"echo running; {command}"]
+        self.process = subprocess.Popen(program, env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "running\n"
         eventually(lambda: self.process.pid in runtime.processes_of(self.instance))
 
     def orphans(self) -> list[reap.Process]:
@@ -110,6 +122,7 @@ class Marked:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
+        shutil.rmtree(runtime.scratch_folder(self.instance))
 
 
 @pytest.fixture
