@@ -540,6 +540,7 @@ def _use_scratch(instance: str) -> None:
 def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
+    os.environ.setdefault(devices.ORDER, devices.PCI_ORDER)  # the GPUs that are used are those that are locked
     token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
     host = runtime.own_address(options.reachable_from) if options.reachable_from else options.host
     if token is None and not runtime.is_loopback(host):
