@@ -99,6 +99,22 @@ def writable(kind: Literal["state", "cache"], below: str) -> Path:
         return path
 
 
+def cache_environment() -> dict[str, str]:
+    """Return what the environment of libraries needs where the user's folder for caches cannot be used.
+
+    Models that Hugging Face has in it are still found. Raises GserveError.
+    """
+    path = writable("cache", "")
+    found = {HOMES["cache"][0]: str(path)}
+    with contextlib.suppress(OSError, GserveError):
+        usual = home("cache")
+        if usual == path:
+            return {}
+        if "HF_HOME" not in os.environ and (usual / "huggingface").is_dir():
+            found["HF_HOME"] = str(usual / "huggingface")
+    return found
+
+
 @functools.cache
 def note(text: str) -> None:
     """Log a warning once in this process."""

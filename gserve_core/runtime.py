@@ -23,6 +23,7 @@ from msgspec import Struct, structs
 
 from . import folders, processes
 from .errors import ConfigError, GserveError, LaunchError, did_you_mean
+from .folders import cache_environment as cache_environment
 from .folders import keep_logs as keep_logs
 from .folders import log_folder as log_folder
 from .folders import make_scratch_folder as make_scratch_folder

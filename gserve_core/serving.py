@@ -532,6 +532,7 @@ def _use_scratch(instance: str) -> None:
         scratch = runtime.make_scratch_folder(instance)
     except OSError as error:
         raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
+    os.environ |= runtime.cache_environment()  # before the temporary folder is another one
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
     os.environ["TMPDIR"] = str(runtime.short_path(scratch))
     tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use

@@ -189,6 +189,24 @@ def test_a_home_that_can_be_used_is(open_folder: Path) -> None:
     assert cache == open_folder / "home" / ".cache" / "gserve"
 
 
+CACHES = """
+import os
+from gserve_core import runtime
+print(sorted(runtime.cache_environment().items()))
+"""
+
+
+def test_libraries_get_a_cache_where_the_user_s_cannot_be_written_and_find_the_models_in_it(open_folder: Path) -> None:
+    there = f"('XDG_CACHE_HOME', '{open_folder}/gserve-{NOBODY}/cache')"
+    assert as_nobody(CACHES, open_folder, HOME="/nonexistent").stdout == f"[{there}]\n"
+    models = open_folder / "home" / ".cache" / "huggingface"
+    models.mkdir(parents=True)
+    done = as_nobody(CACHES, open_folder, HOME=str(open_folder / "home"))
+    assert done.stdout == f"[('HF_HOME', '{models}'), {there}]\n", "it is root's"
+    os.chown(models.parent, NOBODY, NOBODY)
+    assert as_nobody(CACHES, open_folder, HOME=str(open_folder / "home")).stdout == "[]\n"
+
+
 def test_where_nothing_can_be_written_the_error_says_what_to_set(open_folder: Path) -> None:
     (open_folder / f"gserve-{NOBODY}").touch()
     done = as_nobody(FOLDERS, open_folder, HOME="/nonexistent")
