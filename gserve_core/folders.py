@@ -78,6 +78,14 @@ def home(kind: Literal["state", "cache"], environ: Mapping[str, str] = os.enviro
     return path / below
 
 
+def expanded(path: str) -> Path:
+    """Return a path with "~" replaced by the home folder, if there is one."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def writable(kind: Literal["state", "cache"], below: str) -> Path:
     """Return a folder below the user's folder for state or caches, made if it is missing.
 
@@ -213,7 +221,15 @@ class ScratchOwner(Struct, frozen=True):
 
 def scratch_folder(instance: str) -> Path:
     """Return where a server keeps its temporary files: it makes the folder, and its owner sees to it that it goes."""
-    return Path(tempfile.gettempdir()) / f"gserve-{instance[:12]}"
+    return _temporary() / f"gserve-{instance[:12]}"
+
+
+def _temporary() -> Path:
+    """Return the folder for temporary files; if no such folder can be written, the usual one."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return SHORT
 
 
 def short_path(folder: Path) -> Path:
@@ -273,7 +289,7 @@ def scratch_owner(path: Path) -> ScratchOwner | None:
 def find_scratch(instance: str, *more: Path) -> ScratchOwner | None:
     """Return the owner of a server's temporary folder, which may lie below other folders too; None: there is none."""
     name = f"gserve-{instance[:12]}"
-    for base in (Path(tempfile.gettempdir()), *_short_bases(), *more):
+    for base in (_temporary(), *_short_bases(), *more):
         path = base if base.name == name else base / name
         with contextlib.suppress(OSError):
             path = path.readlink()
@@ -288,7 +304,7 @@ def unused_scratch_folders(instances: Collection[str]) -> list[Path]:
 
     `instances` are known to live. Only what is proved to be a server's is returned.
     """
-    temporary = Path(tempfile.gettempdir())
+    temporary = _temporary()
     pattern = "gserve-" + "[0-9a-f]" * 12
     found = [path for path in temporary.glob(pattern) if _is_unused(path, instances)]
     for link in (link for base in _short_bases() for link in base.glob(pattern) if link.is_symlink()):

@@ -41,8 +41,8 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     },
     "reap": {"folders", "processes", "runtime"},
     "doctor": {
-        "errors", "config", "interfaces", "devices", "runtime", "plugins", "service", "engines", "engines.demo_model",
-        "engines.vllm_engine",
+        "errors", "config", "interfaces", "devices", "folders", "runtime", "plugins", "service", "engines",
+        "engines.demo_model", "engines.vllm_engine",
     },
     "testing": {"errors", "schema", "config", "interfaces", "runtime"},
     "testing.slurm": {"runtime"},

@@ -207,6 +207,22 @@ def test_libraries_get_a_cache_where_the_user_s_cannot_be_written_and_find_the_m
     assert as_nobody(CACHES, open_folder, HOME=str(open_folder / "home")).stdout == "[]\n"
 
 
+def test_a_home_that_is_not_known_is_left_in_a_path(open_folder: Path) -> None:
+    program = "from gserve_core import folders; print(folders.expanded('~/x'), folders.expanded('/y'))"
+    assert as_nobody(program, open_folder).stdout == "~/x /y\n"
+    assert as_nobody(program, open_folder, HOME="/home/me").stdout == "/home/me/x /y\n"
+
+
+def test_a_machine_where_nothing_can_be_written_is_a_gserve_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    with pytest.raises(GserveError, match=r"cannot make a private temporary folder \(.*No usable temporary directory"):
+        folders.temporary()
+    assert runtime.scratch_folder("0123456789ab") == Path("/tmp/gserve-0123456789ab")
+
+
 def test_where_nothing_can_be_written_the_error_says_what_to_set(open_folder: Path) -> None:
     (open_folder / f"gserve-{NOBODY}").touch()
     done = as_nobody(FOLDERS, open_folder, HOME="/nonexistent")
