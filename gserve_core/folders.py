@@ -300,7 +300,7 @@ def find_scratch(instance: str, *more: Path) -> ScratchOwner | None:
 
 
 def unused_scratch_folders(instances: Collection[str]) -> list[Path]:
-    """Return the scratch folders of this user that no living server uses, and the links to them.
+    """Return the scratch folders of this user that no living server uses, and links to folders that are gone.
 
     `instances` are known to live. Only what is proved to be a server's is returned.
     """
@@ -311,7 +311,7 @@ def unused_scratch_folders(instances: Collection[str]) -> list[Path]:
         with contextlib.suppress(OSError):
             target = link.readlink()
             is_ours = link.lstat().st_uid == os.getuid() and target == temporary / link.name
-            if is_ours and (target in found or not os.path.lexists(target)):
+            if is_ours and not os.path.lexists(target):
                 found.append(link)
     return sorted(found)
 

@@ -7,7 +7,6 @@ kernel, or killed together with its owner.
 import contextlib
 import os
 import select
-import shutil
 import signal
 import tempfile
 import time
@@ -150,8 +149,8 @@ def unreadable() -> list[runtime.Unreadable]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it."""
+    """Remove a file, or a folder with all that is in it and the link to it."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        runtime.remove_scratch(path)
     else:
         path.unlink(missing_ok=True)
