@@ -408,15 +408,18 @@ def ps() -> None:
     """List the launched services of this user on this machine."""
     from gserve_core import runtime
 
-    records = runtime.services()
+    records, unreadable = runtime.services(), runtime.unreadable()
+    for file in unreadable:
+        _say(f"error: {file}")
     if not records:
-        _say("no service is running")
+        if not unreadable:
+            _say("no service is running")
         return
-    rows = [
-        (record.name, str(record.pid), server.name, str(server.address), server.model)
-        for record in records
-        for server in record.servers
-    ]
+    rows: list[tuple[str, ...]] = []
+    for record in records:
+        rows += [
+            (record.name, str(record.pid), server.name, str(server.address), server.model) for server in record.servers
+        ] or [(record.name, str(record.pid), "-", record.status, "-")]
     _print_table(("name", "pid", "server", "address", "model"), rows)
 
 
@@ -457,7 +460,10 @@ def reap(
         if not dry_run:
             left_behind.remove(path)
         print(f"{'left' if dry_run else 'removed'}: {path}")
-    if not orphans and not files:
+    unreadable = left_behind.unreadable()
+    for file in unreadable:
+        _say(f"left alone: {file}")
+    if not orphans and not files and not unreadable:
         _say("nothing to do")
 
 

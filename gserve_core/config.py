@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 import msgspec
 
 from .documents import Document, type_name
+from .environment import RESERVED
 from .errors import ConfigError, did_you_mean, reworded
 from .redaction import hidden
 
@@ -139,6 +140,8 @@ class ServeConfig:
         for name, value in self.env.items():
             if not name or not name.isascii() or "=" in name or not (name + value).replace("\t", "").isprintable():
                 raise ConfigError(f"{name!r} and its value cannot stand in an environment", at="$.env")
+            if name in RESERVED:
+                raise ConfigError(f"{name} cannot be set for servers: {RESERVED[name]}; remove it", at="$.env")
         for name in ("startup_timeout", "client_timeout", "stall_timeout"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:

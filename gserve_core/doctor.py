@@ -26,7 +26,7 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from . import devices, plugins
+from . import devices, folders, plugins
 from .config import Config, load
 from .engines import demo_model
 from .engines.vllm_engine import VLLMEngine, insecurity
@@ -142,7 +142,7 @@ def _look(config: Config | None, engine: Engine | None, *, runs_here: bool) -> I
         return
     yield _weighed(_examine_model(config, os.environ | config.serve.env), runs_here)
     if config.llm.lora_path is not None:
-        yield _weighed(_examine_adapter(Path(config.llm.lora_path).expanduser()), runs_here)
+        yield _weighed(_examine_adapter(folders.expanded(config.llm.lora_path)), runs_here)
 
 
 def _weighed(finding: Finding, runs_here: bool) -> Finding:
@@ -250,7 +250,7 @@ def _examine_hub(name: str, config: Config, environ: Mapping[str, str]) -> Findi
     """Look for a model id in the cache of Hugging Face, as its own library would."""
     llm = config.llm
     home = Path(environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
-    cache = Path(llm.download_dir or environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+    cache = folders.expanded(llm.download_dir or environ.get("HF_HUB_CACHE") or str(home / "hub"))
     folder = cache / f"models--{name.replace('/', '--')}"
     revision = llm.revision or "main"
     with suppress(OSError):

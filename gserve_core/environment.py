@@ -17,6 +17,16 @@ WEAKENING = {
 """Variables that open vLLM to attacks, and the values that do not."""
 
 
+RESERVED = {
+    "GSERVE_TOKEN": "each server has a token of its own, which clients of the same user find by themselves",
+    "GSERVE_ID": "gserve finds a server's processes by it",
+    "GSERVE_OWNER": "gserve finds a server's processes by it",
+    "GSERVE_SERVER": "gserve finds a server's processes by it",
+    "GSERVE_ATTACH": "it names a launched service for clients, not for servers",
+}
+"""Variables that gserve itself sets for servers, or that mean nothing to them, and why a config cannot set them."""
+
+
 def weakening(environ: Mapping[str, str], chosen: Collection[str]) -> dict[str, str]:
     """Return the variables to set over those of `environ` that weaken vLLM, but for those that a config has chosen."""
     return {

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -540,7 +539,7 @@ class _Place:
         self._close_stdin()
         end_group(self._pid, FAREWELL)
         left = runtime.end_processes_of(self._instance)
-        shutil.rmtree(runtime.scratch_folder(self._instance), ignore_errors=True)
+        runtime.remove_scratch(runtime.scratch_folder(self._instance))
         self._pid, self._code = 0, code
         if not code or left or diagnosis.memory_kills() != self._kills:
             self._end()

@@ -7,29 +7,41 @@ kernel, or killed together with its owner.
 import contextlib
 import os
 import select
-import shutil
 import signal
+import tempfile
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import runtime
+from . import folders, processes, runtime
 
 GRACE = 5.0
 """Seconds that a process has to end by itself, before it is killed; and then, to be gone."""
 SHOWN = 100
 """Characters of a command that are shown."""
+PROGRAM = b"/vllm_server.py"
+"""The end of the server program's path, in the command of every server."""
+NURSERY = [b"gserve", b"nursery"]
+"""The beginning of a nursery's command."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A live process of a server. `started` is in clock ticks since boot, `owner` is the mark of the server's owner."""
+    """A live process that carries the marks of a server. `started` is in clock ticks since boot.
+
+    instance, owner and server: the values of ID_VARIABLE, OWNER_VARIABLE and SERVER_VARIABLE in its environment; the
+    last one is empty in the server itself. It may have inherited them all: see `orphans`.
+    """
 
     pid: int
     started: int
+    parent: int
+    session: int
     instance: str
     owner: str
+    server: str = ""
+    temporary: Path
 
     def __str__(self) -> str:
         with contextlib.suppress(OSError):
@@ -39,14 +51,49 @@ class Process:
 
 
 def orphans() -> list[Process]:
-    """Return the processes whose server's owner is dead: those of this user, for root of all."""
-    ours = Path("/proc/self/ns/pid").readlink()  # in a container, the ids of owners stand for other processes
-    found = []
+    """Return the processes of servers whose owner is dead: those of this user, for root of all.
+
+    A process that only inherited a server's environment is none of these: it must be the server, or be in a session of
+    the server, or descend from one that is.
+    """
+    ours = processes.namespace()  # in a container, the ids of owners stand for other processes
+    marked: dict[int, Process] = {}
     for process in _processes():
         with contextlib.suppress(OSError, ValueError):
-            if runtime.is_orphan(process.owner) and Path(f"/proc/{process.pid}/ns/pid").readlink() == ours:
-                found.append(process)
-    return found
+            if runtime.is_orphan(process.owner) and processes.namespace(process.pid) == ours:
+                marked[process.pid] = process
+    sessions = {(process.session, process.instance) for process in marked.values() if _is_server(process)}
+    found = {pid for pid, process in marked.items() if (process.session, process.instance) in sessions}
+    found |= {pid for pid, process in marked.items() if _is_in_session(process)}
+    while more := {pid for pid, process in marked.items() if _descends(process, found, marked)} - found:
+        found |= more
+    return [process for pid, process in marked.items() if pid in found]
+
+
+def _is_server(process: Process) -> bool:
+    """Say whether a process is a server or a nursery, or what a launcher has put in front of one."""
+    if process.server:
+        return False
+    owner = folders.find_scratch(process.instance, process.temporary)
+    if owner is not None and (owner.pid, owner.started) == (process.pid, process.started):
+        return True
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+        return words[:2] == NURSERY or any(word.endswith(PROGRAM) for word in words)
+    return False
+
+
+def _is_in_session(process: Process) -> bool:
+    """Say whether a process is in the session of a server that may have ended."""
+    leader, _, started = process.server.partition(":")
+    if leader == str(process.session) and started.isdecimal() and process.started >= int(started):
+        return True  # a session keeps its id from being another's
+    owner = folders.find_scratch(process.instance, process.temporary)
+    return owner is not None and owner.session == process.session and process.started >= owner.started
+
+
+def _descends(process: Process, found: Collection[int], marked: Mapping[int, Process]) -> bool:
+    return process.parent in found and marked[process.parent].instance == process.instance
 
 
 def _processes() -> Iterator[Process]:
@@ -55,21 +102,23 @@ def _processes() -> Iterator[Process]:
             continue
         with contextlib.suppress(OSError):
             pid = int(entry.name)
-            started = runtime.process_start(pid)
+            fields = processes.stat_fields(pid)
             lines = os.fsdecode((entry / "environ").read_bytes()).split("\0")
             environ = {name: value for name, _, value in (line.partition("=") for line in lines)}
-            if started is not None and runtime.ID_VARIABLE in environ:
+            if fields is not None and fields[0] not in "ZX" and runtime.ID_VARIABLE in environ:
                 yield Process(
-                    pid=pid, started=started,
+                    pid=pid, started=int(fields[19]), parent=int(fields[1]), session=int(fields[3]),
                     instance=environ[runtime.ID_VARIABLE], owner=environ.get(runtime.OWNER_VARIABLE, ""),
+                    server=environ.get(runtime.SERVER_VARIABLE, ""),
+                    temporary=Path(environ.get("TMPDIR") or tempfile.gettempdir()),
                 )  # fmt: skip
 
 
-def end(processes: Collection[Process]) -> list[Process]:
+def end(left: Collection[Process]) -> list[Process]:
     """End processes, by force after `GRACE` seconds; return those that live on even so."""
     with contextlib.ExitStack() as stack:
         alive: dict[int, Process] = {}
-        for process in processes:
+        for process in left:
             with contextlib.suppress(OSError):
                 descriptor = os.pidfd_open(process.pid)
                 stack.callback(os.close, descriptor)
@@ -94,9 +143,14 @@ def unused_files() -> list[Path]:
     return runtime.unused_scratch_folders({process.instance for process in _processes()}) + runtime.stale_files()
 
 
+def unreadable() -> list[runtime.Unreadable]:
+    """Return the files in place of services' records that cannot be read; they are not removed."""
+    return runtime.unreadable()
+
+
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+    """Remove a file, or a folder with all that is in it and the link to it."""
+    if path.is_dir() and not path.is_symlink():
+        runtime.remove_scratch(path)
     else:
         path.unlink(missing_ok=True)

@@ -1,38 +1,62 @@
 """What processes of one user on one machine know of each other: how to use a server, and the launched services.
 
-Files of mode 0600 in the user's runtime directory, written by the owner of a server or service and removed with it.
+Files of mode 0600, written by the owner of a server or service and removed with it. They lie in two places: in
+`$XDG_RUNTIME_DIR/gserve`, and in one that every session of the user knows, whatever its environment is.
 """
 
 import contextlib
 import fcntl
 import ipaddress
+import logging
 import os
-import signal
 import socket
 import stat
 import tempfile
 import time
-from collections.abc import Collection
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
+from . import folders, processes
 from .errors import ConfigError, GserveError, LaunchError, did_you_mean
+from .folders import cache_environment as cache_environment
+from .folders import keep_logs as keep_logs
+from .folders import log_folder as log_folder
+from .folders import make_scratch_folder as make_scratch_folder
+from .folders import release_logs as release_logs
+from .folders import remove_scratch as remove_scratch
+from .folders import scratch_folder as scratch_folder
+from .folders import short_path as short_path
+from .folders import unused_scratch_folders as unused_scratch_folders
 from .interfaces import Access, Address
+from .processes import GONE_SECONDS as GONE_SECONDS
+from .processes import ID_VARIABLE as ID_VARIABLE
+from .processes import OWNER_VARIABLE as OWNER_VARIABLE
+from .processes import SERVER_VARIABLE as SERVER_VARIABLE
+from .processes import end_processes_of as end_processes_of
+from .processes import is_orphan as is_orphan
+from .processes import owner_mark as owner_mark
+from .processes import process_start as process_start
+from .processes import processes_of as processes_of
 
-ID_VARIABLE = "GSERVE_ID"
-"""The instance of a server, in the environment of all its processes: what they are found by, even renamed."""
-OWNER_VARIABLE = "GSERVE_OWNER"
-"""Who has started it, beside that: see `owner_mark`."""
-SERVER_VARIABLE = "GSERVE_SERVER"
-"""The server itself, for the processes below it: a process's id and its start in clock ticks, as "4711:98765"."""
-GONE_SECONDS = 10.0
-"""How long killed processes may take to be gone: they free a GPU's memory before."""
+PLACE_VARIABLE = "_GSERVE_PLACE"
+"""For tests: the second place for records and tokens; empty for none. By default it is `PLACE`/gserve-UID."""
+PLACE = Path("/tmp")  # noqa: S108 - whatever TMPDIR says: all sessions of a user must meet
+LOCK_SECONDS = 10.0
+"""Maximum wait for another process that reserves a name, in seconds."""
+LOOK_SECONDS = 0.05
+"""Interval between two looks at a lock or a record, in seconds."""
+LARGEST = 16 << 20
+"""Maximum size of a record, in bytes."""
+
+logger = logging.getLogger("gserve.runtime")
 
 
-class ServerRecord(Struct, frozen=True, forbid_unknown_fields=True):
+class ServerRecord(Struct, frozen=True):
     """A ready server of a launched service."""
 
     name: str
@@ -49,8 +73,12 @@ class ServerRecord(Struct, frozen=True, forbid_unknown_fields=True):
         return f"ServerRecord(name={self.name!r}, address={self.address!r}, instance={self.instance!r})"
 
 
-class ServiceRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """A launched service: its owner's process id and that process's start time in clock ticks, and its servers."""
+class ServiceRecord(Struct, frozen=True):
+    """A launched service: its owner's process id and that process's start time in clock ticks, and its servers.
+
+    Another version of gserve may write more fields. status: "starting", "ready" or "draining". id: tells services of
+    one process apart. machine: where the process id counts; None in records of older versions.
+    """
 
     name: str
     pid: int
@@ -60,20 +88,38 @@ class ServiceRecord(Struct, frozen=True, forbid_unknown_fields=True):
     plugins: list[str] = []
     folder: str | None = None
     client_timeout: float | None = None
+    status: str = "ready"
+    id: str = ""
+    machine: str | None = None
 
     @property
     def is_alive(self) -> bool:
         """Say whether the owner is alive: the same process, not another one with its id."""
-        return process_start(self.pid) == self.started
+        return self.machine in (None, machine()) and process_start(self.pid) == self.started
+
+    @property
+    def is_dead(self) -> bool:
+        """Say whether the owner is known to be dead; not so if it is in another container of this machine."""
+        here, there = machine(), self.machine or machine()
+        is_elsewhere = there != here and there.partition(" ")[0] == here.partition(" ")[0]
+        return not is_elsewhere and not self.is_alive
+
+    @property
+    def is_ours(self) -> bool:
+        """Say whether this process is the owner."""
+        return self.pid == os.getpid() and self.is_alive
+
+    def is_same(self, other: "ServiceRecord") -> bool:
+        """Say whether two records are of one run of a service."""
+        return (self.pid, self.started, self.id) == (other.pid, other.started, other.id)
 
 
-def process_start(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None where there is none, or only a zombie."""
+def machine() -> str:
+    """Return where process ids of ours count: the machine since its last start, and the namespace of this process."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return f"{processes.boot()} {processes.namespace()}"
     except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+        return processes.boot()
 
 
 def is_loopback(host: str) -> bool:
@@ -104,95 +150,160 @@ def own_address(variable: str) -> str:
         ) from error
 
 
-def owner_mark() -> str:
-    """Return what the processes of a server have as OWNER_VARIABLE when this process owns it."""
-    return f"{os.getpid()}:{process_start(os.getpid())}:{_boot()}"
-
-
-def is_orphan(mark: str) -> bool:
-    """Say whether the owner that a process has as OWNER_VARIABLE is dead; one on another machine counts as alive."""
-    pid, started, *boot = mark.split(":")
-    return boot in ([], [_boot()]) and process_start(int(pid)) != int(started)
-
-
-def _boot() -> str:
-    """Return what tells this machine, since it was started, from all others."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def processes_of(instance: str) -> list[int]:
-    """Return the live processes of this machine that carry the id of a server's instance in their environment."""
-    mark = f"{ID_VARIABLE}={instance}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0") and process_start(int(entry.name)):
-                    found.append(int(entry.name))
-    return found
-
-
-def end_processes_of(instance: str) -> list[int]:
-    """Kill what is left of a server on this machine; return what is still there after `GONE_SECONDS`."""
-    deadline = time.monotonic() + GONE_SECONDS
-    while (left := processes_of(instance)) and time.monotonic() < deadline:
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.02)
-    return left
+# --------------------------------------------------------------------------------------------------------------- places
 
 
 def folder() -> Path:
-    """Return the user's own folder for these files, made where it is not there.
+    """Return the user's own folder for these files, made if it is missing: the first of `places`.
 
-    `$XDG_RUNTIME_DIR/gserve`, else `gserve-UID` in the folder for temporary files. Raises GserveError: the folder is
-    somebody else's, or open to others.
+    Raises GserveError: the folder is somebody else's, or open to others, or cannot be made.
     """
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    path = (
-        Path(base) / "gserve" if base and Path(base).is_dir() else Path(tempfile.gettempdir()) / f"gserve-{os.getuid()}"
-    )
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise GserveError(f"{path} must be a folder of yours alone (mode 0700): remove it, or set XDG_RUNTIME_DIR")
-    return path
+    return places()[0]
 
 
-def _write(path: Path, value: object) -> None:
-    """Write a file of mode 0600 that appears whole."""
+def places() -> list[Path]:
+    """Return the folders in which these files are kept: all have the same content, unless somebody has emptied one.
+
+    `$XDG_RUNTIME_DIR/gserve`, and `/tmp/gserve-UID`. If neither can be used: `gserve-UID` in the folder for temporary
+    files. Raises GserveError: one is somebody else's or open to others, or none can be made.
+    """
+    found = []
+    base = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nowhere")
+    if base.is_absolute() and _is_usable(base):
+        with contextlib.suppress(OSError):
+            found.append(folders.private(base / "gserve"))
+    second = os.environ.get(PLACE_VARIABLE, str(PLACE / f"gserve-{os.getuid()}"))
+    if second:
+        try:
+            found.append(folders.private(Path(second)))
+        except (OSError, GserveError) as error:
+            if not found and isinstance(error, GserveError):
+                raise
+            folders.note(f"other sessions do not find the services of this one: {error}")
+    return found or [folders.temporary()]
+
+
+def _is_usable(base: Path) -> bool:
+    """Say whether a folder of ours may be made there: not where only another user may, though root could."""
+    try:
+        found = base.stat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and (found.st_uid == os.getuid() or bool(found.st_mode & stat.S_IWOTH))
+
+
+def _write(name: str, value: object) -> None:
+    """Write a file of mode 0600 in all places; it appears whole. Raises GserveError: in none it can be written."""
+    failed: OSError | None = None
+    written, text = 0, ""
+    content = msgspec.json.encode(value)
+    for place in places():
+        try:
+            _replace(place / name, content)
+            written += 1
+        except OSError as error:
+            failed, text = error, f"cannot write {place / name}: {error.strerror}"
+    if failed is not None:
+        if not written:
+            raise GserveError(text) from failed
+        folders.note(text)
+
+
+def _replace(path: Path, content: bytes) -> None:
     descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=".")
-    with os.fdopen(descriptor, "wb") as stream:
-        stream.write(msgspec.json.encode(value))
-    Path(scratch).rename(path)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        Path(scratch).rename(path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
 
 
-def _token_file(host: str, port: int) -> Path:
-    return folder() / f"token-{host.replace('/', '_')}-{port}"
+def _read(path: Path) -> bytes:
+    """Return the content of a file; a folder, a link or a pipe in its place is an OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError("it is not a file")
+        return stream.read(LARGEST)
+
+
+@contextlib.contextmanager
+def _locked(places: Sequence[Path], seconds: float) -> Iterator[None]:
+    """Change records alone, against all processes of this user. Raises TimeoutError."""
+    deadline = time.monotonic() + seconds
+    with contextlib.ExitStack() as stack:
+        for place in sorted(places):  # one order for all: else two could wait for each other
+            descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+            stack.callback(os.close, descriptor)
+            while True:
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() >= deadline:
+                        raise TimeoutError(f"another process has locked {place} for {seconds:g} s") from error
+                    time.sleep(LOOK_SECONDS)
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------------- tokens
+
+
+def _token_name(host: str, port: int) -> str:
+    return f"token-{host.replace('/', '_')}-{port}"
 
 
 def write_token(address: Address, token: str, control: str | None = None) -> None:
-    """Let clients of this user on this machine find the token, and the control secret, of the server at `address`."""
+    """Let clients of this user on this machine find the token, and the control secret, of the server at `address`.
+
+    Raises GserveError.
+    """
     for host in address.hosts:
-        _write(_token_file(host, address.port), Access(token=token, control=control))
+        _write(_token_name(host, address.port), Access(token=token, control=control))
+
+
+def keep_token(address: Address, token: str, control: str | None = None) -> None:
+    """Write the token of a living server again if somebody has removed it. Raises GserveError."""
+    names = [_token_name(host, address.port) for host in address.hosts]
+    if not all(os.path.lexists(place / name) for place in places() for name in names):
+        write_token(address, token, control)
 
 
 def remove_token(address: Address, token: str) -> None:
     """Remove what `write_token` wrote, unless another server has the address now."""
-    for host in address.hosts:
-        if find_token(host, address.port) == token:
-            _token_file(host, address.port).unlink(missing_ok=True)
+    for place in places():
+        for host in address.hosts:
+            path = place / _token_name(host, address.port)
+            if (access := _read_access(path)) is not None and access.token == token:
+                path.unlink(missing_ok=True)
 
 
 def find_access(host: str, port: int) -> Access:
     """Return the token and the control secret of the server at an address; each None where its owner left none here."""
     aliases = [host, "127.0.0.1"] if host == "localhost" else [host]
     for alias in aliases:
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            return msgspec.json.decode(_token_file(alias, port).read_bytes(), type=Access)
+        paths = [place / _token_name(alias, port) for place in places()]
+        for path in sorted(paths, key=_changed, reverse=True):  # what is older may be left of another server
+            access = _read_access(path)
+            if access is not None:
+                return access
     return Access()
+
+
+def _read_access(path: Path) -> Access | None:
+    try:
+        return msgspec.json.decode(_read(path), type=Access)
+    except (OSError, msgspec.MsgspecError, ValueError):
+        return None
+
+
+def _changed(path: Path) -> int:
+    try:
+        return path.lstat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 def find_token(host: str, port: int) -> str | None:
@@ -200,64 +311,178 @@ def find_token(host: str, port: int) -> str | None:
     return find_access(host, port).token
 
 
+# ------------------------------------------------------------------------------------------------------------- services
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that stands in the place of a service's record, and why it cannot be read."""
+
+    path: Path
+    why: str
+
+    def __str__(self) -> str:
+        return f"cannot read the record of a service {self.path}: {self.why}; if no service needs it, remove it"
+
+
+def reserve_service(record: ServiceRecord) -> None:
+    """Make a service known by its name before it starts: of several that try at once, one gets the name.
+
+    Raises ConfigError: the name is taken, or cannot be one. Raises GserveError: its record cannot be read or written.
+    """
+    _check_text(record.name)
+    _update(record, may_be_same=False)
+
+
 def write_service(record: ServiceRecord) -> None:
-    """Make a service, or what has become of it, known by its name. Raises ConfigError: another living one has that."""
-    other = read_service(record.name)
-    if other is None or other.pid != record.pid:
-        check_name(record.name)
-    _write(_service_file(record.name), record)
+    """Make known what has become of a service; its name needs not be reserved. Raises as `reserve_service`."""
+    _check_text(record.name)
+    _update(record, may_be_same=True)
+
+
+def keep_service(record: ServiceRecord) -> bool:
+    """Write a service's record and its servers' tokens again if somebody has removed them.
+
+    Cheap enough for every second. Return False if another service has the name now. Raises GserveError.
+    """
+    for server in record.servers:
+        keep_token(server.address, server.token, server.control)
+    try:
+        found = _named(record.name)
+    except GserveError:
+        found = []
+    if any(not other.is_same(record) and other.is_alive for other in found):
+        return False
+    if len(found) < len(places()):
+        try:
+            _update(record, may_be_same=True)
+        except ConfigError:
+            return False
+    return True
 
 
 def check_name(name: str) -> None:
     """Raise ConfigError where a service cannot have this name, or a living one has it."""
-    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
-        raise ConfigError(f"expected a name of at most 64 letters, digits and '-_.', got '{name}'")
+    _check_text(name)
     other = read_service(name)
     if other is not None and other.is_alive:
-        raise ConfigError(
-            f"a service named '{name}' runs already (process {other.pid}): choose another --name,"
-            f" or end it with: gserve stop {name}"
-        )
+        raise _taken(other)
 
 
-def remove_service(name: str) -> None:
-    """Remove what `write_service` wrote."""
-    _service_file(name).unlink(missing_ok=True)
+def _check_text(name: str) -> None:
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
+        raise ConfigError(f"expected a name of at most 64 letters, digits and '-_.', got '{name}'")
+
+
+def _taken(other: ServiceRecord) -> ConfigError:
+    doing = {"starting": "is starting", "draining": "is ending"}.get(other.status, "runs already")
+    return ConfigError(
+        f"a service named '{other.name}' {doing} (process {other.pid}): choose another --name,"
+        f" or end it with: gserve stop {other.name}"
+    )
+
+
+def _update(record: ServiceRecord, *, may_be_same: bool) -> None:
+    """Write a record unless a living service has the name."""
+    if record.machine is None:
+        record = structs.replace(record, machine=machine())
+    try:
+        with _locked(places(), LOCK_SECONDS):
+            for other in _named(record.name):
+                if other.is_alive and not (may_be_same and other.is_same(record)):
+                    raise _taken(other)
+            _write(_service_name(record.name), record)
+    except OSError as error:
+        raise GserveError(f"cannot make the service '{record.name}' known: {error}") from error
+
+
+def remove_service(name: str, run: str | None = None) -> None:
+    """Remove the record of a service of this process: if `run` is given, only if it has this id. Idempotent."""
+    for place in places():
+        path = place / _service_name(name)
+        record = _read_service(path)
+        if isinstance(record, ServiceRecord) and record.is_ours and run in (None, record.id):
+            path.unlink(missing_ok=True)
 
 
 def services() -> list[ServiceRecord]:
-    """Return the launched services that are alive, by name; forget those that are not."""
-    found = []
-    for path in sorted(folder().glob("service-*")):
-        record = _read_service(path)
-        if record is not None and record.is_alive:
-            found.append(record)
-        else:
+    """Return the launched services that are alive, by name; forget those that are dead."""
+    alive: dict[str, ServiceRecord] = {}
+    for path, record in _service_files():
+        if not isinstance(record, ServiceRecord):
+            continue
+        if record.is_alive:
+            alive.setdefault(record.name, record)
+        elif record.is_dead:
+            _forget(path, record)
+    return [alive[name] for name in sorted(alive)]
+
+
+def unreadable() -> list[Unreadable]:
+    """Return the files in place of records that cannot be read. They are left alone: a service may need them."""
+    return [record for _, record in _service_files() if isinstance(record, Unreadable)]
+
+
+def _service_files() -> list[tuple[Path, ServiceRecord | Unreadable]]:
+    """Return all records, the newest first."""
+    paths = [path for place in places() for path in place.glob("service-*")]
+    read = [(path, _read_service(path)) for path in sorted(paths, key=_changed, reverse=True)]
+    return [(path, record) for path, record in read if record is not None]
+
+
+def _forget(path: Path, record: ServiceRecord) -> None:
+    """Remove what a dead service has left, unless its name is taken again just now."""
+    with contextlib.suppress(OSError), _locked([path.parent], 0):
+        if _read_service(path) == record:
             path.unlink(missing_ok=True)
-            for server in record.servers if record else ():
+            for server in record.servers:
                 remove_token(server.address, server.token)
-    return found
 
 
 def find_service(name: str) -> ServiceRecord:
-    """Return a launched service. Raises ConfigError: none has this name."""
+    """Return a launched service, which may be starting still. Raises ConfigError: none has this name.
+
+    Raises GserveError: its record cannot be read.
+    """
     found = {record.name: record for record in services()}
     if name not in found:
+        read_service(name)  # an unreadable one is an error of its own
         hint = did_you_mean(name, list(found)) or "; none is running: start one with: gserve launch CONFIG"
         raise ConfigError(f"no service named '{name}' is running here{hint}")
     return found[name]
 
 
+def wait_service(name: str, seconds: float) -> ServiceRecord:
+    """Return a launched service once it is no longer starting. Raises as `find_service`.
+
+    Raises GserveError: it has ended meanwhile, or is starting even after `seconds`.
+    """
+    record = first = find_service(name)
+    deadline = time.monotonic() + seconds
+    while record.status == "starting":
+        if time.monotonic() >= deadline:
+            raise GserveError(
+                f"the service '{name}' (process {record.pid}) is starting, and was not ready within {seconds:g} s:"
+                " try again later"
+            )
+        time.sleep(LOOK_SECONDS)
+        with contextlib.suppress(GserveError):  # unreadable for now: its owner writes it again
+            record = read_service(name) or record
+        if not first.is_alive or not record.is_same(first):
+            raise GserveError(f"the service '{name}' (process {first.pid}) ended while it started")
+    return record
+
+
 def stale_files() -> list[Path]:
     """Return the files of services whose owner is dead, and of servers at whose address nobody listens."""
     found = []
-    for path in sorted(folder().iterdir()):
+    for path in sorted(path for place in places() for path in place.iterdir()):
         kind, _, of = path.name.partition("-")
         if kind == "service":
             record = _read_service(path)
-            is_stale = record is None or not record.is_alive
+            is_stale = isinstance(record, ServiceRecord) and record.is_dead
         else:
-            is_stale = kind == "token" and not _may_listen(of)
+            is_stale = kind == "token" and path.is_file() and not _may_listen(of)
         if is_stale:
             found.append(path)
     return found
@@ -275,68 +500,42 @@ def _may_listen(address: str) -> bool:
     return True
 
 
-def _service_file(name: str) -> Path:
-    return folder() / f"service-{name}"
+def _service_name(name: str) -> str:
+    return f"service-{name}"
 
 
 def read_service(name: str) -> ServiceRecord | None:
-    """Return what a service's owner has written; None where there is no such service. It may be dead."""
-    return _read_service(_service_file(name))
+    """Return what a service's owner has written; None where there is no such service. It may be dead.
 
-
-def _read_service(path: Path) -> ServiceRecord | None:
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=ServiceRecord)
-    except (OSError, msgspec.MsgspecError):
-        return None
-
-
-def scratch_folder(instance: str) -> Path:
-    """Return where a server keeps its temporary files: it makes the folder, and its owner sees to it that it goes."""
-    return Path(tempfile.gettempdir()) / f"gserve-{instance[:12]}"
-
-
-def make_scratch_folder(instance: str) -> Path:
-    """Make that folder, which counts as used while this process lives. Raises OSError."""
-    path = scratch_folder(instance)
-    path.mkdir(mode=0o700, exist_ok=True)
-    fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_SH)  # stays open until the process ends
-    return path
-
-
-def unused_scratch_folders(instances: Collection[str]) -> list[Path]:
-    """Return the scratch folders of this user that no living server uses; `instances` are known to live."""
-    used = {scratch_folder(instance) for instance in instances}
-    found = []
-    for path in sorted(Path(tempfile.gettempdir()).glob("gserve-" + "[0-9a-f]" * 12)):
-        with contextlib.suppress(OSError):
-            if path not in used and path.lstat().st_uid == os.getuid() and _is_free(path):
-                found.append(path)
-    return found
-
-
-def _is_free(folder: Path) -> bool:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
-
-
-def log_folder(run: str) -> Path:
-    """Make and return the folder for the logs of one run; the oldest runs beyond 50 are removed.
-
-    It lies below `$XDG_STATE_HOME/gserve/logs`, by default `~/.local/state/gserve/logs`.
+    Raises GserveError: it cannot be read, for now or for ever.
     """
-    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "gserve" / "logs"
-    base.mkdir(parents=True, exist_ok=True)
-    path = Path(tempfile.mkdtemp(dir=base, prefix=f"{time.strftime('%Y%m%d-%H%M%S')}-{run}-"))
-    for old in sorted(base.iterdir())[:-50]:
-        for file in old.glob("*.log"):
-            file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            old.rmdir()
-    return path
+    found = _named(name)
+    return next((record for record in found if record.is_alive), found[0] if found else None)
+
+
+def _named(name: str) -> list[ServiceRecord]:
+    """Return the records of one name, the newest first. Raises GserveError: one cannot be read, and none is alive."""
+    paths = [place / _service_name(name) for place in places()]
+    found = [_read_service(path) for path in sorted(paths, key=_changed, reverse=True)]
+    records = [record for record in found if isinstance(record, ServiceRecord)]
+    for record in found:
+        if isinstance(record, Unreadable) and not any(other.is_alive for other in records):
+            raise GserveError(str(record))
+    return records
+
+
+def _read_service(path: Path) -> ServiceRecord | Unreadable | None:
+    """Return what a file holds; None if there is none."""
+    try:
+        record = msgspec.json.decode(_read(path), type=ServiceRecord)
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError:
+        return Unreadable(path, "it is a folder")
+    except OSError as error:
+        return Unreadable(path, error.strerror or str(error))
+    except (msgspec.MsgspecError, ValueError) as error:
+        return Unreadable(path, str(error))
+    if path.name != _service_name(record.name):
+        return Unreadable(path, f"it is the record of '{record.name}'")
+    return record

@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import secrets
-import shutil
 import sys
 import threading
 import time
@@ -212,6 +211,8 @@ class VLLMServer:
         self._info: EngineInfo | None = None
         self._error: LaunchError | None = None
         self._log: Path | None = None
+        self._logs: Path | None = None
+        """The log folder that this server has made itself."""
         self._asked_to_stop = False
         self._patience_ends = math.inf
         self._token = self._control = self._instance = ""
@@ -330,11 +331,17 @@ class VLLMServer:
             runtime.folder()  # where it cannot be used, this is the time to say so
             self._instance = uuid.uuid4().hex
             self._token, self._control = secrets.token_urlsafe(32), secrets.token_urlsafe(32)
-            self._log = _new_log(logs or runtime.log_folder(self._instance[:8]), self.name)
+            if logs is not None:
+                runtime.keep_logs(logs)
+            else:
+                if self._logs is not None:
+                    runtime.release_logs(self._logs)
+                self._logs = logs = runtime.log_folder(self._instance[:8])
+            self._log = _new_log(logs, self.name)
             job = self.job(self._log, self._instance)
             marked = {  # what ours are found by, even renamed
                 **job.env, runtime.ID_VARIABLE: self._instance, runtime.OWNER_VARIABLE: runtime.owner_mark(),
-                "SPT_NOENV": "1",
+                runtime.SERVER_VARIABLE: "", "SPT_NOENV": "1",
             }  # fmt: skip
             self._state, self._phase, self._step = State.STARTING, BEGINNING, None
             self._address = self._info = self._error = None
@@ -416,6 +423,8 @@ class VLLMServer:
             if self._watcher is not watcher:  # another thread has waited too, and may have started it again
                 return
             self._watcher = None
+            if self._logs is not None:
+                runtime.release_logs(self._logs)
             if self._state != State.FAILED or self._asked_to_stop:
                 self._state = State.STOPPED
             if self._has_own_nursery:
@@ -447,7 +456,7 @@ class VLLMServer:
         returncode = process.stop(grace)
         owner.close()
         self.left = runtime.end_processes_of(self._instance) if is_here else []
-        shutil.rmtree(runtime.scratch_folder(self._instance), ignore_errors=True)  # a server that was killed left it
+        runtime.remove_scratch(runtime.scratch_folder(self._instance))  # a server that was killed left it
         self._follow(log, end.position)
         if self._bounded is not None:
             self._bounded.close()

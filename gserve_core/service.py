@@ -24,6 +24,8 @@ from .server import ServerStatus, State, VLLMServer
 from .supervisor import Supervisor
 
 ATTACH_VARIABLE = "GSERVE_ATTACH"
+ATTACH_SECONDS = 180.0
+"""Maximum wait of `attach` for a service that is starting, in seconds."""
 FOLLOW_SECONDS = 1.0
 """Seconds between two looks at the record of a service that another process has launched."""
 
@@ -80,12 +82,14 @@ class VLLMService(Inference):
     def attach(cls, name: str | None = None) -> Self:
         """Return a service that was launched elsewhere on this machine under `name` (default: $GSERVE_ATTACH).
 
-        Shutting it down ends the connections, not the servers. Raises ConfigError: there is none.
+        Waits for one that is starting. Shutting it down ends the connections, not the servers.
+
+        Raises ConfigError: there is none. Raises GserveError: it is not ready in time, or its record cannot be read.
         """
         name = name or os.environ.get(ATTACH_VARIABLE)
         if not name:
             raise GserveError(f"no name given to attach to, and {ATTACH_VARIABLE} is not set; gserve ps lists them")
-        record = runtime.find_service(name)
+        record = runtime.wait_service(name, ATTACH_SECONDS)
         if not record.servers:
             raise GserveError(_ending(name))
         config = Config(
@@ -107,6 +111,8 @@ class VLLMService(Inference):
         self._supervisor: Supervisor | None = None
         self._records: dict[str, ServerRecord] = {}
         self._draining = False
+        self._run = ""
+        self._logs: Path | None = None
         self._pid = os.getpid()
         self._starting = threading.Lock()
         self._telling = threading.Lock()
@@ -141,12 +147,13 @@ class VLLMService(Inference):
             self._join(self._queue, record.servers)
             threading.Thread(target=self._follow, args=(self._queue, record.name), name="follow", daemon=True).start()
             return
-        if self._name is not None:
-            runtime.check_name(self._name)
         self._draining = False
+        self._run = uuid.uuid4().hex
         self._queue = queue = Dispatcher()
         try:
-            logs = runtime.log_folder(self._name or uuid.uuid4().hex[:8])
+            if self._name is not None:
+                runtime.reserve_service(self._record(self._name))
+            self._logs = logs = runtime.log_folder(self._name or self._run[:8])
             for server in self._servers:
                 queue.expect(server.name)
             self._supervisor = Supervisor(
@@ -210,7 +217,11 @@ class VLLMService(Inference):
         with suppress(TransportError):  # the queue is closed: nobody wants to know any more
             while self._queue is queue:
                 known |= self._records.keys()
-                service = runtime.read_service(name)
+                try:
+                    service = runtime.read_service(name)
+                except GserveError:  # unreadable for now
+                    time.sleep(FOLLOW_SECONDS)
+                    continue
                 if service is None or not service.is_alive:
                     for server in known:
                         queue.remove(server, f"the service '{name}' has ended")
@@ -252,7 +263,9 @@ class VLLMService(Inference):
                 supervisor.stop()
             self._nursery.close()
             if self._name is not None and queue is not None:
-                runtime.remove_service(self._name)
+                runtime.remove_service(self._name, self._run)
+            if self._logs is not None:
+                runtime.release_logs(self._logs)
         self._records = {}
 
     def __enter__(self) -> Self:
@@ -319,7 +332,8 @@ class VLLMService(Inference):
             servers=[] if self._draining else [it for name in names if (it := self._records.get(name)) is not None],
             transport=self._parts.registry.section("transport", self._parts.transport),
             plugins=list(self._parts.plugins), folder=str(folder.resolve()) if folder else None,
-            client_timeout=self._config.serve.client_timeout,
+            client_timeout=self._config.serve.client_timeout, id=self._run,
+            status="draining" if self._draining else "ready" if self._records else "starting",
         )  # fmt: skip
 
     def _dispatcher(self) -> Dispatcher:

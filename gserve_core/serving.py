@@ -14,7 +14,6 @@ import logging
 import math
 import os
 import resource
-import shutil
 import signal
 import tempfile
 import threading
@@ -76,8 +75,6 @@ SLICE, SLICE_BYTES = 1024, 128 << 10
 YOUNG = 10_000
 """How many more objects there are before the garbage collector looks: each item at work is some 20, and none of them
 garbage. With Python's 700 a third of a server's time may go into looking."""
-LONGEST_FOLDER = 70
-"""Bytes of the longest folder for vLLM's sockets: their whole path has 107 at most, and their own names 37."""
 LOOK_SECONDS = 1.0
 """Seconds between two looks at whether the engine moves; less where `stall_timeout` is short."""
 
@@ -635,10 +632,10 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     line = lease.ServerEnd() if options.lease else None
     instance = line.hello.instance if line else uuid.uuid4().hex
     _mark_children(instance)
-    scratch = runtime.scratch_folder(instance)
+    scratch = runtime.scratch_folder(instance)  # now: later, it is the temporary folder itself
     secrets, log = secret_values(os.environ), None
     if line is not None:
-        line.last_act = functools.partial(shutil.rmtree, scratch, ignore_errors=True)
+        line.last_act = functools.partial(runtime.remove_scratch, scratch)
         hello = line.hello
         sections = {
             "llm": hello.llm.engine_kwargs if hello.llm else {}, "engine": hello.engine, "transport": hello.transport
@@ -655,7 +652,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if line is not None and code == 0:
         line.tell(lease.Stopped())
     _end_children()
-    shutil.rmtree(scratch, ignore_errors=True)
+    runtime.remove_scratch(scratch)
     logging.shutdown()
     if log is not None:
         log.close()
@@ -715,17 +712,16 @@ def _use_scratch(instance: str) -> None:
         scratch = runtime.make_scratch_folder(instance)
     except OSError as error:
         raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
+    os.environ |= runtime.cache_environment()  # before the temporary folder is another one
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
-    os.environ["TMPDIR"] = str(scratch)
-    if len(os.fsencode(scratch)) > LONGEST_FOLDER:
-        held = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
-        os.environ["VLLM_RPC_BASE_PATH"] = f"/proc/{os.getpid()}/fd/{held}"  # another, short name of the same folder
+    os.environ["TMPDIR"] = str(runtime.short_path(scratch))
     tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use
 
 
 def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
+    os.environ.setdefault(devices.ORDER, devices.PCI_ORDER)  # the GPUs that are used are those that are locked
     token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
     host = runtime.own_address(options.reachable_from) if options.reachable_from else options.host
     if token is None and not runtime.is_loopback(host):

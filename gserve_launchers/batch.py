@@ -108,19 +108,25 @@ def notice(launcher: SlurmLauncher) -> int:
 
 
 def folder() -> Path:
-    """Return where the files of jobs lie: a folder that the nodes see, as they do homes."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "gserve" / "jobs"
+    """Return where the files of jobs lie: a folder that the nodes see, as they do homes. Raises GserveError."""
+    try:
+        return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "gserve" / "jobs"
+    except RuntimeError as error:
+        raise GserveError("there is no home folder for the files of jobs: set HOME or XDG_STATE_HOME") from error
 
 
 def write(order: Order) -> Path:
-    """Write the file of a job, which nobody else can read; return its path. Raises ConfigError: not UTF-8."""
+    """Write the file of a job, which nobody else can read; return its path. Raises GserveError."""
     try:
         text = msgspec.json.encode(order)
     except UnicodeEncodeError as error:
         raise ConfigError(f"the arguments are not UTF-8 text: {error.reason}") from error
-    folder().mkdir(parents=True, exist_ok=True)
-    folder().chmod(0o700)
-    descriptor, path = tempfile.mkstemp(dir=folder(), prefix="job-", suffix=".json")
+    try:
+        folder().mkdir(parents=True, exist_ok=True)
+        folder().chmod(0o700)
+        descriptor, path = tempfile.mkstemp(dir=folder(), prefix="job-", suffix=".json")
+    except OSError as error:
+        raise GserveError(f"cannot write the file of the job in {folder()}: {error.strerror}") from error
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(text)
         os.fsync(stream.fileno())  # another machine reads it

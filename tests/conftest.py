@@ -56,6 +56,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, default_signals: None)
         for name in [*os.environ]:
             if name == "CUDA_VISIBLE_DEVICES" or (name.startswith(SURROUNDINGS) and name != "GSERVE_LONG"):
                 patch.delenv(name)
+        patch.setenv(runtime.PLACE_VARIABLE, "")  # the second place, which all sessions of a user share
         patch.setenv(testing.RUN_VARIABLE, uuid.uuid4().hex)
         tree = _changed_files()
         yield

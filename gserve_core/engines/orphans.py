@@ -6,8 +6,8 @@ Nobody else is left to end them then: they notice by themselves. An engine calls
 import contextlib
 import functools
 import os
+import re
 import select
-import shutil
 import signal
 import threading
 import time
@@ -19,6 +19,8 @@ from ..environment import ignore_notices
 GRACE = 2.0
 """Seconds that the engine's own way to end gets, which may be the more orderly one."""
 THREAD = "gserve-orphans"
+SCRATCH = re.compile("gserve-[0-9a-f]{12}")
+"""The name of a server's folder of temporary files."""
 
 
 def watch() -> None:
@@ -52,6 +54,6 @@ def _end_with(pid: int, started: int) -> None:
         end.poll(1000)
     time.sleep(GRACE)
     scratch = Path(os.environ.get("TMPDIR", ""))
-    if scratch.name.startswith("gserve-"):
-        shutil.rmtree(scratch, ignore_errors=True)
+    if SCRATCH.fullmatch(scratch.name):
+        runtime.remove_scratch(scratch.readlink() if scratch.is_symlink() else scratch)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -446,8 +446,8 @@ def our_shared_memory() -> set[Path]:
 
 
 def our_files() -> set[Path]:
-    """Return the state files of servers and services in the runtime directory."""
-    return set(runtime.folder().iterdir())
+    """Return the state files of servers and services in the runtime directory, and in the second place for them."""
+    return {path for place in runtime.places() for path in place.iterdir()}
 
 
 def end_leftovers(before: dict[int, str]) -> dict[int, str]:

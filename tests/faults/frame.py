@@ -24,6 +24,7 @@ import msgspec
 from msgspec import Struct
 
 from gserve_core import testing
+from gserve_core.runtime import PLACE_VARIABLE
 from gserve_core.testing import RUN_VARIABLE
 
 from . import oracles
@@ -127,7 +128,7 @@ def run(row: Row, scale: Scale) -> list[Outcome]:
         own = {"XDG_RUNTIME_DIR": folder / "run", "XDG_STATE_HOME": folder / "state", "TMPDIR": folder / "tmp"}
         for path in own.values():
             path.mkdir(mode=0o700)
-        environ = os.environ | {key: str(path) for key, path in own.items()} | {RUN_VARIABLE: mark}
+        environ = os.environ | {key: str(path) for key, path in own.items()} | {RUN_VARIABLE: mark, PLACE_VARIABLE: ""}
         command = [sys.executable, "-m", __package__, "--inside", row.name, "--seed", str(scale.seed)]
         with (folder / "stderr").open("w+") as log:
             process = subprocess.Popen(

@@ -69,6 +69,13 @@ def test_serve_config_has_the_fields_order_and_defaults_of_the_seed_and_then_ser
     ]
 
 
+@pytest.mark.parametrize("name", ["GSERVE_TOKEN", "GSERVE_ID", "GSERVE_OWNER", "GSERVE_SERVER", "GSERVE_ATTACH"])
+def test_a_variable_of_gserve_s_own_cannot_be_set_for_servers(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} cannot be set for servers: .*; remove it - at"):
+        ServeConfig(env={name: "x"})
+    assert ServeConfig(env={"GSERVE_LOG_LEVEL": "DEBUG", "GSERVE_MINE": "x"}).env
+
+
 def test_configs_may_be_made_by_position() -> None:
     llm = LLMConfig("m", "t", "slow", True, "float16", "awq", "r", "tr", 1, 0.5, True, 10, "/d", "/l", {"a": 1})
     assert dataclasses.astuple(llm) == (

@@ -296,6 +296,46 @@ def test_a_number_that_no_gpu_has_is_told_with_those_that_there_are(smi: Callabl
         devices.visible(smi(THREE) | {"CUDA_VISIBLE_DEVICES": "0,7"}, 2)
 
 
+SLOW = "sleep 0.5\n" + THREE
+
+
+def test_a_slow_nvidia_smi_is_waited_for(smi: Callable[[str], dict[str, str]]) -> None:
+    assert devices.visible(smi(SLOW) | {"CUDA_VISIBLE_DEVICES": "1"}, 1) == ["GPU-aabb-2"]
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("exec sleep 60", "it did not answer within 0.2 s"),
+        ("echo 'GPU is lost' >&2; exit 15", "it ended with exit code 15: GPU is lost"),
+        ("exit 255", "it ended with exit code 255: no output"),
+    ],
+)
+def test_a_gpu_whose_identity_is_unknown_is_not_locked_by_its_number(
+    smi: Callable[[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch, script: str, why: str
+) -> None:
+    monkeypatch.setattr(devices, "QUERY_SECONDS", 0.2)
+    for environ in (smi(script), smi(script) | {"CUDA_VISIBLE_DEVICES": "0"}):
+        with pytest.raises(LaunchError, match=f"cannot tell from nvidia-smi which GPUs to lock: {why}; see whether"):
+            devices.visible(environ, 1)
+
+
+def test_whole_uuids_need_no_nvidia_smi(smi: Callable[[str], dict[str, str]]) -> None:
+    uuids = [f"GPU-{uuid.uuid4()}", f"MIG-{uuid.uuid4()}"]
+    assert devices.visible(smi("exit 15") | {"CUDA_VISIBLE_DEVICES": ",".join(uuids)}, 2) == uuids
+    assert devices.visible(smi("exit 15") | {"CUDA_VISIBLE_DEVICES": ""}, 2) == []
+
+
+def test_numbers_that_are_not_those_of_nvidia_smi_are_refused(smi: Callable[[str], dict[str, str]]) -> None:
+    environ = smi(THREE) | {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    for listed in ({}, {"CUDA_VISIBLE_DEVICES": "GPU-cc,0"}):
+        with pytest.raises(LaunchError, match="CUDA_DEVICE_ORDER=FASTEST_FIRST: expected PCI_BUS_ID, since"):
+            devices.visible(environ | listed, 2)
+    assert devices.visible(environ | {"CUDA_VISIBLE_DEVICES": "GPU-cc"}, 1) == ["GPU-cccc-3"]
+    one = smi("echo '0, GPU-aaaa-1'") | {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
+    assert devices.visible(one, 1) == ["GPU-aaaa-1"]
+
+
 @pytest.mark.parametrize("script", ["echo 'no driver'; exit 9", "echo what?", "printf '\\377\\n'", ""])
 def test_gpus_are_known_by_their_number_where_nvidia_smi_does_not_tell(
     smi: Callable[[str], dict[str, str]], script: str

@@ -5,6 +5,7 @@ itself is ended here. The command `gserve reap` is tested in a machine of its ow
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,13 +94,24 @@ def test_a_living_service_and_its_files_are_left_alone(owner: Owner) -> None:
     assert len(runtime.processes_of(owner.instance)) == 2
 
 
+SERVER = """
+import os, sys
+from gserve_core import runtime
+runtime.make_scratch_folder(sys.argv[1])
+os.execvp("sh", ["sh", "-c", sys.argv[2]])
+"""
+
+
 class Marked:
-    """A process with the environment of one of a server's."""
+    """A process with the environment of a server, which has made its temporary folder."""
 
     def __init__(self, owner: str, command: str = "exec sleep 600") -> None:
         self.instance = uuid.uuid4().hex
         environ = os.environ | {runtime.ID_VARIABLE: self.instance, runtime.OWNER_VARIABLE: owner}
-        self.process = subprocess.Popen(["sh", "-c", command], env=environ, stdout=subprocess.PIPE, text=True)
+        program = [sys.executable, "-c", SERVER, self.instance, f"echo running; {command}"]
+        self.process = subprocess.Popen(program, env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "running\n"
         eventually(lambda: self.process.pid in runtime.processes_of(self.instance))
 
     def orphans(self) -> list[reap.Process]:
@@ -110,6 +122,7 @@ class Marked:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
+        shutil.rmtree(runtime.scratch_folder(self.instance))
 
 
 @pytest.fixture
@@ -133,6 +146,68 @@ def dead_owner() -> str:
 
 def test_a_process_of_a_living_owner_is_no_orphan(marked: Callable[..., Marked]) -> None:
     assert marked(runtime.owner_mark()).orphans() == []
+
+
+MARKS = (runtime.ID_VARIABLE, runtime.OWNER_VARIABLE, runtime.SERVER_VARIABLE, "TMPDIR")
+
+
+def environ(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+@pytest.fixture
+def user() -> Iterator[Callable[..., int]]:
+    """Start programs of a user, in sessions of their own or in ours; they end with the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*, new_session: bool = True, **marks: str) -> int:
+        program = [sys.executable, "-c", "import time; time.sleep(600)"]
+        started.append(subprocess.Popen(program, env=os.environ | marks, start_new_session=new_session))
+        return started[-1].pid
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("new_session", [True, False])
+def test_a_program_that_only_inherited_the_marks_of_a_server_is_no_orphan(
+    marked: Callable[..., Marked], user: Callable[..., int], new_session: bool
+) -> None:
+    one = marked(dead_owner())
+    started = runtime.process_start(one.process.pid)
+    marks = {name: value for name, value in environ(one.process.pid).items() if name in MARKS}
+    user(new_session=new_session, **marks)
+    user(new_session=new_session, **marks, **{runtime.SERVER_VARIABLE: f"{one.process.pid}:{started}"})
+    user(new_session=new_session, **{runtime.ID_VARIABLE: one.instance})
+    user(new_session=new_session, **marks | {runtime.ID_VARIABLE: uuid.uuid4().hex})
+    assert [process.pid for process in one.orphans()] == [one.process.pid]
+    one.process.kill()
+    one.process.wait()
+    assert one.orphans() == []
+
+
+def test_the_processes_of_a_server_s_session_are_its_own_also_when_it_has_ended(marked: Callable[..., Marked]) -> None:
+    one = marked(dead_owner(), "sleep 600 & echo $!; wait")
+    assert one.process.stdout is not None
+    child = int(one.process.stdout.readline())
+    assert {process.pid for process in one.orphans()} == {one.process.pid, child}
+    one.process.kill()
+    one.process.wait()
+    assert [process.pid for process in one.orphans()] == [child]
+    assert reap.end(one.orphans()) == []
+
+
+def test_what_descends_from_a_server_is_its_own_in_whatever_session(marked: Callable[..., Marked]) -> None:
+    one = marked(dead_owner(), "setsid -w sh -c 'sleep 600 & echo $!; wait' & wait")
+    assert one.process.stdout is not None
+    below = int(one.process.stdout.readline())
+    found = one.orphans()
+    assert below in {process.pid for process in found}
+    assert len(found) >= 3
+    assert reap.end(found) == []
 
 
 def test_a_process_of_a_dead_owner_is_one(marked: Callable[..., Marked]) -> None:
@@ -207,6 +282,13 @@ def test_the_token_of_a_server_that_does_not_answer_is_kept_while_its_socket_is_
         assert not any(str(owner.port) in path.name for path in reap.unused_files())
     finally:
         os.kill(server, signal.SIGCONT)
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "precious")
+    reap.remove(tmp_path / "link")
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
 def test_state_files_that_nobody_owns_are_found() -> None:

@@ -52,6 +52,7 @@ class Telltale(EchoEngine):
     async def start(self, llm, report):
         report(f"hf_token ends in {llm.llm_kwargs.get('hf_token', '')[-6:]}")
         report(f"devices {os.environ.get('CUDA_VISIBLE_DEVICES')}")
+        report(f"order {os.environ.get('CUDA_DEVICE_ORDER')}")
         return await super().start(llm, report)
 
 @hookimpl
@@ -354,6 +355,7 @@ def test_secrets_reach_the_server_and_nobody_else(tmp_path: Path, monkeypatch: p
         log = log_of(server)
         assert f"hf_token ends in {CANARY[-6:]}" in log
         assert "devices 3" in log
+        assert "order PCI_BUS_ID" in log, "as nvidia-smi counts, by which GPUs are locked"
         assert CANARY not in log
 
 
