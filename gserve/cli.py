@@ -25,6 +25,7 @@ import typer
 from msgspec import Struct
 
 import gserve
+from gserve_core.environment import open_missing_descriptors
 from gserve_core.errors import ConfigError, GserveError, ItemError, PluginError
 from gserve_core.log_utils import LEVEL_VARIABLE, setup_logging
 from gserve_core.redaction import hidden
@@ -90,6 +91,7 @@ class Signalled(BaseException):
 
 def main() -> None:
     """Run the command line, and exit."""
+    open_missing_descriptors()
     _on_signals(_raise)
     try:
         app(prog_name="gserve")

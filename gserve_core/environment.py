@@ -1,6 +1,10 @@
-"""What a server must not take over from the environment that it inherits."""
+"""What a process inherits that gserve cannot work with: variables, closed descriptors, patched modules."""
 
+import os
+import sys
 from collections.abc import Collection, Mapping
+
+from .errors import GserveError
 
 WEAKENING = {
     "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any method of it
@@ -18,3 +22,41 @@ def weakening(environ: Mapping[str, str], chosen: Collection[str]) -> dict[str, 
         for name, harmless in WEAKENING.items()
         if name not in chosen and environ.get(name, harmless) != harmless
     }
+
+
+def open_missing_descriptors() -> None:
+    """Open those of the descriptors 0 to 2 that are closed on /dev/null, as `sys.stdin`, `stdout` and `stderr` too.
+
+    Otherwise the next file or socket to be opened would take their numbers, and be read or written by mistake. Call it
+    before anything else is opened.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:  # the lowest free number, unless another thread has just freed one
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:  # how Python says that it was closed when Python started
+            setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
+
+
+def check_not_patched() -> None:
+    """Raise GserveError where gevent or eventlet has replaced the threads, sockets or queues of this process.
+
+    What gserve's threads wait for would then never come. Imports neither of the two.
+    """
+    gevent = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", None)
+    eventlet = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", None)
+    for library, is_patched, modules in (
+        ("gevent", gevent, ("threading", "thread", "socket", "queue", "select")),
+        ("eventlet", eventlet, ("thread", "socket", "select")),
+    ):
+        patched = [module for module in modules if is_patched is not None and is_patched(module)]
+        if patched:
+            raise GserveError(
+                f"{library} has monkey-patched this process ({', '.join(patched)}), and gserve needs real threads and"
+                f" sockets: use gserve in a process that {library} does not patch, such as one of its own"
+            )

@@ -416,6 +416,12 @@ def test_generate_starts_servers_prints_texts_in_order_and_ends_the_servers(plac
     assert "error" not in done.stderr
 
 
+def test_a_command_whose_descriptors_are_closed_does_its_work(place: Place) -> None:
+    command = f"exec {sys.executable} -m gserve.cli generate {place.config()} hello -o out.jsonl <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=place.folder, env=place.environ, timeout=60).returncode == 0
+    assert records((place.folder / "out.jsonl").read_text()) == {0: ["hello"]}
+
+
 @pytest.mark.parametrize("number", SIGNALS[:2])
 def test_a_signal_during_generate_keeps_what_is_finished_and_ends_the_servers(place: Place, number: int) -> None:
     config = place.config(latency=0.01)
