@@ -51,8 +51,8 @@ def check_not_patched() -> None:
     gevent = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", None)
     eventlet = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", None)
     for library, is_patched, modules in (
-        ("gevent", gevent, ("threading", "thread", "socket", "queue", "select")),
-        ("eventlet", eventlet, ("thread", "socket", "select")),
+        ("gevent", gevent, ("threading", "thread", "socket", "queue", "select", "subprocess")),
+        ("eventlet", eventlet, ("thread", "socket", "select", "subprocess")),
     ):
         patched = [module for module in modules if is_patched is not None and is_patched(module)]
         if patched:
