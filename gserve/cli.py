@@ -41,6 +41,8 @@ ATTACH_VARIABLE = "GSERVE_ATTACH"
 STDIO = Path("-")
 RECORD_START = b'{"id":'
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SHOWN = 60
+"""Characters of a word that a message repeats."""
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 logger = logging.getLogger("gserve.cli")
@@ -51,7 +53,10 @@ type Outcomes = Iterator[tuple[int, list[ResponseOutput] | ItemError]]
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
 ConfigFileOrNot = Annotated[
-    str | None, typer.Argument(metavar="CONFIG", help="A YAML file. With --attach there is none.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file. With --attach or $GSERVE_ATTACH there is none.", show_default=False
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -195,9 +200,9 @@ def generate(
     overrides: Overrides = None,
 ) -> None:  # fmt: skip
     """Complete prompts."""
-    file, texts = _split(config, prompts or (), attach)
+    file, texts = _split("generate", config, prompts or (), attach)
     if bool(texts) == (source is not None):
-        raise ConfigError("expected prompts either as arguments or in a file (--input)")
+        raise ConfigError("expected prompts, either as arguments after CONFIG or in a file (--input)")
     lines = _read(source, PromptLine) if source else _numbered(texts, PromptLine)
     shared = _read_params(params)
     _answer(_service(file, attach, overrides), lines, shared, output, as_text=not source and not output)
@@ -222,7 +227,7 @@ def chat(
     overrides: Overrides = None,
 ) -> None:  # fmt: skip
     """Continue conversations; without MESSAGE and --input, hold one here (/exit or Ctrl-D ends it)."""
-    file, texts = _split(config, [message] if message is not None else [], attach)
+    file, texts = _split("chat", config, [message] if message is not None else [], attach)
     if len(texts) + (source is not None) > 1:
         raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
     shared = _read_params(params)
@@ -464,25 +469,43 @@ def reap(
 # ------------------------------------------------------------------------------------------------------------- service
 
 
-def _split(config: str | None, texts: Sequence[str], attach: str | None) -> tuple[Path | None, Sequence[str]]:
-    """Return the config and the texts after it; with --attach there is no config, and its place is the first text's.
+def _split(
+    command: str, config: str | None, texts: Sequence[str], attach: str | None
+) -> tuple[Path | None, Sequence[str]]:
+    """Return the config, and the texts after it.
 
-    With neither, $GSERVE_ATTACH names a service.
+    A service that is attached to, by --attach or $GSERVE_ATTACH, has no config: then the first word is a text too.
     """
-    if attach is not None:
+    if attach is None and config is not None and _is_config(config):
+        return Path(config), texts
+    if attach is not None or os.environ.get(ATTACH_VARIABLE):
         return None, texts if config is None else [config, *texts]
-    if config is None:
-        if os.environ.get(ATTACH_VARIABLE):
-            return None, texts
-        raise ConfigError("expected a CONFIG (a YAML file), or --attach NAME")
-    return Path(config), texts
+    word = "TEXT" if config is None else shlex.quote(config if len(config) <= SHOWN else f"{config[:SHOWN]}…")
+    raise ConfigError(
+        (
+            "expected a CONFIG (a YAML file)"
+            if config is None
+            else f"expected a CONFIG (a YAML file), and {word} is no file"
+        )
+        + f": write gserve {command} CONFIG {word}, or gserve {command} --attach NAME {word} (see: gserve ps)"
+    )
+
+
+def _is_config(word: str) -> bool:
+    """Say whether a word is a config rather than a text: it is a file, or has the name of a YAML file."""
+    with suppress(OSError):  # a long text cannot be a file's name
+        if Path(word).is_file():
+            return True
+    return word.endswith((".yaml", ".yml")) and len(word.split()) == 1
 
 
 def _service(config: Path | None, attach: str | None, overrides: list[str] | None) -> "VLLMService":
     if config is not None:
         return gserve.VLLMService.from_yaml(config, overrides=overrides or ())
     if overrides:
-        raise ConfigError("--set changes a config: it cannot go with --attach, which uses a service as it is")
+        raise ConfigError(
+            "--set changes a config: it cannot go with --attach or $GSERVE_ATTACH, which use a service as it is"
+        )
     return gserve.VLLMService.attach(attach)
 
 

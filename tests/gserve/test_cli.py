@@ -441,6 +441,28 @@ def test_generate_with_attach_takes_all_arguments_as_prompts(attached: Place) ->
     assert done.stderr == ""
 
 
+def test_generate_takes_all_arguments_as_prompts_where_the_environment_names_a_service(attached: Place) -> None:
+    done = attached.run("generate", "hello", "a prompt of config.yaml", GSERVE_ATTACH="shared")
+    assert (done.stdout, done.stderr) == ("hello\na prompt of config.yaml\n", "")
+    assert attached.run("generate", "long " * 1000, GSERVE_ATTACH="shared").stdout == "long " * 15 + "long\n"
+    assert attached.run("chat", "hello", GSERVE_ATTACH="shared").stdout == "hello\n"
+
+
+def test_a_config_goes_before_the_service_that_the_environment_names(place: Place) -> None:
+    done = place.run("generate", place.config(), "hello", GSERVE_ATTACH="nobody")
+    assert done.stdout == "hello\n"
+    assert "cannot read the config" in place.run("generate", "no.yaml", "x", code=2, GSERVE_ATTACH="nobody").stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_prompt_without_a_config_is_told_what_to_write(place: Place, command: str) -> None:
+    assert place.run(command, "a prompt", code=2).stderr == (
+        f"error: expected a CONFIG (a YAML file), and 'a prompt' is no file: write gserve {command} CONFIG 'a prompt',"
+        f" or gserve {command} --attach NAME 'a prompt' (see: gserve ps)\n"
+    )
+    assert len(place.run(command, "long " * 1000, code=2).stderr) < 500
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
