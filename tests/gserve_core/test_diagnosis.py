@@ -97,7 +97,9 @@ def test_the_first_fatal_failure_is_the_cause_where_the_last_one_points_to_it(tm
     )
     assert rest[0] == "its process exited unexpectedly with code 1"
     assert rest[1] == "last lines of the log:"
-    assert rest[-2:] == [f"  | {LAST}", first], "the cause is not known, so the log is shown: the cause comes last again"
+    assert rest[-2:] == [f"  | {LAST}", first], (
+        "the cause is not known, so the log is shown: the cause comes last again"
+    )
 
 
 def test_what_to_try_comes_after_the_end_of_the_log(tmp_path: Path) -> None:
