@@ -351,8 +351,10 @@ def _answering(source: Path, output: Path | None, params: str | None, kind: "typ
 
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Check CONFIG, and print the commands that would run."""
-    for job, command in gserve.VLLMService.from_yaml(config, overrides=overrides or ()).jobs():
+    """Check CONFIG, and print the commands that would run. Starts nothing, and asks no network."""
+    from gserve_core.doctor import check_config
+
+    for job, command in check_config(config, overrides or ()):
         gpus = f" on GPU {','.join(map(str, job.gpu_ids))}" if job.gpu_ids else ""
         print(f"# {job.name}{gpus}")
         print(*(f"{key}={shlex.quote(value)}" for key, value in hidden(job.env).items()), shlex.join(command))

@@ -128,7 +128,8 @@ class VLLMService(Inference):
     def start(self) -> None:
         """Start all servers at once, and wait until `min_ready` of them are ready; does nothing where they are.
 
-        Raises LaunchError with the cause of every server that failed; nothing is left then.
+        Raises LaunchError with the cause of every server that failed, or ConfigError where what the config names is not
+        there; nothing is left then.
         """
         with self._starting:
             if self._queue is None:
@@ -143,6 +144,7 @@ class VLLMService(Inference):
             return
         if self._name is not None:
             runtime.check_name(self._name)
+        self._parts.engine.check_config(self._config.llm, runs_here=self._parts.launcher.owner_variable is None)
         self._draining = False
         self._queue = queue = Dispatcher()
         try:

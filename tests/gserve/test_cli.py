@@ -210,11 +210,20 @@ def test_check_prints_commands_for_the_shell_and_starts_nothing(place: Place) ->
         assert json.loads(words[words.index("--engine") + 1])["fail_start"] == "it's a trap; echo no"
 
 
+def test_a_model_that_is_not_there_is_told_by_the_check_and_before_a_server_starts(place: Place) -> None:
+    (place.folder / "bad.yaml").write_text("llm:\n  model_name: demo:foo\n")
+    said = "there is no demo model 'demo:foo'; expected demo:smollm2-135m - at $.llm.model_name\n"
+    assert place.run("check", "bad.yaml", code=2).stderr == f"error: bad.yaml:2: {said}"
+    assert place.run("launch", "bad.yaml", code=2).stderr.endswith(f"error: {said}")
+    assert "starting" not in place.run("generate", "bad.yaml", "x", code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("llm: {model_name: demo}\nserve: {prot: 1}\n", "bad.yaml:2: unknown key 'prot'; did you mean 'port'?"),
         ("llm: {model_name: demo}\nengine: {type: ehco}\n", "bad.yaml:2: unknown engine 'ehco'; did you mean 'echo'?"),
+        ("llm: {model_name: demo}\nserve:\n  host: my host\n", "bad.yaml:3: 'my host' is no host: "),
         ("llm: {model_name: demo}\nplugins: [no_such]\n", "no module named 'no_such'"),
     ],
 )
