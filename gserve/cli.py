@@ -37,6 +37,10 @@ if TYPE_CHECKING:
 
 TICK = 0.1
 """Seconds between two looks at servers or processes."""
+DRAIN_SECONDS = 30.0
+"""How long servers may finish what they have, in seconds, after a SIGTERM that `gserve stop` did not send."""
+END_SECONDS = 30.0
+"""How long `gserve stop` waits for the end of a service whose servers may finish nothing more, in seconds."""
 ATTACH_VARIABLE = "GSERVE_ATTACH"
 STDIO = Path("-")
 RECORD_START = b'{"id":'
@@ -155,11 +159,14 @@ def launch(
     name: Annotated[str | None, typer.Option(help="The name for --attach and stop [default: CONFIG's].")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Start the servers of CONFIG, and keep them until Ctrl-C, SIGTERM, SIGHUP or `gserve stop`."""
+    """Start the servers of CONFIG, and keep them until Ctrl-C, SIGTERM, SIGHUP or `gserve stop`.
+
+    After `stop` and SIGTERM the servers first finish what they have; a second signal ends them at once.
+    """
     service = gserve.VLLMService.from_yaml(config, overrides=overrides or (), name=name or config.stem)
     died: set[str] = set()
     with _serving(service):
-        with suppress(Signalled):  # the way to end it
+        try:
             _print_table(
                 ("name", "address", "GPUs", "model", "state"),
                 [
@@ -177,6 +184,9 @@ def launch(
                 died |= down  # the log has said why
                 time.sleep(TICK)
             raise GserveError("no server is running any more")
+        except Signalled as signalled:  # the way to end it
+            if signalled.number == signal.SIGTERM:
+                _drain(service)
         _say("shutting down")
     if died:
         raise GserveError(f"ended without having been asked to: {', '.join(sorted(died))}")
@@ -430,21 +440,39 @@ def ps() -> None:
 @app.command()
 def stop(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for its end.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long its servers may finish what they have.")
+    ] = 60.0,
+    now: Annotated[bool, typer.Option("--now", help="End it at once: items that are not finished are lost.")] = False,
 ) -> None:
-    """End a launched service, and wait until it has ended."""
+    """End a launched service once its servers have finished what they have, and wait until it has ended."""
     from gserve_core import runtime
 
     record = runtime.find_service(name)
-    if record.is_alive:
-        with suppress(ProcessLookupError):
-            os.kill(record.pid, signal.SIGTERM)
-    deadline = time.monotonic() + timeout
-    while record.is_alive:
-        if time.monotonic() > deadline:
-            raise GserveError(f"'{name}' (process {record.pid}) was told to end, and has not within {timeout:g} s")
-        time.sleep(TICK)
+    seconds = 0.0 if now else timeout
+    deadline = time.monotonic() + seconds
+    runtime.write_stop(record, seconds)
+    try:
+        _terminate(record.pid)
+        while record.is_alive and time.monotonic() < deadline:
+            time.sleep(TICK)
+        if record.is_alive and not now:
+            _terminate(record.pid)  # the second one ends it at once
+        deadline = time.monotonic() + END_SECONDS
+        while record.is_alive:
+            if time.monotonic() > deadline:
+                raise GserveError(
+                    f"'{name}' (process {record.pid}) was told to end, and has not within {seconds + END_SECONDS:g} s"
+                )
+            time.sleep(TICK)
+    finally:
+        runtime.remove_stop(record)
     _say(f"stopped '{name}'")
+
+
+def _terminate(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
 
 
 @app.command()
@@ -530,6 +558,20 @@ def _serving(service: "VLLMService") -> Iterator[None]:
     finally:
         _on_signals(_ignore)
         service.shutdown()
+
+
+def _drain(service: "VLLMService") -> None:
+    """Shut a service down once its servers have finished what they have, or the time for that is over."""
+    from gserve_core import runtime
+
+    asked = runtime.take_stop()
+    seconds = DRAIN_SECONDS if asked is None else asked
+    if seconds <= 0:
+        return
+    _on_signals(_raise)  # another one ends it at once
+    with suppress(Signalled):
+        _say(f"finishing what the servers have, for {seconds:g} s at most")
+        service.shutdown(drain=seconds)
 
 
 def _down(service: "VLLMService") -> set[str]:

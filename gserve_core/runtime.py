@@ -248,6 +248,36 @@ def find_service(name: str) -> ServiceRecord:
     return found[name]
 
 
+class _Stop(Struct, frozen=True):
+    """What `gserve stop` asks of an owner: see `ServiceRecord.started`."""
+
+    started: int
+    seconds: float
+
+
+def _stop_file(pid: int) -> Path:
+    return folder() / f"stop-{pid}"
+
+
+def write_stop(record: ServiceRecord, seconds: float) -> None:
+    """Let the owner of a service know how long its servers may finish what they have, once a SIGTERM ends it."""
+    _write(_stop_file(record.pid), _Stop(record.started, seconds))
+
+
+def take_stop() -> float | None:
+    """Return what `write_stop` wrote for this process, and remove it; None: nothing."""
+    path, found = _stop_file(os.getpid()), None
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        found = msgspec.json.decode(path.read_bytes(), type=_Stop)
+    path.unlink(missing_ok=True)
+    return found.seconds if found is not None and found.started == process_start(os.getpid()) else None
+
+
+def remove_stop(record: ServiceRecord) -> None:
+    """Remove what `write_stop` wrote, where nobody has taken it."""
+    _stop_file(record.pid).unlink(missing_ok=True)
+
+
 def stale_files() -> list[Path]:
     """Return the files of services whose owner is dead, and of servers at whose address nobody listens."""
     found = []

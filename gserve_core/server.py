@@ -387,6 +387,13 @@ class VLLMServer:
             if self._owner is not None:
                 self._owner.send(lease.Stop())
 
+    def ask_to_drain(self) -> None:
+        """Tell the server to finish what it has and then to end, and do not wait for it."""
+        with self._changed:
+            if self._watcher is not None and self._owner is not None:
+                self._asked_to_stop, self._state = True, State.DRAINING
+                self._owner.send(lease.Drain())
+
     def release(self) -> None:
         """Have nothing kept for another life of the server: there will be none, or one that owes nothing to this."""
         if self._process is not None:

@@ -238,11 +238,22 @@ class VLLMService(Inference):
             self._supervisor.drain()
             self._tell()
 
-    def shutdown(self) -> None:
+    def shutdown(self, drain: float | None = None) -> None:
         """End all servers and connections. Idempotent; from any thread.
+
+        drain: seconds in which the servers may finish the items they have; they take no more. None: they end at once.
 
         The servers of an attached service go on, and so do those of the process that this one was forked from.
         """
+        if drain is not None and self._queue is not None and self._attached is None and self._pid == os.getpid():
+            self.drain()
+            for server in self._servers:
+                server.ask_to_drain()
+            deadline = time.monotonic() + drain
+            while time.monotonic() < deadline and any(
+                it.state in (State.READY, State.DRAINING) for it in self.status()
+            ):
+                time.sleep(0.05)
         queue, self._queue = self._queue, None
         if queue is not None:
             queue.close()

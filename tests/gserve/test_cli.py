@@ -291,6 +291,47 @@ def test_a_launched_service_is_listed_and_ends_by_stop(place: Place) -> None:
     assert process.stdout.read() == ""
 
 
+def launched_with_items(place: Place, *items: Any) -> tuple["subprocess.Popen[str]", "subprocess.Popen[bytes]"]:
+    """Launch a service, and send it items from another process; return both once the first item has finished."""
+    launched = place.start("launch", place.config(capacity=3000, latency=1.0))
+    assert launched.stdout is not None
+    assert launched.stdout.readline()
+    place.write("in.jsonl", *items)
+    command = [sys.executable, "-m", "gserve.cli", "generate", "--attach", "demo", "-i", "in.jsonl", "-o", "out.jsonl"]
+    generating = subprocess.Popen(command, cwd=place.folder, env=place.environ, stderr=subprocess.DEVNULL)
+    output = place.folder / "out.jsonl"
+    eventually(lambda: output.exists() and output.read_bytes().count(b"\n"))
+    return launched, generating
+
+
+def test_stop_lets_the_servers_finish_3000_running_items(place: Place) -> None:
+    prompts = ["first", *(f"{number} takes seven seconds, one a word" for number in range(1, 3000))]
+    launched, generating = launched_with_items(place, *prompts)
+    assert place.run("stop", "demo").stderr == "stopped 'demo'\n"
+    assert generating.wait(30) == 0
+    assert launched.wait(30) == 0
+    assert records((place.folder / "out.jsonl").read_text()) == {it: [prompt] for it, prompt in enumerate(prompts)}
+
+
+@pytest.mark.parametrize("options", [("--now",), ("--timeout", "0.5")])
+def test_stop_ends_a_service_when_the_time_for_its_items_is_over(place: Place, options: tuple[str, ...]) -> None:
+    launched, generating = launched_with_items(place, "first", {"prompt": "slow", "params": SLOW})
+    began = time.monotonic()
+    assert place.run("stop", "demo", *options).stderr == "stopped 'demo'\n"
+    assert time.monotonic() - began < 25
+    assert generating.wait(30) == 1
+    assert launched.wait(30) == 0
+
+
+def test_a_second_signal_ends_a_launched_service_that_finishes_its_items(place: Place) -> None:
+    launched, generating = launched_with_items(place, "first", {"prompt": "slow", "params": SLOW})
+    launched.terminate()
+    eventually(lambda: "finishing what the servers have, for 30 s at most" in place.stderr)
+    launched.terminate()
+    assert launched.wait(20) == 0
+    assert generating.wait(30) == 1
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_launched_service_with_exit_code_0(place: Place, number: int) -> None:
     process = place.start("launch", place.config())
