@@ -69,6 +69,9 @@ Overrides = Annotated[
 Attach = Annotated[
     str | None, typer.Option(metavar="NAME", help="Use a launched service (see: gserve ps) instead of a CONFIG.")
 ]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show the servers' logs on stderr, as serve.verbose=true does.")
+]
 ParamsText = Annotated[
     str | None,
     typer.Option("--params", metavar="JSON", help='Sampling parameters, as in {"max_tokens": 64, "temperature": 0}.'),
@@ -158,12 +161,13 @@ def launch(
     config: ConfigFile,
     name: Annotated[str | None, typer.Option(help="The name for --attach and stop [default: CONFIG's].")] = None,
     overrides: Overrides = None,
+    verbose: Verbose = False,
 ) -> None:
     """Start the servers of CONFIG, and keep them until Ctrl-C, SIGTERM, SIGHUP or `gserve stop`.
 
     After `stop` and SIGTERM the servers first finish what they have; a second signal ends them at once.
     """
-    service = gserve.VLLMService.from_yaml(config, overrides=overrides or (), name=name or config.stem)
+    service = gserve.VLLMService.from_yaml(config, overrides=_changes(overrides, verbose), name=name or config.stem)
     died: set[str] = set()
     with _serving(service):
         try:
@@ -208,6 +212,7 @@ def generate(
     params: ParamsText = None,
     attach: Attach = None,
     overrides: Overrides = None,
+    verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Complete prompts."""
     file, texts = _split("generate", config, prompts or (), attach)
@@ -215,7 +220,9 @@ def generate(
         raise ConfigError("expected prompts, either as arguments after CONFIG or in a file (--input)")
     lines = _read(source, PromptLine) if source else _numbered(texts, PromptLine)
     shared = _read_params(params)
-    _answer(_service(file, attach, overrides), lines, shared, output, as_text=not source and not output)
+    _answer(
+        _service(file, attach, _changes(overrides, verbose)), lines, shared, output, as_text=not source and not output
+    )
 
 
 @app.command()
@@ -235,6 +242,7 @@ def chat(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="Begin with this system message.")] = None,
     attach: Attach = None,
     overrides: Overrides = None,
+    verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Continue conversations; without MESSAGE and --input, hold one here (/exit or Ctrl-D ends it)."""
     file, texts = _split("chat", config, [message] if message is not None else [], attach)
@@ -245,7 +253,7 @@ def chat(
     if source is None and not texts:
         if output is not None:
             raise ConfigError("--output goes with a MESSAGE or --input")
-        _converse(_service(file, attach, overrides), opening, shared)
+        _converse(_service(file, attach, _changes(overrides, verbose)), opening, shared)
         return
     if source is None:
         lines = _numbered([[{"role": "user", "content": texts[0]}]], ConversationLine)
@@ -254,7 +262,9 @@ def chat(
     for line in lines:
         if not _has_system(line.messages):
             line.messages[:0] = opening
-    _answer(_service(file, attach, overrides), lines, shared, output, as_text=not source and not output)
+    _answer(
+        _service(file, attach, _changes(overrides, verbose)), lines, shared, output, as_text=not source and not output
+    )
 
 
 @app.command()
@@ -380,7 +390,7 @@ def doctor(
     ] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Say whether there is what servers need: vLLM, GPUs, the model, SLURM, the way to a node."""
+    """Check that everything the servers need is there: vLLM, GPUs, the model, SLURM, the way to a node."""
     from gserve_core.doctor import examine
 
     problems = 0
@@ -529,7 +539,12 @@ def _is_config(word: str) -> bool:
     return word.endswith((".yaml", ".yml")) and len(word.split()) == 1
 
 
-def _service(config: Path | None, attach: str | None, overrides: list[str] | None) -> "VLLMService":
+def _changes(overrides: Sequence[str] | None, verbose: bool) -> list[str]:
+    """Return what the options of a command change in its config."""
+    return [*(overrides or ()), *(["serve.verbose=true"] if verbose else ())]
+
+
+def _service(config: Path | None, attach: str | None, overrides: Sequence[str]) -> "VLLMService":
     if config is not None:
         return gserve.VLLMService.from_yaml(config, overrides=overrides or ())
     if overrides:
@@ -788,7 +803,7 @@ def _finished(path: Path, lines: Sequence[Line]) -> set[int | str]:
                 continue
             if record.id in asked and record.content != asked[record.id]:
                 raise ConfigError(
-                    f"the id {record.id!r} stands for something else here than in the input: choose another --output",
+                    f"the id {record.id!r} has another prompt here than in the input: choose another --output",
                     file=path, line=number,
                 )  # fmt: skip
             finished.add(record.id)

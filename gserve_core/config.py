@@ -111,7 +111,7 @@ class LLMConfig:
             _check_sayable(self.llm_kwargs, "$.llm_kwargs")
             msgspec.json.encode(self.llm_kwargs)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"expected values that JSON can say: {error}", at="$.llm_kwargs") from error
+            raise ConfigError(f"expected JSON-serialisable values: {error}", at="$.llm_kwargs") from error
 
     def __repr__(self) -> str:
         """Show the fields, without secrets."""

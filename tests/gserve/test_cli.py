@@ -304,6 +304,20 @@ def launched_with_items(place: Place, *items: Any) -> tuple["subprocess.Popen[st
     return launched, generating
 
 
+def test_a_failed_start_ends_with_its_cause_and_shows_the_log_only_where_it_explains_more(place: Place) -> None:
+    known = place.config(fail_start="CUDA out of memory")
+    lines = place.run("launch", known, code=1).stderr.splitlines()
+    assert "last lines of the log:" not in lines
+    assert lines[-1].startswith("what to try: lower gpu_memory_utilization")
+    assert "server-0 failed while loading: the GPU ran out of memory (log: " in lines[-3]
+    verbose = place.run("launch", known, "--verbose", code=1).stderr.splitlines()
+    assert any(line.startswith("[server-0] ") for line in verbose)
+    assert verbose[-1] == lines[-1]
+    unknown = place.run("launch", place.config(fail_start="never seen"), code=1).stderr.splitlines()
+    assert "last lines of the log:" in unknown
+    assert unknown[-1].startswith("server-0 failed while loading: never seen (log: ")
+
+
 def test_stop_lets_the_servers_finish_3000_running_items(place: Place) -> None:
     prompts = ["first", *(f"{number} takes seven seconds, one a word" for number in range(1, 3000))]
     launched, generating = launched_with_items(place, *prompts)
@@ -590,7 +604,7 @@ def test_an_output_file_that_holds_something_else_is_left_alone(attached: Place,
         (("demo.yaml", "-i", "twice.jsonl"), 2, "error: twice.jsonl:2: the id 1 is there twice"),
         (("demo.yaml", "a", "-o", "no/out.jsonl"), 2, "error: no/out.jsonl: cannot write the results"),
         (("--attach", "nobody", "a"), 2, "no service named 'nobody'"),
-        (("--attach", "nobody", "a", "--set", "llm.seed=1"), 2, "--set changes a config"),
+        (("--attach", "nobody", "a", "--set", "llm.seed=1"), 2, "--set and --verbose change a config"),
     ],
 )
 def test_wrong_arguments_are_told_before_a_server_starts(

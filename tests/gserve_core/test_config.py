@@ -214,12 +214,12 @@ def cyclic() -> dict[str, Any]:
         ),
         (
             lambda: LLMConfig("m", llm_kwargs={"a": "\ud800"}),
-            "expected values that JSON can say: 'utf-8' codec can't encode character '\\ud800' in position 0:"
+            "expected JSON-serialisable values: 'utf-8' codec can't encode character '\\ud800' in position 0:"
             " surrogates not allowed - at $.llm_kwargs",
         ),
         (
             lambda: LLMConfig("m", llm_kwargs=cyclic()),
-            "expected values that JSON can say: maximum recursion depth exceeded - at $.llm_kwargs",
+            "expected JSON-serialisable values: maximum recursion depth exceeded - at $.llm_kwargs",
         ),
         (lambda: ServeConfig(0), "expected list | null, got int - at $.gpu_ids"),
         (lambda: ServeConfig("0,1"), "expected list | null, got str - at $.gpu_ids"),
