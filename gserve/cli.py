@@ -546,10 +546,11 @@ def _changes(overrides: Sequence[str] | None, verbose: bool) -> list[str]:
 
 def _service(config: Path | None, attach: str | None, overrides: Sequence[str]) -> "VLLMService":
     if config is not None:
-        return gserve.VLLMService.from_yaml(config, overrides=overrides or ())
+        return gserve.VLLMService.from_yaml(config, overrides=overrides)
     if overrides:
         raise ConfigError(
-            "--set changes a config: it cannot go with --attach or $GSERVE_ATTACH, which use a service as it is"
+            "--set and --verbose change a config: they cannot go with --attach or $GSERVE_ATTACH, which use a service as"
+            " it is"
         )
     return gserve.VLLMService.attach(attach)
 

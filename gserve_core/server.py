@@ -390,7 +390,7 @@ class VLLMServer:
     def ask_to_drain(self) -> None:
         """Tell the server to finish what it has and then to end, and do not wait for it."""
         with self._changed:
-            if self._watcher is not None and self._owner is not None:
+            if self._owner is not None and self._state in (State.STARTING, State.READY):
                 self._asked_to_stop, self._state = True, State.DRAINING
                 self._owner.send(lease.Drain())
 
