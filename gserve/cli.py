@@ -549,8 +549,8 @@ def _service(config: Path | None, attach: str | None, overrides: Sequence[str]) 
         return gserve.VLLMService.from_yaml(config, overrides=overrides)
     if overrides:
         raise ConfigError(
-            "--set and --verbose change a config: they cannot go with --attach or $GSERVE_ATTACH, which use a service as"
-            " it is"
+            "--set and --verbose change a config: they cannot go with --attach or $GSERVE_ATTACH, which use a service"
+            " as it is"
         )
     return gserve.VLLMService.attach(attach)
 
