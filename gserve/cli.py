@@ -584,10 +584,11 @@ def _drain(service: "VLLMService") -> None:
     seconds = DRAIN_SECONDS if asked is None else asked
     if seconds <= 0:
         return
-    _on_signals(_raise)  # another one ends it at once
-    with suppress(Signalled):
+    with suppress(Signalled):  # a second one, which ends it at once
+        _on_signals(_raise)
         _say(f"finishing what the servers have, for {seconds:g} s at most")
         service.shutdown(drain=seconds)
+        _on_signals(_ignore)
 
 
 def _down(service: "VLLMService") -> set[str]:
