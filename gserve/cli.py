@@ -70,7 +70,7 @@ Attach = Annotated[
     str | None, typer.Option(metavar="NAME", help="Use a launched service (see: gserve ps) instead of a CONFIG.")
 ]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Show the servers' logs on stderr, as serve.verbose=true does.")
+    bool, typer.Option("--verbose", help="Show the servers' logs on stderr, as serve.verbose=true does.")
 ]
 ParamsText = Annotated[
     str | None,
