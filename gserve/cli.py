@@ -25,8 +25,9 @@ import typer
 from msgspec import Struct
 
 import gserve
+from gserve_core.environment import open_missing_descriptors
 from gserve_core.errors import ConfigError, GserveError, ItemError, PluginError
-from gserve_core.log_utils import LEVEL_VARIABLE, flush, open_standard_streams, setup_logging
+from gserve_core.log_utils import LEVEL_VARIABLE, flush, setup_logging
 from gserve_core.redaction import hidden
 from gserve_core.schema import ResponseOutput, json_safe
 
@@ -36,10 +37,16 @@ if TYPE_CHECKING:
 
 TICK = 0.1
 """Seconds between two looks at servers or processes."""
+DRAIN_SECONDS = 30.0
+"""How long servers may finish what they have, in seconds, after a SIGTERM that `gserve stop` did not send."""
+END_SECONDS = 30.0
+"""How long `gserve stop` waits for the end of a service whose servers may finish nothing more, in seconds."""
 ATTACH_VARIABLE = "GSERVE_ATTACH"
 STDIO = Path("-")
 RECORD_START = b'{"id":'
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SHOWN = 60
+"""Characters of a word that a message repeats."""
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 logger = logging.getLogger("gserve.cli")
@@ -50,7 +57,10 @@ type Outcomes = Iterator[tuple[int, list[ResponseOutput] | ItemError]]
 
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
 ConfigFileOrNot = Annotated[
-    str | None, typer.Argument(metavar="CONFIG", help="A YAML file. With --attach there is none.", show_default=False)
+    str | None,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file. With --attach or $GSERVE_ATTACH there is none.", show_default=False
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -58,6 +68,9 @@ Overrides = Annotated[
 ]
 Attach = Annotated[
     str | None, typer.Option(metavar="NAME", help="Use a launched service (see: gserve ps) instead of a CONFIG.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", help="Show the servers' logs on stderr, as serve.verbose=true does.")
 ]
 ParamsText = Annotated[
     str | None,
@@ -90,7 +103,7 @@ class Signalled(BaseException):
 
 def main() -> None:
     """Run the command line, and exit."""
-    open_standard_streams()
+    open_missing_descriptors()
     _on_signals(_raise)
     try:
         app(prog_name="gserve")
@@ -149,12 +162,16 @@ def launch(
     config: ConfigFile,
     name: Annotated[str | None, typer.Option(help="The name for --attach and stop [default: CONFIG's].")] = None,
     overrides: Overrides = None,
+    verbose: Verbose = False,
 ) -> None:
-    """Start the servers of CONFIG, and keep them until Ctrl-C, SIGTERM, SIGHUP or `gserve stop`."""
-    service = gserve.VLLMService.from_yaml(config, overrides=overrides or (), name=name or config.stem)
+    """Start the servers of CONFIG, and keep them until Ctrl-C, SIGTERM, SIGHUP or `gserve stop`.
+
+    After `stop` and SIGTERM the servers first finish what they have; a second signal ends them at once.
+    """
+    service = gserve.VLLMService.from_yaml(config, overrides=_changes(overrides, verbose), name=name or config.stem)
     died: set[str] = set()
     with _serving(service):
-        with suppress(Signalled):  # the way to end it
+        try:
             _print_table(
                 ("name", "address", "GPUs", "model", "state"),
                 [
@@ -172,6 +189,9 @@ def launch(
                 died |= down  # the log has said why
                 time.sleep(TICK)
             raise GserveError("no server is running any more")
+        except Signalled as signalled:  # the way to end it
+            if signalled.number == signal.SIGTERM:
+                _drain(service)
         _say("shutting down")
     if died:
         raise GserveError(f"ended without having been asked to: {', '.join(sorted(died))}")
@@ -193,14 +213,17 @@ def generate(
     params: ParamsText = None,
     attach: Attach = None,
     overrides: Overrides = None,
+    verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Complete prompts."""
-    file, texts = _split(config, prompts or (), attach)
+    file, texts = _split("generate", config, prompts or (), attach)
     if bool(texts) == (source is not None):
-        raise ConfigError("expected prompts either as arguments or in a file (--input)")
+        raise ConfigError("expected prompts, either as arguments after CONFIG or in a file (--input)")
     lines = _read(source, PromptLine) if source else _numbered(texts, PromptLine)
     shared = _read_params(params)
-    _answer(_service(file, attach, overrides), lines, shared, output, as_text=not source and not output)
+    _answer(
+        _service(file, attach, _changes(overrides, verbose)), lines, shared, output, as_text=not source and not output
+    )
 
 
 @app.command()
@@ -220,9 +243,10 @@ def chat(
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="Begin with this system message.")] = None,
     attach: Attach = None,
     overrides: Overrides = None,
+    verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Continue conversations; without MESSAGE and --input, hold one here (/exit or Ctrl-D ends it)."""
-    file, texts = _split(config, [message] if message is not None else [], attach)
+    file, texts = _split("chat", config, [message] if message is not None else [], attach)
     if len(texts) + (source is not None) > 1:
         raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
     shared = _read_params(params)
@@ -230,7 +254,7 @@ def chat(
     if source is None and not texts:
         if output is not None:
             raise ConfigError("--output goes with a MESSAGE or --input")
-        _converse(_service(file, attach, overrides), opening, shared)
+        _converse(_service(file, attach, _changes(overrides, verbose)), opening, shared)
         return
     if source is None:
         lines = _numbered([[{"role": "user", "content": texts[0]}]], ConversationLine)
@@ -239,7 +263,9 @@ def chat(
     for line in lines:
         if not _has_system(line.messages):
             line.messages[:0] = opening
-    _answer(_service(file, attach, overrides), lines, shared, output, as_text=not source and not output)
+    _answer(
+        _service(file, attach, _changes(overrides, verbose)), lines, shared, output, as_text=not source and not output
+    )
 
 
 @app.command()
@@ -346,8 +372,10 @@ def _answering(source: Path, output: Path | None, params: str | None, kind: "typ
 
 @app.command()
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Check CONFIG, and print the commands that would run."""
-    for job, command in gserve.VLLMService.from_yaml(config, overrides=overrides or ()).jobs():
+    """Check CONFIG, and print the commands that would run. Starts nothing, and asks no network."""
+    from gserve_core.doctor import check_config
+
+    for job, command in check_config(config, overrides or ()):
         gpus = f" on GPU {','.join(map(str, job.gpu_ids))}" if job.gpu_ids else ""
         print(f"# {job.name}{gpus}")
         print(*(f"{key}={shlex.quote(value)}" for key, value in hidden(job.env).items()), shlex.join(command))
@@ -363,7 +391,7 @@ def doctor(
     ] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Say whether there is what servers need: vLLM, GPUs, the model, SLURM, the way to a node."""
+    """Check that everything the servers need is there: vLLM, GPUs, the model, SLURM, the way to a node."""
     from gserve_core.doctor import examine
 
     problems = 0
@@ -426,21 +454,39 @@ def ps() -> None:
 @app.command()
 def stop(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="How long to wait for its end.")] = 60.0,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="How long its servers may finish what they have.")
+    ] = 60.0,
+    now: Annotated[bool, typer.Option("--now", help="End it at once: items that are not finished are lost.")] = False,
 ) -> None:
-    """End a launched service, and wait until it has ended."""
+    """End a launched service once its servers have finished what they have, and wait until it has ended."""
     from gserve_core import runtime
 
     record = runtime.find_service(name)
-    if record.is_alive:
-        with suppress(ProcessLookupError):
-            os.kill(record.pid, signal.SIGTERM)
-    deadline = time.monotonic() + timeout
-    while record.is_alive:
-        if time.monotonic() > deadline:
-            raise GserveError(f"'{name}' (process {record.pid}) was told to end, and has not within {timeout:g} s")
-        time.sleep(TICK)
+    seconds = 0.0 if now else timeout
+    deadline = time.monotonic() + seconds
+    runtime.write_stop(record, seconds)
+    try:
+        _terminate(record.pid)
+        while record.is_alive and time.monotonic() < deadline:
+            time.sleep(TICK)
+        if record.is_alive and not now:
+            _terminate(record.pid)  # the second one ends it at once
+        deadline = time.monotonic() + END_SECONDS
+        while record.is_alive:
+            if time.monotonic() > deadline:
+                raise GserveError(
+                    f"'{name}' (process {record.pid}) was told to end, and has not within {seconds + END_SECONDS:g} s"
+                )
+            time.sleep(TICK)
+    finally:
+        runtime.remove_stop(record.pid)
     _say(f"stopped '{name}'")
+
+
+def _terminate(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
 
 
 @app.command()
@@ -470,25 +516,49 @@ def reap(
 # ------------------------------------------------------------------------------------------------------------- service
 
 
-def _split(config: str | None, texts: Sequence[str], attach: str | None) -> tuple[Path | None, Sequence[str]]:
-    """Return the config and the texts after it; with --attach there is no config, and its place is the first text's.
+def _split(
+    command: str, config: str | None, texts: Sequence[str], attach: str | None
+) -> tuple[Path | None, Sequence[str]]:
+    """Return the config, and the texts after it.
 
-    With neither, $GSERVE_ATTACH names a service.
+    A service that is attached to, by --attach or $GSERVE_ATTACH, has no config: then the first word is a text too.
     """
-    if attach is not None:
+    if attach is None and config is not None and _is_config(config):
+        return Path(config), texts
+    if attach is not None or os.environ.get(ATTACH_VARIABLE):
         return None, texts if config is None else [config, *texts]
-    if config is None:
-        if os.environ.get(ATTACH_VARIABLE):
-            return None, texts
-        raise ConfigError("expected a CONFIG (a YAML file), or --attach NAME")
-    return Path(config), texts
+    word = "TEXT" if config is None else shlex.quote(config if len(config) <= SHOWN else f"{config[:SHOWN]}…")
+    raise ConfigError(
+        (
+            "expected a CONFIG (a YAML file)"
+            if config is None
+            else f"expected a CONFIG (a YAML file), and {word} is no file"
+        )
+        + f": write gserve {command} CONFIG {word}, or gserve {command} --attach NAME {word} (see: gserve ps)"
+    )
 
 
-def _service(config: Path | None, attach: str | None, overrides: list[str] | None) -> "VLLMService":
+def _is_config(word: str) -> bool:
+    """Say whether a word is a config rather than a text: it is a file, or has the name of a YAML file."""
+    with suppress(OSError):  # a long text cannot be a file's name
+        if Path(word).is_file():
+            return True
+    return word.endswith((".yaml", ".yml")) and len(word.split()) == 1
+
+
+def _changes(overrides: Sequence[str] | None, verbose: bool) -> list[str]:
+    """Return what the options of a command change in its config."""
+    return [*(overrides or ()), *(["serve.verbose=true"] if verbose else ())]
+
+
+def _service(config: Path | None, attach: str | None, overrides: Sequence[str]) -> "VLLMService":
     if config is not None:
-        return gserve.VLLMService.from_yaml(config, overrides=overrides or ())
+        return gserve.VLLMService.from_yaml(config, overrides=overrides)
     if overrides:
-        raise ConfigError("--set changes a config: it cannot go with --attach, which uses a service as it is")
+        raise ConfigError(
+            "--set and --verbose change a config: they cannot go with --attach or $GSERVE_ATTACH, which use a service"
+            " as it is"
+        )
     return gserve.VLLMService.attach(attach)
 
 
@@ -511,6 +581,21 @@ def _serving(service: "VLLMService") -> Iterator[None]:
     finally:
         _on_signals(_ignore)
         service.shutdown()
+
+
+def _drain(service: "VLLMService") -> None:
+    """Shut a service down once its servers have finished what they have, or the time for that is over."""
+    from gserve_core import runtime
+
+    asked = runtime.take_stop()
+    seconds = DRAIN_SECONDS if asked is None else asked
+    if seconds <= 0:
+        return
+    with suppress(Signalled):  # a second one, which ends it at once
+        _on_signals(_raise)
+        _say(f"finishing what the servers have, for {seconds:g} s at most")
+        service.shutdown(drain=seconds)
+        _on_signals(_ignore)
 
 
 def _down(service: "VLLMService") -> set[str]:
@@ -727,7 +812,7 @@ def _finished(path: Path, lines: Sequence[Line]) -> set[int | str]:
                 continue
             if record.id in asked and record.content != asked[record.id]:
                 raise ConfigError(
-                    f"the id {record.id!r} stands for something else here than in the input: choose another --output",
+                    f"the id {record.id!r} has another prompt here than in the input: choose another --output",
                     file=path, line=number,
                 )  # fmt: skip
             finished.add(record.id)

@@ -4,7 +4,12 @@
 `Config`. Both refuse unknown keys and wrong types with the place and the nearest right name.
 """
 
+import functools
+import inspect
+import ipaddress
 import math
+import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -17,7 +22,44 @@ from .environment import RESERVED
 from .errors import ConfigError, did_you_mean, reworded
 from .redaction import hidden
 
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
+"""What `dtype` may be (vLLM's `ModelDType`)."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_HOST = re.compile(r"(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*\.?")
 
+
+def _checks_calls[T](cls: type[T]) -> type[T]:
+    """Have a dataclass raise ConfigError, with the nearest right name, where it is called with wrong arguments."""
+    plain: Any = cls.__init__
+    signature = inspect.signature(plain)
+
+    @functools.wraps(plain)
+    def __init__(self: Any, *places: Any, **named: Any) -> None:
+        try:
+            signature.bind(self, *places, **named)
+        except TypeError as error:
+            raise ConfigError(_wrong_call(cls, places, named)) from error
+        plain(self, *places, **named)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+def _wrong_call(cls: Any, places: Sequence[Any], named: Mapping[str, Any]) -> str:
+    """Return what is wrong with the arguments of a call of a dataclass."""
+    known = [item.name for item in fields(cls) if item.init]
+    for name in named:
+        if name not in known:
+            return f"{cls.__name__}: unknown argument {name!r}{_instead(cls, name, known)}"
+    if len(places) > len(known):
+        return f"{cls.__name__}: expected at most {len(known)} arguments, got {len(places)}; name them: {known[0]}=…"
+    for name in known[: len(places)]:
+        if name in named:
+            return f"{cls.__name__}: the argument '{name}' is given twice, once by its place and once by its name"
+    return f"{cls.__name__}: missing argument '{known[0]}'"  # no other field of these classes lacks a default
+
+
+@_checks_calls
 @dataclass(frozen=True)
 class LLMConfig:
     """What to serve: the keyword arguments of `vllm.LLM`, the common ones by name. Raises `ConfigError`.
@@ -49,6 +91,13 @@ class LLMConfig:
         for name, value in (("model_name", self.model_name), ("lora_path", self.lora_path)):
             if value is not None and value.startswith("-"):
                 raise ConfigError(f"'{value}' looks like an option: write a folder as ./{value}", at=f"$.{name}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, str) and _CONTROL.search(value):
+                raise ConfigError(f"{value!r} holds a line break or a control character", at=f"$.{item.name}")
+        for place, dtype in (("dtype", self.dtype), ("llm_kwargs.dtype", self.llm_kwargs.get("dtype", "auto"))):
+            if dtype not in (None, *DTYPES):
+                raise ConfigError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}", at=f"$.{place}")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"expected a fraction above 0 and up to 1, got {self.gpu_memory_utilization}",
@@ -63,7 +112,7 @@ class LLMConfig:
             _check_sayable(self.llm_kwargs, "$.llm_kwargs")
             msgspec.json.encode(self.llm_kwargs)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ConfigError(f"expected values that JSON can say: {error}", at="$.llm_kwargs") from error
+            raise ConfigError(f"expected JSON-serialisable values: {error}", at="$.llm_kwargs") from error
 
     def __repr__(self) -> str:
         """Show the fields, without secrets."""
@@ -87,6 +136,7 @@ class LLMConfig:
         return int(sizes[0] * sizes[1])
 
 
+@_checks_calls
 @dataclass(frozen=True)
 class ServeConfig:
     """How many servers there are, where they listen, and how long to wait for them. Raises `ConfigError`.
@@ -135,6 +185,8 @@ class ServeConfig:
             raise ConfigError(f"expected a port from 1 to 65535, got {self.port}", at="$.port")
         if not self.host:
             raise ConfigError("host is empty: expected an address to listen on", at="$.host")
+        if wrong := _wrong_host(self.host):
+            raise ConfigError(f"'{self.host}' is no host: {wrong}", at="$.host")
         if self.max_restarts < 0:
             raise ConfigError(f"expected a number from 0 up, got {self.max_restarts}", at="$.max_restarts")
         for name, value in self.env.items():
@@ -195,6 +247,38 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__}({', '.join(f'{name}={below!r}' for name, below in shown.items())})"
 
 
+def _wrong_host(host: str) -> str | None:
+    """Return what is wrong with a host to listen on; None where it is an IP address or may be a machine's name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        pass
+    else:
+        return None
+    if "://" in host or "/" in host:
+        return "write it without a scheme and a path, as in 127.0.0.1"
+    if host.startswith("["):
+        return "write an IPv6 address without brackets, as in ::1"
+    if re.fullmatch(r"[^:]*:[0-9]*", host):
+        return "write the port as 'port'"
+    if not _HOST.fullmatch(host) or len(host) > 253:
+        return "expected an IP address or the name of a machine"
+    if host.rstrip(".").rpartition(".")[2].isdigit():
+        try:
+            socket.inet_aton(host)  # which takes 127.1 for 127.0.0.1
+        except OSError:
+            return "it has only numbers like an IP address, and is none"
+    return None
+
+
+def _instead(cls: Any, name: str, known: Sequence[str]) -> str:
+    """Return what to write in place of an unknown field."""
+    hint = did_you_mean(name, known)
+    if cls is LLMConfig and "did you mean" not in hint:
+        return f"; other arguments of vllm.LLM go into llm_kwargs, the fields are {', '.join(sorted(known))}"
+    return hint
+
+
 def _hints(cls: Any) -> dict[str, Any]:
     hints = get_type_hints(cls)
     return {item.name: hints[item.name] for item in fields(cls) if item.init}
@@ -219,7 +303,7 @@ def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
     hints = _hints(cls)
     for key in mapping:
         if key not in hints:
-            raise ConfigError(f"unknown key {str(key)!r}{did_you_mean(str(key), list(hints))}", at=f"{at}.{key}")
+            raise ConfigError(f"unknown key {str(key)!r}{_instead(cls, str(key), list(hints))}", at=f"{at}.{key}")
     for item in fields(cls):  # type: ignore[arg-type]
         if item.init and item.name not in mapping and item.default is MISSING and item.default_factory is MISSING:
             raise ConfigError(f"missing key '{item.name}'", at=at)

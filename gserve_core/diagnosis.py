@@ -36,7 +36,7 @@ def step(text: str) -> str | None:
     return None
 
 
-SILENT = "a process of vLLM's engine ended without a word"
+SILENT = "a process of vLLM's engine ended without an error message"
 MEMORY_HINT = "start fewer servers, lower gpu_memory_utilization or max_model_len, or take a smaller model"
 
 
@@ -50,7 +50,9 @@ def exited(
     since: int = 0,
     kills: int | None = None,
 ) -> ServerExited:
-    """Return the error about a server that has failed.
+    """Return the error about a server that has failed: its first line is the cause, and cause and hint come last.
+
+    The end of the log is part of the message only where the cause is not a known one; it always is the error's `tail`.
 
     `phase` is what it was doing, `cause` what it said itself before it ended, `returncode` that of its process
     (negative: a signal's number). `since` is where in the log, in bytes, this life of the server begins; `kills` what
@@ -59,22 +61,24 @@ def exited(
     lines = _lines(log, since)
     evidence = _evidence(cause, returncode, lines)
     said, ended = _cut(evidence[0]) if evidence else "", _ended(returncode)
-    if known := _known(evidence):
+    known = _known(evidence)
+    if known:
         sentence, hint = _cut(known[0]) or said, known[1]
     elif said and not ELSEWHERE.search(said):
         sentence, hint = said, ""
     else:
         sentence, hint = _unsaid(_engines_end(lines) if said else ended, kills)
     tail = last_lines(log)
-    message = [f"{name} failed while {phase}: {sentence} (log: {log})"]
-    if hint:
-        message.append(f"what to try: {hint}")
+    headline = f"{name} failed while {phase}: {sentence} (log: {log})"
+    message = [headline]
     if said and said != sentence:
         message.append(f"it said: {said}")
-    if ended not in sentence:
+    if not known and ended not in sentence:
         message.append(ended)
-    if tail:
-        message += ["last lines of the log:", *(f"  | {line}" for line in tail)]
+    if not known and tail:  # the log may explain it: then the cause comes again below, where it is seen
+        message += ["last lines of the log:", *(f"  | {line}" for line in tail), headline]
+    if hint:
+        message.append(f"what to try: {hint}")
     return ServerExited(
         "\n".join(message), log=log, returncode=returncode, cause=sentence, hint=hint, phase=phase, tail=tail
     )
@@ -109,12 +113,12 @@ def _engines_end(lines: Sequence[str]) -> str:
 
 def _ended(returncode: int | None) -> str:
     if returncode is None:
-        return "it closed its line to us"
+        return "the server closed its control connection"
     if returncode < 0:
         return f"its process was killed by {_signal(-returncode)}"
     if returncode > 128 and (name := _signal(returncode - 128)).startswith("SIG"):
-        return f"its process ended with exit code {returncode}, which stands for {name}"
-    return f"its process ended with exit code {returncode}, unasked"
+        return f"its process exited with code {returncode}, which stands for {name}"
+    return f"its process exited unexpectedly with code {returncode}"
 
 
 def _signal(number: int) -> str:

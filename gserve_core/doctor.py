@@ -30,7 +30,7 @@ from . import devices, folders, plugins
 from .config import Config, load
 from .engines import demo_model
 from .engines.vllm_engine import VLLMEngine, insecurity
-from .errors import ConfigError, LaunchError
+from .errors import ConfigError, LaunchError, did_you_mean
 from .interfaces import Address, Engine, Finding, Job, Process
 from .plugins import Parts, assemble
 from .runtime import is_loopback, log_folder, own_address
@@ -123,6 +123,31 @@ def examine(
     yield from _visit(parts, jobs[0], errand, waiting)
 
 
+def check_config(config: Path, overrides: Sequence[str] = ()) -> list[tuple[Job, list[str]]]:
+    """Check a config as far as files of this machine tell; return what would be started, as `VLLMService.jobs`.
+
+    Raises ConfigError or PluginError.
+    """
+    loaded, document = load(config, overrides)
+    with document.located():
+        parts = assemble(loaded, document.file.parent)
+        parts.engine.check_config(loaded.llm, runs_here=parts.launcher.owner_variable is None)
+        check_arguments(loaded, parts.engine)
+    return VLLMService.from_yaml(config, overrides=overrides).jobs()
+
+
+def check_arguments(config: Config, engine: Engine) -> None:
+    """Raise ConfigError where `llm_kwargs` have a name that the engine does not know."""
+    known = engine.known_arguments() if config.llm.llm_kwargs else None
+    if known is None:
+        return
+    for name in config.llm.llm_kwargs:
+        if name not in known:
+            near = did_you_mean(name, list(known))
+            hint = near if "did you mean" in near else "; its keys are the keyword arguments of vllm.LLM"
+            raise ConfigError(f"unknown argument {name!r} of the engine{hint}", at=f"$.llm.llm_kwargs.{name}")
+
+
 # ---------------------------------------------------------------------------------------------------------- a machine
 
 
@@ -140,6 +165,8 @@ def _look(config: Config | None, engine: Engine | None, *, runs_here: bool) -> I
     if not isinstance(engine, VLLMEngine):
         yield Finding("model", "note", f"'{config.llm.model_name}': nothing is known of models of this engine")
         return
+    if package is not None and config.llm.llm_kwargs:
+        yield _weighed(_examine_arguments(config, engine), runs_here)
     yield _weighed(_examine_model(config, os.environ | config.serve.env), runs_here)
     if config.llm.lora_path is not None:
         yield _weighed(_examine_adapter(folders.expanded(config.llm.lora_path)), runs_here)
@@ -171,6 +198,14 @@ def _examine_vllm(package: tuple[str, str] | None, engine: VLLMEngine) -> Findin
     except ConfigError as error:
         return Finding("vLLM", "problem", str(error))
     return Finding("vLLM", "note", warning) if warning else Finding("vLLM", "ok", f"{installed} ({name})")
+
+
+def _examine_arguments(config: Config, engine: Engine) -> Finding:
+    try:
+        check_arguments(config, engine)
+    except ConfigError as error:
+        return Finding("llm_kwargs", "problem", str(error), "correct or remove it")
+    return Finding("llm_kwargs", "ok", f"known to this vLLM: {', '.join(sorted(config.llm.llm_kwargs))}")
 
 
 def _examine_gpus(is_needed: bool) -> Finding:

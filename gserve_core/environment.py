@@ -1,12 +1,15 @@
-"""What a server takes over from the process that starts it, and what it must not."""
+"""What a process inherits: what a server takes over from the one that starts it, and what gserve cannot work with."""
 
 import contextlib
 import os
 import resource
 import signal
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from .errors import GserveError
 
 WEAKENING = {
     "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any method of it
@@ -71,3 +74,41 @@ def ignore_notices() -> None:
         if signal.getsignal(number) is signal.SIG_DFL:
             with contextlib.suppress(ValueError):  # only the main thread may
                 signal.signal(number, signal.SIG_IGN)
+
+
+def open_missing_descriptors() -> None:
+    """Open those of the descriptors 0 to 2 that are closed on /dev/null, as `sys.stdin`, `stdout` and `stderr` too.
+
+    Otherwise the next file or socket to be opened would take their numbers, and be read or written by mistake. Call it
+    before anything else is opened.
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:  # the lowest free number, unless another thread has just freed one
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:  # how Python says that it was closed when Python started
+            setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
+
+
+def check_not_patched() -> None:
+    """Raise GserveError where gevent or eventlet has replaced the threads, sockets or queues of this process.
+
+    What gserve's threads wait for would then never come. Imports neither of the two.
+    """
+    gevent = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", None)
+    eventlet = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", None)
+    for library, is_patched, modules in (
+        ("gevent", gevent, ("threading", "thread", "socket", "queue", "select", "subprocess")),
+        ("eventlet", eventlet, ("thread", "socket", "select", "subprocess")),
+    ):
+        patched = [module for module in modules if is_patched is not None and is_patched(module)]
+        if patched:
+            raise GserveError(
+                f"{library} has monkey-patched this process ({', '.join(patched)}), and gserve needs real threads and"
+                f" sockets: use gserve in a process that {library} does not patch, such as one of its own"
+            )

@@ -6,7 +6,7 @@ dataclasses with a `name`, whose fields are their YAML options. What they hand o
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -278,6 +278,17 @@ class Engine(ABC):
 
         Must start no thread and touch no GPU: neither outlives a fork.
         """
+
+    def check_config(self, llm: LLMConfig, *, runs_here: bool) -> None:  # noqa: B027
+        """Check, before a service starts, that this engine can serve `llm`, as far as files tell within a second.
+
+        `runs_here`: whether servers run on this machine, so that what `llm` names must be on it. Does nothing unless
+        overridden. Raises ConfigError with its place from `$.llm` on.
+        """
+
+    def known_arguments(self) -> Collection[str] | None:
+        """Return the names that `llm.llm_kwargs` may have; None: not known here. Takes less than a second."""
+        return None
 
     @abstractmethod
     async def start(self, llm: LLMConfig, report: Report) -> "RunningEngine":

@@ -172,21 +172,6 @@ class _LastResort(_StderrHandler):
             super().emit(record)
 
 
-def open_standard_streams() -> None:
-    """Open descriptors 0 to 2 on /dev/null where they are closed: else the next file that is opened would be one."""
-    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
-        try:
-            os.fstat(number)
-        except OSError:
-            opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:
-                os.dup2(opened, number)
-                os.close(opened)
-            os.set_inheritable(number, True)
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, mode, closefd=False))
-
-
 class ServerLog:
     """The log of this process and all below it: what they write to descriptors 1 and 2, which it takes over.
 

@@ -473,6 +473,38 @@ def wait_service(name: str, seconds: float) -> ServiceRecord:
     return record
 
 
+class _Stop(Struct, frozen=True):
+    """What `gserve stop` asks of an owner: see `ServiceRecord.started`."""
+
+    started: int
+    seconds: float
+
+
+def write_stop(record: ServiceRecord, seconds: float) -> None:
+    """Tell the owner of a service how long its servers may finish what they have, once a SIGTERM ends it."""
+    _write(f"stop-{record.pid}", _Stop(record.started, seconds))
+
+
+def take_stop() -> float | None:
+    """Return what `write_stop` wrote for this process, and remove it; None: nothing."""
+    found = None
+    for place in places():
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            content = (place / f"stop-{os.getpid()}").read_bytes()
+            stop = msgspec.json.decode(content, type=_Stop)
+            if stop.started == process_start(os.getpid()):
+                found = stop.seconds
+    remove_stop(os.getpid())
+    return found
+
+
+def remove_stop(pid: int) -> None:
+    """Remove what `write_stop` wrote for a process."""
+    for place in places():
+        with contextlib.suppress(OSError):
+            (place / f"stop-{pid}").unlink(missing_ok=True)
+
+
 def stale_files() -> list[Path]:
     """Return the files of services whose owner is dead, and of servers at whose address nobody listens."""
     found = []

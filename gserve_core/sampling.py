@@ -23,12 +23,58 @@ NOT_FROM_OUTSIDE = frozenset({
 })  # fmt: skip
 """Public fields of `vllm.SamplingParams` that a request may not set, besides those with a leading underscore."""
 
+_STRUCTURED = "write structured_outputs={{'{}': …}}".format
+_NO_BEAMS = "there is no beam search: sample several completions with 'n', and choose by their 'cumulative_logprob'"
+OTHER_NAMES = {
+    "max_completion_tokens": ("max_tokens", ""),
+    "max_new_tokens": ("max_tokens", ""),
+    "max_output_tokens": ("max_tokens", ""),
+    "num_predict": ("max_tokens", ""),
+    "max_length": ("max_tokens", "write 'max_tokens', which counts the answer without the prompt"),
+    "min_new_tokens": ("min_tokens", ""),
+    "min_length": ("min_tokens", "write 'min_tokens', which counts the answer without the prompt"),
+    "num_return_sequences": ("n", ""),
+    "candidate_count": ("n", ""),
+    "best_of": ("n", "write 'n', and choose among the completions by their 'cumulative_logprob'"),
+    "stop_sequences": ("stop", ""),
+    "stop_strings": ("stop", ""),
+    "eos_token_id": ("stop_token_ids", "write 'stop_token_ids', a list"),
+    "top_logprobs": ("logprobs", "write 'logprobs', the number of tokens to show at each place"),
+    "repeat_penalty": ("repetition_penalty", ""),
+    "rep_penalty": ("repetition_penalty", ""),
+    "no_repeat_ngram_size": (
+        "repetition_penalty",
+        "write 'repetition_penalty' (or 'repetition_detection')",
+    ),
+    "random_seed": ("seed", ""),
+    "bad_words_ids": ("bad_words", "write 'bad_words', a list of texts"),
+    "do_sample": ("temperature", "write 'temperature', where 0 means no sampling"),
+    "num_beams": ("n", _NO_BEAMS),
+    "use_beam_search": ("n", _NO_BEAMS),
+    "beam_width": ("n", _NO_BEAMS),
+    "length_penalty": ("n", _NO_BEAMS),
+    "early_stopping": ("n", _NO_BEAMS),
+    "guided_json": ("structured_outputs", _STRUCTURED("json")),
+    "guided_regex": ("structured_outputs", _STRUCTURED("regex")),
+    "guided_choice": ("structured_outputs", _STRUCTURED("choice")),
+    "guided_grammar": ("structured_outputs", _STRUCTURED("grammar")),
+    "guided_decoding": ("structured_outputs", _STRUCTURED("json")),
+    "json_schema": ("structured_outputs", _STRUCTURED("json")),
+    "regex": ("structured_outputs", _STRUCTURED("regex")),
+    "grammar": ("structured_outputs", _STRUCTURED("grammar")),
+    "response_format": ("structured_outputs", _STRUCTURED("json") + " with the schema, or {'json_object': True}"),
+}
+"""Names that other APIs (OpenAI, transformers, vLLM before 0.12, ollama) have: ours, and what to write where that needs
+more than the name."""
+
 BOUNDS = {
     "n": (1, 128),
     "logprobs": (-1, 1 << 20),
     "prompt_logprobs": (-1, 1 << 20),
     "seed": (-(1 << 63), (1 << 63) - 1),
 }
+WHEN_ABOVE = {"n": " (an item is retried as a whole): for more completions, send the prompt several times"}
+"""What to do where an upper bound is too low."""
 MAX_TEXTS, MAX_TEXT = 64, 256
 """How many stop strings and bad words there may be, and how many characters each."""
 MAX_DEPTH = 32
@@ -44,14 +90,14 @@ def public_fields(cls: type) -> list[str]:
 def read_params[T](params: Mapping[str, Any], cls: type[T]) -> T:
     """Make a `cls` (a `msgspec.Struct` such as `vllm.SamplingParams`) from parameters that came from outside.
 
-    Raises ItemError: an unknown name, a wrong type, or a value out of range.
+    Raises ItemError: an unknown name, a wrong type, a value out of range, or parameters that leave no token to choose.
     """
     known = public_fields(cls)
     for name, value in params.items():
         if not isinstance(name, str):
             raise ItemError(f"expected the name of a sampling parameter, got {type(name).__name__}")
         if name not in known:
-            raise ItemError(f"unknown sampling parameter {name!r}{did_you_mean(name, known)}")
+            raise ItemError(f"unknown sampling parameter {name!r}{_hint(name, known)}")
         _check_value(name, value, MAX_DEPTH)
         _check_bounds(name, value)
         if isinstance(value, dict):
@@ -65,14 +111,41 @@ def read_params[T](params: Mapping[str, Any], cls: type[T]) -> T:
         text = " ".join(text.split())[:MAX_MESSAGE] or type(error).__name__
         at = "" if place == "$" else f" - at {place}"
         raise ItemError(f"wrong sampling parameters: {text}{at}") from error
+    _check_together(made)
     return made
+
+
+def _hint(name: str, known: list[str]) -> str:
+    """Return what to write in place of an unknown name."""
+    ours, sentence = OTHER_NAMES.get(name, ("", ""))
+    if ours not in known:
+        return did_you_mean(name, known)
+    return f"; {sentence or f"write '{ours}'"}"
+
+
+def _check_together(made: Any) -> None:
+    """Refuse parameters that exclude every token. vLLM 0.32 then answers with any token, and reports no error."""
+    allowed = getattr(made, "allowed_token_ids", None)
+    if not allowed:
+        return
+    if getattr(made, "bad_words", None):
+        raise ItemError(
+            "the sampling parameters 'allowed_token_ids' and 'bad_words' do not go together: bad words may exclude all"
+            " allowed tokens; leave the unwanted tokens out of 'allowed_token_ids'"
+        )
+    if getattr(made, "min_tokens", 0) and set(allowed) <= set(getattr(made, "stop_token_ids", None) or ()):
+        raise ItemError(
+            "the sampling parameters 'allowed_token_ids', 'stop_token_ids' and 'min_tokens' do not go together: no"
+            " allowed token is left before 'min_tokens' are reached"
+        )
 
 
 def _check_bounds(name: str, value: Any) -> None:
     if name in BOUNDS and isinstance(value, int):
         low, high = BOUNDS[name]
         if not low <= value <= high:
-            raise ItemError(f"sampling parameter '{name}': expected {low} to {high}, got {value}")
+            more = WHEN_ABOVE.get(name, "") if value > high else ""
+            raise ItemError(f"sampling parameter '{name}': expected {low} to {high}, got {value}{more}")
     if name in ("stop", "bad_words"):
         texts = value if isinstance(value, list) else [value]
         if len(texts) > MAX_TEXTS or any(isinstance(text, str) and len(text) > MAX_TEXT for text in texts):

@@ -22,10 +22,10 @@ import msgspec
 from . import diagnosis, lease, runtime
 from .client import VLLMClient
 from .config import Config, LLMConfig, ServeConfig
-from .environment import Surroundings, surroundings, weakening
+from .environment import Surroundings, open_missing_descriptors, surroundings, weakening
 from .errors import ConfigError, GserveError, LaunchError, StartupTimeout
 from .interfaces import Address, Engine, EngineInfo, Job, Launcher, Process, Transport
-from .log_utils import LEVEL_VARIABLE, BoundedLog, forward, keep_logging_from_waiting, log_level, open_standard_streams
+from .log_utils import LEVEL_VARIABLE, BoundedLog, forward, keep_logging_from_waiting, log_level
 from .nursery import Nursery
 from .plugins import Parts, assemble
 from .redaction import divided
@@ -188,7 +188,7 @@ class VLLMServer:
         index: int = 0,
         servers: int = 1,
     ) -> None:
-        open_standard_streams()  # now, before there is an event loop, which breaks with a descriptor below 3
+        open_missing_descriptors()  # now, before there is an event loop, which breaks with a descriptor below 3
         ids = None if gpu_ids is None else list(gpu_ids)
         self._serve = ServeConfig(
             ids, host, port, startup_timeout, client_timeout, verbose,
@@ -324,7 +324,7 @@ class VLLMServer:
         with self._changed:
             if self._watcher is not None and self._state != State.FAILED:
                 return
-            open_standard_streams()
+            open_missing_descriptors()
             keep_logging_from_waiting()
             if self._origin is None or self._state != State.FAILED:
                 self._origin = surroundings()
@@ -405,6 +405,13 @@ class VLLMServer:
             self.release()
             if self._owner is not None:
                 self._owner.send(lease.Stop())
+
+    def ask_to_drain(self) -> None:
+        """Tell the server to finish what it has and then to end, and do not wait for it."""
+        with self._changed:
+            if self._owner is not None and self._state in (State.STARTING, State.READY):
+                self._asked_to_stop, self._state = True, State.DRAINING
+                self._owner.send(lease.Drain())
 
     def release(self) -> None:
         """Have nothing kept for another life of the server: there will be none, or one that owes nothing to this."""

@@ -134,7 +134,8 @@ class VLLMService(Inference):
     def start(self) -> None:
         """Start all servers at once, and wait until `min_ready` of them are ready; does nothing where they are.
 
-        Raises LaunchError with the cause of every server that failed; nothing is left then.
+        Raises LaunchError with the cause of every server that failed, or ConfigError where what the config names is not
+        there; nothing is left then.
         """
         with self._starting:
             if self._queue is None:
@@ -147,6 +148,7 @@ class VLLMService(Inference):
             self._join(self._queue, record.servers)
             threading.Thread(target=self._follow, args=(self._queue, record.name), name="follow", daemon=True).start()
             return
+        self._parts.engine.check_config(self._config.llm, runs_here=self._parts.launcher.owner_variable is None)
         self._draining = False
         self._run = uuid.uuid4().hex
         self._queue = queue = Dispatcher()
@@ -249,11 +251,22 @@ class VLLMService(Inference):
             self._supervisor.drain()
             self._tell()
 
-    def shutdown(self) -> None:
+    def shutdown(self, drain: float | None = None) -> None:
         """End all servers and connections. Idempotent; from any thread.
+
+        drain: seconds in which the servers may finish the items they have; they take no more. None: they end at once.
 
         The servers of an attached service go on, and so do those of the process that this one was forked from.
         """
+        if drain is not None and self._queue is not None and self._attached is None and self._pid == os.getpid():
+            self.drain()
+            for server in self._servers:
+                server.ask_to_drain()
+            deadline = time.monotonic() + drain
+            while time.monotonic() < deadline and any(
+                it.state in (State.READY, State.DRAINING) for it in self.status()
+            ):
+                time.sleep(0.05)
         queue, self._queue = self._queue, None
         if queue is not None:
             queue.close()

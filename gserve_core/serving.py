@@ -29,10 +29,10 @@ import uvloop
 from . import devices, lease, nursery, plugins, runtime
 from .config import LLMConfig, ServeConfig
 from .diagnosis import port_holder
-from .environment import ignore_notices
+from .environment import ignore_notices, open_missing_descriptors
 from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
 from .interfaces import Address, Engine, RunningEngine, Transport
-from .log_utils import ServerLog, open_standard_streams, setup_logging
+from .log_utils import ServerLog, setup_logging
 from .redaction import redact, secret_values
 from .schema import (
     Event,
@@ -666,7 +666,7 @@ def _prepare_process() -> None:
 
     With SIGCHLD ignored nobody would learn how a process below has ended.
     """
-    open_standard_streams()
+    open_missing_descriptors()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     ignore_notices()
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import uvloop
 
+from ..environment import check_not_patched
 from ..errors import GserveError, StallTimeout, TransportError
 from ..interfaces import Connection
 from ..schema import Group, RunRequest
@@ -62,6 +63,7 @@ class Dispatcher:
     """
 
     def __init__(self) -> None:
+        check_not_patched()
         self._known: dict[str, _Known] = {}
         self._lock = threading.RLock()  # a signal handler may call us within a call of its thread
         self._closed = False

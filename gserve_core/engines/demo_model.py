@@ -27,6 +27,13 @@ def cache_folder() -> Path:
     return folders.writable("cache", "gserve")
 
 
+def check_name(model: str, at: str) -> None:
+    """Raise ConfigError with the place `at` where a model's name is that of a demo model which there is not."""
+    if model.startswith(PREFIX) and model.removeprefix(PREFIX) not in MODELS:
+        known = ", ".join(PREFIX + name for name in MODELS)
+        raise ConfigError(f"there is no demo model '{model}'; expected {known}", at=at)
+
+
 def resolve(model: str, report: Report) -> str:
     """Return the folder of a demo model, made now where it is not there yet; any other model's name as it is.
 
@@ -34,9 +41,8 @@ def resolve(model: str, report: Report) -> str:
     """
     if not model.startswith(PREFIX):
         return model
+    check_name(model, "$.llm.model_name")
     name = model.removeprefix(PREFIX)
-    if name not in MODELS:
-        raise ConfigError(f"unknown demo model '{model}'; expected {', '.join(PREFIX + known for known in MODELS)}")
     package, file = MODELS[name]
     with suppress(GserveError, OSError):  # it may be there, and not be writable
         if (made := folders.home("cache") / "gserve" / name).is_dir():

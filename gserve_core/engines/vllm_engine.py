@@ -4,6 +4,7 @@ The only file that imports vllm, and it does so late: the value travels through 
 those of `vllm.LLM`. Why each step is as it is, is told in vLLM's own `entrypoints/llm.py` and `renderers`.
 """
 
+import ast
 import asyncio
 import contextlib
 import functools
@@ -17,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, ClassVar
@@ -83,6 +85,19 @@ class VLLMEngine(Engine):
 
             if current_platform.is_cpu():
                 importlib.import_module(ON_CPU)
+
+    def check_config(self, llm: LLMConfig, *, runs_here: bool) -> None:
+        """Check the name of a demo model, and that the LoRA adapter and the chat template can be read."""
+        demo_model.check_name(llm.model_name, "$.llm.model_name")
+        demo_model.check_name(llm.tokenizer or "", "$.llm.tokenizer")
+        if runs_here:
+            if (adapter := _adapter(llm.lora_path)) is not None:
+                _rank(adapter)
+            _chat_template(llm.llm_kwargs.get("chat_template"))
+
+    def known_arguments(self) -> frozenset[str] | None:
+        """Read the names from the source of the vLLM that is installed here, which takes ten seconds to import."""
+        return _known_arguments()
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Load the model, in a thread that lives as long as the engine."""
@@ -501,14 +516,36 @@ def _tokens(request: Any) -> int:
     return count() if count is not None else 0
 
 
-def _chat_template(given: str | None) -> str | None:
-    """Return the text of a chat template that was given as a text or as a file."""
+@functools.cache
+def _known_arguments() -> frozenset[str] | None:
+    """Return the names of `vllm.AsyncEngineArgs` and of what gserve takes besides; None where they cannot be found."""
+    try:
+        spec = find_spec("vllm")
+        if spec is None or spec.origin is None:
+            return None
+        module = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
+    except (ImportError, OSError, ValueError, SyntaxError):
+        return None
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    own, base = classes.get("AsyncEngineArgs"), classes.get("EngineArgs")
+    if own is None or base is None or base.bases or [ast.unparse(above) for above in own.bases] != [base.name]:
+        return None  # another version, where they stand elsewhere
+    fields = [node.target for node in base.body + own.body if isinstance(node, ast.AnnAssign)]
+    return frozenset({"chat_template"} | {target.id for target in fields if isinstance(target, ast.Name)})
+
+
+def _chat_template(given: Any) -> str | None:
+    """Return the text of a chat template that was given as a text or as a file. Raises ConfigError."""
+    if given is not None and not isinstance(given, str):
+        raise ConfigError("expected a chat template as a text or as a file", at="$.llm.llm_kwargs.chat_template")
     if given is None or "{" in given:
         return given
     try:
         return Path(given).expanduser().read_text()
     except OSError as error:
-        raise ConfigError(f"cannot read the chat template {given}: {error.strerror}", at="$.llm.llm_kwargs") from error
+        raise ConfigError(
+            f"cannot read the chat template {given}: {error.strerror}", at="$.llm.llm_kwargs.chat_template"
+        ) from error
 
 
 def _adapter(path: str | None) -> Path | None:

@@ -198,11 +198,20 @@ def test_check_prints_commands_for_the_shell_and_starts_nothing(place: Place) ->
         assert json.loads(words[words.index("--engine") + 1])["fail_start"] == "it's a trap; echo no"
 
 
+def test_a_model_that_is_not_there_is_told_by_the_check_and_before_a_server_starts(place: Place) -> None:
+    (place.folder / "bad.yaml").write_text("llm:\n  model_name: demo:foo\n")
+    said = "there is no demo model 'demo:foo'; expected demo:smollm2-135m - at $.llm.model_name\n"
+    assert place.run("check", "bad.yaml", code=2).stderr == f"error: bad.yaml:2: {said}"
+    assert place.run("launch", "bad.yaml", code=2).stderr.endswith(f"error: {said}")
+    assert "starting" not in place.run("generate", "bad.yaml", "x", code=2).stderr
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("llm: {model_name: demo}\nserve: {prot: 1}\n", "bad.yaml:2: unknown key 'prot'; did you mean 'port'?"),
         ("llm: {model_name: demo}\nengine: {type: ehco}\n", "bad.yaml:2: unknown engine 'ehco'; did you mean 'echo'?"),
+        ("llm: {model_name: demo}\nserve:\n  host: my host\n", "bad.yaml:3: 'my host' is no host: "),
         ("llm: {model_name: demo}\nplugins: [no_such]\n", "no module named 'no_such'"),
     ],
 )
@@ -270,6 +279,61 @@ def test_a_launched_service_is_listed_and_ends_by_stop(place: Place) -> None:
     assert process.stdout.read() == ""
 
 
+def launched_with_items(place: Place, *items: Any) -> tuple["subprocess.Popen[str]", "subprocess.Popen[bytes]"]:
+    """Launch a service, and send it items from another process; return both once the first item has finished."""
+    launched = place.start("launch", place.config(capacity=3000, latency=1.0))
+    assert launched.stdout is not None
+    assert launched.stdout.readline()
+    place.write("in.jsonl", *items)
+    command = [sys.executable, "-m", "gserve.cli", "generate", "--attach", "demo", "-i", "in.jsonl", "-o", "out.jsonl"]
+    generating = subprocess.Popen(command, cwd=place.folder, env=place.environ, stderr=subprocess.DEVNULL)
+    output = place.folder / "out.jsonl"
+    eventually(lambda: output.exists() and output.read_bytes().count(b"\n"))
+    return launched, generating
+
+
+def test_a_failed_start_ends_with_its_cause_and_shows_the_log_only_where_it_explains_more(place: Place) -> None:
+    known = place.config(fail_start="CUDA out of memory")
+    lines = place.run("launch", known, code=1).stderr.splitlines()
+    assert "last lines of the log:" not in lines
+    assert lines[-1].startswith("what to try: lower gpu_memory_utilization")
+    assert "server-0 failed while loading: the GPU ran out of memory (log: " in lines[-3]
+    verbose = place.run("launch", known, "--verbose", code=1).stderr.splitlines()
+    assert any(line.startswith("[server-0] ") for line in verbose)
+    assert verbose[-1] == lines[-1]
+    unknown = place.run("launch", place.config(fail_start="never seen"), code=1).stderr.splitlines()
+    assert "last lines of the log:" in unknown
+    assert unknown[-1].startswith("server-0 failed while loading: never seen (log: ")
+
+
+def test_stop_lets_the_servers_finish_3000_running_items(place: Place) -> None:
+    prompts = ["first", *(f"{number} takes seven seconds, one a word" for number in range(1, 3000))]
+    launched, generating = launched_with_items(place, *prompts)
+    assert place.run("stop", "demo").stderr == "stopped 'demo'\n"
+    assert generating.wait(30) == 0
+    assert launched.wait(30) == 0
+    assert records((place.folder / "out.jsonl").read_text()) == {it: [prompt] for it, prompt in enumerate(prompts)}
+
+
+@pytest.mark.parametrize("options", [("--now",), ("--timeout", "0.5")])
+def test_stop_ends_a_service_when_the_time_for_its_items_is_over(place: Place, options: tuple[str, ...]) -> None:
+    launched, generating = launched_with_items(place, "first", {"prompt": "slow", "params": SLOW})
+    began = time.monotonic()
+    assert place.run("stop", "demo", *options).stderr == "stopped 'demo'\n"
+    assert time.monotonic() - began < 25
+    assert generating.wait(30) == 1
+    assert launched.wait(30) == 0
+
+
+def test_a_second_signal_ends_a_launched_service_that_finishes_its_items(place: Place) -> None:
+    launched, generating = launched_with_items(place, "first", {"prompt": "slow", "params": SLOW})
+    launched.terminate()
+    eventually(lambda: "finishing what the servers have, for 30 s at most" in place.stderr)
+    launched.terminate()
+    assert launched.wait(20) == 0
+    assert generating.wait(30) == 1
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_ends_a_launched_service_with_exit_code_0(place: Place, number: int) -> None:
     process = place.start("launch", place.config())
@@ -319,7 +383,7 @@ def test_launch_goes_on_without_a_server_that_died_and_says_so_in_the_end(place:
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 1
-    assert place.stderr.count("was killed by SIGKILL") == 1
+    assert place.stderr.count("last lines of the log:") == 1, "it is told once"
     assert "error: ended without having been asked to: server-" in place.stderr
 
 
@@ -404,6 +468,12 @@ def test_generate_starts_servers_prints_texts_in_order_and_ends_the_servers(plac
     assert "error" not in done.stderr
 
 
+def test_a_command_whose_descriptors_are_closed_does_its_work(place: Place) -> None:
+    command = f"exec {sys.executable} -m gserve.cli generate {place.config()} hello -o out.jsonl <&- >&- 2>&-"
+    assert subprocess.run(["sh", "-c", command], cwd=place.folder, env=place.environ, timeout=60).returncode == 0
+    assert records((place.folder / "out.jsonl").read_text()) == {0: ["hello"]}
+
+
 @pytest.mark.parametrize("number", SIGNALS[:2])
 def test_a_signal_during_generate_keeps_what_is_finished_and_ends_the_servers(place: Place, number: int) -> None:
     config = place.config(latency=0.01)
@@ -421,6 +491,28 @@ def test_generate_with_attach_takes_all_arguments_as_prompts(attached: Place) ->
     done = attached.run("generate", "--attach", "shared", "one two three", "four", "--params", '{"n": 2}')
     assert done.stdout == "one two three\none two three\nfour\nfour\n"
     assert done.stderr == ""
+
+
+def test_generate_takes_all_arguments_as_prompts_where_the_environment_names_a_service(attached: Place) -> None:
+    done = attached.run("generate", "hello", "a prompt of config.yaml", GSERVE_ATTACH="shared")
+    assert (done.stdout, done.stderr) == ("hello\na prompt of config.yaml\n", "")
+    assert attached.run("generate", "long " * 1000, GSERVE_ATTACH="shared").stdout == "long " * 15 + "long\n"
+    assert attached.run("chat", "hello", GSERVE_ATTACH="shared").stdout == "hello\n"
+
+
+def test_a_config_goes_before_the_service_that_the_environment_names(place: Place) -> None:
+    done = place.run("generate", place.config(), "hello", GSERVE_ATTACH="nobody")
+    assert done.stdout == "hello\n"
+    assert "cannot read the config" in place.run("generate", "no.yaml", "x", code=2, GSERVE_ATTACH="nobody").stderr
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_prompt_without_a_config_is_told_what_to_write(place: Place, command: str) -> None:
+    assert place.run(command, "a prompt", code=2).stderr == (
+        f"error: expected a CONFIG (a YAML file), and 'a prompt' is no file: write gserve {command} CONFIG 'a prompt',"
+        f" or gserve {command} --attach NAME 'a prompt' (see: gserve ps)\n"
+    )
+    assert len(place.run(command, "long " * 1000, code=2).stderr) < 500
 
 
 @pytest.mark.parametrize(
@@ -500,7 +592,7 @@ def test_an_output_file_that_holds_something_else_is_left_alone(attached: Place,
         (("demo.yaml", "-i", "twice.jsonl"), 2, "error: twice.jsonl:2: the id 1 is there twice"),
         (("demo.yaml", "a", "-o", "no/out.jsonl"), 2, "error: no/out.jsonl: cannot write the results"),
         (("--attach", "nobody", "a"), 2, "no service named 'nobody'"),
-        (("--attach", "nobody", "a", "--set", "llm.seed=1"), 2, "--set changes a config"),
+        (("--attach", "nobody", "a", "--set", "llm.seed=1"), 2, "--set and --verbose change a config"),
     ],
 )
 def test_wrong_arguments_are_told_before_a_server_starts(

@@ -1,11 +1,15 @@
 """Configs from Python and from YAML: what they are, and what is said of a wrong one."""
 
+import copy
 import dataclasses
+import inspect
+import pickle
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,6 +54,95 @@ def test_llm_config_has_the_fields_order_and_defaults_of_the_seed() -> None:
         ("lora_path", None),
         ("llm_kwargs", {}),
     ]
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda: LLMConfig(model_name="m", max_modellen=4),  # type: ignore[call-arg]
+         "LLMConfig: unknown argument 'max_modellen'; did you mean 'max_model_len'?"),
+        (lambda: LLMConfig("m", None, "auto", *[None] * 20),  # type: ignore[call-arg, arg-type]
+         "LLMConfig: expected at most 15 arguments, got 23; name them: model_name=…"),
+        (lambda: LLMConfig("m", model_name="m"),  # type: ignore[misc]
+         "LLMConfig: the argument 'model_name' is given twice, once by its place and once by its name"),
+        (lambda: LLMConfig(), "LLMConfig: missing argument 'model_name'"),  # type: ignore[call-arg]
+        (lambda: LLMConfig(seed=1), "LLMConfig: missing argument 'model_name'"),  # type: ignore[call-arg]
+        (lambda: dataclasses.replace(LLMConfig("m"), sead=1),  # type: ignore[call-arg]
+         "LLMConfig: unknown argument 'sead'; did you mean 'seed'?"),
+        (lambda: ServeConfig(gpus=[0]),  # type: ignore[call-arg]
+         "ServeConfig: unknown argument 'gpus'; did you mean 'gpu_ids'?"),
+        (lambda: ServeConfig([0], gpu_ids=[0]),  # type: ignore[misc]
+         "ServeConfig: the argument 'gpu_ids' is given twice, once by its place and once by its name"),
+    ],
+)  # fmt: skip
+def test_a_call_with_wrong_arguments_is_a_config_error(call: Callable[[], object], expected: str) -> None:
+    assert message(call) == expected
+
+
+def test_an_argument_of_vllm_that_has_no_field_is_told_where_it_belongs() -> None:
+    told = "; other arguments of vllm.LLM go into llm_kwargs, the fields are download_dir, dtype, "
+    assert told in message(lambda: LLMConfig("m", swap_space=2))  # type: ignore[call-arg]
+    assert told in message(lambda: build(LLMConfig, {"model_name": "m", "swap_space": 2}))
+
+
+def test_configs_are_plain_values() -> None:
+    for one in (LLMConfig("m", seed=3, llm_kwargs={"a": [1]}), ServeConfig([0, 1], port=8000)):
+        cls: Any = type(one)
+        assert pickle.loads(pickle.dumps(one)) == one == copy.deepcopy(one) == dataclasses.replace(one)
+        assert cls(**dataclasses.asdict(one)) == one
+        assert msgspec.json.decode(msgspec.json.encode(one), type=cls) == one
+        assert str(inspect.signature(cls)).startswith(f"({dataclasses.fields(cls)[0].name}: ")
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            one.seed = 4  # type: ignore[misc, union-attr]
+    assert dataclasses.replace(LLMConfig("m"), seed=3) == LLMConfig("m", seed=3) != LLMConfig("m")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dtype": "float17"}, "unknown dtype 'float17'; expected one of auto, bfloat16, float16, float32, float, half"
+         " - at $.dtype"),
+        ({"llm_kwargs": {"dtype": 16}}, "unknown dtype 16; expected one of auto, bfloat16, float16, float32, float,"
+         " half - at $.llm_kwargs.dtype"),
+        ({"model_name": "a\nb"}, "'a\\nb' holds a line break or a control character - at $.model_name"),
+        ({"model_name": "a\x1b[31mb"}, "'a\\x1b[31mb' holds a line break or a control character - at $.model_name"),
+        ({"lora_path": "/a\tb"}, "'/a\\tb' holds a line break or a control character - at $.lora_path"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_is_refused(options: dict[str, Any], expected: str) -> None:
+    assert message(lambda: LLMConfig(**{"model_name": "m"} | options)) == expected
+
+
+@pytest.mark.parametrize("dtype", ["auto", "half", "float16", "bfloat16", "float", "float32"])
+def test_each_dtype_of_vllm_is_taken(dtype: str) -> None:
+    assert LLMConfig("m", dtype=dtype, llm_kwargs={"dtype": None}).dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [
+        ("http://127.0.0.1", "write it without a scheme and a path, as in 127.0.0.1"),
+        ("[::1]", "write an IPv6 address without brackets, as in ::1"),
+        ("node1:8000", "write the port as 'port'"),
+        ("my host", "expected an IP address or the name of a machine"),
+        ("0.0.0.0\n", "expected an IP address or the name of a machine"),
+        ("-x", "expected an IP address or the name of a machine"),
+        ("a..b", "expected an IP address or the name of a machine"),
+        ("::1::", "expected an IP address or the name of a machine"),
+        ("a" * 64, "expected an IP address or the name of a machine"),
+        ("127.0.0.256", "it has only numbers like an IP address, and is none"),
+    ],
+)
+def test_a_host_that_is_none_is_refused(host: str, expected: str) -> None:
+    assert message(lambda: ServeConfig(host=host)) == f"'{host}' is no host: {expected} - at $.host"
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["0.0.0.0", "::", "fe80::1%eth0", "localhost", "node-1", "gpu_node3.cluster.local", "node1.", "127.1", "rechner-ü"],
+)
+def test_addresses_and_names_of_machines_are_hosts(host: str) -> None:
+    assert ServeConfig(host=host).host == host
 
 
 def test_serve_config_has_the_fields_order_and_defaults_of_the_seed_and_then_servers() -> None:
@@ -128,12 +221,12 @@ def cyclic() -> dict[str, Any]:
         ),
         (
             lambda: LLMConfig("m", llm_kwargs={"a": "\ud800"}),
-            "expected values that JSON can say: 'utf-8' codec can't encode character '\\ud800' in position 0:"
+            "expected JSON-serialisable values: 'utf-8' codec can't encode character '\\ud800' in position 0:"
             " surrogates not allowed - at $.llm_kwargs",
         ),
         (
             lambda: LLMConfig("m", llm_kwargs=cyclic()),
-            "expected values that JSON can say: maximum recursion depth exceeded - at $.llm_kwargs",
+            "expected JSON-serialisable values: maximum recursion depth exceeded - at $.llm_kwargs",
         ),
         (lambda: ServeConfig(0), "expected list | null, got int - at $.gpu_ids"),
         (lambda: ServeConfig("0,1"), "expected list | null, got str - at $.gpu_ids"),
@@ -511,7 +604,7 @@ def file(tmp_path: Path) -> Path:
         (["serve={gpu_ids: [0, 1]}"], Config(LLMConfig("m"), ServeConfig([0, 1]))),
         (["serve={}", "serve.verbose=true"], Config(LLMConfig("m"), ServeConfig(verbose=True))),
         (["llm={model_name: other}", "serve={}"], Config(LLMConfig("other"))),
-        (["llm.dtype=on", "serve={}"], Config(LLMConfig("m", dtype="on"))),
+        (["llm.quantization=on", "serve={}"], Config(LLMConfig("m", quantization="on"))),
         (
             ["llm.llm_kwargs.a.a=1e-3", "llm.llm_kwargs.a.b=x=y", "serve={}"],
             Config(LLMConfig("m", llm_kwargs={"a": {"a": 0.001, "b": "x=y"}})),

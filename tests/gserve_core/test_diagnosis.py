@@ -95,7 +95,17 @@ def test_the_first_fatal_failure_is_the_cause_where_the_last_one_points_to_it(tm
     assert first == (
         f"server-0 failed while starting the engine: RuntimeError: aot_compile is not supported (log: {log})"
     )
-    assert rest[-1] == f"  | {LAST}"
+    assert rest[0] == "its process exited unexpectedly with code 1"
+    assert rest[1] == "last lines of the log:"
+    assert rest[-2:] == [f"  | {LAST}", first], (
+        "the cause is not known, so the log is shown: the cause comes last again"
+    )
+
+
+def test_what_to_try_comes_after_the_end_of_the_log(tmp_path: Path) -> None:
+    log = written(tmp_path, "the last line\n")
+    first, *rest = str(error := exited(log, None, -9)).splitlines()
+    assert rest == ["last lines of the log:", "  | the last line", first, f"what to try: {error.hint}"]
 
 
 def test_of_several_workers_the_one_counts_that_failed_first(tmp_path: Path) -> None:
@@ -123,6 +133,7 @@ def test_what_had_caused_the_last_exception_explains_it(tmp_path: Path) -> None:
     error = exited(written(tmp_path, CHAINED), TOKENIZER)
     assert error.cause == "the model hub refuses access to the model"
     assert f"it said: {TOKENIZER}\n" in str(error)
+    assert str(error).endswith(f"\nwhat to try: {error.hint}"), "the end of the log does not come after it"
     handled = CHAINED.replace(diagnosis.CAUSED, diagnosis.HANDLED)
     assert exited(written(tmp_path, handled), TOKENIZER).cause == TOKENIZER, "what was only handled is no cause"
 
@@ -131,11 +142,11 @@ def test_without_a_log_the_servers_own_words_stand(tmp_path: Path) -> None:
     error = exited(tmp_path / "none", "ValueError: never seen before")
     assert str(error) == (
         f"server-0 failed while starting the engine: ValueError: never seen before (log: {tmp_path / 'none'})\n"
-        "its process ended with exit code 1, unasked"
+        "its process exited unexpectedly with code 1"
     )
 
 
-def test_the_error_carries_all_that_is_known_and_its_message_says_it_in_order(tmp_path: Path) -> None:
+def test_the_error_carries_all_that_is_known_and_its_message_ends_with_what_to_try(tmp_path: Path) -> None:
     log = written(tmp_path, "".join(f"line {number}\n\n" for number in range(80)) + "x" * 10_000 + "\n")
     cause = (
         "vLLM 0.32.0 refuses its keyword arguments: AsyncEngineArgs.__init__() got an unexpected keyword argument 'a'"
@@ -147,13 +158,10 @@ def test_the_error_carries_all_that_is_known_and_its_message_says_it_in_order(tm
     assert len(error.tail) == 50
     assert error.tail[:2] == ["line 31", "line 32"]
     assert len(error.tail[-1]) < 500
-    assert str(error).splitlines()[:6] == [
+    assert str(error).splitlines() == [
         f"server-0 failed while starting the engine: vLLM has no argument 'a' (log: {log})",
-        f"what to try: {error.hint}",
         f"it said: {cause}",
-        "its process ended with exit code 1, unasked",
-        "last lines of the log:",
-        "  | line 31",
+        f"what to try: {error.hint}",
     ]
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.hint, again.tail) == (str(error), error.hint, error.tail)
@@ -162,14 +170,14 @@ def test_the_error_carries_all_that_is_known_and_its_message_says_it_in_order(tm
 @pytest.mark.parametrize(
     ("returncode", "said", "hint"),
     [
-        (3, "its process ended with exit code 3, unasked", ""),
-        (0, "its process ended with exit code 0, unasked", ""),
+        (3, "its process exited unexpectedly with code 3", ""),
+        (0, "its process exited unexpectedly with code 0", ""),
         (-9, "its process was killed by SIGKILL", "memory"),
-        (137, "its process ended with exit code 137, which stands for SIGKILL", "memory"),
+        (137, "its process exited with code 137, which stands for SIGKILL", "memory"),
         (-11, "its process was killed by SIGSEGV", ""),
         (-40, "its process was killed by signal 40", ""),
-        (255, "its process ended with exit code 255, unasked", ""),
-        (None, "it closed its line to us", ""),
+        (255, "its process exited unexpectedly with code 255", ""),
+        (None, "the server closed its control connection", ""),
     ],
 )
 def test_without_a_word_the_end_of_the_process_is_told(
@@ -192,7 +200,7 @@ def test_a_program_that_python_ended_tells_why_in_its_log(tmp_path: Path) -> Non
 def test_an_engine_that_ended_without_a_word_is_said_to_have(tmp_path: Path) -> None:
     log = written(tmp_path, PLUGIN + WORKER_KILLED)
     error = exited(log, LAST)
-    assert error.cause == "a process of vLLM's engine ended without a word"
+    assert error.cause == "a process of vLLM's engine ended without an error message"
     assert "memory" in error.hint
     killed = WORKER_KILLED.replace("proc(s): {}", "proc(s): {'EngineCore': -9}")
     assert exited(written(tmp_path, killed), LAST).cause == "a process of vLLM's engine was killed by SIGKILL"

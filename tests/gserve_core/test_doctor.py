@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -264,6 +265,68 @@ def test_an_adapter_is_a_folder_with_its_config(examine: Examine, tmp_path: Path
     assert examine({"lora_path": str(tmp_path)})["LoRA adapter"].state == "problem"
     (tmp_path / "adapter_config.json").write_text("{}")
     assert examine({"lora_path": str(tmp_path)})["LoRA adapter"].state == "ok"
+
+
+WITH_VLLM = pytest.mark.skipif(find_spec("vllm") is None, reason="reads the source of an installed vLLM")
+
+
+@WITH_VLLM
+def test_arguments_that_the_installed_vllm_does_not_know_are_a_problem(examine: Examine) -> None:
+    found = examine({"llm_kwargs": {"max_modle_len": 3}})["llm_kwargs"]
+    assert found.state == "problem"
+    assert "did you mean 'max_model_len'?" in found.text
+    assert examine({"llm_kwargs": {"max_num_seqs": 3}})["llm_kwargs"].state == "ok"
+    assert "llm_kwargs" not in examine()
+
+
+# --------------------------------------------------------------------------------------------------------- gserve check
+
+
+@pytest.mark.parametrize(
+    ("llm", "line", "expected"),
+    [
+        ("model_name: demo:foo", 3, "there is no demo model 'demo:foo'; expected demo:smollm2-135m"
+         " - at $.llm.model_name"),
+        ("model_name: m\n  tokenizer: demo:foo", 4, "there is no demo model 'demo:foo'; expected demo:smollm2-135m"
+         " - at $.llm.tokenizer"),
+        ("model_name: m\n  lora_path: /none", 4, "no LoRA adapter in /none: expected adapter_config.json there"
+         " - at $.llm.lora_path"),
+        ("model_name: m\n  lora_path: /", 4, "no LoRA adapter in /: expected adapter_config.json there"
+         " - at $.llm.lora_path"),
+        ("model_name: m\n  llm_kwargs:\n    chat_template: /none", 5, "cannot read the chat template /none: No such"
+         " file or directory - at $.llm.llm_kwargs.chat_template"),
+        ("model_name: m\n  llm_kwargs:\n    chat_template: 3", 5, "expected a chat template as a text or as a file"
+         " - at $.llm.llm_kwargs.chat_template"),
+        ("model_name: m\n  dtype: float17", 4, "unknown dtype 'float17'; expected one of auto, bfloat16, float16,"
+         " float32, float, half - at $.llm.dtype"),
+        ('model_name: "a\\nb"', 3, "'a\\nb' holds a line break or a control character - at $.llm.model_name"),
+        pytest.param("model_name: m\n  llm_kwargs:\n    max_num_seqs: 3\n    max_modle_len: 3", 6, "unknown argument"
+         " 'max_modle_len' of the engine; did you mean 'max_model_len'? - at $.llm.llm_kwargs.max_modle_len",
+         marks=WITH_VLLM),
+        pytest.param("model_name: m\n  llm_kwargs: {zzz: 3}", 4, "unknown argument 'zzz' of the engine; its keys are"
+         " the keyword arguments of vllm.LLM - at $.llm.llm_kwargs.zzz", marks=WITH_VLLM),
+    ],
+)  # fmt: skip
+def test_the_check_refuses_what_cannot_be_served_with_file_line_and_path(
+    tmp_path: Path, llm: str, line: int, expected: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"# a service\nllm:\n  {llm}\n")
+    with pytest.raises(ConfigError) as caught:
+        doctor.check_config(path)
+    assert str(caught.value) == f"{path}:{line}: {expected}"
+
+
+def test_the_check_looks_for_no_files_of_other_machines_nor_for_those_of_other_engines(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    llm = {"model_name": "m", "lora_path": "/none", "llm_kwargs": {"chat_template": "/none"}}
+    path.write_text(json.dumps({"llm": llm, "launcher": {"type": "slurm"}}))
+    ((job, command),) = doctor.check_config(path)
+    assert job.name == "server-0"
+    assert "--lora_path" in command
+    llm |= {"model_name": "demo:foo", "llm_kwargs": {"zzz": 1}}
+    path.write_text(json.dumps({"llm": llm, "engine": {"type": "echo"}}))
+    assert len(doctor.check_config(path, ["serve.servers=2"])) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- a node

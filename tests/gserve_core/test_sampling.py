@@ -11,6 +11,7 @@ from gserve_core.engines.echo import EchoParams
 from gserve_core.sampling import params_from, public_fields, read_params
 
 KNOWN = "ignore_eos, logprobs, max_tokens, min_p, min_tokens, n, prompt_logprobs, seed, stop, temperature, top_k, top_p"
+N = " (an item is retried as a whole): for more completions, send the prompt several times"
 NAN = float("nan")
 
 
@@ -56,7 +57,18 @@ def test_right_parameters_are_read(params: dict[str, Any], expected: EchoParams)
         ({"n": 2.0}, "wrong sampling parameters: expected int, got float - at $.n"),
         ({"n": None}, "wrong sampling parameters: expected int, got null - at $.n"),
         ({"n": 0}, "sampling parameter 'n': expected 1 to 128, got 0"),
-        ({"n": 1000}, "sampling parameter 'n': expected 1 to 128, got 1000"),
+        ({"n": 1000}, f"sampling parameter 'n': expected 1 to 128, got 1000{N}"),
+        ({"max_completion_tokens": 1}, "unknown sampling parameter 'max_completion_tokens'; write 'max_tokens'"),
+        ({"max_new_tokens": 1}, "unknown sampling parameter 'max_new_tokens'; write 'max_tokens'"),
+        ({"num_return_sequences": 2}, "unknown sampling parameter 'num_return_sequences'; write 'n'"),
+        ({"stop_sequences": ["x"]}, "unknown sampling parameter 'stop_sequences'; write 'stop'"),
+        ({"top_logprobs": 2}, "unknown sampling parameter 'top_logprobs'; write 'logprobs', the number of tokens to"
+         " show at each place"),
+        ({"do_sample": False}, "unknown sampling parameter 'do_sample'; write 'temperature', where 0 means no"
+         " sampling"),
+        ({"num_beams": 4}, "unknown sampling parameter 'num_beams'; there is no beam search: sample several completions"
+         " with 'n', and choose by their 'cumulative_logprob'"),
+        ({"guided_json": {}}, f"unknown sampling parameter 'guided_json'; expected one of {KNOWN}"),
         ({"n": 10**5000}, "sampling parameter 'n': expected integers of 64 bits at most"),
         ({"seed": 2**63}, "sampling parameter 'seed': expected -9223372036854775808 to 9223372036854775807,"
          " got 9223372036854775808"),
@@ -122,6 +134,42 @@ def test_private_names_and_names_within_are_checked_as_well(params: dict[str, An
     with pytest.raises(ItemError) as caught:
         read_params(params, Outer)
     assert str(caught.value) == expected
+
+
+class Choosing(msgspec.Struct):
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    min_tokens: int = 0
+
+
+@pytest.mark.parametrize(
+    ("params", "named"),
+    [
+        ({"allowed_token_ids": [1, 2], "bad_words": ["x"]}, "'allowed_token_ids' and 'bad_words'"),
+        (
+            {"allowed_token_ids": [1, 2], "stop_token_ids": [1, 2, 3], "min_tokens": 1},
+            "'allowed_token_ids', 'stop_token_ids' and 'min_tokens'",
+        ),
+    ],
+)
+def test_parameters_that_leave_no_token_to_choose_are_refused(params: dict[str, Any], named: str) -> None:
+    with pytest.raises(ItemError, match=f"^the sampling parameters {named} do not go together"):
+        read_params(params, Choosing)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"allowed_token_ids": [1, 2], "bad_words": []},
+        {"bad_words": ["x"]},
+        {"allowed_token_ids": [1, 2], "stop_token_ids": [2], "min_tokens": 1},
+        {"allowed_token_ids": [1], "stop_token_ids": [1]},
+        {"stop_token_ids": [1], "min_tokens": 1},
+    ],
+)
+def test_parameters_that_leave_a_token_to_choose_are_read(params: dict[str, Any]) -> None:
+    assert read_params(params, Choosing) == Choosing(**params)
 
 
 def test_an_engines_own_message_is_one_line_of_bounded_length() -> None:

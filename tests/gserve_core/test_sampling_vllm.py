@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gserve import ItemError
-from gserve_core.sampling import NOT_FROM_OUTSIDE, params_from, public_fields, read_params
+from gserve_core.sampling import NOT_FROM_OUTSIDE, OTHER_NAMES, params_from, public_fields, read_params
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -83,7 +83,16 @@ WITHIN = (
         ({"_eos_token_id": 1}, "unknown sampling parameter '_eos_token_id'; did you mean 'stop_token_ids'?"),
         ({"seed": 2**70}, "sampling parameter 'seed': expected integers of 64 bits at most"),
         ({"temperature": float("nan")}, "sampling parameter 'temperature': expected a finite number, got nan"),
-        ({"n": 1000}, "sampling parameter 'n': expected 1 to 128, got 1000"),
+        ({"n": 1000}, "sampling parameter 'n': expected 1 to 128, got 1000 (an item is retried as a whole):"
+         " for more completions, send the prompt several times"),
+        ({"guided_json": {}}, "unknown sampling parameter 'guided_json'; write structured_outputs={'json': …}"),
+        ({"guided_regex": "a"}, "unknown sampling parameter 'guided_regex'; write structured_outputs={'regex': …}"),
+        ({"response_format": {"type": "json_object"}}, "unknown sampling parameter 'response_format'; write"
+         " structured_outputs={'json': …} with the schema, or {'json_object': True}"),
+        ({"repeat_penalty": 1.1}, "unknown sampling parameter 'repeat_penalty'; write 'repetition_penalty'"),
+        ({"allowed_token_ids": [1], "bad_words": ["a"]}, "the sampling parameters 'allowed_token_ids' and 'bad_words'"
+         " do not go together: bad words may exclude all allowed tokens; leave the unwanted tokens out of"
+         " 'allowed_token_ids'"),
         ({"stop": ["x"] * 65}, "sampling parameter 'stop': expected at most 64 texts of 256 characters"),
         ({"bad_words": ["x" * 257]}, "sampling parameter 'bad_words': expected at most 64 texts of 256 characters"),
         ({"logit_bias": {"5": INFINITY}}, "sampling parameter 'logit_bias': expected a finite number, got inf"),
@@ -101,6 +110,11 @@ def test_wrong_parameters_are_named(params: dict[str, Any], expected: str) -> No
     with pytest.raises(ItemError) as caught:
         read_params(params, SamplingParams)
     assert str(caught.value) == expected
+
+
+def test_every_name_of_another_api_has_a_name_that_vllm_knows() -> None:
+    known = public_fields(SamplingParams)
+    assert [(theirs, ours) for theirs, (ours, _) in OTHER_NAMES.items() if ours not in known or theirs in known] == []
 
 
 @pytest.mark.parametrize(
@@ -146,7 +160,8 @@ def test_what_vllm_itself_refuses_is_said_in_its_words(params: dict[str, Any], s
         {"temperature": 0.0, "seed": 0, "logprobs": 5, "prompt_logprobs": 0, "max_tokens": None},
         {"presence_penalty": -1.0, "frequency_penalty": 1.5, "repetition_penalty": 1.1},
         {"stop": ["a", "b"], "stop_token_ids": [5, 6], "include_stop_str_in_output": True, "ignore_eos": True},
-        {"bad_words": ["a"], "allowed_token_ids": [1, 2], "logit_bias": {5: 1.0}, "logprob_token_ids": [3]},
+        {"bad_words": ["a"]},
+        {"allowed_token_ids": [1, 2], "logit_bias": {5: 1.0}, "logprob_token_ids": [3]},
         {"structured_outputs": StructuredOutputsParams(json={"type": "object"}, whitespace_pattern=" ")},
         {"structured_outputs": StructuredOutputsParams(regex="a+")},
         {"repetition_detection": RepetitionDetectionParams(max_pattern_size=2, min_count=3)},

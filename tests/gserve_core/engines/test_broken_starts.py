@@ -221,9 +221,6 @@ def starts(folder: Path, port: int, asking: dict[str, str]) -> dict[str, Start]:
             "correct or remove it under llm_kwargs",
             llm_kwargs={"max_modle_len": 3},
         ),
-        "unknown dtype": Start(
-            "'float17' is not a dtype", "ValidationError", "set dtype to auto", llm={"dtype": "float17"}
-        ),
         "unknown architecture": Start(
             "this vLLM cannot run models of the architecture FooForCausalLM",
             "Model architectures ['FooForCausalLM'] are not supported for now",
@@ -261,12 +258,6 @@ def starts(folder: Path, port: int, asking: dict[str, str]) -> dict[str, Start]:
             "download the model again",
             corrupt,
         ),
-        "no adapter": Start(
-            "no LoRA adapter in /none/lora: expected adapter_config.json there",
-            "$.llm.lora_path",
-            "check lora_path",
-            llm={"lora_path": "/none/lora"},
-        ),
         "port taken": Start("ddress already in use", "in use", "choose another port", serve={"port": port}),
     }
 
@@ -274,8 +265,8 @@ def starts(folder: Path, port: int, asking: dict[str, str]) -> dict[str, Start]:
 NAMES = (
     "no room for the cache", "weights cut short", "too much of the memory", "out of memory", "LoRA of a higher rank",
     "LoRA for another model", "no hub", "no access", "no model on the hub", "no folder", "unknown keyword",
-    "unknown dtype", "unknown architecture", "too long a context", "not quantized", "quantized otherwise",
-    "no tokenizer", "broken config", "no adapter", "port taken",
+    "unknown architecture", "too long a context", "not quantized", "quantized otherwise", "no tokenizer",
+    "broken config", "port taken",
 )  # fmt: skip
 
 
@@ -305,9 +296,9 @@ def test_a_broken_start_says_its_cause_and_what_to_try(
     assert sentence.startswith("server-0 failed while ")
     assert start.cause in sentence
     assert start.hint in error.hint
-    assert f"what to try: {error.hint}" in rest
+    assert rest[-1] == f"what to try: {error.hint}"
     assert start.said in str(error)
-    assert "its process ended with exit code 1, unasked" in rest
+    assert error.returncode == 1
     assert str(error.log) in sentence
     assert error.phase
     assert error.tail
