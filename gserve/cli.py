@@ -650,7 +650,17 @@ def _answer(
     service: "VLLMService", lines: Sequence[Line], params: Params | None, output: Path | None, *, as_text: bool
 ) -> None:
     """Send items, and put out what comes of each the moment it is ready: texts in order, or JSON lines as they come."""
+    from gserve_core.output_lock import only_writer
+    from gserve_launchers.batch import is_over
+
     output = None if output == STDIO else output
+    with nullcontext() if output is None else only_writer(output, is_over):
+        _answer_into(output, service, lines, params, as_text=as_text)
+
+
+def _answer_into(
+    output: Path | None, service: "VLLMService", lines: Sequence[Line], params: Params | None, *, as_text: bool
+) -> None:
     finished = _finished(output, lines) if output is not None and output.is_file() else set()
     todo = [line for line in lines if line.id not in finished]
     if len(todo) < len(lines):

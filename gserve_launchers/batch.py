@@ -21,7 +21,7 @@ from msgspec import Struct
 from gserve_core.errors import ConfigError, GserveError
 from gserve_core.interfaces import Job, Launcher
 
-from .slurm import JOB_OPTIONS, SlurmLauncher
+from .slurm import JOB_OPTIONS, SlurmLauncher, ask
 
 SCRIPT = Path(__file__).with_name("batch.sh")
 NOTICE = 120
@@ -152,6 +152,11 @@ def submit(launcher: SlurmLauncher, jobs: Sequence[Job], order: Order) -> str:
         path.unlink()
         raise
     return told.partition(";")[0]
+
+
+def is_over(job: str) -> bool:
+    """Return whether SLURM knows that a job has ended, or knows it no more; False where SLURM does not answer."""
+    return ask("squeue", "--noheader", f"--jobs={job},{job}", "--format=%T") == []  # of one alone, no row is an error
 
 
 def requeue(job: str) -> None:

@@ -38,6 +38,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "nursery", "diagnosis",
     },
     "reap": {"lease", "runtime"},
+    "output_lock": {"errors", "runtime"},
     "doctor": {
         "errors", "config", "interfaces", "devices", "runtime", "plugins", "service", "engines", "engines.demo_model",
         "engines.vllm_engine",
