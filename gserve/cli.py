@@ -91,6 +91,7 @@ class Signalled(BaseException):
 def main() -> None:
     """Run the command line, and exit."""
     _on_signals(_raise)
+    signal.signal(signal.SIGUSR1, _ignore)  # SLURM's notice may come to all processes of a job
     try:
         app(prog_name="gserve")
     except Signalled as signalled:
@@ -114,7 +115,7 @@ def _raise(number: int, _frame: FrameType | None) -> None:
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing: the end has begun, takes seconds, and must not be left half done."""
+    """Do nothing: at SIGUSR1; or the end has begun, takes seconds, and must not be left half done."""
 
 
 def _say(text: str) -> None:
@@ -246,7 +247,9 @@ def run(
     command: Command,
     patience: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="How long COMMAND may take to end after SIGUSR1 [default: 80]."),
+        typer.Option(
+            metavar="SECONDS", help="How long COMMAND may take to end after SIGUSR1 [default: 80, or the job's time]."
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -257,7 +260,7 @@ def run(
     """
     from gserve import batch_job
 
-    ended = batch_job.run(config, overrides or (), command, batch_job.PATIENCE if patience is None else patience)
+    ended = batch_job.run(config, overrides or (), command, patience)
     raise typer.Exit(ended.code)
 
 
@@ -319,7 +322,8 @@ def sbatch(
     jobs = [job for job, _ in service.jobs()]
     order = batch.Order(
         config=str(config.absolute()), overrides=overrides or [], command=command or [],
-        patience=batch.notice(launcher) * 2 / 3, requeue=launcher.requeue,
+        patience=batch.notice(launcher) * 2 / 3, requeue=launcher.requeue, notice=batch.notice(launcher),
+        output=str(output.absolute()) if output else "",
     )  # fmt: skip
     if only_print:
         print(batch.SCRIPT.read_text())
@@ -442,15 +446,19 @@ def stop(
 def reap(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is there, and leave it.")] = False,
 ) -> None:
-    """End and remove what services have left that were killed: processes, temporary folders, state files."""
+    """End and remove what services have left that were killed: processes, temporary folders, state files.
+
+    Also the files of SLURM jobs that were cancelled before they ran.
+    """
     from gserve_core import reap as left_behind
+    from gserve_launchers.batch import stale_orders
 
     orphans = left_behind.orphans()
     shown = [str(process) for process in orphans]  # their commands go with them
     stuck = [] if dry_run else left_behind.end(orphans)
     for process, text in zip(orphans, shown, strict=True):
         print(f"{'left' if dry_run else 'stuck' if process in stuck else 'ended'}: {text}")
-    files = left_behind.unused_files()
+    files = left_behind.unused_files() + stale_orders()
     for path in files:
         if not dry_run:
             left_behind.remove(path)

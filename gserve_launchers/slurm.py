@@ -53,6 +53,8 @@ TAIL = 1 << 16
 """Bytes at the end of a log in which srun's last words are looked for."""
 COMMANDS = ("srun", "sbatch", "squeue", "sinfo", "scontrol", "scancel")
 """What gserve uses of SLURM."""
+SQUEUE = "squeue", "--noheader", "--all"
+"""How SLURM is asked for jobs: also for those in partitions that it hides."""
 UNUSABLE = re.compile(r"down|drain|fail|maint|unk|inval|.*\*$")
 """States of nodes that take no jobs, as sinfo has them; a star means that SLURM does not hear of the node."""
 
@@ -87,6 +89,8 @@ SHAPING = re.compile(
     r"|PROCID|LOCALID|NODEID|TASK_.*|PROLOG|EPILOG|SPREAD_JOB|NO_KILL|WHOLE|JOB_NAME|JOB_NUM_NODES|TIMELIMIT)"
 )
 """What srun would read as options: in a batch job they are those of the job, not of a server."""
+COMMANDS_OPTIONS = ("SQUEUE_", "SCANCEL_", "SINFO_", "SACCT_", "SCONTROL_", "SALLOC_", "SRUN_", "SBATCH_")
+"""Beginnings of variables that SLURM's commands read as options: of a user's own calls, not of ours."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 """What SLURM sets in a step to the GPUs that it has bound; ours are not those of another machine."""
 
@@ -169,7 +173,7 @@ class SlurmLauncher(CommandLauncher):
         return {
             name: value
             for name, value in super().environment(job).items()
-            if not SHAPING.fullmatch(name) and name not in DEVICES
+            if not SHAPING.fullmatch(name) and not name.startswith(COMMANDS_OPTIONS) and name not in DEVICES
         }
 
     def launch(self, job: Job) -> Process:
@@ -219,7 +223,7 @@ class SlurmLauncher(CommandLauncher):
 
 def _examine_allocation(job: str) -> Finding:
     """Return what SLURM says of the job that we are in, unless that is over."""
-    (state, left, nodes), *_ = ask("squeue", "--noheader", f"--jobs={job}", "--format=%T|%L|%N") or [["", "", ""]]
+    (state, left, nodes), *_ = ask(*SQUEUE, f"--jobs={job}", "--format=%T|%L|%N") or [["", "", ""]]
     if state != "RUNNING":
         hint = "leave this shell, or unset SLURM_JOB_ID: else servers are to be steps of that job"
         return Finding("allocation", "problem", f"job {job} is not running any more", hint)
@@ -451,15 +455,15 @@ class SlurmProcess(LocalProcess):
         """Return the number, the state and the reason for it of our job or step, while there is one; None: unknown."""
         if self._allocation is None:
             return self._told()
-        steps = ask("squeue", "--noheader", "--steps", f"--jobs={self._allocation}", "--format=%i|%j")
+        steps = ask(*SQUEUE, "--steps", f"--jobs={self._allocation}", "--format=%i|%j")
         if steps is None:  # the allocation may be gone, and the step with it
-            return [] if ask("squeue", "--noheader", "--format=%i") is not None else None
+            return [] if ask(*SQUEUE, "--jobs=1,1", "--format=%i") is not None else None
         return [[number, "RUNNING", ""] for number, title in steps if title == self._title]
 
     def _told(self, *options: str) -> list[list[str]] | None:
         """Return the number, the state and the reason for it of our job, or of that which we are a step of."""
         which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
-        return ask("squeue", "--noheader", which, "--format=%i|%T|%r", *options)
+        return ask(*SQUEUE, which, "--format=%i|%T|%r", *options)
 
     def _accounted(self) -> str | None:
         """Return the state with which the job or step ended, where SLURM keeps accounts."""
@@ -591,12 +595,17 @@ def ask(*command: str) -> list[list[str]] | None:
     """Return the lines that a command of SLURM prints, cut at "|"; None where there is no answer."""
     try:
         told = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=ASK_SECONDS, check=True,
+            command, env=environment_for_slurm(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", timeout=ASK_SECONDS, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return [line.split("|") for line in told.stdout.splitlines()]
+
+
+def environment_for_slurm() -> dict[str, str]:
+    """Return our environment without options that a user has set for calls of their own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(COMMANDS_OPTIONS)}
 
 
 @hookimpl
