@@ -52,13 +52,17 @@ class Place:
         }
 
     def config(
-        self, name: str = "echo.yaml", launcher: dict[str, Any] | None = None, servers: int = 2, **engine: Any
+        self,
+        name: str = "echo.yaml",
+        launcher: dict[str, Any] | None = None,
+        serve: dict[str, Any] | None = None,
+        **engine: Any,
     ) -> str:
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         text = {
             "llm": {"model_name": "m", "llm_kwargs": {"hf_token": SECRET}},
-            "serve": {"servers": servers},
+            "serve": serve or {"servers": 2},
             "launcher": launcher or {"type": "slurm", "cpus_per_server": 2},
             "engine": {"type": "echo"} | engine,
         }
@@ -232,7 +236,7 @@ def test_a_job_that_was_preempted_goes_on_where_it_stopped(place: Place) -> None
 
 def test_what_a_job_is_to_do_is_kept_while_it_waits_to_run_again_and_is_reaped_once_it_is_gone(place: Place) -> None:
     """Its command dies of the SIGTERM of a requeue before anything else hears of that."""
-    config = place.config(launcher={"type": "subprocess"}, servers=1)
+    config = place.config(launcher={"type": "subprocess"}, serve={"servers": 1})
     job = place.submit(config, "--requeue", "--", "sh", "-c", "touch begun; exec sleep 99")
     until((place.folder / "begun").exists)
     place.cluster.run("scontrol", "requeue", job)
@@ -249,21 +253,38 @@ def test_what_a_job_is_to_do_is_kept_while_it_waits_to_run_again_and_is_reaped_o
 
 
 def test_of_two_jobs_with_one_output_the_second_is_refused_and_nothing_is_there_twice(place: Place) -> None:
-    arguments = (place.config(**SLOW), *place.items(60))
+    arguments = (place.config(**SLOW), *place.items(2000))
     first = place.submit(*arguments)
     until(lambda: len(place.lines("out.jsonl")) >= 16)
     second = place.submit(*arguments)
     assert place.ended(second) == ("FAILED", "2:0")
     assert re.search(rf"already being written by process \d+ on \S+, SLURM job {first}", place.output(second))
     assert "servers are ready" not in place.output(second)
-    assert place.ended(first) == ("COMPLETED", "0:0")
-    place.check_each_once("out.jsonl", 60)
+    place.cluster.run("scancel", first)
+    assert place.ended(first)[0] == "CANCELLED"
+    ids = [row["id"] for row in place.lines("out.jsonl")]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_job_that_was_suspended_goes_on_with_the_servers_that_it_had(place: Place) -> None:
+    """By default for longer than any watchdog waits here, with LONG=1 for longer than the time of a lease."""
+    config = place.config(serve={"servers": 2, "stall_timeout": 5}, **SLOW)
+    job = place.submit(config, *place.items(150))
+    until(lambda: len(place.lines("out.jsonl")) >= 16)
+    place.cluster.run("scontrol", "suspend", job)
+    until(lambda: place.state(job)["JobState"] == "SUSPENDED")
+    time.sleep(70 if os.environ.get("LONG") else 8)
+    place.cluster.run("scontrol", "resume", job)
+    assert place.ended(job, 90) == ("COMPLETED", "0:0")
+    assert "hangs" not in place.output(job)
+    assert "started again" not in place.output(job)
+    place.check_each_once("out.jsonl", 150)
 
 
 def test_neither_the_folder_nor_variables_of_the_user_change_what_is_submitted(place: Place) -> None:
     place.folder /= "50%job 'a'\n%%j"
     place.folder.mkdir()
-    config = place.config(launcher={"type": "subprocess"}, servers=1)
+    config = place.config(launcher={"type": "subprocess"}, serve={"servers": 1})
     job = place.submit(config, "--", "sleep", "2", SBATCH_WAIT="1", SBATCH_ARRAY_INX="1-2", SQUEUE_FORMAT="%i")
     assert place.state(job)["JobState"] in ("PENDING", "RUNNING"), "nobody has waited for it"
     assert len(place.cluster.jobs()) == 1
