@@ -330,6 +330,19 @@ def test_options_that_a_user_has_set_for_calls_of_their_own_change_nothing(
     assert "may not have ended" not in caplog.text
 
 
+def test_that_a_job_was_suspended_is_why_it_did_not_move_and_was_ended(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    job = Job(name="frozen", command=["sleep", "99"], instance="f" * 32, gpus=0, log=tmp_path / "log")
+    process = SlurmLauncher().launch(job)
+    until(lambda: process.waiting() is None)
+    (number,) = [line.split()[0] for line in slurm_cluster.jobs()]
+    slurm_cluster.run("scontrol", "suspend", number)
+    until(lambda: slurm_cluster.jobs()[0].split()[1] == "SUSPENDED")
+    process.stop(0.0)
+    assert "SLURM says SUSPENDED of its job gserve-frozen-" in str(process.why())
+
+
 def test_slurms_notice_to_all_steps_kills_no_server(slurm_cluster: SlurmCluster) -> None:
     with echo(1) as service:
         before = on_node(service)
