@@ -25,8 +25,8 @@ NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 """What a file system without flock answers."""
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES}
 """What a file system without hard links answers."""
-ATTEMPTS = 100
-"""How often the lock is tried while other processes take and release it."""
+ATTEMPTS = 10
+"""How often the lock is tried: its holder may be about to release it, or only have looked whether it is free."""
 PAUSE = 0.02
 """Seconds between two attempts."""
 
@@ -91,22 +91,28 @@ def _lock_path(output: Path) -> Path | None:
 
 def _take(path: Path, output: Path, is_over: Callable[[str], bool]) -> int:
     """Take the lock; return its descriptor. Raises ConfigError: another process has it. Raises OSError."""
-    for _ in range(ATTEMPTS):
+    for attempt in range(1, ATTEMPTS + 1):
         if (descriptor := _create(path)) is not None:
             return descriptor
         with contextlib.suppress(FileNotFoundError), path.open("r+b", buffering=0) as found:
             is_locked = _flock(found.fileno())
             holder = _read(found.read())
-            if is_locked is False or (holder is not None and _is_alive(holder, is_locked, is_over)):
-                who = holder or "another process"
-                hint = "" if is_locked is False else f" (if that has ended, remove {path})"
-                raise ConfigError(
-                    f"already being written by {who}: wait for its end, or choose another --output{hint}", file=output
-                )
-            if _is_file(found.fileno(), path):  # nobody else removes it: we have its lock
+            if is_locked is False:
+                if attempt == ATTEMPTS:
+                    raise _refusal(output, holder)
+            elif holder is not None and _is_alive(holder, is_locked, is_over):
+                raise _refusal(output, holder, f" (if that has ended, remove {path})")
+            elif _is_file(found.fileno(), path):  # nobody else removes it: we have its lock
                 path.unlink(missing_ok=True)
         time.sleep(PAUSE)
-    raise ConfigError(f"cannot take the lock {path}: other processes take it all the time", file=output)
+    raise _refusal(output, None)
+
+
+def _refusal(output: Path, holder: Holder | None, hint: str = "") -> ConfigError:
+    who = holder or "another process"
+    return ConfigError(
+        f"already being written by {who}: wait for its end, or choose another --output{hint}", file=output
+    )
 
 
 def _create(path: Path) -> int | None:
