@@ -184,9 +184,10 @@ def _accompany(
             time.sleep(TICK)
         if process.poll() is None:
             logger.warning("the command does not end: it is ended")
-            process.terminate()
             if own_group:
                 _signal_group(process.pid, signal.SIGTERM)
+            else:
+                process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(FAREWELL)
             process.kill()

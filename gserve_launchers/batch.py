@@ -27,7 +27,7 @@ SCRIPT = Path(__file__).with_name("batch.sh")
 NOTICE = 120
 """Seconds before the end of its time at which a job is told of it."""
 EARLY = 65
-"""Seconds that SLURM may tell it too early, and a few more."""
+"""Seconds by which SLURM may tell it too early: 60, and a few more for its answer."""
 SEEN_SECONDS = 90.0
 """How long a file may take to be seen on another machine: network file systems remember what was not there."""
 SUBMIT_SECONDS = 60.0
@@ -207,7 +207,7 @@ def stale_orders() -> list[Path]:
     if commands is None:  # SLURM does not answer
         return []
     text = "\n".join("|".join(words) for words in commands)
-    return sorted(path for path in found if str(path) not in text)
+    return sorted(path for path in found if path.name not in text)  # the way there may have another name now
 
 
 def _age(path: Path) -> float:

@@ -243,13 +243,12 @@ def test_what_a_job_is_to_do_is_kept_while_it_waits_to_run_again_and_is_reaped_o
     until(lambda: place.state(job)["JobState"] == "PENDING")
     (order,) = place.orders()
     os.utime(order, (0, 0))
-    assert "nothing to do" not in place.gserve("reap", "--dry-run")
-    assert place.orders() == [order], "the job has not ended"
+    assert str(order) not in place.gserve("reap", "--dry-run"), "the job has not ended"
     place.cluster.run("scancel", job)
     until(lambda: not place.cluster.jobs())
-    assert place.gserve("reap", "--dry-run") == f"left: {order}\n"
-    assert place.gserve("reap") == f"removed: {order}\n"
-    assert place.orders() == []
+    assert f"left: {order}\n" in place.gserve("reap", "--dry-run")
+    place.cluster.run("scancel", place.submit(config, "--", "true"))
+    assert order not in place.orders(), "the next submission has removed it"
 
 
 def test_of_two_jobs_with_one_output_the_second_is_refused_and_nothing_is_there_twice(place: Place) -> None:
