@@ -105,6 +105,7 @@ def main() -> None:
     """Run the command line, and exit."""
     open_missing_descriptors()
     _on_signals(_raise)
+    signal.signal(signal.SIGUSR1, _ignore)  # SLURM's notice may come to all processes of a job
     try:
         app(prog_name="gserve")
     except Signalled as signalled:
@@ -128,7 +129,7 @@ def _raise(number: int, _frame: FrameType | None) -> None:
 
 
 def _ignore(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing: the end has begun, takes seconds, and must not be left half done."""
+    """Do nothing: at SIGUSR1; or the end has begun, takes seconds, and must not be left half done."""
 
 
 def _say(text: str) -> None:
@@ -274,7 +275,9 @@ def run(
     command: Command,
     patience: Annotated[
         float | None,
-        typer.Option(metavar="SECONDS", help="How long COMMAND may take to end after SIGUSR1 [default: 80]."),
+        typer.Option(
+            metavar="SECONDS", help="How long COMMAND may take to end after SIGUSR1 [default: 80, or the job's time]."
+        ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
@@ -285,7 +288,7 @@ def run(
     """
     from gserve import batch_job
 
-    ended = batch_job.run(config, overrides or (), command, batch_job.PATIENCE if patience is None else patience)
+    ended = batch_job.run(config, overrides or (), command, patience)
     raise typer.Exit(ended.code)
 
 
@@ -347,7 +350,8 @@ def sbatch(
     jobs = [job for job, _ in service.jobs()]
     order = batch.Order(
         config=str(config.absolute()), overrides=overrides or [], command=command or [],
-        patience=batch.notice(launcher) * 2 / 3, requeue=launcher.requeue,
+        patience=batch.notice(launcher) * 2 / 3, requeue=launcher.requeue, notice=batch.notice(launcher),
+        output=str(output.absolute()) if output else "",
     )  # fmt: skip
     if only_print:
         print(batch.SCRIPT.read_text())
@@ -493,15 +497,19 @@ def _terminate(pid: int) -> None:
 def reap(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is there, and leave it.")] = False,
 ) -> None:
-    """End and remove what services have left that were killed: processes, temporary folders, state files."""
+    """End and remove what services have left that were killed: processes, temporary folders, state files.
+
+    Also the files of SLURM jobs that were cancelled before they ran.
+    """
     from gserve_core import reap as left_behind
+    from gserve_launchers.batch import stale_orders
 
     orphans = left_behind.orphans()
     shown = [str(process) for process in orphans]  # their commands go with them
     stuck = [] if dry_run else left_behind.end(orphans)
     for process, text in zip(orphans, shown, strict=True):
         print(f"{'left' if dry_run else 'stuck' if process in stuck else 'ended'}: {text}")
-    files = left_behind.unused_files()
+    files = left_behind.unused_files() + stale_orders()
     for path in files:
         if not dry_run:
             left_behind.remove(path)
@@ -743,7 +751,17 @@ def _answer(
     service: "VLLMService", lines: Sequence[Line], params: Params | None, output: Path | None, *, as_text: bool
 ) -> None:
     """Send items, and put out what comes of each the moment it is ready: texts in order, or JSON lines as they come."""
+    from gserve_core.output_lock import only_writer
+    from gserve_launchers.batch import is_over
+
     output = None if output == STDIO else output
+    with nullcontext() if output is None else only_writer(output, is_over):
+        _answer_into(output, service, lines, params, as_text=as_text)
+
+
+def _answer_into(
+    output: Path | None, service: "VLLMService", lines: Sequence[Line], params: Params | None, *, as_text: bool
+) -> None:
     finished = _finished(output, lines) if output is not None and output.is_file() else set()
     todo = [line for line in lines if line.id not in finished]
     if len(todo) < len(lines):

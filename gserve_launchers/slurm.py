@@ -53,6 +53,8 @@ TAIL = 1 << 16
 """Bytes at the end of a log in which srun's last words are looked for."""
 COMMANDS = ("srun", "sbatch", "squeue", "sinfo", "scontrol", "scancel")
 """What gserve uses of SLURM."""
+SQUEUE = "squeue", "--noheader", "--all"
+"""How SLURM is asked for jobs: also for those in partitions that it hides."""
 UNUSABLE = re.compile(r"down|drain|fail|maint|unk|inval|.*\*$")
 """States of nodes that take no jobs, as sinfo has them; a star means that SLURM does not hear of the node."""
 
@@ -87,9 +89,13 @@ SHAPING = re.compile(
     r"|PROCID|LOCALID|NODEID|TASK_.*|PROLOG|EPILOG|SPREAD_JOB|NO_KILL|WHOLE|JOB_NAME|JOB_NUM_NODES|TIMELIMIT)"
 )
 """What srun would read as options: in a batch job they are those of the job, not of a server."""
+COMMANDS_OPTIONS = ("SQUEUE_", "SCANCEL_", "SINFO_", "SACCT_", "SCONTROL_", "SALLOC_", "SRUN_", "SBATCH_")
+"""Beginnings of variables that SLURM's commands read as options: of a user's own calls, not of ours."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
 """What SLURM sets in a step to the GPUs that it has bound; ours are not those of another machine."""
 
+SUSPENDED = "SUSPENDED", "STOPPED"
+"""SLURM's states of a job whose processes are stopped."""
 ENDINGS = {  # SLURM's states of a job that has not ended by itself, in words
     "BOOT_FAIL": "its node did not boot",
     "CANCELLED": "it was cancelled",
@@ -98,6 +104,7 @@ ENDINGS = {  # SLURM's states of a job that has not ended by itself, in words
     "OUT_OF_MEMORY": "it needed more memory than it had asked for (mem)",
     "PREEMPTED": "another job took its place",
     "REVOKED": "it was revoked",
+    "SUSPENDED": "it was suspended",
     "TIMEOUT": "its time was over (time)",
 }
 LAST_WORDS = (  # what srun and slurmstepd say of a step, and the state that it means
@@ -169,7 +176,7 @@ class SlurmLauncher(CommandLauncher):
         return {
             name: value
             for name, value in super().environment(job).items()
-            if not SHAPING.fullmatch(name) and name not in DEVICES
+            if not SHAPING.fullmatch(name) and not name.startswith(COMMANDS_OPTIONS) and name not in DEVICES
         }
 
     def launch(self, job: Job) -> Process:
@@ -214,26 +221,49 @@ class SlurmLauncher(CommandLauncher):
             return
         if (job := os.environ.get("SLURM_JOB_ID")) is not None:
             yield _examine_allocation(job)
-        yield from _examine_partitions(rows, [] if job or not self.partition else self.partition.split(","))
+            yield from _examine_partitions(rows, None)
+            return
+        yield from _examine_partitions(rows, self.partition.split(",") if self.partition else [])
+        if self.nodelist:
+            yield _examine_nodes(self.nodelist)
 
 
 def _examine_allocation(job: str) -> Finding:
     """Return what SLURM says of the job that we are in, unless that is over."""
-    (state, left, nodes), *_ = ask("squeue", "--noheader", f"--jobs={job}", "--format=%T|%L|%N") or [["", "", ""]]
+    (state, left, nodes), *_ = ask(*SQUEUE, f"--jobs={job}", "--format=%T|%L|%N") or [["", "", ""]]
     if state != "RUNNING":
         hint = "leave this shell, or unset SLURM_JOB_ID: else servers are to be steps of that job"
         return Finding("allocation", "problem", f"job {job} is not running any more", hint)
     return Finding("allocation", "ok", f"job {job} on {nodes}: servers are steps of it; time left: {left.lower()}")
 
 
-def _examine_partitions(rows: list[list[str]], chosen: list[str]) -> Iterator[Finding]:
-    """Yield what there is of each partition that has GPUs or is chosen; sinfo has a row for each state of its nodes."""
+def _examine_nodes(nodelist: str) -> Finding:
+    """Return whether the nodes that jobs are to run on take any."""
+    rows = ask("sinfo", "--noheader", "--Node", f"--nodes={nodelist}", "--format=%N|%T|%E") or ()
+    unusable = {
+        name: f"{name} is {state} ({'|'.join(reason)})" for name, state, *reason in rows if UNUSABLE.match(state)
+    }
+    names = {name for name, *_ in rows}
+    if not names or len(unusable) == len(names):
+        hint = "choose other nodes (nodelist), or ask those who run the cluster"
+        text = "; ".join(unusable.values()) or f"there is no node {nodelist}"
+        return Finding("nodelist", "problem", text, hint)
+    if unusable:
+        return Finding("nodelist", "note", f"{'; '.join(unusable.values())}; {len(names) - len(unusable)} can be used")
+    return Finding("nodelist", "ok", f"{nodelist}: {len(names)} can be used")
+
+
+def _examine_partitions(rows: list[list[str]], chosen: list[str] | None) -> Iterator[Finding]:
+    """Yield what there is of each partition that has GPUs or is chosen; sinfo has a row for each state of its nodes.
+
+    Where none is chosen, a job goes to the default one. `chosen` is None where no job is made.
+    """
     partitions: dict[str, list[list[str]]] = {}
     for name, *row in rows:
         partitions.setdefault(name, []).append(row)
     for name, own in partitions.items():
         gpus = ", ".join(dict.fromkeys(row[3] for row in own if "gpu" in row[3]))
-        is_chosen = name.rstrip("*") in chosen
+        is_chosen = chosen is not None and (name.rstrip("*") in chosen or (not chosen and name.endswith("*")))
         if gpus or is_chosen:
             availability, limit, *_ = own[0]
             is_usable = availability == "up" and any(not UNUSABLE.match(row[4]) for row in own)
@@ -245,7 +275,7 @@ def _examine_partitions(rows: list[list[str]], chosen: list[str]) -> Iterator[Fi
                 f" {gpus or 'no GPUs'}",
             )
     known = [name.rstrip("*") for name in partitions]
-    for name in chosen:
+    for name in chosen or ():
         if name not in known:
             yield Finding(f"partition {name}", "problem", f"there is none of this name{did_you_mean(name, known)}")
     if not any("gpu" in row[4] for row in rows):
@@ -345,6 +375,7 @@ class SlurmProcess(LocalProcess):
         self._place = "a free place in its job" if allocation else "SLURM's answer"
         self._runs = False
         self._was_forced = False
+        self._was_suspended = False
         self._is_gone = False
         forget = weakref.WeakMethod(self.leave)  # while a fork of ours held the line open, our end would not be noticed
         os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
@@ -370,7 +401,12 @@ class SlurmProcess(LocalProcess):
         return f"waiting for {self._place}"
 
     def why(self) -> str | None:
-        """Return how SLURM has ended the job; None where it ended by itself, or was ended by us."""
+        """Return how SLURM has ended the job; None where it ended by itself, or was ended by us.
+
+        One that we ended because it did not move may have been suspended: that is SLURM's act, too.
+        """
+        if self._was_suspended:
+            return self._act("SUSPENDED", self._allocation or self._title)
         if self._was_forced:
             return None
         if self._popen.returncode < 0:
@@ -379,8 +415,11 @@ class SlurmProcess(LocalProcess):
         number, state, _ = rows[-1] if rows else (self._allocation or self._title, "", "")
         if state not in ENDINGS:
             state = self._accounted() or self._last_words() or ""
+        return self._act(state, number) if state in ENDINGS else None
+
+    def _act(self, state: str, number: str) -> str:
         what = f"its step of job {number}" if self._allocation else f"its job {number}"
-        return f"SLURM says {state} of {what}: {ENDINGS[state]}" if state in ENDINGS else None
+        return f"SLURM says {state} of {what}: {ENDINGS[state]}"
 
     def stop(self, grace: float) -> int:
         """Wait `grace` seconds for the end that the server was told; then end it by force. Returns the exit code."""
@@ -389,6 +428,7 @@ class SlurmProcess(LocalProcess):
                 self._popen.wait(grace)
             if self._popen.poll() is None:
                 self._was_forced = True
+                self._was_suspended = any(state in SUSPENDED for _, state, *_ in self._told() or ())
                 self._popen.terminate()  # srun kills the server, and ends its job
                 try:
                     self._popen.wait(FORCE_SECONDS)
@@ -451,15 +491,15 @@ class SlurmProcess(LocalProcess):
         """Return the number, the state and the reason for it of our job or step, while there is one; None: unknown."""
         if self._allocation is None:
             return self._told()
-        steps = ask("squeue", "--noheader", "--steps", f"--jobs={self._allocation}", "--format=%i|%j")
+        steps = ask(*SQUEUE, "--steps", f"--jobs={self._allocation}", "--format=%i|%j")
         if steps is None:  # the allocation may be gone, and the step with it
-            return [] if ask("squeue", "--noheader", "--format=%i") is not None else None
+            return [] if ask(*SQUEUE, "--jobs=1,1", "--format=%i") is not None else None
         return [[number, "RUNNING", ""] for number, title in steps if title == self._title]
 
     def _told(self, *options: str) -> list[list[str]] | None:
         """Return the number, the state and the reason for it of our job, or of that which we are a step of."""
         which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
-        return ask("squeue", "--noheader", which, "--format=%i|%T|%r", *options)
+        return ask(*SQUEUE, which, "--format=%i|%T|%r", *options)
 
     def _accounted(self) -> str | None:
         """Return the state with which the job or step ended, where SLURM keeps accounts."""
@@ -591,12 +631,17 @@ def ask(*command: str) -> list[list[str]] | None:
     """Return the lines that a command of SLURM prints, cut at "|"; None where there is no answer."""
     try:
         told = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=ASK_SECONDS, check=True,
+            command, env=environment_for_slurm(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
+            errors="replace", timeout=ASK_SECONDS, check=True,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
     return [line.split("|") for line in told.stdout.splitlines()]
+
+
+def environment_for_slurm() -> dict[str, str]:
+    """Return our environment without options that a user has set for calls of their own."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(COMMANDS_OPTIONS)}
 
 
 @hookimpl

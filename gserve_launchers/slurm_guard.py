@@ -20,6 +20,7 @@ LOOK = 1.0
 
 def guard(srun: int) -> None:
     """Wait for the end of srun; where that of the owner comes first, terminate srun, which takes its job along."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # may come to all processes of a batch job
     began = start(srun)
     line = select.poll()
     line.register(sys.stdin.fileno(), 0)  # tells no more than that it is closed at the other end

@@ -50,6 +50,7 @@ class Line:
 
 def main(command: list[str]) -> int:
     """Run a server, and do what is to be done at its end; return its exit code, as a shell would."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # of `scancel --signal=USR1`; the server ignores it from its start
     for number in ENDING:
         signal.signal(number, lambda *_: None)  # SLURM sends it to all processes of the job: the server decides
     with subprocess.Popen(command, stdin=subprocess.PIPE) as server:

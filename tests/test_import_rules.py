@@ -43,6 +43,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "nursery", "diagnosis", "environment",
     },
     "reap": {"folders", "processes", "runtime"},
+    "output_lock": {"errors", "runtime"},
     "doctor": {
         "errors", "config", "interfaces", "devices", "folders", "runtime", "plugins", "service", "engines",
         "engines.demo_model", "engines.vllm_engine",

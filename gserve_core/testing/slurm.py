@@ -7,6 +7,7 @@ hand: `python -m gserve_core.testing.slurm`.
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -376,7 +377,7 @@ else:
             pytest.skip(why)
         with pytest.MonkeyPatch.context() as patch:
             for name in os.environ:
-                if name.startswith(("SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_")):
+                if re.match("(SLURM|SRUN|SBATCH|SALLOC|SQUEUE|SINFO|SCANCEL|SACCT|SCONTROL)_", name):
                     patch.delenv(name)
             with SlurmCluster() as cluster:
                 for name, value in cluster.environ.items():

@@ -1,11 +1,14 @@
 """`gserve run`: a service and the command that uses it, and how both end early. `gserve sbatch`, without SLURM."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,8 @@ from typing import Any
 import msgspec
 import pytest
 
+from gserve_core import runtime
+from gserve_core.output_lock import only_writer
 from gserve_launchers import batch
 
 PROGRAM = """
@@ -103,13 +108,20 @@ def test_at_a_signal_the_command_gets_what_is_done_and_errors_for_the_rest(tmp_p
     assert b"the service is ending: " in (tmp_path / "out").read_bytes()
 
 
-def test_a_command_that_does_not_end_is_ended(tmp_path: Path) -> None:
-    process = start(
-        tmp_path, "run", config(tmp_path), "--patience", "0.5", "--", "sh", "-c", "echo begun; exec sleep 99"
-    )
+def test_a_command_that_does_not_end_is_ended_with_all_that_it_has_started(tmp_path: Path) -> None:
+    command = "sleep 99 & echo $! > sleep; echo begun; wait"
+    process = start(tmp_path, "run", config(tmp_path), "--patience", "0.2", "--", "sh", "-c", command)
     until(lambda: b"begun" in (tmp_path / "out").read_bytes())
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 143
+    assert runtime.process_start(int((tmp_path / "sleep").read_text())) is None
+
+
+def test_what_a_command_has_left_running_ends_with_it(tmp_path: Path) -> None:
+    command = 'sleep 99 & echo $! > one; sh -c "sleep 99 & echo \\$! > two"; exit 3'
+    code, _ = run(tmp_path, "run", config(tmp_path), "--", "sh", "-c", command)
+    assert code == 3
+    assert [runtime.process_start(int((tmp_path / name).read_text())) for name in ("one", "two")] == [None, None]
 
 
 def test_a_signal_before_the_service_is_ready_ends_all(tmp_path: Path) -> None:
@@ -118,6 +130,131 @@ def test_a_signal_before_the_service_is_ready_ends_all(tmp_path: Path) -> None:
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 128 + signal.SIGUSR1
     assert not (tmp_path / "ran").exists()
+
+
+def test_an_interrupt_reaches_the_command_as_from_a_terminal(tmp_path: Path) -> None:
+    process = start(
+        tmp_path, "run", config(tmp_path), "--", "sh", "-c", "trap 'echo interrupted; exit 5' INT; echo begun; sleep 99"
+    )
+    until(lambda: b"begun" in (tmp_path / "out").read_bytes())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 5
+    assert b"interrupted" in (tmp_path / "out").read_bytes()
+
+
+def test_at_a_terminal_the_command_reads_from_it_and_ctrl_c_reaches_it(tmp_path: Path) -> None:
+    leader, terminal = pty.openpty()
+    command = "trap 'echo interrupted; exit 5' INT; read line; echo read $line > read; sleep 99"
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gserve.cli", "run", config(tmp_path), "--", "sh", "-c", command],
+            cwd=tmp_path, stdin=terminal, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        )  # fmt: skip
+    os.close(terminal)
+    os.write(leader, b"hello\n")
+    until(lambda: (tmp_path / "read").exists() and (tmp_path / "read").read_text() == "read hello\n")
+    os.write(leader, b"\x03")
+    assert process.wait(30) == 5
+    os.close(leader)
+
+
+# ------------------------------------------------------------------------------------------------------ a job of SLURM
+
+SQUEUE = """#!/bin/sh
+case "$*" in *%L*) left=$(($(cat {0}/end) - $(date +%s))); printf "0:%02d|1:00\\n" $left;; *) cat {0}/state;; esac
+"""
+
+
+class BatchJob:
+    """The program of a batch job, told by a squeue of ours how the job is."""
+
+    def __init__(self, folder: Path, command: str, **changed: Any) -> None:
+        self.folder = folder
+        order = {"overrides": [], "command": ["/bin/sh", "-c", command], "patience": 80.0, "requeue": True} | changed
+        self.file = folder / "job.json"
+        self.file.write_bytes(msgspec.json.encode(batch.Order(config=str(folder / config(folder)), **order)))
+        (folder / "bin").mkdir()
+        (folder / "bin" / "squeue").write_text(SQUEUE.format(folder))
+        (folder / "bin" / "squeue").chmod(0o755)
+        self.say("RUNNING")
+        self.environ = os.environ | {
+            "SLURM_JOB_ID": "77", "PATH": f"{folder}/bin{os.pathsep}{os.environ['PATH']}", "TMPDIR": str(folder),
+        }  # fmt: skip
+
+    def say(self, state: str) -> None:
+        (self.folder / "state").write_text(f"{state}\n")
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        with (self.folder / "out").open("wb") as out:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "gserve.batch_job", self.file],
+                env=self.environ, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    @property
+    def output(self) -> str:
+        return (self.folder / "out").read_text()
+
+
+def test_what_a_job_is_to_do_is_kept_where_slurm_ends_it_though_nobody_has_told_us(tmp_path: Path) -> None:
+    job = BatchJob(tmp_path, "kill -TERM $$")
+    job.say("COMPLETING")
+    assert job.start().wait(30) == 143
+    assert job.file.exists()
+
+
+def test_a_launch_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    job = BatchJob(tmp_path, "true", overrides=["engine.fail_start=boom"])
+    assert job.start().wait(30) == 1
+    assert "boom" in job.output
+    assert not job.file.exists()
+
+
+def test_a_job_whose_output_another_writes_fails_before_it_starts_a_server(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    job = BatchJob(tmp_path, "touch ran", output=str(output))
+    with only_writer(output):
+        assert job.start().wait(30) == 2
+    assert f"out.jsonl: already being written by process {os.getpid()} on " in job.output
+    assert "servers are ready" not in job.output
+    assert not job.file.exists()
+
+
+def test_a_job_that_is_run_again_by_force_says_at_once_that_it_cannot_be(tmp_path: Path) -> None:
+    job = BatchJob(tmp_path, "true")
+    job.file.unlink()
+    job.environ["SLURM_RESTART_COUNT"] = "1"
+    assert job.start().wait(20) == 1
+    assert "SLURM runs this job again, but an earlier run" in job.output
+
+
+def test_a_notice_that_comes_too_early_waits_for_the_last_quarter_of_the_jobs_time(tmp_path: Path) -> None:
+    job = BatchJob(tmp_path, "echo begun; exec sleep 99", notice=120, requeue=False)
+    process = job.start()
+    until(lambda: "begun" in job.output)
+    (tmp_path / "end").write_text(str(int(time.time()) + 18))
+    process.send_signal(signal.SIGUSR1)
+    until(lambda: "going on for" in job.output)
+    assert "the service is ending" not in job.output
+    until(lambda: "the service is ending" in job.output, 6)
+    said = re.search(r"the command has (\S+) s to end", job.output)
+    assert said
+    assert said[1] in ("9", "10"), "two thirds of what is left"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+
+
+def test_a_notice_of_the_users_own_long_before_the_end_counts_at_once(tmp_path: Path) -> None:
+    job = BatchJob(tmp_path, "echo begun; exec sleep 99", notice=10, patience=0.3, requeue=False)
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho '30:00|1:00:00'\n")
+    process = job.start()
+    until(lambda: "begun" in job.output)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 143
+    assert "going on" not in job.output
+    assert "the command has 0 s to end" in job.output
 
 
 # -------------------------------------------------------------------------------------------------------------- sbatch

@@ -73,12 +73,28 @@ def test_a_job_is_run_again_only_where_that_is_wanted() -> None:
 @pytest.mark.parametrize(
     ("time", "seconds"),
     [
-        (None, 120), ("0", 120), ("1", 15), ("00:40", 10), ("4:00", 60), ("00:01:00", 15), ("02:00:00", 120),
-        ("1-0", 120), ("0-0:02", 30), ("0-0:00:08", 2), ("60", 120),
+        (None, 120), ("0", 120), ("1", 15), ("00:40", 15), ("4:00", 60), ("00:01:00", 15), ("02:00:00", 120),
+        ("1-0", 120), ("0-0:02", 30), ("0-0:00:08", 15), ("60", 120), ("00:01:30", 30),
     ],
 )  # fmt: skip
-def test_a_job_is_told_of_its_end_ahead_of_time(time: str | None, seconds: int) -> None:
+def test_a_job_is_told_of_its_end_ahead_of_time_which_slurm_rounds_up_to_minutes(
+    time: str | None, seconds: int
+) -> None:
     assert options(time=time)["signal"] == f"B:USR1@{seconds}"
+
+
+def test_the_output_goes_to_the_folder_that_it_is_submitted_from_whatever_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "50%job 'a'\n%%j"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    assert options()["output"] == f"{tmp_path}/50%%job 'a'\n%%%%j/slurm-%j.out"
+    place = tmp_path / "back\\slash"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    with pytest.raises(ConfigError, match=r"a folder with a backslash in its path: .*; submit from another"):
+        options()
 
 
 def test_ids_of_gpus_count_those_of_the_job() -> None:
@@ -159,8 +175,119 @@ def test_where_slurm_does_not_take_a_job_its_file_is_gone(tmp_path: Path, monkey
     assert list(batch.folder().iterdir()) == []
 
 
+FAKES = {
+    "sbatch": 'env > "$0.env"; echo 77',
+    "scontrol": 'echo "ClusterName             = one"',
+    "squeue": 'cat "$0.out"',
+}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Commands of SLURM that say what a test has them say; return their folder."""
+    place = tmp_path / "bin"
+    place.mkdir()
+    for name, script in FAKES.items():
+        (place / name).write_text(f"#!/bin/sh\n{script}\n")
+        (place / name).chmod(0o755)
+    (place / "squeue.out").touch()
+    monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return place
+
+
+def age(path: Path) -> None:
+    os.utime(path, (path.stat().st_atime, path.stat().st_mtime - 2 * batch.NEW_SECONDS))
+
+
+def test_the_files_of_jobs_that_slurm_does_not_have_are_removed_with_the_next_job(slurm: Path) -> None:
+    pending, gone, new, elsewhere = (batch.write(order()) for _ in range(4))
+    elsewhere = elsewhere.rename(elsewhere.with_name(elsewhere.name.replace("job-one-", "job-two-")))
+    for path in (pending, gone, elsewhere):
+        age(path)
+    (slurm / "squeue.out").write_text(f"/script python {pending}\n(null)\n")
+    assert batch.stale_orders() == [gone]
+    (slurm / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert batch.stale_orders() == [], "SLURM does not answer"
+    (slurm / "squeue").write_text(f"#!/bin/sh\necho /script python {pending}\n")
+    assert batch.submit(SlurmLauncher(), jobs(), order()) == "77"
+    left = set(batch.folder().iterdir())
+    assert gone not in left
+    assert left > {pending, new, elsewhere}
+
+
+def test_variables_of_the_user_that_would_make_another_kind_of_job_do_not_reach_sbatch(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {"SBATCH_PARTITION": "a", "SBATCH_ACCOUNT": "b", "SBATCH_TIMELIMIT": "5", "SLURM_CONF": "c", "MINE": "d"}
+    cleared = ("SBATCH_WAIT", "SBATCH_ARRAY_INX", "SBATCH_GPUS", "SBATCH_CLUSTERS", "SQUEUE_STATES", "SLURM_JOB_ID")
+    for name, value in (kept | dict.fromkeys(cleared, "1")).items():
+        monkeypatch.setenv(name, value)
+    batch.submit(SlurmLauncher(), jobs(), order())
+    seen = dict(line.partition("=")[::2] for line in (slurm / "sbatch.env").read_text().splitlines())
+    assert seen.items() >= kept.items()
+    assert not seen.keys() & set(cleared)
+
+
+def test_a_job_that_ended_while_it_was_submitted_is_told_by_its_number_or_by_slurms_words(slurm: Path) -> None:
+    (slurm / "sbatch").write_text('#!/bin/sh\nrm "$XDG_STATE_HOME"/gserve/jobs/*\necho 77\n')
+    assert batch.submit(SlurmLauncher(), jobs(), order()) == "77"
+    (slurm / "sbatch").write_text('#!/bin/sh\nrm "$XDG_STATE_HOME"/gserve/jobs/*\necho "it failed" >&2; exit 1\n')
+    with pytest.raises(GserveError, match="SLURM refuses: it failed"):
+        batch.submit(SlurmLauncher(), jobs(), order())
+
+
+def test_a_job_may_be_there_where_slurm_does_not_answer_in_time(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batch, "SUBMIT_SECONDS", 0.1)
+    (slurm / "sbatch").write_text("#!/bin/sh\nexec sleep 9\n")
+    with pytest.raises(GserveError, match="did not answer within"):
+        batch.submit(SlurmLauncher(), jobs(), order())
+    assert len(list(batch.folder().iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "state", "is_over"),
+    [("echo RUNNING", "RUNNING", False), ("echo COMPLETING", "COMPLETING", False), ("true", "", True),
+     ("exit 1", None, False)],
+)  # fmt: skip
+def test_a_job_is_over_where_slurm_says_so(slurm: Path, said: str, state: str | None, is_over: bool) -> None:
+    (slurm / "squeue").write_text(f"#!/bin/sh\n{said}\n")
+    assert batch.state("77") == state
+    assert batch.is_over("77") == is_over
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("0:50|1:00", (50, 60)), ("1-01:00:09|2-00:00:00", (90009, 172800)), ("59:00|1:00:00", (3540, 3600)),
+     ("UNLIMITED|UNLIMITED", None), ("INVALID|NOT_SET", None), ("", None)],
+)  # fmt: skip
+def test_the_time_that_is_left_is_what_slurm_says(slurm: Path, said: str, expected: tuple[int, int] | None) -> None:
+    (slurm / "squeue.out").write_text(said)
+    assert batch.time_left("77") == expected
+
+
+def test_a_second_run_of_a_job_does_not_wait_for_a_file_that_is_gone(tmp_path: Path) -> None:
+    with pytest.raises(GserveError, match=r"SLURM runs this job again, .* \(--requeue\): submit the command again"):
+        batch.read(tmp_path / "none.json", is_again=True)
+
+
+def test_a_disk_that_is_full_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        batch.write(order())
+    assert list(batch.folder().iterdir()) == []
+
+
 def test_the_script_is_a_constant_beside_the_module() -> None:
     text = batch.SCRIPT.read_text()
     assert text.startswith("#!/bin/bash\n")
     assert "#SBATCH" not in text
-    assert [line for line in text.splitlines() if not line.startswith("#")] == ['exec "$1" -P -m gserve.batch_job "$2"']
+    assert [line for line in text.splitlines() if not line.startswith("#")] == [
+        "trap '' USR1 # until Python hears it",
+        'exec "$1" -P -m gserve.batch_job "$2"',
+    ]

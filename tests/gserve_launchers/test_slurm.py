@@ -193,6 +193,10 @@ def test_srun_is_told_nothing_by_the_environment_of_the_job_that_it_is_in(monkey
     ]  # fmt: skip
     kept = ["SLURM_JOB_ID", "SLURM_JOBID", "SLURM_JOB_NODELIST", "SLURM_CONF", "SLURM_CLUSTERS", "MY_SLURM_NTASKS"]
     pinned = ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL"]
+    shaping += [
+        "SQUEUE_STATES", "SCANCEL_STATE", "SINFO_ALL", "SACCT_FORMAT", "SALLOC_WAIT_ALL_NODES", "SRUN_CPUS_PER_TASK",
+        "SRUN_OUTPUT", "SBATCH_WAIT", "SCONTROL_ALL",
+    ]  # fmt: skip
     for name in (*shaping, *kept, *pinned):
         monkeypatch.setenv(name, "1")
     environ = SlurmLauncher().environment(job(env={"CUDA_VISIBLE_DEVICES": "1", "OURS": "x"}))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,12 +51,18 @@ class Place:
             "HF_TOKEN": SECRET,
         }
 
-    def config(self, name: str = "echo.yaml", launcher: dict[str, Any] | None = None, **engine: Any) -> str:
+    def config(
+        self,
+        name: str = "echo.yaml",
+        launcher: dict[str, Any] | None = None,
+        serve: dict[str, Any] | None = None,
+        **engine: Any,
+    ) -> str:
         path = self.folder / name
         path.parent.mkdir(exist_ok=True)
         text = {
             "llm": {"model_name": "m", "llm_kwargs": {"hf_token": SECRET}},
-            "serve": {"servers": 2},
+            "serve": serve or {"servers": 2},
             "launcher": launcher or {"type": "slurm", "cpus_per_server": 2},
             "engine": {"type": "echo"} | engine,
         }
@@ -67,15 +74,23 @@ class Place:
         (self.folder / "in.txt").write_text("".join(f"item number {number}\n" for number in range(count)))
         return "-i", "in.txt", "-o", "out.jsonl"
 
-    def submit(self, *arguments: str) -> str:
+    def gserve(self, *arguments: str, **environ: str) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", "gserve.cli", "sbatch", *arguments],
-            cwd=self.folder, env=self.environ, capture_output=True, text=True, check=False,
+            [sys.executable, "-m", "gserve.cli", *arguments],
+            cwd=self.folder, env=self.environ | environ, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        number = done.stdout.split()[1].rstrip(":")
-        assert done.stdout == f"job {number}: its output goes to {self.folder}/slurm-{number}.out\n"
+        return done.stdout
+
+    def submit(self, *arguments: str, **environ: str) -> str:
+        told = self.gserve("sbatch", *arguments, **environ)
+        number = told.split()[1].rstrip(":")
+        assert told == f"job {number}: its output goes to {self.folder}/slurm-{number}.out\n"
         return number
+
+    def orders(self) -> list[Path]:
+        """Return the files that say what jobs are to do."""
+        return list((self.folder / "state" / "gserve" / "jobs").iterdir())
 
     def state(self, job: str) -> dict[str, str]:
         """Return what SLURM says of a job: "JobState", "ExitCode", "Restarts" and more."""
@@ -217,6 +232,78 @@ def test_a_job_that_was_preempted_goes_on_where_it_stopped(place: Place) -> None
     assert place.ended(other.strip())[0] == "COMPLETED"
     assert place.ended(job, 90) == ("COMPLETED", "0:0")
     place.check_each_once("out.jsonl", 150)
+
+
+def test_what_a_job_is_to_do_is_kept_while_it_waits_to_run_again_and_is_reaped_once_it_is_gone(place: Place) -> None:
+    """Its command dies of the SIGTERM of a requeue before anything else hears of that."""
+    config = place.config(launcher={"type": "subprocess"}, serve={"servers": 1})
+    job = place.submit(config, "--requeue", "--", "sh", "-c", "touch begun; exec sleep 99")
+    until((place.folder / "begun").exists)
+    place.cluster.run("scontrol", "requeue", job)
+    until(lambda: place.state(job)["JobState"] == "PENDING")
+    (order,) = place.orders()
+    os.utime(order, (0, 0))
+    assert str(order) not in place.gserve("reap", "--dry-run"), "the job has not ended"
+    place.cluster.run("scancel", job)
+    until(lambda: not place.cluster.jobs())
+    assert f"left: {order}\n" in place.gserve("reap", "--dry-run")
+    place.cluster.run("scancel", place.submit(config, "--", "true"))
+    assert order not in place.orders(), "the next submission has removed it"
+
+
+def test_of_two_jobs_with_one_output_the_second_is_refused_and_nothing_is_there_twice(place: Place) -> None:
+    arguments = (place.config(**SLOW), *place.items(2000))
+    first = place.submit(*arguments)
+    until(lambda: len(place.lines("out.jsonl")) >= 16)
+    second = place.submit(*arguments)
+    assert place.ended(second) == ("FAILED", "2:0")
+    assert re.search(rf"already being written by process \d+ on \S+, SLURM job {first}", place.output(second))
+    assert "servers are ready" not in place.output(second)
+    place.cluster.run("scancel", first)
+    assert place.ended(first)[0] == "CANCELLED"
+    ids = [row["id"] for row in place.lines("out.jsonl")]
+    assert len(ids) == len(set(ids))
+
+
+def test_a_job_that_was_suspended_goes_on_with_the_servers_that_it_had(place: Place) -> None:
+    """By default for longer than any watchdog waits here, with LONG=1 for longer than the time of a lease."""
+    config = place.config(serve={"servers": 2, "stall_timeout": 5}, **SLOW)
+    job = place.submit(config, *place.items(150))
+    until(lambda: len(place.lines("out.jsonl")) >= 16)
+    place.cluster.run("scontrol", "suspend", job)
+    until(lambda: place.state(job)["JobState"] == "SUSPENDED")
+    time.sleep(70 if os.environ.get("LONG") else 8)
+    place.cluster.run("scontrol", "resume", job)
+    assert place.ended(job, 90) == ("COMPLETED", "0:0")
+    assert "hangs" not in place.output(job)
+    assert "started again" not in place.output(job)
+    place.check_each_once("out.jsonl", 150)
+
+
+def test_neither_the_folder_nor_variables_of_the_user_change_what_is_submitted(place: Place) -> None:
+    place.folder /= "50%job 'a'\n%%j"
+    place.folder.mkdir()
+    config = place.config(launcher={"type": "subprocess"}, serve={"servers": 1})
+    job = place.submit(config, "--", "sleep", "2", SBATCH_WAIT="1", SBATCH_ARRAY_INX="1-2", SQUEUE_FORMAT="%i")
+    assert place.state(job)["JobState"] in ("PENDING", "RUNNING"), "nobody has waited for it"
+    assert len(place.cluster.jobs()) == 1
+    assert place.ended(job) == ("COMPLETED", "0:0")
+    assert "1 servers are ready" in place.output(job)
+
+
+@pytest.mark.skipif(not os.environ.get("LONG"), reason="takes two minutes: LONG=1 runs it")
+def test_a_job_without_a_time_is_told_in_the_last_quarter_of_its_partitions(place: Place) -> None:
+    place.cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=1", "DefaultTime=1")
+    try:
+        job = place.submit(place.config(**SLOW), *place.items(1000))
+        assert place.ended(job, 150) == ("FAILED", "1:0"), "it ended by itself, before its time was over"
+    finally:
+        place.cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE", "DefaultTime=NONE")
+    assert "going on for" in place.output(job)
+    seconds = int(re.search(r"the command has (\d+) s to end", place.output(job))[1])  # type: ignore[index]
+    assert 5 <= seconds <= 10
+    finished = [row for row in place.lines("out.jsonl") if "outputs" in row]
+    assert len(finished) > 300, "it has worked for most of its minute"
 
 
 def test_a_job_that_was_cancelled_leaves_nothing_and_the_next_does_the_rest(place: Place) -> None:

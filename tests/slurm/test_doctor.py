@@ -40,7 +40,7 @@ def config(tmp_path: Path) -> str:
 def told(output: str) -> dict[str, tuple[str, str]]:
     """Return the state and the text of each finding that was printed, by its subject."""
     lines = [line for line in output.splitlines() if line.startswith(("ok ", "note ", "problem "))]
-    subjects = ("node", "model", "SLURM", "allocation", "GPUs")
+    subjects = ("nodelist", "node", "model", "SLURM", "allocation", "GPUs")
     known = [f"partition {name}" for name in ("main", "high", "low", "mian")] + [f"{it} on {NODE}" for it in subjects]
     found = {}
     for line in lines:
@@ -115,11 +115,27 @@ def test_a_partition_none_of_whose_nodes_can_be_used_is_a_problem(config: str, s
     slurm_cluster.run("scontrol", "update", "NodeName=n[1-3]", "State=drain", "Reason=test")
     try:
         found = run(config, code=1)
+        by_default = run(config, "--set", "launcher.partition=null", code=1)
     finally:
         slurm_cluster.run("scontrol", "update", "NodeName=n[1-3]", "State=resume")
     assert found["partition main"][0] == "problem"
     assert "3 drained" in found["partition main"][1]
     assert found["partition low"][0] == "note", "nobody wants to go there"
+    assert by_default == found
+
+
+def test_a_node_of_the_nodelist_that_takes_no_jobs_is_told_with_its_reason(
+    config: str, slurm_cluster: SlurmCluster
+) -> None:
+    slurm_cluster.run("scontrol", "update", "NodeName=n1", "State=drain", "Reason=broken fan")
+    try:
+        one = run(config, "--set", "launcher.nodelist=n1", code=1)
+        both = run(config, "--set", "launcher.nodelist='n[1-2]'", "--set", "launcher.partition=mian", code=1)
+    finally:
+        slurm_cluster.run("scontrol", "update", "NodeName=n1", "State=resume")
+    assert one["nodelist"] == ("problem", "n1 is drained (broken fan)")
+    assert one["node"][0] == "note", "no job is tried"
+    assert both["nodelist"] == ("note", "n1 is drained (broken fan); 1 can be used")
 
 
 def test_what_slurm_refuses_is_said_in_its_words(config: str) -> None:

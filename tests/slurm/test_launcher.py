@@ -316,6 +316,45 @@ def test_ctrl_c_while_it_starts_leaves_no_job(slurm_cluster: SlurmCluster, tmp_p
 # ------------------------------------------------------------------------------------------------------ who may come in
 
 
+def test_options_that_a_user_has_set_for_calls_of_their_own_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name, value in {
+        "SQUEUE_STATES": "all", "SQUEUE_FORMAT": "%j", "SCANCEL_STATE": "PENDING", "SRUN_CPUS_PER_TASK": "99",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with echo(1) as service:
+        assert service.generate(["a b"]) == [["a b"]]
+        began = time.monotonic()
+    assert time.monotonic() - began < 30
+    assert "may not have ended" not in caplog.text
+
+
+def test_that_a_job_was_suspended_is_why_it_did_not_move_and_was_ended(
+    slurm_cluster: SlurmCluster, tmp_path: Path
+) -> None:
+    job = Job(name="frozen", command=["sleep", "99"], instance="f" * 32, gpus=0, log=tmp_path / "log")
+    process = SlurmLauncher().launch(job)
+    until(lambda: process.waiting() is None)
+    (number,) = [line.split()[0] for line in slurm_cluster.jobs()]
+    slurm_cluster.run("scontrol", "suspend", number)
+    until(lambda: slurm_cluster.jobs()[0].split()[1] == "SUSPENDED")
+    process.stop(0.0)
+    assert "SLURM says SUSPENDED of its job gserve-frozen-" in str(process.why())
+
+
+def test_slurms_notice_to_all_steps_kills_no_server(slurm_cluster: SlurmCluster) -> None:
+    with echo(1) as service:
+        before = on_node(service)
+        (job,) = [line.split()[0] for line in slurm_cluster.jobs()]
+        slurm_cluster.run("scancel", "--signal=USR1", job)
+        slurm_cluster.run("scancel", "--signal=USR1", "--full", job)
+        time.sleep(0.5)
+        assert service.generate(["a b"]) == [["a b"]]
+        assert on_node(service) == before
+        assert [server.restarts for server in service.status()] == [0]
+
+
 def test_a_server_that_listens_everywhere_wants_its_token_too() -> None:
     with echo(2, host="0.0.0.0") as service:
         assert service.generate(["one two"] * 8) == [["one two"]] * 8
