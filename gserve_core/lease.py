@@ -54,7 +54,9 @@ class Beat(Struct, frozen=True, tag="beat"):
 
 
 class Drain(Struct, frozen=True, tag="drain"):
-    """Finish what you have, take no more, then stop."""
+    """Finish what you have, take no more, then stop. seconds: how long that may take; None: as long as by default."""
+
+    seconds: float | None = None
 
 
 class Stop(Struct, frozen=True, tag="stop"):

@@ -50,7 +50,10 @@ class ServerRecord(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ServiceRecord(Struct, frozen=True, forbid_unknown_fields=True):
-    """A launched service: its owner's process id and that process's start time in clock ticks, and its servers."""
+    """A launched service: its owner's process id and that process's start time in clock ticks, and its servers.
+
+    status: "starting", "ready", "draining", or "failed" if all servers are given up.
+    """
 
     name: str
     pid: int
@@ -60,6 +63,7 @@ class ServiceRecord(Struct, frozen=True, forbid_unknown_fields=True):
     plugins: list[str] = []
     folder: str | None = None
     client_timeout: float | None = None
+    status: str = "ready"
 
     @property
     def is_alive(self) -> bool:

@@ -101,6 +101,7 @@ class Server:
         self._idle = asyncio.Event()
         self._idle.set()
         self._drain = asyncio.Event()
+        self._drain_seconds = DRAIN_SECONDS
         self._is_drain_a_signal = False
         """Whether the lease told to drain because of a signal, which may come to this process too."""
         self._stop = asyncio.Event()
@@ -333,7 +334,7 @@ class Server:
         self._state = "draining"
         idle = asyncio.create_task(self._idle.wait())
         stopped = asyncio.create_task(self._stop.wait())
-        await asyncio.wait([idle, stopped, died], timeout=DRAIN_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([idle, stopped, died], timeout=self._drain_seconds, return_when=asyncio.FIRST_COMPLETED)
         for task in (idle, stopped, died):
             task.cancel()
 
@@ -391,7 +392,8 @@ class Server:
         match message:
             case lease.Stop():
                 self._stop.set()
-            case lease.Drain():
+            case lease.Drain(seconds):
+                self._drain_seconds = DRAIN_SECONDS if seconds is None else seconds
                 self._drain.set()
                 self._is_drain_a_signal = True
 

@@ -26,10 +26,10 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"interfaces"},
     {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "devices", "diagnosis"},
     {"plugins", "nursery"},
-    {"dispatch"},
-    {"client"},
+    {"state"},
+    {"dispatch", "supervisor"},
+    {"client", "pool", "attached"},
     {"server"},
-    {"supervisor"},
     {"service"},
 )
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import

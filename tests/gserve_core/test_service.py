@@ -17,7 +17,7 @@ import pytest
 from gserve import BatchError, ConfigError, GserveError, LaunchError, LLMConfig, ServeConfig, VLLMService
 from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.server import State
+from gserve_core.state import State
 from gserve_core.testing import our_processes
 
 LLM = LLMConfig("m")

@@ -17,7 +17,7 @@ from gserve import BatchError, ItemError, LaunchError, LLMConfig, ServeConfig, V
 from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import ItemLost
-from gserve_core.server import State
+from gserve_core.state import State
 
 LLM = LLMConfig("m", max_model_len=1000)
 
