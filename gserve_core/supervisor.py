@@ -312,7 +312,7 @@ class Supervisor:
     def _take(self, server: _Server, generation: int, report: Report) -> None:
         """Take in what a server's thread has reported."""
         state = self._state(server)
-        if generation != state.generation:
+        if generation != state.generation and not isinstance(report, Released):
             return  # late: another generation has begun
         match report:
             case Ended(why, died):
