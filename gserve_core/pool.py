@@ -154,22 +154,22 @@ class _Session:
     def changed(self, old: ServerState, new: ServerState) -> None:
         self._tell_queue(new)
         if old.usable != new.usable or old.returns != new.returns:
-            self._write_record()
+            self._write_record({**self._published.states, new.name: new})
 
     def _tell_queue(self, state: ServerState) -> None:
         if self.queue is not None:
             self.queue.follow(state)
 
-    def _write_record(self) -> None:
+    def _write_record(self, states: Mapping[str, ServerState]) -> None:
         if self._record is not None and not self._is_closing:
             try:
-                self._record.write(list(self._published.states.values()), is_draining=self._is_draining)
+                self._record.write(list(states.values()), is_draining=self._is_draining)
             except (OSError, GserveError) as error:
                 logger.warning("cannot make known what has become of the service: %s", error)
 
     def draining(self) -> None:
         self._is_draining = True
-        self._write_record()
+        self._write_record(self._published.states)
 
     def keep(self) -> None:
         if self._record is not None and not self._is_closing:

@@ -74,7 +74,7 @@ class Hooks(Protocol):
         """Prepare for the first start; return the folder for logs. Raises GserveError: there can be no start."""
 
     def changed(self, old: ServerState, new: ServerState) -> None:
-        """Take note of a server's new state."""
+        """Take note of a server's new state, which is published next."""
 
     def draining(self) -> None:
         """Take note that no server is restarted from now on."""
@@ -260,11 +260,11 @@ class Supervisor:
         old = self._published.states[new.name]
         if new is old:
             return
-        self._published.publish(new)
         try:
             self._hooks.changed(old, new)
         except Exception:
             logger.exception("cannot pass on the state of %s", new.name)
+        self._published.publish(new)  # last: who has waited for a state finds that all others know it
 
     def _begin(self, names: list[str], number: int) -> None:
         if self._ends is None:
