@@ -4,7 +4,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -190,15 +190,13 @@ class _Session:
             self.queue.dispatcher.close()
 
     def ended(self) -> None:
-        try:
-            if self.queue is not None:
-                self.queue.dispatcher.close()
-            if self._nursery is not None and self._is_open:
-                self._nursery.close()
-        finally:
+        with ExitStack() as left:
             if self._record is not None and self._is_open:
-                with suppress(OSError, GserveError):
-                    self._record.remove()
+                left.callback(self._record.remove)
+            if self._nursery is not None and self._is_open:
+                left.callback(self._nursery.close)
+            if self.queue is not None:
+                left.callback(self.queue.dispatcher.close)
 
 
 class Pool:
@@ -282,7 +280,7 @@ class Pool:
                 return seen.supervisor, False
             if seen is not None and not seen.supervisor.wait_ended(END_SECONDS + MARGIN):
                 raise LaunchError(f"{self._what} has not ended yet: it cannot be started again")
-            session = self._make_session(queue=None if self._make_queue is None else self._make_queue())
+            session = self._new_session()
             with self._lock:  # nothing in here can wait, or be interrupted by a signal handler
                 has_won = self._session is seen
                 if has_won:
@@ -292,6 +290,16 @@ class Pool:
                 continue
             session.supervisor.begin()
             return session.supervisor, True
+
+    def _new_session(self) -> _Session:
+        queue = None
+        try:
+            queue = None if self._make_queue is None else self._make_queue()
+            return self._make_session(queue=queue)
+        except (RuntimeError, OSError) as error:  # no more threads or descriptors, or the interpreter is ending
+            if queue is not None:
+                queue.dispatcher.close()
+            raise LaunchError(f"cannot start {self._what}: {error}") from error
 
     def start(self) -> None:
         """Start all servers unless they run, and wait until `min_ready` of them are ready.

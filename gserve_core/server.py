@@ -331,7 +331,7 @@ class ServerRun:
         except Exception as error:  # a full disk, for one: without a watcher there can be no server
             logger.exception("cannot follow %s", self._program.name)
             end.cause, end.is_ours = f"cannot follow it: {error}", True
-        why = None if is_here or end.is_hung else _why_elsewhere(process)
+        is_told, why = (False, None) if is_here or end.is_hung else _why_elsewhere(process)
         died = not (self._asked_to_stop or end.is_ours or end.error or (why and "memory" not in why))
         self._report(Ended(why or end.cause or (str(end.error) if end.error else "its process ended"), died))
         grace = 0.0 if end.is_hung else STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0
@@ -345,7 +345,8 @@ class ServerRun:
         if self._address is not None:
             with suppress(GserveError, OSError):
                 runtime.remove_token(self._address, self.start.token)
-        why = why or (None if end.is_hung or (is_here and end.cause) else process.why())
+        if not end.is_hung and not (end.cause if is_here else is_told):
+            why = process.why()
         return end.error or diagnosis.exited(
             self._program.name, phase=self._doing() or "serving", cause=why or end.cause, returncode=returncode,
             log=log, since=end.since, kills=end.kills,
@@ -454,14 +455,14 @@ class ServerRun:
         return size
 
 
-def _why_elsewhere(process: Process) -> str | None:
-    """Return why a job has ended whose lease has ended, in its scheduler's words; None if it does not know."""
+def _why_elsewhere(process: Process) -> tuple[bool, str | None]:
+    """Return whether a job whose lease has ended has ended too, and why, if its scheduler knows that."""
     deadline = time.monotonic() + WHY_SECONDS
     while process.poll() is None:
         if time.monotonic() > deadline:
-            return None
+            return False, None
         time.sleep(TICK / 4)
-    return process.why()
+    return True, process.why()
 
 
 class VLLMServer:

@@ -566,3 +566,30 @@ with VLLMService(LLMConfig("m"), ServeConfig(servers=2), engine=EchoEngine()) as
 def test_threads_of_a_forked_process_all_find_the_servers() -> None:
     ended = python(FORKED_THREADS)
     assert ended.stdout == "[]\n[['parent again']]\n", ended.stderr
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_where_all_servers_and_the_nursery_are_killed_at_once_every_call_ends(ends: bool) -> None:
+    before = our_processes()
+    with VLLMService(LLM, TWO, engine=EchoEngine(latency=0.01, capacity=8)) as service:
+        results: list[Any] = []
+
+        def call() -> None:
+            try:
+                results.append(len(service.generate([f"item {index}" for index in range(100)], on_error="return")))
+            except GserveError as error:
+                results.append(error)
+
+        calls = [threading.Thread(target=call) for _ in range(4)]
+        for calling in calls:
+            calling.start()
+        time.sleep(0.2)
+        for pid in new_processes(before):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if ends:
+            service.shutdown()
+        for calling in calls:
+            calling.join(60)
+        assert len(results) == 4
+        assert ends or results == [100] * 4
