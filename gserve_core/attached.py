@@ -117,6 +117,7 @@ class _Following:
         self.is_closing = False
         self._is_drained = False
         self._gone_since: float | None = None
+        self._owner: tuple[int, int] | None = None
         self._orders: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._take(first)
         self._thread = threading.Thread(target=self._run, name="gserve-follow", daemon=True)
@@ -182,12 +183,14 @@ class _Following:
             old.close()
             if self.is_closing:
                 self.dispatcher.close()
+        owner = record.pid, record.started
+        is_same, self._owner = owner == self._owner, owner
         now = {server.name: server for server in record.servers}
         gone = [name for name, server in self.servers.items() if now.get(name) != server]
         if record.status != "failed":
             self.dispatcher.expect(PLACE)
         for name in gone:
-            self.dispatcher.remove(name, f"its owner has lost {name}")
+            self.dispatcher.remove(name, f"its owner has lost {name}", died=is_same)
         for name, server in now.items():
             if self.servers.get(name) != server:
                 connection = self._connect(server)

@@ -187,6 +187,17 @@ def test_a_service_that_is_started_again_under_its_name_is_found(
     until(lambda: told(following).servers == {"server-0": "c"})
 
 
+def test_servers_of_an_owner_that_is_replaced_have_not_died(
+    service: tuple[Attached, int], owners: Callable[[], int]
+) -> None:
+    following, owner = service
+    successor = owners()
+    kill(owner)
+    write(successor, "c", "d")
+    until(lambda: told(following).servers == {"server-0": "c", "server-1": "d"})
+    assert told(following).died == [False, False]
+
+
 def test_what_stays_away_for_too_long_is_lost_and_found_all_the_same(
     service: tuple[Attached, int], owners: Callable[[], int]
 ) -> None:

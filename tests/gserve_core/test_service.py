@@ -415,6 +415,22 @@ def test_a_service_that_nobody_holds_any_more_ends() -> None:
     until(lambda: runtime.read_service("dropped") is None)
 
 
+def test_a_service_that_is_iterated_over_is_held() -> None:
+    before = our_processes()
+
+    def outcomes() -> Iterator[tuple[int, Any]]:
+        service = VLLMService(LLM, engine=EchoEngine(latency=0.01))
+        service.start()
+        return service.generate_iter(["a", "b"] * 50)
+
+    results = outcomes()
+    gc.collect()
+    assert {found[0].text for _, found in results} == {"a", "b"}
+    del results
+    gc.collect()
+    until(lambda: not new_processes(before), 20.0)
+
+
 AT_THE_END = """
 from gserve import LLMConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
