@@ -39,7 +39,8 @@ class Queue:
     ) -> None:
         self._connect = connect
         self._timeout = timeout
-        self._is_watched = is_watched
+        self.is_watched = is_watched
+        """Whether a broken connection may mend, since a server that has died will be removed."""
         self._known: dict[str, tuple[str, bool]] = {}
         self.dispatcher = Dispatcher()
 
@@ -57,7 +58,7 @@ class Queue:
             if state.usable and instance != now[0]:
                 assert state.info is not None
                 self.dispatcher.add(
-                    state.name, self._connect(state), state.info.capacity, self._timeout, is_watched=self._is_watched
+                    state.name, self._connect(state), state.info.capacity, self._timeout, is_watched=self.is_watched
                 )
         self._known[state.name] = now
 
@@ -83,13 +84,14 @@ class Record:
         self._name = name
         self._make = make
         self._last: ServiceRecord | None = None
+        self._is_written = False
 
     def reserve(self) -> None:
         """Take the name. Raises ConfigError: it cannot be one, or a living service has it. Raises GserveError."""
         runtime.check_name(self._name)
         record = self._make([], "starting")
         runtime.write_service(record)
-        self._last = record
+        self._last, self._is_written = record, True
 
     def write(self, states: Sequence[ServerState], *, is_draining: bool) -> None:
         """Write what has changed."""
@@ -100,13 +102,15 @@ class Record:
         )  # fmt: skip
         record = self._make([] if is_draining else ready, status)
         if self._last is not None and record != self._last:
+            self._last, self._is_written = record, False
             runtime.write_service(record)
-            self._last = record
+            self._is_written = True
 
     def keep(self) -> None:
-        """Write the record again if somebody has removed it."""
-        if self._last is not None and runtime.read_service(self._name) is None:
+        """Write the record again if somebody has removed it, or it could not be written."""
+        if self._last is not None and (not self._is_written or runtime.read_service(self._name) is None):
             runtime.write_service(self._last)
+            self._is_written = True
 
     def remove(self) -> None:
         """Remove the record, if it is ours."""
@@ -254,6 +258,7 @@ class Pool:
             return session.queue.dispatcher
         if (queue := self._forked.get(os.getpid())) is None:  # the thread and the connections of ours are not here
             own = self._make_queue()
+            own.is_watched = False  # here nobody hears of a death
             for state in self.states.values():
                 own.follow(replace(state, returns=False))
             queue = self._forked.setdefault(os.getpid(), own)  # whoever is first: threads may come at once
@@ -288,7 +293,11 @@ class Pool:
             if not has_won:
                 session.supervisor.close()
                 continue
-            session.supervisor.begin()
+            try:
+                session.supervisor.begin()
+            except BaseException:
+                session.supervisor.close()
+                raise
             return session.supervisor, True
 
     def _new_session(self) -> _Session:
@@ -310,6 +319,8 @@ class Pool:
         supervisor, is_ours = self._begin()
         if supervisor.has_started:
             return
+        if not supervisor.was_asked:  # this is a signal handler that interrupts the call which is about to
+            supervisor.begin()
         try:
             supervisor.wait_ready()
             supervisor.has_started = True

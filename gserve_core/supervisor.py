@@ -110,7 +110,7 @@ class _Server:
         self.was_ready = False
         self.is_ready = False
         self.was_expected = False
-        """Whether its present end is one of those that narrow down the items servers die of."""
+        """Whether it has died while its items were narrowed down to the one that servers die of."""
         self.due: float | None = None
         self.restarts: deque[tuple[float, bool]] = deque()
         """When it was restarted, and whether that counts for `max_restarts`."""
@@ -162,6 +162,11 @@ class Supervisor:
 
     # --------------------------------------------------------------------------------------------- from anywhere
 
+    @property
+    def was_asked(self) -> bool:
+        """Whether `begin` was called."""
+        return self._asked > 0
+
     def begin(self, names: Iterable[str] | None = None) -> None:
         """Start servers, or some of them; does nothing with those that run."""
         chosen = list(self._servers) if names is None else list(names)
@@ -194,7 +199,7 @@ class Supervisor:
         Raises LaunchError with the cause of every server that failed, if too many did to go on. Raises the failure of
         `Hooks.open`.
         """
-        asked = self._asked
+        asked = max(1, self._asked)
         min_ready = self._min_ready if names is None else len(names)
 
         def is_ready() -> bool:
@@ -224,19 +229,21 @@ class Supervisor:
                 try:
                     act = self._inbox.get(timeout=None if soonest == math.inf else max(0.0, soonest - time.monotonic()))
                 except queue.Empty:
-                    act = self._do_due
-                try:
-                    act()
-                except Exception:
-                    logger.exception("the supervisor failed at a step")
+                    self._try(self._do_due)
+                else:
+                    self._try(act)
+                    self._try(self._do_due)  # also while messages never cease
         finally:
-            try:
-                self._give_up_waiting()
-                self._hooks.ended()
-            except Exception:
-                logger.exception("the supervisor failed at its end")
+            self._try(self._give_up_waiting)
+            self._try(self._hooks.ended)
             self.is_closing = self.has_ended = True
             self._published.wake()
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception:
+            logger.exception("the supervisor failed at a step")
 
     def _is_over(self) -> bool:
         return self._ends is not None and (
@@ -267,10 +274,12 @@ class Supervisor:
         self._published.publish(new)  # last: who has waited for a state finds that all others know it
 
     def _begin(self, names: list[str], number: int) -> None:
-        if self._ends is None:
-            self._begin_some(names)
-        self._answered = number
-        self._published.wake()
+        try:
+            if self._ends is None:
+                self._begin_some(names)
+        finally:
+            self._answered = max(self._answered, number)
+            self._published.wake()
 
     def _begin_some(self, names: list[str]) -> None:
         if self._logs is None:
@@ -410,7 +419,8 @@ class Supervisor:
         server.due, server.is_wanted = None, False
         state = self._state(server)
         if server.run is None:
-            self._publish(state.stopped())
+            if self._logs is not None:  # else nothing was started: the states are those of another supervisor
+                self._publish(state.stopped())
             return
         server.is_stopping = True
         if server.is_gone:
@@ -430,7 +440,7 @@ class Supervisor:
 
     def _close(self, drain: float | None) -> None:
         self.is_closing = True
-        self._hooks.closing(drain)
+        self._try(lambda: self._hooks.closing(drain))
         ends = time.monotonic() + END_SECONDS + (drain or 0.0)
         self._ends = min(self._ends or math.inf, ends)
         for server in self._servers.values():

@@ -29,13 +29,14 @@ class Told:
 
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
-        self.is_closed = False
+        self.is_closed = self.is_watched = False
 
     def expect(self, key: str) -> None:
         self.told.append(("expect", key))
 
     def add(self, key: str, connection: Any, capacity: int, timeout: float | None, *, is_watched: bool = False) -> None:
         self.told.append(("add", key, connection))
+        self.is_watched = is_watched
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
         self.told.append(("remove", key, why, returns, died))
@@ -157,6 +158,40 @@ def test_starts_and_ends_from_many_threads_end(dispatchers: list[Told]) -> None:
     pool.close()
     assert {state.state for state in pool.states.values()} == {State.STOPPED}
     assert all(dispatcher.is_closed for dispatcher in dispatchers)
+
+
+def test_all_who_start_it_at_once_find_it_started() -> None:
+    pool = pool_of(FakeProgram(0), FakeProgram(1))
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(30):
+            for act in [threads.submit(pool.start) for _ in range(4)]:
+                act.result(30)
+            assert [state.state for state in pool.states.values()] == [State.READY] * 2
+            pool.close()
+
+
+def test_a_forked_process_has_a_queue_of_its_own_and_ends_no_server(
+    dispatchers: list[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool = pool_of(FakeProgram(0), FakeProgram(1))
+    pool.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: 1)
+        with ThreadPoolExecutor(8) as threads:
+            seen = list(threads.map(lambda _: pool.dispatcher, range(8)))
+        (own,) = {id(it): it for it in seen}.values()
+        assert isinstance(own, Told)
+        assert own.told == [("add", "server-0", "instance-1"), ("add", "server-1", "instance-1")]
+        assert (dispatchers[0].is_watched, own.is_watched) == (True, False)
+        assert all(it.is_closed for it in dispatchers if it not in (own, dispatchers[0]))
+        with pytest.raises(GserveError, match="this process was forked from the one that started the service"):
+            pool.begin()
+        pool.ask_to_close()
+        pool.close()
+        assert own.is_closed
+        assert pool.dispatcher is None
+    assert not dispatchers[0].is_closed
+    assert [state.state for state in pool.states.values()] == [State.READY] * 2
 
 
 def test_nothing_of_an_earlier_start_is_kept(dispatchers: list[Told]) -> None:
