@@ -40,8 +40,9 @@ class State(StrEnum):
 class ServerState:
     """All that is known of a server.
 
-    phase: what it does while it is not ready. failure: why its last generation ended, until the next one is ready.
-    log: the path of its log. restarts: how often it was started again in the last ten minutes.
+    phase: what it does while it is not ready; if it failed, why it is not restarted. failure: why its last generation
+    ended, until the next one is ready; error is its text. log: the path of its log. restarts: how often it was
+    restarted in the last ten minutes.
 
     generation: how often it has been started. returns: it is on its way to ready, now or after its cleanup. finishing:
     it takes no more items, and finishes those it has. died: its process died, or hung, by itself; the items it was
