@@ -42,10 +42,23 @@ class Queue:
         self.is_watched = is_watched
         """Whether a broken connection may mend, since a server that has died will be removed."""
         self._known: dict[str, tuple[str, bool]] = {}
+        self._is_closed = False
         self.dispatcher = Dispatcher()
+
+    def close(self) -> None:
+        """Close the dispatcher. Idempotent.
+
+        Who waits for the supervisor does this before: in a signal handler, the call that it has interrupted may have
+        what another thread would need for it.
+        """
+        if not self._is_closed:
+            self._is_closed = True
+            self.dispatcher.close()
 
     def follow(self, state: ServerState) -> None:
         """Pass a server's new state on to the dispatcher."""
+        if self._is_closed:
+            return
         instance, returns = self._known.get(state.name, ("", False))
         now = (state.instance if state.works else "", state.works or state.returns)
         with suppress(TransportError):  # closed meanwhile
@@ -191,7 +204,7 @@ class _Session:
             self.draining()
         self._is_closing = True  # to other processes the servers stay what they were, until the record is removed
         if self.queue is not None and drain is None:
-            self.queue.dispatcher.close()
+            self.queue.close()
 
     def ended(self) -> None:
         with ExitStack() as left:
@@ -200,7 +213,7 @@ class _Session:
             if self._nursery is not None and self._is_open:
                 left.callback(self._nursery.close)
             if self.queue is not None:
-                left.callback(self.queue.dispatcher.close)
+                left.callback(self.queue.close)
 
 
 class Pool:
@@ -263,7 +276,7 @@ class Pool:
                 own.follow(replace(state, returns=False))
             queue = self._forked.setdefault(os.getpid(), own)  # whoever is first: threads may come at once
             if queue is not own:
-                own.dispatcher.close()
+                own.close()
         return queue.dispatcher
 
     def begin(self) -> None:
@@ -307,7 +320,7 @@ class Pool:
             return self._make_session(queue=queue)
         except (RuntimeError, OSError) as error:  # no more threads or descriptors, or the interpreter is ending
             if queue is not None:
-                queue.dispatcher.close()
+                queue.close()
             raise LaunchError(f"cannot start {self._what}: {error}") from error
 
     def start(self) -> None:
@@ -383,7 +396,7 @@ class Pool:
         if self.is_foreign:
             self._session = None
             if (queue := self._forked.pop(os.getpid(), None)) is not None:
-                queue.dispatcher.close()
+                queue.close()
             return
         if drain is not None:
             self.drain("it was told to end")
@@ -392,7 +405,7 @@ class Pool:
     def _close(self, supervisor: Supervisor, drain: float | None) -> None:
         session = self._session
         if drain is None and session is not None and session.supervisor is supervisor and session.queue is not None:
-            session.queue.dispatcher.close()  # here: an interrupted call of this thread may hold what it needs
+            session.queue.close()
         supervisor.close(drain)
         if not supervisor.wait_ended(END_SECONDS + MARGIN + (drain or 0.0)):
             logger.error("%s has not ended yet: leaving it", self._what)
