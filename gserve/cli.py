@@ -620,7 +620,8 @@ def _show_phases(service: "VLLMService", starting: Future[None]) -> None:
     with console.status("starting") if console.is_terminal else nullcontext() as status:
         while not wait([starting], TICK).done:
             servers = [server for server in service.status() if server.state != "stopped"]
-            doing = {it.name: it.phase or it.state if it.state == "starting" else it.state for it in servers}
+            starting_ones = ("queued", "starting")
+            doing = {it.name: it.phase or it.state if it.state in starting_ones else it.state for it in servers}
             if status is not None:
                 status.update(Text("\n  ".join(f"{name}: {phase}" for name, phase in doing.items())))
             else:

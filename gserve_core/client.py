@@ -111,7 +111,7 @@ class Inference:
         """
         flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         items = self._conversations(conversations, sampling_params, **flags)
-        return _outcomes(self._dispatcher(), items, _checked(deadline))
+        return self._kept(_outcomes(self._dispatcher(), items, _checked(deadline)))
 
     def generate_iter(
         self, prompts: Iterable[Any], sampling_params: Any = None, *, deadline: float | None = None
@@ -120,7 +120,12 @@ class Inference:
 
         Prompts are read as they are worked off. Closing the iterator early cancels the rest.
         """
-        return _outcomes(self._dispatcher(), self._prompts(prompts, sampling_params), _checked(deadline))
+        items = self._prompts(prompts, sampling_params)
+        return self._kept(_outcomes(self._dispatcher(), items, _checked(deadline)))
+
+    def _kept(self, outcomes: Iterator[tuple[int, Outcome]]) -> Iterator[tuple[int, Outcome]]:
+        """Yield what there is: who iterates keeps this object alive, and its servers with it."""
+        yield from outcomes
 
     async def chat_async(
         self,

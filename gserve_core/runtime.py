@@ -76,8 +76,9 @@ class ServerRecord(Struct, frozen=True):
 class ServiceRecord(Struct, frozen=True):
     """A launched service: its owner's process id and that process's start time in clock ticks, and its servers.
 
-    Another version of gserve may write more fields. status: "starting", "ready" or "draining". id: tells services of
-    one process apart. machine: where the process id counts; None in records of older versions.
+    Another version of gserve may write more fields. status: "starting", "ready", "draining", or "failed" if all servers
+    are given up. id: tells services of one process apart. machine: where the process id counts; None in records of
+    older versions.
     """
 
     name: str

@@ -1,194 +1,480 @@
-"""What keeps the servers of a service running: it starts them, and starts again what dies or hangs."""
+"""The supervisor: it alone writes the states of a pool's servers. It starts them, and restarts those that die.
 
+Everybody else sends it messages: the threads of the servers report, callers ask for a start or an end. It works them
+off in order, in one thread, and publishes each new state before the next. It never waits for a server.
+"""
+
+import itertools
 import logging
+import math
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
-from .errors import LaunchError
-from .server import TICK, ServerStatus, State, VLLMServer
+from .errors import GserveError, LaunchError
+from .state import BEGINNING, Ended, Gone, Published, Ready, Released, Report, ServerState, Start
 
 WINDOW = 600.0
-"""Seconds in which `max_restarts` are counted."""
+"""Time in which `max_restarts` are counted, in seconds."""
 BACK_OFF = 0.5, 30.0
-"""Seconds before a server is started again that has died twice in a row and finished nothing: then doubled, up to."""
+"""First and maximum restart delay, in seconds.
+
+Applies from the second death in a row without a finished item, and from the first start that fails; doubles each time.
+"""
+END_SECONDS = 90.0
+"""Maximum time for all servers to end, cleanup included, in seconds. It is counted after the time for a drain."""
+KEEP_SECONDS = 2.0
+"""Time between two calls of `Hooks.keep`, in seconds."""
+AGAIN = "waiting to be started again"
+"""The phase of a server that is to be restarted."""
 
 logger = logging.getLogger("gserve.supervisor")
 
 
-class _Life:
-    """How a server has fared."""
+class Run(Protocol):
+    """One generation of a server. Its thread reports how it fares; none of the methods waits."""
 
-    def __init__(self) -> None:
+    start: Start
+
+    def stop(self, drain: float | None = None) -> None:
+        """End the server: at once, or when it has finished what it has, within `drain` seconds."""
+
+    def release(self) -> None:
+        """Keep nothing of the ended server for its next generation; report Released once that is so."""
+
+
+class Program(Protocol):
+    """What can be started again and again."""
+
+    @property
+    def name(self) -> str:
+        """The server's name."""
+
+    @property
+    def host(self) -> str:
+        """The host that the server is told to listen on."""
+
+    @property
+    def port(self) -> int | None:
+        """The port that the server is told to listen on; None: any that is free."""
+
+    def begin(self, logs: Path, report: Callable[[Report], object], previous: Run | None) -> Run:
+        """Begin another generation in a thread of its own, which launches it. Does not wait."""
+
+
+class Hooks(Protocol):
+    """What a pool does besides. Called from the supervisor's thread, so none of these may wait for long."""
+
+    def open(self) -> Path:
+        """Prepare for the first start; return the folder for logs. Raises GserveError: there can be no start."""
+
+    def changed(self, old: ServerState, new: ServerState) -> None:
+        """Take note of a server's new state, which is published next."""
+
+    def draining(self) -> None:
+        """Take note that no server is restarted from now on."""
+
+    def keep(self) -> None:
+        """Repair what others may have removed."""
+
+    def finished(self, name: str) -> int:
+        """Return how many items a server has finished in this generation."""
+
+    def is_narrowing(self, name: str) -> bool:
+        """Return whether a server's items are among those that servers may die of, so that its death was expected."""
+
+    def closing(self, drain: float | None) -> None:
+        """Take note that all servers are about to end."""
+
+    def ended(self) -> None:
+        """Release the rest, now that all servers have ended."""
+
+
+class _Server:
+    """What the supervisor needs to know of a server, besides its state."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.run: Run | None = None
+        self.is_gone = False
+        """Whether the run has ended and is cleaned up after; what its launcher keeps is not released yet."""
+        self.is_releasing = False
+        self.is_stopping = False
+        self.is_wanted = False
+        """Whether it is to be started once its end is over."""
         self.was_ready = False
-        self.is_given_up = False
-        self.restarts: deque[float] = deque()
+        self.is_ready = False
+        self.was_expected = False
+        """Whether it has died while its items were narrowed down to the one that servers die of."""
+        self.due: float | None = None
+        self.restarts: deque[tuple[float, bool]] = deque()
+        """When it was restarted, and whether that counts for `max_restarts`."""
         self.useless = 0
-        """How often in a row it has ended without having finished anything."""
+        """How often in a row it has ended without having finished an item."""
+        self.failed_starts = 0
 
 
 class Supervisor:
-    """Looks after servers, in a thread of its own.
+    """Looks after servers in a thread of its own, from its making to `close`. Its methods may be called from anywhere.
 
-    `on_ready(server)` and `on_lost(server, why, returns)` are called from that thread, and from `start`; `finished`
-    tells how many items a server has finished in its present life.
+    They only send a message, and so take no lock: from a signal handler and a finalizer too.
     """
 
     def __init__(
         self,
-        servers: Sequence[VLLMServer],
-        max_restarts: int,
+        programs: Sequence[Program],
+        published: Published,
+        hooks: Hooks,
         *,
-        on_ready: Callable[[VLLMServer], object],
-        on_lost: Callable[[VLLMServer, str, bool], object],
-        finished: Callable[[VLLMServer], int],
+        max_restarts: int = 0,
+        min_ready: int | None = None,
+        what: str = "the service",
     ) -> None:
-        self._servers = servers
+        self._servers = {program.name: _Server(program) for program in programs}
+        self._published = published
+        self._hooks = hooks
         self._max_restarts = max_restarts
-        self._on_ready = on_ready
-        self._on_lost = on_lost
-        self._finished = finished
-        self._lives = {server: _Life() for server in servers}
-        self._due: dict[VLLMServer, float] = {}
-        self._news: queue.SimpleQueue[VLLMServer | None] = queue.SimpleQueue()
+        self._min_ready = len(programs) if min_ready is None else min_ready
+        self._what = what
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._logs: Path | None = None
-        self._min_ready = len(servers)
-        self._stopping = False
-        self._draining = False
-        self._changed = threading.Condition()
-        for server in servers:
-            server.on_change(lambda server=server: self._news.put(server))  # type: ignore[misc]
+        self._is_draining = False
+        self._ends: float | None = None
+        self._keep_at = math.inf
+        self.is_closing = False
+        """Whether `close` was called."""
+        self.has_ended = False
+        """Whether all is over."""
+        self.has_started = False
+        """Whether `min_ready` servers have been ready."""
+        self.failure: Exception | None = None
+        """Why no server could be started at all."""
+        self._numbers = itertools.count(1)
+        self._asked = self._answered = 0
+        """The last order to start servers, and the last one that was carried out."""
         self._thread = threading.Thread(target=self._run, name="gserve-supervisor", daemon=True)
-
-    def start(self, logs: Path, min_ready: int) -> None:
-        """Start all servers at once; return when `min_ready` of them are ready: the others come later.
-
-        Raises LaunchError with the cause of every server that failed, where too many did to go on.
-        """
-        self._logs, self._min_ready = logs, min_ready
-        for server in self._servers:
-            server.begin(logs)
         self._thread.start()
-        with self._changed:
-            while (ready := sum(life.was_ready for life in self._lives.values())) < min_ready:
-                failed = [server for server, life in self._lives.items() if life.is_given_up]
-                if len(self._servers) - len(failed) < min_ready:
-                    raise _failure(failed)
-                if self._stopping:
-                    raise LaunchError("the service was shut down while it started")
-                self._changed.wait(TICK)
-        if ready < len(self._servers):
-            logger.info("%d of %d servers are ready, the others follow", ready, len(self._servers))
+
+    # --------------------------------------------------------------------------------------------- from anywhere
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether `begin` was called."""
+        return self._asked > 0
+
+    def begin(self, names: Iterable[str] | None = None) -> None:
+        """Start servers, or some of them; does nothing with those that run."""
+        chosen = list(self._servers) if names is None else list(names)
+        self._asked = number = next(self._numbers)
+        self._inbox.put(lambda: self._begin(chosen, number))
+
+    def stop(self, name: str) -> None:
+        """End one server, which is not restarted."""
+        self._inbox.put(lambda: self._stop(self._servers[name], None))
 
     def drain(self) -> None:
-        """Start nothing any more: a server that ends from now on has ended."""
-        self._draining = True
+        """Restart nothing from now on."""
+        self._inbox.put(self._drain)
 
-    def stop(self) -> None:
-        """Start nothing any more, and end all servers. Idempotent."""
-        self._stopping = True
-        self._news.put(None)
-        for server in self._servers:
-            server.ask_to_stop()
-        if self._thread.is_alive():
-            self._thread.join()
-        for server in self._servers:  # again: one may have been started meanwhile
-            server.ask_to_stop()
-        for server in self._servers:
-            server.wait_stopped()
+    def close(self, drain: float | None = None) -> None:
+        """End all servers, at once or when they have finished what they have, within `drain` seconds; then the thread.
 
-    def status(self, server: VLLMServer) -> ServerStatus:
-        """Return what is known of a server now: one that is to be started again is starting already."""
-        life, status = self._lives[server], server.status()
-        status = replace(status, restarts=len(life.restarts))
-        if status.state == State.FAILED and life.was_ready and not life.is_given_up and not self._stopping:
-            return replace(status, state=State.STARTING, phase="waiting to be started again")
-        return status
+        Idempotent; the earlier end counts.
+        """
+        self.is_closing = True
+        self._inbox.put(lambda: self._close(drain))
+
+    def wait_ended(self, seconds: float) -> bool:
+        """Wait until all is over, after `close`; return False if it is not within some seconds."""
+        return self._published.wait(lambda: self.has_ended, seconds)
+
+    def wait_ready(self, seconds: float = math.inf, names: Sequence[str] | None = None) -> bool:
+        """Wait until `min_ready` servers, or those that are named, are ready; return False if not within some seconds.
+
+        Raises LaunchError with the cause of every server that failed, if too many did to go on. Raises the failure of
+        `Hooks.open`.
+        """
+        asked = max(1, self._asked)
+        min_ready = self._min_ready if names is None else len(names)
+
+        def is_ready() -> bool:
+            if self.failure is not None:
+                raise self.failure
+            if self.is_closing or self.has_ended:
+                raise LaunchError(f"{self._what} was shut down while it started")
+            if self._answered < asked:
+                return False
+            states = [self._published.states[name] for name in names or self._servers]
+            if sum(state.usable for state in states) >= min_ready:
+                return True
+            over = [state for state in states if state.is_over]
+            if len(states) - len(over) < min_ready:
+                raise failure_of(over)
+            return False
+
+        return self._published.wait(is_ready, seconds)
+
+    # ------------------------------------------------------------------------------------ in the supervisor's thread
 
     def _run(self) -> None:
-        while not self._stopping:
-            soonest = min(self._due.values(), default=None)
-            try:
-                server = self._news.get(timeout=None if soonest is None else max(0.0, soonest - time.monotonic()))
-            except queue.Empty:
-                server = None
-            try:
-                if server is not None:
-                    self._look_at(server)
-                for due in [due for due, when in self._due.items() if when <= time.monotonic()]:
-                    del self._due[due]
-                    if not self._stopping:
-                        self._restart(due)
-            except Exception:
-                logger.exception("the supervisor failed at %s", server.name if server else "a restart")
+        try:
+            while not self._is_over():
+                due = [server.due for server in self._servers.values() if server.due is not None]
+                soonest = min([*due, self._keep_at, self._ends or math.inf])
+                try:
+                    act = self._inbox.get(timeout=None if soonest == math.inf else max(0.0, soonest - time.monotonic()))
+                except queue.Empty:
+                    self._try(self._do_due)
+                else:
+                    self._try(act)
+                    self._try(self._do_due)  # also while messages never cease
+        finally:
+            self._try(self._give_up_waiting)
+            self._try(self._hooks.ended)
+            self.is_closing = self.has_ended = True
+            self._published.wake()
 
-    def _look_at(self, server: VLLMServer) -> None:
-        """Follow a server that has become ready, or has ended."""
-        life, status = self._lives[server], server.status()
-        if status.state == State.READY:
-            with self._changed:
-                life.was_ready = True
-                self._on_ready(server)
-                self._changed.notify_all()
-        elif self._stopping:
-            return
-        elif status.state == State.FAILED:
-            self._lost(server, life, status.error or "it failed")
-        elif status.state == State.STOPPED:
-            self._give_up(server, life, f"{server.name} was stopped")
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception:
+            logger.exception("the supervisor failed at a step")
 
-    def _lost(self, server: VLLMServer, life: _Life, why: str) -> None:
-        """Decide what becomes of a server that has failed."""
+    def _is_over(self) -> bool:
+        return self._ends is not None and (
+            time.monotonic() >= self._ends or all(server.run is None for server in self._servers.values())
+        )
+
+    def _do_due(self) -> None:
         now = time.monotonic()
-        while life.restarts and now - life.restarts[0] > WINDOW:
-            life.restarts.popleft()
-        life.useless = 0 if self._finished(server) else life.useless + 1
-        cause = why.splitlines()[0]
-        if not life.was_ready:
-            if self._min_ready < len(self._servers):  # else `start` raises it
-                logger.error("%s", why)
-            self._give_up(server, life, cause)
-        elif server.left:
-            stuck = f"it has left processes that cannot be killed: {', '.join(map(str, server.left))}"
-            logger.error("%s is given up: %s", server.name, stuck)
-            self._give_up(server, life, f"{cause}; {stuck}")
-        elif self._draining:
-            self._give_up(server, life, cause)
-        elif len(life.restarts) >= self._max_restarts:
-            enough = f"it was started again {len(life.restarts)} times in ten minutes (max_restarts)"
-            logger.error("%s is given up: %s", server.name, enough)
-            self._give_up(server, life, f"{cause}; {enough}")
-        else:
-            self._on_lost(server, cause, True)
-            life.restarts.append(now)
-            wait = 0.0 if life.useless < 2 else min(BACK_OFF[0] * 2.0 ** (life.useless - 2), BACK_OFF[1])
-            logger.warning("%s is started again%s", server.name, f" in {wait:g} s" if wait else "")
-            self._due[server] = now + wait
+        if now >= self._keep_at:
+            self._keep_at = now + KEEP_SECONDS
+            self._hooks.keep()
+        for server in self._servers.values():
+            if server.due is not None and server.due <= now:
+                server.due = None
+                self._launch(server)
 
-    def _give_up(self, server: VLLMServer, life: _Life, why: str) -> None:
-        server.release()
-        with self._changed:
-            life.is_given_up = True
-            self._on_lost(server, why, False)
-            self._changed.notify_all()
+    def _state(self, server: _Server) -> ServerState:
+        return self._published.states[server.program.name]
 
-    def _restart(self, server: VLLMServer) -> None:
-        if self._draining:
-            self._give_up(server, self._lives[server], f"{server.name} is not started again: the service is ending")
+    def _publish(self, new: ServerState) -> None:
+        old = self._published.states[new.name]
+        if new is old:
             return
         try:
-            server.begin(self._logs)
-        except Exception as error:
-            self._lost(server, self._lives[server], str(error))
+            self._hooks.changed(old, new)
+        except Exception:
+            logger.exception("cannot pass on the state of %s", new.name)
+        self._published.publish(new)  # last: who has waited for a state finds that all others know it
+
+    def _begin(self, names: list[str], number: int) -> None:
+        try:
+            if self._ends is None:
+                self._begin_some(names)
+        finally:
+            self._answered = max(self._answered, number)
+            self._published.wake()
+
+    def _begin_some(self, names: list[str]) -> None:
+        if self._logs is None:
+            try:
+                self._logs = self._hooks.open()
+            except Exception as error:
+                self.failure = error if isinstance(error, GserveError) else LaunchError(f"cannot start: {error}")
+                self._close(None)
+                return
+            self._keep_at = time.monotonic() + KEEP_SECONDS
+        for server in (self._servers[name] for name in names):
+            if server.is_stopping or server.is_releasing:
+                server.is_wanted = True
+                self._publish(self._state(server).queued(BEGINNING))
+            elif server.run is None:
+                self._launch(server)
+
+    def _launch(self, server: _Server) -> None:
+        """Begin another generation of a server."""
+        assert self._logs is not None
+        if self._is_draining:
+            self._give_up(server, None, f"{server.program.name} is not started again: the service is ending")
+            return
+        state, program = self._state(server), server.program
+        previous, generation = server.run, state.generation + 1
+        server.is_gone = server.is_ready = server.was_expected = False
+
+        def report(report: Report) -> None:
+            self._inbox.put(lambda: self._take(server, generation, report))
+
+        try:
+            server.run = program.begin(self._logs, report, previous)
+        except Exception as error:  # there can be no more threads, for one
+            self._publish(state.begun(Start(), program.host, program.port))
+            self._gone(server, Gone(LaunchError(f"cannot start {program.name}: {error}")))
+            return
+        self._publish(state.begun(server.run.start, program.host, program.port))
+
+    def _take(self, server: _Server, generation: int, report: Report) -> None:
+        """Take in what a server's thread has reported."""
+        state = self._state(server)
+        if generation != state.generation and not isinstance(report, Released):
+            return  # late: another generation has begun
+        match report:
+            case Ended(why, died):
+                self._ended(server, state, why, died)
+            case Gone():
+                self._gone(server, report)
+            case Released():
+                self._released(server)
+            case _:
+                self._publish(state.after(report))
+                if isinstance(report, Ready) and self._state(server).usable:
+                    server.was_ready = server.is_ready = True
+                    server.failed_starts = 0
+
+    def _ended(self, server: _Server, state: ServerState, why: str, died: bool) -> None:
+        """Publish an end at once, so that the items go to other servers; the cleanup follows."""
+        if server.is_stopping:
+            self._publish(state.draining("ending"))
+            return
+        name = server.program.name
+        died = died and state.usable
+        if state.usable:
+            server.was_expected = died and self._hooks.is_narrowing(name)
+            if not server.was_expected:
+                server.useless = 0 if self._hooks.finished(name) else server.useless + 1
+        self._publish(state.draining(f"cleaning up: {why}", returns=True, died=died))
+
+    def _gone(self, server: _Server, report: Gone) -> None:
+        """Decide what becomes of a server that has ended, and has been cleaned up after."""
+        server.is_gone = True
+        if server.is_stopping or report.failure is None:
+            self._release(server)
+            return
+        name, failure = server.program.name, report.failure
+        self._publish(replace(self._state(server), left=report.left, failure=failure))
+        if server.is_ready and self._state(server).usable:  # no end was reported before
+            self._ended(server, self._state(server), _first_line(failure), died=False)
+        if server.is_ready:
+            logger.error("%s", failure)
+        else:
+            server.failed_starts += 1
+        now = time.monotonic()
+        while server.restarts and now - server.restarts[0][0] > WINDOW:
+            server.restarts.popleft()
+        counted = sum(counts for _, counts in server.restarts)
+        if not server.was_ready:
+            self._give_up(server, failure, None)
+        elif report.left:
+            self._give_up(
+                server, failure, f"it has left processes that cannot be killed: {', '.join(map(str, report.left))}"
+            )
+        elif self._is_draining:
+            self._give_up(server, failure, None)
+        elif counted >= self._max_restarts and not server.was_expected:
+            enough = f"it was started again {counted} times in ten minutes (max_restarts)"
+            self._give_up(server, failure, enough if self._max_restarts else None)
+        else:
+            server.restarts.append((now, not server.was_expected))
+            wait = _delay(server)
+            why = "" if server.is_ready else f": {_first_line(failure)}"
+            logger.warning("%s is started again%s%s", name, f" in {wait:g} s" if wait else "", why)
+            self._publish(replace(self._state(server).queued(AGAIN), restarts=len(server.restarts)))
+            server.due = now + wait
+
+    def _give_up(self, server: _Server, failure: GserveError | None, why: str | None) -> None:
+        """Publish that a server has ended for good, and have nothing kept of it."""
+        state = self._state(server)
+        failure = failure or state.failure or LaunchError(why or f"{server.program.name} has ended")
+        if why:
+            logger.error("%s is given up: %s", server.program.name, why)
+        elif not server.was_ready and self._min_ready < len(self._servers):  # else `wait_ready` raises it
+            logger.error("%s", failure)
+        self._publish(state.failed(failure, why))
+        self._release(server)
+
+    def _release(self, server: _Server) -> None:
+        if server.run is None:
+            self._released(server)
+        elif not server.is_releasing:
+            server.is_releasing = True
+            server.run.release()
+
+    def _released(self, server: _Server) -> None:
+        """Take note that nothing is left of a server's generation."""
+        is_wanted, was_stopped = server.is_wanted, server.is_stopping
+        server.run = None
+        server.is_gone = server.is_releasing = server.is_stopping = server.is_wanted = False
+        if not is_wanted and (was_stopped or not self._state(server).is_over):
+            self._publish(self._state(server).stopped())
+        if is_wanted and self._ends is None:
+            self._launch(server)
+
+    def _stop(self, server: _Server, drain: float | None) -> None:
+        """End a server, which is not restarted."""
+        server.due, server.is_wanted = None, False
+        state = self._state(server)
+        if server.run is None:
+            if self._logs is not None:  # else nothing was started: the states are those of another supervisor
+                self._publish(state.stopped())
+            return
+        server.is_stopping = True
+        if server.is_gone:
+            self._release(server)
+            return
+        is_finishing = drain is not None and state.works
+        self._publish(state.draining("finishing what it has" if is_finishing else "ending", finishing=is_finishing))
+        server.run.stop(drain if is_finishing else None)
+
+    def _drain(self) -> None:
+        self._is_draining = True
+        self._hooks.draining()
+        for server in self._servers.values():
+            if server.due is not None:
+                server.due = None
+                self._launch(server)  # which gives it up
+
+    def _close(self, drain: float | None) -> None:
+        self.is_closing = True
+        self._try(lambda: self._hooks.closing(drain))
+        ends = time.monotonic() + END_SECONDS + (drain or 0.0)
+        self._ends = min(self._ends or math.inf, ends)
+        for server in self._servers.values():
+            self._stop(server, drain)
+
+    def _give_up_waiting(self) -> None:
+        for server in self._servers.values():
+            if server.run is not None:
+                late = LaunchError(
+                    f"{server.program.name} did not end within {END_SECONDS:g} s", log=self._state(server).log
+                )
+                logger.error("%s", late)
+                server.run = None
+                self._publish(self._state(server).failed(late))
 
 
-def _failure(servers: Sequence[VLLMServer]) -> LaunchError:
-    """Return one error with the causes of all of `servers`."""
-    errors = [server.error or LaunchError(f"{server.name} was stopped while it started") for server in servers]
-    if len(errors) == 1:
-        return errors[0]
-    return LaunchError("\n".join(dict.fromkeys(map(str, errors))), log=errors[0].log)
+def _delay(server: _Server) -> float:
+    """Return for how many seconds a restart is put off."""
+    steps = max(server.useless - 1, server.failed_starts)
+    return 0.0 if steps < 1 else min(BACK_OFF[0] * 2.0 ** min(steps - 1, 30), BACK_OFF[1])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def failure_of(states: Sequence[ServerState]) -> Exception:
+    """Return one error with the causes of all servers that have ended."""
+    errors: list[GserveError] = [
+        state.failure or LaunchError(f"{state.name} was stopped while it started", log=state.log) for state in states
+    ]
+    other = next((error for error in errors if not isinstance(error, LaunchError)), None)
+    if len(errors) == 1 or other is not None:
+        return other or errors[0]
+    first = errors[0]
+    log = first.log if isinstance(first, LaunchError) else None
+    return LaunchError("\n".join(dict.fromkeys(map(str, errors))), log=log)

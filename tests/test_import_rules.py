@@ -28,13 +28,14 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"folders"},
     {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "devices", "diagnosis"},
     {"plugins", "nursery"},
+    {"state"},
+    {"supervisor"},
     {"batch"},
     {"batch.item_queue"},
     {"batch.items", "batch.dispatcher"},
     {"batch.batch"},
-    {"client"},
+    {"client", "pool", "attached"},
     {"server"},
-    {"supervisor"},
     {"service"},
 )
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import

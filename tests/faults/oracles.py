@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self
 import psutil
 
 from gserve import ItemError, VLLMServer, VLLMService
-from gserve_core.server import State
+from gserve_core.state import State
 from gserve_core.testing import RUN_VARIABLE
 
 ID = b"GSERVE_ID="

@@ -13,7 +13,7 @@ import pytest
 from gserve import BatchError, GserveError, ItemLost, LLMConfig, ServeConfig, VLLMService
 from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.server import State
+from gserve_core.state import State
 
 LLM = LLMConfig("m")
 PROMPTS = [f"item {index}" for index in range(200)]

@@ -31,7 +31,8 @@ from gserve import (
 from gserve.log_utils import setup_logging
 from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.server import State, pinning
+from gserve_core.server import pinning
+from gserve_core.state import State
 from gserve_core.testing import our_processes
 from gserve_launchers.local import SubprocessLauncher
 
@@ -330,6 +331,7 @@ def test_a_runtime_folder_that_goes_bad_later_ends_the_server(tmp_path: Path, mo
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     server = VLLMServer(LLM, engine=EchoEngine())
     server.begin()
+    until((tmp_path / "gserve").exists)
     (tmp_path / "gserve").chmod(0o755)
     with pytest.raises(ServerExited, match="must be a folder of yours alone"):
         server.wait_ready()

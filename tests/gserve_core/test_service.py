@@ -1,24 +1,41 @@
 """`VLLMService`: its life, what is left of it, and services that other processes use."""
 
+import gc
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gserve import BatchError, ConfigError, GserveError, LaunchError, LLMConfig, ServeConfig, VLLMService
+from gserve import (
+    BatchError,
+    ConfigError,
+    GserveError,
+    ItemError,
+    ItemLost,
+    Job,
+    LaunchError,
+    LLMConfig,
+    ServeConfig,
+    VLLMService,
+)
 from gserve_core import devices, runtime
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.server import State
+from gserve_core.interfaces import Process
+from gserve_core.state import State
 from gserve_core.testing import our_processes
+from gserve_launchers.local import SubprocessLauncher
 
 LLM = LLMConfig("m")
 TWO = ServeConfig(servers=2)
@@ -370,3 +387,246 @@ def test_secret_options_of_an_engine_are_not_in_its_command(tmp_path: Path) -> N
         assert len(servers) == 2
         assert not any("canary" in command for command in servers)
         assert service.generate(["a"]) == [["a"]]
+
+
+class SlowLauncher(SubprocessLauncher):
+    """Takes its time to launch, and notes when it did."""
+
+    def launch(self, job: Job) -> Process:
+        LAUNCHES.append(time.monotonic())
+        time.sleep(1.5)
+        return super().launch(job)
+
+
+LAUNCHES: list[float] = []
+
+
+def test_a_slow_launcher_holds_up_neither_other_launches_nor_questions() -> None:
+    LAUNCHES.clear()
+    service = VLLMService(LLM, TWO, engine=EchoEngine(), launcher=SlowLauncher())
+
+    def start() -> None:
+        with pytest.raises(LaunchError, match="was stopped while it started"):
+            service.start()
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    until(lambda: len(LAUNCHES) == 2)
+    assert LAUNCHES[1] - LAUNCHES[0] < 1.0
+    began = time.monotonic()
+    assert [status.state for status in service.status()] == [State.STARTING] * 2
+    for server in service.servers:
+        server.ask_to_stop()
+    assert time.monotonic() - began < 1.0
+    starting.join(30)
+    service.shutdown()
+    assert [status.state for status in service.status()] == [State.STOPPED] * 2
+
+
+def test_a_service_that_nobody_holds_any_more_ends() -> None:
+    before = our_processes()
+    service = VLLMService(LLM, TWO, engine=EchoEngine(), name="dropped")
+    service.start()
+    assert service.generate(["a"]) == [["a"]]
+    known = weakref.ref(service)
+    del service
+    gc.collect()
+    assert known() is None
+    until(lambda: not new_processes(before), 20.0)
+    until(lambda: runtime.read_service("dropped") is None)
+
+
+def test_a_service_that_is_iterated_over_is_held() -> None:
+    before = our_processes()
+
+    def outcomes() -> Iterator[tuple[int, Any]]:
+        service = VLLMService(LLM, engine=EchoEngine(latency=0.01))
+        service.start()
+        return service.generate_iter(["a", "b"] * 50)
+
+    results = outcomes()
+    gc.collect()
+    assert {found[0].text for _, found in results} == {"a", "b"}
+    del results
+    gc.collect()
+    until(lambda: not new_processes(before), 20.0)
+
+
+AT_THE_END = """
+from gserve import LLMConfig, VLLMService
+from gserve_core.engines.echo import EchoEngine
+
+class Holder:
+    def __init__(self):
+        self.service = VLLMService(LLMConfig("m"), engine=EchoEngine())
+        self.service.start()
+
+    def __del__(self):
+        try:
+            self.service.generate(["a"])
+        except Exception as error:
+            assert "not running" in str(error), error
+        self.service.shutdown()
+        self.service.shutdown(drain=5.0)
+
+holder = Holder()
+print(holder.service.generate(["a"]))
+"""
+
+
+def test_a_shutdown_at_the_very_end_of_the_interpreter_returns_at_once() -> None:
+    before = our_processes()
+    ended = python(AT_THE_END)
+    assert (ended.stdout, ended.stderr, ended.returncode) == ("[['a']]\n", "", 0)
+    until(lambda: not new_processes(before))
+
+
+def test_a_log_folder_that_was_removed_is_made_again() -> None:
+    with VLLMService(LLM, engine=EchoEngine()) as service:
+        (status,) = service.status()
+        assert status.log is not None
+        shutil.rmtree(status.log.parent)
+        for pid in runtime.processes_of(status.instance):
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: service.status()[0].restarts == 1 and service.is_running(), 20.0)
+        log = service.status()[0].log
+        assert log is not None
+        assert log.exists()
+
+
+def test_a_shutdown_with_time_lets_the_servers_finish_what_they_have() -> None:
+    prompts = [f"item {index}" for index in range(200)]
+    service = VLLMService(LLM, engine=EchoEngine(latency=0.25, capacity=4))
+    service.start()
+    outcomes: dict[int, Any] = {}
+    some = threading.Event()
+
+    def call() -> None:
+        for index, outcome in service.generate_iter(prompts):
+            outcomes[index] = outcome
+            some.set()
+
+    calling = threading.Thread(target=call)
+    calling.start()
+    assert some.wait(20)
+    service.shutdown(drain=60.0)
+    calling.join(20)
+    assert len(outcomes) == 200
+    done = [index for index, outcome in outcomes.items() if not isinstance(outcome, ItemError)]
+    assert len(done) >= 8
+    assert all(outcomes[index][0].text == prompts[index] for index in done)
+    lost = {str(outcome) for outcome in outcomes.values() if isinstance(outcome, ItemError)}
+    assert lost == {"the service is ending: it was told to end"}
+    with pytest.raises(GserveError, match="the service is not running"):
+        service.generate(["a"])
+    assert [status.state for status in service.status()] == [State.STOPPED]
+
+
+def test_a_service_whose_only_server_is_given_up_fails_the_calls_of_who_is_attached() -> None:
+    serve = ServeConfig(max_restarts=0)
+    with VLLMService(LLM, serve, engine=EchoEngine(), name="given-up") as service:
+        with VLLMService.attach("given-up") as attached:
+            assert attached.generate(["a"]) == [["a"]]
+            for pid in runtime.processes_of(service.status()[0].instance):
+                os.kill(pid, signal.SIGKILL)
+            until(lambda: service.status()[0].state == State.FAILED)
+            (result,) = attached.generate(["b"], on_error="return")
+            assert isinstance(result, ItemLost)
+            assert "the service 'given-up' has given up all its servers" in str(result)
+        with pytest.raises(GserveError, match="'given-up' has given up all its servers"):
+            VLLMService.attach("given-up")
+
+
+def test_who_is_attached_finds_a_service_that_is_started_again_under_its_name() -> None:
+    service = VLLMService(LLM, engine=EchoEngine(), name="anew")
+    service.start()
+    with VLLMService.attach("anew") as attached:
+        assert attached.generate(["a"]) == [["a"]]
+        service.shutdown()
+        results: list[Any] = []
+        calling = threading.Thread(target=lambda: results.extend(attached.generate(["b"], on_error="return")))
+        calling.start()
+        with service:
+            calling.join(30)
+            assert results == [["b"]]
+        assert len(attached.status()) == 1
+
+
+def test_a_service_can_be_asked_and_used_and_ended_by_a_signal_handler() -> None:
+    with VLLMService(LLM, TWO, engine=EchoEngine()) as service:
+        asked = 0
+
+        def ask(*_: object) -> None:
+            nonlocal asked
+            asked += 1
+            assert len(service.status()) == 2
+            service.is_running()
+            if asked == 100:
+                service.shutdown()
+
+        usual = signal.signal(signal.SIGALRM, ask)
+        signal.setitimer(signal.ITIMER_REAL, 0.005, 0.01)
+        try:
+            deadline = time.monotonic() + 30
+            with suppress(GserveError):
+                while time.monotonic() < deadline:
+                    service.generate(["a"])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, usual)
+        assert asked >= 100
+        assert [status.state for status in service.status()] == [State.STOPPED] * 2
+
+
+FORKED_THREADS = """
+import os, threading
+from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve_core.engines.echo import EchoEngine
+with VLLMService(LLMConfig("m"), ServeConfig(servers=2), engine=EchoEngine()) as service:
+    pid = os.fork()
+    if not pid:
+        failed = []
+        def call():
+            for _ in range(20):
+                failed.extend(it for it in service.generate(["a"], on_error="return") if it != ["a"])
+        threads = [threading.Thread(target=call) for _ in range(8)]
+        [it.start() for it in threads]
+        [it.join() for it in threads]
+        print(failed, flush=True)
+        service.shutdown()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    print(service.generate(["parent again"]), flush=True)
+"""
+
+
+def test_threads_of_a_forked_process_all_find_the_servers() -> None:
+    ended = python(FORKED_THREADS)
+    assert ended.stdout == "[]\n[['parent again']]\n", ended.stderr
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_where_all_servers_and_the_nursery_are_killed_at_once_every_call_ends(ends: bool) -> None:
+    before = our_processes()
+    with VLLMService(LLM, TWO, engine=EchoEngine(latency=0.01, capacity=8)) as service:
+        results: list[Any] = []
+
+        def call() -> None:
+            try:
+                results.append(len(service.generate([f"item {index}" for index in range(100)], on_error="return")))
+            except GserveError as error:
+                results.append(error)
+
+        calls = [threading.Thread(target=call) for _ in range(4)]
+        for calling in calls:
+            calling.start()
+        time.sleep(0.2)
+        for pid in new_processes(before):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if ends:
+            service.shutdown()
+        for calling in calls:
+            calling.join(60)
+        assert len(results) == 4
+        assert ends or results == [100] * 4

@@ -18,7 +18,7 @@ from gserve import BatchError, ItemError, LaunchError, LLMConfig, ServeConfig, V
 from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import ItemLost
-from gserve_core.server import State
+from gserve_core.state import State
 
 LLM = LLMConfig("m", max_model_len=1000)
 
@@ -240,6 +240,8 @@ def test_a_busy_server_that_moves_is_never_killed() -> None:
 ATTACHED = """
 import sys, time
 from gserve import VLLMService
+from gserve_core import attached
+attached.DOUBT_SECONDS = attached.GONE_SECONDS = 1.0
 with VLLMService.attach("restarting") as service:
     print(service.generate(["one"]), flush=True)
     sys.stdin.readline()
@@ -266,7 +268,7 @@ def test_an_attached_service_follows_restarts_and_the_end() -> None:
             service.shutdown()
             attached.stdin.write("\n")
             attached.stdin.flush()
-            assert "no server is left" in attached.stdout.readline()
+            assert "no server is left: the service 'restarting' has ended" in attached.stdout.readline()
     finally:
         service.shutdown()
 
