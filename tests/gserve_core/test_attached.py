@@ -34,9 +34,9 @@ class Told:
         self._check()
         self.awaited.add(key)
 
-    def add(self, key: str, connection: Any, capacity: int, timeout: float | None, *, is_watched: bool = False) -> None:
+    def add(self, key: str, connect: Any, capacity: int, timeout: float | None, *, is_watched: bool = False) -> None:
         self._check()
-        self.servers[key] = connection
+        self.servers[key] = connect()
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
         self._check()
@@ -78,7 +78,7 @@ def owners() -> Iterator[Callable[[], int]]:
     for process in started:
         process.kill()
         process.wait()
-    runtime.remove_service("followed")
+    runtime.services()  # forgets those whose owner is dead
 
 
 def kill(pid: int) -> None:
