@@ -291,14 +291,14 @@ def test_neither_the_folder_nor_variables_of_the_user_change_what_is_submitted(p
     assert "1 servers are ready" in place.output(job)
 
 
-@pytest.mark.skipif(not os.environ.get("LONG"), reason="takes two minutes: LONG=1 runs it")
+@pytest.mark.skipif(not os.environ.get("LONG"), reason="takes a minute: LONG=1 runs it")
 def test_a_job_without_a_time_is_told_in_the_last_quarter_of_its_partitions(place: Place) -> None:
-    place.cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=1", "DefaultTime=1")
+    place.cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=1")
     try:
         job = place.submit(place.config(**SLOW), *place.items(1000))
         assert place.ended(job, 150) == ("FAILED", "1:0"), "it ended by itself, before its time was over"
     finally:
-        place.cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE", "DefaultTime=NONE")
+        place.cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE")
     assert "going on for" in place.output(job)
     seconds = int(re.search(r"the command has (\d+) s to end", place.output(job))[1])  # type: ignore[index]
     assert 5 <= seconds <= 10
