@@ -617,7 +617,7 @@ def test_where_all_servers_and_the_nursery_are_killed_at_once_every_call_ends(en
             except GserveError as error:
                 results.append(error)
 
-        calls = [threading.Thread(target=call) for _ in range(4)]
+        calls = [threading.Thread(target=call, daemon=True) for _ in range(4)]
         for calling in calls:
             calling.start()
         time.sleep(0.2)
