@@ -107,7 +107,7 @@ class _Following:
         self.is_closing = False
         self._is_drained = False
         self._gone_since: float | None = None
-        self._owner: tuple[int, int] | None = None
+        self._record: ServiceRecord | None = None
         self._orders: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._take(first)
         self._thread = threading.Thread(target=self._run, name="gserve-follow", daemon=True)
@@ -173,8 +173,7 @@ class _Following:
             old.close()
             if self.is_closing:
                 self.dispatcher.close()
-        owner = record.pid, record.started
-        is_same, self._owner = owner == self._owner, owner
+        is_same, self._record = self._record is not None and record.is_same(self._record), record
         now = {server.name: server for server in record.servers}
         gone = [name for name, server in self.servers.items() if now.get(name) != server]
         if record.status != "failed":

@@ -33,6 +33,9 @@ KEEP_SECONDS = 2.0
 AGAIN = "waiting to be started again"
 """The phase of a server that is to be restarted."""
 
+FRUITLESS = 10
+"""Number of deaths in a row without a finished item that may be expected: an engine that dies of every item does more."""
+
 logger = logging.getLogger("gserve.supervisor")
 
 
@@ -116,6 +119,8 @@ class _Server:
         """When it was restarted, and whether that counts for `max_restarts`."""
         self.useless = 0
         """How often in a row it has ended without having finished an item."""
+        self.fruitless = 0
+        """The same, deaths included that were expected."""
         self.failed_starts = 0
 
 
@@ -344,7 +349,8 @@ class Supervisor:
         name = server.program.name
         died = died and state.usable
         if state.usable:
-            server.was_expected = died and self._hooks.is_narrowing(name)
+            server.fruitless = 0 if self._hooks.finished(name) else server.fruitless + 1
+            server.was_expected = died and self._hooks.is_narrowing(name) and server.fruitless <= FRUITLESS
             if not server.was_expected:
                 server.useless = 0 if self._hooks.finished(name) else server.useless + 1
         self._publish(state.draining(f"cleaning up: {why}", returns=True, died=died))

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from ..environment import check_not_patched
+from ..environment import check_not_patched, open_missing_descriptors
 from ..errors import GserveError, StallTimeout, TransportError
 from ..interfaces import Connection
 from ..schema import Group, RunRequest
@@ -30,6 +30,8 @@ PROBE = 1.0
 """Seconds between two questions to a server whose connection broke."""
 CLOSE_SECONDS = 10.0
 """Maximum time for closing all connections, in seconds."""
+
+CLOSED = "this service or client is closed: start it again"
 
 logger = logging.getLogger("gserve.batch")
 
@@ -47,9 +49,9 @@ class _Known:
 class _Link:
     """A server with its connection."""
 
-    def __init__(self, server: Server, known: _Known) -> None:
+    def __init__(self, server: Server, connection: Connection, known: _Known) -> None:
         self.server = server
-        self.connection = known.connect()
+        self.connection = connection
         self.heartbeat = HEARTBEAT if known.timeout is None else min(HEARTBEAT, known.timeout / 3)
         self.probe: asyncio.Task[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
@@ -64,8 +66,9 @@ class Dispatcher:
 
     def __init__(self) -> None:
         check_not_patched()
+        open_missing_descriptors()  # an event loop breaks with one below 3
         self._known: dict[str, _Known] = {}
-        self._lock = threading.RLock()  # a signal handler may call us within a call of its thread
+        self._lock = threading.RLock()
         self._closed = False
         self._inherited: list[object] = []
         self._begin()
@@ -80,14 +83,14 @@ class Dispatcher:
         self._closing: set[asyncio.Task[None]] = set()
         self._requests = map("{}-{}".format, itertools.repeat(uuid.uuid4().hex[:12]), itertools.count())
         self._incoming: deque[list[Item]] = deque()
-        self._is_taking = False
+        self._is_taking = self._is_over = False
         self._queue = ItemQueue(
             start=self._start, stop=self._stop, cancel=self._cancel_items, probe=self._probe,
             wake=lambda when: self._loop.call_at(when, self._queue.pump), clock=self._loop.time,
         )  # fmt: skip
-        self._thread = threading.Thread(target=self._loop.run_forever, name="gserve-dispatch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="gserve-dispatch", daemon=True)
         for key, known in self._known.items():
-            self._loop.call_soon(self._add, key, known)
+            self._loop.call_soon(self._add, key, known, known.connect())
         self._thread.start()
         self._pid = os.getpid()
 
@@ -116,18 +119,19 @@ class Dispatcher:
         timeout: seconds without any sign of life; None: no limit. is_watched: the caller will call `remove` once the
         server has died. Until then a broken connection is tried again.
         """
-        with self._lock:
-            known = self._known[key] = _Known(connect, capacity, timeout, is_watched)
-            self._soon(self._add, key, known)
+        connection = connect()  # here: what it imports must not be half imported when the caller forks
+        self._check()
+        known = self._known[key] = _Known(connect, capacity, timeout, is_watched)
+        self._soon(self._add, key, known, connection)
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
         """Remove a server; its unfinished items go to the others, or wait for its restart where it `returns`.
 
         died: whether it died while it worked, so that one of its items may be the reason.
         """
-        with self._lock:
-            self._known.pop(key, None)
-            self._soon(self._remove, key, why, returns, died)
+        self._check()
+        self._known.pop(key, None)
+        self._soon(self._remove, key, why, returns, died)
 
     def drain(self, why: str) -> None:
         """Send nothing any more: what the servers have goes on, all else is lost because of `why`, now and later."""
@@ -143,12 +147,13 @@ class Dispatcher:
 
     def submit(self, items: list[Item]) -> None:
         """Put items into the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
-        with self._lock:
-            self._check()
-            self._incoming.append(items)
-            if not self._is_taking:  # once for all that come at the same time: they travel together
-                self._is_taking = True
-                self._loop.call_soon_threadsafe(self._take_incoming)
+        self._check()
+        self._incoming.append(items)
+        if not self._is_taking:  # once for all that come at the same time: they travel together
+            self._is_taking = True
+            self._schedule(self._take_incoming)
+        elif self._is_over:
+            self._lose_incoming()
 
     def cancel(self, call: Call) -> None:
         """Drop what is left of a call, also on the servers."""
@@ -160,13 +165,14 @@ class Dispatcher:
 
         Raises StallTimeout: it takes longer than `timeout` seconds.
         """
-        with self._lock:
-            try:
-                self._check()
-            except BaseException:
-                work.close()
-                raise
+        try:
+            self._check()
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except BaseException as error:
+            work.close()
+            if isinstance(error, RuntimeError):  # the loop is closed
+                raise TransportError(CLOSED) from error
+            raise
         try:
             return future.result(timeout)
         except TimeoutError as error:
@@ -186,42 +192,58 @@ class Dispatcher:
 
     def close(self) -> None:
         """End every open call with errors, close all connections, and end the thread. Idempotent."""
-        if sys.is_finalizing():  # the thread is gone already, and every connection goes with the process
+        if sys.is_finalizing() or self._closed:  # the thread is gone already, or another call closes this
             return
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            if self._pid != os.getpid():  # nothing of this process has used it
-                return
-            closing = asyncio.run_coroutine_threadsafe(self._close(), self._loop)
-        with contextlib.suppress(TimeoutError):
-            closing.result(CLOSE_SECONDS)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(CLOSE_SECONDS)
-        if not self._thread.is_alive():
-            self._loop.close()
+        self._closed = True
+        if self._pid != os.getpid():  # nothing of this process has used it
+            return
+        with contextlib.suppress(TransportError):
+            self._schedule(self._begin_close)
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_SECONDS)
 
     def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
-        with self._lock:
-            self._check()
-            self._loop.call_soon_threadsafe(function, *arguments)
+        self._check()
+        self._schedule(function, *arguments)
 
     def _check(self) -> None:
         """Begin anew in a forked process. Raises GserveError: this cannot be used any more."""
         if sys.is_finalizing():
             raise GserveError("the interpreter is ending: call the service before, not in __del__ or a late exit hook")
         if self._closed:
-            raise TransportError("this service or client is closed: start it again")
+            raise TransportError(CLOSED)
         if self._pid != os.getpid():
-            self._begin()
+            with self._lock:
+                if self._pid != os.getpid():
+                    self._begin()
+
+    def _schedule(self, function: Callable[..., object], *arguments: Any) -> None:
+        """Have a function called in the event loop. Takes no lock, so that a signal handler may do it at any moment."""
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError as error:  # the loop is closed
+            raise TransportError(CLOSED) from error
+
+    def _run(self) -> None:
+        """Be the thread."""
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
+            self._is_over = True
+            self._lose_incoming()
+
+    def _lose_incoming(self) -> None:
+        """End what came when the event loop had run for the last time."""
+        with self._lock:
+            self._take_incoming()
 
     # --------------------------------------------------------------------------------- from here on: in the event loop
 
-    def _add(self, key: str, known: _Known) -> None:
+    def _add(self, key: str, known: _Known, connection: Connection) -> None:
         self._remove(key, "it was replaced", True, False)
         server = Server(key, known.capacity, known.is_watched)
-        self._links[server] = _Link(server, known)
+        self._links[server] = _Link(server, connection, known)
         self._queue.add(server)
 
     def _remove(self, key: str, why: str, returns: bool, died: bool) -> None:
@@ -318,14 +340,20 @@ class Dispatcher:
         link.probe = None
         self._queue.answered(server)
 
+    def _begin_close(self) -> None:
+        closing = self._loop.create_task(self._close())
+        closing.add_done_callback(lambda task: self._loop.stop())
+
     async def _close(self) -> None:
+        """End every item, then close all connections."""
         self._take_incoming()
         self._queue.close("the service was closed")
         for link in self._links.values():
             self._let_go(link)
         self._links.clear()
-        await asyncio.gather(*self._closing, return_exceptions=True)
-        self._take_incoming()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS / 2):
+                await asyncio.gather(*self._closing, return_exceptions=True)
 
 
 def _groups(items: Sequence[Item]) -> list[Group]:

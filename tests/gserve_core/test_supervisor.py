@@ -90,9 +90,11 @@ def test_a_server_that_dies_again_and_again_is_given_up() -> None:
     serve = ServeConfig(max_restarts=2)
     with VLLMService(LLM, serve, engine=EchoEngine(die_at=1)) as service:
         began = time.monotonic()
-        with pytest.raises(BatchError, match=r"lost 3 times|no server is left"):
+        with pytest.raises(BatchError, match="a server died 3 times while it worked on this, at last on nothing else"):
             service.generate(["a"])
-        assert time.monotonic() - began < 90
+        with pytest.raises(BatchError, match="no server is left"):
+            service.generate(["a"] * 100)
+        assert time.monotonic() - began < 150
         until(lambda: service.status()[0].state == State.FAILED)
         began = time.monotonic()
         results = service.generate(["a", "b"], on_error="return")
@@ -297,14 +299,14 @@ def test_a_forked_process_uses_the_servers_and_does_not_end_them() -> None:
     assert ended.stdout == "[['parent']]\n[['child']]\n[['parent again']]\n", ended.stderr
 
 
-def test_a_poisoned_item_costs_three_lives_and_no_other_item() -> None:
+def test_a_poisoned_item_costs_few_restarts_and_no_other_item() -> None:
     prompts = [f"prompt {index}" for index in range(1000)]
     prompts[100] = prompts[700] = "POISON"
     with VLLMService(LLM, ServeConfig(servers=2), engine=EchoEngine(latency=0.002, die_on="POISON")) as service:
         results = service.generate(prompts, on_error="return")
         assert [index for index, result in enumerate(results) if isinstance(result, ItemError)] == [100, 700]
         assert sum(result == [prompt] for result, prompt in zip(results, prompts, strict=True)) == 998
-        assert sum(status.restarts for status in service.status()) <= 6
+        assert sum(status.restarts for status in service.status()) <= 10  # see the queue's tests
 
 
 def test_a_shutdown_while_it_starts_ends_the_start() -> None:
