@@ -34,7 +34,7 @@ AGAIN = "waiting to be started again"
 """The phase of a server that is to be restarted."""
 
 FRUITLESS = 10
-"""Number of deaths in a row without a finished item that may be expected: an engine that dies of every item does more."""
+"""Number of deaths in a row, without a finished item, that may be expected. A broken engine exceeds it."""
 
 logger = logging.getLogger("gserve.supervisor")
 
