@@ -32,7 +32,7 @@ bench-gpu: ## the same on a GPU, in the environment that holds vLLM for it, in 9
 	python -m benchmarks gpu $(WHAT) --model $(or $(MODEL),1b)
 
 scale: $(READY) ## measure what an item costs a client and 1 to 64 servers, in 10 minutes
-	$(RUN)/python -m benchmarks.scale
+	$(RUN)/python -m benchmarks.scale $(WHAT)
 
 lint: $(READY) ## check style and types
 	$(RUN)/ruff check .

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _options(arguments)
     folder = options.output or models.folder() / f"last-{options.where}-{Path(options.model).name}"
     folder.mkdir(parents=True, exist_ok=True)
-    bench = Benchmark(options.rounds, time.monotonic() + 60 * options.minutes, folder)
+    bench = Benchmark(options.rounds, time.monotonic() + 60 * options.minutes, folder, options.before)
     head = machine.header()
     say("\n".join(head))
     try:
@@ -79,6 +79,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="after which no round begins (default: CPU 14, GPU 8.2)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of items")
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(KINDS), help=f"of {','.join(KINDS)}")
+    parser.add_argument("--before", type=Path, help="another checkout of gserve, to be measured beside this one")
     parser.add_argument(
         "--gpus", type=lambda text: [*map(int, text.split(","))], default=[1, 2], help="for scaling: 1,2,4"
     )

@@ -7,9 +7,10 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -26,22 +27,27 @@ KINDS: Mapping[str, Callable[[Arguments, Path], contextlib.AbstractContextManage
     "vllm.LLM": sides.in_process,
     "serve": served.served,
 }
+BEFORE = "before"
+"""The kind that is gserve as another checkout has it."""
 
 
 class Room:
     """A process in which a side lives. A context manager; starts at once, and is ready after `wait`.
 
-    Each has a cache of vLLM's of its own, so that none finds, or waits for, what another compiles.
+    Each has a cache of vLLM's of its own, so that none finds, or waits for, what another compiles. before: the checkout
+    whose code the kind "before" runs.
     """
 
-    def __init__(self, kind: str, arguments: Arguments, folder: Path) -> None:
+    def __init__(self, kind: str, arguments: Arguments, folder: Path, before: Path | None = None) -> None:
         context = multiprocessing.get_context("spawn")
         self._kind = kind
         self._log = folder / f"{kind}.log"
         self._log.unlink(missing_ok=True)
         self._line, theirs = context.Pipe()
-        self._process = context.Process(target=_live, args=(theirs, kind, dict(arguments), self._log), name=kind)
-        self._process.start()
+        lives = "gserve" if kind == BEFORE else kind
+        self._process = context.Process(target=_live, args=(theirs, lives, dict(arguments), self._log), name=kind)
+        with _importing_from(before if kind == BEFORE else None):
+            self._process.start()
         theirs.close()
 
     def wait(self) -> float:
@@ -75,6 +81,19 @@ class Room:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.join()
+
+
+@contextlib.contextmanager
+def _importing_from(checkout: Path | None) -> Iterator[None]:
+    """Have a process that is started meanwhile import the code of another checkout."""
+    if checkout is None:
+        yield
+        return
+    sys.path.insert(0, str(checkout.resolve()))
+    try:
+        yield
+    finally:
+        del sys.path[0]
 
 
 def _live(line: Connection, kind: str, arguments: Arguments, log: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import models
 from .machine import engine_arguments
-from .rooms import KINDS, Room
+from .rooms import BEFORE, KINDS, Room
 from .sides import Answer, Side
 from .table import GSERVE, Figures, no_figures
 from .workloads import Work, Workload
@@ -25,15 +25,16 @@ class Benchmark:
     """What one command measures: it collects figures, and problems, which fail it.
 
     rounds: how often each side does each workload. deadline: on the monotonic clock, after which no round begins.
-    folder: for the logs.
+    folder: for the logs. before: another checkout of gserve, which is a side too.
     """
 
-    def __init__(self, rounds: int, deadline: float, folder: Path) -> None:
+    def __init__(self, rounds: int, deadline: float, folder: Path, before: Path | None = None) -> None:
         self.rounds = rounds
         self.figures: list[Figures] = []
         self.notes: list[str] = []
         self.problems: list[str] = []
         self.folder = folder
+        self._before = before
         self._deadline = deadline
 
     def turns(self, what: str) -> Iterable[int]:
@@ -46,11 +47,12 @@ class Benchmark:
 
     def compare(self, model: str, workloads: Sequence[Workload], kinds: Sequence[str] = tuple(KINDS)) -> None:
         """Measure workloads on the sides of these kinds, all on engines of their own that are up together."""
+        kinds = [*kinds, *([BEFORE] if self._before is not None else [])]
         arguments = engine_arguments(model, len(kinds))
         given = ", ".join(f"{name}={value}" for name, value in arguments.items() if name != "model")
         self.notes.append(f"each of {len(kinds)} engines: {given}")
         with contextlib.ExitStack() as stack:
-            rooms = {kind: stack.enter_context(Room(kind, arguments, self.folder)) for kind in kinds}
+            rooms = {kind: stack.enter_context(Room(kind, arguments, self.folder, self._before)) for kind in kinds}
             seconds = {kind: room.wait() for kind, room in rooms.items()}
             say("ready: " + ", ".join(f"{kind} after {taken:.0f} s" for kind, taken in seconds.items()))
             for workload in workloads:
@@ -59,7 +61,7 @@ class Benchmark:
     def measure(self, model: str, workload: Workload, rooms: Mapping[str, Side]) -> None:
         """Measure a workload on gserve and on its other sides, as far as there is a room for their kinds."""
         is_exact = models.is_exact(models.find(model))
-        sides = [side for side in (GSERVE, *workload.sides) if _kind(side) in rooms]
+        sides = [side for side in (GSERVE, BEFORE, *workload.sides) if _kind(side) in rooms]
         made = {side: no_figures(workload.name, workload.title, side, model, workload.unit) for side in sides}
         self._round(workload.scaled(WARM_UP), 0, rooms, sides, is_exact)
         for turn in self.turns(workload.title):

@@ -8,11 +8,15 @@ An answer that is wrong, missing or comes twice ends the run with an error.
 import argparse
 import ctypes
 import gc
+import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import geometric_mean, median
 
 import psutil
 from matplotlib.figure import Figure
@@ -149,6 +153,31 @@ def limits(costs: Sequence[Costs]) -> str:
     )
 
 
+def compared(before: Path, rounds: int, servers: Sequence[int], sizes: Sequence[int]) -> str:
+    """Measure this checkout and another one in turn; return a table of how many times as fast this one is."""
+    rates: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
+    for turn in range(rounds):
+        sides = [(0, HERE.parent), (1, before.resolve())]
+        for side, checkout in sides if turn % 2 else reversed(sides):
+            with tempfile.TemporaryDirectory() as folder:
+                command = [sys.executable, "-m", "benchmarks.scale", "--to", folder, "--servers", *map(str, servers)]
+                subprocess.run(
+                    [*command, "--items", *map(str, sizes)], cwd=checkout, check=True, stdout=subprocess.DEVNULL,
+                    env={**os.environ, "PYTHONPATH": str(checkout)},
+                )  # fmt: skip
+                for line in (Path(folder) / "scale.md").read_text().splitlines():
+                    cells = [cell.strip() for cell in line.strip("|").split("|")]
+                    if len(cells) == 8 and cells[0].isdecimal():
+                        rate = float(cells[3].replace(",", ""))
+                        rates.setdefault((cells[0], cells[1], cells[2]), ([], []))[side].append(rate)
+    lines = ["| servers | items | call | items/s | before | ratio of medians |", "|--:|--:|:--|--:|--:|--:|"]
+    ratios = []
+    for row, (now, then) in rates.items():
+        ratios.append(median(now) / median(then))
+        lines.append(f"| {' | '.join(row)} | {median(now):,.0f} | {median(then):,.0f} | {ratios[-1]:.2f} |")
+    return "\n".join([*lines, f"\ngeometric mean {geometric_mean(ratios):.2f}, lowest {min(ratios):.2f}"])
+
+
 def chart(costs: Sequence[Costs], path: Path) -> None:
     """Draw the costs."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
@@ -182,7 +211,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--servers", type=int, nargs="+", default=SERVERS, help="how many servers, one after the other")
     parser.add_argument("--items", type=int, nargs="+", default=SIZES, help="how many items in a call")
     parser.add_argument("--to", type=Path, default=HERE, help="folder for scale.md and scale.png")
+    parser.add_argument("--before", type=Path, help="another checkout of gserve: write nothing, compare the two")
+    parser.add_argument("--rounds", type=int, default=5, help="with --before: how often each (default: %(default)s)")
     options = parser.parse_args(arguments)
+    if options.before:
+        print(compared(options.before, options.rounds, options.servers, options.items))
+        return
     head = "  \n".join(machine.header("benchmarks.scale"))
     costs: list[Costs] = []
     for servers in options.servers:
