@@ -54,9 +54,8 @@ class Queue:
         Who waits for the supervisor does this before: in a signal handler, the call that it has interrupted may have
         what another thread would need for it.
         """
-        if not self._is_closed:
-            self._is_closed = True
-            self.dispatcher.close()
+        self._is_closed = True
+        self.dispatcher.close()
 
     def follow(self, state: ServerState) -> None:
         """Pass a server's new state on to the dispatcher."""

@@ -67,9 +67,13 @@ class Batch:
     def feed(self) -> bool:
         """Submit some items, where there is room; return whether outcomes are to come.
 
-        Raises what the source raises.
+        Raises what the source raises. After the deadline it cancels what is not finished, however many outcomes wait
+        to be taken: what comes after them is `expire`.
         """
-        if self._items.size is None:
+        if self.is_late:
+            if not self._call.is_cancelled:
+                self.cancel()
+        elif self._items.size is None:
             if self._reader is None:
                 run = contextvars.copy_context().run
                 self._reader = threading.Thread(target=run, args=(self._read_all,), name="gserve-reader", daemon=True)
@@ -131,8 +135,10 @@ class Batch:
 
     @property
     def _is_full(self) -> bool:
+        if self._is_read or self._call.is_cancelled:
+            return True
         ahead = max(AHEAD, 2 * self._dispatcher.room)
-        return self._is_read or self._read - self._counted > ahead - FEED or self._size_ahead <= 0
+        return self._read - self._counted > ahead - FEED or self._size_ahead <= 0
 
     @property
     def _size_ahead(self) -> int:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from gserve import BatchError, ItemError, VLLMClient
+from gserve import BatchError, BatchInterrupted, ItemError, VLLMClient
 from gserve_core.batch import batch
 from gserve_core.batch.dispatcher import Dispatcher
 from gserve_core.batch.items import Items, Seeds, read_prompt
@@ -189,6 +189,60 @@ def test_signal_handlers_may_call() -> None:
     assert all(answer == [["from the handler"]] for answer in answers)
 
 
+@contextmanager
+def interrupted(callee: Any, caller: Any, act: Callable[[], object]) -> Iterator[None]:
+    """Have `act` happen once in this thread, as a signal handler would, where `caller` has called `callee`."""
+    is_over = False
+
+    def trace(frame: Any, event: str, argument: object) -> None:
+        nonlocal is_over
+        if not is_over and frame.f_code is callee.__code__ and frame.f_back.f_code is caller.__code__:
+            is_over = True
+            act()
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+    assert is_over
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupt_while_items_are_handed_over_holds_up_no_later_call() -> None:
+    with client_of() as client:
+        with interrupted(Dispatcher._schedule, Dispatcher.submit, interrupt), pytest.raises(BatchInterrupted):
+            client.generate(["a"])
+        assert client.generate(["b"], deadline=10.0) == [["b"]]
+
+
+def test_a_handler_may_call_while_items_are_handed_over() -> None:
+    with client_of() as client:
+        answers: list[Any] = []
+        
+        def handler() -> None:
+            answers.append(client.generate(["b"], deadline=10.0))
+
+        with interrupted(Dispatcher._schedule, Dispatcher.submit, handler):
+            assert client.generate(["a"], deadline=20.0) == [["a"]]
+        assert answers == [[["b"]]]
+
+
+def test_an_interrupt_while_all_is_closed_leaves_no_call_open() -> None:
+    with client_of(Notes(seconds=60.0)) as client, ThreadPoolExecutor() as pool:
+        call = pool.submit(client.generate, ["a"])
+        time.sleep(0.1)
+        with interrupted(Dispatcher._schedule, Dispatcher.close, interrupt), pytest.raises(KeyboardInterrupt):
+            client.close()
+        client.close()
+        with pytest.raises(BatchError, match="closed"):
+            call.result(20.0)
+
+
 def test_a_handler_may_close_what_a_call_uses() -> None:
     with client_of(Notes(seconds=0.01)) as client:
         before = signal.signal(signal.SIGALRM, lambda number, frame: client.close())
@@ -219,6 +273,20 @@ def test_a_source_that_blocks_does_not_hold_back_the_deadline() -> None:
         assert caught.value.results[0] == ["first"]
         assert isinstance(caught.value.results[1], DeadlineExceeded)
         going_on.set()
+
+
+def test_a_deadline_ends_the_call_though_outcomes_keep_coming() -> None:
+    """The caller is slower than the servers, so that there is always another outcome to take."""
+    with client_of() as client:
+        for given in (["a"] * 50_000, itertools.repeat("a")):
+            with bounded(20.0):
+                taken = 0
+                for _, outcome in client.generate_iter(given, deadline=0.3):
+                    if isinstance(outcome, DeadlineExceeded):
+                        break
+                    taken += 1
+                    time.sleep(0.0002)
+            assert 0 < taken < 30_000
 
 
 def test_an_item_is_sent_as_soon_as_it_is_read() -> None:
