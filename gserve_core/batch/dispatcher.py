@@ -83,7 +83,7 @@ class Dispatcher:
         self._closing: set[asyncio.Task[None]] = set()
         self._requests = map("{}-{}".format, itertools.repeat(uuid.uuid4().hex[:12]), itertools.count())
         self._incoming: deque[list[Item]] = deque()
-        self._is_taking = self._is_closing = self._is_over = False
+        self._is_closing = False
         self._queue = ItemQueue(
             start=self._start, stop=self._stop, cancel=self._cancel_items, probe=self._probe,
             wake=lambda when: self._loop.call_at(when, self._queue.pump), clock=self._loop.time,
@@ -149,15 +149,7 @@ class Dispatcher:
         """Put items into the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
         self._check()
         self._incoming.append(items)
-        if not self._is_taking:  # once for all that come at the same time: they travel together
-            try:
-                self._is_taking = True
-                self._schedule(self._take_incoming)
-            except BaseException:  # of a signal handler, too, which may raise before any line
-                self._is_taking = False
-                raise
-        elif self._is_over:
-            self._lose_incoming()
+        self._schedule(self._take_incoming)  # always: an exception of a signal handler may come before any line
 
     def cancel(self, call: Call) -> None:
         """Drop what is left of a call, also on the servers."""
@@ -235,13 +227,7 @@ class Dispatcher:
             self._loop.run_forever()
         finally:
             self._loop.close()
-            self._is_over = True
-            self._lose_incoming()
-
-    def _lose_incoming(self) -> None:
-        """End what came when the event loop had run for the last time."""
-        with self._lock:
-            self._take_incoming()
+            self._take_incoming()  # what came when it had run for the last time
 
     # --------------------------------------------------------------------------------- from here on: in the event loop
 
@@ -271,8 +257,7 @@ class Dispatcher:
         closing.add_done_callback(self._closing.discard)
 
     def _take_incoming(self) -> None:
-        """Take in all that came until now."""
-        self._is_taking = False
+        """Take in all that came until now: what comes at the same time travels together."""
         if self._incoming:
             while self._incoming:
                 self._queue.submit(self._incoming.popleft())

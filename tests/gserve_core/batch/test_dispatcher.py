@@ -223,7 +223,7 @@ def test_an_interrupt_while_items_are_handed_over_holds_up_no_later_call() -> No
 def test_a_handler_may_call_while_items_are_handed_over() -> None:
     with client_of() as client:
         answers: list[Any] = []
-        
+
         def handler() -> None:
             answers.append(client.generate(["b"], deadline=10.0))
 
