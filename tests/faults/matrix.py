@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import frame, jobs, load, owners, real, servers, starts
+from . import frame, jobs, load, owners, real, servers, starts, storms
 from .frame import Outcome, Row, Scale
 
 SLURM = (  # the longest first: a test runs some beside one another
@@ -41,6 +41,8 @@ ROWS = (
     Row("decoy", starts.decoy, (90, 600)),
     Row("cycles", starts.cycles, (120, 1800)),
     Row("machine", starts.machine, (120, 3000)),
+    Row("storm", storms.storm, (240, 3600)),
+    Row("shutdown", storms.shutdowns, (120, 1200)),
     *SLURM,
     Row("vllm", real.service, (1200, 2400), is_real=True),
     Row("vllm-owner", real.killed, (600, 2400), is_real=True),
