@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import frame, jobs, load, owners, real, servers, starts, storms
+from . import frame, jobs, load, network, owners, real, servers, starts, storms
 from .frame import Outcome, Row, Scale
 
 SLURM = (  # the longest first: a test runs some beside one another
@@ -43,6 +43,8 @@ ROWS = (
     Row("machine", starts.machine, (120, 3000)),
     Row("storm", storms.storm, (240, 3600)),
     Row("shutdown", storms.shutdowns, (120, 1200)),
+    Row("outage", network.outage, (150, 900)),
+    Row("resets", network.resets, (150, 600)),
     *SLURM,
     Row("vllm", real.service, (1200, 2400), is_real=True),
     Row("vllm-owner", real.killed, (600, 2400), is_real=True),

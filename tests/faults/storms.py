@@ -108,7 +108,7 @@ def block(service: VLLMService, seconds: float) -> threading.Thread:
     """Keep the thread that sends items busy, as a slow callback in its event loop would."""
 
     async def be_slow() -> None:
-        time.sleep(seconds)  # noqa: ASYNC251: that is the fault
+        time.sleep(seconds)  # that is the fault
 
     def ask() -> None:
         with contextlib.suppress(GserveError):
