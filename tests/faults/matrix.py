@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import frame, jobs, load, network, owners, real, servers, starts, storms
+from . import frame, freezes, jobs, load, network, owners, real, servers, starts, storms
 from .frame import Outcome, Row, Scale
 
 SLURM = (  # the longest first: a test runs some beside one another
@@ -43,6 +43,8 @@ ROWS = (
     Row("machine", starts.machine, (120, 3000)),
     Row("storm", storms.storm, (240, 3600)),
     Row("shutdown", storms.shutdowns, (120, 1200)),
+    Row("freeze", freezes.together, (150, 900)),
+    Row("owner-stopped", freezes.owner_alone, (150, 600)),
     Row("outage", network.outage, (150, 900)),
     Row("resets", network.resets, (150, 600)),
     *SLURM,
