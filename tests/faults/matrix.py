@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import frame, freezes, jobs, load, network, owners, real, servers, starts, storms
+from . import clients, frame, freezes, jobs, load, network, owners, places, real, servers, starts, storms
 from .frame import Outcome, Row, Scale
 
 SLURM = (  # the longest first: a test runs some beside one another
@@ -45,6 +45,13 @@ ROWS = (
     Row("shutdown", storms.shutdowns, (120, 1200)),
     Row("freeze", freezes.together, (150, 900)),
     Row("owner-stopped", freezes.owner_alone, (150, 600)),
+    Row("slow-readers", clients.slow_readers, (90, 600)),
+    Row("big-items", clients.big_items, (120, 900)),
+    Row("handlers", clients.handlers, (90, 600)),
+    Row("forks", clients.forks, (150, 1800)),
+    Row("attached", clients.attached, (150, 900)),
+    Row("places", places.places, (240, 900)),
+    Row("restarts", places.restarts, (150, 1800)),
     Row("outage", network.outage, (150, 900)),
     Row("resets", network.resets, (150, 600)),
     *SLURM,

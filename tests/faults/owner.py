@@ -30,7 +30,7 @@ class Options(Struct, frozen=True, kw_only=True):
 
     `end`: what ends its batch, "exit" (`os._exit`) or "exception"; "" lets it finish. With `is_notebook` it works on
     batches for ever, and tells what each gave. `serve`: options of a `ServeConfig`. `ttl`: the lease's time limit.
-    `hold`: at SIGUSR1 the interpreter lock is held for so long.
+    `hold`: at SIGUSR1 the interpreter lock is held for so long. `name`: of the service.
     """
 
     echo: dict[str, Any] | None = None
@@ -42,6 +42,7 @@ class Options(Struct, frozen=True, kw_only=True):
     serve: dict[str, Any] = {}
     ttl: float | None = None
     hold: int = 0
+    name: str | None = None
 
 
 def main(options: Options) -> None:
@@ -53,7 +54,7 @@ def main(options: Options) -> None:
     engine = EchoEngine(**options.echo) if options.echo is not None else None
     llm = LLMConfig("m") if engine else DEMO
     say("spawn")
-    with VLLMService(llm, serve, engine=engine) as service:
+    with VLLMService(llm, serve, engine=engine, name=options.name) as service:
         say("idle")
         time.sleep(options.idle)
         if options.is_notebook:
