@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 import uvloop
 
-from ..environment import check_not_patched
+from ..environment import check_not_patched, open_missing_descriptors
 from ..errors import GserveError, StallTimeout, TransportError
 from ..interfaces import Connection
 from ..schema import Group, RunRequest
@@ -64,6 +64,7 @@ class Dispatcher:
 
     def __init__(self) -> None:
         check_not_patched()
+        open_missing_descriptors()  # the event loop would take their numbers, and abort when it closes them
         self._known: dict[str, _Known] = {}
         self._lock = threading.RLock()  # a signal handler may call us within a call of its thread
         self._closed = False
