@@ -57,6 +57,7 @@ ROWS = (
     *SLURM,
     Row("vllm", real.service, (1200, 2400), is_real=True),
     Row("vllm-owner", real.killed, (600, 2400), is_real=True),
+    Row("vllm-storm", real.storm, (60, 3600), is_real=True),
 )
 
 

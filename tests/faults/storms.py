@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from gserve_core.errors import ItemLost
 
 from . import oracles
 from .frame import Outcome, Scale
-from .oracles import until
+from .oracles import Tally, until
 
 LLM = LLMConfig("m", max_model_len=1000)
 RETURN_SECONDS = 60.0
@@ -33,16 +33,13 @@ FEWEST, ENOUGH = 5, 60.0
 """The short form has at least so many rounds, and begins no other after so many seconds."""
 
 
-class Hung(AssertionError):
-    """A call that has not returned: there is no use in going on."""
-
-
 @dataclass
 class Called:
     """A call in a thread of its own, and what became of its items."""
 
     prompts: list[str]
     is_stream: bool
+    kind: Tally
     outcomes: list[tuple[int, Any]] = field(default_factory=list)
     error: BaseException | None = None
 
@@ -50,10 +47,12 @@ class Called:
         """Call."""
         try:
             if self.is_stream:
-                for it in service.generate_iter(self.prompts):
+                for it in service.generate_iter(self.prompts, self.kind.params(self.prompts)):
                     self.outcomes.append(it)
             else:
-                self.outcomes += enumerate(service.generate(self.prompts, return_extra=True, on_error="return"))
+                params = self.kind.params(self.prompts)
+                results = service.generate(self.prompts, params, return_extra=True, on_error="return")
+                self.outcomes += enumerate(results)
         except BaseException as error:
             self.error = error
 
@@ -67,7 +66,7 @@ class Called:
         outcome.duplicated += len(indexes) - len(set(indexes))
         lost = [f"{self.prompts[index]}: {it}" for index, it in self.outcomes if isinstance(it, ItemError)]
         answers = [(self.prompts[index], it) for index, it in self.outcomes if not isinstance(it, ItemError)]
-        outcome.out_of_order += sum([it.text for it in answer] != [prompt] for prompt, answer in answers)
+        outcome.out_of_order += sum(not self.kind.is_right(prompt, answer) for prompt, answer in answers)
         missing = len(self.prompts) - len(set(indexes))
         if may_lose:
             assert self.error is None or isinstance(self.error, GserveError), f"it raised {self.error!r}"
@@ -95,13 +94,13 @@ class Calls:
         thread.start()
         return thread
 
-    def wait(self, since: float, outcome: Outcome) -> None:
-        """Wait for all. Raises Hung: some have not returned within `RETURN_SECONDS` after `since`."""
+    def wait(self, since: float, outcome: Outcome, seconds: float = RETURN_SECONDS) -> None:
+        """Wait for all. Raises AssertionError: some have not returned within some seconds after `since`."""
         for thread in self._threads:
-            thread.join(max(0.0, since + RETURN_SECONDS - time.monotonic()))
+            thread.join(max(0.0, since + seconds - time.monotonic()))
         outcome.recover.append(time.monotonic() - since)
         if hang := sum(thread.is_alive() for thread in self._threads):
-            raise Hung(f"{hang} of {len(self._threads)} calls have not returned within {RETURN_SECONDS:g} s")
+            raise AssertionError(f"{hang} of {len(self._threads)} calls have not returned within {seconds:g} s")
 
 
 def block(service: VLLMService, seconds: float) -> threading.Thread:
@@ -117,25 +116,50 @@ def block(service: VLLMService, seconds: float) -> threading.Thread:
     return Calls.beside(ask)
 
 
+@dataclass(frozen=True)
+class Weather:
+    """What storms come over: so many calls, of so many items each, that begin `delay` seconds before at the most.
+
+    patience: within so many seconds every call returns; start: and all servers are ready.
+    """
+
+    calls: int = 6
+    items: int = 150
+    delay: float = 0.6
+    kind: Tally = field(default_factory=Tally)
+    patience: float = RETURN_SECONDS
+    start: float = START_SECONDS
+
+
 def storm(scale: Scale) -> Outcome:
     """Kill six servers and the nursery at once, at a random moment of calls; in half of the rounds, shut down too."""
     outcome = Outcome(fault="6 servers and the nursery killed -9 at once, mid-call; half of the times with shutdown()")
     serve = ServeConfig(servers=6, max_restarts=10_000)
     engine = EchoEngine(latency=0.02, capacity=4)
-    chance = scale.random
     began = time.monotonic()
-    for number in range(scale.of(*STORMS)):
-        if not scale.is_long and number >= FEWEST and time.monotonic() - began > ENOUGH:
+    for number in storms(scale, outcome, lambda: VLLMService(LLM, serve, engine=engine), scale.of(*STORMS), Weather()):
+        if not scale.is_long and number % 2 and number >= FEWEST and time.monotonic() - began > ENOUGH:
             break
+    return outcome
+
+
+def storms(
+    scale: Scale, outcome: Outcome, make: Callable[[], VLLMService], count: int, weather: Weather
+) -> Iterator[int]:
+    """Yield the number of each storm that is over; stop where one was not survived.
+
+    Every other one is the end of the service, and the next one finds a new one.
+    """
+    chance = scale.random
+    for number in range(count):
         if number % 2 == 0:
-            service = VLLMService(LLM, serve, engine=engine)
-        is_last = number % 2 == 1  # every other storm is the end of the service
-        is_busy = chance.random() < 0.3 or number in (2, 3)
+            service = make()
+        is_last, is_busy = number % 2 == 1, chance.random() < 0.3 or number in (2, 3)
         what = f"storm {number}{', loop busy' * is_busy}{', shutdown' * is_last}"
         try:
             with outcome.trial(what):
                 service.start()
-                one_storm(service, outcome, chance, number, is_busy=is_busy, is_last=is_last)
+                one_storm(service, outcome, chance, number, weather, is_busy=is_busy, is_last=is_last)
         finally:
             if is_last or outcome.survived < outcome.trials:
                 with outcome.trial(f"the end after {what}"):
@@ -143,22 +167,29 @@ def storm(scale: Scale) -> Outcome:
                     ending.join(RETURN_SECONDS)
                     assert not ending.is_alive(), "shutdown has not returned"
                     until(lambda: not oracles.marked(), END_SECONDS, "nothing left behind")
+        outcome.figures["storms"] = number + 1
         if outcome.survived < outcome.trials:
-            break
-    outcome.figures["seconds"] = time.monotonic() - began
-    return outcome
+            return
+        yield number
 
 
 def one_storm(
-    service: VLLMService, outcome: Outcome, chance: random.Random, number: int, *, is_busy: bool, is_last: bool
+    service: VLLMService,
+    outcome: Outcome,
+    chance: random.Random,
+    number: int,
+    weather: Weather,
+    *,
+    is_busy: bool,
+    is_last: bool,
 ) -> None:
-    """Call in six threads, kill all, and see what becomes of the calls."""
-    until(lambda: all(server.is_running() for server in service.servers), START_SECONDS, "all servers ready")
+    """Call in threads, kill all, and see what becomes of the calls."""
+    until(lambda: all(server.is_running() for server in service.servers), weather.start, "all servers ready")
     victims = [it for it in oracles.marked() if it.role in ("server", "nursery")]
     assert sum(it.role == "server" for it in victims) == len(service.servers), f"the servers are {victims}"
-    prompts = [[f"item-{number}-{call}-{index}" for index in range(150)] for call in range(6)]
-    calls = Calls(service, [Called(it, place % 2 == 1) for place, it in enumerate(prompts)])
-    time.sleep(chance.uniform(0.0, 0.6))
+    prompts = [[f"item-{number}-{call}-{index}" for index in range(weather.items)] for call in range(weather.calls)]
+    calls = Calls(service, [Called(it, place % 2 == 1, weather.kind) for place, it in enumerate(prompts)])
+    time.sleep(chance.uniform(0.0, weather.delay))
     if is_busy:
         block(service, BUSY_SECONDS)
         time.sleep(0.05)
@@ -174,7 +205,7 @@ def one_storm(
     if is_last and before >= 0:
         time.sleep(before)
         ending.append(Calls.beside(service.shutdown))
-    calls.wait(since, outcome)
+    calls.wait(since, outcome, weather.patience)
     for call in calls.calls:
         call.judge(outcome, may_lose=is_last)
     for thread in ending:
@@ -191,7 +222,7 @@ def shutdowns(scale: Scale) -> Outcome:
         with outcome.trial(f"shutdown {number}"):
             service.start()
             prompts = [[f"item-{number}-{call}-{index}" for index in range(40)] for call in range(16)]
-            made = [Called(it, place % 4 == 3) for place, it in enumerate(prompts)]
+            made = [Called(it, place % 4 == 3, Tally()) for place, it in enumerate(prompts)]
             late = made[8:] if number % 2 else []  # these begin at the very moment of the end
             calls = Calls(service, made[: len(made) - len(late)])
             time.sleep(chance.uniform(0.0, 0.5))
