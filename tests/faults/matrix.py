@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import frame, jobs, load, owners, real, servers, starts
+from . import clients, frame, freezes, jobs, load, network, owners, places, real, servers, starts, storms
 from .frame import Outcome, Row, Scale
 
 SLURM = (  # the longest first: a test runs some beside one another
@@ -41,9 +41,23 @@ ROWS = (
     Row("decoy", starts.decoy, (90, 600)),
     Row("cycles", starts.cycles, (120, 1800)),
     Row("machine", starts.machine, (120, 3000)),
+    Row("storm", storms.storm, (240, 3600)),
+    Row("shutdown", storms.shutdowns, (120, 1200)),
+    Row("freeze", freezes.together, (150, 900)),
+    Row("owner-stopped", freezes.owner_alone, (150, 600)),
+    Row("slow-readers", clients.slow_readers, (90, 600)),
+    Row("big-items", clients.big_items, (120, 900)),
+    Row("handlers", clients.handlers, (90, 600)),
+    Row("forks", clients.forks, (150, 1800)),
+    Row("attached", clients.attached, (150, 900)),
+    Row("places", places.places, (240, 900)),
+    Row("restarts", places.restarts, (150, 1800)),
+    Row("outage", network.outage, (150, 900)),
+    Row("resets", network.resets, (150, 600)),
     *SLURM,
     Row("vllm", real.service, (1200, 2400), is_real=True),
     Row("vllm-owner", real.killed, (600, 2400), is_real=True),
+    Row("vllm-storm", real.storm, (60, 3600), is_real=True),
 )
 
 

@@ -4,8 +4,10 @@ It says on stdout which part of its life begins: "spawn", "idle", "batch", "leav
 JSON.
 """
 
+import ctypes
 import itertools
 import os
+import signal
 import sys
 import time
 from typing import Any
@@ -14,6 +16,7 @@ import msgspec
 from msgspec import Struct
 
 from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve_core import lease
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import BatchInterrupted
 
@@ -26,7 +29,8 @@ class Options(Struct, frozen=True, kw_only=True):
     """What the owner does. `echo`: options of that engine; None: real vLLM. Times are in seconds.
 
     `end`: what ends its batch, "exit" (`os._exit`) or "exception"; "" lets it finish. With `is_notebook` it works on
-    batches for ever, and tells what each gave.
+    batches for ever, and tells what each gave. `serve`: options of a `ServeConfig`. `ttl`: the lease's time limit.
+    `hold`: at SIGUSR1 the interpreter lock is held for so long. `name`: of the service.
     """
 
     echo: dict[str, Any] | None = None
@@ -35,15 +39,22 @@ class Options(Struct, frozen=True, kw_only=True):
     batch: int = 200
     end: str = ""
     is_notebook: bool = False
+    serve: dict[str, Any] = {}
+    ttl: float | None = None
+    hold: int = 0
+    name: str | None = None
 
 
 def main(options: Options) -> None:
     """Live the life of an owner."""
-    serve = ServeConfig(servers=options.servers) if options.echo is not None else REAL
+    if options.ttl is not None:
+        lease.TTL = options.ttl
+    signal.signal(signal.SIGUSR1, lambda *_: hold_lock(options.hold))
+    serve = ServeConfig(servers=options.servers, **options.serve) if options.echo is not None else REAL
     engine = EchoEngine(**options.echo) if options.echo is not None else None
     llm = LLMConfig("m") if engine else DEMO
     say("spawn")
-    with VLLMService(llm, serve, engine=engine) as service:
+    with VLLMService(llm, serve, engine=engine, name=options.name) as service:
         say("idle")
         time.sleep(options.idle)
         if options.is_notebook:
@@ -68,6 +79,15 @@ def be_a_notebook(service: VLLMService) -> None:
             results = interrupt.results
         finished = [(prompt, it) for prompt, it in zip(prompts, results, strict=True) if it is not None]
         say(f"gave {len(finished)} {len(prompts)} {all(it == [prompt] for prompt, it in finished)}")
+
+
+def hold_lock(seconds: int) -> None:
+    """Let no other thread of Python's run, as a long call into C may."""
+    say("holding")
+    remaining = seconds
+    while remaining:  # a signal that comes again ends a sleep early
+        remaining = ctypes.PyDLL(None).sleep(remaining)
+    say("held")
 
 
 def say(line: str) -> None:

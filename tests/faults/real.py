@@ -11,13 +11,13 @@ from typing import Any
 
 import psutil
 
-from gserve import VLLMService
+from gserve import ServeConfig, VLLMService
 from gserve_core.errors import DeadlineExceeded, ItemLost
 
-from . import oracles
+from . import oracles, storms
 from .frame import Outcome, Scale
 from .oracles import Tally, Watch, until
-from .owner import Options
+from .owner import DEMO, Options
 from .owners import end_and_look, owner
 from .wedging import MARKER
 
@@ -27,6 +27,8 @@ IDLE_SECONDS = 2.0
 """How long an engine may be busy with what nobody wants any more."""
 SPIN_SECONDS = 1.0
 """How long a worker of vLLM keeps a core busy with waiting for more, after its last step."""
+STORMS = 10
+"""How often two servers and the nursery are killed at once."""
 BUSY = 0.1
 """The part of a core from which on the processes of an engine are taken to be at work."""
 CONFIG = """
@@ -231,4 +233,17 @@ def killed(scale: Scale) -> Outcome:
             one.hear(stage)
             time.sleep(delay)
             end_and_look(outcome, one, (one.process.pid, signal.SIGKILL))
+    return outcome
+
+
+def storm(scale: Scale) -> Outcome:
+    """Kill two servers and the nursery at once, in the middle of calls; every other time, shut down too."""
+    outcome = Outcome(fault="vLLM: 2 servers and the nursery killed -9 at once, mid-call; half with shutdown()")
+    if not scale.is_long:
+        outcome.skipped = "in the long form only"
+        return outcome
+    serve = ServeConfig(servers=2, startup_timeout=400.0, max_restarts=1000)
+    weather = storms.Weather(calls=4, items=40, delay=3.0, kind=RealTally(), patience=HEAL_SECONDS, start=HEAL_SECONDS)
+    for _ in storms.storms(scale, outcome, lambda: VLLMService(DEMO, serve), STORMS, weather):
+        pass
     return outcome

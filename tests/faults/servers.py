@@ -194,7 +194,7 @@ def poison(scale: Scale) -> Outcome:
             outcome.out_of_order += 1000 - right - len(wrong)
             outcome.figures["restarts, most"] = max(restarts, outcome.figures.get("restarts, most", 0))
             assert wrong == bad, f"errors at {wrong[:10]}, expected them at {bad}"
-            assert restarts <= 6, f"{restarts} restarts"
+            assert restarts <= 8, f"{restarts} restarts"
     return outcome
 
 
