@@ -132,9 +132,7 @@ class VLLMService(Inference):
             logs=lambda: runtime.log_folder(name or uuid.uuid4().hex[:8]),
             max_restarts=serve.max_restarts,
             min_ready=serve.min_ready,
-            queue=lambda: Queue(
-                lambda state: _connect(parts, record_of(state), timeout), timeout, ends_hung=ends_hung
-            ),
+            queue=lambda: Queue(lambda state: _connect(parts, record_of(state), timeout), timeout, ends_hung=ends_hung),
             record=None if name is None else Record(name, lambda *of: _record(name, config, parts, *of)),
             nursery=nursery,
         )
