@@ -38,12 +38,12 @@ class Queue:
     """The dispatcher of a pool, which follows the states of its servers."""
 
     def __init__(
-        self, connect: Callable[[ServerState], Connection], timeout: float | None, *, is_watched: bool = True
+        self, connect: Callable[[ServerState], Connection], timeout: float | None, *, ends_hung: bool = True
     ) -> None:
         self._connect = connect
         self._timeout = timeout
-        self._is_watched = is_watched
-        """Whether a broken connection may mend, since a server that has died will be removed."""
+        self._ends_hung = ends_hung
+        """Whether a server that lives and does not answer will be removed, as one that has died is."""
         self._known: dict[str, tuple[str, bool]] = {}
         self._is_closed = False
         self.dispatcher = Dispatcher()
@@ -74,7 +74,7 @@ class Queue:
                 assert state.info is not None
                 self.dispatcher.add(
                     state.name, partial(self._connect, state), state.info.capacity, self._timeout,
-                    is_watched=self._is_watched,
+                    is_watched=True, ends_hung=self._ends_hung,
                 )  # fmt: skip
         self._known[state.name] = now
 

@@ -125,16 +125,14 @@ class VLLMService(Inference):
             )
             for index, gpu_ids in enumerate(placement)
         ]  # fmt: skip
-        timeout, is_watched = serve.client_timeout, serve.stall_timeout is not None
+        timeout, ends_hung = serve.client_timeout, serve.stall_timeout is not None
         self._pool: Pool | Attached = Pool(
             programs,
             [program.state for program in programs],
             logs=lambda: runtime.log_folder(name or uuid.uuid4().hex[:8]),
             max_restarts=serve.max_restarts,
             min_ready=serve.min_ready,
-            queue=lambda: Queue(
-                lambda state: _connect(parts, record_of(state), timeout), timeout, is_watched=is_watched
-            ),
+            queue=lambda: Queue(lambda state: _connect(parts, record_of(state), timeout), timeout, ends_hung=ends_hung),
             record=None if name is None else Record(name, lambda *of: _record(name, config, parts, *of)),
             nursery=nursery,
         )

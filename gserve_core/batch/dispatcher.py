@@ -28,6 +28,8 @@ HEARTBEAT = 5.0
 """Seconds between two signs of life of a server at work; less where `client_timeout` is short."""
 PROBE = 1.0
 """Seconds between two questions to a server whose connection broke."""
+DOUBT = 10.0
+"""Seconds until a server that does not answer is given up, where its owner ends none that hangs."""
 CLOSE_SECONDS = 10.0
 """Maximum time for closing all connections, in seconds."""
 
@@ -44,6 +46,7 @@ class _Known:
     capacity: int
     timeout: float | None
     is_watched: bool
+    ends_hung: bool
 
 
 class _Link:
@@ -112,16 +115,24 @@ class Dispatcher:
         self._soon(lambda: self._queue.expect(key))
 
     def add(
-        self, key: str, connect: Callable[[], Connection], capacity: int, timeout: float | None, *, is_watched: bool
+        self,
+        key: str,
+        connect: Callable[[], Connection],
+        capacity: int,
+        timeout: float | None,
+        *,
+        is_watched: bool,
+        ends_hung: bool = True,
     ) -> None:
         """Add a server that works on `capacity` items at once; `connect` makes a connection to it.
 
         timeout: seconds without any sign of life; None: no limit. is_watched: the caller will call `remove` once the
-        server has died. Until then a broken connection is tried again.
+        server has died. Until then a broken connection is tried again; for `DOUBT` seconds only, where the caller never
+        `ends_hung` servers, which live and do not answer.
         """
         connection = connect()  # here: what it imports must not be half imported when the caller forks
         self._check()
-        known = self._known[key] = _Known(connect, capacity, timeout, is_watched)
+        known = self._known[key] = _Known(connect, capacity, timeout, is_watched, ends_hung)
         self._soon(self._add, key, known, connection)
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
@@ -233,7 +244,7 @@ class Dispatcher:
 
     def _add(self, key: str, known: _Known, connection: Connection) -> None:
         self._remove(key, "it was replaced", True, False)
-        server = Server(key, known.capacity, known.is_watched)
+        server = Server(key, known.capacity, known.is_watched, ends_hung=known.ends_hung)
         self._links[server] = _Link(server, connection, known)
         self._queue.add(server)
 
@@ -312,6 +323,7 @@ class Dispatcher:
     async def _ask_until_it_answers(self, link: _Link) -> None:
         server = link.server
         why = ""
+        doubt = self._loop.time() + (DOUBT if server.is_watched else 0.0)
         while True:
             try:
                 health = await link.connection.health()
@@ -323,7 +335,7 @@ class Dispatcher:
             except Exception as error:
                 logger.exception("cannot ask %s for its state", server.key)
                 why = str(error)
-            if not server.is_watched:
+            if not server.ends_hung and self._loop.time() >= doubt:
                 logger.warning("lost %s: %s", server.key, why)
                 link.probe = None
                 self._queue.lose_sight(server, why)

@@ -75,10 +75,12 @@ class Item(Struct, eq=False, gc=False):
 class Server:
     """A server, as the queue sees it: it works on `capacity` items at once."""
 
-    def __init__(self, key: str, capacity: int, is_watched: bool) -> None:
+    def __init__(self, key: str, capacity: int, is_watched: bool, *, ends_hung: bool = True) -> None:
         self.key = key
         self.is_watched = is_watched
         """Whether an owner confirms its death. Without one, `ItemQueue.lose_sight` ends what only it could do."""
+        self.ends_hung = is_watched and ends_hung
+        """Whether the owner ends it too where it lives and does not answer."""
         self.window = 2 * capacity
         self.least = int(AHEAD * capacity)
         self.piece_size = float(MAX_PIECE_SIZE)
@@ -258,7 +260,7 @@ class ItemQueue:
         self.pump()
 
     def lose_sight(self, server: Server, why: str) -> None:
-        """Give up a server that does not answer and that no owner watches, until the next item is submitted."""
+        """Give up a server that does not answer and that no owner ends, until the next item is submitted."""
         server.is_out_of_sight = True
         self._no_server = f"no server is left: {why}"
         self.pump()
@@ -386,7 +388,7 @@ class ItemQueue:
             server.is_broken = True
             logger.debug("the connection to %s broke: %s", server.key, error)
             self._no_server = f"no server is left: {error}"
-            if isinstance(error, StallTimeout) and not server.is_watched:
+            if isinstance(error, StallTimeout) and not server.ends_hung:
                 server.is_out_of_sight = True  # it may still answer other questions
             else:
                 self._probe(server)

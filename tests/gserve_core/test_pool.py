@@ -35,7 +35,9 @@ class Told:
     def expect(self, key: str) -> None:
         self.told.append(("expect", key))
 
-    def add(self, key: str, connect: Any, capacity: int, timeout: float | None, *, is_watched: bool = False) -> None:
+    def add(
+        self, key: str, connect: Any, capacity: int, timeout: float | None, *, is_watched: bool, ends_hung: bool
+    ) -> None:
         self.told.append(("add", key, connect()))
         self.is_watched = is_watched
 

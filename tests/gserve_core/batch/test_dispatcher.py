@@ -21,9 +21,10 @@ import pytest
 
 from gserve import BatchError, BatchInterrupted, ItemError, VLLMClient
 from gserve_core.batch import batch
+from gserve_core.batch import dispatcher as dispatcher_module
 from gserve_core.batch.dispatcher import Dispatcher
 from gserve_core.batch.items import Items, Seeds, read_prompt
-from gserve_core.errors import DeadlineExceeded, TransportError
+from gserve_core.errors import DeadlineExceeded, ItemLost, TransportError
 from gserve_core.interfaces import Access, Address, Connection, ServerApi, Transport
 from gserve_core.schema import Event, Group, Health, ResponseOutput, Result, RunRequest
 
@@ -37,6 +38,7 @@ class Notes:
     requests: list[RunRequest] = field(default_factory=list)
     cancelled: list[tuple[str, list[int]]] = field(default_factory=list)
     healths: int = 0
+    is_dead: bool = False
 
 
 class MadeUp(Connection):
@@ -47,6 +49,8 @@ class MadeUp(Connection):
 
     async def health(self) -> Health:
         self.notes.healths += 1
+        if self.notes.is_dead:
+            raise TransportError("connection refused")
         return Health("ok")
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
@@ -56,6 +60,8 @@ class MadeUp(Connection):
             if prompt == "slow":
                 await asyncio.sleep(60.0)
             await asyncio.sleep(self.notes.seconds)
+            if self.notes.is_dead:
+                raise TransportError("connection reset")
             if self.notes.breaks:
                 self.notes.breaks -= 1
                 raise TransportError("connection reset")
@@ -142,6 +148,33 @@ def test_a_connection_that_is_reset_three_times_loses_nothing() -> None:
     with client_of(notes) as client:
         assert client.generate(["a", "b"]) == [["a"], ["b"]]
     assert notes.healths >= 3
+
+
+def test_a_death_that_the_owner_is_about_to_tell_loses_nothing_where_it_ends_none_that_hangs() -> None:
+    """As with `stall_timeout: null`: the connection breaks before the owner has told the death."""
+    dispatcher = Dispatcher()
+    try:
+        dead, alive = Notes(is_dead=True), Notes()
+        dispatcher.add("one", lambda: MadeUp(dead), 4, None, is_watched=True, ends_hung=False)
+        with ThreadPoolExecutor() as pool:
+            call = pool.submit(collected, dispatcher, ["a"] * 20)
+            time.sleep(0.3)
+            dispatcher.remove("one", "it was killed", returns=True)
+            dispatcher.add("one", lambda: MadeUp(alive), 4, None, is_watched=True, ends_hung=False)
+            assert call.result(20.0) == [["a"]] * 20
+    finally:
+        dispatcher.close()
+
+
+def test_a_server_that_nobody_ends_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatcher_module, "DOUBT", 0.5)
+    dispatcher = Dispatcher()
+    try:
+        dispatcher.add("one", lambda: MadeUp(Notes(is_dead=True)), 4, None, is_watched=True, ends_hung=False)
+        with bounded(20.0):
+            assert [type(it) for it in collected(dispatcher, ["a"] * 20)] == [ItemLost] * 20
+    finally:
+        dispatcher.close()
 
 
 def test_forked_processes_with_threads_lose_no_call() -> None:
