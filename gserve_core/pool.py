@@ -326,13 +326,15 @@ class Pool:
     def start(self) -> None:
         """Start all servers unless they run, and wait until `min_ready` of them are ready.
 
+        Where they were, does nothing, unless all have been given up since: then starts them again.
+
         Raises LaunchError with the cause of every server that failed; nothing is left then. Raises ConfigError: the
         name is taken. Raises GserveError.
         """
         supervisor, is_ours = self._begin()
-        if supervisor.has_started:
+        if supervisor.has_started and not all(state.is_over for state in self.states.values()):
             return
-        if not supervisor.was_asked:  # this is a signal handler that interrupts the call which is about to
+        if supervisor.has_started or not supervisor.was_asked:  # or a signal handler interrupts who is about to ask
             supervisor.begin()
         try:
             supervisor.wait_ready()

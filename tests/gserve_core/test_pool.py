@@ -130,6 +130,21 @@ def test_a_server_that_is_given_up_is_told_with_cause_and_reason(dispatchers: li
     pool.close()
 
 
+def test_a_start_after_all_servers_were_given_up_starts_them_again(dispatchers: list[Told]) -> None:
+    programs = FakeProgram(0), FakeProgram(1)
+    pool = pool_of(*programs)
+    pool.start()
+    for began, program in zip(([1, 1], [2, 2]), programs, strict=True):  # where one is left, a start does nothing
+        program.runs[0].die()
+        program.runs[0].clean_up(left=(7,))
+        until(lambda name=program.name: pool.states[name].state == State.FAILED)  # type: ignore[misc]
+        pool.start()
+        assert [len(it.runs) for it in programs] == began
+    assert all(state.usable for state in pool.states.values())
+    assert [it[:2] for it in dispatchers[0].told][-2:] == [("add", "server-0"), ("add", "server-1")]
+    pool.close()
+
+
 def test_a_start_while_it_ends_waits_for_that_and_works() -> None:
     pool = pool_of(FakeProgram(0), FakeProgram(1))
     for _ in range(20):
