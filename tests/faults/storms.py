@@ -231,11 +231,11 @@ def shutdowns(scale: Scale) -> Outcome:
 
         with outcome.trial(f"shutdown {number}"):
             service.start()
+            if number % 2:  # the event loop meets all calls and the ends of the servers at once
+                block(service, BUSY_SECONDS)
+                time.sleep(0.1)
             threads = [Calls.beside(lambda thread=thread: call(thread)) for thread in range(16)]
             time.sleep(chance.uniform(0.0, 0.5))
-            if number % 2:  # what comes meanwhile, the event loop meets all at once
-                block(service, 0.5)
-                time.sleep(0.1)
             since = time.monotonic()
             ending = Calls.beside(service.shutdown)
             for thread in [*threads, ending]:
