@@ -29,7 +29,7 @@ BUSY_SECONDS = 2.0
 """How long the thread that sends items is kept busy in some rounds."""
 STORMS = 20, 200
 """Rounds: short form, long form."""
-FEWEST, ENOUGH = 5, 60.0
+FEWEST, ENOUGH = 5, 30.0
 """The short form has at least so many rounds, and begins no other after so many seconds."""
 
 
