@@ -71,7 +71,7 @@ def slow_readers(scale: Scale) -> Outcome:
 
 def big_items(scale: Scale) -> Outcome:
     """Stream documents of 1 MB through: the client holds some of them at a time, however many there are."""
-    count = scale.of(600, 3400)
+    count = scale.of(400, 3400)
     outcome = Outcome(fault=f"{count:,} documents of 1 MB in one call")
     text = "words and " * 99_000
     llm = LLMConfig("m", max_model_len=1_000_000)

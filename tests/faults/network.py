@@ -20,7 +20,7 @@ from .oracles import Tally
 
 LLM = LLMConfig("m", max_model_len=1000)
 SLACK = 30.0
-"""How much longer than the outage a call may take for it."""
+"""How much longer a call may take for it."""
 RESETS = 3
 """How often all connections are reset during one call."""
 
@@ -95,7 +95,7 @@ def outage(scale: Scale) -> Outcome:
             outcome.recover.append(took - plain)
             outcome.figures |= {f"without ({seconds:g} s)": plain, f"with ({seconds:g} s)": took}
             _nothing_was_lost(service, before)
-            assert took - plain < seconds + SLACK / scale.of(2, 1), f"{took:.1f} s in place of {plain:.1f} s"
+            assert took - plain < SLACK, f"{took:.1f} s in place of {plain:.1f} s"
             again = _call(service, tally, 64, lambda: None)
             assert again < 2 * plain + 2.0, f"the next call took {again:.1f} s in place of {plain:.1f} s"
         outcome.count(tally)
@@ -109,7 +109,7 @@ def resets(scale: Scale) -> Outcome:
         outcome.skipped = why
         return outcome
     tally = Tally()
-    engine = EchoEngine(latency=0.5, capacity=4, processes=2)
+    engine = EchoEngine(latency=3.0, capacity=4, processes=2)  # an item sees every reset
     with VLLMService(LLM, ServeConfig(servers=2, stall_timeout=5.0), engine=engine) as service:
         before = [oracles.of(server) for server in service.servers]
         for _ in range(scale.of(1, 10)):
@@ -120,7 +120,7 @@ def resets(scale: Scale) -> Outcome:
                         time.sleep(0.7)
                         outcome.figures["reset"] = outcome.figures.get("reset", 0) + _reset()
 
-                outcome.recover.append(_call(service, tally, 40, fault))
+                outcome.recover.append(_call(service, tally, 12, fault))
                 _nothing_was_lost(service, before)
     outcome.count(tally)
     return outcome

@@ -29,7 +29,7 @@ BUSY_SECONDS = 2.0
 """How long the thread that sends items is kept busy in some rounds."""
 STORMS = 20, 200
 """Rounds: short form, long form."""
-FEWEST, ENOUGH = 5, 60.0
+FEWEST, ENOUGH = 5, 30.0
 """The short form has at least so many rounds, and begins no other after so many seconds."""
 
 
@@ -214,27 +214,38 @@ def one_storm(
 
 
 def shutdowns(scale: Scale) -> Outcome:
-    """Call in 16 threads, again and again, while the service is shut down: every call returns."""
+    """Call in 16 threads, again and again, until the service that is shut down refuses: every call returns."""
     outcome = Outcome(fault="16 threads call while the service is shut down")
     chance = scale.random
     for number in range(scale.of(4, 50)):
-        service = VLLMService(LLM, ServeConfig(servers=2), engine=EchoEngine(latency=0.02, capacity=4))
+        service = VLLMService(LLM, ServeConfig(servers=2), engine=EchoEngine(latency=0.005, capacity=4))
+        made: list[Called] = []
+
+        def call(thread: int, service: VLLMService = service, made: list[Called] = made, number: int = number) -> None:
+            """Make many small calls, so that some come at the very moment of the end."""
+            last: Called | None = None
+            while last is None or last.error is None:
+                prompts = [f"item-{number}-{thread}-{index}" for index in range(1 + thread % 3)]
+                made.append(last := Called(prompts, thread % 4 == 3, Tally()))
+                last.make(service)
+
         with outcome.trial(f"shutdown {number}"):
             service.start()
-            prompts = [[f"item-{number}-{call}-{index}" for index in range(40)] for call in range(16)]
-            made = [Called(it, place % 4 == 3, Tally()) for place, it in enumerate(prompts)]
-            late = made[8:] if number % 2 else []  # these begin at the very moment of the end
-            calls = Calls(service, made[: len(made) - len(late)])
+            if number % 2:  # the event loop meets all calls and the ends of the servers at once
+                block(service, BUSY_SECONDS)
+                time.sleep(0.1)
+            threads = [Calls.beside(lambda thread=thread: call(thread)) for thread in range(16)]
             time.sleep(chance.uniform(0.0, 0.5))
             since = time.monotonic()
             ending = Calls.beside(service.shutdown)
-            others = Calls(service, late)
-            calls.wait(since, outcome)
-            others.wait(since, outcome)
-            for call in made:
-                call.judge(outcome, may_lose=True)
-            ending.join(RETURN_SECONDS)
+            for thread in [*threads, ending]:
+                thread.join(max(0.0, since + RETURN_SECONDS - time.monotonic()))
+            outcome.recover.append(time.monotonic() - since)
+            hang = sum(thread.is_alive() for thread in threads)
+            assert not hang, f"the calls of {hang} of 16 threads have not returned within {RETURN_SECONDS:g} s"
             assert not ending.is_alive(), "shutdown has not returned"
+            for it in made:
+                it.judge(outcome, may_lose=True)
             until(lambda: not oracles.marked(), END_SECONDS, "nothing left behind")
-            outcome.figures["calls returned"] = outcome.figures.get("calls returned", 0) + len(made)
+            outcome.figures["calls"] = outcome.figures.get("calls", 0) + len(made)
     return outcome
