@@ -183,7 +183,9 @@ class _Following:
         for name, server in now.items():
             if self.servers.get(name) != server:
                 connect = partial(self._connect, server)
-                self.dispatcher.add(name, connect, server.capacity, self._timeout, is_watched=True)
+                self.dispatcher.add(
+                    name, connect, server.capacity, self._timeout, is_watched=True, ends_hung=record.ends_hung
+                )
         if record.status == "failed":
             self.dispatcher.remove(PLACE, f"the service '{self._name}' has given up all its servers", died=False)
         self.servers = MappingProxyType(now)

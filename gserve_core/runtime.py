@@ -78,7 +78,7 @@ class ServiceRecord(Struct, frozen=True):
 
     Another version of gserve may write more fields. status: "starting", "ready", "draining", or "failed" if all servers
     are given up. id: tells services of one process apart. machine: where the process id counts; None in records of
-    older versions.
+    older versions. ends_hung: whether the owner ends servers that hang.
     """
 
     name: str
@@ -92,6 +92,7 @@ class ServiceRecord(Struct, frozen=True):
     status: str = "ready"
     id: str = ""
     machine: str | None = None
+    ends_hung: bool = True
 
     @property
     def is_alive(self) -> bool:

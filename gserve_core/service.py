@@ -226,5 +226,5 @@ def _record(name: str, config: Config, parts: Parts, ready: Sequence[ServerState
         name=name, pid=pid, started=runtime.process_start(pid) or 0, servers=[record_of(state) for state in ready],
         transport=parts.registry.section("transport", parts.transport), plugins=list(parts.plugins),
         folder=str(parts.folder.resolve()) if parts.folder else None, client_timeout=config.serve.client_timeout,
-        status=status,
+        status=status, ends_hung=config.serve.stall_timeout is not None,
     )  # fmt: skip

@@ -34,8 +34,11 @@ class Told:
         self._check()
         self.awaited.add(key)
 
-    def add(self, key: str, connect: Any, capacity: int, timeout: float | None, *, is_watched: bool = False) -> None:
+    def add(
+        self, key: str, connect: Any, capacity: int, timeout: float | None, *, is_watched: bool, ends_hung: bool
+    ) -> None:
         self._check()
+        self.ends_hung = ends_hung
         self.servers[key] = connect()
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
@@ -86,7 +89,7 @@ def kill(pid: int) -> None:
     until(lambda: runtime.process_start(pid) is None)
 
 
-def write(pid: int, *instances: str, status: str = "ready") -> None:
+def write(pid: int, *instances: str, status: str = "ready", ends_hung: bool = True) -> None:
     """Write the record of a service whose servers have these instances."""
     servers = [
         ServerRecord(f"server-{index}", Address(["127.0.0.1"], 4000 + index), instance, "token", 4, "m")
@@ -96,7 +99,7 @@ def write(pid: int, *instances: str, status: str = "ready") -> None:
     runtime.write_service(
         ServiceRecord(
             name="followed", pid=pid, started=runtime.process_start(pid) or 0, servers=servers, transport={},
-            status=status,
+            status=status, ends_hung=ends_hung,
         )
     )  # fmt: skip
 
@@ -127,6 +130,16 @@ def test_it_has_the_servers_of_the_record(service: tuple[Attached, int]) -> None
     following.start()
     assert told(following).servers == {"server-0": "a", "server-1": "b"}
     assert states(following) == ["ready", "ready"]
+
+
+def test_it_knows_whether_the_owner_ends_servers_that_hang(owners: Callable[[], int]) -> None:
+    owner = owners()
+    for ends_hung in (True, False):
+        write(owner, "a", ends_hung=ends_hung)
+        following = Attached("followed", lambda server: server.instance, 1.0)  # type: ignore[arg-type,return-value]
+        following.start()
+        assert told(following).ends_hung is ends_hung
+        following.close()
 
 
 def test_a_server_that_is_restarted_is_found_again(service: tuple[Attached, int]) -> None:
