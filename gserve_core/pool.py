@@ -19,7 +19,7 @@ from .errors import GserveError, LaunchError, TransportError
 from .interfaces import Connection
 from .runtime import ServiceRecord
 from .state import BEGINNING, Published, ServerState, State
-from .supervisor import END_SECONDS, Program, Supervisor
+from .supervisor import CLEANING_UP, END_SECONDS, Program, Supervisor
 
 MARGIN = 10.0
 """Maximum time that `close` waits for the supervisor beyond the time that the servers may take, in seconds."""
@@ -84,7 +84,7 @@ def _why(state: ServerState) -> str:
     if state.state == State.STOPPED or (state.state == State.DRAINING and not state.returns):
         return f"{state.name} was stopped"
     if state.failure is None:
-        return f"{state.name}: {state.phase or state.state}"
+        return f"{state.name}: {(state.phase or str(state.state)).removeprefix(CLEANING_UP)}"
     cause = str(state.failure).partition("\n")[0]
     return f"{cause}; {state.phase}" if state.state == State.FAILED and state.phase else cause
 

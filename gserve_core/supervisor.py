@@ -33,6 +33,8 @@ KEEP_SECONDS = 2.0
 AGAIN = "waiting to be started again"
 """The phase of a server that is to be restarted."""
 
+CLEANING_UP = "cleaning up: "
+"""Begins the phase of a server that has ended, before the reason."""
 FRUITLESS = 10
 """Number of deaths in a row, without a finished item, that may be expected. A broken engine exceeds it."""
 
@@ -353,7 +355,7 @@ class Supervisor:
             server.was_expected = died and self._hooks.is_narrowing(name) and server.fruitless <= FRUITLESS
             if not server.was_expected:
                 server.useless = 0 if self._hooks.finished(name) else server.useless + 1
-        self._publish(state.draining(f"cleaning up: {why}", returns=True, died=died))
+        self._publish(state.draining(f"{CLEANING_UP}{why}", returns=True, died=died))
 
     def _gone(self, server: _Server, report: Gone) -> None:
         """Decide what becomes of a server that has ended, and has been cleaned up after."""

@@ -98,7 +98,7 @@ def test_the_queue_is_told_of_every_server_and_of_its_end_at_once(dispatchers: l
     assert dispatcher.told == [("expect", "server-0"), ("add", "server-0", "instance-1")]
     program.runs[0].die("its process ended")
     until(lambda: len(dispatcher.told) == 3)
-    assert dispatcher.told[2] == ("remove", "server-0", "server-0: cleaning up: its process ended", True, True)
+    assert dispatcher.told[2] == ("remove", "server-0", "server-0: its process ended", True, True)
     program.runs[0].clean_up()
     until(lambda: len(dispatcher.told) == 4)
     assert dispatcher.told[3] == ("add", "server-0", "instance-2")
@@ -108,7 +108,7 @@ def test_the_queue_is_told_of_every_server_and_of_its_end_at_once(dispatchers: l
     until(lambda: pool.states["server-0"].state == State.FAILED)
     assert dispatcher.told[4:] == [
         ("drain", "the service is ending: it was told to"),
-        ("remove", "server-0", "server-0: cleaning up: preempted", True, False),
+        ("remove", "server-0", "server-0: preempted", True, False),
         ("remove", "server-0", "server-0 failed: preempted", False, False),
     ]
     pool.close()

@@ -400,22 +400,24 @@ def until(condition: Callable[[], Any], seconds: float = 10.0) -> None:
 
 
 def test_cancelled_items_leave_the_server_where_they_travel_with_others() -> None:
-    notes = Notes()
-    with client_of(notes) as client, ThreadPoolExecutor() as pool:
-        first = pool.submit(client.generate, ["slow"], deadline=30.0)  # so that the others wait, and travel together
-        until(lambda: notes.requests)
+    notes, dispatcher = Notes(), Dispatcher()
+    try:
+        dispatcher.expect("one")
         calls = [
-            pool.submit(client.generate, ["slow", "slow"], deadline=seconds, on_error="return")
-            for seconds in (0.5, 3.0)
+            batch.Batch(dispatcher, Items(["slow"] * 2, None, read_prompt, Seeds().of_next_call()), None, print)
+            for _ in range(2)
         ]
-        assert all(isinstance(it, DeadlineExceeded) for it in calls[0].result(10))
-        together = [it for it in notes.requests if sum(len(group.prompts) for group in it.groups) == 4]
-        if together:  # both calls came in the same turn of the loop
-            until(lambda: notes.cancelled)
-            assert notes.cancelled[0][0] == together[0].id
-            assert len(notes.cancelled[0][1]) == 2
-        client.close()
-        assert isinstance(first.exception(10), BatchError)
+        for call in calls:
+            assert call.feed()
+        dispatcher.add("one", lambda: MadeUp(notes), 64, None, is_watched=True)
+        until(lambda: notes.requests)
+        calls[0].cancel()
+        until(lambda: notes.cancelled)
+        (request,) = notes.requests
+        assert sum(len(group.prompts) for group in request.groups) == 4
+        assert notes.cancelled == [(request.id, [0, 1])]
+    finally:
+        dispatcher.close()
 
 
 # --------------------------------------------------------------------------------------------------------------- seeds
