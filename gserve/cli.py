@@ -618,10 +618,11 @@ def _show_phases(service: "VLLMService", starting: Future[None]) -> None:
     console = Console(stderr=True)
     shown: dict[str, str] = {}
     with console.status("starting") if console.is_terminal else nullcontext() as status:
-        while not wait([starting], TICK).done:
-            servers = [server for server in service.status() if server.state != "stopped"]
-            starting_ones = ("queued", "starting")
-            doing = {it.name: it.phase or it.state if it.state in starting_ones else it.state for it in servers}
+        is_over = False
+        while not is_over:
+            is_over = bool(wait([starting], TICK).done)
+            servers = [it for it in service.status() if it.usable or not (is_over or it.state == "stopped")]
+            doing = {it.name: it.phase if it.phase and it.returns else it.state for it in servers}
             if status is not None:
                 status.update(Text("\n  ".join(f"{name}: {phase}" for name, phase in doing.items())))
             else:
