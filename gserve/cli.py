@@ -621,7 +621,8 @@ def _show_phases(service: "VLLMService", starting: Future[None]) -> None:
         is_over = False
         while not is_over:
             is_over = bool(wait([starting], TICK).done)
-            servers = [it for it in service.status() if it.usable or not (is_over or it.state == "stopped")]
+            servers = [it for it in service.status() if (it.name in shown if is_over else it.state != "stopped")]
+            servers = [it for it in servers if it.usable or not is_over]
             doing = {it.name: it.phase if it.phase and it.returns else it.state for it in servers}
             if status is not None:
                 status.update(Text("\n  ".join(f"{name}: {phase}" for name, phase in doing.items())))
