@@ -323,7 +323,7 @@ def test_the_check_looks_for_no_files_of_other_machines_nor_for_those_of_other_e
     path.write_text(json.dumps({"llm": llm, "launcher": {"type": "slurm"}}))
     ((job, command),) = doctor.check_config(path)
     assert job.name == "server-0"
-    assert "--lora_path" in command
+    assert "--model" in command
     llm |= {"model_name": "demo:foo", "llm_kwargs": {"zzz": 1}}
     path.write_text(json.dumps({"llm": llm, "engine": {"type": "echo"}}))
     assert len(doctor.check_config(path, ["serve.servers=2"])) == 2
