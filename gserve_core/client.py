@@ -222,11 +222,11 @@ class VLLMClient(Inference):
 
     def health(self) -> Health:
         """Return the server's state. Raises `TransportError`."""
-        return self._only.ask_server(self._key, Connection.health)
+        return self._only.ask_server(self._key, lambda connection: connection.health())
 
     def shutdown(self) -> None:
         """Ask the server to end. Raises `TransportError`."""
-        self._only.ask_server(self._key, Connection.shut_down)
+        self._only.ask_server(self._key, lambda connection: connection.shut_down())
 
     def close(self) -> None:
         """End calls that are left, and close the connection. Idempotent."""

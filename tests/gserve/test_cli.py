@@ -331,7 +331,7 @@ def test_a_second_signal_ends_a_launched_service_that_finishes_its_items(place: 
     eventually(lambda: "finishing what the servers have, for 30 s at most" in place.stderr)
     launched.terminate()
     assert launched.wait(20) == 0
-    assert generating.wait(30) == 1
+    assert generating.wait(120) == 1
 
 
 @pytest.mark.parametrize("number", SIGNALS)
