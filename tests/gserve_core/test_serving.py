@@ -4,12 +4,9 @@ import asyncio
 import concurrent.futures
 import contextlib
 import socket
-import tempfile
 import time
-import uuid
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -161,25 +158,3 @@ def test_clients_that_do_not_read_cost_little_memory() -> None:
             assert highest < 150 << 20, highest >> 20
         with server.client() as other:
             assert other.generate(["a"]) == [["a"]]
-
-
-def test_sockets_of_an_engine_find_a_short_path_below_a_long_temporary_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    long = tmp_path / ("x" * 80)
-    long.mkdir()
-    monkeypatch.setenv("TMPDIR", str(long))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    with VLLMServer(LLM, engine=EchoEngine()) as server:
-        (engine,) = [
-            process
-            for pid in runtime.processes_of(server.record().instance)
-            if "engine" in (process := psutil.Process(pid)).cmdline()
-        ]
-        base = engine.environ()["VLLM_RPC_BASE_PATH"]
-        with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as other:
-            listening.bind(f"{base}/{uuid.uuid4()}")  # as vLLM names them
-            listening.listen()
-            other.connect(listening.getsockname())
-        assert len(list(runtime.scratch_folder(server.record().instance).iterdir())) == 1
-    assert not list(long.iterdir())
