@@ -60,7 +60,7 @@ DEATH_SECONDS = 1.0
 """How long an engine that dies may take to say so, after the items that it had have failed."""
 ADMISSION = 16
 """How many times its capacity a server takes of items before it says that it has enough to do."""
-MOST_ITEMS = 1 << 16
+MOST_ITEMS = 1 << 17
 """Items that one request may always have, however small the engine's capacity is."""
 AHEAD = 2
 """The engine has up to this many times its capacity of items of streamed requests, so that it never runs dry."""

@@ -109,7 +109,7 @@ def test_to_cancel_what_is_not_there_does_nothing(slow: VLLMServer) -> None:
 def test_a_request_of_too_many_items_is_refused_with_what_to_do(slow: VLLMServer) -> None:
     async def run() -> None:
         async with connected(slow) as connection:
-            with pytest.raises(RemoteError, match=r"1000000 items.*at most 65536.*send it in pieces") as refused:
+            with pytest.raises(RemoteError, match=r"1000000 items.*at most 131072.*send it in pieces") as refused:
                 await ends(connection, RunRequest([Group([""] * 1_000_000)]))
             assert refused.value.status == 413
 
