@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,14 +27,22 @@ POLL_SECONDS = 0.01
 class Child(subprocess.Popen[bytes]):
     """A `Popen` whose exit code is `UNKNOWN`, not 0, where another has taken it: SIGCHLD is ignored, for one."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self._polling = threading.Lock()
+        super().__init__(*args, **options)
+
     def poll(self) -> int | None:
         """Return the exit code once the process has ended, else None."""
-        if self.returncode is None:
+        if self.returncode is None and self._polling.acquire(blocking=False):  # else another thread is taking it
             try:
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 self.returncode = UNKNOWN
-        return super().poll()
+            else:
+                super().poll()
+            finally:
+                self._polling.release()
+        return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         """Return the exit code once the process has ended. Raises subprocess.TimeoutExpired."""

@@ -150,6 +150,7 @@ class _Session:
         *,
         max_restarts: int,
         min_ready: int | None,
+        keeps_places: bool,
         what: str,
         logs: Callable[[], Path],
         queue: Queue | None,
@@ -164,8 +165,9 @@ class _Session:
         self._nursery = nursery
         self._is_open = self._is_draining = self._is_closing = False
         self.supervisor = Supervisor(
-            programs, published, self, max_restarts=max_restarts, min_ready=min_ready, what=what
-        )
+            programs, published, self, max_restarts=max_restarts, min_ready=min_ready, keeps_places=keeps_places,
+            what=what,
+        )  # fmt: skip
 
     def open(self) -> Path:
         self._is_open = True
@@ -234,7 +236,7 @@ class Pool:
     forked from its owner can read the states, and cannot end the servers.
 
     logs: makes and returns the folder for the logs of a start. queue: makes the queue of a start; None: there is none.
-    what: how messages name the pool.
+    max_restarts, min_ready, keeps_places: see `Supervisor`. what: how messages name the pool.
     """
 
     def __init__(
@@ -245,6 +247,7 @@ class Pool:
         logs: Callable[[], Path],
         max_restarts: int = 0,
         min_ready: int | None = None,
+        keeps_places: bool = False,
         queue: Callable[[], Queue] | None = None,
         record: Record | None = None,
         nursery: Closable | None = None,
@@ -253,8 +256,8 @@ class Pool:
         self._published = Published(states)
         self._make_queue = queue
         self._make_session = partial(
-            _Session, programs, self._published, max_restarts=max_restarts, min_ready=min_ready, what=what, logs=logs,
-            record=record, nursery=nursery,
+            _Session, programs, self._published, max_restarts=max_restarts, min_ready=min_ready,
+            keeps_places=keeps_places, what=what, logs=logs, record=record, nursery=nursery,
         )  # fmt: skip
         self._what = what
         self._session: _Session | None = None

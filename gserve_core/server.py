@@ -511,7 +511,7 @@ class VLLMServer:
         )
         pool = Pool(
             [program], [program.state], logs=lambda: runtime.log_folder(uuid.uuid4().hex[:8]), nursery=nursery,
-            what=program.name,
+            keeps_places=True, what=program.name,
         )  # fmt: skip
         self._set_up(program, pool, is_alone=True)
 

@@ -35,6 +35,7 @@ from .interfaces import Address, Engine, RunningEngine, Transport
 from .log_utils import ServerLog, setup_logging
 from .redaction import redact, secret_values
 from .schema import (
+    Conversation,
     Event,
     Failure,
     FlatOutput,
@@ -103,8 +104,11 @@ class Server:
         self._state = "starting"
         self._phase: str | None = None
         self._engine: RunningEngine | None = None
-        self._slots = asyncio.Semaphore(0)
-        """How many more items of streamed requests the engine may have."""
+        self._streamed = self._most_streamed = 0
+        """Items of streamed requests that the engine has, and how many it may have."""
+        self._turn, self._waiting = asyncio.Lock(), 0
+        """Held by the streamed request that gets the next place in the engine, and how many wait for one."""
+        self._has_place = asyncio.Event()
         self._over = asyncio.Event()
         self._pieces: set[_Piece] = set()
         self._requests = 0
@@ -166,16 +170,29 @@ class Server:
         loop, first = asyncio.get_running_loop(), 0
         for group in groups:
             async for index, item in _prepared(piece.admitted.engine, group, first):
-                await piece.room.wait()
-                await self._slots.acquire()
+                if not piece.room.is_set():
+                    await piece.room.wait()
+                if self._waiting or self._streamed >= self._most_streamed:
+                    await self._wait_for_place()
+                piece.begun = index + 1
                 if index in piece.cancelled:
-                    self._slots.release()
                     continue
-                piece.begun.add(index)
+                self._streamed += 1
                 task = asyncio.Task(self._work(piece, index, item), loop=loop, eager_start=True)
                 if not task.done():
                     piece.tasks[index] = task
             first += len(group.prompts)
+
+    async def _wait_for_place(self) -> None:
+        """Wait until the engine has a place for an item of a streamed request: these take turns."""
+        self._waiting += 1
+        try:
+            async with self._turn:
+                while self._streamed >= self._most_streamed:
+                    self._has_place.clear()
+                    await self._has_place.wait()
+        finally:
+            self._waiting -= 1
 
     async def _work(self, piece: "_Piece", index: int, prepared: Any) -> None:
         """Have the engine work on one item, and put what happens to it into its piece."""
@@ -194,7 +211,8 @@ class Server:
             logger.exception("item %d failed", index)
             event = Failure(index, redact(_sentence(error), self._secrets), invalid=False)
         finally:
-            self._slots.release()
+            self._streamed -= 1
+            self._has_place.set()
             piece.tasks.pop(index, None)
         piece.put(event)
 
@@ -361,7 +379,7 @@ class Server:
         await held.turn(self._report)
         running = await engine.start(llm, report)
         self._engine = running
-        self._slots = asyncio.Semaphore(AHEAD * running.info.capacity)
+        self._most_streamed = AHEAD * running.info.capacity
         gc.collect()
         gc.freeze()  # a full collection over what torch and transformers leave behind takes a third of a second
         gc.set_threshold(YOUNG)
@@ -504,7 +522,7 @@ def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:
     """Yield slices of prompts that are not too many, and not too large together."""
     start = size = 0
     for place, prompt in enumerate(prompts):
-        size += _size(prompt)
+        size += len(prompt) if isinstance(prompt, str) else _size(prompt)
         if place - start == SLICE - 1 or size > SLICE_BYTES:
             yield slice(start, place + 1)
             start, size = place + 1, 0
@@ -512,10 +530,8 @@ def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:
         yield slice(start, len(prompts))
 
 
-def _size(prompt: Prompt) -> int:
-    """Return about how many bytes a prompt has."""
-    if isinstance(prompt, str):
-        return len(prompt)
+def _size(prompt: list[int] | Conversation) -> int:
+    """Return about how many bytes a prompt has that is not a text."""
     if isinstance(prompt, list):
         return 4 * len(prompt)
     contents = (message.content for message in prompt.messages)
@@ -523,8 +539,9 @@ def _size(prompt: Prompt) -> int:
 
 
 def _result(index: int, outputs: list[ResponseOutput]) -> Result:
-    if any(isinstance(output, FlatOutput) for output in outputs):
-        return FlatResult(index, outputs)  # type: ignore[arg-type]
+    for output in outputs:
+        if isinstance(output, FlatOutput):
+            return FlatResult(index, outputs)  # type: ignore[arg-type]
     return Result(index, outputs)
 
 
@@ -534,15 +551,15 @@ def _cancelled(index: int) -> Failure:
 
 def _weight(event: Event) -> int:
     """Return about how many bytes of memory an event takes."""
-    if not isinstance(event, Result):
-        return ITEM_BYTES
     weight = ITEM_BYTES
-    for output in event.outputs:
+    for output in event.outputs if isinstance(event, Result) else ():
         weight += 2 * len(output.text) + TOKEN_BYTES * len(output.token_ids)
-        flat = (output.flat_logprobs, output.flat_prompt_logprobs) if isinstance(output, FlatOutput) else ()
-        entries = sum(len(it.token_ids) for it in flat if it is not None)
-        entries += sum(len(it or ()) for logprobs in (output.logprobs, output.prompt_logprobs) for it in logprobs or ())
-        weight += LOGPROB_BYTES * entries
+        for logprobs in (output.logprobs, output.prompt_logprobs):
+            if logprobs is not None:
+                weight += LOGPROB_BYTES * sum(len(it or ()) for it in logprobs)
+        if isinstance(output, FlatOutput):
+            flat = (output.flat_logprobs, output.flat_prompt_logprobs)
+            weight += LOGPROB_BYTES * sum(len(it.token_ids) for it in flat if it is not None)
     return weight
 
 
@@ -566,7 +583,8 @@ class _Piece:
         self.admitted = admitted
         self.news, self.room = asyncio.Event(), asyncio.Event()
         self.room.set()
-        self.begun: set[int] = set()
+        self.begun = 0
+        """How many items the engine has had, or would have: they are begun in order."""
         self.cancelled: set[int] = set()
         self.tasks: dict[int, asyncio.Task[None]] = {}
         """Of the items that the engine has."""
@@ -595,7 +613,7 @@ class _Piece:
         for index in fresh:
             if index in self.tasks:
                 self.tasks[index].cancel()
-        return sorted(fresh - self.begun)
+        return sorted(index for index in fresh if index >= self.begun)
 
 
 @contextlib.asynccontextmanager

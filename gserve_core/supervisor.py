@@ -130,6 +130,9 @@ class Supervisor:
     """Looks after servers in a thread of its own, from its making to `close`. Its methods may be called from anywhere.
 
     They only send a message, and so take no lock: from a signal handler and a finalizer too.
+
+    keeps_places: whether a dead server that is not restarted keeps its place, such as a job of SLURM, until `begin`
+    starts it there, or it is ended.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Supervisor:
         *,
         max_restarts: int = 0,
         min_ready: int | None = None,
+        keeps_places: bool = False,
         what: str = "the service",
     ) -> None:
         self._servers = {program.name: _Server(program) for program in programs}
@@ -147,6 +151,7 @@ class Supervisor:
         self._hooks = hooks
         self._max_restarts = max_restarts
         self._min_ready = len(programs) if min_ready is None else min_ready
+        self._keeps_places = keeps_places
         self._what = what
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._logs: Path | None = None
@@ -301,7 +306,7 @@ class Supervisor:
             if server.is_stopping or server.is_releasing:
                 server.is_wanted = True
                 self._publish(self._state(server).queued(BEGINNING))
-            elif server.run is None:
+            elif server.run is None or (server.is_gone and self._state(server).is_over):
                 self._launch(server)
 
     def _launch(self, server: _Server) -> None:
@@ -385,7 +390,7 @@ class Supervisor:
             self._give_up(server, failure, None)
         elif counted >= self._max_restarts and not server.was_expected:
             enough = f"it was started again {counted} times in ten minutes (max_restarts)"
-            self._give_up(server, failure, enough if self._max_restarts else None)
+            self._give_up(server, failure, enough if self._max_restarts else None, keeps_place=self._keeps_places)
         else:
             server.restarts.append((now, not server.was_expected))
             wait = _delay(server)
@@ -394,8 +399,10 @@ class Supervisor:
             self._publish(replace(self._state(server).queued(AGAIN), restarts=len(server.restarts)))
             server.due = now + wait
 
-    def _give_up(self, server: _Server, failure: GserveError | None, why: str | None) -> None:
-        """Publish that a server has ended for good, and have nothing kept of it."""
+    def _give_up(
+        self, server: _Server, failure: GserveError | None, why: str | None, *, keeps_place: bool = False
+    ) -> None:
+        """Publish that a server has ended for good, and have nothing kept of it but, where wanted, its place."""
         state = self._state(server)
         failure = failure or state.failure or LaunchError(why or f"{server.program.name} has ended")
         if why:
@@ -403,7 +410,8 @@ class Supervisor:
         elif not server.was_ready and self._min_ready < len(self._servers):  # else `wait_ready` raises it
             logger.error("%s", failure)
         self._publish(state.failed(failure, why))
-        self._release(server)
+        if not keeps_place:
+            self._release(server)
 
     def _release(self, server: _Server) -> None:
         if server.run is None:

@@ -112,26 +112,37 @@ class Batch:
     def _read_all(self) -> None:
         """Be the reader: submit each item as soon as it is read, and wait where there are enough."""
         try:
-            for item in self._given:
-                with self._reading:
-                    if self._call.is_cancelled:
-                        return
-                    self._read += 1
-                    if self._open is not None:
-                        self._open.add(item.index)
-                    if isinstance(item, ItemError):
-                        self._deliver([(item.index, item)])
-                    else:
-                        self._read_size += item.size
-                        self._dispatcher.submit([item])
-                while self._is_full and not self._call.is_cancelled:
+            while not self._is_read and not self._call.is_cancelled:
+                if self._is_full:
                     self._room.wait(FULL_SECONDS)
                     self._room.clear()
-            self._is_read = True
+                else:
+                    self._is_read = self._submit_one_by_one(self._size_ahead)
         except BaseException as error:
             self._failure = error
         finally:
             self._deliver([])
+
+    def _submit_one_by_one(self, room: int) -> bool:
+        """Submit up to `FEED` items, or about `room` bytes, each as soon as it is read; return whether all is read."""
+        call, open_items, reading, submit = self._call, self._open, self._reading, self._dispatcher.submit
+        last = self._read + FEED
+        for item in islice(self._given, FEED):
+            with reading:
+                if call.is_cancelled:
+                    return False
+                self._read += 1
+                if open_items is not None:
+                    open_items.add(item.index)
+                if isinstance(item, ItemError):
+                    self._deliver([(item.index, item)])
+                    continue
+                self._read_size += item.size
+                submit((item,))
+            room -= item.size
+            if room < 0:
+                return False
+        return self._read < last
 
     @property
     def _is_full(self) -> bool:

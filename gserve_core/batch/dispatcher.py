@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 import msgspec
@@ -73,6 +74,8 @@ class Dispatcher:
         self._known: dict[str, _Known] = {}
         self._lock = threading.RLock()
         self._closed = False
+        self._is_forked = False
+        """Whether this is a forked process, in which there is no thread yet."""
         self._inherited: list[object] = []
         self._begin()
         forked = weakref.WeakMethod(self._on_fork)
@@ -85,7 +88,11 @@ class Dispatcher:
         self._tasks: dict[Piece, asyncio.Task[None]] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._requests = map("{}-{}".format, itertools.repeat(uuid.uuid4().hex[:12]), itertools.count())
-        self._incoming: deque[list[Item]] = deque()
+        self._incoming: deque[Item] = deque()
+        self._looks = 0
+        """Number of times that the thread has looked at what has come."""
+        self._asked_for = -1
+        """The value of `_looks` when another look was asked for last: while it is the same, that look is to come."""
         self._is_closing = False
         self._queue = ItemQueue(
             start=self._start, stop=self._stop, cancel=self._cancel_items, probe=self._probe,
@@ -95,10 +102,11 @@ class Dispatcher:
         for key, known in self._known.items():
             self._loop.call_soon(self._add, key, known, known.connect())
         self._thread.start()
-        self._pid = os.getpid()
+        self._is_forked = False
 
     def _on_fork(self) -> None:
         """Prepare for a first use in a forked process. Another thread of the parent may have had the lock."""
+        self._is_forked = True
         self._lock = threading.RLock()
         self._known = {key: replace(known, is_watched=False) for key, known in self._known.items()}
         self._inherited.append((self._loop, self._queue, self._links, self._tasks, self._closing))  # never collected
@@ -156,11 +164,13 @@ class Dispatcher:
         """Return whether a server works on nothing but items of which one may kill servers."""
         return self._queue.is_narrowing(key)
 
-    def submit(self, items: list[Item]) -> None:
+    def submit(self, items: Sequence[Item]) -> None:
         """Put items into the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
         self._check()
-        self._incoming.append(items)
-        self._schedule(self._take_incoming)  # always: an exception of a signal handler may come before any line
+        self._incoming.extend(items)
+        if self._asked_for != (looks := self._looks):
+            self._schedule(self._take_incoming)
+            self._asked_for = looks  # last: an exception of a signal handler may come before any line
 
     def cancel(self, call: Call) -> None:
         """Drop what is left of a call, also on the servers."""
@@ -201,7 +211,7 @@ class Dispatcher:
         """End every open call with errors, close all connections, and end the thread. Idempotent."""
         if sys.is_finalizing() or self._closed:  # the thread is gone already, or another call closes this
             return
-        if self._pid != os.getpid():  # nothing of this process has used it
+        if self._is_forked:  # nothing of this process has used it
             self._closed = True
             return
         with contextlib.suppress(TransportError):
@@ -220,9 +230,9 @@ class Dispatcher:
             raise GserveError("the interpreter is ending: call the service before, not in __del__ or a late exit hook")
         if self._closed:
             raise TransportError(CLOSED)
-        if self._pid != os.getpid():
+        if self._is_forked:
             with self._lock:
-                if self._pid != os.getpid():
+                if self._is_forked:
                     self._begin()
 
     def _schedule(self, function: Callable[..., object], *arguments: Any) -> None:
@@ -269,10 +279,13 @@ class Dispatcher:
 
     def _take_incoming(self) -> None:
         """Take in all that came until now: what comes at the same time travels together."""
-        if self._incoming:
-            while self._incoming:
-                self._queue.submit(self._incoming.popleft())
-            self._queue.pump()
+        self._looks += 1  # first: who comes after it asks for another look
+        if not self._incoming:
+            return
+        items = [self._incoming.popleft() for _ in range(len(self._incoming))]
+        for _, of_one_call in itertools.groupby(items, attrgetter("call")):
+            self._queue.submit([*of_one_call])
+        self._queue.pump()
 
     def _start(self, piece: Piece) -> None:
         assert piece.server is not None

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec import Struct
 
 from ..errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
-from ..schema import Event, Failure, Params, Prompt, ResponseOutput, Result
+from ..schema import Event, Heartbeat, Params, Prompt, ResponseOutput, Result
 
 MAX_PIECE_ITEMS = 256
 """Maximum number of items in one request."""
@@ -338,17 +338,16 @@ class ItemQueue:
         outcomes: defaultdict[Call, list[tuple[int, Outcome]]] = defaultdict(list)
         items = piece.items
         for event in events:
-            if isinstance(event, Result):
-                outcome: Outcome = event.outputs
-            elif isinstance(event, Failure):
-                outcome = ItemError(event.message, invalid=event.invalid)
-            else:
+            if isinstance(event, Heartbeat):
                 continue
             item = items[event.index] if 0 <= event.index < len(items) else None
             if item is None:
                 continue
-            if isinstance(outcome, ItemError):
-                outcome.index = item.index
+            outcome: Outcome
+            if isinstance(event, Result):
+                outcome = event.outputs
+            else:
+                outcome = ItemError(event.message, index=item.index, invalid=event.invalid)
             self._finish(piece, server, event.index, item)
             outcomes[item.call].append((item.index, outcome))
         for call, batch in outcomes.items():

@@ -442,7 +442,8 @@ def pending(
         start = pool.submit(one.start)
         try:
             until(lambda: any("|PENDING|" in it for it in named(on, "gserve")), HEAL_SECONDS, "a job that waits")
-            until(lambda: "SLURM's queue" in str(one.status()[-1].phase), HEAL_SECONDS, "a phase that says so")
+            waits = "SLURM's queue"
+            until(lambda: any(waits in str(it.phase) for it in one.status()), HEAL_SECONDS, "a phase that says so")
             yield one, start
         finally:
             one.shutdown()

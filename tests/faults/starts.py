@@ -87,8 +87,8 @@ def cycles(scale: Scale) -> Outcome:
         left = oracles.marked()
         assert not left, f"left behind: {left}"
         if number == warm:
-            before = _held()
-    after = _held()
+            before = _held(1)
+    after = _held(before["threads"])
     outcome.figures |= {f"{name}, growth": after[name] - before[name] for name in after}
     grown = [name for name in ("threads", "descriptors", "zombies") if after[name] > before[name]]
     if grown or after["memory (MB)"] > before["memory (MB)"] + 5 + 0.05 * (count - warm):
@@ -96,8 +96,11 @@ def cycles(scale: Scale) -> Outcome:
     return outcome
 
 
-def _held() -> dict[str, float]:
-    """Return what this process holds."""
+def _held(threads: float) -> dict[str, float]:
+    """Return what this process holds, as soon as it has so few threads: one that is over takes a moment to end."""
+    deadline = time.monotonic() + 10.0
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.05)
     gc.collect()
     me = psutil.Process()
     zombies = [it for it in me.children(recursive=True) if it.status() == psutil.STATUS_ZOMBIE]

@@ -20,12 +20,19 @@ NEVER = 60.0
 class Case:
     """A supervisor of fake servers, and what it has told."""
 
-    def __init__(self, *programs: FakeProgram, max_restarts: int = 10, min_ready: int | None = None) -> None:
+    def __init__(
+        self, *programs: FakeProgram, max_restarts: int = 10, min_ready: int | None = None, keeps_places: bool = False
+    ) -> None:
         self.programs = programs or (FakeProgram(),)
         self.notes = Notes()
         self.published: Published = published(*self.programs)
         self.supervisor = Supervisor(
-            self.programs, self.published, self.notes, max_restarts=max_restarts, min_ready=min_ready
+            self.programs,
+            self.published,
+            self.notes,
+            max_restarts=max_restarts,
+            min_ready=min_ready,
+            keeps_places=keeps_places,
         )
 
     def state(self, index: int = 0) -> State:
@@ -235,6 +242,25 @@ def test_one_server_can_be_stopped_and_started_again() -> None:
         case.supervisor.stop("server-1")
         case.supervisor.begin(["server-0", "server-1"])  # the second one still ends
         until(lambda: [case.state(0), case.state(1)] == [State.READY] * 2)
+
+
+def test_a_dead_server_may_keep_its_place_until_it_is_started_there_or_ended() -> None:
+    case = Case(max_restarts=0, keeps_places=True)
+    case.supervisor.begin()
+    case.supervisor.wait_ready(10)
+    (program,) = case.programs
+    for generation in (1, 2):
+        case.die()
+        until(lambda: case.state() == State.FAILED)
+        case.supervisor.begin()
+        until(lambda: case.state() == State.READY and len(program.runs) == generation + 1)  # noqa: B023
+        assert program.previous[generation] is program.runs[generation - 1]
+    case.die()
+    until(lambda: case.state() == State.FAILED)
+    assert not any(run.releases for run in program.runs)
+    case.supervisor.close()
+    assert case.supervisor.wait_ended(10)
+    assert program.runs[-1].releases == 1
 
 
 def test_close_with_time_lets_the_servers_finish_and_a_second_one_ends_them_at_once() -> None:

@@ -278,7 +278,7 @@ def test_a_disk_that_is_full_leaves_no_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(GserveError, match=r"cannot write the file of the job in .*: No space left"):
         batch.write(order())
     assert list(batch.folder().iterdir()) == []
 

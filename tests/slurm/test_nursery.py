@@ -144,16 +144,24 @@ def test_a_server_whose_engine_dies_or_which_hangs_is_back_in_the_same_place(slu
         assert one.generate(PROMPTS[:20]) == [[prompt] for prompt in PROMPTS[:20]]
 
 
-def test_a_server_alone_that_dies_gives_its_job_back_and_can_be_started_again(slurm_cluster: SlurmCluster) -> None:
+def test_a_server_alone_is_started_again_in_its_job_until_it_is_shut_down(slurm_cluster: SlurmCluster) -> None:
     server = VLLMServer(LLM, launcher=SlurmLauncher(), engine=ECHO)
     with server:
+        before = place(server)
+        for _ in range(3):
+            process(server).kill()
+            until(lambda: server.status().state == State.FAILED)
+            server.start()
+            assert place(server) == before
+            with server.client() as client:
+                assert client.generate(["a"]) == [["a"]]
+    assert slurm_cluster.jobs() == []
+    with server:
+        assert place(server) != before
         process(server).kill()
         until(lambda: server.status().state == State.FAILED)
-        until(lambda: not slurm_cluster.jobs())
-        server.start()
-        with server.client() as client:
-            assert client.generate(["a"]) == [["a"]]
-    assert slurm_cluster.jobs() == []
+        assert len(slurm_cluster.jobs()) == 1
+    assert slurm_cluster.jobs() == [], "a job is not kept for a server that is shut down after its death"
 
 
 # ------------------------------------------------------------------------------------------------------ another place
