@@ -142,7 +142,8 @@ def table(costs: Sequence[Costs]) -> str:
 def limits(costs: Sequence[Costs]) -> str:
     """Return what follows from the costs, in sentences."""
     most = max(it.servers for it in costs)
-    first, *_, last = [it for it in costs if it.servers == most and it.call == "generate"]
+    rows = [it for it in costs if it.servers == most and it.call == "generate"]
+    first, last = rows[0], rows[-1]
     return (
         f"With {most} servers an item costs {last.total:.1f} µs of CPU time in {last.items:,} items and"
         f" {first.total:.1f} µs in {first.items:,} ({last.total / first.total:.2f} times as much).\n\n"

@@ -170,8 +170,8 @@ class Server:
         loop, first = asyncio.get_running_loop(), 0
         for group in groups:
             async for index, item in _prepared(piece.admitted.engine, group, first):
-                if not piece.room.is_set():
-                    await piece.room.wait()
+                while piece.is_full():
+                    await piece.wait_taken()
                 if self._waiting or self._streamed >= self._most_streamed:
                     await self._wait_for_place()
                 piece.begun = index + 1
@@ -575,36 +575,46 @@ class _Admitted:
 class _Piece:
     """A streamed request: its items, and the events that its client has not taken yet.
 
-    `room` is clear while those take more than `BACKLOG_BYTES`: no more items are begun then.
+    While those take more than `BACKLOG_BYTES`, it is full: no more items are begun.
     """
 
     def __init__(self, request_id: str, admitted: _Admitted) -> None:
         self.id = request_id
         self.admitted = admitted
-        self.news, self.room = asyncio.Event(), asyncio.Event()
-        self.room.set()
+        self.news = asyncio.Event()
+        self._taken = asyncio.Event()
         self.begun = 0
         """How many items the engine has had, or would have: they are begun in order."""
         self.cancelled: set[int] = set()
         self.tasks: dict[int, asyncio.Task[None]] = {}
         """Of the items that the engine has."""
         self._events: list[Event] = []
-        self._bytes = 0
+        self._weighed = self._bytes = 0
+        """How many of the events have been weighed, and their weight. It matters only while items are to be begun."""
 
     def put(self, event: Event) -> None:
         """Add what has happened."""
         self._events.append(event)
-        self._bytes += _weight(event)
-        if self._bytes > BACKLOG_BYTES:
-            self.room.clear()
         self.news.set()
 
     def take(self) -> list[Event]:
         """Return what has happened since the last time."""
-        batch, self._events, self._bytes = self._events, [], 0
+        batch, self._events, self._weighed, self._bytes = self._events, [], 0, 0
         self.news.clear()
-        self.room.set()
+        self._taken.set()
         return batch
+
+    def is_full(self) -> bool:
+        """Return whether the client has not taken more than enough."""
+        while self._weighed < len(self._events):
+            self._bytes += _weight(self._events[self._weighed])
+            self._weighed += 1
+        return self._bytes > BACKLOG_BYTES
+
+    async def wait_taken(self) -> None:
+        """Wait until the client takes what has happened."""
+        self._taken.clear()
+        await self._taken.wait()
 
     def cancel(self, items: Sequence[int]) -> list[int]:
         """Cancel items; return those of them that have not been begun, for which nobody else says so."""

@@ -4,8 +4,10 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
+import anyio._backends._asyncio
 import httpx
 import msgspec
+import sniffio
 
 from gserve_core.errors import RemoteError, StallTimeout, TransportError
 from gserve_core.interfaces import Access, Address, Connection
@@ -14,6 +16,8 @@ from gserve_core.schema import CancelRequest, Event, Health, RunRequest
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, Unpacker
 
 CONNECT_SECONDS = 5.0
+IMPORTED = anyio._backends._asyncio, sniffio
+"""What httpx imports only with its first request. A process that is forked meanwhile would wait for that for ever."""
 
 
 class HttpConnection(Connection):

@@ -88,20 +88,21 @@ class Batch:
         """Read and submit items, until there are enough."""
         good: list[Item] = []
         bad: list[tuple[int, Outcome]] = []
-        enough = time.monotonic() + FEED_SECONDS
-        room = self._size_ahead
+        now = time.monotonic
+        enough = now() + FEED_SECONDS
+        room = before = self._size_ahead
         for item in islice(self._given, FEED):
             if isinstance(item, ItemError):
                 bad.append((item.index, item))
             else:
                 good.append(item)
                 room -= item.size
-            if room < 0 or time.monotonic() > enough:
+            if room < 0 or now() > enough:
                 break
         else:
             self._is_read = len(good) + len(bad) < FEED
         self._read += len(good) + len(bad)
-        self._read_size += sum(item.size for item in good)
+        self._read_size += before - room
         if self._open is not None:
             self._open.update([item.index for item in good], [index for index, _ in bad])
         if bad:

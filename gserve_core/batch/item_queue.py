@@ -302,8 +302,9 @@ class ItemQueue:
         for server in self._servers.values():
             for piece in [*server.pieces]:
                 theirs = {index: item for index, item in enumerate(piece.items) if item and item.call is call}
-                for index, item in theirs.items():
-                    self._finish(piece, server, index, item)
+                for index in theirs:
+                    piece.items[index] = None
+                self._finish(server, [*theirs.values()])
                 if theirs and not piece.left:
                     if piece.held_until is None:
                         self._stop(piece)
@@ -337,10 +338,12 @@ class ItemQueue:
             return
         outcomes: defaultdict[Call, list[tuple[int, Outcome]]] = defaultdict(list)
         items = piece.items
+        finished: list[Item] = []
         for event in events:
             if isinstance(event, Heartbeat):
                 continue
-            item = items[event.index] if 0 <= event.index < len(items) else None
+            index = event.index
+            item = items[index] if 0 <= index < len(items) else None
             if item is None:
                 continue
             outcome: Outcome
@@ -348,8 +351,10 @@ class ItemQueue:
                 outcome = event.outputs
             else:
                 outcome = ItemError(event.message, index=item.index, invalid=event.invalid)
-            self._finish(piece, server, event.index, item)
+            items[index] = None
+            finished.append(item)
             outcomes[item.call].append((item.index, outcome))
+        self._finish(server, finished)
         for call, batch in outcomes.items():
             server.finished += len(batch)
             call.deliver(batch)
@@ -444,14 +449,15 @@ class ItemQueue:
         server.size_in_flight -= sum(item.size for item in items)
         return items
 
-    def _finish(self, piece: Piece, server: Server, index: int, item: Item) -> None:
-        """End one item of a piece."""
-        piece.items[index] = None
-        server.in_flight -= 1
-        server.size_in_flight -= item.size
-        item.is_over = True
-        item.call.ended_size += item.size
-        self.ended_items += 1
+    def _finish(self, server: Server, items: list[Item]) -> None:
+        """End items that have left their piece."""
+        for item in items:
+            size = item.size
+            server.size_in_flight -= size
+            item.call.ended_size += size
+            item.is_over = True
+        server.in_flight -= len(items)
+        self.ended_items += len(items)
 
     def _fail(self, piece: Piece, message: str, *, invalid: bool) -> None:
         for item in self._detach(piece):

@@ -4,6 +4,8 @@ import asyncio
 import contextlib
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -72,6 +74,32 @@ def test_hosts_that_do_not_answer_are_all_named() -> None:
                 talk([*NOWHERE, "127.0.0.1", "::1"], port, what)
             for place in (f"no.such.host.invalid:{port}", f"127.0.0.99:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
                 assert place in str(caught.value)
+
+
+IMPORTS = """
+import sys
+from importlib.abc import MetaPathFinder
+from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve_core.engines.echo import EchoEngine
+
+sought = []
+class Finder(MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        sought.append(name)
+
+with VLLMService(LLMConfig("m"), ServeConfig(), engine=EchoEngine(latency=0.01)) as service:
+    sys.meta_path.insert(0, Finder())
+    service.generate(["a"])
+    list(service.generate_iter(iter(["a", "b"])))
+    service.generate(["one " * 500] * 50, {"max_tokens": 500}, deadline=0.1, on_error="return")
+    print(sought)
+"""
+
+
+def test_calls_import_nothing_so_that_a_fork_meanwhile_is_safe() -> None:
+    """A forked process waits for ever for a module that another thread of its parent was about to import."""
+    found = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120, check=True)
+    assert found.stdout == "[]\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- strangers
