@@ -1,6 +1,7 @@
-"""Every block of the seed's README runs as written, on real vLLM, but for the model's name, the GPU ids and the port.
+"""Every block of the seed's README runs as written, on real vLLM, but for the model, the GPU ids and the port.
 
-The environment makes that fit a small machine: 1 GiB for the KV cache, and no minutes of compilation for a CPU.
+It is in float32: a processor without bfloat16 would take minutes to warm up. The environment makes that fit a small
+machine: 1 GiB for the KV cache, and no minutes of compilation for a CPU.
 """
 
 import ast
@@ -20,14 +21,18 @@ pytestmark = pytest.mark.timeout(600)
 
 ROOT = Path(__file__).parent.parent
 SEED = (Path(__file__).parent / "data" / "seed-readme.md").read_text()
-MODEL = "demo:smollm2-135m"
+MODEL = {
+    "python": '"demo:smollm2-135m", dtype="float32"',
+    "bash": '"demo:smollm2-135m" --llm_kwargs \'{"dtype": "float32"}\'',
+}
+"""This machine's model, in the place of the seed's, in quotation marks."""
 SMALL = {"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1", "VLLM_USE_AOT_COMPILE": "0"}
 
 
 def blocks(language: str) -> list[str]:
     """Return the blocks of code in a language, with this machine's model."""
     found = re.findall(rf"^ *```{language}\n(.*?)^ *```", SEED, flags=re.MULTILINE | re.DOTALL)
-    return [re.sub(r"meta-llama/Llama-3.2-8B-Instruct", MODEL, block) for block in found]
+    return [block.replace('"meta-llama/Llama-3.2-8B-Instruct"', MODEL[language]) for block in found]
 
 
 def block(language: str, marker: str) -> str:

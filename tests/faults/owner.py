@@ -20,7 +20,9 @@ from gserve_core import lease
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import BatchInterrupted
 
-DEMO = LLMConfig("demo:smollm2-135m", enforce_eager=True, gpu_memory_utilization=0.16, max_model_len=512)
+DEMO = LLMConfig(
+    "demo:smollm2-135m", dtype="float32", enforce_eager=True, gpu_memory_utilization=0.16, max_model_len=512
+)
 REAL = ServeConfig(startup_timeout=400.0, stall_timeout=10.0, max_restarts=100)
 """How real vLLM is served here: on a machine with two cores and much else to do."""
 

@@ -34,7 +34,8 @@ BUSY = 0.1
 """The part of a core from which on the processes of an engine are taken to be at work."""
 CONFIG = """
 llm:
-  {{model_name: "demo:smollm2-135m", enforce_eager: true, gpu_memory_utilization: 0.16, max_model_len: 512,
+  {{model_name: "demo:smollm2-135m", dtype: float32, enforce_eager: true, gpu_memory_utilization: 0.16,
+    max_model_len: 512,
     llm_kwargs: {{distributed_executor_backend: mp}}}} # a worker apart from EngineCore, as with several GPUs
 serve: {{servers: {servers}, startup_timeout: 400, stall_timeout: {stall}, max_restarts: 100}}
 engine: {{type: wedging, order: {order}}}

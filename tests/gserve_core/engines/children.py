@@ -19,6 +19,7 @@ from gserve_core.interfaces import RunningEngine
 
 LLM = LLMConfig(
     "demo:smollm2-135m",
+    dtype="float32",
     enforce_eager=True,
     gpu_memory_utilization=0.18,
     max_model_len=2048,

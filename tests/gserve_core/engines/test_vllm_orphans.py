@@ -19,7 +19,8 @@ pytestmark = pytest.mark.timeout(300)
 OWNER = """
 import sys, time
 from gserve import LLMConfig, ServeConfig, VLLMService
-llm = LLMConfig("demo:smollm2-135m", enforce_eager=True, gpu_memory_utilization=0.18, max_model_len=512)
+llm = LLMConfig("demo:smollm2-135m", dtype="float32", enforce_eager=True, gpu_memory_utilization=0.18,
+                max_model_len=512)
 llm.llm_kwargs["distributed_executor_backend"] = sys.argv[1]
 with VLLMService(llm, ServeConfig(servers=1)):
     print("ready", flush=True)
