@@ -115,9 +115,7 @@ def _each_params(given: Sequence[Any], size: int) -> list[tuple[Params | ItemErr
 def read_prompt(given: Any) -> tuple[str | list[int], int]:
     """Return a text or a list of token ids, and its size in bytes."""
     if isinstance(given, str):
-        text = (
-            given if type(given) is str else str.__str__(given)
-        )  # an instance of a subclass, as NumPy's, cannot travel
+        text = given if type(given) is str else str.__str__(given)  # one of a subclass, as NumPy's, cannot travel
         return text, len(text) if text.isascii() else len(text.encode())
     if isinstance(given, (list, tuple)):
         return msgspec.convert(given, list[TokenId]), TOKEN_SIZE * len(given)
