@@ -4,6 +4,7 @@ Everybody else sends it messages: the threads of the servers report, callers ask
 off in order, in one thread, and publishes each new state before the next. It never waits for a server.
 """
 
+import copy
 import itertools
 import logging
 import math
@@ -484,7 +485,7 @@ def _first_line(error: Exception) -> str:
 
 
 def failure_of(states: Sequence[ServerState]) -> Exception:
-    """Return one error with the causes of all servers that have ended."""
+    """Return one error with the causes of all servers that have ended: of their class, where all have the same one."""
     errors: list[GserveError] = [
         state.failure or LaunchError(f"{state.name} was stopped while it started", log=state.log) for state in states
     ]
@@ -492,5 +493,10 @@ def failure_of(states: Sequence[ServerState]) -> Exception:
     if len(errors) == 1 or other is not None:
         return other or errors[0]
     first = errors[0]
-    log = first.log if isinstance(first, LaunchError) else None
-    return LaunchError("\n".join(dict.fromkeys(map(str, errors))), log=log)
+    assert isinstance(first, LaunchError)
+    text = "\n".join(dict.fromkeys(map(str, errors)))
+    if any(type(error) is not type(first) for error in errors):
+        return LaunchError(text, log=first.log)
+    whole = copy.copy(first)
+    whole.args = (text,)
+    return whole

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 from gserve_core import supervisor as module
-from gserve_core.errors import ConfigError, LaunchError
+from gserve_core.errors import ConfigError, LaunchError, StartupTimeout
 from gserve_core.state import Phase, Published, Ready, State
 from gserve_core.supervisor import Supervisor
 from tests.gserve_core.fake_servers import FakeProgram, Notes, published, until
@@ -201,6 +201,20 @@ def test_a_first_start_that_fails_is_told_with_the_cause_of_each() -> None:
     case.supervisor.close()
     assert case.supervisor.wait_ended(10)
     assert [case.state(index) for index in range(3)] == [State.STOPPED] * 3
+
+
+def test_servers_that_fail_in_one_manner_raise_the_error_of_that_manner() -> None:
+    programs = [FakeProgram(index, ready=False) for index in range(2)]
+    case = Case(*programs)
+    case.supervisor.begin()
+    until(lambda: all(program.runs for program in programs))
+    for index in (0, 1):
+        case.published.publish(case.published.states[f"server-{index}"].failed(StartupTimeout(f"late, number {index}")))
+    with pytest.raises(StartupTimeout) as caught:
+        case.supervisor.wait_ready(10)
+    assert str(caught.value) == "late, number 0\nlate, number 1"
+    case.supervisor.close()
+    assert case.supervisor.wait_ended(10)
 
 
 def test_what_cannot_be_opened_is_raised_to_who_waits() -> None:
