@@ -212,7 +212,8 @@ class Server:
             event = Failure(index, redact(_sentence(error), self._secrets), invalid=False)
         finally:
             self._streamed -= 1
-            self._has_place.set()
+            if self._waiting:
+                self._has_place.set()
             piece.tasks.pop(index, None)
         piece.put(event)
 
