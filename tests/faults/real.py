@@ -23,9 +23,8 @@ from .wedging import MARKER
 
 HEAL_SECONDS = 400.0
 """How long vLLM may take to be ready again, on two cores with other work beside it."""
-IDLE_SECONDS = 8.0
-"""How long an engine may be busy with what nobody wants any more: the step that it is at, which takes up to 2 s on a
-slow machine, and some time to tell it. The 480 steps that the work would need take more than a minute there."""
+IDLE_SECONDS = 2.0
+"""How long an engine may be busy with what nobody wants any more."""
 SPIN_SECONDS = 1.0
 """How long a worker of vLLM keeps a core busy with waiting for more, after its last step."""
 STORMS = 10
