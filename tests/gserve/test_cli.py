@@ -551,16 +551,18 @@ def test_results_are_written_the_moment_they_are_ready_and_survive_a_kill(attach
 
 
 def test_a_second_run_with_the_same_output_is_refused_at_once_and_the_first_has_all_results(attached: Place) -> None:
-    attached.write("in.jsonl", "fast", {"prompt": "slow", "params": {"max_tokens": 300, "ignore_eos": True}})
+    attached.write("in.jsonl", "fast", {"prompt": "slow", "params": {"max_tokens": 100, "ignore_eos": True}})
     command = ("generate", "--attach", "shared", "-i", "in.jsonl", "-o", "out.jsonl")
     first = attached.start(*command)
     output = attached.folder / "out.jsonl"
     eventually(lambda: output.exists() and output.read_text())
+    first.send_signal(signal.SIGSTOP)  # it is at its output for as long as the others take
     second = attached.run(*command, code=2)
     assert f"error: out.jsonl: already being written by process {first.pid} on " in second.stderr
     assert "choose another --output" in second.stderr
     chat = attached.run("chat", "--attach", "shared", "hello", "-o", "out.jsonl", code=2)
     assert "already being written" in chat.stderr
+    first.send_signal(signal.SIGCONT)
     first.communicate(timeout=30)
     assert first.returncode == 0
     assert sorted(records(output.read_text())) == [0, 1]
