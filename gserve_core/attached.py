@@ -107,7 +107,6 @@ class _Following:
         self.is_closing = False
         self._is_drained = False
         self._gone_since: float | None = None
-        self._record: ServiceRecord | None = None
         self._orders: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._take(first)
         self._thread = threading.Thread(target=self._run, name="gserve-follow", daemon=True)
@@ -173,23 +172,26 @@ class _Following:
             old.close()
             if self.is_closing:
                 self.dispatcher.close()
-        is_same, self._record = self._record is not None and record.is_same(self._record), record
         now = {server.name: server for server in record.servers}
         gone = [name for name, server in self.servers.items() if now.get(name) != server]
         if record.status != "failed":
             self.dispatcher.expect(PLACE)
         for name in gone:
-            self.dispatcher.remove(name, f"its owner has lost {name}", died=is_same)
+            died = self.servers[name].instance in record.deaths
+            self.dispatcher.remove(name, f"its owner has lost {name}", died=died)
+            self.servers = MappingProxyType({other: it for other, it in self.servers.items() if other != name})
         for name, server in now.items():
-            if self.servers.get(name) != server:
+            if name not in self.servers:
                 connect = partial(self._connect, server)
                 self.dispatcher.add(
-                    name, connect, server.capacity, self._timeout, is_watched=True, ends_hung=record.ends_hung
+                    name, connect, server.capacity, self._timeout, is_watched=True, stall_timeout=record.stall_timeout
                 )
+                self.servers = MappingProxyType({**self.servers, name: server})
+        known = {name: state for name, state in self.states.items() if name not in now}
         if record.status == "failed":
             self.dispatcher.remove(PLACE, f"the service '{self._name}' has given up all its servers", died=False)
-        self.servers = MappingProxyType(now)
-        known = {name: state for name, state in self.states.items() if name not in now}
+        elif now and not known:  # else those may come back
+            self.dispatcher.expect(PLACE, comes=False)
         lost = State.FAILED if record.status == "failed" else State.QUEUED
         states = {
             **{name: self._state(state, lost) for name, state in known.items()},

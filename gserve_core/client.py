@@ -1,6 +1,7 @@
 """`VLLMClient`, and the two calls that clients and services share: `chat` and `generate`."""
 
 import math
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, Self, overload
@@ -184,7 +185,8 @@ class VLLMClient(Inference):
     """Sends batches to one server, at `host` and `port`.
 
     timeout: seconds without any sign of life from a server that has work; None: no limit. token: None takes that of a
-    server of this user on this machine, where there is one. Use it as a context manager, or call `close`.
+    server of this user on this machine, where there is one. Use it as a context manager, or call `close`; what is
+    collected is closed too.
     """
 
     def __init__(
@@ -215,6 +217,7 @@ class VLLMClient(Inference):
 
         self._key = f"{host}:{port}"
         self._only = Dispatcher()
+        weakref.finalize(self, self._only.ask_to_close).atexit = False
         self._only.add(self._key, connect, capacity, timeout, is_watched=False)
 
     def _dispatcher(self) -> Dispatcher:

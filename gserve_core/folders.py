@@ -177,7 +177,14 @@ def release_logs(path: Path) -> None:
     """Let other runs remove a log folder when its time has come. Idempotent."""
     descriptor = _HELD.pop(path, None)
     if descriptor is not None:
-        os.close(descriptor)
+        _unlock(descriptor)
+
+
+def _unlock(descriptor: int) -> None:
+    """Free the lock of a file, and close it: closing is not enough where a fork has the file too."""
+    with contextlib.suppress(OSError):  # locks are not supported there
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def _remove_logs(path: Path) -> None:
@@ -203,7 +210,7 @@ def _unlocked(file: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
-        os.close(descriptor)
+        _unlock(descriptor)
 
 
 # --------------------------------------------------------------------------------------- temporary folders of servers
@@ -331,5 +338,5 @@ def _is_free(folder: Path) -> bool:
     except BlockingIOError:
         return False
     finally:
-        os.close(descriptor)
+        _unlock(descriptor)
     return True

@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import uuid
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -38,12 +39,11 @@ class Queue:
     """The dispatcher of a pool, which follows the states of its servers."""
 
     def __init__(
-        self, connect: Callable[[ServerState], Connection], timeout: float | None, *, ends_hung: bool = True
+        self, connect: Callable[[ServerState], Connection], timeout: float | None, stall_timeout: float | None
     ) -> None:
         self._connect = connect
         self._timeout = timeout
-        self._ends_hung = ends_hung
-        """Whether a server that lives and does not answer will be removed, as one that has died is."""
+        self._stall_timeout = stall_timeout
         self._known: dict[str, tuple[str, bool]] = {}
         self._is_closed = False
         self.dispatcher = Dispatcher()
@@ -58,7 +58,7 @@ class Queue:
         self.dispatcher.close()
 
     def follow(self, state: ServerState) -> None:
-        """Pass a server's new state on to the dispatcher."""
+        """Pass a server's new state on to the dispatcher; does nothing with one that it knows. Raises OSError."""
         if self._is_closed:
             return
         instance, returns = self._known.get(state.name, ("", False))
@@ -74,7 +74,7 @@ class Queue:
                 assert state.info is not None
                 self.dispatcher.add(
                     state.name, partial(self._connect, state), state.info.capacity, self._timeout,
-                    is_watched=True, ends_hung=self._ends_hung,
+                    is_watched=True, stall_timeout=self._stall_timeout,
                 )  # fmt: skip
         self._known[state.name] = now
 
@@ -103,6 +103,7 @@ class Record:
         """Tells one start of the service from the others."""
         self._last: ServiceRecord | None = None
         self._is_written = False
+        self._deaths: deque[str] = deque(maxlen=runtime.DEATHS)
 
     def reserve(self) -> None:
         """Take the name. Raises ConfigError: it cannot be one, or a living service has it. Raises GserveError."""
@@ -118,7 +119,12 @@ class Record:
             "draining" if is_draining else "ready" if ready
             else "failed" if all(state.is_over for state in states) else "starting"
         )  # fmt: skip
-        record = structs.replace(self._make([] if is_draining else ready, status), id=self._run)
+        for state in states:
+            if state.died and state.state == State.DRAINING and state.instance not in self._deaths:
+                self._deaths.append(state.instance)
+        record = structs.replace(
+            self._make([] if is_draining else ready, status), id=self._run, deaths=list(self._deaths)
+        )
         if self._last is not None and record != self._last:
             self._last, self._is_written = record, False
             runtime.write_service(record)
@@ -186,7 +192,10 @@ class _Session:
 
     def _tell_queue(self, state: ServerState) -> None:
         if self.queue is not None:
-            self.queue.follow(state)
+            try:
+                self.queue.follow(state)
+            except OSError as error:
+                logger.warning("cannot send items to %s yet: %s; trying it again", state.name, error)
 
     def _write_record(self, states: Mapping[str, ServerState]) -> None:
         if self._record is not None and not self._is_closing:
@@ -200,6 +209,8 @@ class _Session:
         self._write_record(self._published.states)
 
     def keep(self) -> None:
+        for state in self._published.states.values():
+            self._tell_queue(state)  # again, where there were no descriptors, for one
         if self._record is not None and not self._is_closing:
             with suppress(OSError, GserveError):
                 self._record.keep()

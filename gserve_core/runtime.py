@@ -50,6 +50,8 @@ LOCK_SECONDS = 10.0
 """Maximum wait for another process that reserves a name, in seconds."""
 LOOK_SECONDS = 0.05
 """Interval between two looks at a lock or a record, in seconds."""
+DEATHS = 256
+"""Number of deaths that a record tells of."""
 LARGEST = 16 << 20
 """Maximum size of a record, in bytes."""
 
@@ -78,7 +80,8 @@ class ServiceRecord(Struct, frozen=True):
 
     Another version of gserve may write more fields. status: "starting", "ready", "draining", or "failed" if all servers
     are given up. id: tells services of one process apart. machine: where the process id counts; None in records of
-    older versions. ends_hung: whether the owner ends servers that hang.
+    older versions. stall_timeout: after how many seconds the owner ends a server that hangs; None: never. deaths: the
+    instances of servers that have died while they worked, the last `DEATHS` of them.
     """
 
     name: str
@@ -92,7 +95,8 @@ class ServiceRecord(Struct, frozen=True):
     status: str = "ready"
     id: str = ""
     machine: str | None = None
-    ends_hung: bool = True
+    stall_timeout: float | None = 60.0
+    deaths: list[str] = []
 
     @property
     def is_alive(self) -> bool:
@@ -242,6 +246,7 @@ def _locked(places: Sequence[Path], seconds: float) -> Iterator[None]:
             while True:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a fork may have the file too
                     break
                 except BlockingIOError as error:
                     if time.monotonic() >= deadline:

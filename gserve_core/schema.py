@@ -180,6 +180,24 @@ class Heartbeat(Struct, frozen=True, tag="heartbeat", array_like=True):
 type Event = Result | FlatResult | Failure | Heartbeat
 
 
+ITEM_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 500, 36, 150
+"""About how much memory a result takes without its text, one of its token ids, and one log probability."""
+
+
+def weight(outputs: Sequence[ResponseOutput]) -> int:
+    """Return about how many bytes of memory a result with these outputs takes."""
+    size = ITEM_BYTES
+    for output in outputs:
+        size += 2 * len(output.text) + TOKEN_BYTES * len(output.token_ids)
+        for logprobs in (output.logprobs, output.prompt_logprobs):
+            if logprobs is not None:
+                size += LOGPROB_BYTES * sum(len(it or ()) for it in logprobs)
+        if isinstance(output, FlatOutput):
+            flat = (output.flat_logprobs, output.flat_prompt_logprobs)
+            size += LOGPROB_BYTES * sum(len(it.token_ids) for it in flat if it is not None)
+    return size
+
+
 class Health(Struct, frozen=True, omit_defaults=True):
     """What `GET /health` says: status "ok", or the state and the phase that the server is in."""
 

@@ -125,14 +125,14 @@ class VLLMService(Inference):
             )
             for index, gpu_ids in enumerate(placement)
         ]  # fmt: skip
-        timeout, ends_hung = serve.client_timeout, serve.stall_timeout is not None
+        timeout, stall_timeout = serve.client_timeout, serve.stall_timeout
         self._pool: Pool | Attached = Pool(
             programs,
             [program.state for program in programs],
             logs=lambda: runtime.log_folder(name or uuid.uuid4().hex[:8]),
             max_restarts=serve.max_restarts,
             min_ready=serve.min_ready,
-            queue=lambda: Queue(lambda state: _connect(parts, record_of(state), timeout), timeout, ends_hung=ends_hung),
+            queue=lambda: Queue(lambda state: _connect(parts, record_of(state), timeout), timeout, stall_timeout),
             record=None if name is None else Record(name, lambda *of: _record(name, config, parts, *of)),
             nursery=nursery,
         )
@@ -226,5 +226,5 @@ def _record(name: str, config: Config, parts: Parts, ready: Sequence[ServerState
         name=name, pid=pid, started=runtime.process_start(pid) or 0, servers=[record_of(state) for state in ready],
         transport=parts.registry.section("transport", parts.transport), plugins=list(parts.plugins),
         folder=str(parts.folder.resolve()) if parts.folder else None, client_timeout=config.serve.client_timeout,
-        status=status, ends_hung=config.serve.stall_timeout is not None,
+        status=status, stall_timeout=config.serve.stall_timeout,
     )  # fmt: skip

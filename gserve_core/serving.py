@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +49,7 @@ from .schema import (
     Result,
     RunRequest,
     unfolded,
+    weight,
 )
 
 TOKEN_VARIABLE = "GSERVE_TOKEN"
@@ -67,8 +69,8 @@ AHEAD = 2
 """The engine has up to this many times its capacity of items of streamed requests, so that it never runs dry."""
 BACKLOG_BYTES = 1 << 20
 """Bytes of results that may wait for a client. While there are more, none of its items is begun."""
-ITEM_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 500, 36, 150
-"""About how much memory an item takes without its text, one of its token ids, and one log probability."""
+EARLY = 256
+"""Number of requests of which it is remembered that items were cancelled before they came."""
 BUSY_SECONDS = 1.0
 """After how long a client that was told so may ask again."""
 SLICE, SLICE_BYTES = 1024, 128 << 10
@@ -125,6 +127,8 @@ class Server:
         self._drain_changed = asyncio.Event()
         self._is_drain_a_signal = False
         """Whether the lease told to drain because of a signal, which may come to this process too."""
+        self._early: OrderedDict[str, list[int]] = OrderedDict()
+        """Items that were cancelled before their requests came, by the ids of these: the latest `EARLY`."""
         self._stop = asyncio.Event()
         self._lease: lease.ServerEnd | None = None
         self._address: Address | None = None
@@ -139,10 +143,11 @@ class Server:
         """Work on a request; yield its events in batches as they happen."""
         with self._admit(request) as admitted:
             piece = _Piece(request.id, admitted)
+            self._pieces.add(piece)
+            self._cancel(piece, self._early.pop(request.id, ()))
             feeding = asyncio.create_task(self._feed(piece, request.groups))
             feeding.add_done_callback(lambda _: piece.news.set())
-            self._pieces.add(piece)
-            left = admitted.left
+            left = admitted.size
             try:
                 while left:
                     try:
@@ -218,12 +223,21 @@ class Server:
         piece.put(event)
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
-        """Cancel items of the running request with this id."""
+        """Cancel items of the request with this id: it runs, or is still on its way here by another connection."""
+        if not request_id:
+            return
         for piece in self._pieces:
-            if piece.id == request_id != "":
-                for index in piece.cancel(items):
-                    self._count_end(piece.admitted)
-                    piece.put(_cancelled(index))
+            if piece.id == request_id:
+                self._cancel(piece, items)
+                return
+        self._early.setdefault(request_id, []).extend(items)
+        if len(self._early) > EARLY:
+            self._early.popitem(last=False)
+
+    def _cancel(self, piece: "_Piece", items: Sequence[int]) -> None:
+        for index in piece.cancel(items):
+            self._count_end(piece.admitted)
+            piece.put(_cancelled(index))
 
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
         """Work on a request; return the outputs of each item, in order."""
@@ -550,20 +564,6 @@ def _cancelled(index: int) -> Failure:
     return Failure(index, "cancelled", invalid=False)
 
 
-def _weight(event: Event) -> int:
-    """Return about how many bytes of memory an event takes."""
-    weight = ITEM_BYTES
-    for output in event.outputs if isinstance(event, Result) else ():
-        weight += 2 * len(output.text) + TOKEN_BYTES * len(output.token_ids)
-        for logprobs in (output.logprobs, output.prompt_logprobs):
-            if logprobs is not None:
-                weight += LOGPROB_BYTES * sum(len(it or ()) for it in logprobs)
-        if isinstance(output, FlatOutput):
-            flat = (output.flat_logprobs, output.flat_prompt_logprobs)
-            weight += LOGPROB_BYTES * sum(len(it.token_ids) for it in flat if it is not None)
-    return weight
-
-
 @dataclass
 class _Admitted:
     """A request that was taken in: `left` of its `size` items have not ended."""
@@ -608,7 +608,8 @@ class _Piece:
     def is_full(self) -> bool:
         """Return whether the client has not taken more than enough."""
         while self._weighed < len(self._events):
-            self._bytes += _weight(self._events[self._weighed])
+            event = self._events[self._weighed]
+            self._bytes += weight(event.outputs if isinstance(event, Result) else ())
             self._weighed += 1
         return self._bytes > BACKLOG_BYTES
 

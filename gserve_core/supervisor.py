@@ -86,7 +86,7 @@ class Hooks(Protocol):
         """Take note that no server is restarted from now on."""
 
     def keep(self) -> None:
-        """Repair what others may have removed."""
+        """Repair what others may have removed, and do what could not be done."""
 
     def finished(self, name: str) -> int:
         """Return how many items a server has finished in this generation."""
@@ -352,7 +352,7 @@ class Supervisor:
     def _ended(self, server: _Server, state: ServerState, why: str, died: bool) -> None:
         """Publish an end at once, so that the items go to other servers; the cleanup follows."""
         if server.is_stopping:
-            self._publish(state.draining("ending"))
+            self._publish(state.draining("ending", returns=server.is_wanted))
             return
         name = server.program.name
         died = died and state.usable

@@ -11,13 +11,18 @@ from itertools import islice
 from typing import Any, Literal
 
 from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
-from ..schema import unfolded
+from ..schema import unfolded, weight
 from .dispatcher import Dispatcher
 from .item_queue import Call, Item, Outcome
 from .items import Items
 
 AHEAD = 1 << 14
 """Maximum number of items of a call that are read and not yet handed to the caller, unless the servers hold more."""
+FIRST_AHEAD = 1 << 10
+"""The same until the first results have come, of which nobody knows yet how large they are."""
+RESULTS_SIZE = 64 << 20
+"""About how much memory results may take that have not been handed to the caller, in bytes, beyond as many of them as
+twice the servers hold."""
 AHEAD_SIZE = 64 << 20, 8 << 10
 """Maximum size of the items of a call that are read and have not ended, in bytes: altogether, or for each item that the
 servers hold, if that is more."""
@@ -62,6 +67,8 @@ class Batch:
         self._read = 0
         self._read_size = 0
         self._counted = 0
+        self._result_size = 0.0
+        """About how much memory a result takes, in bytes, by those that have come lately."""
         self._is_read = False
 
     def feed(self) -> bool:
@@ -91,7 +98,8 @@ class Batch:
         now = time.monotonic
         enough = now() + FEED_SECONDS
         room = before = self._size_ahead
-        for item in islice(self._given, FEED):
+        count = min(FEED, self._places)
+        for item in islice(self._given, count):
             if isinstance(item, ItemError):
                 bad.append((item.index, item))
             else:
@@ -100,7 +108,7 @@ class Batch:
             if room < 0 or now() > enough:
                 break
         else:
-            self._is_read = len(good) + len(bad) < FEED
+            self._is_read = len(good) + len(bad) < count
         self._read += len(good) + len(bad)
         self._read_size += before - room
         if self._open is not None:
@@ -127,8 +135,9 @@ class Batch:
     def _submit_one_by_one(self, room: int) -> bool:
         """Submit up to `FEED` items, or about `room` bytes, each as soon as it is read; return whether all is read."""
         call, open_items, reading, submit = self._call, self._open, self._reading, self._dispatcher.submit
-        last = self._read + FEED
-        for item in islice(self._given, FEED):
+        count = min(FEED, self._places)
+        last = self._read + count
+        for item in islice(self._given, count):
             with reading:
                 if call.is_cancelled:
                     return False
@@ -149,8 +158,20 @@ class Batch:
     def _is_full(self) -> bool:
         if self._is_read or self._call.is_cancelled:
             return True
-        ahead = max(AHEAD, 2 * self._dispatcher.room)
-        return self._read - self._counted > ahead - FEED or self._size_ahead <= 0
+        return self._places < min(FEED, self._ahead // 4) or self._size_ahead <= 0
+
+    @property
+    def _ahead(self) -> int:
+        """How many items may be read and not yet handed to the caller."""
+        on_servers = 2 * self._dispatcher.room
+        if not self._result_size:
+            return max(FIRST_AHEAD, on_servers)
+        return min(max(AHEAD, on_servers), on_servers + max(1, int(RESULTS_SIZE / self._result_size)))
+
+    @property
+    def _places(self) -> int:
+        """How many items may be read now."""
+        return self._ahead - (self._read - self._counted)
 
     @property
     def _size_ahead(self) -> int:
@@ -173,6 +194,9 @@ class Batch:
     def count(self, outcomes: list[tuple[int, Outcome]]) -> list[tuple[int, Outcome]]:
         """Take note of outcomes that have come; return them."""
         self._counted += len(outcomes)
+        if outcomes:
+            size = weight(last if isinstance(last := outcomes[-1][1], list) else ())
+            self._result_size += (size - self._result_size) / (4 if self._result_size else 1)
         self._room.set()
         if self._open is not None:
             self._open.difference_update([index for index, _ in outcomes])
@@ -192,7 +216,7 @@ class Batch:
             return DeadlineExceeded(message, index=index, invalid=False)
 
         yield [(index, error(index)) for index in late]
-        if self._reader is None:
+        if self._items.size is not None:
             while rest := [*islice(self._given, FEED)]:
                 yield [(it.index, it if isinstance(it, ItemError) else error(it.index)) for it in rest]
         elif tells_unread and not self._is_read:

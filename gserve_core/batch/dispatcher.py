@@ -30,7 +30,13 @@ HEARTBEAT = 5.0
 PROBE = 1.0
 """Seconds between two questions to a server whose connection broke."""
 DOUBT = 10.0
-"""Seconds until a server that does not answer is given up, where its owner ends none that hangs."""
+"""Seconds until a server that does not answer is given up, where its owner ends none that hangs.
+
+Where it does, twice the time that it takes for that is added: a server that has not been ended by then lives, and
+cannot be reached.
+"""
+MOST_SILENCE = 6.0
+"""Maximum time that one question without an answer counts, in seconds: meanwhile this process may have been stopped."""
 CLOSE_SECONDS = 10.0
 """Maximum time for closing all connections, in seconds."""
 
@@ -47,7 +53,14 @@ class _Known:
     capacity: int
     timeout: float | None
     is_watched: bool
-    ends_hung: bool
+    stall_timeout: float | None
+
+    @property
+    def patience(self) -> float:
+        """Seconds until the server is given up if it does not answer."""
+        if not self.is_watched:
+            return 0.0
+        return DOUBT if self.stall_timeout is None else 2 * self.stall_timeout + DOUBT
 
 
 class _Link:
@@ -56,6 +69,7 @@ class _Link:
     def __init__(self, server: Server, connection: Connection, known: _Known) -> None:
         self.server = server
         self.connection = connection
+        self.patience = known.patience
         self.heartbeat = HEARTBEAT if known.timeout is None else min(HEARTBEAT, known.timeout / 3)
         self.probe: asyncio.Task[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
@@ -118,9 +132,9 @@ class Dispatcher:
         """Number of items that all servers together have in flight, when there are enough."""
         return sum(2 * known.capacity for known in list(self._known.values()))
 
-    def expect(self, key: str) -> None:
-        """Keep items waiting, where there is no other server, for one that is starting."""
-        self._soon(lambda: self._queue.expect(key))
+    def expect(self, key: str, comes: bool = True) -> None:
+        """Keep items waiting, where there is no other server, for one that is starting; no more, where none `comes`."""
+        self._soon(self._queue.expect if comes else self._queue.expect_no_more, key)
 
     def add(
         self,
@@ -130,17 +144,16 @@ class Dispatcher:
         timeout: float | None,
         *,
         is_watched: bool,
-        ends_hung: bool = True,
+        stall_timeout: float | None = 60.0,
     ) -> None:
         """Add a server that works on `capacity` items at once; `connect` makes a connection to it.
 
         timeout: seconds without any sign of life; None: no limit. is_watched: the caller will call `remove` once the
-        server has died. Until then a broken connection is tried again; for `DOUBT` seconds only, where the caller never
-        `ends_hung` servers, which live and do not answer.
+        server has died. stall_timeout: it will also, where the server hangs for so many seconds; None: it will not.
         """
         connection = connect()  # here: what it imports must not be half imported when the caller forks
         self._check()
-        known = self._known[key] = _Known(connect, capacity, timeout, is_watched, ends_hung)
+        known = self._known[key] = _Known(connect, capacity, timeout, is_watched, stall_timeout)
         self._soon(self._add, key, known, connection)
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
@@ -209,16 +222,20 @@ class Dispatcher:
 
     def close(self) -> None:
         """End every open call with errors, close all connections, and end the thread. Idempotent."""
+        if self.ask_to_close() and self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_SECONDS)
+
+    def ask_to_close(self) -> bool:
+        """Begin what `close` does; return whether the thread is about to end. A finalizer may call this too."""
         if sys.is_finalizing() or self._closed:  # the thread is gone already, or another call closes this
-            return
+            return False
         if self._is_forked:  # nothing of this process has used it
             self._closed = True
-            return
+            return False
         with contextlib.suppress(TransportError):
             self._schedule(self._begin_close)
         self._closed = True  # last: an exception of a signal handler may come before any line
-        if self._thread is not threading.current_thread():
-            self._thread.join(CLOSE_SECONDS)
+        return True
 
     def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
         self._check()
@@ -254,7 +271,7 @@ class Dispatcher:
 
     def _add(self, key: str, known: _Known, connection: Connection) -> None:
         self._remove(key, "it was replaced", True, False)
-        server = Server(key, known.capacity, known.is_watched, ends_hung=known.ends_hung)
+        server = Server(key, known.capacity, known.is_watched, ends_hung=known.stall_timeout is not None)
         self._links[server] = _Link(server, connection, known)
         self._queue.add(server)
 
@@ -328,16 +345,16 @@ class Dispatcher:
         task.add_done_callback(link.tasks.discard)
 
     def _probe(self, server: Server) -> None:
-        """Find out whether a server lives whose connection broke."""
+        """Find out whether a server answers whose connection broke."""
         link = self._links[server]
         if link.probe is None:
             link.probe = self._loop.create_task(self._ask_until_it_answers(link))
 
     async def _ask_until_it_answers(self, link: _Link) -> None:
-        server = link.server
-        why = ""
-        doubt = self._loop.time() + (DOUBT if server.is_watched else 0.0)
+        server, why = link.server, ""
+        silence, has_warned = 0.0, False
         while True:
+            asked = self._loop.time()
             try:
                 health = await link.connection.health()
                 if health.status == "ok":
@@ -348,12 +365,16 @@ class Dispatcher:
             except Exception as error:
                 logger.exception("cannot ask %s for its state", server.key)
                 why = str(error)
-            if not server.ends_hung and self._loop.time() >= doubt:
+            if silence >= link.patience:
                 logger.warning("lost %s: %s", server.key, why)
                 link.probe = None
                 self._queue.lose_sight(server, why)
                 return
+            if silence >= DOUBT and not has_warned:
+                logger.warning("%s does not answer, and no death of it is known: %s", server.key, why)
+                has_warned = True
             await asyncio.sleep(PROBE)
+            silence += min(self._loop.time() - asked, MOST_SILENCE)
         link.probe = None
         self._queue.answered(server)
 

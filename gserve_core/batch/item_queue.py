@@ -6,12 +6,14 @@ Every item is in exactly one place: it waits in its call, it waits among the sus
 `submitted == waiting + in_flight + ended` holds after every method.
 
 A broken connection is no loss. Its piece is held until the owner of the servers gives a verdict: the server answers
-again, or it has died. Only a confirmed death is a loss of the items that were in flight. Items with `MAX_LOSSES` losses
-are suspects. They run on a server of their own: first together, then, after another death, in ever smaller groups. An
-item that is alone on its server when that dies is lost.
+again, or it has died. Suspects are held as long as that takes, other items for `HOLD_SECONDS`. Only a confirmed death
+is a loss of the items that were in flight. Items with `MAX_LOSSES` losses are suspects. They run on a server of their
+own: first together, then, after another death, in ever smaller groups. An item that is alone on its server when that
+dies is lost.
 """
 
 import logging
+import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
@@ -39,6 +41,8 @@ HOLD_SECONDS = 2.0
 """How long the items of a broken connection wait for a verdict on their server, in seconds, before others get them."""
 BUSY_SECONDS = 1.0
 """Seconds until a server that refused a piece is tried again, where it does not say when."""
+SETTLE_SECONDS = 2.0
+"""How long a server that was told to drop items may still work on them, in seconds. No suspects are begun meanwhile."""
 AHEAD = 1.25
 """Keep at least this multiple of a server's capacity in flight, so that it never runs dry."""
 
@@ -78,9 +82,9 @@ class Server:
     def __init__(self, key: str, capacity: int, is_watched: bool, *, ends_hung: bool = True) -> None:
         self.key = key
         self.is_watched = is_watched
-        """Whether an owner confirms its death. Without one, `ItemQueue.lose_sight` ends what only it could do."""
+        """Whether an owner confirms its death."""
         self.ends_hung = is_watched and ends_hung
-        """Whether the owner ends it too where it lives and does not answer."""
+        """Whether the owner ends it too where it hangs. Else, `ItemQueue.lose_sight` ends what only it could do."""
         self.window = 2 * capacity
         self.least = int(AHEAD * capacity)
         self.piece_size = float(MAX_PIECE_SIZE)
@@ -89,6 +93,8 @@ class Server:
         self.size_in_flight = 0
         self.finished = 0
         self.busy_until = 0.0
+        self.settled_at = 0.0
+        """When it works on nothing any more of what it was told to drop."""
         self.is_broken = False
         self.is_out_of_sight = False
         self.accused: list[Item] = []
@@ -97,7 +103,7 @@ class Server:
     @property
     def is_narrowing(self) -> bool:
         """Whether it works on suspects, and on nothing else."""
-        return any(piece.is_narrowing for piece in self.pieces)
+        return any(piece.is_narrowing for piece in list(self.pieces))  # the supervisor asks from its own thread
 
     def is_usable(self, now: float) -> bool:
         """Return whether it may be sent a piece."""
@@ -206,6 +212,11 @@ class ItemQueue:
         """Keep items waiting, where there is no server, for one that is starting."""
         self._expected.add(key)
 
+    def expect_no_more(self, key: str) -> None:
+        """Do not wait for what was expected."""
+        self._expected.discard(key)
+        self.pump()
+
     def add(self, server: Server) -> None:
         """Add a server, of whose key there must be none."""
         assert server.key not in self._servers
@@ -260,8 +271,10 @@ class ItemQueue:
         self.pump()
 
     def lose_sight(self, server: Server, why: str) -> None:
-        """Give up a server that does not answer and that no owner ends, until the next item is submitted."""
+        """Give up a server that does not answer and that nobody ends, until the next item is submitted."""
         server.is_out_of_sight = True
+        for piece in [piece for piece in server.pieces if piece.held_until == math.inf]:
+            self._return_without_verdict(piece)
         self._no_server = f"no server is left: {why}"
         self.pump()
 
@@ -305,6 +318,9 @@ class ItemQueue:
                 for index in theirs:
                     piece.items[index] = None
                 self._finish(server, [*theirs.values()])
+                if theirs:
+                    server.settled_at = self._clock() + SETTLE_SECONDS
+                    self._wake(server.settled_at)
                 if theirs and not piece.left:
                     if piece.held_until is None:
                         self._stop(piece)
@@ -396,7 +412,9 @@ class ItemQueue:
                 server.is_out_of_sight = True  # it may still answer other questions
             else:
                 self._probe(server)
-        if server.is_watched:
+        if server.is_watched and piece.is_narrowing and not server.is_out_of_sight:
+            piece.held_until = math.inf
+        elif server.is_watched:
             piece.held_until = self._clock() + HOLD_SECONDS
             self._held.append(piece)
             self._wake(piece.held_until)
@@ -408,9 +426,12 @@ class ItemQueue:
         now = self._clock()
         while self._held and (self._held[0].server is None or (self._held[0].held_until or 0.0) <= now):
             piece = self._held.popleft()
-            if piece.server is not None:
-                piece.server.accused += piece.left
-                self._return(piece)
+            self._return_without_verdict(piece)
+
+    def _return_without_verdict(self, piece: Piece) -> None:
+        if piece.server is not None:
+            piece.server.accused += piece.left
+            self._return(piece)
 
     def _return(self, piece: Piece) -> None:
         """Have the items of a broken connection wait again, though no death of their server is known."""
@@ -504,8 +525,10 @@ class ItemQueue:
             return
         if self._reserved not in usable:
             self._reserved = min(usable, key=lambda server: server.in_flight)
+        now = self._clock()
         for server in usable:
-            if self._suspects and not server.in_flight and (server is self._reserved or not self._waiting_in_calls):
+            is_free = not server.in_flight and server.settled_at <= now
+            if self._suspects and is_free and (server is self._reserved or not self._waiting_in_calls):
                 self._begin(server, self._suspects.popleft(), is_narrowing=True)
                 if server is self._reserved:
                     self._reserved = None

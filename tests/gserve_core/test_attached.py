@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -30,15 +30,22 @@ class Told:
         self.died: list[bool] = []
         self.is_drained = self.is_closed = False
 
-    def expect(self, key: str) -> None:
+    def expect(self, key: str, comes: bool = True) -> None:
         self._check()
-        self.awaited.add(key)
+        (self.awaited.add if comes else self.awaited.discard)(key)
 
     def add(
-        self, key: str, connect: Any, capacity: int, timeout: float | None, *, is_watched: bool, ends_hung: bool
+        self,
+        key: str,
+        connect: Any,
+        capacity: int,
+        timeout: float | None,
+        *,
+        is_watched: bool,
+        stall_timeout: float | None,
     ) -> None:
         self._check()
-        self.ends_hung = ends_hung
+        self.stall_timeout = stall_timeout
         self.servers[key] = connect()
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
@@ -89,7 +96,13 @@ def kill(pid: int) -> None:
     until(lambda: runtime.process_start(pid) is None)
 
 
-def write(pid: int, *instances: str, status: str = "ready", ends_hung: bool = True) -> None:
+def write(
+    pid: int,
+    *instances: str,
+    status: str = "ready",
+    stall_timeout: float | None = 60.0,
+    deaths: Sequence[str] = (),
+) -> None:
     """Write the record of a service whose servers have these instances."""
     servers = [
         ServerRecord(f"server-{index}", Address(["127.0.0.1"], 4000 + index), instance, "token", 4, "m")
@@ -99,7 +112,7 @@ def write(pid: int, *instances: str, status: str = "ready", ends_hung: bool = Tr
     runtime.write_service(
         ServiceRecord(
             name="followed", pid=pid, started=runtime.process_start(pid) or 0, servers=servers, transport={},
-            status=status, ends_hung=ends_hung,
+            status=status, stall_timeout=stall_timeout, deaths=list(deaths),
         )
     )  # fmt: skip
 
@@ -130,15 +143,16 @@ def test_it_has_the_servers_of_the_record(service: tuple[Attached, int]) -> None
     following.start()
     assert told(following).servers == {"server-0": "a", "server-1": "b"}
     assert states(following) == ["ready", "ready"]
+    assert not told(following).awaited, "a call waits for more than the servers that there are"
 
 
 def test_it_knows_whether_the_owner_ends_servers_that_hang(owners: Callable[[], int]) -> None:
     owner = owners()
-    for ends_hung in (True, False):
-        write(owner, "a", ends_hung=ends_hung)
+    for stall_timeout in (30.0, None):
+        write(owner, "a", stall_timeout=stall_timeout)
         following = Attached("followed", lambda server: server.instance, 1.0)  # type: ignore[arg-type,return-value]
         following.start()
-        assert told(following).ends_hung is ends_hung
+        assert told(following).stall_timeout == stall_timeout
         following.close()
 
 
@@ -146,12 +160,39 @@ def test_a_server_that_is_restarted_is_found_again(service: tuple[Attached, int]
     following, owner = service
     write(owner, "", "b")
     until(lambda: told(following).servers == {"server-1": "b"})
-    assert told(following).died == [True], "only its owner knows better, and does not say"
+    assert told(following).died == [False]
     assert told(following).awaited == {"the service"}
     assert states(following) == ["queued", "ready"]
     write(owner, "c", "b")
     until(lambda: told(following).servers == {"server-0": "c", "server-1": "b"})
     until(lambda: states(following) == ["ready", "ready"])
+    until(lambda: not told(following).awaited)
+
+
+def test_it_is_a_loss_only_where_the_owner_says_that_a_server_has_died(service: tuple[Attached, int]) -> None:
+    following, owner = service
+    write(owner, "", "c", deaths=["b"])
+    until(lambda: told(following).servers == {"server-1": "c"})
+    assert told(following).died == [False, True]
+
+
+def test_a_server_to_which_there_can_be_no_connection_yet_is_tried_again(owners: Callable[[], int]) -> None:
+    def connect(server: ServerRecord) -> Any:
+        if server.instance == "b" and is_short:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return server.instance
+
+    owner, is_short = owners(), True
+    write(owner, "a")
+    following = Attached("followed", connect, 1.0)
+    following.start()
+    write(owner, "c", "b")
+    until(lambda: told(following).servers == {"server-0": "c"})
+    threading.Event().wait(0.1)
+    is_short = False
+    until(lambda: told(following).servers == {"server-0": "c", "server-1": "b"})
+    assert told(following).died == [False], "what was there already was taken away"
+    following.close()
 
 
 def test_where_all_servers_are_given_up_the_items_end(service: tuple[Attached, int]) -> None:

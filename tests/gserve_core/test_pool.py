@@ -1,5 +1,6 @@
 """A pool by itself, with fake servers: one start or end after the other, from any thread; what the queue is told."""
 
+import errno
 import gc
 import os
 import signal
@@ -21,7 +22,7 @@ from gserve_core.errors import ConfigError, GserveError, LaunchError
 from gserve_core.interfaces import Address
 from gserve_core.pool import Pool, Queue, Record
 from gserve_core.runtime import ServiceRecord
-from gserve_core.state import ServerState, State
+from gserve_core.state import Ended, Gone, ServerState, State
 from tests.gserve_core.fake_servers import FakeProgram, until
 
 
@@ -32,13 +33,21 @@ class Told:
         self.told: list[tuple[Any, ...]] = []
         self.is_closed = self.is_watched = False
 
-    def expect(self, key: str) -> None:
+    def expect(self, key: str, comes: bool = True) -> None:
         self.told.append(("expect", key))
 
     def add(
-        self, key: str, connect: Any, capacity: int, timeout: float | None, *, is_watched: bool, ends_hung: bool
+        self,
+        key: str,
+        connect: Any,
+        capacity: int,
+        timeout: float | None,
+        *,
+        is_watched: bool,
+        stall_timeout: float | None,
     ) -> None:
-        self.told.append(("add", key, connect()))
+        connection = connect()
+        self.told.append(("add", key, connection))
         self.is_watched = is_watched
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
@@ -71,7 +80,7 @@ def dispatchers(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
 
 
 def pool_of(*programs: FakeProgram, **more: Any) -> Pool:
-    queue = lambda: Queue(lambda state: state.instance, 1.0)  # type: ignore[arg-type,return-value]  # noqa: E731
+    queue = lambda: Queue(lambda state: state.instance, 1.0, 60.0)  # type: ignore[arg-type,return-value]  # noqa: E731
     return Pool(
         programs, [program.state for program in programs], logs=lambda: Path("logs"), max_restarts=10, queue=queue,
         **more,
@@ -113,6 +122,47 @@ def test_the_queue_is_told_of_every_server_and_of_its_end_at_once(dispatchers: l
     ]
     pool.close()
     assert dispatcher.is_closed
+
+
+def test_a_server_to_which_there_can_be_no_connection_yet_is_tried_again(
+    dispatchers: list[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(state: ServerState) -> Any:
+        if is_short:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return state.instance
+
+    monkeypatch.setattr(supervising, "KEEP_SECONDS", 0.05)
+    is_short = True
+    program = FakeProgram()
+    pool = Pool(
+        [program], [program.state], logs=lambda: Path("logs"), queue=lambda: Queue(connect, 1.0, 60.0)
+    )  # fmt: skip
+    pool.start()
+    threading.Event().wait(0.2)
+    assert not any(told[0] == "add" for told in dispatchers[0].told)
+    is_short = False
+    until(lambda: ("add", "server-0", "instance-1") in dispatchers[0].told)
+    threading.Event().wait(0.2)
+    assert len(dispatchers[0].told) == len(set(dispatchers[0].told)), "it was told again what it knew"
+    pool.close()
+
+
+def test_items_wait_for_a_server_that_is_stopped_and_started_at_once(dispatchers: list[Told]) -> None:
+    program = FakeProgram(obeys=False)
+    pool = pool_of(program)
+    pool.start()
+    pool.stop_one("server-0")
+    pool.begin_one("server-0")
+    program.runs[0].report(Ended("told to"))
+    program.runs[0].report(Gone())
+    until(lambda: pool.states["server-0"].generation == 2)
+    assert [told[:2] for told in dispatchers[0].told] == [
+        ("expect", "server-0"), ("add", "server-0"), ("remove", "server-0"), ("expect", "server-0"),
+        ("add", "server-0"),
+    ]  # fmt: skip
+    program.obeys = program.runs[1].obeys = True
+    pool.close()
 
 
 def test_a_server_that_is_given_up_is_told_with_cause_and_reason(dispatchers: list[Told]) -> None:
@@ -319,6 +369,22 @@ def written() -> tuple[str, list[str]] | None:
     return None if found is None else (found.status, [server.instance for server in found.servers])
 
 
+def deaths() -> list[str]:
+    found = runtime.read_service("recorded")
+    return [] if found is None else found.deaths
+
+
+def test_a_server_that_was_told_to_end_has_not_died() -> None:
+    program = FakeProgram()
+    pool = pool_of(program, FakeProgram(1), record=Record("recorded", record))
+    pool.start()
+    program.runs[0].die("preempted", died=False)
+    until(lambda: written() == ("ready", ["instance-1"]))
+    assert deaths() == []
+    program.runs[0].clean_up()
+    pool.close()
+
+
 def test_the_record_tells_other_processes_what_becomes_of_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervising, "KEEP_SECONDS", 0.05)
     program = FakeProgram(ready=False)
@@ -332,8 +398,10 @@ def test_the_record_tells_other_processes_what_becomes_of_the_servers(monkeypatc
     until(lambda: written() == ("ready", ["instance-1"]))
     runtime.remove_service("recorded")
     until(lambda: written() == ("ready", ["instance-1"]))
+    assert deaths() == []
     program.runs[0].die()
     until(lambda: written() == ("starting", []))
+    assert deaths() == ["instance-1"]
     program.runs[0].clean_up(left=(7,))
     until(lambda: written() == ("failed", []))
     pool.close()

@@ -334,6 +334,20 @@ def test_a_service_that_ends_while_it_starts_is_not_waited_for(other: Callable[.
     later.join()
 
 
+def test_a_process_that_is_forked_while_records_are_changed_keeps_nobody_from_it() -> None:
+    with runtime._locked([runtime.folder()], 1.0):
+        child = os.fork()
+        if not child:
+            time.sleep(60.0)
+            os._exit(0)
+    try:
+        with runtime._locked([runtime.folder()], 0.2):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_a_process_that_was_stopped_while_it_reserves_a_name_does_not_stop_the_others_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

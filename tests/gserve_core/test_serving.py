@@ -95,6 +95,21 @@ def test_cancelled_items_that_wait_in_the_server_end_at_once(slow: VLLMServer) -
     asyncio.run(run())
 
 
+def test_items_that_are_cancelled_before_their_request_comes_are_not_begun(slow: VLLMServer) -> None:
+    """Both travel by connections of their own."""
+
+    async def run() -> None:
+        async with connected(slow) as connection:
+            await connection.cancel("late", [0, 2])
+            await connection.cancel("late", [1])
+            groups = [Group(["long"] * 3, LONG), Group(["last"], SHORT)]
+            found = await asyncio.wait_for(ends(connection, RunRequest(groups, id="late")), 5)
+            assert [found[index] for index in range(3)] == [Failure(it, "cancelled", invalid=False) for it in range(3)]
+            assert isinstance(found[3], Result)
+
+    asyncio.run(run())
+
+
 def test_to_cancel_what_is_not_there_does_nothing(slow: VLLMServer) -> None:
     async def run() -> None:
         async with connected(slow) as connection:

@@ -1,6 +1,7 @@
 """Calls over connections that are made up: no server, no socket, all else real."""
 
 import asyncio
+import gc
 import itertools
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ class Notes:
     """What connections were asked to do, and what they are to do."""
 
     seconds: float = 0.0
+    answer: str | None = None
     breaks: int = 0
     requests: list[RunRequest] = field(default_factory=list)
     cancelled: list[tuple[str, list[int]]] = field(default_factory=list)
@@ -65,7 +67,7 @@ class MadeUp(Connection):
             if self.notes.breaks:
                 self.notes.breaks -= 1
                 raise TransportError("connection reset")
-            yield [Result(index, [ResponseOutput(str(prompt))])]
+            yield [Result(index, [ResponseOutput(self.notes.answer or str(prompt))])]
 
     async def cancel(self, request_id: str, items: list[int]) -> None:
         self.notes.cancelled.append((request_id, items))
@@ -155,12 +157,12 @@ def test_a_death_that_the_owner_is_about_to_tell_loses_nothing_where_it_ends_non
     dispatcher = Dispatcher()
     try:
         dead, alive = Notes(is_dead=True), Notes()
-        dispatcher.add("one", lambda: MadeUp(dead), 4, None, is_watched=True, ends_hung=False)
+        dispatcher.add("one", lambda: MadeUp(dead), 4, None, is_watched=True, stall_timeout=None)
         with ThreadPoolExecutor() as pool:
             call = pool.submit(collected, dispatcher, ["a"] * 20)
             time.sleep(0.3)
             dispatcher.remove("one", "it was killed", returns=True)
-            dispatcher.add("one", lambda: MadeUp(alive), 4, None, is_watched=True, ends_hung=False)
+            dispatcher.add("one", lambda: MadeUp(alive), 4, None, is_watched=True, stall_timeout=None)
             assert call.result(20.0) == [["a"]] * 20
     finally:
         dispatcher.close()
@@ -170,9 +172,28 @@ def test_a_server_that_nobody_ends_is_given_up_after_a_while(monkeypatch: pytest
     monkeypatch.setattr(dispatcher_module, "DOUBT", 0.5)
     dispatcher = Dispatcher()
     try:
-        dispatcher.add("one", lambda: MadeUp(Notes(is_dead=True)), 4, None, is_watched=True, ends_hung=False)
+        dispatcher.add("one", lambda: MadeUp(Notes(is_dead=True)), 4, None, is_watched=True, stall_timeout=None)
         with bounded(20.0):
             assert [type(it) for it in collected(dispatcher, ["a"] * 20)] == [ItemLost] * 20
+    finally:
+        dispatcher.close()
+
+
+def test_a_server_that_lives_and_cannot_be_reached_is_given_up_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As behind a firewall: its owner hears from it, and so never says that it has died."""
+    monkeypatch.setattr(dispatcher_module, "DOUBT", 0.5)
+    dispatcher = Dispatcher()
+    try:
+        dispatcher.add("one", lambda: MadeUp(Notes(is_dead=True)), 4, None, is_watched=True, stall_timeout=1.0)
+        began = time.monotonic()
+        with bounded(20.0):
+            (lost,) = collected(dispatcher, ["a"])
+        assert time.monotonic() - began > 2.0, "it may have hung: its owner had not ended it yet"
+        assert isinstance(lost, ItemLost)
+        assert "connection refused" in str(lost)
+        assert "one does not answer, and no death of it is known: connection refused" in caplog.text
     finally:
         dispatcher.close()
 
@@ -269,11 +290,23 @@ def test_an_interrupt_while_all_is_closed_leaves_no_call_open() -> None:
     with client_of(Notes(seconds=60.0)) as client, ThreadPoolExecutor() as pool:
         call = pool.submit(client.generate, ["a"])
         time.sleep(0.1)
-        with interrupted(Dispatcher._schedule, Dispatcher.close, interrupt), pytest.raises(KeyboardInterrupt):
+        with interrupted(Dispatcher._schedule, Dispatcher.ask_to_close, interrupt), pytest.raises(KeyboardInterrupt):
             client.close()
         client.close()
         with pytest.raises(BatchError, match="closed"):
             call.result(20.0)
+
+
+def test_a_client_that_is_collected_leaves_no_thread() -> None:
+    before = threading.active_count()
+    for _ in range(5):
+        client = VLLMClient("127.0.0.1", 1, token="t", transport=MadeUpTransport())
+        each = client.generate_iter(["a", "b"])
+        del client
+        assert len([*each]) == 2
+        del each
+    gc.collect()
+    until(lambda: threading.active_count() <= before)
 
 
 def test_a_handler_may_close_what_a_call_uses() -> None:
@@ -320,6 +353,15 @@ def test_a_deadline_ends_the_call_though_outcomes_keep_coming() -> None:
                     taken += 1
                     time.sleep(0.0002)
             assert 0 < taken < 30_000
+
+
+def test_a_deadline_that_is_over_at_once_does_not_read_an_endless_source() -> None:
+    with client_of() as client, bounded(10.0):
+        assert [*client.generate_iter(itertools.repeat("a"), deadline=1e-9)] == []
+        with pytest.raises(BatchError):
+            client.generate(itertools.repeat("a"), deadline=1e-9)
+        found = client.generate(["a"] * 3, deadline=1e-9, on_error="return")
+        assert [type(it) for it in found] == [DeadlineExceeded] * 3
 
 
 def test_an_item_is_sent_as_soon_as_it_is_read() -> None:
@@ -387,6 +429,25 @@ def test_a_caller_that_is_slow_holds_back_the_reading() -> None:
         time.sleep(1.0)
         assert next(read) <= batch.AHEAD + 1
         each.close()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", [list, iter])
+def test_large_results_are_not_made_far_ahead_of_a_caller_that_is_slow(kind: Callable[[Any], Any]) -> None:
+    large = "x" * (1 << 20)
+    notes = Notes(answer=large)
+    with client_of(notes, capacity=4) as client:
+        each = client.generate_iter(kind(["a"] * 20_000))
+        for _ in range(20):
+            next(each)
+            time.sleep(0.05)
+        made = sum(len(group.prompts) for request in notes.requests for group in request.groups)
+        assert made <= batch.FIRST_AHEAD + 20 + 16
+        for _ in range(made):
+            next(each)
+        time.sleep(0.5)
+        asked = sum(len(group.prompts) for request in notes.requests for group in request.groups)
+        assert asked <= made + 20 + 16 + batch.RESULTS_SIZE / (2 << 20)
+        each.close()
 
 
 # -------------------------------------------------------------------------------------------------------- cancellation

@@ -39,6 +39,8 @@ class World:
         self.sizes: Counter[Call] = Counter()
         self.submitted = 0
         self.deaths = 0
+        self.verdicts_take = 0.0
+        """Seconds from when a poisoned item breaks all connections of its server until the word of the death."""
         self.accepts = 10**9
         """Size of a request that servers accept, in bytes."""
         self.alone: set[tuple[Call, int]] = set()
@@ -108,8 +110,12 @@ class World:
     def result(self, piece: Piece, count: int) -> None:
         """Have a server answer some items; it dies of a poisoned one."""
         if any(item.prompt == POISON for item in piece.left):
-            if piece.server is not None and piece.server.key in self.servers:
-                self.remove(piece.server, returns=True, died=True)
+            if (server := piece.server) is not None and server.key in self.servers:
+                if self.verdicts_take:
+                    for one in [one for one in self.live if one.server is server]:
+                        self.end(one, TransportError("connection reset"))
+                    self.advance(self.verdicts_take)
+                self.remove(server, returns=True, died=True)
             return
         indexes = [index for index, item in enumerate(piece.items) if item is not None][:count]
         events: list[Any] = [Heartbeat(len(indexes))]
@@ -168,7 +174,8 @@ class World:
         for piece in self.live:
             assert piece.size <= item_queue.MAX_PIECE_SIZE or len(piece.sent) == 1 or piece.is_narrowing
         if queue.waiting and not any(when <= self.now for when in self.wakes):
-            idle = [it.key for it in queue.servers if it.is_usable(self.now) and not it.in_flight and not it.pieces]
+            usable = [it for it in queue.servers if it.is_usable(self.now) and it.settled_at <= self.now]
+            idle = [it.key for it in usable if not it.in_flight and not it.pieces]
             assert not idle, f"{idle} idle beside waiting items"
 
     def check_losses(self) -> None:
@@ -339,6 +346,10 @@ class QueueMachine(RuleBasedStateMachine):
     def answer_again(self, choice: int) -> None:
         self.world.queue.answered(self.world.probed.pop(choice % len(self.world.probed)))
 
+    @rule(seconds=st.sampled_from([0.0, 3.0]))
+    def take_long_to_tell_a_death(self, seconds: float) -> None:
+        self.world.verdicts_take = seconds
+
     @rule(seconds=st.sampled_from([0.5, 1.0, 3.0]))
     def wait(self, seconds: float) -> None:
         self.world.advance(seconds)
@@ -420,6 +431,15 @@ class ForgetsTheReservation(ItemQueue):
         super().answered(server)
 
 
+class TakesSuspectsBackWithoutAVerdict(ItemQueue):
+    """Suspects are given to others while the verdict on their server is open."""
+
+    def _break(self, piece: Piece, server: Server, error: Exception) -> None:
+        piece.is_narrowing, is_narrowing = False, piece.is_narrowing
+        super()._break(piece, server, error)
+        piece.is_narrowing = is_narrowing
+
+
 class SuspectsComeLast(ItemQueue):
     """Suspects wait until no other item does (1.5)."""
 
@@ -455,7 +475,7 @@ class NeverRecovers(ItemQueue):
 
 OLD_RULES = [
     NeverRecovers, ForgetsWhatHasNotBegun, TakesABreakForADeath, NarrowsOneByOne, ForgetsTheReservation,
-    SuspectsComeLast, FirstComeFirstServed,
+    TakesSuspectsBackWithoutAVerdict, SuspectsComeLast, FirstComeFirstServed,
 ]  # fmt: skip
 
 
@@ -574,6 +594,22 @@ def test_the_verdict_that_comes_late_still_counts() -> None:
         world.finish(piece)
     world.remove(hung, returns=True, died=True)
     assert [item.losses for item in items] == [int(item in left and not item.is_over) for item in items]
+
+
+def test_no_suspect_is_begun_while_a_server_may_still_work_on_what_it_was_told_to_drop() -> None:
+    world = World()
+    server = world.add(capacity=4)
+    (innocent,) = world.submit(world.call(), ["a"])
+    for _ in range(item_queue.MAX_LOSSES):
+        world.remove(server, returns=True, died=True)
+        poisoned = world.call()
+        server = world.add(name=server.key) if innocent.losses < item_queue.MAX_LOSSES else server
+    world.submit(poisoned, [POISON])
+    server = world.add(name=server.key)
+    world.queue.cancel(poisoned)
+    assert not any(piece.is_narrowing for piece in world.live)
+    world.advance(item_queue.SETTLE_SECONDS)
+    assert [piece.left for piece in world.live] == [[innocent]]
 
 
 def test_what_is_closed_ends_every_call() -> None:
