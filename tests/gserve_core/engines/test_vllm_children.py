@@ -36,7 +36,7 @@ def test_the_model_keeps_to_the_cores_that_it_is_given(found: dict[str, Any]) ->
 def test_progress_grows_with_every_token_and_stands_still_without_work(found: dict[str, Any]) -> None:
     decode = found["decode"]
     assert all(one <= other for one, other in pairwise(decode))
-    assert len(set(decode)) > len(decode) / 2
+    assert len(set(decode)) > min(len(decode), 60) / 2  # a look every 0.1 s, at 60 tokens
     assert decode[-1] - decode[0] > 30
     assert len(set(found["idle"])) == 1
 
