@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from gserve_core.commands import end_group
+from gserve_core import runtime
+from gserve_core.commands import GONE, end_group
 from gserve_core.errors import ConfigError, GserveError, PluginError
 from gserve_core.log_utils import setup_logging
 from gserve_core.output_lock import check_free
@@ -156,7 +157,8 @@ def _start(service: VLLMService, notices: Notices) -> None:
                 if server.state == State.STARTING and server.phase and said.get(server.name) != server.phase:
                     said[server.name] = server.phase
                     logger.info("%s: %s", server.name, server.phase)
-            if notices.take():
+            notices.take()
+            if notices.counted:  # again and again: the service may not have begun to start
                 service.shutdown()
         if not notices.counted:
             starting.result()
@@ -169,12 +171,13 @@ def _accompany(
     logger.info("%d servers are ready: running the command", sum(it.state == State.READY for it in service.status()))
     deadline = math.inf
     own_group = not _is_at_terminal()
-    with subprocess.Popen(
+    process = subprocess.Popen(
         command, env=os.environ | {ATTACH_VARIABLE: name}, process_group=0 if own_group else None
-    ) as process:
+    )
+    try:
         while process.poll() is None and time.monotonic() < deadline:
             for number in notices.take():
-                seconds = _patience(patience, notices) if number == signal.SIGUSR1 else LAST_SECONDS
+                seconds = _seconds(number, patience, notices)
                 deadline = min(deadline, time.monotonic() + seconds)
                 why = NOTICES[signal.Signals(number)]
                 logger.warning("the service is ending: %s; the command has %.0f s to end", why, seconds)
@@ -182,20 +185,41 @@ def _accompany(
                 if own_group and number in FORWARDED:
                     _signal_group(process.pid, number)
             time.sleep(TICK)
-        if process.poll() is None:
-            logger.warning("the command does not end: it is ended")
-            if own_group:
-                _signal_group(process.pid, signal.SIGTERM)
-            else:
-                process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(FAREWELL)
-            process.kill()
-        code = process.wait()
+    finally:
+        code = _end(process, own_group)
+    return Ended(128 - code if code < 0 else code, notices.counted[0] if notices.counted else None)
+
+
+def _end(process: "subprocess.Popen[bytes]", own_group: bool) -> int:
+    """End a command that does not end by itself, and what is left of its group; return its exit code."""
+    if process.poll() is None:
+        logger.warning("the command does not end: it is ended")
         if own_group:
             _signal_group(process.pid, signal.SIGTERM)
-            end_group(process.pid, FAREWELL)
-    return Ended(128 - code if code < 0 else code, notices.counted[0] if notices.counted else None)
+        else:
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(FAREWELL)
+        process.kill()
+    try:
+        code = process.wait(GONE)
+    except subprocess.TimeoutExpired:  # killed, and not gone: the kernel has it
+        code = -signal.SIGKILL
+    if own_group:
+        _signal_group(process.pid, signal.SIGTERM)
+        end_group(process.pid, FAREWELL)
+    return code
+
+
+def _seconds(number: int, patience: float | None, notices: Notices) -> float:
+    """Return how many seconds a command may take to end after a notice."""
+    if number == signal.SIGUSR1:
+        return _patience(patience, notices)
+    asked = None
+    if number == signal.SIGTERM:
+        with contextlib.suppress(GserveError):
+            asked = runtime.take_stop()
+    return LAST_SECONDS if asked is None else asked
 
 
 def _is_at_terminal() -> bool:
@@ -259,6 +283,7 @@ def _requeue(job: str, times: int) -> None:
 
 def main() -> None:
     """Be the program of a job of `gserve sbatch`."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how the command has ended
     try:
         sys.exit(_do(Path(sys.argv[1])))
     except (GserveError, OSError) as error:

@@ -104,6 +104,7 @@ class Signalled(BaseException):
 def main() -> None:
     """Run the command line, and exit."""
     open_missing_descriptors()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a command has ended
     _on_signals(_raise)
     signal.signal(signal.SIGUSR1, _ignore)  # SLURM's notice may come to all processes of a job
     try:
@@ -469,7 +470,10 @@ def stop(
     record = runtime.find_service(name)
     seconds = 0.0 if now else timeout
     deadline = time.monotonic() + seconds
-    runtime.write_stop(record, seconds)
+    try:
+        runtime.write_stop(record, seconds)
+    except GserveError as error:  # a full disk, for one
+        _say(f"{error}; it is told to end all the same, and decides itself how long its servers may finish")
     try:
         _terminate(record.pid)
         while record.is_alive and time.monotonic() < deadline:

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from . import processes
 from .errors import LaunchError
 from .interfaces import Job, Launcher, Process
 
@@ -53,6 +54,26 @@ class Child(subprocess.Popen[bytes]):
                 raise subprocess.TimeoutExpired(self.args, timeout)
             time.sleep(POLL_SECONDS)
         return code
+
+
+def output_of(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> str:
+    """Run a command to its end; return what it prints. Raises OSError, subprocess.TimeoutExpired.
+
+    Raises subprocess.CalledProcessError: it fails. Where nobody knows that, since SIGCHLD is ignored, it has failed if
+    it only wrote to stderr.
+    """
+    with Child(
+        command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            output, errors = (it.decode(errors="replace") for it in process.communicate(timeout=seconds))
+        except BaseException:
+            process.kill()
+            raise
+    is_known = process.returncode != UNKNOWN or signal.getsignal(signal.SIGCHLD) != signal.SIG_IGN
+    if process.returncode if is_known else errors and not output:
+        raise subprocess.CalledProcessError(process.returncode, command, output, errors)
+    return output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +203,7 @@ def reap_group(group: int) -> None:
 def _members(group: int) -> Iterator[tuple[int, str, int]]:
     """Yield the process id, the state and the parent of each process of a group."""
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                state, parent, of = (entry / "stat").read_text().rpartition(")")[2].split()[:3]
-                if int(of) == group:
-                    yield int(entry.name), state, int(parent)
+        if entry.name.isdigit() and (fields := processes.stat_fields(int(entry.name))) is not None:
+            state, parent, of, *_ = fields
+            if int(of) == group:
+                yield int(entry.name), state, int(parent)

@@ -221,7 +221,7 @@ def _describe(pid: int | None) -> str:
     if pid is None:
         return "another process"
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         command = b""

@@ -279,10 +279,11 @@ class _Heart:
     def add(self, end: OwnerEnd) -> None:
         """Keep a lease alive until `remove`."""
         with self._lock:
-            self._ends.add(end)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+                thread.start()  # raises where there can be no more threads: the next one tries it again
+                self._thread = thread
+            self._ends.add(end)
 
     def remove(self, end: OwnerEnd) -> None:
         """Send nothing more for a lease."""
@@ -327,6 +328,7 @@ class ServerEnd:
         self._sent = threading.Condition()
         self._outgoing: deque[Up] = deque()
         self._is_sending = False
+        self._inherited = [self._lines.fd, self._up]
         os.register_at_fork(after_in_child=self._forget)
         self._unheard: list[Down] = []
         self._handlers: tuple[Callable[[Down], object], Callable[[], object]] | None = None
@@ -338,9 +340,12 @@ class ServerEnd:
         threading.Thread(target=self._send, name="lease-sender", daemon=True).start()
 
     def _forget(self) -> None:
-        """Close the line in a forked child: while it held the line open, its end would not be noticed."""
-        os.close(self._lines.fd)
-        os.close(self._up)
+        """Close the line in a forked child: while it held the line open, its end would not be noticed.
+
+        Once: to what the child itself forks, these numbers are files of the child's own.
+        """
+        while self._inherited:
+            os.close(self._inherited.pop())
 
     def _greeting(self, patience: float) -> Hello:
         silence = Silence(LOOK)

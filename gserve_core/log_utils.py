@@ -106,8 +106,9 @@ class _Stderr:
                     self._dropped += 1
                 self._lines.append(line)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._write, name="stderr", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._write, name="stderr", daemon=True)
+                thread.start()  # raises where there can be no more threads: the next line tries it again
+                self._thread = thread
                 atexit.unregister(flush)
                 atexit.register(flush)
             self._changed.notify_all()
@@ -194,9 +195,15 @@ class ServerLog:
             os.dup2(ours, number)
         os.close(ours)
         faulthandler.enable(self._raw)
-        os.register_at_fork(after_in_child=lambda: os.close(self._pipe))  # so that the pipe breaks when we are gone
+        self._inherited = [self._pipe]
+        os.register_at_fork(after_in_child=self._forget)
         self._thread = threading.Thread(target=self._pump, name="log", daemon=True)
         self._thread.start()
+
+    def _forget(self) -> None:
+        """Close the pipe in a forked child, so that it breaks when we are gone; once, see `lease.ServerEnd._forget`."""
+        while self._inherited:
+            os.close(self._inherited.pop())
 
     def tail(self) -> list[str]:
         """Return the last lines, 50 at most, also where they could not be written."""

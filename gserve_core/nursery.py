@@ -101,15 +101,17 @@ class Nursery:
             if self._line is None or self._process is None or self._process.poll() is not None:
                 self._start(job, popen)
             assert self._line is not None
-            stdin, write = os.pipe()
-            read, stdout = os.pipe()
-            talk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            order = os.memfd_create("order")
-            with theirs, os.fdopen(order, "wb", 0) as stream, job.log.open("ab") as log:
-                stream.write(json.dumps([list(job.command), dict(job.env), _folder()]).encode())
-                with contextlib.suppress(OSError):  # it has died just now: the server notices
-                    descriptors = [order, stdin, stdout, log.fileno(), theirs.fileno()]
-                    socket.send_fds(self._line, [b"fork"], descriptors)
+            with contextlib.ExitStack() as failed:  # closes all where there are too few descriptors
+                stdin, write = _opened(failed, os.pipe())
+                read, stdout = _opened(failed, os.pipe())
+                talk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                failed.callback(talk.close)
+                with theirs, os.fdopen(os.memfd_create("order"), "wb", 0) as order, job.log.open("ab") as log:
+                    order.write(json.dumps([list(job.command), dict(job.env), _folder()]).encode())
+                    with contextlib.suppress(OSError):  # it has died just now: the server notices
+                        descriptors = [order.fileno(), stdin, stdout, log.fileno(), theirs.fileno()]
+                        socket.send_fds(self._line, [b"fork"], descriptors)
+                failed.pop_all()
             fork = _Fork(talk, os.fdopen(write, "wb", 0), os.fdopen(read, "rb", 0))
             return ForkedServer(self, fork, job, lambda: popen(job, stdin=stdin, stdout=stdout), [stdin, stdout])
 
@@ -158,6 +160,13 @@ class Nursery:
             self._line = None
 
 
+def _opened(stack: contextlib.ExitStack, descriptors: tuple[int, int]) -> tuple[int, int]:
+    """Have the descriptors of a pipe closed with `stack`; return them."""
+    for descriptor in descriptors:
+        stack.callback(os.close, descriptor)
+    return descriptors
+
+
 def log_of(job: Job) -> Path:
     """Return the log of the nursery of a job."""
     return job.log.with_name("nursery.log")
@@ -202,7 +211,9 @@ class _Fork:
         return self.returncode
 
     def terminate(self) -> None:
-        signal.pidfd_send_signal(self._process, signal.SIGTERM)
+        """Ask the process to end; one whose descriptor found no room here ends without its lease."""
+        if self._process >= 0:
+            signal.pidfd_send_signal(self._process, signal.SIGTERM)
 
     def kill(self) -> None:
         """Kill the process where it is there, and wait until it is gone."""

@@ -145,8 +145,11 @@ def _create_plainly(path: Path, content: bytes) -> int | None:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     except FileExistsError:
         return None
-    _flock(descriptor)
+    is_locked = _flock(descriptor)
     os.write(descriptor, content)
+    if is_locked is False or not _is_file(descriptor, path):  # somebody found it empty, and took its lock first
+        os.close(descriptor)
+        return None
     return descriptor
 
 

@@ -21,6 +21,7 @@ import msgspec
 
 from . import diagnosis, lease, runtime
 from .client import VLLMClient
+from .commands import UNKNOWN
 from .config import Config, LLMConfig, ServeConfig
 from .environment import Surroundings, open_missing_descriptors, surroundings, weakening
 from .errors import ConfigError, GserveError, LaunchError, StartupTimeout
@@ -222,7 +223,7 @@ class ServerRun:
         self._serve = program.serve
         self._logs = logs
         self._report = report
-        self._previous = None if previous is None else previous.process
+        self._previous = None if previous is None else previous.place
         self.origin: Surroundings = surroundings() if previous is None else previous.origin
         """What the owner had at the first start: every restart takes over the same."""
         self.start = Start(uuid.uuid4().hex, secrets.token_urlsafe(32), secrets.token_urlsafe(32))
@@ -238,6 +239,11 @@ class ServerRun:
         self._phase: str | None = BEGINNING
         self._step: str | None = None
         self._progress = lease.Silence(TICK)
+
+    @property
+    def place(self) -> Process | None:
+        """What the launcher keeps for the next generation: of this one, or of the last one that was launched."""
+        return self.process or self._previous
 
     def begin(self) -> None:
         """Start the thread."""
@@ -270,9 +276,9 @@ class ServerRun:
 
     def _release(self) -> None:
         try:
-            if self.process is not None:
-                self._parts.launcher.release(self.process)
-                self.process.stop(STOP_SECONDS / 2)
+            if (place := self.place) is not None:
+                self._parts.launcher.release(place)
+                place.stop(STOP_SECONDS / 2)
         except Exception:
             logger.exception("cannot release what is kept of %s", self._program.name)
         finally:
@@ -308,11 +314,10 @@ class ServerRun:
             runtime.SERVER_VARIABLE: "", "SPT_NOENV": "1",
         }  # fmt: skip
         hello = greeting(self._program.llm, self._serve, self._parts, self.origin, instance, token, control)
-        previous, self._previous = self._previous, None
-        process = self._parts.launcher.launch(
-            replace(job, env=marked, nursery=self._program.nursery, previous=previous)
+        self.process = process = self._parts.launcher.launch(
+            replace(job, env=marked, nursery=self._program.nursery, previous=self._previous)
         )
-        self.process = process
+        self._previous = None
         try:
             self._owner = lease.OwnerEnd(process.stdin, process.stdout, hello)
         except BaseException:
@@ -341,8 +346,13 @@ class ServerRun:
         self._report(Ended(why or end.cause or (str(end.error) if end.error else "its process ended"), died))
         grace = 0.0 if end.is_hung else STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0
         owner.silence()
-        returncode = process.stop(grace)
-        owner.close()
+        try:
+            returncode = process.stop(grace)
+        except Exception:  # no descriptors, for one: without its lease it ends by itself
+            logger.exception("cannot end the processes of %s", self._program.name)
+            returncode = UNKNOWN
+        finally:
+            owner.close()
         left = runtime.end_processes_of(self.start.instance) if is_here else []
         runtime.remove_scratch(runtime.scratch_folder(self.start.instance))  # a killed server left it
         self._follow(log, end.position)

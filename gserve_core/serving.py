@@ -34,6 +34,7 @@ from .environment import ignore_notices, open_missing_descriptors
 from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
 from .interfaces import Address, Engine, RunningEngine, Transport
 from .log_utils import ServerLog, setup_logging
+from .processes import stat_fields
 from .redaction import redact, secret_values
 from .schema import (
     Conversation,
@@ -799,9 +800,8 @@ def _end_children() -> None:
     """Kill every process below this one: a load that was interrupted leaves some."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError, IndexError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        if entry.name.isdigit() and (fields := stat_fields(int(entry.name))) is not None:
+            parents[int(entry.name)] = int(fields[1])
     below = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in below} - below:
         below |= more

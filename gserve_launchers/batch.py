@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from gserve_core.commands import output_of
 from gserve_core.errors import ConfigError, GserveError
 from gserve_core.interfaces import Job, Launcher
 
@@ -267,14 +268,10 @@ def requeue(job: str) -> None:
 def _told(command: Sequence[str], environ: Mapping[str, str]) -> str:
     """Return what a command of SLURM prints. Raises GserveError: it fails."""
     try:
-        told = subprocess.run(
-            command, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-            timeout=SUBMIT_SECONDS, check=True,
-        )  # fmt: skip
+        return output_of(command, environ, SUBMIT_SECONDS).strip()
     except OSError as error:
         raise GserveError(f"cannot run '{command[0]}': {error.strerror}; is this a machine with SLURM?") from error
     except subprocess.CalledProcessError as error:
         raise GserveError(f"SLURM refuses: {' '.join(error.stderr.split())}") from error
     except subprocess.TimeoutExpired as error:
         raise GserveError(f"SLURM did not answer within {SUBMIT_SECONDS:g} s: see squeue --me") from error
-    return told.stdout.strip()

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, ClassVar
 
-from gserve_core.commands import CommandLauncher, LocalProcess
+from gserve_core.commands import GONE, UNKNOWN, CommandLauncher, LocalProcess, output_of
 from gserve_core.errors import ConfigError, StartupTimeout, did_you_mean
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Finding, Job, Launcher, Process
@@ -438,12 +438,12 @@ class SlurmProcess(LocalProcess):
             self._is_gone = True
         self.leave()
         self.stdout.close()
-        self._popen.wait()
         self._guard.kill()
-        self._guard.wait()
+        for process in (self._popen, self._guard):
+            with contextlib.suppress(subprocess.TimeoutExpired):  # killed, and not gone: the kernel has it
+                process.wait(GONE)
         code = self.poll()
-        assert code is not None
-        return code
+        return UNKNOWN if code is None else code
 
     def leave(self) -> None:
         """Close srun's stdin: what it runs ends by itself."""
@@ -630,13 +630,10 @@ def _guard(srun: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
 def ask(*command: str) -> list[list[str]] | None:
     """Return the lines that a command of SLURM prints, cut at "|"; None where there is no answer."""
     try:
-        told = subprocess.run(
-            command, env=environment_for_slurm(), stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            errors="replace", timeout=ASK_SECONDS, check=True,
-        )  # fmt: skip
+        told = output_of(command, environment_for_slurm(), ASK_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return None
-    return [line.split("|") for line in told.stdout.splitlines()]
+    return [line.split("|") for line in told.splitlines()]
 
 
 def environment_for_slurm() -> dict[str, str]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from gserve import LLMConfig, VLLMService, batch_job
 from gserve_core import runtime
+from gserve_core.engines.echo import EchoEngine
 from gserve_core.output_lock import only_writer
 from gserve_launchers import batch
 
@@ -69,6 +72,47 @@ def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
 )
 def test_its_exit_code_is_that_of_the_command(tmp_path: Path, command: list[str], code: int) -> None:
     assert run(tmp_path, "run", config(tmp_path), "--", *command)[0] == code
+
+
+def test_its_exit_code_is_that_of_the_command_where_sigchld_is_ignored(tmp_path: Path) -> None:
+    words = ["env", "--ignore-signal=CHLD", sys.executable, "-m", "gserve.cli", "run", config(tmp_path)]
+    assert subprocess.run([*words, "--", "sh", "-c", "exit 7"], cwd=tmp_path, check=False).returncode == 7
+
+
+def test_gserve_stop_says_how_long_the_command_may_take(tmp_path: Path) -> None:
+    process = start(tmp_path, "run", config(tmp_path), "--", "sh", "-c", "echo begun; sleep 2; echo done")
+    until(lambda: b"begun" in (tmp_path / "out").read_bytes())
+    code, said = run(tmp_path, "stop", f"run-{process.pid}", "--timeout", "40")
+    assert (code, said) == (0, f"stopped 'run-{process.pid}'\n")
+    assert process.wait(30) == 0
+    out = (tmp_path / "out").read_bytes()
+    assert b"the command has 40 s to end" in out
+    assert b"done" in out
+
+
+def test_gserve_stop_ends_a_service_also_where_nothing_can_be_written(tmp_path: Path) -> None:
+    process = start(tmp_path, "run", config(tmp_path), "--", "sh", "-c", "echo begun; exec sleep 60")
+    until(lambda: b"begun" in (tmp_path / "out").read_bytes())
+    words = [sys.executable, "-m", "gserve.cli", "stop", f"run-{process.pid}", "--now"]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "it is told to end all the same" in done.stderr
+    assert process.wait(30) != 0
+
+
+def test_a_signal_before_the_start_has_begun_ends_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the folder of the config is on a slow file system."""
+    monkeypatch.setattr(EchoEngine, "check_config", lambda *_, **__: time.sleep(0.5))
+    service = VLLMService(LLMConfig("m"), engine=EchoEngine(load_time=60.0))
+    notices = batch_job.Notices()
+    threading.Timer(0.2, lambda: notices(signal.SIGTERM, None)).start()
+    began = time.monotonic()
+    batch_job._start(service, notices)
+    assert time.monotonic() - began < 30
+    assert notices.counted == [signal.SIGTERM]
+    service.shutdown()
 
 
 def test_the_command_finds_the_service_also_as_gserve_itself(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 
 from gserve import LaunchError
 from gserve_core import lease, runtime
-from gserve_core.commands import LocalProcess, group_is_alive
+from gserve_core.commands import LocalProcess, group_is_alive, output_of
 from gserve_core.interfaces import Job
 from gserve_launchers.local import CORES_VARIABLE, SubprocessLauncher
 
@@ -158,3 +159,41 @@ def test_servers_outlive_the_threads_that_started_them(tmp_path: Path) -> None:
         for process, owner in started:
             owner.close()
             process.stop(5)
+
+
+def test_a_process_whose_name_is_no_text_stops_no_end(tmp_path: Path) -> None:
+    """The kernel cuts names after 15 bytes, where that may be in the middle of a letter."""
+    named = "import sys; open('/proc/self/comm', 'wb').write(b'donn\\xc3'); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", named], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as odd:
+        assert odd.stdout is not None
+        odd.stdout.readline()
+        process = python(tmp_path, STUBBORN)
+        lines(process, 2)
+        assert process.stop(0.1) == -signal.SIGKILL
+        odd.kill()
+
+
+ASKS = """
+import signal, subprocess
+from gserve_core.commands import output_of
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+assert output_of(["echo", "rows"], {}, 9.0) == "rows\\n"
+assert output_of(["true"], {}, 9.0) == ""
+try:
+    output_of(["sh", "-c", "echo refused >&2; exit 1"], {}, 9.0)
+except subprocess.CalledProcessError as error:
+    assert error.stderr == "refused\\n"
+else:
+    raise AssertionError("no answer was taken for one")
+"""
+
+
+def test_a_command_that_fails_is_seen_to_fail_where_sigchld_is_ignored() -> None:
+    subprocess.run([sys.executable, "-c", ASKS], check=True)
+
+
+def test_a_command_that_takes_too_long_is_ended() -> None:
+    began = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        output_of(["sleep", "60"], {}, 0.2)
+    assert time.monotonic() - began < 20

@@ -484,3 +484,63 @@ def test_a_server_does_not_mind_an_owner_that_does_not_read(tmp_path: Path) -> N
             time.sleep(0.05)
         server.say({"type": "stop"})
         assert server.process.wait(ENDS_WITHIN) == 0
+
+
+def test_a_heart_that_could_not_begin_begins_with_the_next_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    heart = lease._Heart()
+    beats: list[int] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(RuntimeError):
+            heart.add(Beating(beats))
+    heart.add(Beating(beats))
+    deadline = time.monotonic() + 20
+    while not beats:
+        assert time.monotonic() < deadline, "no heartbeat"
+        time.sleep(0.01)
+    assert len(heart._ends) == 1
+
+
+class Beating(lease.OwnerEnd):
+    """A lease that only counts its heartbeats."""
+
+    def __init__(self, beats: list[int]) -> None:
+        self._beats = beats
+
+    def beat(self) -> bool:
+        self._beats.append(1)
+        return len(self._beats) < 3
+
+
+GRANDCHILD = """
+import os, sys
+from gserve_core.lease import ServerEnd
+from gserve_core.log_utils import ServerLog
+line, log = ServerEnd(), ServerLog()
+child = os.fork()
+if not child:
+    own = [os.open("/etc/passwd", os.O_RDONLY) for _ in range(5)]  # they get the numbers that were closed
+    grandchild = os.fork()
+    if not grandchild:
+        for number in own:
+            os.fstat(number)
+        os._exit(0)
+    os._exit(os.waitpid(grandchild, 0)[1] != 0)
+os._exit(os.waitpid(child, 0)[1] != 0)
+"""
+
+
+def test_what_a_child_has_opened_stays_open_in_what_it_forks() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", GRANDCHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(lease.encoded(lease.Hello("i", "t")))
+        process.stdin.flush()
+        said = process.stderr.read()
+        assert process.wait(60) == 0, said
+        assert b"Exception ignored" not in said

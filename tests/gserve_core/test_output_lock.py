@@ -169,3 +169,29 @@ def test_a_holder_is_shown_with_its_job() -> None:
     one = Holder(host="n1", pid=4, mark="", namespace="", job="5")
     assert str(one) == "process 4 on n1, SLURM job 5"
     assert output_lock.this_process().pid == os.getpid()
+
+
+def test_one_that_is_taken_before_its_maker_has_locked_it_is_not_its_makers(
+    output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on file systems without hard links, where it is there for a moment before it is locked."""
+
+    def none(*_: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    usual = output_lock._flock
+    others: list[Any] = []
+
+    def late(descriptor: int) -> bool | None:
+        if not others and output_lock._lock_path(output).exists():  # type: ignore[union-attr]
+            others.append(only_writer(output))
+            others[0].__enter__()
+        return usual(descriptor)
+
+    monkeypatch.setattr(os, "link", none)
+    monkeypatch.setattr(output_lock, "_flock", late)
+    with pytest.raises(ConfigError, match="already being written"), only_writer(output):
+        pass
+    others[0].__exit__(None, None, None)
+    with only_writer(output):
+        pass

@@ -1,5 +1,6 @@
 """`VLLMServer`: start, failures of the start, shutdown, and what it keeps to itself."""
 
+import errno
 import os
 import signal
 import socket
@@ -23,14 +24,19 @@ from gserve import (
     LaunchError,
     LLMConfig,
     PluginError,
+    ServeConfig,
     ServerExited,
     StartupTimeout,
     VLLMClient,
     VLLMServer,
+    VLLMService,
 )
 from gserve.log_utils import setup_logging
 from gserve_core import runtime
+from gserve_core import server as server_module
+from gserve_core.commands import LocalProcess
 from gserve_core.engines.echo import EchoEngine
+from gserve_core.interfaces import Job, Process
 from gserve_core.server import pinning
 from gserve_core.state import State
 from gserve_core.testing import our_processes
@@ -681,3 +687,46 @@ def test_an_owner_that_is_process_1_leaves_no_zombies(tmp_path: Path, nursery: b
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert ended.stdout == "[]\n", ended.stderr
+
+
+def test_a_server_whose_end_fails_ends_with_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(process: LocalProcess, grace: float) -> int:
+        process.stdout.close()
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    before = our_processes()
+    server = VLLMServer(LLM, engine=EchoEngine(), launcher=SubprocessLauncher(nursery=False))
+    server.start()
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalProcess, "stop", fail)
+        server.shutdown()
+    until(lambda: not new_processes(before))
+
+
+def test_a_place_is_kept_over_a_start_that_fails_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the disk with the logs is full for a moment: SLURM's job stays meanwhile, with its GPUs."""
+    launched: list[Any] = []
+    previous: list[Any] = []
+
+    class Keeping(SubprocessLauncher):
+        def launch(self, job: Job) -> Process:
+            previous.append(job.previous)
+            launched.append(super().launch(job))
+            return launched[-1]  # type: ignore[no-any-return]
+
+    usual = server_module._new_log
+    logs: list[Path] = []
+
+    def full(folder: Path, name: str) -> Path:
+        logs.append(folder)
+        if len(logs) == 2:
+            raise GserveError("No space left on device")
+        return usual(folder, name)
+
+    monkeypatch.setattr(server_module, "_new_log", full)
+    config = ServeConfig(max_restarts=5)
+    with VLLMService(LLM, config, engine=EchoEngine(), launcher=Keeping(nursery=False)) as service:
+        launched[0].stop(0.0)
+        until(lambda: len(previous) == 2)
+        assert previous[1] is launched[0]
+        assert service.generate(["a"]) == [["a"]]
