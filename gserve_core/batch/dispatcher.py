@@ -286,7 +286,8 @@ class Dispatcher:
         async def close() -> None:
             tasks = [*link.tasks, *([link.probe] if link.probe is not None else [])]
             for task in tasks:
-                task.cancel()
+                if not task.cancelling():  # a second time would interrupt it while it closes its socket
+                    task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await link.connection.close()
 

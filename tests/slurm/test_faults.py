@@ -10,7 +10,7 @@ AT_ONCE = 3
 """Rows beside one another: each has a cluster of its own, and mostly waits."""
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("slurm_cluster")
 def test_every_fault_of_slurm_is_survived() -> None:
     with ThreadPoolExecutor(AT_ONCE) as pool:

