@@ -135,12 +135,14 @@ class Group(Struct, frozen=True, forbid_unknown_fields=True):
 class RunRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A piece of work. Its items are counted through all groups from 0; `heartbeat` is in seconds.
 
-    `id`: the name by which a `CancelRequest` knows it; "" for none.
+    `id`: the name by which a `CancelRequest` knows it; "" for none. `alone`: the server is to work on nothing else
+    meanwhile, so that it is known what it dies of.
     """
 
     groups: list[Group]
     heartbeat: float = 5.0
     id: str = ""
+    alone: bool = False
 
 
 class CancelRequest(Struct, frozen=True, forbid_unknown_fields=True):

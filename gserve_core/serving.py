@@ -74,6 +74,8 @@ EARLY = 256
 """Number of requests of which it is remembered that items were cancelled before they came."""
 BUSY_SECONDS = 1.0
 """After how long a client that was told so may ask again."""
+RESERVED_SECONDS = 5.0
+"""How long nothing is begun after a request has asked to be alone; it asks again sooner than that."""
 SLICE, SLICE_BYTES = 1024, 128 << 10
 """How many items, and about how many bytes of them, are dealt with in one turn of the event loop."""
 YOUNG = 10_000
@@ -115,6 +117,10 @@ class Server:
         self._over = asyncio.Event()
         self._pieces: set[_Piece] = set()
         self._requests = 0
+        self._is_alone = False
+        """Whether the request that runs is to be alone."""
+        self._reserved_until = 0.0
+        """Until when nothing else is begun, for one that is to be alone."""
         self._items = 0
         """Items that were taken in and have not ended."""
         self._running = 0
@@ -143,6 +149,8 @@ class Server:
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Work on a request; yield its events in batches as they happen."""
         with self._admit(request) as admitted:
+            if request.alone:  # from here on its items may be the reason for an end of this server: say so first
+                yield [Heartbeat(admitted.left)]
             piece = _Piece(request.id, admitted)
             self._pieces.add(piece)
             self._cancel(piece, self._early.pop(request.id, ()))
@@ -288,12 +296,14 @@ class Server:
                 f"the request has {size} items, and a server takes at most {limit} at once: send it in pieces",
                 status=413,
             )
+        self._check_turn(request)
         if self._items and self._items + size > most:  # one alone may be larger: else it could never be served
             raise RemoteError(
                 f"the server has {self._items} items to do and takes {most} at a time: ask again in a moment",
                 status=429, retry_after=BUSY_SECONDS,
             )  # fmt: skip
         admitted = _Admitted(self._engine, size, size)
+        self._is_alone = request.alone
         self._requests += 1
         self._items += size
         self._idle.clear()
@@ -302,8 +312,24 @@ class Server:
         finally:
             self._requests -= 1
             self._items -= admitted.left
+            if request.alone:
+                self._is_alone = False
             if not self._requests:
                 self._idle.set()
+
+    def _check_turn(self, request: RunRequest) -> None:
+        """Let a request that is to be alone wait until there is no other, and others until it is over.
+
+        While it waits, nothing else is begun. Raises RemoteError.
+        """
+        now = time.monotonic()
+        if request.alone:
+            self._reserved_until = now + RESERVED_SECONDS if self._requests else 0.0
+        if self._is_alone or (self._requests if request.alone else now < self._reserved_until):
+            raise RemoteError(
+                "the server is to work on one request alone, as an item of it may kill servers: ask again in a moment",
+                status=429, retry_after=BUSY_SECONDS,
+            )  # fmt: skip
 
     async def _run(self, admitted: "_Admitted", prepared: Any) -> list[ResponseOutput]:
         """Have the engine work on one item. Raises what the engine raises, and `prepared` where it is wrong."""

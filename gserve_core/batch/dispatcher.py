@@ -315,7 +315,7 @@ class Dispatcher:
 
     async def _send(self, piece: Piece, link: _Link) -> None:
         """Send a piece, and pass on what comes of it."""
-        request = RunRequest(_groups(piece.sent), link.heartbeat, piece.request)
+        request = RunRequest(_groups(piece.sent), link.heartbeat, piece.request, piece.is_narrowing)
         async with contextlib.aclosing(link.connection.run(request)) as stream:
             async for events in stream:
                 self._queue.happened(piece, events)

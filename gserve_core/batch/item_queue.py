@@ -9,7 +9,7 @@ A broken connection is no loss. Its piece is held until the owner of the servers
 again, or it has died. Suspects are held as long as that takes, other items for `HOLD_SECONDS`. Only a confirmed death
 is a loss of the items that were in flight. Items with `MAX_LOSSES` losses are suspects. They run on a server of their
 own: first together, then, after another death, in ever smaller groups. An item that is alone on its server when that
-dies is lost.
+dies is lost. Of suspects that the server has not begun by then nothing is said: others may have been at work there.
 """
 
 import logging
@@ -102,7 +102,7 @@ class Server:
 
     @property
     def is_narrowing(self) -> bool:
-        """Whether it works on suspects, and on nothing else."""
+        """Whether it works on suspects, and on nothing else: it refuses what other clients send meanwhile."""
         return any(piece.is_narrowing for piece in list(self.pieces))  # the supervisor asks from its own thread
 
     def is_usable(self, now: float) -> bool:
@@ -130,6 +130,8 @@ class Piece:
         self.request = ""
         """The id of its request, which `start` sets."""
         self.is_narrowing = is_narrowing
+        self.is_begun = False
+        """Whether the server has said anything of it: suspects it begins when it has nothing else."""
         self.held_until: float | None = None
         """Set while its connection is broken and the verdict is open."""
 
@@ -243,8 +245,11 @@ class ItemQueue:
         for piece in reversed([*server.pieces]):  # the oldest items come to the head of the queue
             if piece.held_until is None:
                 self._stop(piece)
-            items = self._detach(piece)
             self._is_turn_of_calls = self._is_turn_of_calls or piece.is_narrowing
+            if piece.is_narrowing and not piece.is_begun:
+                self._return(piece)
+                continue
+            items = self._detach(piece)
             for item in items:
                 item.losses += died
             if not died:
@@ -352,6 +357,7 @@ class ItemQueue:
         server = piece.server
         if server is None:
             return
+        piece.is_begun = True
         outcomes: defaultdict[Call, list[tuple[int, Outcome]]] = defaultdict(list)
         items = piece.items
         finished: list[Item] = []

@@ -110,6 +110,26 @@ def test_items_that_are_cancelled_before_their_request_comes_are_not_begun(slow:
     asyncio.run(run())
 
 
+def test_a_request_that_is_to_be_alone_waits_for_the_others_and_they_for_it(slow: VLLMServer) -> None:
+    async def run() -> None:
+        async with connected(slow) as connection:
+            other = await until_begun(connection, RunRequest([Group(["other " * 90], {"max_tokens": 90})]))
+            alone = RunRequest([Group(["alone " * 60], {"max_tokens": 60})], alone=True)
+            small = RunRequest([Group(["small"], SHORT)])
+            for refused in (alone, small):
+                with pytest.raises(RemoteError, match="on one request alone") as caught:
+                    await ends(connection, refused)
+                assert (caught.value.status, caught.value.retry_after) == (429, 1.0)
+            await other
+            task = await until_begun(connection, alone)
+            with pytest.raises(RemoteError, match="on one request alone"):
+                await ends(connection, small)
+            assert isinstance((await task)[0], Result)
+            assert isinstance((await ends(connection, small))[0], Result)
+
+    asyncio.run(run())
+
+
 def test_to_cancel_what_is_not_there_does_nothing(slow: VLLMServer) -> None:
     async def run() -> None:
         async with connected(slow) as connection:

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,20 @@ def test_a_poisoned_item_costs_few_restarts_and_no_other_item() -> None:
         assert [index for index, result in enumerate(results) if isinstance(result, ItemError)] == [100, 700]
         assert sum(result == [prompt] for result, prompt in zip(results, prompts, strict=True)) == 998
         assert sum(status.restarts for status in service.status()) <= 10  # see the queue's tests
+
+
+def test_a_poisoned_item_of_one_process_costs_no_item_of_another() -> None:
+    """Each sees only its own items, and the innocent one of the other is alone in its eyes."""
+    engine = EchoEngine(latency=0.02, capacity=64, die_on="POISON")
+    config = ServeConfig(max_restarts=100)
+    with VLLMService(LLM, config, engine=engine, name="shared") as service, VLLMService.attach("shared") as other:
+        prompts = [*(f"prompt {index} " * 10 for index in range(40)), "POISON"]
+        with ThreadPoolExecutor() as pool:
+            call = pool.submit(service.generate, prompts, on_error="return")
+            innocent = other.generate(["innocent " * 50], {"max_tokens": 50}, on_error="return")
+            results = call.result(120)
+        assert innocent == [[("innocent " * 50).strip()]], innocent
+        assert [index for index, result in enumerate(results) if isinstance(result, ItemError)] == [40]
 
 
 def test_a_shutdown_while_it_starts_ends_the_start() -> None:

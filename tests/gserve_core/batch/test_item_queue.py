@@ -97,7 +97,8 @@ class World:
     def remove(self, server: Server, *, returns: bool, died: bool) -> None:
         self.deaths += died
         if died:
-            at_stake = [item for piece in server.pieces for item in piece.left]
+            begun = [piece for piece in server.pieces if piece.is_begun or not piece.is_narrowing]
+            at_stake = [item for piece in begun for item in piece.left]
             if len(at_stake) == 1:
                 self.alone.add((at_stake[0].call, at_stake[0].index))
         del self.servers[server.key]
@@ -110,6 +111,7 @@ class World:
     def result(self, piece: Piece, count: int) -> None:
         """Have a server answer some items; it dies of a poisoned one."""
         if any(item.prompt == POISON for item in piece.left):
+            self.queue.happened(piece, [Heartbeat(len(piece.left))])
             if (server := piece.server) is not None and server.key in self.servers:
                 if self.verdicts_take:
                     for one in [one for one in self.live if one.server is server]:
@@ -596,16 +598,34 @@ def test_the_verdict_that_comes_late_still_counts() -> None:
     assert [item.losses for item in items] == [int(item in left and not item.is_over) for item in items]
 
 
+def test_a_death_before_the_server_has_begun_suspects_says_nothing_of_them() -> None:
+    """Another client may have had the poisoned item there."""
+    world = World()
+    call = world.call()
+    server = world.add()
+    (innocent,) = world.submit(call, ["a"])
+    for _ in range(8):
+        world.remove(server, returns=True, died=True)
+        server = world.add(name=server.key)
+    assert innocent.losses == item_queue.MAX_LOSSES
+    assert not world.outcomes[call]
+    for turn in range(item_queue.MAX_RETURNS):
+        assert bool(world.outcomes[call]) == (turn > item_queue.MAX_RETURNS - 7), turn
+        world.remove(server, returns=True, died=True)
+        server = world.add(name=server.key)
+
+
 def test_no_suspect_is_begun_while_a_server_may_still_work_on_what_it_was_told_to_drop() -> None:
     world = World()
     server = world.add(capacity=4)
     (innocent,) = world.submit(world.call(), ["a"])
-    for _ in range(item_queue.MAX_LOSSES):
-        world.remove(server, returns=True, died=True)
-        poisoned = world.call()
-        server = world.add(name=server.key) if innocent.losses < item_queue.MAX_LOSSES else server
-    world.submit(poisoned, [POISON])
+    world.remove(server, returns=True, died=True)
     server = world.add(name=server.key)
+    world.remove(server, returns=True, died=True)
+    world.queue._is_turn_of_calls = True  # as after a piece of suspects
+    poisoned = world.call()
+    world.submit(poisoned, [POISON])
+    world.add(name=server.key)
     world.queue.cancel(poisoned)
     assert not any(piece.is_narrowing for piece in world.live)
     world.advance(item_queue.SETTLE_SECONDS)
