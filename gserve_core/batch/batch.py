@@ -158,7 +158,7 @@ class Batch:
     def _is_full(self) -> bool:
         if self._is_read or self._call.is_cancelled:
             return True
-        return self._places < min(FEED, self._ahead // 4) or self._size_ahead <= 0
+        return self._places < max(1, min(FEED, self._ahead // 4)) or self._size_ahead <= 0
 
     @property
     def _ahead(self) -> int:
@@ -171,7 +171,7 @@ class Batch:
     @property
     def _places(self) -> int:
         """How many items may be read now."""
-        return self._ahead - (self._read - self._counted)
+        return max(0, self._ahead - (self._read - self._counted))
 
     @property
     def _size_ahead(self) -> int:
