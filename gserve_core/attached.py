@@ -176,9 +176,11 @@ class _Following:
         gone = [name for name, server in self.servers.items() if now.get(name) != server]
         if record.status != "failed":
             self.dispatcher.expect(PLACE)
+        given_up = f"the service '{self._name}' has given up all its servers"
         for name in gone:
             died = self.servers[name].instance in record.deaths
-            self.dispatcher.remove(name, f"its owner has lost {name}", died=died)
+            why = given_up if record.status == "failed" else f"its owner has lost {name}"
+            self.dispatcher.remove(name, why, died=died)
             self.servers = MappingProxyType({other: it for other, it in self.servers.items() if other != name})
         for name, server in now.items():
             if name not in self.servers:
@@ -189,7 +191,7 @@ class _Following:
                 self.servers = MappingProxyType({**self.servers, name: server})
         known = {name: state for name, state in self.states.items() if name not in now}
         if record.status == "failed":
-            self.dispatcher.remove(PLACE, f"the service '{self._name}' has given up all its servers", died=False)
+            self.dispatcher.remove(PLACE, given_up, died=False)
         elif now and not known:  # else those may come back
             self.dispatcher.expect(PLACE, comes=False)
         lost = State.FAILED if record.status == "failed" else State.QUEUED
