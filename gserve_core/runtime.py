@@ -42,6 +42,7 @@ from .processes import is_orphan as is_orphan
 from .processes import owner_mark as owner_mark
 from .processes import process_start as process_start
 from .processes import processes_of as processes_of
+from .processes import stat_fields as stat_fields
 
 PLACE_VARIABLE = "_GSERVE_PLACE"
 """For tests: the second place for records and tokens; empty for none. By default it is `PLACE`/gserve-UID."""

@@ -34,7 +34,6 @@ from .environment import ignore_notices, open_missing_descriptors
 from .errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
 from .interfaces import Address, Engine, RunningEngine, Transport
 from .log_utils import ServerLog, setup_logging
-from .processes import stat_fields
 from .redaction import redact, secret_values
 from .schema import (
     Conversation,
@@ -826,7 +825,7 @@ def _end_children() -> None:
     """Kill every process below this one: a load that was interrupted leaves some."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (fields := stat_fields(int(entry.name))) is not None:
+        if entry.name.isdigit() and (fields := runtime.stat_fields(int(entry.name))) is not None:
             parents[int(entry.name)] = int(fields[1])
     below = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in below} - below:
