@@ -23,10 +23,11 @@ from .wedging import MARKER
 
 HEAL_SECONDS = 400.0
 """How long vLLM may take to be ready again, on two cores with other work beside it."""
-IDLE_SECONDS = 2.0
-"""How long an engine may be busy with what nobody wants any more."""
-SPIN_SECONDS = 1.0
-"""How long a worker of vLLM keeps a core busy with waiting for more, after its last step."""
+IDLE_SECONDS = 10.0, 3.0
+"""How long an engine may be busy with what nobody wants any more, of minutes of work: in the short form, with other
+tests beside it, and in the long one. 1 s of it a worker of vLLM spins, waiting for more."""
+FIND_SECONDS = 30.0, 10.0
+"""How long after `stall_timeout` a hang may be found: the same."""
 STORMS = 10
 """How often two servers and the nursery are killed at once."""
 BUSY = 0.1
@@ -71,18 +72,18 @@ def service(scale: Scale) -> list[Outcome]:
         (folder / "config.yaml").write_text(text)
         with VLLMService.from_yaml(folder / "config.yaml") as running, Watch(running) as watch:
             return [
-                _cancels(running, scale.of(1, 5)),
+                _cancels(running, scale),
                 _pauses(running, scale),
-                _wedge(running, watch, order, stall, scale.of(1, 2)),
+                _wedge(running, watch, order, stall, scale),
                 _kills(running, watch, scale),
                 *([_stops(running, watch, stall)] if scale.is_long else []),
             ]
 
 
-def _cancels(service: VLLMService, times: int) -> Outcome:
-    """Give much work a deadline: 2 s after it, the processes of the engine must have nothing to do."""
+def _cancels(service: VLLMService, scale: Scale) -> Outcome:
+    """Give much work a deadline: soon after it, the processes of the engine must have nothing to do."""
     outcome = Outcome(fault="vLLM: work cancelled by its deadline")
-    for _ in range(times):
+    for _ in range(scale.of(1, 5)):
         with outcome.trial("a deadline"):
             roles = oracles.of(service.servers[0])
             busy = [psutil.Process(roles[role]) for role in ("engine", "worker")]
@@ -98,7 +99,7 @@ def _cancels(service: VLLMService, times: int) -> Outcome:
             while _load(busy, 0.25) > BUSY and time.monotonic() - since < 30.0:
                 pass
             outcome.recover.append(time.monotonic() - since)
-            assert outcome.recover[-1] < IDLE_SECONDS + SPIN_SECONDS, f"idle only after {outcome.recover[-1]:.1f} s"
+            assert outcome.recover[-1] < scale.of(*IDLE_SECONDS), f"idle only after {outcome.recover[-1]:.1f} s"
     return outcome
 
 
@@ -145,7 +146,7 @@ def _pauses(service: VLLMService, scale: Scale) -> Outcome:
     return outcome
 
 
-def _wedge(service: VLLMService, watch: Watch, order: Path, stall: float, times: int) -> Outcome:
+def _wedge(service: VLLMService, watch: Watch, order: Path, stall: float, scale: Scale) -> Outcome:
     """Put an untyped parameter into the engine, behind the gate: it must be found, and healed."""
     outcome = Outcome(fault=f"vLLM: wedged by an untyped parameter (stall_timeout {stall:g} s)")
     tally = RealTally()
@@ -153,7 +154,7 @@ def _wedge(service: VLLMService, watch: Watch, order: Path, stall: float, times:
     def replaced(since: float) -> list[int]:
         return [index for index in range(len(service.servers)) if watch.detected(index, since) is not None]
 
-    for _ in range(times):
+    for _ in range(scale.of(1, 2)):
         with outcome.trial("a wedge"):
             until(lambda: all(server.is_running() for server in service.servers), HEAL_SECONDS, "all servers ready")
             order.touch()
@@ -171,7 +172,7 @@ def _wedge(service: VLLMService, watch: Watch, order: Path, stall: float, times:
             assert replaced(since) == [first], f"servers {replaced(since)} were replaced"
             outcome.detect.append(detect)
             outcome.recover.append(recover)
-            assert detect < stall + 10.0, f"found only after {detect:.1f} s"
+            assert detect < stall + scale.of(*FIND_SECONDS), f"found only after {detect:.1f} s"
     outcome.count(tally)
     return outcome
 
@@ -217,7 +218,7 @@ def _stops(service: VLLMService, watch: Watch, stall: float) -> Outcome:
                 detect, recover = watch.wait_recovered(0, since, HEAL_SECONDS)
             outcome.detect.append(detect)
             outcome.recover.append(recover)
-            assert detect < stall + 10.0, f"found only after {detect:.1f} s"
+            assert detect < stall + FIND_SECONDS[1], f"found only after {detect:.1f} s"
     outcome.count(tally)
     return outcome
 
