@@ -34,18 +34,9 @@ class Told:
         self._check()
         (self.awaited.add if comes else self.awaited.discard)(key)
 
-    def add(
-        self,
-        key: str,
-        connect: Any,
-        capacity: int,
-        timeout: float | None,
-        *,
-        is_watched: bool,
-        stall_timeout: float | None,
-    ) -> None:
+    def add(self, key: str, connect: Any, capacity: int, timeout: float | None, **more: Any) -> None:
         self._check()
-        self.stall_timeout = stall_timeout
+        self.stall_timeout = more["stall_timeout"]
         self.servers[key] = connect()
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:

@@ -36,19 +36,10 @@ class Told:
     def expect(self, key: str, comes: bool = True) -> None:
         self.told.append(("expect", key))
 
-    def add(
-        self,
-        key: str,
-        connect: Any,
-        capacity: int,
-        timeout: float | None,
-        *,
-        is_watched: bool,
-        stall_timeout: float | None,
-    ) -> None:
+    def add(self, key: str, connect: Any, capacity: int, timeout: float | None, **more: Any) -> None:
         connection = connect()
         self.told.append(("add", key, connection))
-        self.is_watched = is_watched
+        self.is_watched = more["is_watched"]
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
         self.told.append(("remove", key, why, returns, died))
