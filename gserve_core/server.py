@@ -394,6 +394,7 @@ class ServerRun:
                     runtime.write_token(message.address, self.start.token, self.start.control)
                 elif isinstance(message, lease.Failed):
                     end.cause = message.cause
+                    self._patience_ends = min(self._patience_ends, time.monotonic() + STOP_SECONDS)
                 elif isinstance(message, lease.Stopped):
                     end.is_ours = True
                 elif isinstance(message, lease.Ready):
@@ -405,7 +406,8 @@ class ServerRun:
                 return
             silent, waited = silence.look(), self._progress.look()
             if self._is_ready and stall is not None and silent > stall:
-                end.cause, end.is_hung = f"it hangs: it gave no sign of life for {stall:g} s (stall_timeout)", True
+                end.cause = end.cause or f"it hangs: it gave no sign of life for {stall:g} s (stall_timeout)"
+                end.is_hung = True
                 return
             if not self._is_ready and startup is not None and waited > startup:
                 end.is_hung = True

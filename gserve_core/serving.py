@@ -374,8 +374,8 @@ class Server:
 
     async def live(
         self, engine: Engine, transport: Transport, llm: LLMConfig, host: str, port: int, line: lease.ServerEnd | None
-    ) -> None:
-        """Serve from start to end. Raises: whatever made the server fail."""
+    ) -> int:
+        """Serve from start to end; return the exit code. Raises: whatever was wrong before there was an address."""
         loop = asyncio.get_running_loop()
         self._lease = line
         if line is not None:
@@ -389,10 +389,12 @@ class Server:
             logger.info("listening on %s", address)
             self._address = address
             self._tell(lease.Listening(address))
-            starting = asyncio.create_task(self._start(engine, llm))
+            starting, code = asyncio.create_task(self._start(engine, llm)), 0
             try:
                 if await self._first(starting):
                     await self._until_end()
+            except Exception as error:
+                code = _fail(error, line, self._secrets)  # told now: an engine that hangs takes its time to end
             finally:
                 self._state = "draining"
                 starting.cancel()
@@ -404,6 +406,7 @@ class Server:
                         async with asyncio.timeout(ENGINE_STOP_SECONDS):
                             await self._engine.stop()
         self._state = "stopped"
+        return code
 
     async def _start(self, engine: Engine, llm: LLMConfig) -> None:
         loop, ours = asyncio.get_running_loop(), threading.get_ident()
@@ -799,10 +802,9 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
     )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(server.live(engine, transport, llm, host, options.port, line))
+            return runner.run(server.live(engine, transport, llm, host, options.port, line))
     except Exception as error:
         return _fail(error, line, secrets)
-    return 0
 
 
 def _fail(error: BaseException, line: lease.ServerEnd | None, secrets: Collection[str]) -> int:

@@ -26,7 +26,7 @@ HEAL_SECONDS = 400.0
 IDLE_SECONDS = 10.0, 3.0
 """How long an engine may be busy with what nobody wants any more, of minutes of work: in the short form, with other
 tests beside it, and in the long one. 1 s of it a worker of vLLM spins, waiting for more."""
-FIND_SECONDS = 30.0, 10.0
+FIND_SECONDS = 20.0, 10.0
 """How long after `stall_timeout` a hang may be found: the same."""
 STORMS = 10
 """How often two servers and the nursery are killed at once."""

@@ -176,6 +176,19 @@ def test_one_that_hangs_is_killed_and_has_died(begin: Callable[..., Case]) -> No
     assert case.process.stops[0] == 0.0
 
 
+def test_one_that_has_failed_and_does_not_end_is_killed_and_has_died(
+    begin: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.3)
+    case = begin(stall_timeout=None)
+    case.process.become_ready()
+    case.process.say(lease.Failed("the engine hangs"))
+    ended = case.wait(Ended)
+    assert ended.died
+    assert "the engine hangs" in str(case.wait(Gone).failure)
+    assert case.process.stops == [0.0]
+
+
 def test_a_start_without_progress_is_no_death_of_items(begin: Callable[..., Case]) -> None:
     case = begin(startup_timeout=0.3)
     assert not case.wait(Ended).died
