@@ -242,7 +242,7 @@ def storm(scale: Scale) -> Outcome:
     """Kill two servers and the nursery at once, in the middle of calls; every other time, shut down too."""
     outcome = Outcome(fault="vLLM: 2 servers and the nursery killed -9 at once, mid-call; half with shutdown()")
     if not scale.is_long:
-        outcome.skipped = "in the long form only"
+        outcome.skipped = "in the long form only: LONG=1 runs it"
         return outcome
     serve = ServeConfig(servers=2, startup_timeout=400.0, max_restarts=1000)
     weather = storms.Weather(calls=4, items=40, delay=3.0, kind=RealTally(), patience=HEAL_SECONDS, start=HEAL_SECONDS)
