@@ -16,7 +16,7 @@ from .dispatcher import Dispatcher
 from .item_queue import Call, Item, Outcome
 from .items import Items
 
-AHEAD = 1 << 14
+AHEAD = 1 << 16
 """Maximum number of items of a call that are read and not yet handed to the caller, unless the servers hold more."""
 FIRST_AHEAD = 1 << 10
 """The same until the first results have come, of which nobody knows yet how large they are."""

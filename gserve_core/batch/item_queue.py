@@ -97,13 +97,10 @@ class Server:
         """When it works on nothing any more of what it was told to drop."""
         self.is_broken = False
         self.is_out_of_sight = False
+        self.is_narrowing = False
+        """Whether it works on suspects, and on nothing else: it refuses what other clients send meanwhile."""
         self.accused: list[Item] = []
         """Items that left before the verdict on a broken connection: a loss of theirs if the server has died."""
-
-    @property
-    def is_narrowing(self) -> bool:
-        """Whether it works on suspects, and on nothing else: it refuses what other clients send meanwhile."""
-        return any(piece.is_narrowing for piece in list(self.pieces))  # the supervisor asks from its own thread
 
     def is_usable(self, now: float) -> bool:
         """Return whether it may be sent a piece."""
@@ -472,6 +469,7 @@ class ItemQueue:
         assert server is not None
         piece.server = None
         del server.pieces[piece]
+        server.is_narrowing = server.is_narrowing and not piece.is_narrowing
         server.in_flight -= len(items)
         server.size_in_flight -= sum(item.size for item in items)
         return items
@@ -589,6 +587,7 @@ class ItemQueue:
     def _begin(self, server: Server, items: list[Item], *, is_narrowing: bool) -> None:
         piece = Piece(server, items, is_narrowing)
         server.pieces[piece] = None
+        server.is_narrowing = is_narrowing
         server.in_flight += len(items)
         server.size_in_flight += piece.size
         self._start(piece)
