@@ -22,7 +22,7 @@ import uvloop
 from ..environment import check_not_patched, open_missing_descriptors
 from ..errors import GserveError, StallTimeout, TransportError
 from ..interfaces import Connection
-from ..schema import Group, RunRequest
+from ..schema import Group, Prompt, RunRequest
 from .item_queue import Call, Item, ItemQueue, Piece, Server
 
 HEARTBEAT = 5.0
@@ -86,6 +86,8 @@ class Dispatcher:
         check_not_patched()
         open_missing_descriptors()  # an event loop breaks with one below 3
         self._known: dict[str, _Known] = {}
+        self.room = 0
+        """Number of items that all servers together have in flight, when there are enough."""
         self._lock = threading.RLock()
         self._closed = False
         self._is_forked = False
@@ -127,11 +129,6 @@ class Dispatcher:
 
     # -------------------------------------------------------------------------------------------------- from any thread
 
-    @property
-    def room(self) -> int:
-        """Number of items that all servers together have in flight, when there are enough."""
-        return sum(2 * known.capacity for known in list(self._known.values()))
-
     def expect(self, key: str, comes: bool = True) -> None:
         """Keep items waiting, where there is no other server, for one that is starting; no more, where none `comes`."""
         self._soon(self._queue.expect if comes else self._queue.expect_no_more, key)
@@ -154,6 +151,7 @@ class Dispatcher:
         connection = connect()  # here: what it imports must not be half imported when the caller forks
         self._check()
         known = self._known[key] = _Known(connect, capacity, timeout, is_watched, stall_timeout)
+        self._count_room()
         self._soon(self._add, key, known, connection)
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
@@ -163,7 +161,11 @@ class Dispatcher:
         """
         self._check()
         self._known.pop(key, None)
+        self._count_room()
         self._soon(self._remove, key, why, returns, died)
+
+    def _count_room(self) -> None:
+        self.room = sum(2 * known.capacity for known in list(self._known.values()))
 
     def drain(self, why: str) -> None:
         """Send nothing any more: what the servers have goes on, all else is lost because of `why`, now and later."""
@@ -400,16 +402,21 @@ class Dispatcher:
 def _groups(items: Sequence[Item]) -> list[Group]:
     """Return the items of a piece as they travel: those that share their parameters together."""
     encoded: dict[int, bytes] = {}
-
-    def kind(item: Item) -> tuple[bytes, bool]:
-        """Return what the items of a group share. Of equal parameters each call has an object of its own."""
-        if (params := id(item.params)) not in encoded:
-            encoded[params] = msgspec.msgpack.encode(item.params)
-        return encoded[params], item.seed is None
-
-    groups = []
-    for _, it in itertools.groupby(items, kind):
-        members = list(it)
-        seeds = [item.seed for item in members if item.seed is not None]
-        groups.append(Group([item.prompt for item in members], members[0].params, seeds or None))
+    groups: list[Group] = []
+    last: Item | None = None
+    kind: tuple[bytes, bool] | None = None
+    prompts: list[Prompt] = []
+    seeds: list[int] | None = None
+    for item in items:
+        params, seed = item.params, item.seed
+        if last is None or params is not last.params or (seed is None) is not (last.seed is None):
+            last = item
+            if id(params) not in encoded:  # of equal parameters each call has an object of its own
+                encoded[id(params)] = msgspec.msgpack.encode(params)
+            if kind != (kind := (encoded[id(params)], seed is None)):
+                prompts, seeds = [], None if seed is None else []
+                groups.append(Group(prompts, params, seeds))
+        prompts.append(item.prompt)
+        if seeds is not None and seed is not None:
+            seeds.append(seed)
     return groups

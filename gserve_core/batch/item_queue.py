@@ -357,27 +357,28 @@ class ItemQueue:
         piece.is_begun = True
         outcomes: defaultdict[Call, list[tuple[int, Outcome]]] = defaultdict(list)
         items = piece.items
+        count = len(items)
         finished: list[Item] = []
         for event in events:
             if isinstance(event, Heartbeat):
                 continue
             index = event.index
-            item = items[index] if 0 <= index < len(items) else None
+            item = items[index] if 0 <= index < count else None
             if item is None:
                 continue
-            outcome: Outcome
-            if isinstance(event, Result):
-                outcome = event.outputs
-            else:
-                outcome = ItemError(event.message, index=item.index, invalid=event.invalid)
             items[index] = None
             finished.append(item)
-            outcomes[item.call].append((item.index, outcome))
+            if isinstance(event, Result):
+                outcomes[item.call].append((item.index, event.outputs))
+            else:
+                error = ItemError(event.message, index=item.index, invalid=event.invalid)
+                outcomes[item.call].append((item.index, error))
         self._finish(server, finished)
         for call, batch in outcomes.items():
             server.finished += len(batch)
             call.deliver(batch)
-        if outcomes and (self._waiting_in_calls or self._suspects):
+        is_whole = len(finished) == count  # then the end of the piece follows at once
+        if finished and not is_whole and (self._waiting_in_calls or self._suspects):
             self.pump()
 
     def ended(self, piece: Piece, error: Exception | None) -> None:
@@ -476,11 +477,13 @@ class ItemQueue:
 
     def _finish(self, server: Server, items: list[Item]) -> None:
         """End items that have left their piece."""
+        total = 0
         for item in items:
             size = item.size
-            server.size_in_flight -= size
+            total += size
             item.call.ended_size += size
             item.is_over = True
+        server.size_in_flight -= total
         server.in_flight -= len(items)
         self.ended_items += len(items)
 
