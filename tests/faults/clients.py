@@ -27,6 +27,8 @@ from .owners import ECHO, owner
 
 LLM = LLMConfig("m", max_model_len=1000)
 HEAL_SECONDS = 60.0
+MOST_HANDLERS = 20
+"""How many handlers may be at work, each of which interrupts the last: Python's stack ends at about 45."""
 
 
 def slow_readers(scale: Scale) -> Outcome:
@@ -98,21 +100,24 @@ def handlers(scale: Scale) -> Outcome:
     main = threading.main_thread().ident
     assert main == threading.get_ident(), "a handler runs in the main thread"
     wrong: list[str] = []
-    handled = 0
+    handled = depth = 0
 
     def handler(*_: object) -> None:
-        nonlocal handled
+        nonlocal handled, depth
         handled += 1
+        depth += 1
         prompt = f"handler-{handled}"
         service.status()
         if service.generate([prompt], deadline=HEAL_SECONDS) != [[prompt]]:
             wrong.append(prompt)
+        depth -= 1
 
     def signals() -> None:
         chance = scale.random
         while not over.is_set():
             time.sleep(chance.uniform(0.0, 0.01))
-            signal.pthread_kill(main, signal.SIGUSR1)
+            if depth < MOST_HANDLERS:
+                signal.pthread_kill(main, signal.SIGUSR1)
 
     tally = Tally()
     over = threading.Event()

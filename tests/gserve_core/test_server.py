@@ -690,7 +690,10 @@ def test_an_owner_that_is_process_1_leaves_no_zombies(tmp_path: Path, nursery: b
 
 
 def test_a_server_whose_end_fails_ends_with_its_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[LocalProcess] = []
+
     def fail(process: LocalProcess, grace: float) -> int:
+        ended.append(process)
         process.stdout.close()
         raise OSError(errno.EMFILE, "Too many open files")
 
@@ -701,6 +704,7 @@ def test_a_server_whose_end_fails_ends_with_its_lease(monkeypatch: pytest.Monkey
         patch.setattr(LocalProcess, "stop", fail)
         server.shutdown()
     until(lambda: not new_processes(before))
+    until(lambda: ended[0].poll() is not None)
 
 
 def test_a_place_is_kept_over_a_start_that_fails_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
