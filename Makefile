@@ -20,7 +20,7 @@ quickstart: $(READY) ## ask the demo model a question, on real vLLM
 	$(RUN)/gserve chat configs/quickstart.yaml "Write a haiku about the sea." --params '{"temperature": 0, "max_tokens": 60}'
 
 test: $(READY) ## pass the tests
-	$(RUN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(RUN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 faults: $(READY) ## try every fault, for 10 minutes; LONG=1: for an hour
 	$(RUN)/python -m tests.faults $(ROWS)
