@@ -163,7 +163,7 @@ def wedge(scale: Scale) -> Outcome:
                 (result,) = service.generate([f"WEDGE {number}"], on_error="return")
                 assert isinstance(result, ItemLost), f"the item that wedges engines gave {result!r}"
                 until(lambda before=before: restarts() >= before + 3, HEAL_SECONDS, "three restarts for one item")
-                until(lambda: all(watch.ready_for(it) for it in (0, 1)), HEAL_SECONDS, "both servers ready")
+                until(lambda: all(it.usable for it in service.status()), HEAL_SECONDS, "both servers ready")
                 assert restarts() <= before + 4, "one more, where others were in flight at both of the first two deaths"
                 first = [watch.wait_recovered(it, since, 1.0) for it in (0, 1) if watch.detected(it, since)]
                 detect, recover = min(first)
