@@ -231,7 +231,10 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole service, as a YAML file has it. `launcher`, `transport` and `engine` are still mappings with a `type`."""
+    """A whole service, as a YAML file has it. `launcher`, `transport` and `engine` are still mappings with a `type`.
+
+    Raises ConfigError: `llm` or `serve` is something else, a mapping for one.
+    """
 
     llm: LLMConfig
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -239,6 +242,12 @@ class Config:
     transport: dict[str, Any] = field(default_factory=lambda: {"type": "http"})
     engine: dict[str, Any] = field(default_factory=lambda: {"type": "vllm"})
     plugins: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("llm", LLMConfig), ("serve", ServeConfig)):
+            if not isinstance(given := getattr(self, name), kind):
+                what, made = type(given).__name__, f"gserve.{kind.__name__}"
+                raise ConfigError(f"expected an instance of {made}, got {what}: write {made}(…)", at=f"$.{name}")
 
 
 def _shown(value: Any) -> str:

@@ -42,6 +42,8 @@ class Batch:
 
     `feed` reads a sequence itself. Any other iterable may block, or wait for an earlier outcome of this call: a thread
     of its own reads it, and submits each item at once. `deliver` is called from any thread and must not block.
+
+    finishes: where that iterable raises, what was read before ends first.
     """
 
     def __init__(
@@ -50,7 +52,10 @@ class Batch:
         items: Items,
         deadline: float | None,
         deliver: Callable[[list[tuple[int, Outcome]]], object],
+        *,
+        finishes: bool = False,
     ) -> None:
+        self._finishes = finishes
         self._dispatcher = dispatcher
         self._items = items
         self._deliver = deliver
@@ -87,7 +92,7 @@ class Batch:
                 self._reader.start()
         elif not self._is_full:
             self._read_some()
-        if self._failure is not None:
+        if self._failure is not None and not (self._finishes and self._counted < self._read):
             raise self._failure
         return self._counted < self._read or not self._is_read
 
@@ -202,10 +207,10 @@ class Batch:
             self._open.difference_update([index for index, _ in outcomes])
         return outcomes
 
-    def expire(self, *, tells_unread: bool) -> Iterator[list[tuple[int, Outcome]]]:
+    def expire(self) -> Iterator[list[tuple[int, Outcome]]]:
         """End the call at its deadline; yield the errors of what is not finished.
 
-        Of an iterator, whose end nobody knows, that is what has been read; and with `tells_unread` one more error.
+        Of an iterator, whose end nobody knows, that is what has been read, and one more error. Raises what it raised.
         """
         with self._reading:
             self.cancel()
@@ -219,7 +224,9 @@ class Batch:
         if self._items.size is not None:
             while rest := [*islice(self._given, FEED)]:
                 yield [(it.index, it if isinstance(it, ItemError) else error(it.index)) for it in rest]
-        elif tells_unread and not self._is_read:
+        elif self._failure is not None:
+            raise self._failure
+        elif not self._is_read:
             yield [(self._read, error(self._read, "all items had been read"))]
 
     def cancel(self) -> None:
@@ -231,21 +238,21 @@ class Batch:
 
 
 def outcome_lists(
-    dispatcher: Dispatcher, items: Items, deadline: float | None, *, tells_unread: bool = False
+    dispatcher: Dispatcher, items: Items, deadline: float | None, *, finishes: bool = True
 ) -> Iterator[list[tuple[int, Outcome]]]:
     """Yield the outcomes of all items as they come, as many at once as there are. Nothing is sent before the first.
 
-    tells_unread: where a deadline ends the reading of an iterator, the last outcome says so.
+    Where a deadline ends the reading of an iterator, the last outcome says so. finishes: see `Batch`.
     """
     news: queue.SimpleQueue[list[tuple[int, Outcome]]] = queue.SimpleQueue()
-    batch = Batch(dispatcher, items, deadline, news.put)
+    batch = Batch(dispatcher, items, deadline, news.put, finishes=finishes)
     try:
         while batch.feed():
             try:
                 come = news.get(timeout=batch.patience)
             except queue.Empty:
                 if batch.is_late:
-                    yield from batch.expire(tells_unread=tells_unread)
+                    yield from batch.expire()
                     return
                 continue
             yield batch.count(come)
@@ -274,7 +281,7 @@ async def collect_async(
                     come = await news.get()
             except TimeoutError:
                 if batch.is_late:
-                    for outcomes in batch.expire(tells_unread=True):
+                    for outcomes in batch.expire():
                         found.add(outcomes)
                     break
                 continue
@@ -291,7 +298,7 @@ def collect(
     """Return all outcomes in the order of the call. Raises BatchError, BatchInterrupted."""
     found = _Found(items, return_extra, on_error)
     try:
-        for outcomes in outcome_lists(dispatcher, items, deadline, tells_unread=True):
+        for outcomes in outcome_lists(dispatcher, items, deadline, finishes=False):
             found.add(outcomes)
     except KeyboardInterrupt as interrupt:
         raise BatchInterrupted(found.so_far) from interrupt

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gserve import ConfigError, LLMConfig, ServeConfig
+from gserve import ConfigError, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core.config import Config, build, check_placement, load
 
 LLM = "llm:\n  model_name: m\n"
@@ -739,3 +739,15 @@ def attempt(call: Callable[[], object]) -> object:
         return call()
     except ConfigError as error:
         return error
+
+
+def test_a_mapping_in_place_of_a_config_is_told_what_to_write() -> None:
+    llm: Any = {"model_name": "m"}
+    serve: Any = {"servers": 2}
+    for make, name in (
+        (lambda: VLLMService(llm), "LLMConfig"),
+        (lambda: VLLMService(LLMConfig("m"), serve), "ServeConfig"),
+        (lambda: VLLMServer(llm), "LLMConfig"),
+    ):
+        with pytest.raises(ConfigError, match=f"expected an instance of gserve.{name}, got dict: write gserve.{name}"):
+            make()

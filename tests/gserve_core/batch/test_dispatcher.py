@@ -333,7 +333,8 @@ def test_a_source_that_blocks_does_not_hold_back_the_deadline() -> None:
 
     with client_of() as client:
         with bounded(5.0):
-            assert [(index, type(it)) for index, it in client.generate_iter(blocking(), deadline=0.5)] == [(0, list)]
+            found = [(index, type(it)) for index, it in client.generate_iter(blocking(), deadline=0.5)]
+        assert found == [(0, list), (1, DeadlineExceeded)], "silence would say that all had been read"
         with bounded(5.0), pytest.raises(BatchError, match="came before all items had been read") as caught:
             client.generate(blocking(), deadline=0.5)
         assert caught.value.results[0] == ["first"]
@@ -358,7 +359,9 @@ def test_a_deadline_ends_the_call_though_outcomes_keep_coming(monkeypatch: pytes
 
 def test_a_deadline_that_is_over_at_once_does_not_read_an_endless_source() -> None:
     with client_of() as client, bounded(10.0):
-        assert [*client.generate_iter(itertools.repeat("a"), deadline=1e-9)] == []
+        ((index, error),) = client.generate_iter(itertools.repeat("a"), deadline=1e-9)
+        assert index == 0
+        assert "came before all items had been read" in str(error)
         with pytest.raises(BatchError):
             client.generate(itertools.repeat("a"), deadline=1e-9)
         found = client.generate(["a"] * 3, deadline=1e-9, on_error="return")
@@ -395,6 +398,31 @@ def test_an_error_of_the_source_is_raised_to_the_caller() -> None:
         with pytest.raises(RuntimeError, match="the file is torn"):
             asyncio.run(client.generate_async(broken()))
         assert client.generate(["on"]) == [["on"]]
+
+
+def test_what_was_read_before_an_error_of_the_source_ends_before_it_is_raised() -> None:
+    def broken() -> Iterator[str]:
+        for number in range(50):
+            yield f"{number}"
+        raise RuntimeError("the file is torn")
+
+    with client_of(Notes(seconds=0.05)) as client:
+        for deadline in (None, 30.0):
+            found: list[tuple[int, Any]] = []
+            with pytest.raises(RuntimeError, match="the file is torn"):
+                found.extend(client.generate_iter(broken(), deadline=deadline))
+            assert sorted((index, outcome[0].text) for index, outcome in found) == [(it, f"{it}") for it in range(50)]
+
+
+def test_an_error_of_the_source_is_raised_at_the_deadline_too() -> None:
+    def broken() -> Iterator[str]:
+        yield "a"
+        raise RuntimeError("the file is torn")
+
+    found: list[tuple[int, Any]] = []
+    with client_of(Notes(seconds=5.0)) as client, bounded(4.0), pytest.raises(RuntimeError, match="the file is torn"):
+        found.extend(client.generate_iter(broken(), deadline=0.3))
+    assert [type(outcome) for _, outcome in found] == [DeadlineExceeded]
 
 
 def test_a_sequence_that_says_more_than_it_has_ends() -> None:
