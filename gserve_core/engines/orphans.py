@@ -52,8 +52,11 @@ def _end_with(pid: int, started: int) -> None:
         end.register(os.pidfd_open(pid), select.POLLIN)
     while runtime.process_start(pid) == started:
         end.poll(1000)
-    time.sleep(GRACE)
     scratch = Path(os.environ.get("TMPDIR", ""))
-    if SCRATCH.fullmatch(scratch.name):
-        runtime.remove_scratch(scratch.readlink() if scratch.is_symlink() else scratch)
+    is_ours = SCRATCH.fullmatch(scratch.name)
+    folder = scratch.readlink() if scratch.is_symlink() else scratch
+    for pause in (0.0, GRACE):  # at once, as this process may end by itself; and what it has written meanwhile
+        time.sleep(pause)
+        if is_ours:
+            runtime.remove_scratch(folder)
     os.kill(os.getpid(), signal.SIGKILL)

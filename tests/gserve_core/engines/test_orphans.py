@@ -107,6 +107,15 @@ def test_where_no_server_is_named_nothing_is_done(server: tuple[int, list[int]],
     assert scratch.exists()
 
 
+def test_the_folder_goes_too_where_the_process_ends_by_itself(scratch: Path) -> None:
+    program = "import time\nfrom gserve_core.engines import orphans\norphans.watch()\ntime.sleep(0.5)"
+    gone = f"{os.getpid()}:1"
+    environ = os.environ | {"TMPDIR": str(scratch), "GSERVE_SERVER": gone}
+    ended = subprocess.run([sys.executable, "-c", program], env=environ, timeout=60.0, check=False)
+    assert ended.returncode == 0, "its own end is the quicker one"
+    assert not scratch.exists()
+
+
 def test_a_folder_that_is_not_the_servers_own_stays(tmp_path: Path) -> None:
     (tmp_path / "precious").touch()
     program = "import os, time\nfrom gserve_core.engines import orphans\norphans.watch()\ntime.sleep(600)"
