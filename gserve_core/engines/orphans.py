@@ -52,9 +52,10 @@ def _end_with(pid: int, started: int) -> None:
         end.register(os.pidfd_open(pid), select.POLLIN)
     while runtime.process_start(pid) == started:
         end.poll(1000)
-    scratch = Path(os.environ.get("TMPDIR", ""))
+    folder = scratch = Path(os.environ.get("TMPDIR", ""))
     is_ours = SCRATCH.fullmatch(scratch.name)
-    folder = scratch.readlink() if scratch.is_symlink() else scratch
+    with contextlib.suppress(OSError):  # it is no link; or another process of the engine has removed it by now
+        folder = scratch.readlink()
     for pause in (0.0, GRACE):  # at once, as this process may end by itself; and what it has written meanwhile
         time.sleep(pause)
         if is_ours:

@@ -369,9 +369,11 @@ else:
     def slurm_cluster() -> Iterator[SlurmCluster]:
         """Give a cluster that SLURM's commands, run anywhere in this session, speak to.
 
-        Where there can be none, the test is skipped, and pytest's summary says so.
+        Where there can be none, the test is skipped, and pytest's summary says so; under CI it fails.
         """
         if why := _why_not():
+            if os.environ.get("CI"):
+                pytest.fail(why, pytrace=False)
             pytest.skip(why)
         with pytest.MonkeyPatch.context() as patch:
             for name in os.environ:
