@@ -154,6 +154,8 @@ class _Following:
         if self._gone_since is None:
             self._gone_since = now
         gone = now - self._gone_since
+        if gone >= DOUBT_SECONDS:
+            self._begin_anew()
         if gone >= GONE_SECONDS:
             self._lose(f"the service '{self._name}' has ended", returns=False)
         elif gone >= DOUBT_SECONDS:
@@ -166,12 +168,7 @@ class _Following:
             self._is_drained = True
             self._set_states(State.DRAINING)
             return
-        if self._is_drained:  # it was started again: the old queue takes nothing any more
-            self._lose(ending(self._name), returns=False)
-            old, self.dispatcher, self._is_drained = self.dispatcher, Dispatcher(), False
-            old.close()
-            if self.is_closing:
-                self.dispatcher.close()
+        self._begin_anew()
         now = {server.name: server for server in record.servers}
         gone = [name for name, server in self.servers.items() if now.get(name) != server]
         if record.status != "failed":
@@ -200,6 +197,16 @@ class _Following:
             **{name: _ready(server) for name, server in now.items()},
         }
         self.states = MappingProxyType({name: states[name] for name in sorted(states, key=_number)})
+
+    def _begin_anew(self) -> None:
+        """Have another queue in the place of one that was drained, which takes nothing any more."""
+        if not self._is_drained:
+            return
+        self._lose(ending(self._name), returns=False)
+        old, self.dispatcher, self._is_drained = self.dispatcher, Dispatcher(), False
+        old.close()
+        if self.is_closing:
+            self.dispatcher.close()
 
     def _lose(self, why: str, *, returns: bool) -> None:
         """Have the items wait for the service, or end, now that all its servers are gone."""

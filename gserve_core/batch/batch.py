@@ -5,7 +5,7 @@ import contextvars
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal
@@ -31,6 +31,8 @@ FEED = 1 << 12
 FEED_SECONDS = 0.05
 FULL_SECONDS = 1.0
 """Maximum time between two looks of the reader at whether there is room, in seconds."""
+CLOSED_SECONDS = 1.0
+"""Maximum time between two looks of a call, whose source gives nothing, at whether the dispatcher is closed."""
 
 type OnError = Literal["raise", "return"]
 
@@ -40,10 +42,10 @@ class Batch:
 
     The caller's thread calls `feed`, waits `patience` seconds for outcomes, hands them to `count`, and so on.
 
-    `feed` reads a sequence itself. Any other iterable may block, or wait for an earlier outcome of this call: a thread
-    of its own reads it, and submits each item at once. `deliver` is called from any thread and must not block.
+    `feed` reads a list or tuple itself. Any other iterable may block, or wait for an earlier outcome of this call: a
+    thread of its own reads it, and submits each item at once. `deliver` is called from any thread and must not block.
 
-    finishes: where that iterable raises, what was read before ends first.
+    finishes: where reading or sending fails, what was sent before ends first.
     """
 
     def __init__(
@@ -79,21 +81,26 @@ class Batch:
     def feed(self) -> bool:
         """Submit some items, where there is room; return whether outcomes are to come.
 
-        Raises what the source raises. After the deadline it cancels what is not finished, however many outcomes wait
-        to be taken: what comes after them is `expire`.
+        Raises what the source raises, and TransportError: the dispatcher was closed. After the deadline it cancels what
+        is not finished, however many outcomes wait to be taken: what comes after them is `expire`.
         """
         if self.is_late:
             if not self._call.is_cancelled:
                 self.cancel()
-        elif self._items.size is None:
-            if self._reader is None:
-                run = contextvars.copy_context().run
-                self._reader = threading.Thread(target=run, args=(self._read_all,), name="gserve-reader", daemon=True)
-                self._reader.start()
-        elif not self._is_full:
-            self._read_some()
+        elif self._items.is_at_hand:
+            if not self._is_full:
+                try:
+                    self._read_some()
+                except Exception as error:
+                    self._failure = error
+        elif self._reader is None:
+            run = contextvars.copy_context().run
+            self._reader = threading.Thread(target=run, args=(self._read_all,), name="gserve-reader", daemon=True)
+            self._reader.start()
         if self._failure is not None and not (self._finishes and self._counted < self._read):
             raise self._failure
+        if self._counted >= self._read and not self._is_read:
+            self._dispatcher.check()  # the source may give nothing for as long as it likes
         return self._counted < self._read or not self._is_read
 
     def _read_some(self) -> None:
@@ -121,7 +128,7 @@ class Batch:
         if bad:
             self._deliver(bad)
         if good:
-            self._dispatcher.submit(good)
+            self._submit(good)
 
     def _read_all(self) -> None:
         """Be the reader: submit each item as soon as it is read, and wait where there are enough."""
@@ -139,7 +146,7 @@ class Batch:
 
     def _submit_one_by_one(self, room: int) -> bool:
         """Submit up to `FEED` items, or about `room` bytes, each as soon as it is read; return whether all is read."""
-        call, open_items, reading, submit = self._call, self._open, self._reading, self._dispatcher.submit
+        call, open_items, reading, submit = self._call, self._open, self._reading, self._submit
         count = min(FEED, self._places)
         last = self._read + count
         for item in islice(self._given, count):
@@ -159,9 +166,17 @@ class Batch:
                 return False
         return self._read < last
 
+    def _submit(self, items: Sequence[Item]) -> None:
+        """Submit items that are counted as read. Raises GserveError: no outcome comes of them, and none is counted."""
+        try:
+            self._dispatcher.submit(items)
+        except BaseException:
+            self._read -= len(items)
+            raise
+
     @property
     def _is_full(self) -> bool:
-        if self._is_read or self._call.is_cancelled:
+        if self._is_read or self._failure is not None or self._call.is_cancelled:
             return True
         return self._places < max(1, min(FEED, self._ahead // 4)) or self._size_ahead <= 0
 
@@ -189,7 +204,11 @@ class Batch:
         """How many seconds to wait for outcomes, before `feed` or the deadline; None: as long as it takes."""
         if self._reader is None and not self._is_full:
             return 0.0
-        return None if self._ends is None else max(0.0, self._ends - time.monotonic())
+        most = CLOSED_SECONDS if self._reader is not None and not self._is_read else None
+        if self._ends is None:
+            return most
+        left = max(0.0, self._ends - time.monotonic())
+        return left if most is None else min(left, most)
 
     @property
     def is_late(self) -> bool:
@@ -211,6 +230,7 @@ class Batch:
         """End the call at its deadline; yield the errors of what is not finished.
 
         Of an iterator, whose end nobody knows, that is what has been read, and one more error. Raises what it raised.
+        What may block is not read any further.
         """
         with self._reading:
             self.cancel()
@@ -221,11 +241,13 @@ class Batch:
             return DeadlineExceeded(message, index=index, invalid=False)
 
         yield [(index, error(index)) for index in late]
-        if self._items.size is not None:
+        if self._failure is not None:
+            raise self._failure
+        if self._items.is_at_hand:
             while rest := [*islice(self._given, FEED)]:
                 yield [(it.index, it if isinstance(it, ItemError) else error(it.index)) for it in rest]
-        elif self._failure is not None:
-            raise self._failure
+        elif self._items.size is not None:
+            yield [(index, error(index)) for index in range(self._read, self._items.size)]
         elif not self._is_read:
             yield [(self._read, error(self._read, "all items had been read"))]
 

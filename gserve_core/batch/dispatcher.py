@@ -149,7 +149,7 @@ class Dispatcher:
         server has died. stall_timeout: it will also, where the server hangs for so many seconds; None: it will not.
         """
         connection = connect()  # here: what it imports must not be half imported when the caller forks
-        self._check()
+        self.check()
         known = self._known[key] = _Known(connect, capacity, timeout, is_watched, stall_timeout)
         self._count_room()
         self._soon(self._add, key, known, connection)
@@ -159,7 +159,7 @@ class Dispatcher:
 
         died: whether it died while it worked, so that one of its items may be the reason.
         """
-        self._check()
+        self.check()
         self._known.pop(key, None)
         self._count_room()
         self._soon(self._remove, key, why, returns, died)
@@ -181,7 +181,7 @@ class Dispatcher:
 
     def submit(self, items: Sequence[Item]) -> None:
         """Put items into the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
-        self._check()
+        self.check()
         self._incoming.extend(items)
         if self._asked_for != (looks := self._looks):
             self._schedule(self._take_incoming)
@@ -198,7 +198,7 @@ class Dispatcher:
         Raises StallTimeout: it takes longer than `timeout` seconds.
         """
         try:
-            self._check()
+            self.check()
             future = asyncio.run_coroutine_threadsafe(work, self._loop)
         except BaseException as error:
             work.close()
@@ -240,10 +240,10 @@ class Dispatcher:
         return True
 
     def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
-        self._check()
+        self.check()
         self._schedule(function, *arguments)
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Begin anew in a forked process. Raises GserveError: this cannot be used any more."""
         if sys.is_finalizing():
             raise GserveError("the interpreter is ending: call the service before, not in __del__ or a late exit hook")

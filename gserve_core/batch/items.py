@@ -5,7 +5,7 @@ import itertools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import msgspec
 
@@ -51,24 +51,32 @@ class Seeds:
 
 
 class Items:
-    """The items of a call as they were given, with their parameters. `size`: how many; None where nobody knows.
+    """The items of a call as they were given, with their parameters.
 
-    Raises ConfigError: the parameters are wrong, or there is not one for each item.
+    size: how many; None where nobody knows. is_at_hand: whether to read one cannot block. Raises ConfigError: the
+    parameters are wrong, or there is not one for each item; of an iterator, `read` finds that at its end.
     """
 
     def __init__(self, given: Iterable[Any], sampling_params: Any, read: Read, seed: Callable[[int], int]) -> None:
         self._read = read
         self._seed = seed
         self._params: Iterable[tuple[Params | ItemError | None, int]]
+        self._count: int | None = None
+        """How many items an iterator must have, because there are so many parameters."""
+        self.is_at_hand = isinstance(given, (list, tuple))
+        self.size = len(given) if isinstance(given, Sequence) else None
         if isinstance(sampling_params, (list, tuple)):
-            given = given if isinstance(given, Sequence) else list(given)
-            self._params = _each_params(sampling_params, len(given))
+            if self.size not in (None, len(sampling_params)):
+                raise _one_each(len(sampling_params), str(self.size))
+            self._params = _each_params(sampling_params)
+            if self.size is None:
+                self._count = len(sampling_params)
+                self._params = itertools.chain(self._params, _too_few(self._count))
         else:
             try:
                 self._params = itertools.repeat((params_from(sampling_params), 0))
             except ItemError as error:
                 raise ConfigError(str(error)) from error
-        self.size = len(given) if isinstance(given, Sequence) else None
         self._given = given
 
     def read(self, call: Call) -> Iterator[Item | ItemError]:
@@ -76,6 +84,7 @@ class Items:
         read, seed = self._read, self._seed
         known: object = self  # parameters of which it is known whether they need a seed: mostly all items share them
         needs_seed = True
+        index = -1
         for (index, given), (params, params_size) in zip(enumerate(self._given), self._params, strict=False):
             try:
                 if isinstance(params, ItemError):
@@ -90,6 +99,8 @@ class Items:
                 yield ItemError(f"not as expected: {str(error).replace('`', '')}", index=index)
             except (UnicodeEncodeError, RecursionError, OverflowError) as error:
                 yield ItemError(f"cannot be sent: {error}", index=index)
+        if self._count is not None and index + 1 < self._count:
+            raise _one_each(self._count, str(index + 1))
 
 
 def _may_be_sampled(params: Params | None) -> bool:
@@ -97,10 +108,18 @@ def _may_be_sampled(params: Params | None) -> bool:
     return params is None or (params.get("seed") is None and params.get("temperature") != 0)
 
 
-def _each_params(given: Sequence[Any], size: int) -> list[tuple[Params | ItemError | None, int]]:
+def _one_each(params: int, items: str) -> ConfigError:
+    return ConfigError(f"expected one sampling_params for all or {items}, one per item; got {params}")
+
+
+def _too_few(params: int) -> Iterator[NoReturn]:
+    """Raise ConfigError to who asks for the parameters of one more item."""
+    raise _one_each(params, f"more than {params}")
+    yield
+
+
+def _each_params(given: Sequence[Any]) -> list[tuple[Params | ItemError | None, int]]:
     """Read sampling parameters, one per item, and their sizes in bytes; equal ones once."""
-    if len(given) != size:
-        raise ConfigError(f"expected one sampling_params for all or {size}, one per item; got {len(given)}")
     known: dict[int, tuple[Params | ItemError | None, int]] = {}
     for one in given:
         if id(one) not in known:

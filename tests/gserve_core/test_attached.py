@@ -272,6 +272,19 @@ def test_one_that_drains_takes_nothing_and_its_successor_does(
     assert not told(following).is_drained
 
 
+def test_one_that_has_ended_in_order_may_come_back(service: tuple[Attached, int], owners: Callable[[], int]) -> None:
+    following, owner = service
+    write(owner, status="draining")
+    first = told(following)
+    until(lambda: first.is_drained)
+    kill(owner)
+    until(lambda: told(following).awaited == {"the service"})
+    assert not told(following).is_drained, "what waits for it would be refused"
+    assert first.is_closed
+    write(owners(), "c")
+    until(lambda: told(following).servers == {"server-0": "c"})
+
+
 def test_states_can_be_read_while_servers_come_and_go(service: tuple[Attached, int]) -> None:
     following, owner = service
     over = threading.Event()

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 import pytest
 
-from gserve import BatchError, BatchInterrupted, ItemError, VLLMClient
+from gserve import BatchError, BatchInterrupted, ConfigError, ItemError, VLLMClient
 from gserve_core.batch import batch
 from gserve_core.batch import dispatcher as dispatcher_module
 from gserve_core.batch.dispatcher import Dispatcher
@@ -423,6 +423,98 @@ def test_an_error_of_the_source_is_raised_at_the_deadline_too() -> None:
     with client_of(Notes(seconds=5.0)) as client, bounded(4.0), pytest.raises(RuntimeError, match="the file is torn"):
         found.extend(client.generate_iter(broken(), deadline=0.3))
     assert [type(outcome) for _, outcome in found] == [DeadlineExceeded]
+
+
+def endless() -> Iterator[str]:
+    return itertools.repeat("a")
+
+
+def silent() -> Iterator[str]:
+    yield "a"
+    threading.Event().wait()
+
+
+def long() -> list[str]:
+    return ["a"] * 10**6
+
+
+@pytest.mark.parametrize("source", [endless, silent, long])
+@pytest.mark.parametrize("deadline", [None, 60.0])
+def test_a_call_that_is_not_read_to_its_end_returns_when_all_is_closed(
+    source: Callable[[], Any], deadline: float | None
+) -> None:
+    found: list[int] = []
+
+    def call() -> None:
+        for index, _ in client.generate_iter(source(), deadline=deadline):
+            found.append(index)
+            began.set()
+
+    began = threading.Event()
+    with ThreadPoolExecutor() as pool:
+        with client_of(Notes(seconds=0.001)) as client:
+            called = pool.submit(call)
+            assert began.wait(10.0)
+        with pytest.raises(TransportError, match="closed"):
+            called.result(timeout=10.0)
+    assert sorted(found) == [*range(len(found))], "an outcome is missing, or comes twice"
+
+
+class Lazy(Sequence[str]):
+    """Three prompts, of which the second takes long to come."""
+
+    def __init__(self) -> None:
+        self.going_on = threading.Event()
+
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: Any) -> Any:
+        if index >= 3:
+            raise IndexError
+        if index == 1:
+            self.going_on.wait(30.0)
+        return f"{index}"
+
+
+def test_a_sequence_that_is_slow_to_give_its_items_holds_up_neither_the_deadline_nor_an_event_loop() -> None:
+    async def beside(given: Lazy) -> list[Any]:
+        call = asyncio.create_task(client.generate_async(given, on_error="return"))
+        await asyncio.sleep(0.2)
+        given.going_on.set()
+        return await call
+
+    with client_of() as client:
+        given = Lazy()
+        with bounded(5.0):
+            found = client.generate(given, on_error="return", deadline=0.5)
+        assert [type(it) for it in found] == [list, DeadlineExceeded, DeadlineExceeded]
+        given.going_on.set()
+        with bounded(10.0):
+            assert asyncio.run(beside(Lazy())) == [["0"], ["1"], ["2"]]
+
+
+def test_an_iterator_is_read_as_it_is_worked_off_also_where_each_item_has_parameters() -> None:
+    read = itertools.count()
+    answered = threading.Event()
+
+    def dependent() -> Iterator[str]:
+        yield f"p{next(read)}"
+        assert answered.wait(10.0)
+        yield f"p{next(read)}"
+
+    with client_of() as client:
+        for _, outcome in client.generate_iter(dependent(), [{"max_tokens": 1}, None]):
+            assert isinstance(outcome, list)
+            answered.set()
+        for given, params, message in [
+            (2, 3, "expected one sampling_params for all or 2, one per item; got 3"),
+            (3, 2, "expected one sampling_params for all or more than 2, one per item; got 2"),
+        ]:
+            found = client.generate_iter(iter(["a"] * given), [None] * params)
+            assert [next(found)[0] for _ in range(2)] == [0, 1]
+            with pytest.raises(ConfigError, match=message):
+                next(found)
 
 
 def test_a_sequence_that_says_more_than_it_has_ends() -> None:
