@@ -95,7 +95,14 @@ class StartupTimeout(LaunchError):
 
 
 class TransportError(GserveError):
-    """A server could not be reached, or the line to it broke."""
+    """A server could not be reached, or the line to it broke.
+
+    `is_gone`: nobody listens any more where the server was, or somebody else does.
+    """
+
+    def __init__(self, message: str, *, is_gone: bool = False) -> None:
+        super().__init__(message)
+        self.is_gone = is_gone
 
 
 class StallTimeout(TransportError):

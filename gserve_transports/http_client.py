@@ -86,17 +86,20 @@ class HttpConnection(Connection):
     async def _find(self) -> Address:
         """Return the first place where the server answers; remembered once it is known. Raises TransportError."""
         async with self._finding:
-            tried = []
+            tried: list[TransportError] = []
             for place in self._places if self._place is None else ():
                 try:
                     await self._ask(place)
                 except TransportError as error:
-                    tried.append(str(error))
+                    tried.append(error)
                 else:
                     self._place = place
                     break
             if self._place is None:
-                raise TransportError(f"the server answers at none of its addresses: {'; '.join(tried)}")
+                raise TransportError(
+                    f"the server answers at none of its addresses: {'; '.join(map(str, tried))}",
+                    is_gone=all(error.is_gone for error in tried),
+                )
             return self._place
 
     async def _ask(self, place: Address) -> Health:
@@ -112,7 +115,7 @@ class HttpConnection(Connection):
     def _check_instance(self, reply: httpx.Response, place: Address) -> None:
         expected, found = self._access.instance, reply.headers.get(INSTANCE_HEADER)
         if expected is not None and found != expected:
-            raise TransportError(f"what answers at {place} is not the server that was started there")
+            raise TransportError(f"what answers at {place} is not the server that was started there", is_gone=True)
 
     @contextmanager
     def _errors(self, place: Address, timeout: float | None) -> Iterator[None]:
@@ -126,8 +129,17 @@ class HttpConnection(Connection):
             ) from error
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
             raise TransportError(
-                f"the line to the server at {place} broke: {type(error).__name__} {error}".rstrip()
+                f"the line to the server at {place} broke: {type(error).__name__} {error}".rstrip(),
+                is_gone=_is_refused(error),
             ) from error
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Return whether nobody listens at the port of a server."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ConnectionRefusedError):
+        cause = cause.__cause__ or cause.__context__
+    return cause is not None
 
 
 def _bearer(secret: str | None) -> dict[str, str]:

@@ -11,18 +11,13 @@ from itertools import islice
 from typing import Any, Literal
 
 from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
-from ..schema import unfolded, weight
+from ..schema import unfolded
 from .dispatcher import Dispatcher
-from .item_queue import Call, Item, Outcome
+from .item_queue import Call, Item, Outcome, size_of
 from .items import Items
 
 AHEAD = 1 << 16
 """Maximum number of items of a call that are read and not yet handed to the caller, unless the servers hold more."""
-FIRST_AHEAD = 1 << 10
-"""The same until the first results have come, of which nobody knows yet how large they are."""
-RESULTS_SIZE = 64 << 20
-"""About how much memory results may take that have not been handed to the caller, in bytes, beyond as many of them as
-twice the servers hold."""
 AHEAD_SIZE = 64 << 20, 8 << 10
 """Maximum size of the items of a call that are read and have not ended, in bytes: altogether, or for each item that the
 servers hold, if that is more."""
@@ -74,8 +69,6 @@ class Batch:
         self._read = 0
         self._read_size = 0
         self._counted = 0
-        self._result_size = 0.0
-        """About how much memory a result takes, in bytes, by those that have come lately."""
         self._is_read = False
 
     def feed(self) -> bool:
@@ -183,10 +176,7 @@ class Batch:
     @property
     def _ahead(self) -> int:
         """How many items may be read and not yet handed to the caller."""
-        on_servers = 2 * self._dispatcher.room
-        if not self._result_size:
-            return max(FIRST_AHEAD, on_servers)
-        return min(max(AHEAD, on_servers), on_servers + max(1, int(RESULTS_SIZE / self._result_size)))
+        return max(AHEAD, 2 * self._dispatcher.room)
 
     @property
     def _places(self) -> int:
@@ -218,9 +208,9 @@ class Batch:
     def count(self, outcomes: list[tuple[int, Outcome]]) -> list[tuple[int, Outcome]]:
         """Take note of outcomes that have come; return them."""
         self._counted += len(outcomes)
-        if outcomes:
-            size = weight(last if isinstance(last := outcomes[-1][1], list) else ())
-            self._result_size += (size - self._result_size) / (4 if self._result_size else 1)
+        self._call.taken_size += size_of(outcomes)
+        if self._call.is_paused:
+            self._dispatcher.resume(self._call)
         self._room.set()
         if self._open is not None:
             self._open.difference_update([index for index, _ in outcomes])

@@ -30,11 +30,10 @@ HEARTBEAT = 5.0
 PROBE = 1.0
 """Seconds between two questions to a server whose connection broke."""
 DOUBT = 10.0
-"""Seconds until a server that does not answer is given up, where its owner ends none that hangs.
-
-Where it does, twice the time that it takes for that is added: a server that has not been ended by then lives, and
-cannot be reached.
-"""
+"""Seconds until a server that does not answer is given up, beyond twice the time after which its owner ends one that
+hangs: a server that has not been ended by then lives, and cannot be reached."""
+STALL = 60.0
+"""The time that is taken for that, in seconds, where the owner ends none that hangs."""
 MOST_SILENCE = 6.0
 """Maximum time that one question without an answer counts, in seconds: meanwhile this process may have been stopped."""
 CLOSE_SECONDS = 10.0
@@ -54,13 +53,15 @@ class _Known:
     timeout: float | None
     is_watched: bool
     stall_timeout: float | None
+    has_answered: bool = False
+    """Whether there has been an answer from it, in the process that this one was forked from."""
 
     @property
     def patience(self) -> float:
         """Seconds until the server is given up if it does not answer."""
-        if not self.is_watched:
-            return 0.0
-        return DOUBT if self.stall_timeout is None else 2 * self.stall_timeout + DOUBT
+        if not self.is_watched and self.timeout is not None:
+            return self.timeout
+        return DOUBT + 2 * (STALL if self.stall_timeout is None else self.stall_timeout)
 
 
 class _Link:
@@ -70,6 +71,7 @@ class _Link:
         self.server = server
         self.connection = connection
         self.patience = known.patience
+        self.has_answered = known.has_answered
         self.heartbeat = HEARTBEAT if known.timeout is None else min(HEARTBEAT, known.timeout / 3)
         self.probe: asyncio.Task[None] | None = None
         self.tasks: set[asyncio.Task[None]] = set()
@@ -124,7 +126,7 @@ class Dispatcher:
         """Prepare for a first use in a forked process. Another thread of the parent may have had the lock."""
         self._is_forked = True
         self._lock = threading.RLock()
-        self._known = {key: replace(known, is_watched=False) for key, known in self._known.items()}
+        self._known = {key: replace(known, is_watched=False, has_answered=True) for key, known in self._known.items()}
         self._inherited.append((self._loop, self._queue, self._links, self._tasks, self._closing))  # never collected
 
     # -------------------------------------------------------------------------------------------------- from any thread
@@ -146,7 +148,9 @@ class Dispatcher:
         """Add a server that works on `capacity` items at once; `connect` makes a connection to it.
 
         timeout: seconds without any sign of life; None: no limit. is_watched: the caller will call `remove` once the
-        server has died. stall_timeout: it will also, where the server hangs for so many seconds; None: it will not.
+        server has died; else, it has died where nobody listens any more at its port, and is given up where it does not
+        answer for `timeout` seconds. stall_timeout: the caller will call `remove` also where the server hangs for so
+        many seconds; None: it will not.
         """
         connection = connect()  # here: what it imports must not be half imported when the caller forks
         self.check()
@@ -191,6 +195,11 @@ class Dispatcher:
         """Drop what is left of a call, also on the servers."""
         call.is_cancelled = True
         self._soon(lambda: self._queue.cancel(call))
+
+    def resume(self, call: Call) -> None:
+        """Send items of a call again that was paused: its caller has taken some of what was delivered."""
+        with contextlib.suppress(TransportError):  # closed: what waits has ended
+            self._soon(self._queue.resume, call)
 
     def ask[T](self, work: Coroutine[Any, Any, T], timeout: float = 10.0) -> T:
         """Run a coroutine in the event loop; return what it returns. Raises what it raises.
@@ -320,6 +329,7 @@ class Dispatcher:
         request = RunRequest(_groups(piece.sent), link.heartbeat, piece.request, piece.is_narrowing)
         async with contextlib.aclosing(link.connection.run(request)) as stream:
             async for events in stream:
+                link.has_answered = True
                 self._queue.happened(piece, events)
 
     def _ended(self, piece: Piece, link: _Link, task: asyncio.Task[None]) -> None:
@@ -358,17 +368,19 @@ class Dispatcher:
         silence, has_warned = 0.0, False
         while True:
             asked = self._loop.time()
+            is_gone = not link.has_answered
             try:
                 health = await link.connection.health()
                 if health.status == "ok":
+                    link.has_answered = True
                     break
                 why = f"it is {health.status}"
             except TransportError as error:
-                why = str(error)
+                why, is_gone = str(error), is_gone or error.is_gone
             except Exception as error:
                 logger.exception("cannot ask %s for its state", server.key)
                 why = str(error)
-            if silence >= link.patience:
+            if silence >= link.patience or (is_gone and not server.is_watched):  # nobody would tell us its death
                 logger.warning("lost %s: %s", server.key, why)
                 link.probe = None
                 self._queue.lose_sight(server, why)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec import Struct
 
 from ..errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
-from ..schema import Event, Heartbeat, Params, Prompt, ResponseOutput, Result
+from ..schema import Event, Heartbeat, Params, Prompt, ResponseOutput, Result, weight
 
 MAX_PIECE_ITEMS = 256
 """Maximum number of items in one request."""
@@ -43,6 +43,9 @@ BUSY_SECONDS = 1.0
 """Seconds until a server that refused a piece is tried again, where it does not say when."""
 SETTLE_SECONDS = 2.0
 """How long a server that was told to drop items may still work on them, in seconds. No suspects are begun meanwhile."""
+RESULTS_SIZE = 64 << 20
+"""About how much memory the results of a call may take that its caller has not taken, in bytes, beyond those of what is
+in flight: as long as it is more, nothing of that call is sent."""
 AHEAD = 1.25
 """Keep at least this multiple of a server's capacity in flight, so that it never runs dry."""
 
@@ -60,6 +63,17 @@ class Call:
         self.is_cancelled = False
         self.ended_size = 0
         """Size of its items that have ended, in bytes."""
+        self.made_size = 0
+        """About how much memory the outcomes take that were delivered, in bytes."""
+        self.taken_size = 0
+        """The same of those that the caller has taken. Its own thread sets this, and calls `ItemQueue.resume` then."""
+        self.is_paused = False
+        """Whether nothing of it is sent, since the caller takes too little."""
+
+    @property
+    def untaken(self) -> int:
+        """About how much memory the outcomes take that the caller has not taken, in bytes."""
+        return self.made_size - self.taken_size
 
 
 class Item(Struct, eq=False, gc=False):
@@ -97,6 +111,9 @@ class Server:
         """When it works on nothing any more of what it was told to drop."""
         self.is_broken = False
         self.is_out_of_sight = False
+        self.stalled_at: float | None = None
+        """When a piece last ended without a sign of life, unless one has come since. A piece that was begun after that,
+        and gives none either, means that the server hangs, whatever else it answers."""
         self.is_narrowing = False
         """Whether it works on suspects, and on nothing else: it refuses what other clients send meanwhile."""
         self.accused: list[Item] = []
@@ -119,8 +136,9 @@ class Server:
 class Piece:
     """Items that travel in one request. `items` has None in the place of one that has ended."""
 
-    def __init__(self, server: Server, items: list[Item], is_narrowing: bool) -> None:
+    def __init__(self, server: Server, items: list[Item], is_narrowing: bool, begun_at: float) -> None:
         self.server: Server | None = server
+        self.begun_at = begun_at
         self.sent = tuple(items)
         self.items: list[Item | None] = [*items]
         self.size = sum(item.size for item in items)
@@ -166,6 +184,7 @@ class ItemQueue:
         self._expected: set[str] = set()
         self._calls: deque[Call] = deque()
         """Calls with waiting items, in the order of their turns."""
+        self._paused: dict[Call, None] = {}
         self._suspects: deque[list[Item]] = deque()
         self._held: deque[Piece] = deque()
         self._reserved: Server | None = None
@@ -183,7 +202,7 @@ class ItemQueue:
     @property
     def waiting(self) -> int:
         """Number of items that wait, suspects included."""
-        return self._waiting_in_calls + sum(map(len, self._suspects))
+        return self._waiting_in_calls + sum(map(len, self._suspects)) + sum(len(call.waiting) for call in self._paused)
 
     @property
     def in_flight(self) -> int:
@@ -290,10 +309,11 @@ class ItemQueue:
             for item in items:
                 self._end(item)
             return
-        if not call.waiting:
-            self._calls.append(call)
+        if not call.is_paused:
+            if not call.waiting:
+                self._calls.append(call)
+            self._waiting_in_calls += len(items)
         call.waiting.extend(items)
-        self._waiting_in_calls += len(items)
         for server in self._servers.values():
             if server.is_out_of_sight:
                 server.is_out_of_sight = False
@@ -302,6 +322,7 @@ class ItemQueue:
     def cancel(self, call: Call) -> None:
         """End all items of a call without outcomes, those on servers too."""
         call.is_cancelled = True
+        self._go_on(call)
         if call.waiting:
             self._calls.remove(call)
             self._waiting_in_calls -= len(call.waiting)
@@ -355,6 +376,7 @@ class ItemQueue:
         if server is None:
             return
         piece.is_begun = True
+        server.stalled_at = None
         outcomes: defaultdict[Call, list[tuple[int, Outcome]]] = defaultdict(list)
         items = piece.items
         count = len(items)
@@ -376,6 +398,9 @@ class ItemQueue:
         self._finish(server, finished)
         for call, batch in outcomes.items():
             server.finished += len(batch)
+            call.made_size += size_of(batch)
+            if call.untaken > RESULTS_SIZE:
+                self._pause(call)  # first: the caller looks at that when it has taken these
             call.deliver(batch)
         is_whole = len(finished) == count  # then the end of the piece follows at once
         if finished and not is_whole and (self._waiting_in_calls or self._suspects):
@@ -413,8 +438,9 @@ class ItemQueue:
             logger.debug("the connection to %s broke: %s", server.key, error)
             self._no_server = f"no server is left: {error}"
             if isinstance(error, StallTimeout) and not server.ends_hung:
-                server.is_out_of_sight = True  # it may still answer other questions
-            else:
+                before, server.stalled_at = server.stalled_at, self._clock()
+                server.is_out_of_sight = before is not None and piece.begun_at >= before
+            if not server.is_out_of_sight:  # the first time, it may be this process that was stopped
                 self._probe(server)
         if server.is_watched and piece.is_narrowing and not server.is_out_of_sight:
             piece.held_until = math.inf
@@ -459,10 +485,12 @@ class ItemQueue:
     def _put_back(self, items: list[Item]) -> None:
         """Have items wait again, at the head of their calls."""
         for item in reversed(items):
-            if not item.call.waiting:
-                self._calls.appendleft(item.call)
-            item.call.waiting.appendleft(item)
-        self._waiting_in_calls += len(items)
+            call = item.call
+            if not call.is_paused:
+                if not call.waiting:
+                    self._calls.appendleft(call)
+                self._waiting_in_calls += 1
+            call.waiting.appendleft(item)
 
     def _detach(self, piece: Piece) -> list[Item]:
         """Take a piece from its server; return what is left of it. Whatever still comes of it is ignored."""
@@ -504,11 +532,33 @@ class ItemQueue:
 
     # ---------------------------------------------------------------------------------------------------- who gets what
 
+    def resume(self, call: Call) -> None:
+        """Send items of a call again, where its caller has taken enough of what was delivered."""
+        if call.untaken <= RESULTS_SIZE // 2:
+            self._go_on(call)
+            self.pump()
+
+    def _pause(self, call: Call) -> None:
+        if not call.is_paused:
+            call.is_paused = True
+            self._paused[call] = None
+            if call.waiting:
+                self._calls.remove(call)
+                self._waiting_in_calls -= len(call.waiting)
+
+    def _go_on(self, call: Call) -> None:
+        if call.is_paused:
+            call.is_paused = False
+            del self._paused[call]
+            if call.waiting:
+                self._calls.append(call)
+                self._waiting_in_calls += len(call.waiting)
+
     def pump(self) -> None:
         """Give every server as many items as it should have now."""
         if self._held:
             self._release_held()
-        if not self._waiting_in_calls and not self._suspects:
+        if not self._waiting_in_calls and not self._suspects and not self._paused:
             self._reserved = None
             return
         if self._ending is not None or self._is_deserted():
@@ -588,7 +638,7 @@ class ItemQueue:
         return taken
 
     def _begin(self, server: Server, items: list[Item], *, is_narrowing: bool) -> None:
-        piece = Piece(server, items, is_narrowing)
+        piece = Piece(server, items, is_narrowing, self._clock())
         server.pieces[piece] = None
         server.is_narrowing = is_narrowing
         server.in_flight += len(items)
@@ -597,6 +647,8 @@ class ItemQueue:
 
     def _lose_all(self, message: str) -> None:
         """End everything that waits."""
+        for call in [*self._paused]:
+            self._go_on(call)
         calls, self._calls = self._calls, deque()
         groups, self._suspects = self._suspects, deque()
         self._waiting_in_calls = 0
@@ -606,6 +658,12 @@ class ItemQueue:
             self._lose(items, message)
         for group in groups:
             self._lose(group, message)
+
+
+def size_of(outcomes: list[tuple[int, Outcome]]) -> int:
+    """Return about how much memory outcomes take that came together, in bytes: the last one stands for all."""
+    outputs = outcomes[-1][1] if outcomes else None
+    return len(outcomes) * weight(outputs) if isinstance(outputs, list) else 0
 
 
 def _split(items: list[Item], parts: int) -> list[list[Item]]:

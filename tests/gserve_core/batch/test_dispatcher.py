@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import pytest
 
 from gserve import BatchError, BatchInterrupted, ConfigError, ItemError, VLLMClient
-from gserve_core.batch import batch
+from gserve_core.batch import batch, item_queue
 from gserve_core.batch import dispatcher as dispatcher_module
 from gserve_core.batch.dispatcher import Dispatcher
 from gserve_core.batch.items import Items, Seeds, read_prompt
@@ -41,6 +41,7 @@ class Notes:
     cancelled: list[tuple[str, list[int]]] = field(default_factory=list)
     healths: int = 0
     is_dead: bool = False
+    is_gone: bool = False
 
 
 class MadeUp(Connection):
@@ -52,7 +53,7 @@ class MadeUp(Connection):
     async def health(self) -> Health:
         self.notes.healths += 1
         if self.notes.is_dead:
-            raise TransportError("connection refused")
+            raise TransportError("connection refused", is_gone=self.notes.is_gone)
         return Health("ok")
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
@@ -170,6 +171,7 @@ def test_a_death_that_the_owner_is_about_to_tell_loses_nothing_where_it_ends_non
 
 def test_a_server_that_nobody_ends_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatcher_module, "DOUBT", 0.5)
+    monkeypatch.setattr(dispatcher_module, "STALL", 0.5)
     dispatcher = Dispatcher()
     try:
         dispatcher.add("one", lambda: MadeUp(Notes(is_dead=True)), 4, None, is_watched=True, stall_timeout=None)
@@ -177,6 +179,29 @@ def test_a_server_that_nobody_ends_is_given_up_after_a_while(monkeypatch: pytest
             assert [type(it) for it in collected(dispatcher, ["a"] * 20)] == [ItemLost] * 20
     finally:
         dispatcher.close()
+
+
+def test_an_outage_is_no_loss_for_a_client_of_one_server_either() -> None:
+    notes = Notes(seconds=0.01)
+    with client_of(notes) as client, ThreadPoolExecutor() as pool:
+        assert client.generate(["a"]) == [["a"]]
+        call = pool.submit(client.generate, ["a"] * 100)
+        until(lambda: len(notes.requests) > 1)
+        notes.is_dead = True
+        until(lambda: notes.healths >= 3)
+        notes.is_dead = False
+        assert call.result(20.0) == [["a"]] * 100
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_client_of_one_server_does_not_wait_for_one_that_is_gone_or_was_never_there(is_known: bool) -> None:
+    notes = Notes()
+    with client_of(notes) as client:
+        if is_known:
+            assert client.generate(["a"]) == [["a"]]
+        notes.is_dead, notes.is_gone = True, is_known
+        with bounded(5.0):
+            assert [type(it) for it in client.generate(["a"] * 20, on_error="return")] == [ItemLost] * 20
 
 
 def test_a_server_that_lives_and_cannot_be_reached_is_given_up_after_a_while(
@@ -561,13 +586,14 @@ def test_large_results_are_not_made_far_ahead_of_a_caller_that_is_slow(kind: Cal
         for _ in range(20):
             next(each)
             time.sleep(0.05)
-        made = sum(len(group.prompts) for request in notes.requests for group in request.groups)
-        assert made <= batch.FIRST_AHEAD + 20 + 16
-        for _ in range(made):
-            next(each)
-        time.sleep(0.5)
-        asked = sum(len(group.prompts) for request in notes.requests for group in request.groups)
-        assert asked <= made + 20 + 16 + batch.RESULTS_SIZE / (2 << 20)
+        most = item_queue.RESULTS_SIZE / (2 << 20) + 1 + 8  # of results that wait, and in flight
+        for taken in (20, 120, 220):
+            made = sum(len(group.prompts) for request in notes.requests for group in request.groups)
+            assert taken < made <= taken + most
+            for _ in range(100):
+                next(each)
+            time.sleep(0.2)
+        assert client.generate(["a"]) == [[large]], "a call that is not read holds up others"
         each.close()
 
 

@@ -11,13 +11,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gserve_core.batch import item_queue
 from gserve_core.batch.item_queue import Call, Item, ItemQueue, Outcome, Piece, Server
-from gserve_core.errors import ItemLost, RemoteError, TransportError
+from gserve_core.errors import ItemLost, RemoteError, StallTimeout, TransportError
 from gserve_core.schema import Failure, Heartbeat, ResponseOutput, Result
 
 STEPS = 100
 EXAMPLES = 200 if os.environ.get("LONG") else 40
 """Runs of the state machine, of `STEPS` steps each."""
 POISON = "poison"
+RESULTS_SIZE = 10_000
+"""Size of the results that a call may leave untaken, in bytes: some ten of the smallest."""
 BACKGROUND = 400
 """Number of waiting items of a call that never ends, while the others are to end."""
 
@@ -43,6 +45,11 @@ class World:
         """Seconds from when a poisoned item breaks all connections of its server until the word of the death."""
         self.accepts = 10**9
         """Size of a request that servers accept, in bytes."""
+        self.resumed: list[Call] = []
+        self.lazy: set[Call] = set()
+        """The calls whose callers take no outcomes for now."""
+        self.was_deserted = False
+        """Whether no server answered for so long that all items were given up."""
         self.alone: set[tuple[Call, int]] = set()
         """The items that were alone on a server when it died."""
         self.queue = queue(
@@ -52,6 +59,7 @@ class World:
 
     def _start(self, piece: Piece) -> None:
         assert piece.left, "an empty piece was sent"
+        assert piece.is_narrowing or not any(item.call.is_paused for item in piece.left), "a paused call goes on"
         self.live.append(piece)
 
     def _stop(self, piece: Piece) -> None:
@@ -69,9 +77,18 @@ class World:
             for index, outcome in outcomes:
                 assert index not in self.outcomes[call], f"item {index} ended twice"
                 self.outcomes[call][index] = outcome
+            if call not in self.lazy:
+                self.take(call)
 
         call = Call(deliver)
         return call
+
+    def take(self, call: Call) -> None:
+        """Have a caller take all its outcomes."""
+        self.lazy.discard(call)
+        call.taken_size = call.made_size
+        if call.is_paused:
+            self.resumed.append(call)
 
     def submit(self, call: Call, prompts: list[str], size: int = 1) -> list[Item]:
         first = self.sizes[call]
@@ -87,9 +104,11 @@ class World:
         self.coming.add(name)
         self.queue.expect(name)
 
-    def add(self, capacity: int = 4, name: str | None = None, *, is_watched: bool = True) -> Server:
+    def add(
+        self, capacity: int = 4, name: str | None = None, *, is_watched: bool = True, ends_hung: bool = True
+    ) -> Server:
         name = name or next(self.names)
-        server = self.servers[name] = Server(name, capacity, is_watched)
+        server = self.servers[name] = Server(name, capacity, is_watched, ends_hung=ends_hung)
         self.coming.discard(name)
         self.queue.add(server)
         return server
@@ -126,6 +145,13 @@ class World:
             assert item is not None
             events.append(Result(index, [ResponseOutput(str(item.prompt))]))
         self.queue.happened(piece, events)
+        self.resume()
+
+    def resume(self) -> None:
+        """Tell the queue of the paused calls whose callers have taken something."""
+        resumed, self.resumed = self.resumed, []
+        for call in resumed:
+            self.queue.resume(call)
 
     def end(self, piece: Piece, error: Exception | None = None) -> None:
         if piece in self.live:
@@ -148,13 +174,32 @@ class World:
             self.queue.pump()
 
     def settle(self) -> None:
-        """Let whatever the queue waits for happen: servers come back, connections mend, time passes."""
-        for server in [*self.probed]:
-            self.probed.remove(server)
-            self.queue.answered(server)
+        """Let whatever the queue waits for happen: callers take, servers come back, connections mend, time passes."""
+        for call in [*self.lazy]:
+            self.take(call)
+        self.resume()
+        for server in [it for it in self.servers.values() if it in self.probed or it.is_out_of_sight]:
+            self.answer_again(server)
         for name in [*self.coming]:
             self.add(name=name)
         self.advance(item_queue.BUSY_SECONDS + item_queue.HOLD_SECONDS)
+
+    def answer_again(self, server: Server) -> None:
+        if server in self.probed:
+            self.probed.remove(server)
+        self.queue.answered(server)
+
+    def close(self, *, drains: bool) -> None:
+        """End all, at once or after what is in flight; check that every call has ended."""
+        if drains:
+            self.queue.drain("the end")
+            while self.live:
+                self.finish(self.live[0])
+        self.queue.close("the end")
+        self.submit(self.call(), ["late"])
+        self.check()
+        assert self.queue.ended_items == self.submitted
+        assert all(len(self.outcomes[call]) == size for call, size in self.sizes.items() if not call.is_cancelled)
 
     # --------------------------------------------------------------------------------------------------------- checks
 
@@ -165,6 +210,9 @@ class World:
         assert queue.submitted == queue.waiting + queue.in_flight + queue.ended_items, "an item has no place, or two"
         held = [piece for server in queue.servers for piece in server.pieces]
         at_work = [id(item) for piece in held for item in piece.left]
+        paused = sum(len(call.waiting) for call in self.sizes if call.is_paused)
+        in_turn = sum(len(call.waiting) for call in queue._calls)
+        assert queue.waiting == paused + in_turn + sum(map(len, queue._suspects)), "items are counted wrongly"
         assert len(at_work) == len(set(at_work)) == queue.in_flight
         assert not any(item.is_over for piece in held for item in piece.left)
         assert all(item.losses <= self.deaths for piece in held for item in piece.left), "a loss without a death"
@@ -175,16 +223,23 @@ class World:
                 assert server.in_flight <= server.window
         for piece in self.live:
             assert piece.size <= item_queue.MAX_PIECE_SIZE or len(piece.sent) == 1 or piece.is_narrowing
-        if queue.waiting and not any(when <= self.now for when in self.wakes):
+        if queue.waiting > paused and not any(when <= self.now for when in self.wakes):
             usable = [it for it in queue.servers if it.is_usable(self.now) and it.settled_at <= self.now]
             idle = [it.key for it in usable if not it.in_flight and not it.pieces]
             assert not idle, f"{idle} idle beside waiting items"
+
+    def note_desertion(self) -> None:
+        """Note whether items may be lost because nobody can say what has become of the servers."""
+        unseen = all(it.is_out_of_sight for it in self.servers.values())
+        self.was_deserted = self.was_deserted or (unseen and not self.coming)
 
     def check_losses(self) -> None:
         """Check that nothing is lost but what was alone at a death, once all calls have ended."""
         for call, outcomes in self.outcomes.items():
             for index, outcome in outcomes.items():
-                assert not isinstance(outcome, ItemLost) or (call, index) in self.alone, f"item {index}: {outcome}"
+                was_deserted = self.was_deserted and "no server is left" in str(outcome)
+                is_right = was_deserted or (call, index) in self.alone or not isinstance(outcome, ItemLost)
+                assert is_right, f"item {index}: {outcome}"
         assert all(len(self.outcomes[call]) == size for call, size in self.sizes.items() if not call.is_cancelled)
 
     def rounds(self) -> int:
@@ -236,7 +291,7 @@ class World:
         if not self.servers:
             self.add()
         background = self.call()
-        pieces = 0
+        pieces = turns = 0
         others = [call for call in self.sizes if not call.is_cancelled]
         while any(len(self.outcomes[call]) < self.sizes[call] for call in others):
             if (short := BACKGROUND - len(background.waiting)) > BACKGROUND // 2:
@@ -246,8 +301,9 @@ class World:
                 pieces += 1
             self.settle()
             self.check()
+            turns += 1
             waiting = {self.sizes[call] - len(self.outcomes[call]) for call in others}
-            assert most is None or pieces <= most, f"{sum(waiting)} items starve, after {pieces} pieces"
+            assert most is None or max(pieces, turns) <= most, f"{sum(waiting)} items starve, after {pieces} pieces"
         self.queue.cancel(background)
         return pieces
 
@@ -263,6 +319,9 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
         self.world = World(self.kind)
         self.world.expect()
         self.open: list[Call] = []
@@ -285,11 +344,24 @@ class QueueMachine(RuleBasedStateMachine):
     def cancel_or_deadline(self, choice: int) -> None:
         self.world.queue.cancel(self.open.pop(choice % len(self.open)))
 
+    @precondition(lambda self: self.open)
+    @rule(choice=CHOICE)
+    def take_nothing(self, choice: int) -> None:
+        self.world.lazy.add(self.open[choice % len(self.open)])
+
+    @precondition(lambda self: self.world.lazy)
+    @rule(choice=CHOICE)
+    def take_all(self, choice: int) -> None:
+        lazy = [call for call in self.open if call in self.world.lazy]
+        for call in lazy[choice % max(1, len(lazy)) :]:
+            self.world.take(call)
+        self.world.resume()
+
     @precondition(lambda self: len(self.world.servers) < 4)
-    @rule(capacity=st.integers(1, 16))
-    def add(self, capacity: int) -> None:
+    @rule(capacity=st.integers(1, 16), ends_hung=st.booleans())
+    def add(self, capacity: int, ends_hung: bool) -> None:
         name = next(iter(self.world.coming), None)
-        self.world.add(capacity, name)
+        self.world.add(capacity, name, ends_hung=ends_hung)
 
     @precondition(lambda self: self.world.servers)
     @rule(choice=CHOICE, died=st.booleans(), returns=st.booleans())
@@ -321,9 +393,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.world.end(self.piece(choice))
 
     @precondition(lambda self: self.world.live)
-    @rule(choice=CHOICE)
-    def break_connection(self, choice: int) -> None:
-        self.world.end(self.piece(choice), TransportError("connection reset"))
+    @rule(choice=CHOICE, error=st.sampled_from([TransportError, StallTimeout]))
+    def break_connection(self, choice: int, error: type[TransportError]) -> None:
+        self.world.end(self.piece(choice), error("the connection broke"))
+        self.world.note_desertion()
 
     @precondition(lambda self: self.world.live)
     @rule(choice=CHOICE, status=st.sampled_from([413, 429, 503, 500]))
@@ -341,12 +414,28 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(choice=CHOICE)
     def hear_twice(self, choice: int) -> None:
         piece = self.piece(choice)
-        self.world.queue.happened(piece, [Result(len(piece.items), []), Result(-1, [])])
+        again = [Result(index, [ResponseOutput("again")]) for index, item in enumerate(piece.items) if item is None]
+        self.world.queue.happened(piece, [Result(len(piece.items), []), Result(-1, []), *again])
 
     @precondition(lambda self: self.world.probed)
     @rule(choice=CHOICE)
     def answer_again(self, choice: int) -> None:
-        self.world.queue.answered(self.world.probed.pop(choice % len(self.world.probed)))
+        self.world.answer_again(self.world.probed[choice % len(self.world.probed)])
+
+    @precondition(lambda self: self.world.probed)
+    @rule(choice=CHOICE)
+    def never_answer(self, choice: int) -> None:
+        server = self.world.probed.pop(choice % len(self.world.probed))
+        server.is_out_of_sight = True  # as `lose_sight` is about to say
+        self.world.note_desertion()
+        self.world.queue.lose_sight(server, "it does not answer")
+
+    @rule(chance=st.integers(0, 40), drains=st.booleans())
+    def close_and_begin_anew(self, chance: int, drains: bool) -> None:
+        if chance == 7:
+            self.world.accepts = 10**9
+            self.world.close(drains=drains)
+            self.begin()
 
     @rule(seconds=st.sampled_from([0.0, 3.0]))
     def take_long_to_tell_a_death(self, seconds: float) -> None:
@@ -370,18 +459,19 @@ class QueueMachine(RuleBasedStateMachine):
         self.world.drain(most=400 + 2 * waiting + 40 * (poisoned + suspects))
         self.world.check_losses()
         self.world.check_speed()
-        self.world.queue.close("the end")
-        assert self.world.queue.ended_items == self.world.submitted
+        self.world.close(drains=False)
 
 
 def run(machine: type[QueueMachine], examples: int) -> None:
-    run_state_machine_as_test(
-        machine,
-        settings=settings(
-            max_examples=examples, stateful_step_count=STEPS, deadline=None, database=None, derandomize=True,
-            suppress_health_check=list(HealthCheck), phases=[Phase.generate], print_blob=False,
-        ),
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(item_queue, "RESULTS_SIZE", RESULTS_SIZE)
+        run_state_machine_as_test(
+            machine,
+            settings=settings(
+                max_examples=examples, stateful_step_count=STEPS, deadline=None, database=None, derandomize=True,
+                suppress_health_check=list(HealthCheck), phases=[Phase.generate], print_blob=False,
+            ),
+        )  # fmt: skip
 
 
 def test_whatever_happens_every_item_has_one_place_and_every_call_ends() -> None:
@@ -581,6 +671,40 @@ def test_an_interface_that_is_down_is_no_loss() -> None:
     assert len(world.outcomes[call]) == 64
     assert not any(item.losses for item in items)
     assert [*world.servers.values()] == servers
+
+
+def test_a_client_that_was_stopped_gives_up_no_server() -> None:
+    """Where nobody ends servers that hang: at first, the silence may have been the client's."""
+    world = World()
+    servers = [world.add(capacity=4, is_watched=False), world.add(capacity=4, is_watched=False)]
+    call = world.call()
+    world.submit(call, ["a"] * 100)
+    world.advance(60.0)
+    while world.live:
+        world.end(world.live[0], StallTimeout("no sign of life"))
+    assert sorted(it.key for it in world.probed) == [it.key for it in servers]
+    world.settle()
+    (sent, *_) = servers[0].pieces
+    world.result(sent, 1)
+    world.end(sent, StallTimeout("no sign of life"))
+    world.rounds()
+    assert len(world.outcomes[call]) == 100
+    assert not any(isinstance(it, ItemLost) for it in world.outcomes[call].values())
+
+
+def test_a_server_that_hangs_again_is_given_up_where_nobody_ends_it() -> None:
+    world = World()
+    world.add(capacity=4, is_watched=False)
+    call = world.call()
+    world.submit(call, ["a"] * 100)
+    for turn in range(2):
+        world.advance(60.0)
+        while world.live:
+            world.end(world.live[0], StallTimeout("no sign of life"))
+        assert bool(world.outcomes[call]) == (turn == 1)
+        world.settle()
+    assert len(world.outcomes[call]) == 100
+    assert not world.probed
 
 
 def test_the_verdict_that_comes_late_still_counts() -> None:
