@@ -127,6 +127,11 @@ class LLMConfig:
         return {name: value for name, value in (named | self.llm_kwargs).items() if value is not None}
 
     @property
+    def item_seed(self) -> int:
+        """What the seeds of items follow from; 0: nothing, they are random."""
+        return self.engine_kwargs.get("seed") or 0
+
+    @property
     def gpus_per_server(self) -> int:
         """How many GPUs one server takes: tensor parallel size times pipeline parallel size."""
         sizes = [self.llm_kwargs.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]

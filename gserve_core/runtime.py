@@ -82,7 +82,7 @@ class ServiceRecord(Struct, frozen=True):
     Another version of gserve may write more fields. status: "starting", "ready", "draining", or "failed" if all servers
     are given up. id: tells services of one process apart. machine: where the process id counts; None in records of
     older versions. stall_timeout: after how many seconds the owner ends a server that hangs; None: never. deaths: the
-    instances of servers that have died while they worked, the last `DEATHS` of them.
+    instances of servers that have died while they worked, the last `DEATHS` of them. seed: see `LLMConfig.item_seed`.
     """
 
     name: str
@@ -98,6 +98,7 @@ class ServiceRecord(Struct, frozen=True):
     machine: str | None = None
     stall_timeout: float | None = 60.0
     deaths: list[str] = []
+    seed: int = 0
 
     @property
     def is_alive(self) -> bool:

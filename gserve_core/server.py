@@ -20,6 +20,7 @@ from typing import Self
 import msgspec
 
 from . import diagnosis, lease, runtime
+from .batch.items import Seeds
 from .client import VLLMClient
 from .commands import UNKNOWN
 from .config import Config, LLMConfig, ServeConfig
@@ -539,6 +540,7 @@ class VLLMServer:
         self._program = program
         self._pool = pool
         self._is_alone = is_alone
+        self._seeds = Seeds(program.llm.item_seed)
         if is_alone:
             weakref.finalize(self, pool.ask_to_close)
 
@@ -580,11 +582,13 @@ class VLLMServer:
         state = self.status()
         if state.address is None or state.info is None or not state.usable:
             raise GserveError(f"{self.name} is {state.state}, not ready: start it first")
-        return VLLMClient(
+        client = VLLMClient(
             state.host, state.address.port, self._program.serve.client_timeout,
             token=state.token, control=state.control, instance=state.instance,
             capacity=state.info.capacity, transport=self._program.parts.transport,
         )  # fmt: skip
+        client._seeds = self._seeds
+        return client
 
     # ----------------------------------------------------------------------------------------------------------- doing
 

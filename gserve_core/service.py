@@ -103,6 +103,7 @@ class VLLMService(Inference):
         parts, timeout = assemble(config, Path(record.folder) if record.folder else None), record.client_timeout
         self = cls.__new__(cls)
         self._config, self._parts = config, parts
+        self._seeds = Seeds(record.seed)
         self._servers = ()
         self._pool = Attached(record.name, lambda server: _connect(parts, server, timeout), timeout)
         weakref.finalize(self, self._pool.ask_to_close)
@@ -113,7 +114,7 @@ class VLLMService(Inference):
         self._config = config
         self._parts = parts
         llm, serve, nursery = config.llm, config.serve, Nursery()
-        self._seeds = Seeds(int(llm.engine_kwargs.get("seed") or 0))
+        self._seeds = Seeds(llm.item_seed)
         placement = check_placement(llm, serve)
         programs = [
             ServerProgram(
@@ -226,5 +227,5 @@ def _record(name: str, config: Config, parts: Parts, ready: Sequence[ServerState
         name=name, pid=pid, started=runtime.process_start(pid) or 0, servers=[record_of(state) for state in ready],
         transport=parts.registry.section("transport", parts.transport), plugins=list(parts.plugins),
         folder=str(parts.folder.resolve()) if parts.folder else None, client_timeout=config.serve.client_timeout,
-        status=status, stall_timeout=config.serve.stall_timeout,
+        status=status, stall_timeout=config.serve.stall_timeout, seed=config.llm.item_seed,
     )  # fmt: skip

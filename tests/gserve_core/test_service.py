@@ -31,6 +31,7 @@ from gserve import (
     VLLMService,
 )
 from gserve_core import devices, runtime
+from gserve_core.batch.items import Seeds
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Process
 from gserve_core.state import State
@@ -115,6 +116,20 @@ def test_another_process_uses_a_named_service_and_leaves_it_running(named: VLLMS
         assert ended.stdout == "[['from afar']] ['ready', 'ready'] True\n0\n", ended.stderr
     assert named.is_running()
     assert named.generate(["a"]) == [["a"]]
+
+
+def test_a_service_one_that_is_attached_and_a_client_sample_as_the_seed_of_the_model_says() -> None:
+    seeds = Seeds(42)
+    calls = [seeds.of_next_call(), seeds.of_next_call()]
+    expected = [[[f"a seed-{seed(0)}"], [f"b seed-{seed(1)}"]] for seed in calls]
+    with (
+        VLLMService(LLMConfig("m", seed=42), engine=EchoEngine(sample=True), name="seeded") as service,
+        VLLMService.attach("seeded") as attached,
+        service.servers[0].client() as client,
+        service.servers[0].client() as another,
+    ):
+        for first, second in ((service, service), (attached, attached), (client, another)):
+            assert [first.generate(["a", "b"]), second.generate(["a", "b"])] == expected
 
 
 def test_the_record_of_a_service_is_of_the_user_alone(named: VLLMService) -> None:
