@@ -98,6 +98,7 @@ class LLMConfig:
         for place, dtype in (("dtype", self.dtype), ("llm_kwargs.dtype", self.llm_kwargs.get("dtype", "auto"))):
             if dtype not in (None, *DTYPES):
                 raise ConfigError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}", at=f"$.{place}")
+        _convert(self.llm_kwargs.get("seed"), int | None, "$.llm_kwargs.seed")
         if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"expected a fraction above 0 and up to 1, got {self.gpu_memory_utilization}",

@@ -206,6 +206,8 @@ def cyclic() -> dict[str, Any]:
         (lambda: LLMConfig("m", seed="0"), "expected int, got str - at $.seed"),
         (lambda: LLMConfig("m", llm_kwargs=None), "expected mapping, got null - at $.llm_kwargs"),
         (lambda: LLMConfig("m", llm_kwargs={1: 2}), "expected str, got int in a key - at $.llm_kwargs"),
+        (lambda: LLMConfig("m", llm_kwargs={"seed": "abc"}), "expected int | null, got str - at $.llm_kwargs.seed"),
+        (lambda: LLMConfig("m", llm_kwargs={"seed": [1]}), "expected int | null, got list - at $.llm_kwargs.seed"),
         (lambda: LLMConfig("m", llm_kwargs={"a": {1: 2}}), "expected a text as key, got 1 - at $.llm_kwargs.a"),
         (
             lambda: LLMConfig("m", llm_kwargs={"a": [Path("x")]}),
