@@ -303,10 +303,14 @@ def _examine_hub(name: str, config: Config, environ: Mapping[str, str]) -> Findi
 
 
 def _examine_adapter(path: Path) -> Finding:
-    folder = path.parent if path.is_file() else path
-    if (folder / "adapter_config.json").is_file():
-        return Finding("LoRA adapter", "ok", f"a local folder: {folder.resolve()}")
-    what = "a folder without adapter_config.json" if folder.is_dir() else "there is no such folder here"
+    folder = path
+    try:
+        folder = path.parent if path.is_file() else path
+        if (folder / "adapter_config.json").is_file():
+            return Finding("LoRA adapter", "ok", f"a local folder: {folder.resolve()}")
+        what = "a folder without adapter_config.json" if folder.is_dir() else "there is no such folder here"
+    except OSError as error:
+        what = str(error.strerror)
     return Finding("LoRA adapter", "problem", f"{what}: {folder}", "set llm.lora_path to the folder of the adapter")
 
 

@@ -55,8 +55,8 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.orphans",
     },
     "engines.vllm_engine": {
-        "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.compile_turn",
-        "engines.demo_model", "engines.orphans", "engines.tokenizing",
+        "errors", "schema", "config", "folders", "interfaces", "hookspecs", "sampling", "engines",
+        "engines.compile_turn", "engines.demo_model", "engines.orphans", "engines.tokenizing",
     },
 }  # fmt: skip
 OF_AN_ENGINE = {

@@ -27,6 +27,7 @@ import msgspec
 
 from ..config import LLMConfig
 from ..errors import ConfigError, GserveError, ItemError
+from ..folders import expanded
 from ..hookspecs import hookimpl
 from ..interfaces import Engine, EngineInfo, Report, RunningEngine
 from ..sampling import read_params
@@ -541,30 +542,35 @@ def _chat_template(given: Any) -> str | None:
     if given is None or "{" in given:
         return given
     try:
-        return Path(given).expanduser().read_text()
-    except OSError as error:
+        return expanded(given).read_text()
+    except (OSError, ValueError) as error:  # ValueError: it is no text
+        why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"cannot read the chat template {given}: {error.strerror}", at="$.llm.llm_kwargs.chat_template"
+            f"cannot read the chat template {given}: {why}", at="$.llm.llm_kwargs.chat_template"
         ) from error
 
 
 def _adapter(path: str | None) -> Path | None:
-    """Return the folder of a LoRA adapter that was given as folder or file."""
+    """Return the folder of a LoRA adapter that was given as folder or file. Raises ConfigError."""
     if path is None:
         return None
-    given = Path(path).expanduser()
-    folder = given.parent if given.is_file() else given
-    if not (folder / "adapter_config.json").is_file():
+    given = expanded(path)
+    try:
+        folder = given.parent if given.is_file() else given
+        is_there = (folder / "adapter_config.json").is_file()
+    except OSError as error:
+        raise ConfigError(f"no LoRA adapter in {given}: {error.strerror}", at="$.llm.lora_path") from error
+    if not is_there:
         raise ConfigError(f"no LoRA adapter in {folder}: expected adapter_config.json there", at="$.llm.lora_path")
     return folder.resolve()
 
 
 def _rank(adapter: Path) -> int:
-    """Return the smallest `max_lora_rank` that holds the adapter."""
+    """Return the smallest `max_lora_rank` that holds the adapter. Raises ConfigError."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
         rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot read the rank 'r' in {adapter}/adapter_config.json", at="$.llm.lora_path") from error
     for allowed in LORA_RANKS:
         if rank <= allowed:

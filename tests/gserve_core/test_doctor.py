@@ -18,6 +18,9 @@ from gserve_core.config import Config, LLMConfig
 from gserve_core.errors import ConfigError
 from gserve_core.interfaces import Finding
 
+LONG = "x" * 256
+"""No file can have this name."""
+
 type Examine = Callable[..., dict[str, Finding]]
 
 LAUNCHERS = """
@@ -263,6 +266,7 @@ def test_an_adapter_is_a_folder_with_its_config(examine: Examine, tmp_path: Path
     assert "LoRA adapter" not in examine()
     assert examine({"lora_path": str(tmp_path / "none")})["LoRA adapter"].state == "problem"
     assert examine({"lora_path": str(tmp_path)})["LoRA adapter"].state == "problem"
+    assert examine({"lora_path": LONG})["LoRA adapter"].state == "problem"
     (tmp_path / "adapter_config.json").write_text("{}")
     assert examine({"lora_path": str(tmp_path)})["LoRA adapter"].state == "ok"
 
@@ -297,6 +301,12 @@ def test_arguments_that_the_installed_vllm_does_not_know_are_a_problem(examine: 
          " file or directory - at $.llm.llm_kwargs.chat_template"),
         ("model_name: m\n  llm_kwargs:\n    chat_template: 3", 5, "expected a chat template as a text or as a file"
          " - at $.llm.llm_kwargs.chat_template"),
+        ("model_name: m\n  lora_path: ~nosuchuser/x", 4, "no LoRA adapter in ~nosuchuser/x: expected"
+         " adapter_config.json there - at $.llm.lora_path"),
+        (f"model_name: m\n  lora_path: {LONG}", 4, f"no LoRA adapter in {LONG}: File name too long"
+         " - at $.llm.lora_path"),
+        ("model_name: m\n  llm_kwargs:\n    chat_template: ~nosuchuser/x", 5, "cannot read the chat template"
+         " ~nosuchuser/x: No such file or directory - at $.llm.llm_kwargs.chat_template"),
         ("model_name: m\n  dtype: float17", 4, "unknown dtype 'float17'; expected one of auto, bfloat16, float16,"
          " float32, float, half - at $.llm.dtype"),
         ('model_name: "a\\nb"', 3, "'a\\nb' holds a line break or a control character - at $.llm.model_name"),
@@ -315,6 +325,19 @@ def test_the_check_refuses_what_cannot_be_served_with_file_line_and_path(
     with pytest.raises(ConfigError) as caught:
         doctor.check_config(path)
     assert str(caught.value) == f"{path}:{line}: {expected}"
+
+
+def test_the_check_refuses_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"{{ 'caf\xe9' }}")
+    (tmp_path / "adapter_config.json").symlink_to("/proc/self/mem")  # a file whose first byte cannot be read
+    path = tmp_path / "config.yaml"
+    for llm, expected in (
+        ({"llm_kwargs": {"chat_template": str(tmp_path / "latin")}}, "cannot read the chat template .*latin: 'utf-8'"),
+        ({"lora_path": str(tmp_path)}, "cannot read the rank 'r' in .*/adapter_config.json"),
+    ):
+        path.write_text(json.dumps({"llm": {"model_name": "m"} | llm}))
+        with pytest.raises(ConfigError, match=expected):
+            doctor.check_config(path)
 
 
 def test_the_check_looks_for_no_files_of_other_machines_nor_for_those_of_other_engines(tmp_path: Path) -> None:
