@@ -206,7 +206,11 @@ def read(path: Path, *, is_again: bool = False) -> Order:
 
 def stale_orders() -> list[Path]:
     """Return the files of jobs that SLURM does not have any more: they were cancelled, or never got there."""
-    old = [path for path in folder().glob("job-*.json") if _age(path) > NEW_SECONDS]
+    try:
+        place = folder()
+    except GserveError:  # without a home folder there are no files of jobs
+        return []
+    old = [path for path in place.glob("job-*.json") if _age(path) > NEW_SECONDS]
     cluster = _cluster() if old else ""
     found = [path for path in old if cluster and path.name.startswith(f"job-{cluster}-")]
     commands = ask(*SQUEUE, "--me", "--format=%o") if found else None

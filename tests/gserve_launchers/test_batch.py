@@ -216,6 +216,15 @@ def test_the_files_of_jobs_that_slurm_does_not_have_are_removed_with_the_next_jo
     assert left > {pending, new, elsewhere}
 
 
+def test_a_user_without_a_home_folder_has_left_no_files_of_jobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 1 << 30)  # who has no entry
+    with pytest.raises(GserveError, match="no home folder for the files of jobs"):
+        batch.write(order())
+    assert batch.stale_orders() == []
+
+
 def test_variables_of_the_user_that_would_make_another_kind_of_job_do_not_reach_sbatch(
     slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
