@@ -24,8 +24,12 @@ FOLDER = Path("/tmp")  # noqa: S108 - whatever TMPDIR says: users must meet
 NO_DEVICE = ("", "-1", "NoDevFiles")
 """What hides the GPUs from there on in CUDA_VISIBLE_DEVICES."""
 QUERY = ("--query-gpu=index,uuid", "--format=csv,noheader")
+ROW = re.compile(r"^(\d+), (GPU-\S+)\s*$", re.MULTILINE)
+"""What it then says of each GPU."""
 NO_DRIVER = (9, 12)
 """Exit codes of nvidia-smi on a machine that has no NVIDIA driver: vLLM may use other devices there."""
+NO_GPU = 6
+"""Exit code of nvidia-smi where there is a driver, and no GPU that this process may see."""
 QUERY_SECONDS = 60.0
 """Maximum wait for nvidia-smi, in seconds: without persistence mode it may load the driver first."""
 ORDER = "CUDA_DEVICE_ORDER"
@@ -81,10 +85,10 @@ def _identity(entry: str, uuids: Mapping[str, str]) -> str:
 
 
 def _uuids(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the UUIDs of this machine's GPUs by their numbers; none if there is no nvidia-smi or no driver.
+    """Return the UUIDs of this machine's GPUs by their numbers; none if there is no nvidia-smi, no driver, or no GPU.
 
-    Raises LaunchError: nvidia-smi fails. A GPU that it did not name must not be locked by its number: others know it
-    by its UUID.
+    Raises LaunchError: nvidia-smi fails, or names none of the GPUs in CUDA_VISIBLE_DEVICES. What it did not name must
+    not be locked by its number: others know it by its UUID.
     """
     program = shutil.which("nvidia-smi", path=environ.get("PATH"))
     if program is None:
@@ -97,13 +101,13 @@ def _uuids(environ: Mapping[str, str]) -> dict[str, str]:
         raise _unknown(f"it did not answer within {QUERY_SECONDS:g} s") from error
     except OSError as error:
         raise _unknown(str(error)) from error
-    if told.returncode in NO_DRIVER:
+    if told.returncode in NO_DRIVER or (told.returncode == NO_GPU and "CUDA_VISIBLE_DEVICES" not in environ):
         return {}
-    if told.returncode:
+    rows = ROW.findall(told.stdout)
+    if told.returncode or not rows:
         said = " ".join((told.stdout + told.stderr).split())
         raise _unknown(f"it ended with exit code {told.returncode}: {said[:SHOWN] or 'no output'}")
-    rows = (line.split(", ") for line in told.stdout.splitlines())
-    return {row[0].strip(): row[1].strip() for row in rows if len(row) == 2}
+    return dict(rows)
 
 
 def _unknown(why: str) -> LaunchError:

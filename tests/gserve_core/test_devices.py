@@ -309,6 +309,10 @@ def test_a_slow_nvidia_smi_is_waited_for(smi: Callable[[str], dict[str, str]]) -
         ("exec sleep 60", "it did not answer within 0.2 s"),
         ("echo 'GPU is lost' >&2; exit 15", "it ended with exit code 15: GPU is lost"),
         ("exit 255", "it ended with exit code 255: no output"),
+        ("", "it ended with exit code 0: no output"),
+        ("echo what?", r"it ended with exit code 0: what\?"),
+        ("printf '\\377\\n'", "it ended with exit code 0: \ufffd"),
+        ("echo '0, [N/A]'", r"it ended with exit code 0: 0, \[N/A\]"),
     ],
 )
 def test_a_gpu_whose_identity_is_unknown_is_not_locked_by_its_number(
@@ -336,13 +340,21 @@ def test_numbers_that_are_not_those_of_nvidia_smi_are_refused(smi: Callable[[str
     assert devices.visible(one, 1) == ["GPU-aaaa-1"]
 
 
-@pytest.mark.parametrize("script", ["echo 'no driver'; exit 9", "echo what?", "printf '\\377\\n'", ""])
-def test_gpus_are_known_by_their_number_where_nvidia_smi_does_not_tell(
+@pytest.mark.parametrize("script", ["echo 'no driver'; exit 9", "exit 12"])
+def test_gpus_are_known_by_their_number_where_there_is_no_driver(
     smi: Callable[[str], dict[str, str]], script: str
 ) -> None:
     environ = smi(script)
     assert devices.visible(environ | {"CUDA_VISIBLE_DEVICES": "1,0"}, 2) == ["1", "0"]
     assert devices.visible(environ, 2) == []
+
+
+def test_a_driver_without_a_gpu_is_an_error_only_where_one_is_asked_for(smi: Callable[[str], dict[str, str]]) -> None:
+    environ = smi("echo 'No devices were found'; exit 6")
+    assert devices.visible(environ, 1) == []
+    assert devices.visible(environ | {"CUDA_VISIBLE_DEVICES": ""}, 1) == []
+    with pytest.raises(LaunchError, match="it ended with exit code 6: No devices were found; see whether"):
+        devices.visible(environ | {"CUDA_VISIBLE_DEVICES": "0"}, 1)
 
 
 def test_without_nvidia_smi_and_a_list_there_are_no_gpus(tmp_path: Path) -> None:
