@@ -23,13 +23,30 @@ def process_start(pid: int) -> int | None:
     return None if fields is None or fields[0] in "ZX" else int(fields[19])
 
 
+def has_ended(pid: int, started: int) -> bool:
+    """Say whether a process has ended; not where that cannot be read for now, as without descriptors."""
+    try:
+        fields = _read_stat(pid)
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+    except OSError:
+        return False
+    return fields[0] in "ZX" or int(fields[19]) != started
+
+
 def stat_fields(pid: int) -> list[str] | None:
     """Return the fields of /proc/PID/stat from the state on: state, parent, group, session, …; None if it is gone."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+        return _read_stat(pid)
     except OSError:
         return None
-    return fields if len(fields) > 19 else None
+
+
+def _read_stat(pid: int) -> list[str]:
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    if len(fields) < 20:
+        raise ProcessLookupError
+    return fields
 
 
 def owner_mark() -> str:

@@ -38,6 +38,7 @@ from .processes import ID_VARIABLE as ID_VARIABLE
 from .processes import OWNER_VARIABLE as OWNER_VARIABLE
 from .processes import SERVER_VARIABLE as SERVER_VARIABLE
 from .processes import end_processes_of as end_processes_of
+from .processes import has_ended as has_ended
 from .processes import is_orphan as is_orphan
 from .processes import owner_mark as owner_mark
 from .processes import process_start as process_start

@@ -50,8 +50,8 @@ def _end_with(pid: int, started: int) -> None:
     end = select.poll()
     with contextlib.suppress(OSError):  # gone already; or a kernel that cannot say so: then we look every second
         end.register(os.pidfd_open(pid), select.POLLIN)
-    while runtime.process_start(pid) == started:
-        end.poll(1000)
+    while not (runtime.has_ended(pid, started) or end.poll(1000)):
+        pass
     folder = scratch = Path(os.environ.get("TMPDIR", ""))
     is_ours = SCRATCH.fullmatch(scratch.name)
     with contextlib.suppress(OSError):  # it is no link; or another process of the engine has removed it by now

@@ -98,6 +98,34 @@ def test_children_and_forks_end_with_the_server_and_its_folder_goes(
     assert not scratch.exists()
 
 
+WITHOUT_DESCRIPTORS = """
+import os, resource, time
+from gserve_core.engines import orphans
+orphans.GRACE = 0.0
+orphans.watch()
+while not any("pidfd" in os.path.realpath(f"/proc/self/fd/{number}") for number in range(3, 9)):
+    time.sleep(0.01)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+time.sleep(2.5)  # it has looked twice
+print("alive", flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_process_without_descriptors_sees_the_end_of_its_server_and_none_before(tmp_path: Path) -> None:
+    with subprocess.Popen(["sleep", "600"]) as server:
+        environ = os.environ | {
+            "TMPDIR": str(tmp_path), "GSERVE_SERVER": f"{server.pid}:{runtime.process_start(server.pid)}",
+        }  # fmt: skip
+        with subprocess.Popen(
+            [sys.executable, "-c", WITHOUT_DESCRIPTORS], env=environ, stdout=subprocess.PIPE, text=True
+        ) as child:
+            assert child.stdout is not None
+            said = child.stdout.readline()
+            server.kill()
+            assert (said, child.wait(60.0)) == ("alive\n", -signal.SIGKILL)
+
+
 @pytest.mark.parametrize("named", ["nameless"])
 def test_where_no_server_is_named_nothing_is_done(server: tuple[int, list[int]], scratch: Path) -> None:
     pid, below = server
