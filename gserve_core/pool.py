@@ -16,6 +16,7 @@ from msgspec import structs
 
 from . import runtime
 from .batch.dispatcher import Dispatcher
+from .environment import check_not_patched
 from .errors import GserveError, LaunchError, TransportError
 from .interfaces import Connection
 from .runtime import ServiceRecord
@@ -328,6 +329,7 @@ class Pool:
             return session.supervisor, True
 
     def _new_session(self) -> _Session:
+        check_not_patched()
         queue = None
         try:
             queue = None if self._make_queue is None else self._make_queue()

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 
 import gserve
+from gserve_core.engines.echo import EchoEngine
 from gserve_core.environment import check_not_patched, open_missing_descriptors, weakening
 
 
@@ -77,6 +78,17 @@ def test_a_process_that_gevent_or_eventlet_has_patched_is_refused(
     monkeypatch.setitem(sys.modules, module, patching(module, function, patched))
     with pytest.raises(gserve.GserveError, match=rf"{library} has monkey-patched this process \({patched}\)"):
         check_not_patched()
+
+
+@pytest.mark.parametrize("kind", [gserve.VLLMService, gserve.VLLMServer])
+def test_neither_a_service_nor_a_server_alone_starts_in_a_process_that_is_patched(
+    monkeypatch: pytest.MonkeyPatch, kind: type[gserve.VLLMService | gserve.VLLMServer]
+) -> None:
+    made = kind(gserve.LLMConfig("m"), engine=EchoEngine())
+    monkeypatch.setitem(sys.modules, "gevent.monkey", patching("gevent.monkey", "is_module_patched", "thread"))
+    with pytest.raises(gserve.GserveError, match="gevent has monkey-patched this process"):
+        made.start()
+    made.shutdown()
 
 
 def test_gevent_and_eventlet_that_are_imported_and_have_patched_nothing_are_no_trouble(
