@@ -30,6 +30,7 @@ from gserve_core.commands import GONE, UNKNOWN, CommandLauncher, LocalProcess, o
 from gserve_core.errors import ConfigError, StartupTimeout, did_you_mean
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Finding, Job, Launcher, Process
+from gserve_core.lease import Silence
 
 ASK_SECONDS = 10.0
 """How long an answer of SLURM is waited for."""
@@ -371,7 +372,7 @@ class SlurmProcess(LocalProcess):
         self._allocation = allocation
         self._limit = STEP_SECONDS if allocation and limit is None else limit
         self._log = log
-        self._began = time.monotonic()
+        self._waited = Silence(LOOK_SECONDS[0])
         self._place = "a free place in its job" if allocation else "SLURM's answer"
         self._runs = False
         self._was_forced = False
@@ -390,7 +391,7 @@ class SlurmProcess(LocalProcess):
         """Return what the job waits for, in SLURM's words; None once it runs. Raises StartupTimeout: for too long."""
         if self._runs:
             return None
-        if self._limit is not None and time.monotonic() - self._began > self._limit:
+        if self._limit is not None and self._waited.look() > self._limit:
             hint = (
                 "other steps of the job hold what it asks for" if self._allocation else "ask for less, or wait longer"
             )

@@ -65,7 +65,7 @@ OF_AN_ENGINE = {
     "engines.orphans": {"environment", "runtime"},
     "engines.tokenizing": set(),
 }
-FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs"}
+FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs", "lease"}
 """What launchers and transports need of the core: no more than a plugin's author."""
 
 HOMES = {  # third parties: the only files that may import them

@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -174,6 +176,53 @@ def test_a_server_is_told_to_serve_again_unless_it_is_to_have_no_nursery() -> No
 
     assert last(nursery=True) == ["--again", "--lease"]
     assert "--again" not in last(nursery=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- waiting
+
+
+WAITS = """
+import os, sys, time
+from pathlib import Path
+from gserve_core.errors import StartupTimeout
+from gserve_core.interfaces import Job
+from gserve_launchers.slurm import SlurmLauncher
+
+job = Job(name="server-0", command=["server"], gpus=0, log=Path(os.devnull))
+process = SlurmLauncher(queue_timeout=3.5).launch(job)
+began = time.monotonic()
+print("waits", flush=True)
+try:
+    while process.waiting():
+        time.sleep(0.1)
+except StartupTimeout as error:
+    print(time.monotonic() - began, error)
+process.stop(0.0)
+"""
+
+
+def test_a_queue_is_not_waited_for_while_the_owner_is_stopped(tmp_path: Path) -> None:
+    queued = tmp_path / "queued"
+    queued.touch()
+    for name, script in (
+        ("srun", f"trap 'rm -f {queued}; kill $!; exit 143' TERM; sleep 60 & wait"),
+        ("squeue", f"[ ! -e {queued} ] || echo '1|PENDING|Resources'"),
+    ):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    environ = {name: value for name, value in os.environ.items() if name != "SLURM_JOB_ID"}
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITS], env=environ | {"PATH": f"{tmp_path}:{environ['PATH']}"},
+        stdout=subprocess.PIPE, text=True,
+    ) as owner:  # fmt: skip
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "waits\n"
+        owner.send_signal(signal.SIGSTOP)
+        time.sleep(4.0)
+        owner.send_signal(signal.SIGCONT)
+        seconds, _, told = owner.stdout.read().partition(" ")
+    assert "waited 3.5 s (queue_timeout) for SLURM's" in told
+    assert float(seconds) > 5.0, "of the time in which it was stopped, a short one counts"
 
 
 # --------------------------------------------------------------------------------------------------------- environment
