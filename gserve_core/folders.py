@@ -226,9 +226,12 @@ class ScratchOwner(Struct, frozen=True):
     boot: str
 
 
-def scratch_folder(instance: str) -> Path:
-    """Return where a server keeps its temporary files: it makes the folder, and its owner sees to it that it goes."""
-    return _temporary() / f"gserve-{instance[:12]}"
+def scratch_folder(instance: str, temporary: str = "") -> Path:
+    """Return where a server keeps its temporary files: it makes the folder, and its owner sees to it that it goes.
+
+    temporary: the server's folder for temporary files; "": it is ours.
+    """
+    return (Path(temporary) if temporary else _temporary()) / f"gserve-{instance[:12]}"
 
 
 def _temporary() -> Path:

@@ -355,7 +355,8 @@ class ServerRun:
         finally:
             owner.close()
         left = runtime.end_processes_of(self.start.instance) if is_here else []
-        runtime.remove_scratch(runtime.scratch_folder(self.start.instance))  # a killed server left it
+        temporary = self._serve.env.get("TMPDIR", "")
+        runtime.remove_scratch(runtime.scratch_folder(self.start.instance, temporary))  # a killed server left it
         self._follow(log, end.position)
         if self._bounded is not None:
             self._bounded.close()

@@ -552,6 +552,16 @@ def test_a_service_whose_only_server_is_given_up_fails_the_calls_of_who_is_attac
             VLLMService.attach("given-up")
 
 
+def test_a_killed_server_leaves_nothing_in_the_temporary_folder_that_its_config_names(tmp_path: Path) -> None:
+    serve = ServeConfig(max_restarts=0, env={"TMPDIR": str(tmp_path)})
+    with VLLMService(LLM, serve, engine=EchoEngine()) as service:
+        assert len(list(tmp_path.glob("gserve-*"))) == 1
+        for pid in runtime.processes_of(service.status()[0].instance):
+            os.kill(pid, signal.SIGKILL)
+        until(lambda: service.status()[0].state == State.FAILED)
+    assert list(tmp_path.glob("gserve-*")) == []
+
+
 def test_who_is_attached_finds_a_service_that_is_started_again_under_its_name() -> None:
     service = VLLMService(LLM, engine=EchoEngine(), name="anew")
     service.start()
