@@ -104,7 +104,13 @@ class Ready(Struct, frozen=True, tag="ready"):
 
 
 class Pulse(Struct, frozen=True, tag="pulse"):
-    """The server's event loop turns."""
+    """The server's event loop turns.
+
+    finished: how many items it has finished. alone: it works on nothing but items of which one may kill servers.
+    """
+
+    finished: int = 0
+    alone: bool = False
 
 
 class Failed(Struct, frozen=True, tag="failed"):
@@ -363,9 +369,10 @@ class ServerEnd:
     def tell(self, message: Up) -> None:
         """Have the owner told. Never waits, never raises: an owner that is gone is noticed by `watch`."""
         with self._sent:
-            if not (isinstance(message, Pulse) and message in self._outgoing):  # one says as much as many
-                self._outgoing.append(message)
-                self._sent.notify_all()
+            if isinstance(message, Pulse) and self._outgoing and isinstance(self._outgoing[-1], Pulse):
+                self._outgoing.pop()  # the latest says all
+            self._outgoing.append(message)
+            self._sent.notify_all()
 
     def flush(self, seconds: float) -> None:
         """Wait until the owner has been told all, so many seconds at most."""

@@ -216,12 +216,6 @@ class _Session:
             with suppress(OSError, GserveError):
                 self._record.keep()
 
-    def finished(self, name: str) -> int:
-        return 0 if self.queue is None else self.queue.dispatcher.finished(name)
-
-    def is_narrowing(self, name: str) -> bool:
-        return self.queue is not None and self.queue.dispatcher.is_narrowing(name)
-
     def closing(self, drain: float | None) -> None:
         if drain is not None:
             self.draining()

@@ -237,6 +237,7 @@ class ServerRun:
         self._log: Path | None = None
         self._address: Address | None = None
         self._is_ready = False
+        self._pulse = lease.Pulse()
         self._phase: str | None = BEGINNING
         self._step: str | None = None
         self._progress = lease.Silence(TICK)
@@ -344,7 +345,8 @@ class ServerRun:
             end.cause, end.is_ours = f"cannot follow it: {error}", True
         is_told, why = (False, None) if is_here or end.is_hung else _why_elsewhere(process)
         died = not (self._asked_to_stop or end.is_ours or end.error or (why and "memory" not in why))
-        self._report(Ended(why or end.cause or (str(end.error) if end.error else "its process ended"), died))
+        cause = why or end.cause or (str(end.error) if end.error else "its process ended")
+        self._report(Ended(cause, died, self._pulse.finished, self._pulse.alone))
         grace = 0.0 if end.is_hung else STOP_SECONDS / 2 if time.monotonic() < self._patience_ends else 1.0
         owner.silence()
         try:
@@ -450,6 +452,8 @@ class ServerRun:
             case lease.Ready(info) if not self._is_ready:
                 self._phase, self._is_ready = None, True
                 self._report(Ready(info))
+            case lease.Pulse():
+                self._pulse = message
 
     def _follow(self, log: Path, position: int) -> int:
         """Look at what has come to the log: it is progress, and shown where asked for. Returns its length."""

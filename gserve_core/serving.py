@@ -124,7 +124,8 @@ class Server:
         """Items that were taken in and have not ended."""
         self._running = 0
         """Those of them that the engine has."""
-        self._ended = 0
+        self._ended = self._finished = 0
+        """Those that the engine has no more, and those of them that it has answered."""
         self._is_doubtful = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -150,6 +151,9 @@ class Server:
         with self._admit(request) as admitted:
             if request.alone:  # from here on its items may be the reason for an end of this server: say so first
                 yield [Heartbeat(admitted.left)]
+                self._tell_pulse()
+                if self._lease is not None:
+                    await asyncio.to_thread(self._lease.flush, FLUSH_SECONDS)
             piece = _Piece(request.id, admitted)
             self._pieces.add(piece)
             self._cancel(piece, self._early.pop(request.id, ()))
@@ -313,6 +317,8 @@ class Server:
             self._items -= admitted.left
             if request.alone:
                 self._is_alone = False
+                if not self._over.is_set():  # else they may be why it ends
+                    self._tell_pulse()
             if not self._requests:
                 self._idle.set()
 
@@ -336,7 +342,11 @@ class Server:
         try:
             if isinstance(prepared, ItemError):
                 raise prepared
-            return await admitted.engine.run(prepared)
+            outputs = await admitted.engine.run(prepared)
+            self._finished += 1
+            if self._finished == 1:
+                self._tell_pulse()
+            return outputs
         except ItemError:
             raise
         except BaseException:  # it was cancelled, perhaps since nothing came; or it failed for no reason of its own
@@ -468,7 +478,7 @@ class Server:
         if self._stall_timeout is not None:
             watches.append(asyncio.create_task(self._hung(engine, self._stall_timeout)))
         if self._lease is not None:
-            watches.append(asyncio.create_task(self._beat(self._lease)))
+            watches.append(asyncio.create_task(self._beat()))
         try:
             done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
             return f"the engine died: {died.result()}" if died in done else done.pop().result()
@@ -505,10 +515,10 @@ class Server:
             if checking is not None:
                 checking.cancel()
 
-    async def _beat(self, line: lease.ServerEnd) -> str:
+    async def _beat(self) -> str:
         """Show the owner that this event loop turns."""
         while True:
-            line.tell(lease.Pulse())
+            self._tell_pulse()
             await asyncio.sleep(min(lease.PULSE, (self._stall_timeout or math.inf) / 4))
 
     def _obey(self, message: lease.Down) -> None:
@@ -540,6 +550,9 @@ class Server:
         self._phase = text
         logger.info("%s", text)
         self._tell(lease.Phase(text))
+
+    def _tell_pulse(self) -> None:
+        self._tell(lease.Pulse(self._finished, self._is_alone))
 
     def _tell(self, message: lease.Up) -> None:
         if self._lease is not None:

@@ -178,11 +178,14 @@ class Ready(Struct, frozen=True):
 class Ended(Struct, frozen=True):
     """The server has ended, or is about to be killed. Its cleanup follows, and may take seconds.
 
-    died: it did so by itself, without having been told to.
+    died: it did so by itself, without having been told to. finished: how many items it had finished. alone: it worked
+    on nothing but items of which one may kill servers.
     """
 
     why: str
     died: bool = False
+    finished: int = 0
+    alone: bool = False
 
 
 class Gone(Struct, frozen=True):

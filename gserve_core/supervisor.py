@@ -88,12 +88,6 @@ class Hooks(Protocol):
     def keep(self) -> None:
         """Repair what others may have removed, and do what could not be done."""
 
-    def finished(self, name: str) -> int:
-        """Return how many items a server has finished in this generation."""
-
-    def is_narrowing(self, name: str) -> bool:
-        """Return whether a server's items are among those that servers may die of, so that its death was expected."""
-
     def closing(self, drain: float | None) -> None:
         """Take note that all servers are about to end."""
 
@@ -337,8 +331,8 @@ class Supervisor:
         if generation != state.generation and not isinstance(report, Released):
             return  # late: another generation has begun
         match report:
-            case Ended(why, died):
-                self._ended(server, state, why, died)
+            case Ended():
+                self._ended(server, state, report)
             case Gone():
                 self._gone(server, report)
             case Released():
@@ -349,19 +343,18 @@ class Supervisor:
                     server.was_ready = server.is_ready = True
                     server.failed_starts = 0
 
-    def _ended(self, server: _Server, state: ServerState, why: str, died: bool) -> None:
+    def _ended(self, server: _Server, state: ServerState, report: Ended) -> None:
         """Publish an end at once, so that the items go to other servers; the cleanup follows."""
         if server.is_stopping:
             self._publish(state.draining("ending", returns=server.is_wanted))
             return
-        name = server.program.name
-        died = died and state.usable
+        died = report.died and state.usable
         if state.usable:
-            server.fruitless = 0 if self._hooks.finished(name) else server.fruitless + 1
-            server.was_expected = died and self._hooks.is_narrowing(name) and server.fruitless <= FRUITLESS
+            server.fruitless = 0 if report.finished else server.fruitless + 1
+            server.was_expected = died and report.alone and server.fruitless <= FRUITLESS
             if not server.was_expected:
-                server.useless = 0 if self._hooks.finished(name) else server.useless + 1
-        self._publish(state.draining(f"{CLEANING_UP}{why}", returns=True, died=died))
+                server.useless = 0 if report.finished else server.useless + 1
+        self._publish(state.draining(f"{CLEANING_UP}{report.why}", returns=True, died=died))
 
     def _gone(self, server: _Server, report: Gone) -> None:
         """Decide what becomes of a server that has ended, and has been cleaned up after."""
@@ -372,7 +365,7 @@ class Supervisor:
         name, failure = server.program.name, report.failure
         self._publish(replace(self._state(server), left=report.left, failure=failure))
         if server.is_ready and self._state(server).usable:  # no end was reported before
-            self._ended(server, self._state(server), _first_line(failure), died=False)
+            self._ended(server, self._state(server), Ended(_first_line(failure)))
         if server.is_ready:
             logger.error("%s", failure)
         else:

@@ -175,14 +175,6 @@ class Dispatcher:
         """Send nothing any more: what the servers have goes on, all else is lost because of `why`, now and later."""
         self._soon(lambda: self._queue.drain(why))
 
-    def finished(self, key: str) -> int:
-        """Return how many items a server has finished since it was added."""
-        return self._queue.finished(key)
-
-    def is_narrowing(self, key: str) -> bool:
-        """Return whether a server works on nothing but items of which one may kill servers."""
-        return self._queue.is_narrowing(key)
-
     def submit(self, items: Sequence[Item]) -> None:
         """Put items into the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
         self.check()

@@ -105,7 +105,6 @@ class Server:
         self.pieces: dict[Piece, None] = {}  # in the order in which they were sent
         self.in_flight = 0
         self.size_in_flight = 0
-        self.finished = 0
         self.busy_until = 0.0
         self.settled_at = 0.0
         """When it works on nothing any more of what it was told to drop."""
@@ -213,16 +212,6 @@ class ItemQueue:
     def servers(self) -> Iterable[Server]:
         """The servers that take part."""
         return self._servers.values()
-
-    def finished(self, key: str) -> int:
-        """Return how many items a server has finished since it was added."""
-        server = self._servers.get(key)
-        return server.finished if server is not None else 0
-
-    def is_narrowing(self, key: str) -> bool:
-        """Return whether a server works on suspects only."""
-        server = self._servers.get(key)
-        return server is not None and server.is_narrowing
 
     # --------------------------------------------------------------------------------------------------------- servers
 
@@ -397,7 +386,6 @@ class ItemQueue:
                 outcomes[item.call].append((item.index, error))
         self._finish(server, finished)
         for call, batch in outcomes.items():
-            server.finished += len(batch)
             call.made_size += size_of(batch)
             if call.untaken > RESULTS_SIZE:
                 self._pause(call)  # first: the caller looks at that when it has taken these

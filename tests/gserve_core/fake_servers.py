@@ -38,6 +38,8 @@ class FakeRun:
         self.obeys = obeys
         self.stops: list[float | None] = []
         self.releases = 0
+        self.finished = 0
+        self.alone = False
 
     def become_ready(self, port: int = 1) -> None:
         self.report(Listening(Address(["127.0.0.1"], port)))
@@ -46,7 +48,7 @@ class FakeRun:
 
     def die(self, why: str = "killed by SIGKILL", *, died: bool = True) -> None:
         """Die, and leave the cleanup to `clean_up`."""
-        self.report(Ended(why, died))
+        self.report(Ended(why, died, self.finished, self.alone))
 
     def clean_up(self, failure: GserveError | None = None, left: tuple[int, ...] = ()) -> None:
         self.report(Gone(failure or LaunchError("server-0 failed while serving: killed by SIGKILL"), left))
@@ -97,8 +99,6 @@ class Notes:
 
     def __init__(self) -> None:
         self.states: list[ServerState] = []
-        self.finishes: dict[str, int] = {}
-        self.narrowing: set[str] = set()
         self.refusal: Exception | None = None
         self.kept = 0
         self.closed: list[float | None] = []
@@ -117,12 +117,6 @@ class Notes:
 
     def keep(self) -> None:
         self.kept += 1
-
-    def finished(self, name: str) -> int:
-        return self.finishes.get(name, 0)
-
-    def is_narrowing(self, name: str) -> bool:
-        return name in self.narrowing
 
     def closing(self, drain: float | None) -> None:
         self.closed.append(drain)

@@ -47,12 +47,6 @@ class Told:
     def drain(self, why: str) -> None:
         self.told.append(("drain", why))
 
-    def finished(self, key: str) -> int:
-        return 1
-
-    def is_narrowing(self, key: str) -> bool:
-        return False
-
     def close(self) -> None:
         self.is_closed = True
 

@@ -157,6 +157,15 @@ def test_a_death_is_reported_before_the_cleanup(begin: Callable[..., Case]) -> N
     assert case.wait(Logging).log.exists()
 
 
+def test_a_death_is_reported_with_what_the_server_last_said_of_its_work(begin: Callable[..., Case]) -> None:
+    case = begin()
+    case.process.become_ready()
+    case.process.say(lease.Pulse(), lease.Pulse(7), lease.Pulse(9, alone=True))
+    case.process.end()
+    ended = case.wait(Ended)
+    assert (ended.died, ended.finished, ended.alone) == (True, 9, True)
+
+
 def test_one_that_says_that_it_stops_has_not_died(begin: Callable[..., Case]) -> None:
     case = begin()
     case.process.become_ready()

@@ -324,6 +324,26 @@ def test_a_poisoned_item_of_one_process_costs_no_item_of_another() -> None:
         assert [index for index, result in enumerate(results) if isinstance(result, ItemError)] == [40]
 
 
+def test_poisoned_items_of_another_process_do_not_count_for_max_restarts() -> None:
+    engine = EchoEngine(die_on="POISON")
+    config = ServeConfig(max_restarts=2)  # as many as make the items suspects
+    with VLLMService(LLM, config, engine=engine, name="poisoned") as service, VLLMService.attach("poisoned") as other:
+        prompts = [*(f"prompt {index}" for index in range(40)), "POISON"]
+        results = other.generate(prompts, on_error="return")
+        assert [index for index, result in enumerate(results) if isinstance(result, ItemError)] == [40]
+        assert other.generate(["and on"]) == [["and on"]]
+        assert service.status()[0].restarts > 2
+
+
+def test_deaths_between_which_another_process_had_answers_are_not_put_off(caplog: pytest.LogCaptureFixture) -> None:
+    with VLLMService(LLM, engine=EchoEngine(), name="used") as service, VLLMService.attach("used") as other:
+        for restarts in range(1, 4):
+            assert other.generate(["a"]) == [["a"]]
+            os.kill(processes(service.servers[0])["engine"], signal.SIGKILL)
+            until(lambda: service.status()[0].restarts == restarts and is_ready(service))  # noqa: B023
+        assert [it for it in caplog.messages if "is started again" in it] == ["server-0 is started again"] * 3
+
+
 def test_a_shutdown_while_it_starts_ends_the_start() -> None:
     service = VLLMService(LLM, ServeConfig(servers=2), engine=EchoEngine(load_time=30))
     ending = threading.Timer(1.0, service.shutdown)

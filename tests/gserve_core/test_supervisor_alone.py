@@ -38,9 +38,10 @@ class Case:
     def state(self, index: int = 0) -> State:
         return self.published.states[f"server-{index}"].state
 
-    def die(self, index: int = 0, *, died: bool = True) -> None:
+    def die(self, index: int = 0, *, died: bool = True, finished: int = 0, alone: bool = False) -> None:
         """Have a server die and be cleaned up after."""
         run = self.programs[index].runs[-1]
+        run.finished, run.alone = finished, alone
         run.die(died=died)
         run.clean_up()
 
@@ -131,10 +132,9 @@ def test_a_late_message_of_an_old_generation_is_dropped() -> None:
 def test_restarts_are_counted_and_the_cause_and_the_count_are_told() -> None:
     with started(max_restarts=2) as case:
         case.supervisor.wait_ready(10)
-        case.notes.finishes["server-0"] = 1
         for generation in (1, 2, 3):
             until(lambda: case.state() == State.READY and len(case.programs[0].runs) == generation)  # noqa: B023
-            case.die()
+            case.die(finished=1)
         until(lambda: case.state() == State.FAILED)
         state = case.published.states["server-0"]
         assert "killed by SIGKILL" in str(state.error)
@@ -145,14 +145,12 @@ def test_restarts_are_counted_and_the_cause_and_the_count_are_told() -> None:
 def test_deaths_while_suspects_are_narrowed_down_do_not_count() -> None:
     with started(max_restarts=1) as case:
         case.supervisor.wait_ready(10)
-        case.notes.narrowing.add("server-0")
         began = time.monotonic()
         for generation in range(1, 7):
             until(lambda: case.state() == State.READY and len(case.programs[0].runs) == generation)  # noqa: B023
-            case.die()
+            case.die(alone=True)
         until(lambda: case.state() == State.READY and len(case.programs[0].runs) == 7)
         assert time.monotonic() - began < 5, "nor are they put off"
-        case.notes.narrowing.clear()
         case.die()
         until(lambda: case.state() == State.READY and len(case.programs[0].runs) == 8)
         case.die()
