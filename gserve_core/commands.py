@@ -185,25 +185,18 @@ def _wait_for_group(group: int, seconds: float) -> None:
 
 def group_is_alive(group: int) -> bool:
     """Say whether a process of the group is alive; zombies, which only wait to be reaped, are not."""
-    return any(state not in "ZX" for _, state, _ in _members(group))
+    return any(state not in "ZX" for _, state in _members(group))
 
 
 def reap_group(group: int) -> None:
-    """Reap what has ended of a group, and has become our child: of process 1 all do whose parents have ended."""
-    deadline = time.monotonic() + FAREWELL
-    while ended := [pid for pid, state, parent in _members(group) if state == "Z" and parent == os.getpid()]:
-        for pid in ended:  # while a thread of it still ends, there is nothing to reap
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-        if time.monotonic() >= deadline:
-            return
-        time.sleep(POLL_SECONDS)
+    """Reap what has ended of a group, and has become our child."""
+    processes.reap([pid for pid, _ in _members(group)])
 
 
-def _members(group: int) -> Iterator[tuple[int, str, int]]:
-    """Yield the process id, the state and the parent of each process of a group."""
+def _members(group: int) -> Iterator[tuple[int, str]]:
+    """Yield the process id and the state of each process of a group."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (fields := processes.stat_fields(int(entry.name))) is not None:
-            state, parent, of, *_ = fields
+            state, _, of, *_ = fields
             if int(of) == group:
-                yield int(entry.name), state, int(parent)
+                yield int(entry.name), state

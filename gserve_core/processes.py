@@ -5,6 +5,7 @@ import functools
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ID_VARIABLE = "GSERVE_ID"
@@ -15,6 +16,8 @@ SERVER_VARIABLE = "GSERVE_SERVER"
 """The server itself, for the processes below it: a process's id and its start in clock ticks, as "4711:98765"."""
 GONE_SECONDS = 10.0
 """How long killed processes may take to be gone: they free a GPU's memory before."""
+REAP_SECONDS = 1.0
+"""Maximum time until a process that has ended can be reaped, in seconds."""
 
 
 def process_start(pid: int) -> int | None:
@@ -86,9 +89,24 @@ def processes_of(instance: str) -> list[int]:
 def end_processes_of(instance: str) -> list[int]:
     """Kill what is left of a server on this machine; return what is still there after `GONE_SECONDS`."""
     deadline = time.monotonic() + GONE_SECONDS
+    killed: set[int] = set()
     while (left := processes_of(instance)) and time.monotonic() < deadline:
+        killed.update(left)
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+    reap(killed)
     return left
+
+
+def reap(pids: Iterable[int]) -> None:
+    """Reap those that have ended and have become our children: of process 1 all do whose parents have ended."""
+    deadline = time.monotonic() + REAP_SECONDS
+    while ended := [pid for pid in pids if (it := stat_fields(pid)) and it[:2] == ["Z", str(os.getpid())]]:
+        for pid in ended:  # while a thread of it still ends, there is nothing to reap
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(0.01)

@@ -654,7 +654,7 @@ def test_where_sigchld_is_ignored_deaths_are_survived_and_told_right(tmp_path: P
 
 
 FIRST = """
-import os, signal, sys, time
+import os, signal, subprocess, sys, time
 from pathlib import Path
 from gserve import LLMConfig, ServeConfig, VLLMService
 from gserve_core import runtime
@@ -670,6 +670,8 @@ launcher = SubprocessLauncher(nursery={nursery})
 with VLLMService(LLMConfig("m"), ServeConfig(), engine=EchoEngine(processes=2), launcher=launcher) as service:
     (server,) = service.servers
     for restarts in (1, 2):
+        environ = os.environ | {{runtime.ID_VARIABLE: server.record().instance}}
+        subprocess.run(["sh", "-c", "setsid sleep 600 &"], env=environ, check=True)  # it leaves the group
         os.kill(min(runtime.processes_of(server.record().instance)), signal.SIGKILL)
         while service.status()[0].restarts < restarts or service.status()[0].state != "ready":
             time.sleep(0.02)
