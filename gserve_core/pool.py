@@ -416,8 +416,11 @@ class Pool:
 
     def _close(self, supervisor: Supervisor, drain: float | None) -> None:
         session = self._session
-        if drain is None and session is not None and session.supervisor is supervisor and session.queue is not None:
-            session.queue.close()
-        supervisor.close(drain)
+        try:
+            supervisor.is_closing = True  # now: who starts it while the queue ends waits for the end of all
+            if drain is None and session is not None and session.supervisor is supervisor and session.queue is not None:
+                session.queue.close()
+        finally:
+            supervisor.close(drain)
         if not supervisor.wait_ended(END_SECONDS + MARGIN + (drain or 0.0)):
             logger.error("%s has not ended yet: leaving it", self._what)

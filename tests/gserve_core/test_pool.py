@@ -194,6 +194,29 @@ def test_a_start_while_it_ends_waits_for_that_and_works() -> None:
     assert [state.state for state in pool.states.values()] == [State.STOPPED] * 2
 
 
+def test_a_start_while_the_queue_ends_waits_for_the_end_of_all(dispatchers: list[Told]) -> None:
+    program = FakeProgram()
+    pool = pool_of(program)
+    pool.start()
+    (dispatcher,) = dispatchers
+    starting = threading.Thread(target=pool.start)
+    waits: list[bool] = []
+
+    def close() -> None:
+        if not waits:
+            starting.start()
+            starting.join(0.2)
+            waits.append(starting.is_alive())
+
+    dispatcher.close = close  # type: ignore[method-assign]
+    pool.close()
+    assert waits == [True]
+    starting.join(10)
+    assert pool.states["server-0"].state == State.READY
+    assert len(program.runs) == 2
+    pool.close()
+
+
 def test_starts_and_ends_from_many_threads_end(dispatchers: list[Told]) -> None:
     programs = [FakeProgram(index) for index in range(3)]
     pool = pool_of(*programs)
