@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import GserveError, LaunchError
-from .state import BEGINNING, Ended, Gone, Published, Ready, Released, Report, ServerState, Start
+from .state import BEGINNING, Ended, Gone, Phase, Published, Queued, Ready, Released, Report, ServerState, Start
 
 WINDOW = 600.0
 """Time in which `max_restarts` are counted, in seconds."""
@@ -154,7 +154,7 @@ class Supervisor:
         self._ends: float | None = None
         self._keep_at = math.inf
         self.is_closing = False
-        """Whether `close` was called."""
+        """Whether `close` was called, or is about to be."""
         self.has_ended = False
         """Whether all is over."""
         self.has_started = False
@@ -337,6 +337,8 @@ class Supervisor:
                 self._gone(server, report)
             case Released():
                 self._released(server)
+            case Queued() | Phase() | Ready() if server.is_stopping:
+                pass  # late: it ends, though it may be wanted again
             case _:
                 self._publish(state.after(report))
                 if isinstance(report, Ready) and self._state(server).usable:

@@ -256,6 +256,21 @@ def test_one_server_can_be_stopped_and_started_again() -> None:
         until(lambda: [case.state(0), case.state(1)] == [State.READY] * 2)
 
 
+def test_a_server_that_becomes_ready_while_it_ends_is_not_the_one_that_was_asked_for() -> None:
+    program = FakeProgram(ready=False, obeys=False)
+    with started(program) as case:
+        until(lambda: case.state() == State.STARTING)
+        case.supervisor.stop("server-0")
+        case.supervisor.begin()
+        program.runs[0].become_ready()
+        assert not case.supervisor.wait_ready(0.2)
+        assert case.state() == State.QUEUED
+        program.ready = program.obeys = True
+        program.runs[0].clean_up()
+        assert case.supervisor.wait_ready(10)
+        assert case.published.states["server-0"].generation == 2
+
+
 def test_a_dead_server_may_keep_its_place_until_it_is_started_there_or_ended() -> None:
     case = Case(max_restarts=0, keeps_places=True)
     case.supervisor.begin()
