@@ -358,6 +358,25 @@ def test_a_notice_to_all_processes_of_a_job_ends_no_server(tmp_path: Path, numbe
         assert status_of(server.heard[0]["address"][1], "the-token") == 200
 
 
+NOTICE = """
+import os, signal, sys
+os.kill(os.getpid(), signal.SIGUSR1)
+sys.path = [it for it in sys.path if it != os.path.dirname(__file__)]
+del sys.modules["uvloop"]
+import uvloop
+"""
+
+
+def test_a_notice_while_a_server_imports_does_not_end_it(tmp_path: Path) -> None:
+    (tmp_path / "uvloop.py").write_text(NOTICE)
+    ended = subprocess.run(
+        [sys.executable, str(PROGRAM), "--help"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    assert "vllm_server.py" in ended.stdout
+
+
 @pytest.mark.parametrize("closed", ["<&-", "<&- >&- 2>&-"])
 def test_a_server_by_hand_runs_with_standard_streams_closed(tmp_path: Path, closed: str) -> None:
     command = [sys.executable, str(PROGRAM), "--serve", "--model", "m", "--port", "0", "--engine", '{"type":"echo"}']
