@@ -78,7 +78,10 @@ class Process(Protocol):
         """
 
     def why(self) -> str | None:
-        """Return in a sentence why an ended job has ended, where a scheduler knows more than its exit code says."""
+        """Return in a sentence why an ended job has ended, where a scheduler knows more than its exit code says.
+
+        Of a silent one that has not ended: that its scheduler has suspended it, where that is so.
+        """
 
 
 class Finding(Struct, frozen=True):

@@ -343,7 +343,11 @@ class ServerRun:
         except Exception as error:  # a full disk, for one: without a watcher there can be no server
             logger.exception("cannot follow %s", self._program.name)
             end.cause, end.is_ours = f"cannot follow it: {error}", True
-        is_told, why = (False, None) if is_here or end.is_hung else _why_elsewhere(process)
+        is_told, why = False, None
+        if not is_here and not end.is_hung:
+            is_told, why = _why_elsewhere(process)
+        elif not is_here and not end.error and not self._asked_to_stop:
+            why = process.why()  # before it is ended: it may have been suspended
         died = not (self._asked_to_stop or end.is_ours or end.error or (why and "memory" not in why))
         cause = why or end.cause or (str(end.error) if end.error else "its process ended")
         self._report(Ended(cause, died, self._pulse.finished, self._pulse.alone))

@@ -404,11 +404,12 @@ class SlurmProcess(LocalProcess):
     def why(self) -> str | None:
         """Return how SLURM has ended the job; None where it ended by itself, or was ended by us.
 
-        One that we ended because it did not move may have been suspended: that is SLURM's act, too.
+        One that does not move, or that we ended because of that, may have been suspended: that is SLURM's act, too.
         """
-        if self._was_suspended:
+        has_ended = self._popen.poll() is not None
+        if self._was_suspended or (not has_ended and self._is_suspended()):
             return self._act("SUSPENDED", self._allocation or self._title)
-        if self._was_forced:
+        if self._was_forced or not has_ended:
             return None
         if self._popen.returncode < 0:
             return f"its srun was killed by {signal.Signals(-self._popen.returncode).name}"
@@ -429,7 +430,7 @@ class SlurmProcess(LocalProcess):
                 self._popen.wait(grace)
             if self._popen.poll() is None:
                 self._was_forced = True
-                self._was_suspended = any(state in SUSPENDED for _, state, *_ in self._told() or ())
+                self._was_suspended = self._is_suspended()
                 self._popen.terminate()  # srun kills the server, and ends its job
                 try:
                     self._popen.wait(FORCE_SECONDS)
@@ -445,6 +446,9 @@ class SlurmProcess(LocalProcess):
                 process.wait(GONE)
         code = self.poll()
         return UNKNOWN if code is None else code
+
+    def _is_suspended(self) -> bool:
+        return any(state in SUSPENDED for _, state, *_ in self._told() or ())
 
     def leave(self) -> None:
         """Close srun's stdin: what it runs ends by itself."""

@@ -226,6 +226,18 @@ def test_what_a_scheduler_has_ended_has_not_died(
     assert reason is None or reason in str(case.wait(Gone).failure)
 
 
+def test_one_that_is_silent_since_its_scheduler_has_suspended_it_has_not_died(
+    begin: Callable[..., Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOMEWHERE", "127.0.0.1")
+    case = begin(Elsewhere(), stall_timeout=0.3)
+    case.process.reason = "SLURM says SUSPENDED of its job 4: it was suspended"
+    case.process.become_ready()
+    ended = case.wait(Ended)
+    assert (ended.died, ended.why) == (False, case.process.reason)
+    assert case.process.reason in str(case.wait(Gone).failure)
+
+
 def test_one_that_is_told_to_stop_has_neither_died_nor_failed(begin: Callable[..., Case]) -> None:
     case = begin()
     case.process.become_ready()

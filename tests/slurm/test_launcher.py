@@ -20,6 +20,7 @@ from gserve import ConfigError, LLMConfig, ServeConfig, StartupTimeout, VLLMServ
 from gserve_core import runtime, testing
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Job
+from gserve_core.state import State
 from gserve_core.testing.slurm import SlurmCluster
 from gserve_launchers.slurm import SlurmLauncher
 
@@ -341,6 +342,16 @@ def test_that_a_job_was_suspended_is_why_it_did_not_move_and_was_ended(
     until(lambda: slurm_cluster.jobs()[0].split()[1] == "SUSPENDED")
     process.stop(0.0)
     assert "SLURM says SUSPENDED of its job gserve-frozen-" in str(process.why())
+
+
+def test_a_server_whose_job_is_suspended_is_replaced_and_costs_its_items_nothing(slurm_cluster: SlurmCluster) -> None:
+    with echo(1, stall_timeout=3.0) as service:
+        (job,) = [line.split()[0] for line in slurm_cluster.jobs()]
+        slurm_cluster.run("scontrol", "suspend", job)
+        until(lambda: service.status()[0].state == State.DRAINING)
+        assert not service.status()[0].died
+        until(lambda: "SLURM says SUSPENDED" in (service.status()[0].error or ""))
+        assert service.generate(["a b"]) == [["a b"]]
 
 
 def test_slurms_notice_to_all_steps_kills_no_server(slurm_cluster: SlurmCluster) -> None:
