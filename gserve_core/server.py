@@ -65,7 +65,8 @@ logger = logging.getLogger("gserve.server")
 def greeting(
     llm: LLMConfig, serve: ServeConfig, parts: Parts, origin: Surroundings, instance: str, token: str, control: str
 ) -> lease.Hello:
-    """Return the first message to a server, which holds its whole config."""
+    """Return the first message to a server, which holds its whole config; the owner's limits where it runs here."""
+    is_here = parts.launcher.owner_variable is None
     return lease.Hello(
         instance, token, control,
         ttl=lease.TTL if parts.launcher.is_line_cut_silently else None,
@@ -75,7 +76,7 @@ def greeting(
         transport=parts.registry.section("transport", parts.transport),
         plugins=list(parts.plugins),
         folder=str(parts.folder.resolve()) if parts.folder else None,
-        umask=origin.umask, limits=dict(origin.limits),
+        umask=origin.umask if is_here else None, limits=dict(origin.limits) if is_here else {},
     )  # fmt: skip
 
 

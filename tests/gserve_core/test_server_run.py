@@ -285,6 +285,18 @@ def test_a_stop_during_the_launch_ends_what_comes_of_it(begin: Callable[..., Cas
     assert case.process.stops
 
 
+@pytest.mark.parametrize(("launcher", "has_limits"), [(NoLauncher, True), (Elsewhere, False)])
+def test_limits_of_the_owner_are_those_of_servers_on_its_machine_only(
+    begin: Callable[..., Case], launcher: type[NoLauncher], has_limits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOMEWHERE", "127.0.0.1")
+    case = begin(launcher())
+    until(lambda: b"\n" in case.process.heard())
+    (hello,) = lease.decoded(case.process.heard().splitlines()[:1])
+    assert isinstance(hello, lease.Hello)
+    assert bool(hello.limits) is (hello.umask is not None) is has_limits
+
+
 def test_a_launch_that_fails_is_told(begin: Callable[..., Case]) -> None:
     for error in (LaunchError("no such program"), OSError("no more processes")):
         case = begin(NoLauncher(error=error))
