@@ -119,7 +119,8 @@ def run(
     """Start the service of a config, run `command` with $GSERVE_ATTACH set, and end both.
 
     `patience`: seconds that it may take to end after SIGUSR1; None: `PATIENCE`, or what is left of the job's time.
-    `asked`: how many seconds before the job's end SLURM was asked to send that.
+    `asked`: how many seconds before the job's end SLURM was asked to send that; 0: unknown, as `batch.NOTICE` where
+    `patience` is None.
     Raises LaunchError, ConfigError, PluginError: the service or the command cannot be started.
     """
     setup_logging()
@@ -130,7 +131,7 @@ def run(
         os.environ.pop("XDG_RUNTIME_DIR", None)  # a login has it, here or elsewhere, and it goes when that ends
     name = "-".join(filter(None, ("run", job, str(os.getpid()))))
     service = VLLMService.from_yaml(config, overrides=overrides, name=name)
-    notices = Notices(asked)
+    notices = Notices(asked or (batch.NOTICE if patience is None else 0))
     handlers = {
         number: signal.signal(number, notices)
         for number in NOTICES

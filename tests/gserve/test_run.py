@@ -290,6 +290,27 @@ def test_a_notice_that_comes_too_early_waits_for_the_last_quarter_of_the_jobs_ti
     process.wait(30)
 
 
+def test_a_notice_to_a_script_of_the_users_own_waits_too_also_while_servers_start(tmp_path: Path) -> None:
+    job = BatchJob(tmp_path, "")
+    (tmp_path / "end").write_text(str(int(time.time()) + 55))
+    slow = ["--set", "engine.load_time=1.5", "echo.yaml", "--", "sh", "-c", "echo begun; exec sleep 99"]
+    with (tmp_path / "out").open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "gserve.cli", "run", *slow],
+            env=job.environ, cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    until(lambda: "server-0: loading" in job.output)
+    process.send_signal(signal.SIGUSR1)
+    until(lambda: "going on for" in job.output)
+    until(lambda: "begun" in job.output)
+    assert "the service is ending" not in job.output
+    process.send_signal(signal.SIGUSR1)  # a second one counts
+    until(lambda: "the service is ending" in job.output, 6)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    process.wait(30)
+
+
 def test_a_notice_of_the_users_own_long_before_the_end_counts_at_once(tmp_path: Path) -> None:
     job = BatchJob(tmp_path, "echo begun; exec sleep 99", notice=10, patience=0.3, requeue=False)
     (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho '30:00|1:00:00'\n")
