@@ -14,6 +14,7 @@ from . import runtime
 from .batch.dispatcher import Dispatcher
 from .errors import GserveError, TransportError
 from .interfaces import Connection, EngineInfo
+from .log_utils import keep_logging_from_waiting
 from .runtime import ServerRecord, ServiceRecord
 from .state import ServerState, State
 
@@ -123,6 +124,7 @@ class _Following:
             self._thread.join(CLOSE_SECONDS)
 
     def _run(self) -> None:
+        keep_logging_from_waiting()
         while not self.is_closing:
             with suppress(queue.Empty):
                 self._orders.get(timeout=FOLLOW_SECONDS)

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from .errors import ConfigError
@@ -65,7 +65,14 @@ def log_level() -> str:
 
 
 def keep_logging_from_waiting() -> None:
-    """Have warnings of a program without any log handler written by a thread, which may wait for stderr. Idempotent."""
+    """Have another thread write what this one logs: it may wait for the handlers of the program, or stderr. Idempotent.
+
+    Each thread that keeps something alive calls it at its beginning, and again when a library has come that logs.
+    """
+    _THREAD.must_not_wait = True
+    for it in list(logging.root.manager.loggerDict.values()):  # also those of libraries, such as a transport's
+        if isinstance(it, logging.Logger):
+            it.addFilter(_hand_over)
     logger = logging.getLogger("gserve")
     if not logger.handlers:
         logger.addHandler(_LastResort(logging.WARNING))
@@ -80,34 +87,40 @@ def forward(lines: Iterable[str]) -> None:
 
 
 def flush(seconds: float = CLOSE_SECONDS) -> None:
-    """Wait until all that is to be forwarded is written, so many seconds at most."""
+    """Wait until all that is to be handed over and forwarded is written, so many seconds at most for each."""
+    _RECORDS.flush(seconds)
     _STDERR.flush(seconds)
 
 
-class _Stderr:
-    """The thread that writes to stderr, and what it has not written yet."""
+class _Backlog[T]:
+    """A thread that writes, and what it has not written yet.
 
-    def __init__(self) -> None:
+    write: writes some entries, and says how many were dropped before them. It may wait.
+    """
+
+    def __init__(self, name: str, write: Callable[[Sequence[T], int], object]) -> None:
+        self._name = name
+        self._write = write
         os.register_at_fork(after_in_child=self._reset)
         self._reset()
 
     def _reset(self) -> None:
         self._changed = threading.Condition()  # a signal handler may log while its thread has the lock: it is an RLock
-        self._lines: deque[str] = deque()
+        self._entries: deque[T] = deque()
         self._dropped = 0
         self._is_writing = False
         self._thread: threading.Thread | None = None
 
-    def put(self, lines: Iterable[str]) -> None:
+    def put(self, entries: Iterable[T]) -> None:
         with self._changed:
-            for line in lines:
-                if len(self._lines) >= BACKLOG_LINES:
-                    self._lines.popleft()
+            for entry in entries:
+                if len(self._entries) >= BACKLOG_LINES:
+                    self._entries.popleft()
                     self._dropped += 1
-                self._lines.append(line)
+                self._entries.append(entry)
             if self._thread is None:
-                thread = threading.Thread(target=self._write, name="stderr", daemon=True)
-                thread.start()  # raises where there can be no more threads: the next line tries it again
+                thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+                thread.start()  # raises where there can be no more threads: the next entry tries it again
                 self._thread = thread
                 atexit.unregister(flush)
                 atexit.register(flush)
@@ -115,20 +128,23 @@ class _Stderr:
 
     def flush(self, seconds: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._lines and not self._is_writing, seconds)
+            self._changed.wait_for(lambda: not self._entries and not self._is_writing, seconds)
 
-    def _write(self) -> None:
+    def _run(self) -> None:
         while True:
             with self._changed:
                 self._is_writing = False
                 self._changed.notify_all()
-                self._changed.wait_for(lambda: self._lines)
-                lines, self._lines = self._lines, deque()
+                self._changed.wait_for(lambda: self._entries)
+                entries, self._entries = self._entries, deque()
                 dropped, self._dropped = self._dropped, 0
                 self._is_writing = True
-            if dropped:
-                lines.appendleft(f"[gserve: {dropped} lines were dropped here: nobody read stderr]")
-            _write_to_stderr("".join(f"{line}\n" for line in lines))
+            self._write(entries, dropped)
+
+
+def _write_lines(lines: Sequence[str], dropped: int) -> None:
+    note = f"[gserve: {dropped} lines were dropped here: nobody read stderr]\n" if dropped else ""
+    _write_to_stderr(note + "".join(f"{line}\n" for line in lines))
 
 
 def _write_to_stderr(text: str) -> None:
@@ -147,7 +163,41 @@ def _write_to_stderr(text: str) -> None:
             data = data[os.write(stream.fileno(), data[: select.PIPE_BUF]) :]
 
 
-_STDERR = _Stderr()
+_STDERR = _Backlog("stderr", _write_lines)
+
+
+def _handle(records: Sequence[logging.LogRecord], dropped: int) -> None:
+    """Pass records on to the program's own handlers."""
+    if dropped:
+        logging.getLogger("gserve").warning("%d records were dropped here: a log handler takes none", dropped)
+    for record in records:
+        with contextlib.suppress(Exception):
+            logging.getLogger(record.name).callHandlers(record)
+
+
+_RECORDS = _Backlog("gserve-log", _handle)
+_THREAD = threading.local()
+
+
+def _hand_over(record: logging.LogRecord) -> bool:
+    """Be the filter of a logger: say whether this thread may pass a record on; else another one does that."""
+    if not getattr(_THREAD, "must_not_wait", False) or all(
+        isinstance(it, _StderrHandler) for it in _handlers(record.name)
+    ):
+        return True
+    with contextlib.suppress(RuntimeError):  # there can be no more threads
+        _RECORDS.put([record])
+    return False
+
+
+def _handlers(name: str) -> list[logging.Handler]:
+    """Return all handlers that get what a logger is told."""
+    found, logger = [], logging.getLogger(name)
+    while True:
+        found += logger.handlers
+        if not logger.propagate or logger.parent is None:
+            return found
+        logger = logger.parent
 
 
 class _StderrHandler(logging.Handler):
@@ -167,9 +217,7 @@ class _LastResort(_StderrHandler):
     """Does what `logging` does itself where a program has no handler, but does not wait."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        logger = logging.getLogger("gserve")
-        others = [*logger.handlers, *(logging.getLogger().handlers if logger.propagate else ())]
-        if all(isinstance(handler, _LastResort) for handler in others):
+        if all(isinstance(handler, _LastResort) for handler in _handlers("gserve")):
             super().emit(record)
 
 

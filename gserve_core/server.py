@@ -251,7 +251,6 @@ class ServerRun:
     def begin(self) -> None:
         """Start the thread."""
         open_missing_descriptors()
-        keep_logging_from_waiting()
         threading.Thread(target=self._run, name=self._program.name, daemon=True).start()
 
     # --------------------------------------------------------------------------------------- from the supervisor
@@ -278,6 +277,7 @@ class ServerRun:
             self._report(Released())
 
     def _release(self) -> None:
+        keep_logging_from_waiting()
         try:
             if (place := self.place) is not None:
                 self._parts.launcher.release(place)
@@ -291,6 +291,7 @@ class ServerRun:
 
     def _run(self) -> None:
         """Be the thread: launch the server, follow it to its end, and clean up after it."""
+        keep_logging_from_waiting()
         failure: GserveError | None = None
         left: tuple[int, ...] = ()
         try:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import GserveError, LaunchError
+from .log_utils import keep_logging_from_waiting
 from .state import BEGINNING, Ended, Gone, Phase, Published, Queued, Ready, Released, Report, ServerState, Start
 
 WINDOW = 600.0
@@ -229,6 +230,7 @@ class Supervisor:
     # ------------------------------------------------------------------------------------ in the supervisor's thread
 
     def _run(self) -> None:
+        keep_logging_from_waiting()
         try:
             while not self._is_over():
                 due = [server.due for server in self._servers.values() if server.due is not None]

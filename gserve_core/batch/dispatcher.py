@@ -22,6 +22,7 @@ import uvloop
 from ..environment import check_not_patched, open_missing_descriptors
 from ..errors import GserveError, StallTimeout, TransportError
 from ..interfaces import Connection
+from ..log_utils import keep_logging_from_waiting
 from ..schema import Group, Prompt, RunRequest
 from .item_queue import Call, Item, ItemQueue, Piece, Server
 
@@ -264,6 +265,7 @@ class Dispatcher:
 
     def _run(self) -> None:
         """Be the thread."""
+        keep_logging_from_waiting()
         try:
             self._loop.run_forever()
         finally:
@@ -273,6 +275,7 @@ class Dispatcher:
     # --------------------------------------------------------------------------------- from here on: in the event loop
 
     def _add(self, key: str, known: _Known, connection: Connection) -> None:
+        keep_logging_from_waiting()  # again: the first connection has brought a transport's loggers
         self._remove(key, "it was replaced", True, False)
         server = Server(key, known.capacity, known.is_watched, ends_hung=known.stall_timeout is not None)
         self._links[server] = _Link(server, connection, known)

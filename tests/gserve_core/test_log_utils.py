@@ -1,16 +1,19 @@
 """The log of a server, as a process has it: small, without secrets, and never in its way."""
 
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from gserve_core import log_utils
 from gserve_core.log_utils import HEAD, LIMIT, LONGEST_LINE, TAIL_LINES, BoundedLog
 
 SECRET = "hf_canary_0123456789"
@@ -321,3 +324,36 @@ def test_the_stack_of_a_crash_is_in_the_file(log: Path) -> None:
     text = run("print('running', flush=True); time.sleep(0.2); os.abort()", log, code=-signal.SIGABRT)
     assert text.startswith("running\n")
     assert "Fatal Python error: Aborted" in text
+
+
+def test_a_handler_that_waits_holds_up_no_thread_that_must_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_utils, "BACKLOG_LINES", 10)
+    may_go = threading.Event()
+    seen: list[str] = []
+
+    class Waiting(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            assert may_go.wait(30)
+            seen.append(record.getMessage())
+
+    logger, handler = logging.getLogger("gserve.waiting"), Waiting()
+
+    def log() -> None:
+        log_utils.keep_logging_from_waiting()
+        for number in range(100):
+            logger.warning("record %d", number)
+
+    logging.getLogger().addHandler(handler)
+    try:
+        thread = threading.Thread(target=log)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+        may_go.set()
+        log_utils.flush(10)
+    finally:
+        may_go.set()
+        logging.getLogger().removeHandler(handler)
+    assert seen[-10:] == [f"record {number}" for number in range(90, 100)]
+    (note,) = [it for it in seen if it.endswith("records were dropped here: a log handler takes none")]
+    assert len(seen) - 1 + int(note.split()[0]) == 100

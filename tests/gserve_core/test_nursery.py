@@ -19,6 +19,7 @@ import pytest
 from gserve import LLMConfig, ServeConfig, StartupTimeout, VLLMServer, VLLMService
 from gserve_core import lease, runtime
 from gserve_core.engines.echo import EchoEngine
+from gserve_core.log_utils import flush
 from gserve_core.server import PROGRAM, State
 from gserve_launchers.local import SubprocessLauncher
 
@@ -136,6 +137,7 @@ def test_a_server_that_is_killed_is_forked_again_and_its_end_is_named(
     (nursery,) = nurseries()
     server_process(service.servers[0]).kill()
     until(lambda: service.status()[0].restarts == 1 and service.status()[0].state == State.READY)
+    flush()
     assert "its process was killed by SIGKILL" in caplog.text
     assert server_process(service.servers[0]).ppid() == nursery.pid
     assert service.generate(["a", "b", "c"]) == [["a"], ["b"], ["c"]]
@@ -149,6 +151,7 @@ def test_the_death_of_the_nursery_costs_nothing(service: VLLMService, caplog: py
     assert [server.record() for server in service.servers] == before
     server_process(service.servers[0]).kill()
     until(lambda: service.status()[0].restarts == 1 and service.status()[0].state == State.READY)
+    flush()
     assert "its process has ended, and the nursery that had forked it did not say how" in caplog.text
     (another,) = nurseries()
     assert server_process(service.servers[0]).ppid() == another.pid

@@ -528,9 +528,7 @@ import os, signal, sys, time
 from gserve import LLMConfig, ServeConfig, VLLMService
 from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
-if {setup}:
-    from gserve.log_utils import setup_logging
-    setup_logging()
+{setup}
 os.set_blocking(2, False)
 try:
     while True:
@@ -549,8 +547,16 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("setup", [True, False])
-def test_a_stderr_that_nobody_reads_holds_nothing_up(tmp_path: Path, setup: bool) -> None:
+@pytest.mark.parametrize(
+    "setup",
+    [
+        "",
+        "from gserve.log_utils import setup_logging; setup_logging()",
+        "import logging; logging.basicConfig(level=logging.INFO)",
+    ],
+    ids=["no handler", "gserve's", "the program's own"],
+)
+def test_a_stderr_that_nobody_reads_holds_nothing_up(tmp_path: Path, setup: str) -> None:
     script = UNREAD.format(setup=setup)
     with subprocess.Popen(
         [sys.executable, "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

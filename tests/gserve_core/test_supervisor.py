@@ -19,6 +19,7 @@ from gserve import BatchError, ItemError, LaunchError, LLMConfig, ServeConfig, V
 from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import ItemLost
+from gserve_core.log_utils import flush
 from gserve_core.state import State
 
 LLM = LLMConfig("m", max_model_len=1000)
@@ -341,6 +342,7 @@ def test_deaths_between_which_another_process_had_answers_are_not_put_off(caplog
             assert other.generate(["a"]) == [["a"]]
             os.kill(processes(service.servers[0])["engine"], signal.SIGKILL)
             until(lambda: service.status()[0].restarts == restarts and is_ready(service))  # noqa: B023
+        flush()
         assert [it for it in caplog.messages if "is started again" in it] == ["server-0 is started again"] * 3
 
 

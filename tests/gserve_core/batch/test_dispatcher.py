@@ -27,6 +27,7 @@ from gserve_core.batch.dispatcher import Dispatcher
 from gserve_core.batch.items import Items, Seeds, read_prompt
 from gserve_core.errors import DeadlineExceeded, ItemLost, TransportError
 from gserve_core.interfaces import Access, Address, Connection, ServerApi, Transport
+from gserve_core.log_utils import flush
 from gserve_core.schema import Event, Group, Health, ResponseOutput, Result, RunRequest
 
 
@@ -218,6 +219,7 @@ def test_a_server_that_lives_and_cannot_be_reached_is_given_up_after_a_while(
         assert time.monotonic() - began > 2.0, "it may have hung: its owner had not ended it yet"
         assert isinstance(lost, ItemLost)
         assert "connection refused" in str(lost)
+        flush()
         assert "one does not answer, and no death of it is known: connection refused" in caplog.text
     finally:
         dispatcher.close()
