@@ -9,14 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from gserve_core import lease
+
 from . import oracles
-from .frame import Outcome, Scale
-from .oracles import Marked
+from .frame import GONE_SECONDS, Outcome, Scale
+from .oracles import Marked, until
 from .owner import Options
 from .owners import ECHO, Owner, owner
 
 THAW_SECONDS = 0.2
 """Seconds between the thaw of processes of one kind and of the next: all of them together less than any timeout."""
+CUT_SECONDS = 2 * lease.BEAT
+"""The least time limit of a lease with which servers live: heartbeats come more often."""
 ORDER = ("owner", "nursery", "server", "engine", "worker")
 """From above to below."""
 
@@ -91,12 +95,16 @@ def together(scale: Scale) -> Outcome:
     return outcome
 
 
-def owner_alone(scale: Scale) -> Outcome:
-    """Stop the owner, or hold its interpreter lock, for longer than the lease's time limit: its servers live."""
+def owner_alone(scale: Scale) -> list[Outcome]:
+    """Stop the owner, or hold its interpreter lock, for longer than any lease lasts.
+
+    Where the line is a pipe, only its end says that the owner is gone: the servers live. Where it can be cut without an
+    end, they end after the lease's time limit, and the owner has others when it goes on.
+    """
     seconds, ttl, stall = scale.of((5.0, 1.5, 2.0), (66.0, 60.0, 60.0))
-    outcome = Outcome(fault=f"owner stopped, or busy in one C call, for {seconds:g} s (the lease's limit {ttl:g} s)")
     serve = {"stall_timeout": stall, "client_timeout": scale.of(3.0, 30.0)}
     options = Options(echo=ECHO | {"load_time": 0.0}, servers=2, is_notebook=True, serve=serve, ttl=ttl)
+    alive = Outcome(fault=f"owner stopped, or busy in one C call, for {seconds:g} s; the line is a pipe")
 
     def stop(one: Owner) -> None:
         with oracles.stopped(one.process.pid):
@@ -108,17 +116,35 @@ def owner_alone(scale: Scale) -> Outcome:
         one.hear("held")
 
     def end(name: str) -> None:
-        with outcome.trial(name), owner(msgspec.structs.replace(options, hold=round(seconds))) as one:
+        with alive.trial(name), owner(msgspec.structs.replace(options, hold=round(seconds))) as one:
             _works_on(one, 2)
             before = _processes(one)
             {"stopped": stop, "lock held": hold}[name](one)
             since = time.monotonic()
             _works_on(one)
-            outcome.recover.append(time.monotonic() - since)
+            alive.recover.append(time.monotonic() - since)
             time.sleep(scale.of(stall, 5.0))
             _works_on(one)
             _same(before, one)
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(end, ("stopped", "lock held")))
-    return outcome
+    limit = max(ttl, CUT_SECONDS)
+    gone = Outcome(fault=f"owner stopped beyond the lease's limit of {limit:g} s; the line can be cut silently")
+
+    def cut() -> None:
+        with gone.trial("cut"), owner(msgspec.structs.replace(options, ttl=limit, is_line_cut=True)) as one:
+            _works_on(one, 2)
+            before = set(one.servers())
+            since = time.monotonic()
+            with oracles.stopped(one.process.pid):
+                until(lambda: not one.servers(), limit + GONE_SECONDS, "the end of its servers")
+                took = time.monotonic() - since
+            assert took > limit / 3, f"they ended after {took:.1f} s"  # the last heartbeat was some time before
+            since = time.monotonic()
+            _works_on(one)
+            gone.recover.append(time.monotonic() - since)
+            assert not before & set(one.servers()), "a server has come back"
+
+    with ThreadPoolExecutor(3) as pool:
+        for it in [pool.submit(end, "stopped"), pool.submit(end, "lock held"), pool.submit(cut)]:
+            it.result()
+    return [alive, gone]

@@ -19,6 +19,7 @@ from gserve import LLMConfig, ServeConfig, VLLMService
 from gserve_core import lease
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import BatchInterrupted
+from gserve_launchers.local import SubprocessLauncher
 
 DEMO = LLMConfig(
     "demo:smollm2-135m", dtype="float32", enforce_eager=True, gpu_memory_utilization=0.16, max_model_len=512
@@ -31,8 +32,9 @@ class Options(Struct, frozen=True, kw_only=True):
     """What the owner does. `echo`: options of that engine; None: real vLLM. Times are in seconds.
 
     `end`: what ends its batch, "exit" (`os._exit`) or "exception"; "" lets it finish. With `is_notebook` it works on
-    batches for ever, and tells what each gave. `serve`: options of a `ServeConfig`. `ttl`: the lease's time limit.
-    `hold`: at SIGUSR1 the interpreter lock is held for so long. `name`: of the service.
+    batches for ever, and tells what each gave. `serve`: options of a `ServeConfig`. `ttl`: the time limit of the lease
+    of a line that can be cut without an end, as that between machines; `is_line_cut`: the lines to its servers count as
+    such. `hold`: at SIGUSR1 the interpreter lock is held for so long. `name`: of the service.
     """
 
     echo: dict[str, Any] | None = None
@@ -43,8 +45,18 @@ class Options(Struct, frozen=True, kw_only=True):
     is_notebook: bool = False
     serve: dict[str, Any] = {}
     ttl: float | None = None
+    is_line_cut: bool = False
     hold: int = 0
     name: str | None = None
+
+
+class Elsewhere(SubprocessLauncher):
+    """Starts servers here, and takes the lines to them for lines between machines."""
+
+    @property
+    def is_line_cut_silently(self) -> bool:
+        """Say so."""
+        return True
 
 
 def main(options: Options) -> None:
@@ -55,8 +67,9 @@ def main(options: Options) -> None:
     serve = ServeConfig(servers=options.servers, **options.serve) if options.echo is not None else REAL
     engine = EchoEngine(**options.echo) if options.echo is not None else None
     llm = LLMConfig("m") if engine else DEMO
+    launcher = Elsewhere() if options.is_line_cut else None
     say("spawn")
-    with VLLMService(llm, serve, engine=engine, name=options.name) as service:
+    with VLLMService(llm, serve, engine=engine, launcher=launcher, name=options.name) as service:
         say("idle")
         time.sleep(options.idle)
         if options.is_notebook:
