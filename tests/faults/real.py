@@ -246,6 +246,5 @@ def storm(scale: Scale) -> Outcome:
         return outcome
     serve = ServeConfig(servers=2, startup_timeout=400.0, max_restarts=1000)
     weather = storms.Weather(calls=4, items=40, delay=3.0, kind=RealTally(), patience=HEAL_SECONDS, start=HEAL_SECONDS)
-    for _ in storms.storms(scale, outcome, lambda: VLLMService(DEMO, serve), STORMS, weather):
-        pass
+    storms.storms(scale, outcome, lambda: VLLMService(DEMO, serve), STORMS, weather)
     return outcome

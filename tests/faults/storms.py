@@ -1,6 +1,7 @@
 """Storms: everything below an owner is killed at once while it calls, and calls that meet the service's end."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -29,16 +30,22 @@ BUSY_SECONDS = 2.0
 """How long the thread that sends items is kept busy in some rounds."""
 STORMS = 20, 200
 """Rounds: short form, long form."""
-FEWEST, ENOUGH = 5, 30.0
-"""The short form has at least so many rounds, and begins no other after so many seconds."""
+WAYS = "list", "stream", "list", "slow", "list", "endless"
+"""How calls hand their items over, in turn: see `Called`."""
+PAUSE_EVERY, PAUSE_SECONDS = 50, 0.2
+"""How often a source of items is slow, and for how long."""
 
 
 @dataclass
 class Called:
-    """A call in a thread of its own, and what became of its items."""
+    """A call in a thread of its own, and what became of its items.
+
+    way: how it hands them over. "list": to `generate`; else to `generate_iter`: "stream": as a list; "slow": by a
+    generator that is slow now and then; "endless": by one that has no end, whose items are these and what it has given.
+    """
 
     prompts: list[str]
-    is_stream: bool
+    way: str
     kind: Tally
     outcomes: list[tuple[int, Any]] = field(default_factory=list)
     error: BaseException | None = None
@@ -46,15 +53,28 @@ class Called:
     def make(self, service: VLLMService) -> None:
         """Call."""
         try:
-            if self.is_stream:
-                for it in service.generate_iter(self.prompts, self.kind.params(self.prompts)):
-                    self.outcomes.append(it)
-            else:
-                params = self.kind.params(self.prompts)
+            params = self.kind.params(self.prompts)
+            if self.way == "list":
                 results = service.generate(self.prompts, params, return_extra=True, on_error="return")
                 self.outcomes += enumerate(results)
+            else:
+                source = self.prompts if self.way == "stream" else self._source()
+                for it in service.generate_iter(source, params):
+                    self.outcomes.append(it)
         except BaseException as error:
             self.error = error
+
+    def _source(self) -> Iterator[str]:
+        for index, prompt in enumerate(self.prompts):
+            if index % PAUSE_EVERY == 0:
+                time.sleep(PAUSE_SECONDS)
+            yield prompt
+        if self.way == "endless":
+            yield from map(self._another, itertools.count())
+
+    def _another(self, number: int) -> str:
+        self.prompts.append(f"{self.prompts[0]}-{number}")
+        return self.prompts[-1]
 
     def judge(self, outcome: Outcome, *, may_lose: bool) -> None:
         """Count what became of the items. Where the service was shut down, it may have lost them; nobody doubles any.
@@ -136,17 +156,12 @@ def storm(scale: Scale) -> Outcome:
     outcome = Outcome(fault="6 servers and the nursery killed -9 at once, mid-call; half of the times with shutdown()")
     serve = ServeConfig(servers=6, max_restarts=10_000)
     engine = EchoEngine(latency=0.02, capacity=4)
-    began = time.monotonic()
-    for number in storms(scale, outcome, lambda: VLLMService(LLM, serve, engine=engine), scale.of(*STORMS), Weather()):
-        if not scale.is_long and number % 2 and number >= FEWEST and time.monotonic() - began > ENOUGH:
-            break
+    storms(scale, outcome, lambda: VLLMService(LLM, serve, engine=engine), scale.of(*STORMS), Weather())
     return outcome
 
 
-def storms(
-    scale: Scale, outcome: Outcome, make: Callable[[], VLLMService], count: int, weather: Weather
-) -> Iterator[int]:
-    """Yield the number of each storm that is over; stop where one was not survived.
+def storms(scale: Scale, outcome: Outcome, make: Callable[[], VLLMService], count: int, weather: Weather) -> None:
+    """Have so many storms; stop where one was not survived.
 
     Every other one is the end of the service, and the next one finds a new one.
     """
@@ -170,7 +185,6 @@ def storms(
         outcome.figures["storms"] = number + 1
         if outcome.survived < outcome.trials:
             return
-        yield number
 
 
 def one_storm(
@@ -188,7 +202,8 @@ def one_storm(
     victims = [it for it in oracles.marked() if it.role in ("server", "nursery")]
     assert sum(it.role == "server" for it in victims) == len(service.servers), f"the servers are {victims}"
     prompts = [[f"item-{number}-{call}-{index}" for index in range(weather.items)] for call in range(weather.calls)]
-    calls = Calls(service, [Called(it, place % 2 == 1, weather.kind) for place, it in enumerate(prompts)])
+    ways = WAYS if is_last else [way.replace("endless", "slow") for way in WAYS]
+    calls = Calls(service, [Called(it, way, weather.kind) for it, way in zip(prompts, itertools.cycle(ways))])
     time.sleep(chance.uniform(0.0, weather.delay))
     if is_busy:
         block(service, BUSY_SECONDS)
@@ -226,7 +241,7 @@ def shutdowns(scale: Scale) -> Outcome:
             last: Called | None = None
             while last is None or last.error is None:
                 prompts = [f"item-{number}-{thread}-{index}" for index in range(1 + thread % 3)]
-                made.append(last := Called(prompts, thread % 4 == 3, Tally()))
+                made.append(last := Called(prompts, WAYS[thread % len(WAYS)], Tally()))
                 last.make(service)
 
         with outcome.trial(f"shutdown {number}"):
