@@ -526,7 +526,7 @@ OF_A_JOB = {"gpus_per_server": 1, "cpus_per_server": 1, "mem": "100M"}
 class Owner:
     """A `gserve generate` at work on a file of prompts, on a login node or in a batch job, with a mark of its own."""
 
-    def __init__(self, on: SlurmCluster, servers: int, *, is_job: bool) -> None:
+    def __init__(self, on: SlurmCluster, servers: int, *, is_job: bool, stall: float) -> None:
         self._on = on
         self.run = uuid.uuid4().hex
         self.title = f"own-{self.run[:8]}"
@@ -534,7 +534,7 @@ class Owner:
         config, prompts, self._results = (folder / it for it in ("config.yaml", "prompts.txt", "results.jsonl"))
         sections = {
             "llm": {"model_name": "m"},
-            "serve": {"servers": servers},
+            "serve": {"servers": servers, "stall_timeout": stall},
             "engine": {"type": "echo", "latency": ECHO.latency, "capacity": ECHO.capacity, "processes": ECHO.processes},
             "launcher": {"type": "slurm", "job_name": self.title, **OF_A_JOB},
         }
@@ -565,6 +565,10 @@ class Owner:
     def end_script(self) -> None:
         """Cancel its batch job."""
         self._on.run("scancel", f"--name=script-{self.run[:8]}")
+
+    def job(self) -> str:
+        """Return the number of its batch job."""
+        return named(self._on, f"script-{self.run[:8]}")[0].partition("|")[0]
 
     def results(self) -> int:
         """Return how many items it has put out."""
@@ -599,12 +603,12 @@ class Owner:
             self._command, env=os.environ | {RUN_VARIABLE: self.run}, check=True, timeout=HEAL_SECONDS,
             stdout=self._said, stderr=self._said,
         )  # fmt: skip
-        rows = [json.loads(line) for line in self._results.read_text().splitlines()]
-        counts = Counter(row["id"] for row in rows)
-        outcome.figures["items"] = outcome.figures.get("items", 0) + len(self._items)
-        outcome.lost += len(self._items) - len(counts)
-        outcome.duplicated += len(rows) - len(counts)
-        outcome.out_of_order += sum(row["outputs"][0]["text"] != self._items[row["id"]] for row in rows)
+        count(outcome, self._items, self._results)
+
+    def wait_finished(self, outcome: Outcome) -> None:
+        """Wait until all items are put out: each must be there once."""
+        until(lambda: self.results() >= len(self._items), HEAL_SECONDS, "all results")
+        count(outcome, self._items, self._results)
 
     def close(self) -> None:
         """Leave nothing behind, whatever has happened."""
@@ -618,10 +622,20 @@ class Owner:
         oracles.kill(oracles.marked(self.run))
 
 
+def count(outcome: Outcome, items: Sequence[str], results: Path) -> None:
+    """Count what became of items, by the file of their results."""
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    counts = Counter(row["id"] for row in rows if "outputs" in row)
+    outcome.figures["items"] = outcome.figures.get("items", 0) + len(items)
+    outcome.lost += len(items) - len(counts)
+    outcome.duplicated += len(rows) - len({row["id"] for row in rows})
+    outcome.out_of_order += sum(row["outputs"][0]["text"] != items[row["id"]] for row in rows if "outputs" in row)
+
+
 @contextlib.contextmanager
-def owner(on: SlurmCluster, servers: int, *, is_job: bool = False) -> Iterator[Owner]:
+def owner(on: SlurmCluster, servers: int, *, is_job: bool = False, stall: float = 60.0) -> Iterator[Owner]:
     """Have an owner for as long as the context lasts."""
-    one = Owner(on, servers, is_job=is_job)
+    one = Owner(on, servers, is_job=is_job, stall=stall)
     try:
         yield one
     finally:
@@ -654,3 +668,211 @@ def of_owners(scale: Scale) -> list[Outcome]:
     with cluster(scale.of(*SECONDS)) as on, ThreadPoolExecutor(len(deaths)) as pool:
         ending = [pool.submit(end, name, strike, is_job=is_job) for name, is_job, strike in deaths]
         return [it.result() for it in ending]
+
+
+# ------------------------------------------------------------------------------------------------------ suspended jobs
+
+SUSPENSIONS = 3
+"""How often a job is suspended while it works."""
+
+
+def of_suspension(scale: Scale) -> list[Outcome]:
+    """Suspend the jobs of servers, and the job in which an owner and its servers are, again and again."""
+    if not_tried := skipped("jobs of SLURM that are suspended"):
+        return not_tried
+    with cluster(scale.of(*SECONDS)) as on, ThreadPoolExecutor(2) as pool:
+        suspending = [pool.submit(it, on, *scale.of((8.0, 5.0), (66.0, 60.0))) for it in (servers_wait, owner_waits)]
+        return [it.result() for it in suspending]
+
+
+@contextlib.contextmanager
+def suspended(on: SlurmCluster, *jobs: str) -> Iterator[None]:
+    """Have jobs suspended for as long as the context lasts; those that are gone by then stay so."""
+    for job in jobs:
+        on.run("scontrol", "suspend", job)
+    try:
+        yield
+    finally:
+        for job in jobs:
+            with contextlib.suppress(RuntimeError):
+                on.run("scontrol", "resume", job)
+
+
+def servers_wait(on: SlurmCluster, seconds: float, stall: float) -> Outcome:
+    """Suspend the jobs of all servers for longer than `stall_timeout`: the same items see each of these ends."""
+    outcome, tally, heard = Outcome(fault=f"the jobs of 2 servers suspended for {seconds:g} s"), Patient(), Heard()
+    engine = EchoEngine(latency=4.0, capacity=4, processes=2)
+    serve = ServeConfig(servers=2, stall_timeout=stall, max_restarts=1000)
+    said: list[str] = []
+    with (
+        VLLMService(LLM, serve, engine=engine, launcher=SlurmLauncher(nodelist="n3", **OF_A_JOB)) as one,
+        Watch(one) as watch,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        call = pool.submit(tally.batch, one, 2 * engine.capacity)
+        for number in range(SUSPENSIONS):
+            with outcome.trial(f"suspension {number}"):
+                until(lambda: min(watch.ready_for(0), watch.ready_for(1)) > 0.5, HEAL_SECONDS, "all ready")
+                assert not call.done(), "no item sees this one"
+                lives = [Life(on, server) for server in one.servers]
+                since = time.monotonic()
+                with suspended(on, *(life.job for life in lives)):
+                    time.sleep(seconds)
+                for index, life in enumerate(lives):
+                    detect, recover = watch.wait_recovered(index, since, seconds + HEAL_SECONDS)
+                    outcome.detect.append(detect)
+                    outcome.recover.append(recover)
+                    wait_gone(outcome, lambda life=life: life.left(place_stays=True), since + seconds)
+                    said.append(heard.of(life.log))
+            if outcome.problems:
+                break
+        call.result(2 * HEAL_SECONDS)
+    outcome.count(tally)
+    outcome.problems += [it for it in said if "SLURM says SUSPENDED" not in it]
+    wait_gone(outcome, lambda: [*named(on, "gserve"), *oracles.of_servers()], time.monotonic())
+    return outcome
+
+
+def owner_waits(on: SlurmCluster, seconds: float, stall: float) -> Outcome:
+    """Suspend the job in which an owner and its servers are: they go on, all of them."""
+    outcome = Outcome(fault=f"the job of an owner and its servers suspended for {seconds:g} s")
+    with owner(on, 2, is_job=True, stall=stall) as one:
+        until(lambda: one.results() > 20, HEAL_SECONDS, "a batch at work")
+        servers = one.pids("vllm_server.py")
+        for number in range(SUSPENSIONS):
+            with outcome.trial(f"suspension {number}"):
+                with suspended(on, one.job()):
+                    time.sleep(1.0)  # what is written at this moment
+                    before = one.results()
+                    time.sleep(seconds - 1.0)
+                    assert one.results() == before, "it was not suspended"
+                since = time.monotonic()
+                until(lambda before=before: one.results() > before + 8, HEAL_SECONDS, "it goes on")
+                outcome.recover.append(time.monotonic() - since)
+                assert one.pids("vllm_server.py") == servers, "a server was replaced"
+            if outcome.problems:
+                return outcome
+        one.wait_finished(outcome)
+        one.wait_gone(Outcome(fault="its end"), one.end_script)
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------------- batch jobs run again
+
+PROGRAM = """
+import sys
+from pathlib import Path
+from gserve import VLLMService
+results, items = Path(sys.argv[1]), int(sys.argv[2])
+service = VLLMService.attach()
+for number in range(len(results.read_text().splitlines()), items):
+    ((text,),) = service.generate([f"item-{number}"])
+    with results.open("a") as file:
+        file.write(f"{text}\\n")
+"""
+"""A COMMAND that does its items one by one, goes on where it was ended, and dies of SIGTERM at once."""
+
+
+def of_batch(scale: Scale) -> list[Outcome]:
+    """Requeue and preempt batch jobs whose COMMAND dies sooner than its job hears of it; give two one output."""
+    if not_tried := skipped("batch jobs of SLURM"):
+        return not_tried
+    again = Outcome(fault="COMMAND of a batch job dies of SIGTERM while SLURM requeues or preempts it")
+    chance = scale.random
+    moments = {
+        node: [(chance.uniform(0.0, 1.5), way) for _ in range(scale.of(1, 5))]
+        for node, way in {"n1": "requeue", "n2": "preempt", "n3": chance.choice(["requeue", "preempt"])}.items()
+    }
+    with cluster(scale.of(*SECONDS)) as on, ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(run_again, on, again, node, it) for node, it in moments.items()]
+        arrays = pool.submit(one_output, on, scale.of(1, 3))
+        for it in running:
+            it.result()
+        outcomes = [again, arrays.result()]
+        if not again.problems:
+            on.wait_idle(HEAL_SECONDS)
+            left = [it.name for it in (Path(os.environ["XDG_STATE_HOME"]) / "gserve" / "jobs").iterdir()]
+            assert not left, f"orders are left: {left}"
+    return outcomes
+
+
+def config(folder: Path) -> str:
+    """Write the config of a batch job with one server, which is a process of the job's node."""
+    sections = {
+        "llm": {"model_name": "m"},
+        "engine": {"type": "echo", "latency": ECHO.latency, "capacity": ECHO.capacity},
+        "launcher": {"type": "subprocess"},
+    }
+    (folder / "config.yaml").write_text(json.dumps(sections))
+    return str(folder / "config.yaml")
+
+
+def run_again(on: SlurmCluster, outcome: Outcome, node: str, ends: Sequence[tuple[float, str]]) -> None:
+    """Have a batch job on a node, and SLURM end its runs at these moments: each next one must go on."""
+    folder = Path(tempfile.mkdtemp())
+    results, items = folder / "results", 20 + 10 * len(ends)
+    results.touch()
+    program = [sys.executable, "-c", PROGRAM, str(results), str(items)]
+    where = ["--requeue", "--partition=low", f"--nodelist={node}", "--mem=100M"]
+    told = subprocess.run(
+        [sys.executable, "-m", "gserve.cli", "sbatch", config(folder), *where, "--", *program],
+        cwd=folder, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    job = told.stdout.split()[1].rstrip(":")
+
+    def state(name: str) -> str:
+        words = on.run("scontrol", "show", "job", job).split()
+        return next(word.partition("=")[2] for word in words if word.startswith(f"{name}="))
+
+    def finished() -> int:
+        return len(results.read_text().splitlines())
+
+    before = 0
+    for number, (moment, way) in enumerate(ends, 1):
+        with outcome.trial(f"{way} on {node}, run {number}"):
+            until(lambda before=before: finished() > before, HEAL_SECONDS, "a COMMAND at work")
+            time.sleep(moment)
+            if way == "requeue":
+                on.run("scontrol", "requeue", job)
+            else:
+                whole = ["--partition=high", f"--nodelist={node}", "--exclusive"]
+                on.run("sbatch", *whole, "--output=/dev/null", "--wrap=sleep 1")
+            since = time.monotonic()
+            until(lambda number=number: state("Restarts") == str(number), HEAL_SECONDS, "its next run")
+            before = finished()
+            assert before < items, "it had done all"
+            until(lambda before=before: finished() > before, HEAL_SECONDS, "work in it")
+            outcome.recover.append(time.monotonic() - since)
+            if number == len(ends):
+                until(lambda: state("JobState") not in ("RUNNING", "PENDING", "COMPLETING"), HEAL_SECONDS, "its end")
+                assert (state("JobState"), state("ExitCode")) == ("COMPLETED", "0:0")
+        if outcome.problems:
+            return
+    lines = results.read_text().splitlines()
+    outcome.figures["items"] = outcome.figures.get("items", 0) + items
+    outcome.lost += items - len(set(lines))
+    outcome.duplicated += len(lines) - len(set(lines))
+    outcome.out_of_order += sum(line != f"item-{number}" for number, line in enumerate(lines))
+
+
+def one_output(on: SlurmCluster, times: int) -> Outcome:
+    """Have the two tasks of an array write to one file: one is refused, the other does all."""
+    outcome = Outcome(fault="two tasks of an array with one output: one is refused")
+    for number in range(times):
+        with outcome.trial(f"array {number}"):
+            folder = Path(tempfile.mkdtemp())
+            items = [f"item-{number}" for number in range(200)]
+            (folder / "prompts.txt").write_text("\n".join(items))
+            command = [sys.executable, "-m", "gserve.cli", "generate", config(folder)]
+            command += ["-i", str(folder / "prompts.txt"), "-o", str(folder / "results.jsonl")]
+            # with --wait sbatch ends as its tasks do: with the highest of their exit codes
+            options = ["--wait", "--array=0-1", "--nodelist=n1", "--mem=100M", f"--output={folder}/%a.out"]
+            ended = subprocess.run(
+                ["sbatch", *options, f"--wrap={shlex.join(command)}"],
+                check=False, capture_output=True, timeout=HEAL_SECONDS,
+            )  # fmt: skip
+            said = [(folder / f"{task}.out").read_text() for task in (0, 1)]
+            refused = [it for it in said if "already being written by process" in it and "SLURM job" in it]
+            assert (ended.returncode, len(refused)) == (2, 1), f"code {ended.returncode}; the tasks said {said}"
+            count(outcome, items, folder / "results.jsonl")
+    return outcome

@@ -20,6 +20,8 @@ SLURM = (  # the longest first: a test runs some beside one another
     Row("slurm-jobs", jobs.of_jobs, jobs.LIMIT),
     Row("slurm-nodes", jobs.of_nodes, jobs.LIMIT),
     Row("slurm-time", jobs.of_time, jobs.LIMIT),
+    Row("slurm-suspension", jobs.of_suspension, jobs.LIMIT),
+    Row("slurm-batch", jobs.of_batch, jobs.LIMIT),
     Row("slurm-queue", jobs.of_queue, jobs.LIMIT),
 )
 ROWS = (
@@ -41,7 +43,7 @@ ROWS = (
     Row("decoy", starts.decoy, (90, 600)),
     Row("cycles", starts.cycles, (120, 1800)),
     Row("machine", starts.machine, (120, 3000)),
-    Row("storm", storms.storm, (240, 3600)),
+    Row("storm", storms.storm, (480, 3600)),
     Row("shutdown", storms.shutdowns, (120, 1200)),
     Row("freeze", freezes.together, (150, 900)),
     Row("owner-stopped", freezes.owner_alone, (150, 600)),
