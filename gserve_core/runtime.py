@@ -50,6 +50,8 @@ PLACE_VARIABLE = "_GSERVE_PLACE"
 PLACE = Path("/tmp")  # noqa: S108 - whatever TMPDIR says: all sessions of a user must meet
 LOCK_SECONDS = 10.0
 """Maximum wait for another process that reserves a name, in seconds."""
+UPDATE_SECONDS = 1.0
+"""The same of an owner that writes what has become of its service: it has other things to do, and tries it again."""
 LOOK_SECONDS = 0.05
 """Interval between two looks at a lock or a record, in seconds."""
 DEATHS = 256
@@ -397,7 +399,7 @@ def _update(record: ServiceRecord, *, may_be_same: bool) -> None:
     if record.machine is None:
         record = structs.replace(record, machine=machine())
     try:
-        with _locked(places(), LOCK_SECONDS):
+        with _locked(places(), UPDATE_SECONDS if may_be_same else LOCK_SECONDS):
             for other in _named(record.name):
                 if other.is_alive and not (may_be_same and other.is_same(record)):
                     raise _taken(other)

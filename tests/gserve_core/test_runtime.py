@@ -361,6 +361,11 @@ def test_a_process_that_was_stopped_while_it_reserves_a_name_does_not_stop_the_o
         stopped.send_signal(signal.SIGSTOP)
         with pytest.raises(GserveError, match="cannot make the service 'mine' known: another process has locked"):
             runtime.reserve_service(record())
+        monkeypatch.setattr(runtime, "LOCK_SECONDS", 60.0)
+        began = time.monotonic()
+        with pytest.raises(GserveError, match="cannot make the service 'mine' known: another process has locked"):
+            runtime.write_service(record())
+        assert time.monotonic() - began < 20.0, "the supervisor of an owner waits as long as one that reserves a name"
         stopped.kill()
     runtime.reserve_service(record())
 
