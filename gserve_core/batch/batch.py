@@ -5,7 +5,7 @@ import contextvars
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal
@@ -114,14 +114,14 @@ class Batch:
                 break
         else:
             self._is_read = len(good) + len(bad) < count
+        if good:
+            self._dispatcher.submit(good)
+        if bad:
+            self._deliver(bad)
         self._read += len(good) + len(bad)
         self._read_size += before - room
         if self._open is not None:
             self._open.update([item.index for item in good], [index for index, _ in bad])
-        if bad:
-            self._deliver(bad)
-        if good:
-            self._submit(good)
 
     def _read_all(self) -> None:
         """Be the reader: submit each item as soon as it is read, and wait where there are enough."""
@@ -139,7 +139,7 @@ class Batch:
 
     def _submit_one_by_one(self, room: int) -> bool:
         """Submit up to `FEED` items, or about `room` bytes, each as soon as it is read; return whether all is read."""
-        call, open_items, reading, submit = self._call, self._open, self._reading, self._submit
+        call, open_items, reading, submit = self._call, self._open, self._reading, self._dispatcher.submit
         count = min(FEED, self._places)
         last = self._read + count
         for item in islice(self._given, count):
@@ -153,19 +153,15 @@ class Batch:
                     self._deliver([(item.index, item)])
                     continue
                 self._read_size += item.size
-                submit((item,))
+                try:
+                    submit((item,))
+                except BaseException:  # there will be no outcome to count
+                    self._read -= 1
+                    raise
             room -= item.size
             if room < 0:
                 return False
         return self._read < last
-
-    def _submit(self, items: Sequence[Item]) -> None:
-        """Submit items that are counted as read. Raises GserveError: no outcome comes of them, and none is counted."""
-        try:
-            self._dispatcher.submit(items)
-        except BaseException:
-            self._read -= len(items)
-            raise
 
     @property
     def _is_full(self) -> bool:
