@@ -20,7 +20,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gserve_core.errors import RemoteError
@@ -57,6 +57,10 @@ CHUNKING = 8
 """So many bytes more for each byte of the body: to send it in chunks of one byte each takes 5."""
 MAX_LEFTOVER = 256 << 20
 """How much is read of a body after the answer. Cut off at once, a client that still sends would not see the answer."""
+BODIES = 16
+"""The bodies of all requests that are being worked on may take as much memory as so many of the largest."""
+BUSY_SECONDS = 1.0
+"""Seconds until a client asks again that was refused because of that."""
 MAX_PIPELINED = 16
 """How many requests may wait on one connection behind the one that is worked on."""
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::[0-9]{1,5})?")
@@ -67,7 +71,8 @@ async def serve(api: ServerApi, host: str, port: int, *, max_body: int) -> Async
     """Listen and answer until the context ends. Raises OSError: cannot listen there."""
     with _bind(host, port) as listening:
         address = Address(_reachable_as(host), listening.getsockname()[1])
-        app = _Guard(_app(api, max_body), api, {*address.hosts, host, "localhost", "127.0.0.1", "::1"})
+        bounded = _Bodies(_app(api, max_body), BODIES * max_body)
+        app = _Guard(bounded, api, {*address.hosts, host, "localhost", "127.0.0.1", "::1"})
         server = _Server(
             uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", ws="none", http=_Protocol,
@@ -334,6 +339,34 @@ async def _unless_gone[T](request: Request, work: Awaitable[T]) -> T:
     finally:
         leaving.cancel()
         working.cancel()
+
+
+class _Bodies:
+    """Counts the bytes of the bodies of all requests, until they are answered; of more than `most` the last waits."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+        self._bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        own = 0
+
+        async def counted() -> Message:
+            nonlocal own
+            message = await receive()
+            size = len(message.get("body", b""))
+            own += size
+            self._bytes += size
+            if size and self._bytes > self._most:
+                text = f"the server has {self._most} bytes of requests to do: ask again in a moment"
+                raise RemoteError(text, status=429, retry_after=BUSY_SECONDS)
+            return message
+
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._bytes -= own
 
 
 class _Guard:

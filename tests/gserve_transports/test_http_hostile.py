@@ -128,6 +128,26 @@ def test_a_body_too_large_by_its_own_word_is_refused_before_it_is_sent(hostile: 
         assert line.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
+def test_bodies_of_many_clients_take_no_more_memory_than_some_of_the_largest(
+    hostile: Hostile, until: Callable[..., None]
+) -> None:
+    large = json.dumps({"prompts": ["a"], "params": {"stop": ["b" * 900_000]}}).encode()
+
+    def status() -> bytes:
+        with socket.create_connection(("127.0.0.1", hostile.port), timeout=60) as line:
+            line.sendall(hostile.head(f"Content-Length: {len(large)}") + large)
+            return line.recv(12).split()[1]
+
+    assert status() != b"429"
+    with contextlib.ExitStack() as stalled:
+        for _ in range(17):  # 16 MiB may be there; all but a little of each of these is
+            line = stalled.enter_context(socket.create_connection(("127.0.0.1", hostile.port), timeout=60))
+            line.sendall(hostile.head(f"Content-Length: {MIB}") + b"a" * 950_000)
+        until(lambda: status() == b"429")
+        hostile.works()
+    until(lambda: status() != b"429")
+
+
 def test_a_body_that_is_to_be_continued_is_refused_before_it_is_sent(hostile: Hostile) -> None:
     with socket.create_connection(("127.0.0.1", hostile.port), timeout=60) as line:
         line.sendall(hostile.head("Expect: 100-continue", f"Content-Length: {4096 * MIB}"))
