@@ -44,8 +44,8 @@ BUSY_SECONDS = 1.0
 SETTLE_SECONDS = 2.0
 """How long a server that was told to drop items may still work on them, in seconds. No suspects are begun meanwhile."""
 RESULTS_SIZE = 64 << 20
-"""About how much memory the results of a call may take that its caller has not taken, in bytes, beyond those of what is
-in flight: as long as it is more, nothing of that call is sent."""
+"""Maximum size of the results of a call that wait for its caller, in bytes of memory: beyond it, no more of its items
+are sent. The results of items in flight come on top."""
 AHEAD = 1.25
 """Keep at least this multiple of a server's capacity in flight, so that it never runs dry."""
 

@@ -19,6 +19,7 @@ EXAMPLES = 200
 POISON = "poison"
 RESULTS_SIZE = 600
 """Size of the results that a call may leave untaken, in bytes: one of the smallest."""
+USUAL_RESULTS_SIZE = item_queue.RESULTS_SIZE
 BACKGROUND = 400
 """Number of waiting items of a call that never ends, while the others are to end."""
 
@@ -445,7 +446,7 @@ class QueueMachine(RuleBasedStateMachine):
         poisoned += sum(item.prompt == POISON for call in self.open for item in call.waiting)
         suspects = self.world.queue.waiting - sum(len(call.waiting) for call in self.open)
         self.world.accepts = 8 << 20
-        item_queue.RESULTS_SIZE = 64 << 20
+        item_queue.RESULTS_SIZE = USUAL_RESULTS_SIZE
         # each server sends a piece a round; a poisoned item costs a few deaths, of what was in flight each time
         self.world.drain(most=400 + 2 * waiting + 40 * (poisoned + suspects))
         self.world.check_losses()
