@@ -114,12 +114,12 @@ def _load(processes: list[psutil.Process], seconds: float) -> float:
     return (used() - before) / (time.monotonic() - began)
 
 
-def _during(service: VLLMService, tally: Tally, items: int, fault: Callable[[], None]) -> None:
-    """Send a batch, and do something to the servers while they work on it."""
+def _during(service: VLLMService, tally: Tally, items: int, fault: Callable[[], Any]) -> Any:
+    """Send a batch, and do something to the servers while they work on it; return what that returns."""
     with ThreadPoolExecutor(1) as pool:
         call = pool.submit(tally.batch, service, items)
         try:
-            fault()
+            return fault()
         finally:
             call.result(HEAL_SECONDS)
 
@@ -158,15 +158,16 @@ def _wedge(service: VLLMService, watch: Watch, order: Path, stall: float, scale:
         with outcome.trial("a wedge"):
             until(lambda: all(server.is_running() for server in service.servers), HEAL_SECONDS, "all servers ready")
             order.touch()
-            since = time.monotonic()
-            results: list[Any] = []
 
-            def wedge(results: list[Any] = results) -> None:
-                results += service.generate([MARKER], {"max_tokens": 2}, on_error="return", deadline=HEAL_SECONDS)
+            def wedge() -> tuple[float, list[Any]]:
+                calling = {"on_error": "return", "deadline": HEAL_SECONDS}
+                with ThreadPoolExecutor(1) as pool:
+                    call = pool.submit(service.generate, [MARKER], {"max_tokens": 2}, **calling)
+                    until(lambda: not order.exists(), HEAL_SECONDS, "the order reached the engine")
+                    return time.monotonic(), call.result(2 * HEAL_SECONDS)
 
-            _during(service, tally, 30, wedge)
+            since, results = _during(service, tally, 30, wedge)
             assert isinstance(results[0], (list, ItemLost)), f"the item that wedged vLLM gave {results[0]!r}"
-            assert not order.exists(), "the order did not reach the engine"
             first, *_ = until(lambda since=since: replaced(since), HEAL_SECONDS, "a server that was replaced")
             detect, recover = watch.wait_recovered(first, since, HEAL_SECONDS)
             assert replaced(since) == [first], f"servers {replaced(since)} were replaced"
