@@ -62,7 +62,8 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
 OF_AN_ENGINE = {
     "engines.compile_turn": {"interfaces", "redaction"},
     "engines.demo_model": {"errors", "folders", "interfaces"},
-    "engines.orphans": {"environment", "runtime"},
+    "engines.orphans": {"environment", "processes", "runtime"},
+    "engines.sweep": set(),
     "engines.tokenizing": set(),
 }
 FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs", "lease"}

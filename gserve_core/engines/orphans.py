@@ -9,18 +9,23 @@ import os
 import re
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
-from .. import runtime
+from .. import processes, runtime
 from ..environment import ignore_notices
 
 GRACE = 2.0
 """Seconds that the engine's own way to end gets, which may be the more orderly one."""
+LOOK_SECONDS = 0.05
+"""Interval between two looks at the owner, in seconds."""
 THREAD = "gserve-orphans"
 SCRATCH = re.compile("gserve-[0-9a-f]{12}")
 """The name of a server's folder of temporary files."""
+SWEEP = Path(__file__).with_name("sweep.py")
 
 
 def watch() -> None:
@@ -46,18 +51,43 @@ def _watch_forks() -> None:
 
 
 def _end_with(pid: int, started: int) -> None:
-    """Wait for the end of the server; then end this process, and remove the server's folder of temporary files."""
+    """Wait for the end of the server; then end this process, and have the server's temporary files removed."""
     end = select.poll()
     with contextlib.suppress(OSError):  # gone already; or a kernel that cannot say so: then we look every second
         end.register(os.pidfd_open(pid), select.POLLIN)
     while not (runtime.has_ended(pid, started) or end.poll(1000)):
         pass
-    folder = scratch = Path(os.environ.get("TMPDIR", ""))
-    is_ours = SCRATCH.fullmatch(scratch.name)
-    with contextlib.suppress(OSError):  # it is no link; or another process of the engine has removed it by now
-        folder = scratch.readlink()
-    for pause in (0.0, GRACE):  # at once, as this process may end by itself; and what it has written meanwhile
-        time.sleep(pause)
-        if is_ours:
-            runtime.remove_scratch(folder)
+    deadline = time.monotonic() + GRACE
+    while _is_owner_here() and time.monotonic() < deadline:  # it ends this process, and removes the files
+        time.sleep(LOOK_SECONDS)
+    if not _is_owner_here():
+        _sweep(Path(os.environ.get("TMPDIR", "")))
+    time.sleep(max(0.0, deadline - time.monotonic()))
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_owner_here() -> bool:
+    """Say whether the server's owner is alive, and on this machine."""
+    mark = os.environ.get(runtime.OWNER_VARIABLE, "")
+    return mark.endswith(f":{processes.boot()}") and not runtime.is_orphan(mark)
+
+
+def _sweep(scratch: Path) -> None:
+    """Have the server's folder of temporary files removed when all of its processes have ended.
+
+    Not here: this process may end by itself before it is done, and others still write.
+    """
+    if not SCRATCH.fullmatch(scratch.name):
+        return
+    folder = scratch
+    with contextlib.suppress(OSError):  # it is no link
+        folder = scratch.readlink()
+    instance = os.environ.get(runtime.ID_VARIABLE, "")
+    try:
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", str(SWEEP), instance, str(folder), str(scratch)],
+            cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )  # fmt: skip
+    except (OSError, RuntimeError):  # too little memory, or the interpreter is ending
+        runtime.remove_scratch(folder)

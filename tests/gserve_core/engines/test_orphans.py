@@ -72,6 +72,13 @@ def server(scratch: Path, named: str) -> Iterator[tuple[int, list[int]]]:
             os.kill(pid, signal.SIGKILL)
 
 
+def wait_gone(folder: Path) -> None:
+    deadline = time.monotonic() + 60.0
+    while folder.exists():
+        assert time.monotonic() < deadline, f"{folder} is left: {[*folder.iterdir()]}"
+        time.sleep(0.05)
+
+
 def group(leader: int) -> list[int]:
     """Return the live processes of a process group."""
     found = []
@@ -95,7 +102,7 @@ def test_children_and_forks_end_with_the_server_and_its_folder_goes(
     while left := group(pid):
         assert time.monotonic() < deadline, f"left: {left}"
         time.sleep(0.05)
-    assert not scratch.exists()
+    wait_gone(scratch)
 
 
 WITHOUT_DESCRIPTORS = """
@@ -141,7 +148,47 @@ def test_the_folder_goes_too_where_the_process_ends_by_itself(scratch: Path) -> 
     environ = os.environ | {"TMPDIR": str(scratch), "GSERVE_SERVER": gone}
     ended = subprocess.run([sys.executable, "-c", program], env=environ, timeout=60.0, check=False)
     assert ended.returncode == 0, "its own end is the quicker one"
-    assert not scratch.exists()
+    wait_gone(scratch)
+
+
+LATE = """
+import os, time
+from pathlib import Path
+from gserve_core.engines import orphans
+orphans.watch()
+time.sleep(1.0)
+folder = Path(os.environ["TMPDIR"])
+folder.mkdir(exist_ok=True)
+(folder / "late").touch()
+"""
+
+
+def test_the_folder_goes_too_where_a_process_writes_to_it_until_it_ends_by_itself(scratch: Path) -> None:
+    environ = os.environ | {"TMPDIR": str(scratch), "GSERVE_SERVER": f"{os.getpid()}:1", "GSERVE_ID": "0123456789ab"}
+    ended = subprocess.run([sys.executable, "-c", LATE], env=environ, timeout=60.0, check=False)
+    assert ended.returncode == 0
+    wait_gone(scratch)
+
+
+def test_an_owner_that_lives_removes_the_folder_itself(scratch: Path) -> None:
+    environ = os.environ | {
+        "TMPDIR": str(scratch), "GSERVE_SERVER": f"{os.getpid()}:1", "GSERVE_OWNER": runtime.owner_mark(),
+    }  # fmt: skip
+    program = "import time\nfrom gserve_core.engines import orphans\norphans.watch()\ntime.sleep(600)"
+    ended = subprocess.run([sys.executable, "-c", program], env=environ, timeout=60.0, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    time.sleep(1.0)
+    assert scratch.exists()
+
+
+def test_a_link_to_the_folder_goes_with_it(scratch: Path, tmp_path: Path) -> None:
+    link = tmp_path / "short" / scratch.name
+    link.parent.mkdir()
+    link.symlink_to(scratch)
+    environ = os.environ | {"TMPDIR": str(link), "GSERVE_SERVER": f"{os.getpid()}:1", "GSERVE_ID": "0123456789ab"}
+    subprocess.run([sys.executable, "-c", LATE], env=environ, timeout=60.0, check=False)
+    wait_gone(scratch)
+    assert not link.is_symlink()
 
 
 def test_a_folder_that_is_not_the_servers_own_stays(tmp_path: Path) -> None:
