@@ -57,19 +57,24 @@ def _end_with(pid: int, started: int) -> None:
         end.register(os.pidfd_open(pid), select.POLLIN)
     while not (runtime.has_ended(pid, started) or end.poll(1000)):
         pass
-    deadline = time.monotonic() + GRACE
-    while _is_owner_here() and time.monotonic() < deadline:  # it ends this process, and removes the files
-        time.sleep(LOOK_SECONDS)
-    if not _is_owner_here():
-        _sweep(Path(os.environ.get("TMPDIR", "")))
-    time.sleep(max(0.0, deadline - time.monotonic()))
-    os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        deadline = time.monotonic() + GRACE
+        while _is_owner_here() and time.monotonic() < deadline:  # it ends this process, and removes the files
+            time.sleep(LOOK_SECONDS)
+        if not _is_owner_here():
+            _sweep(Path(os.environ.get("TMPDIR", "")))
+        time.sleep(max(0.0, deadline - time.monotonic()))
+    finally:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _is_owner_here() -> bool:
-    """Say whether the server's owner is alive, and on this machine."""
+    """Say whether the server's owner is alive, and on this machine; not where that cannot be read for now."""
     mark = os.environ.get(runtime.OWNER_VARIABLE, "")
-    return mark.endswith(f":{processes.boot()}") and not runtime.is_orphan(mark)
+    try:
+        return mark.endswith(f":{processes.boot()}") and not runtime.is_orphan(mark)
+    except OSError:
+        return False
 
 
 def _sweep(scratch: Path) -> None:
