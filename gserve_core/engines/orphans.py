@@ -59,10 +59,9 @@ def _end_with(pid: int, started: int) -> None:
         pass
     try:
         deadline = time.monotonic() + GRACE
-        while _is_owner_here() and time.monotonic() < deadline:  # it ends this process, and removes the files
+        while _is_owner_here() and time.monotonic() < deadline:  # it ends this process first
             time.sleep(LOOK_SECONDS)
-        if not _is_owner_here():
-            _sweep(Path(os.environ.get("TMPDIR", "")))
+        _sweep(Path(os.environ.get("TMPDIR", "")))  # also where the owner is stopped: it may never go on
         time.sleep(max(0.0, deadline - time.monotonic()))
     finally:
         os.kill(os.getpid(), signal.SIGKILL)
