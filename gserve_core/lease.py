@@ -35,8 +35,8 @@ GREETING_SECONDS = 600.0
 """Seconds that a server waits for its hello. The owner may be stopped; its end is noticed at once."""
 GRACE = 3.0
 """Seconds that a server whose owner is dead gives its engine to end by itself."""
-LAST_ACT_SECONDS = 1.0
-"""Seconds that what is done before the group is killed may take."""
+LAST_WILL_SECONDS = 1.0
+"""Seconds for which the group's end waits for what is to be done before."""
 PULSE = 2.0
 """Seconds between two signs that the event loop of a ready server turns; less where `stall_timeout` is short."""
 LOOK = 1.0
@@ -339,8 +339,8 @@ class ServerEnd:
         self._unheard: list[Down] = []
         self._handlers: tuple[Callable[[Down], object], Callable[[], object]] | None = None
         self._hearing = threading.Lock()
-        self.last_act: Callable[[], object] = lambda: None
-        """What is done before the group is killed."""
+        self.last_will: Callable[[], object] = lambda: None
+        """What is done as soon as the owner is gone: it may be that this process is killed next."""
         self.hello = self._greeting(0.0 if is_terminal else GREETING_SECONDS)
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
         threading.Thread(target=self._send, name="lease-sender", daemon=True).start()
@@ -416,13 +416,13 @@ class ServerEnd:
                     self._pass_on(decoded(lines))
             elif ttl is not None and silence.look() > ttl:
                 break
+        will = threading.Thread(target=self.last_will, daemon=True)
+        will.start()
         if self._handlers is not None:
             with contextlib.suppress(Exception):
                 self._handlers[1]()
             time.sleep(GRACE)
-        last = threading.Thread(target=self.last_act, daemon=True)
-        last.start()
-        last.join(LAST_ACT_SECONDS)
+        will.join(LAST_WILL_SECONDS)
         end_group()
 
     def _pass_on(self, messages: list[Down]) -> None:

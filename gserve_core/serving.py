@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 import uvloop
 
-from . import devices, lease, nursery, plugins, runtime
+from . import devices, lease, nursery, plugins, runtime, sweep
 from .config import LLMConfig, ServeConfig
 from .diagnosis import port_holder
 from .environment import ignore_notices, open_missing_descriptors
@@ -707,7 +707,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     scratch = runtime.scratch_folder(instance)  # now: later, it is the temporary folder itself
     secrets, log = secret_values(os.environ), None
     if line is not None:
-        line.last_act = functools.partial(runtime.remove_scratch, scratch)
+        line.last_will = functools.partial(sweep.start, instance)
         hello = line.hello
         sections = {
             "llm": hello.llm.engine_kwargs if hello.llm else {}, "engine": hello.engine, "transport": hello.transport

@@ -6,16 +6,12 @@ Nobody else is left to end them then: they notice by themselves. An engine calls
 import contextlib
 import functools
 import os
-import re
 import select
 import signal
-import subprocess
-import sys
 import threading
 import time
-from pathlib import Path
 
-from .. import processes, runtime
+from .. import processes, runtime, sweep
 from ..environment import ignore_notices
 
 GRACE = 2.0
@@ -23,9 +19,6 @@ GRACE = 2.0
 LOOK_SECONDS = 0.05
 """Interval between two looks at the owner, in seconds."""
 THREAD = "gserve-orphans"
-SCRATCH = re.compile("gserve-[0-9a-f]{12}")
-"""The name of a server's folder of temporary files."""
-SWEEP = Path(__file__).with_name("sweep.py")
 
 
 def watch() -> None:
@@ -61,7 +54,7 @@ def _end_with(pid: int, started: int) -> None:
         deadline = time.monotonic() + GRACE
         while _is_owner_here() and time.monotonic() < deadline:  # it ends this process first
             time.sleep(LOOK_SECONDS)
-        _sweep(Path(os.environ.get("TMPDIR", "")))  # also where the owner is stopped: it may never go on
+        sweep.start(os.environ.get(runtime.ID_VARIABLE, ""))  # also where the owner is stopped: it may never go on
         time.sleep(max(0.0, deadline - time.monotonic()))
     finally:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -74,24 +67,3 @@ def _is_owner_here() -> bool:
         return mark.endswith(f":{processes.boot()}") and not runtime.is_orphan(mark)
     except OSError:
         return False
-
-
-def _sweep(scratch: Path) -> None:
-    """Have the server's folder of temporary files removed when all of its processes have ended.
-
-    Not here: this process may end by itself before it is done, and others still write.
-    """
-    if not SCRATCH.fullmatch(scratch.name):
-        return
-    folder = scratch
-    with contextlib.suppress(OSError):  # it is no link
-        folder = scratch.readlink()
-    instance = os.environ.get(runtime.ID_VARIABLE, "")
-    try:
-        subprocess.Popen(
-            [sys.executable, "-I", "-S", str(SWEEP), instance, str(folder), str(scratch)],
-            cwd="/", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )  # fmt: skip
-    except (OSError, RuntimeError):  # too little memory, or the interpreter is ending
-        runtime.remove_scratch(folder)
