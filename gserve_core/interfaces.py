@@ -189,7 +189,7 @@ class ServerApi(Protocol):
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
         """Work on a request; return the outputs of each item, in order.
 
-        Raises RemoteError: an item is wrong (400; found before any work is done), the server has enough to do (429), or
+        Raises RemoteError: an item is wrong (400; the others are dropped), the server has enough to do (429), or
         it failed (500, 503).
         """
 

@@ -20,8 +20,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,7 +65,7 @@ ADMISSION = 16
 MOST_ITEMS = 1 << 17
 """Items that one request may always have, however small the engine's capacity is."""
 AHEAD = 2
-"""The engine has up to this many times its capacity of items of streamed requests, so that it never runs dry."""
+"""The engine has up to this many times its capacity of items, so that it never runs dry."""
 BACKLOG_BYTES = 1 << 20
 """Bytes of results that may wait for a client. While there are more, none of its items is begun."""
 EARLY = 256
@@ -108,24 +107,20 @@ class Server:
         self._state = "starting"
         self._phase: str | None = None
         self._engine: RunningEngine | None = None
-        self._streamed = self._most_streamed = 0
-        """Items of streamed requests that the engine has, and how many it may have."""
+        self._running = self._most_running = 0
+        """Items that the engine has, and how many it may have."""
+        self._ended = self._finished = 0
+        """Those that the engine has no more, and those of them that it has answered."""
         self._turn, self._waiting = asyncio.Lock(), 0
-        """Held by the streamed request that gets the next place in the engine, and how many wait for one."""
+        """Held by the request that gets the next place in the engine, and how many wait for one."""
         self._has_place = asyncio.Event()
         self._over = asyncio.Event()
         self._pieces: set[_Piece] = set()
-        self._requests = 0
+        """The requests that were taken in."""
         self._is_alone = False
         """Whether the request that runs is to be alone."""
         self._reserved_until = 0.0
         """Until when nothing else is begun, for one that is to be alone."""
-        self._items = 0
-        """Items that were taken in and have not ended."""
-        self._running = 0
-        """Those of them that the engine has."""
-        self._ended = self._finished = 0
-        """Those that the engine has no more, and those of them that it has answered."""
         self._is_doubtful = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -148,64 +143,90 @@ class Server:
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Work on a request; yield its events in batches as they happen."""
-        with self._admit(request) as admitted:
+        with self._admit(request) as piece:
             if request.alone:  # from here on its items may be the reason for an end of this server: say so first
-                yield [Heartbeat(admitted.left)]
+                yield [Heartbeat(piece.left)]
                 self._tell_pulse()
                 if self._lease is not None:
                     await asyncio.to_thread(self._lease.flush, FLUSH_SECONDS)
-            piece = _Piece(request.id, admitted)
-            self._pieces.add(piece)
-            self._cancel(piece, self._early.pop(request.id, ()))
-            feeding = asyncio.create_task(self._feed(piece, request.groups))
-            feeding.add_done_callback(lambda _: piece.news.set())
-            left = admitted.size
-            try:
-                while left:
-                    try:
-                        async with asyncio.timeout(request.heartbeat):
-                            await piece.news.wait()
-                    except TimeoutError:
-                        yield [Heartbeat(left)]
-                        continue
-                    if feeding.done():
-                        feeding.result()
-                    if batch := piece.take():
-                        left -= len(batch)
-                        yield batch
-                    if self._over.is_set():
-                        return  # the client sees what is missing, and takes it elsewhere
-            finally:
-                self._pieces.discard(piece)
-                unfinished = [feeding, *piece.tasks.values()]
-                for task in unfinished:
-                    task.cancel()
-                await asyncio.gather(*unfinished, return_exceptions=True)
+            async with contextlib.aclosing(self._events(piece, request)) as happened:
+                async for events in happened:
+                    yield events
+
+    async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
+        """Work on a request; return the outputs of each item, in order."""
+        with self._admit(request) as piece:
+            for group in request.groups:
+                try:
+                    await piece.engine.prepare([], group.params)  # what is wrong with them is no item's fault
+                except ItemError as error:
+                    raise RemoteError(str(error), status=400) from error
+            found: dict[int, list[ResponseOutput]] = {}
+            async with contextlib.aclosing(self._events(piece, request)) as happened:
+                async for events in happened:
+                    for event in events:
+                        if isinstance(event, Failure):
+                            status = 400 if event.invalid else 500
+                            raise RemoteError(f"item {event.index}: {event.message}", status=status)
+                        if isinstance(event, Result):
+                            found[event.index] = unfolded(event.outputs)
+            if len(found) < piece.size:
+                raise RemoteError("the server ended before this was done", status=503)
+            return [found[index] for index in range(piece.size)]
+
+    async def _events(self, piece: "_Piece", request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Have the engine work on a request that was taken in; yield what happens. Where the server ends, some miss."""
+        feeding = asyncio.create_task(self._feed(piece, request.groups))
+        feeding.add_done_callback(lambda _: piece.news.set())
+        left = piece.size
+        try:
+            while left:
+                try:
+                    async with asyncio.timeout(request.heartbeat):
+                        await piece.news.wait()
+                except TimeoutError:
+                    yield [Heartbeat(left)]
+                    continue
+                if feeding.done():
+                    feeding.result()
+                if batch := piece.take():
+                    left -= len(batch)
+                    yield batch
+                if self._over.is_set():
+                    return  # the client sees what is missing, and takes it elsewhere
+        finally:
+            unfinished = [feeding, *piece.tasks.values()]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
 
     async def _feed(self, piece: "_Piece", groups: Sequence[Group]) -> None:
         """Give the engine the items of a piece, as many as it and the piece's backlog have room for."""
         loop, first = asyncio.get_running_loop(), 0
         for group in groups:
-            async for index, item in _prepared(piece.admitted.engine, group, first):
-                while piece.is_full():
-                    await piece.wait_taken()
-                if self._waiting or self._streamed >= self._most_streamed:
-                    await self._wait_for_place()
-                piece.begun = index + 1
-                if index in piece.cancelled:
-                    continue
-                self._streamed += 1
-                task = asyncio.Task(self._work(piece, index, item), loop=loop, eager_start=True)
-                if not task.done():
-                    piece.tasks[index] = task
+            async for start, items in _prepared(piece.engine, group):
+                await self._wait_for_room(piece)
+                for index, item in enumerate(items, first + start):
+                    if self._waiting or self._running >= self._most_running:
+                        await self._wait_for_room(piece)
+                    piece.begun = index + 1
+                    if index in piece.cancelled:
+                        continue
+                    task = asyncio.Task(self._work(piece, index, item), loop=loop, eager_start=True)
+                    if not task.done():
+                        piece.tasks[index] = task
             first += len(group.prompts)
 
-    async def _wait_for_place(self) -> None:
-        """Wait until the engine has a place for an item of a streamed request: these take turns."""
+    async def _wait_for_room(self, piece: "_Piece") -> None:
+        """Wait until a piece's backlog has room, and the engine a place for an item: requests take turns."""
+        while piece.is_full():
+            await piece.wait_taken()
+        if not self._waiting and self._running < self._most_running:
+            return
         self._waiting += 1
         try:
             async with self._turn:
-                while self._streamed >= self._most_streamed:
+                while self._running >= self._most_running:
                     self._has_place.clear()
                     await self._has_place.wait()
         finally:
@@ -214,23 +235,33 @@ class Server:
     async def _work(self, piece: "_Piece", index: int, prepared: Any) -> None:
         """Have the engine work on one item, and put what happens to it into its piece."""
         event: Event
+        self._running += 1
         try:
-            event = _result(index, await self._run(piece.admitted, prepared))
+            if isinstance(prepared, ItemError):
+                raise prepared
+            event = _result(index, await piece.engine.run(prepared))
+            self._finished += 1
+            if self._finished == 1:
+                self._tell_pulse()
         except ItemError as error:
             event = Failure(index, str(error), error.invalid)
         except asyncio.CancelledError:
+            self._is_doubtful = True  # it was cancelled, perhaps since nothing came
             if index not in piece.cancelled:
                 raise
             event = _cancelled(index)
         except Exception as error:
+            self._is_doubtful = True  # it failed for no reason of its own
             if await self._is_over():
                 return
             logger.exception("item %d failed", index)
             event = Failure(index, redact(_sentence(error), self._secrets), invalid=False)
         finally:
-            self._streamed -= 1
+            self._running -= 1
+            self._ended += 1
             if self._waiting:
                 self._has_place.set()
+            piece.left -= 1
             piece.tasks.pop(index, None)
         piece.put(event)
 
@@ -248,33 +279,8 @@ class Server:
 
     def _cancel(self, piece: "_Piece", items: Sequence[int]) -> None:
         for index in piece.cancel(items):
-            self._count_end(piece.admitted)
+            piece.left -= 1
             piece.put(_cancelled(index))
-
-    async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
-        """Work on a request; return the outputs of each item, in order."""
-        with self._admit(request) as admitted:
-            prepared: list[Any] = []
-            for group in request.groups:
-                try:
-                    await admitted.engine.prepare([], group.params)  # what is wrong with them is no item's fault
-                except ItemError as error:
-                    raise RemoteError(str(error), status=400) from error
-                async for index, item in _prepared(admitted.engine, group, len(prepared)):
-                    if isinstance(item, ItemError):
-                        raise RemoteError(f"item {index}: {item}", status=400) from item
-                    prepared.append(item)
-            try:
-                outputs = await self._unless_over(_all([self._run(admitted, item) for item in prepared]))
-                return [unfolded(item) for item in outputs]
-            except ExceptionGroup as failures:
-                first = failures.exceptions[0]
-                status = 500
-                if isinstance(first, ItemError):
-                    status = 400 if first.invalid else 500
-                elif await self._is_over():
-                    status = 503
-                raise RemoteError(redact(_sentence(first), self._secrets), status=status) from first
 
     def shut_down(self) -> None:
         """Begin to end: finish what there is, take no more."""
@@ -286,7 +292,7 @@ class Server:
         self._drain_changed.set()
 
     @contextlib.contextmanager
-    def _admit(self, request: RunRequest) -> Iterator["_Admitted"]:
+    def _admit(self, request: RunRequest) -> Iterator["_Piece"]:
         """Take a request in, if the server is ready for it. Raises RemoteError: it is not."""
         if self._state != "ready" or self._engine is None:
             phase = f" ({self._phase})" if self._phase else ""
@@ -300,26 +306,26 @@ class Server:
                 status=413,
             )
         self._check_turn(request)
-        if self._items and self._items + size > most:  # one alone may be larger: else it could never be served
+        items = sum(piece.left for piece in self._pieces)
+        if items and items + size > most:  # one alone may be larger: else it could never be served
             raise RemoteError(
-                f"the server has {self._items} items to do and takes {most} at a time: ask again in a moment",
+                f"the server has {items} items to do and takes {most} at a time: ask again in a moment",
                 status=429, retry_after=BUSY_SECONDS,
             )  # fmt: skip
-        admitted = _Admitted(self._engine, size, size)
+        piece = _Piece(request.id, self._engine, size)
+        self._pieces.add(piece)
+        self._cancel(piece, self._early.pop(request.id, ()))
         self._is_alone = request.alone
-        self._requests += 1
-        self._items += size
         self._idle.clear()
         try:
-            yield admitted
+            yield piece
         finally:
-            self._requests -= 1
-            self._items -= admitted.left
+            self._pieces.discard(piece)
             if request.alone:
                 self._is_alone = False
                 if not self._over.is_set():  # else they may be why it ends
                     self._tell_pulse()
-            if not self._requests:
+            if not self._pieces:
                 self._idle.set()
 
     def _check_turn(self, request: RunRequest) -> None:
@@ -329,56 +335,18 @@ class Server:
         """
         now = time.monotonic()
         if request.alone:
-            self._reserved_until = now + RESERVED_SECONDS if self._requests else 0.0
-        if self._is_alone or (self._requests if request.alone else now < self._reserved_until):
+            self._reserved_until = now + RESERVED_SECONDS if self._pieces else 0.0
+        if self._is_alone or (self._pieces if request.alone else now < self._reserved_until):
             raise RemoteError(
                 "the server is to work on one request alone, as an item of it may kill servers: ask again in a moment",
                 status=429, retry_after=BUSY_SECONDS,
             )  # fmt: skip
-
-    async def _run(self, admitted: "_Admitted", prepared: Any) -> list[ResponseOutput]:
-        """Have the engine work on one item. Raises what the engine raises, and `prepared` where it is wrong."""
-        self._running += 1
-        try:
-            if isinstance(prepared, ItemError):
-                raise prepared
-            outputs = await admitted.engine.run(prepared)
-            self._finished += 1
-            if self._finished == 1:
-                self._tell_pulse()
-            return outputs
-        except ItemError:
-            raise
-        except BaseException:  # it was cancelled, perhaps since nothing came; or it failed for no reason of its own
-            self._is_doubtful = True
-            raise
-        finally:
-            self._running -= 1
-            self._ended += 1
-            self._count_end(admitted)
-
-    def _count_end(self, admitted: "_Admitted") -> None:
-        self._items -= 1
-        admitted.left -= 1
 
     async def _is_over(self) -> bool:
         """Say whether the engine is gone, or about to be: what it fails then is not the fault of the item."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._over.wait(), DEATH_SECONDS)
         return self._over.is_set()
-
-    async def _unless_over[T](self, work: Coroutine[Any, Any, T]) -> T:
-        """Return what `work` returns. Raises RemoteError: the server ended before."""
-        working, over = asyncio.create_task(work), asyncio.create_task(self._over.wait())
-        try:
-            await asyncio.wait([working, over], return_when=asyncio.FIRST_COMPLETED)
-            if not working.done():
-                raise RemoteError("the server ended before this was done", status=503)
-            return working.result()
-        finally:
-            for task in (working, over):
-                task.cancel()
-            await asyncio.gather(working, over, return_exceptions=True)
 
     # -------------------------------------------------------------------------------------------------------- the life
 
@@ -433,7 +401,7 @@ class Server:
         await held.turn(self._report)
         running = await engine.start(llm, report)
         self._engine = running
-        self._most_streamed = AHEAD * running.info.capacity
+        self._most_running = AHEAD * running.info.capacity
         gc.collect()
         gc.freeze()  # a full collection over what torch and transformers leave behind takes a third of a second
         gc.set_threshold(YOUNG)
@@ -559,10 +527,10 @@ class Server:
             self._lease.tell(message)
 
 
-async def _prepared(engine: RunningEngine, group: Group, first: int) -> AsyncIterator[tuple[int, Any]]:
-    """Yield the index, from `first` on, of each prompt of a group, and what the engine makes of it, or its ItemError.
+async def _prepared(engine: RunningEngine, group: Group) -> AsyncIterator[tuple[int, Sequence[Any]]]:
+    """Yield the prompts of a group as the engine prepares them, some at a time, with the place of the first.
 
-    It is asked for some at a time: in between the event loop answers others.
+    One that is wrong is an ItemError. In between the event loop answers others.
     """
     for part in _slices(group.prompts):
         prompts, seeds = group.prompts[part], group.seeds and group.seeds[part]
@@ -570,8 +538,7 @@ async def _prepared(engine: RunningEngine, group: Group, first: int) -> AsyncIte
             prepared: Sequence[Any] = await engine.prepare(prompts, group.params, seeds)
         except ItemError as wrong:
             prepared = [wrong] * len(prompts)
-        for index, item in enumerate(prepared, first + part.start):
-            yield index, item
+        yield part.start, prepared
         await asyncio.sleep(0)
 
 
@@ -606,24 +573,16 @@ def _cancelled(index: int) -> Failure:
     return Failure(index, "cancelled", invalid=False)
 
 
-@dataclass
-class _Admitted:
-    """A request that was taken in: `left` of its `size` items have not ended."""
-
-    engine: RunningEngine
-    size: int
-    left: int
-
-
 class _Piece:
-    """A streamed request: its items, and the events that its client has not taken yet.
+    """A request that was taken in: `left` of its `size` items have not ended. It keeps what its client has not taken.
 
-    While those take more than `BACKLOG_BYTES`, it is full: no more items are begun.
+    While that takes more than `BACKLOG_BYTES`, it is full: no more items are begun.
     """
 
-    def __init__(self, request_id: str, admitted: _Admitted) -> None:
+    def __init__(self, request_id: str, engine: RunningEngine, size: int) -> None:
         self.id = request_id
-        self.admitted = admitted
+        self.engine = engine
+        self.size = self.left = size
         self.news = asyncio.Event()
         self._taken = asyncio.Event()
         self.begun = 0
@@ -662,7 +621,7 @@ class _Piece:
 
     def cancel(self, items: Sequence[int]) -> list[int]:
         """Cancel items; return those of them that have not been begun, for which nobody else says so."""
-        fresh = {index for index in items if 0 <= index < self.admitted.size} - self.cancelled
+        fresh = {index for index in items if 0 <= index < self.size} - self.cancelled
         self.cancelled |= fresh
         for index in fresh:
             if index in self.tasks:
@@ -680,17 +639,6 @@ async def _listening(transport: Transport, server: Server, host: str, port: int)
             holder = port_holder(port) if error.errno == errno.EADDRINUSE else None
             raise LaunchError(f"{error.strerror or error}{f': {holder} has it' if holder else ''}") from error
         yield address
-
-
-async def _all[T](work: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
-    """Return what all of `work` returns, in order. Raises ExceptionGroup: some failed; the rest is cancelled then."""
-    tasks = []
-    async with asyncio.TaskGroup() as group:
-        for place, one in enumerate(work):
-            tasks.append(group.create_task(one))
-            if place % SLICE == SLICE - 1:
-                await asyncio.sleep(0)
-    return [task.result() for task in tasks]
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
