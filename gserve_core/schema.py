@@ -119,9 +119,12 @@ class FlatOutput(ResponseOutput, frozen=True, omit_defaults=True, gc=False):
         )  # fmt: skip
 
 
-def unfolded(outputs: Sequence[ResponseOutput]) -> list[ResponseOutput]:
+def unfolded(outputs: list[ResponseOutput]) -> list[ResponseOutput]:
     """Return completions as users see them."""
-    return [output.unfold() if isinstance(output, FlatOutput) else output for output in outputs]
+    for output in outputs:
+        if isinstance(output, FlatOutput):
+            return [it.unfold() if isinstance(it, FlatOutput) else it for it in outputs]
+    return outputs
 
 
 class Group(Struct, frozen=True, forbid_unknown_fields=True):

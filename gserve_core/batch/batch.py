@@ -139,29 +139,40 @@ class Batch:
 
     def _submit_one_by_one(self, room: int) -> bool:
         """Submit up to `FEED` items, or about `room` bytes, each as soon as it is read; return whether all is read."""
-        call, open_items, reading, submit = self._call, self._open, self._reading, self._dispatcher.submit
+        call, before = self._call, room
+        submit = self._submit if self._open is None else self._submit_in_time
         count = min(FEED, self._places)
         last = self._read + count
-        for item in islice(self._given, count):
-            with reading:
-                if call.is_cancelled:
+        try:
+            for item in islice(self._given, count):
+                room -= submit(item)
+                if room < 0 or call.is_cancelled:
                     return False
-                self._read += 1
-                if open_items is not None:
-                    open_items.add(item.index)
-                if isinstance(item, ItemError):
-                    self._deliver([(item.index, item)])
-                    continue
-                self._read_size += item.size
-                try:
-                    submit((item,))
-                except BaseException:  # there will be no outcome to count
-                    self._read -= 1
-                    raise
-            room -= item.size
-            if room < 0:
-                return False
+        finally:
+            self._read_size += before - room
         return self._read < last
+
+    def _submit(self, item: Item | ItemError) -> int:
+        """Submit an item, or deliver its error; return its size in bytes."""
+        self._read += 1
+        if isinstance(item, ItemError):
+            self._deliver([(item.index, item)])
+            return 0
+        try:
+            self._dispatcher.submit((item,))
+        except BaseException:  # there will be no outcome to count
+            self._read -= 1
+            raise
+        return item.size
+
+    def _submit_in_time(self, item: Item | ItemError) -> int:
+        """Submit an item as `_submit` does, unless the deadline has come."""
+        assert self._open is not None
+        with self._reading:
+            if self._call.is_cancelled:
+                return 0
+            self._open.add(item.index)
+            return self._submit(item)
 
     @property
     def _is_full(self) -> bool:

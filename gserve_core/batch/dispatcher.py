@@ -178,7 +178,8 @@ class Dispatcher:
 
     def submit(self, items: Sequence[Item]) -> None:
         """Put items into the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
-        self.check()
+        if self._closed or self._is_forked or sys.is_finalizing():  # looked at here: this is called for single items
+            self.check()
         self._incoming.extend(items)
         if self._asked_for != (looks := self._looks):
             self._schedule(self._take_incoming)
