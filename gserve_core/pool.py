@@ -314,6 +314,7 @@ class Pool:
                     self._session = session
             if not has_won:
                 session.supervisor.close()
+                session.supervisor.wait_ended(END_SECONDS + MARGIN)  # so that nothing of it is left when this returns
                 continue
             try:
                 session.supervisor.begin()

@@ -236,6 +236,27 @@ def test_starts_and_ends_from_many_threads_end(dispatchers: list[Told]) -> None:
     assert all(dispatcher.is_closed for dispatcher in dispatchers)
 
 
+def test_a_start_that_another_was_quicker_than_leaves_nothing(
+    dispatchers: list[Told], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close = supervising.Supervisor._close
+
+    def close_slowly(self: supervising.Supervisor, drain: float | None) -> None:
+        if not self.was_asked:
+            time.sleep(0.2)
+        close(self, drain)
+
+    monkeypatch.setattr(supervising.Supervisor, "_close", close_slowly)
+    pool = pool_of(FakeProgram())
+    barrier = threading.Barrier(4)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            for act in [threads.submit(lambda: (barrier.wait(10), pool.start())) for _ in range(4)]:
+                act.result(30)
+            assert [it for it in dispatchers if not it.is_closed] == [pool.dispatcher]
+            pool.close()
+
+
 def test_all_who_start_it_at_once_find_it_started() -> None:
     pool = pool_of(FakeProgram(0), FakeProgram(1))
     with ThreadPoolExecutor(4) as threads:
