@@ -417,12 +417,14 @@ class ServerEnd:
             elif ttl is not None and silence.look() > ttl:
                 break
         will = threading.Thread(target=self.last_will, daemon=True)
-        will.start()
+        with contextlib.suppress(RuntimeError):  # there can be no more threads: the end matters more
+            will.start()
         if self._handlers is not None:
             with contextlib.suppress(Exception):
                 self._handlers[1]()
             time.sleep(GRACE)
-        will.join(LAST_WILL_SECONDS)
+        if will.is_alive():
+            will.join(LAST_WILL_SECONDS)
         end_group()
 
     def _pass_on(self, messages: list[Down]) -> None:

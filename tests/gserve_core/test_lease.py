@@ -563,3 +563,31 @@ def test_what_a_child_has_opened_stays_open_in_what_it_forks() -> None:
         said = process.stderr.read()
         assert process.wait(60) == 0, said
         assert b"Exception ignored" not in said
+
+
+WITHOUT_THREADS = """
+import threading
+from gserve_core import lease
+
+def refuse(thread):
+    raise RuntimeError("can't start new thread")
+
+class Closed:
+    def read(self, seconds):
+        return None
+
+class Hello:
+    ttl = None
+
+server = lease.ServerEnd.__new__(lease.ServerEnd)
+server._lines, server.hello, server._handlers, server.last_will = Closed(), Hello(), None, lambda: None
+threading.Thread.start = refuse
+server._watch()
+"""
+
+
+def test_a_server_that_can_start_no_thread_ends_with_its_owner_too() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_THREADS], start_new_session=True, timeout=60.0, check=False, capture_output=True
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
