@@ -201,7 +201,11 @@ class ServerApi(Protocol):
 
 
 class Connection(ABC):
-    """The client's half of a conversation with one server. Its methods run in one event loop."""
+    """The client's half of a conversation with one server. Its methods run in one event loop.
+
+    The client cancels them by a scope of anyio, which interrupts every `await`, until the method has ended, also in a
+    `finally`. What must run to its end there needs `with anyio.CancelScope(shield=True)`.
+    """
 
     @abstractmethod
     async def health(self) -> Health:

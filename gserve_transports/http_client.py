@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
 
-import anyio._backends._asyncio
 import httpx
 import msgspec
 import sniffio
@@ -16,7 +15,7 @@ from gserve_core.schema import CancelRequest, Event, Health, RunRequest
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, Unpacker
 
 CONNECT_SECONDS = 5.0
-IMPORTED = anyio._backends._asyncio, sniffio
+IMPORTED = sniffio
 """What httpx imports only with its first request. A process that is forked meanwhile would wait for that for ever."""
 
 

@@ -73,7 +73,7 @@ HOMES = {  # third parties: the only files that may import them
     "torch": {"gserve_core/engines/demo_model.py", "gserve_core/engines/vllm_engine.py"},
     "transformers": {"gserve_core/engines/demo_model.py"},
     "httpx": {"gserve_transports/http_client.py"},
-    "anyio": {"gserve_transports/http_client.py"},
+    "anyio": {"gserve_core/batch/dispatcher.py"},
     "sniffio": {"gserve_transports/http_client.py"},
     "fastapi": {"gserve_transports/http_server.py"},
     "starlette": {"gserve_transports/http_server.py"},

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+import anyio
+import anyio._backends._asyncio
 import msgspec
 import uvloop
 
@@ -26,6 +28,8 @@ from ..log_utils import keep_logging_from_waiting
 from ..schema import Group, Prompt, RunRequest
 from .item_queue import Call, Item, ItemQueue, Piece, Server
 
+IMPORTED = anyio._backends._asyncio
+"""What anyio imports only with its first scope. A process that is forked meanwhile would wait for that for ever."""
 HEARTBEAT = 5.0
 """Seconds between two signs of life of a server at work; less where `client_timeout` is short."""
 PROBE = 1.0
@@ -39,6 +43,9 @@ MOST_SILENCE = 6.0
 """Maximum time that one question without an answer counts, in seconds: meanwhile this process may have been stopped."""
 CLOSE_SECONDS = 10.0
 """Maximum time for closing all connections, in seconds."""
+
+ASK_SECONDS = 10.0
+"""Maximum time for a server's answer to one question, in seconds."""
 
 CLOSED = "this service or client is closed: start it again"
 
@@ -65,6 +72,29 @@ class _Known:
         return DOUBT + 2 * (STALL if self.stall_timeout is None else self.stall_timeout)
 
 
+class _Work:
+    """Runs something that uses a connection. It is cancelled by a scope of anyio.
+
+    httpx closes its sockets where no such scope interrupts it; `Task.cancel` would, and leave some of them open.
+    """
+
+    def __init__(self) -> None:
+        self._scope: anyio.CancelScope | None = None
+        self._is_cancelled = False
+
+    def cancel(self) -> None:
+        """Cancel it; it may not have begun, or be over. Idempotent."""
+        self._is_cancelled = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run it. Returns early where it is cancelled; raises what it raises."""
+        with anyio.CancelScope() as self._scope:
+            if not self._is_cancelled:
+                await work()
+
+
 class _Link:
     """A server with its connection."""
 
@@ -74,8 +104,9 @@ class _Link:
         self.patience = known.patience
         self.has_answered = known.has_answered
         self.heartbeat = HEARTBEAT if known.timeout is None else min(HEARTBEAT, known.timeout / 3)
-        self.probe: asyncio.Task[None] | None = None
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.is_probed = False
+        self.work: dict[asyncio.Task[None], _Work] = {}
+        """What uses the connection."""
 
 
 class Dispatcher:
@@ -104,7 +135,7 @@ class Dispatcher:
         """Start the thread, with all known servers."""
         self._loop = uvloop.new_event_loop()
         self._links: dict[Server, _Link] = {}
-        self._tasks: dict[Piece, asyncio.Task[None]] = {}
+        self._sent: dict[Piece, _Work] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._requests = map("{}-{}".format, itertools.repeat(uuid.uuid4().hex[:12]), itertools.count())
         self._incoming: deque[Item] = deque()
@@ -128,7 +159,7 @@ class Dispatcher:
         self._is_forked = True
         self._lock = threading.RLock()
         self._known = {key: replace(known, is_watched=False, has_answered=True) for key, known in self._known.items()}
-        self._inherited.append((self._loop, self._queue, self._links, self._tasks, self._closing))  # never collected
+        self._inherited.append((self._loop, self._queue, self._links, self._sent, self._closing))  # never collected
 
     # -------------------------------------------------------------------------------------------------- from any thread
 
@@ -195,7 +226,7 @@ class Dispatcher:
         with contextlib.suppress(TransportError):  # closed: what waits has ended
             self._soon(self._queue.resume, call)
 
-    def ask[T](self, work: Coroutine[Any, Any, T], timeout: float = 10.0) -> T:
+    def ask[T](self, work: Coroutine[Any, Any, T], timeout: float) -> T:
         """Run a coroutine in the event loop; return what it returns. Raises what it raises.
 
         Raises StallTimeout: it takes longer than `timeout` seconds.
@@ -221,9 +252,18 @@ class Dispatcher:
             link = next((link for server, link in self._links.items() if server.key == key), None)
             if link is None:
                 raise TransportError(f"there is no connection to {key}")
-            return await question(link.connection)
+            answer: list[T] = []
 
-        return self.ask(asked())
+            async def ask() -> None:
+                with anyio.fail_after(ASK_SECONDS):
+                    answer.append(await question(link.connection))
+
+            await self._use(link, ask)
+            if not answer:  # the connection was closed meanwhile
+                raise TransportError(CLOSED)
+            return answer[0]
+
+        return self.ask(asked(), ASK_SECONDS + 1)
 
     def close(self) -> None:
         """End every open call with errors, close all connections, and end the thread. Idempotent."""
@@ -291,11 +331,9 @@ class Dispatcher:
         """Close a connection once nothing uses it."""
 
         async def close() -> None:
-            tasks = [*link.tasks, *([link.probe] if link.probe is not None else [])]
-            for task in tasks:
-                if not task.cancelling():  # a second time would interrupt it while it closes its socket
-                    task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            for work in link.work.values():
+                work.cancel()
+            await asyncio.gather(*link.work, return_exceptions=True)
             await link.connection.close()
 
         closing = self._loop.create_task(close())
@@ -316,9 +354,17 @@ class Dispatcher:
         assert piece.server is not None
         link = self._links[piece.server]
         piece.request = next(self._requests)
-        task = self._tasks[piece] = self._loop.create_task(self._send(piece, link))
-        link.tasks.add(task)
-        task.add_done_callback(functools.partial(self._ended, piece, link))
+        task = self._use(link, lambda: self._send(piece, link))
+        self._sent[piece] = link.work[task]
+        task.add_done_callback(functools.partial(self._ended, piece))
+
+    def _use(self, link: _Link, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
+        """Begin something that uses a connection, and that ends before the connection is closed."""
+        begun = _Work()
+        task = self._loop.create_task(begun.run(work))
+        link.work[task] = begun
+        task.add_done_callback(link.work.pop)
+        return task
 
     async def _send(self, piece: Piece, link: _Link) -> None:
         """Send a piece, and pass on what comes of it."""
@@ -328,17 +374,16 @@ class Dispatcher:
                 link.has_answered = True
                 self._queue.happened(piece, events)
 
-    def _ended(self, piece: Piece, link: _Link, task: asyncio.Task[None]) -> None:
-        """Take note of the end of a piece: called for every task, also one that was cancelled before it began."""
-        del self._tasks[piece]
-        link.tasks.discard(task)
+    def _ended(self, piece: Piece, task: asyncio.Task[None]) -> None:
+        """Take note of the end of a piece."""
+        del self._sent[piece]
         error: Any = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, TransportError):
             logger.error("a piece of work failed", exc_info=error)
         self._queue.ended(piece, error)
 
     def _stop(self, piece: Piece) -> None:
-        self._tasks[piece].cancel()
+        self._sent[piece].cancel()
 
     def _cancel_items(self, piece: Piece, indexes: list[int]) -> None:
         """Have a server stop working on some items of a piece."""
@@ -349,15 +394,14 @@ class Dispatcher:
             with contextlib.suppress(TransportError):  # the line broke: the server drops the whole piece
                 await link.connection.cancel(piece.request, indexes)
 
-        task = self._loop.create_task(cancel())
-        link.tasks.add(task)
-        task.add_done_callback(link.tasks.discard)
+        self._use(link, cancel)
 
     def _probe(self, server: Server) -> None:
         """Find out whether a server answers whose connection broke."""
         link = self._links[server]
-        if link.probe is None:
-            link.probe = self._loop.create_task(self._ask_until_it_answers(link))
+        if not link.is_probed:
+            link.is_probed = True
+            self._use(link, lambda: self._ask_until_it_answers(link))
 
     async def _ask_until_it_answers(self, link: _Link) -> None:
         server, why = link.server, ""
@@ -378,7 +422,7 @@ class Dispatcher:
                 why = str(error)
             if silence >= link.patience or (is_gone and not server.is_watched):  # nobody would tell us its death
                 logger.warning("lost %s: %s", server.key, why)
-                link.probe = None
+                link.is_probed = False
                 self._queue.lose_sight(server, why)
                 return
             if silence >= DOUBT and not has_warned:
@@ -386,7 +430,7 @@ class Dispatcher:
                 has_warned = True
             await asyncio.sleep(PROBE)
             silence += min(self._loop.time() - asked, MOST_SILENCE)
-        link.probe = None
+        link.is_probed = False
         self._queue.answered(server)
 
     def _begin_close(self) -> None:
