@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gserve_core.engines import demo_model
+from gserve_core.engines.vllm import demo_model
 
 _TEXT = """
 about after again air all along also always animal answer any around ask away back before begin below between

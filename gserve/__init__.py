@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gserve_core.client import VLLMClient
     from gserve_core.commands import CommandLauncher
     from gserve_core.config import LLMConfig, ServeConfig
     from gserve_core.errors import (
@@ -29,11 +28,12 @@ if TYPE_CHECKING:
     from gserve_core.hookspecs import hookimpl
     from gserve_core.interfaces import Engine, Finding, Job, Launcher, Transport
     from gserve_core.schema import ResponseOutput
-    from gserve_core.server import VLLMServer
-    from gserve_core.service import VLLMService
+    from gserve_core.service.client import VLLMClient
+    from gserve_core.service.server import VLLMServer
+    from gserve_core.service.service import VLLMService
 
 _HOMES = {
-    "client": ("VLLMClient",),
+    "service.client": ("VLLMClient",),
     "commands": ("CommandLauncher",),
     "config": ("LLMConfig", "ServeConfig"),
     "errors": (
@@ -43,8 +43,8 @@ _HOMES = {
     "hookspecs": ("hookimpl",),
     "interfaces": ("Engine", "Finding", "Job", "Launcher", "Transport"),
     "schema": ("ResponseOutput",),
-    "server": ("VLLMServer",),
-    "service": ("VLLMService",),
+    "service.server": ("VLLMServer",),
+    "service.service": ("VLLMService",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -1,5 +1,5 @@
-"""Logging. It lives in `gserve_core.log_utils`."""
+"""Logging. It lives in `gserve_core.host.logs`."""
 
-from gserve_core.log_utils import setup_logging
+from gserve_core.host.logs import setup_logging
 
 __all__ = ["setup_logging"]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from . import processes
 from .errors import LaunchError
+from .host import processes
 from .interfaces import Job, Launcher, Process
 
 FAREWELL = 1.0

@@ -17,10 +17,10 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from .documents import Document, type_name
-from .environment import RESERVED
 from .errors import ConfigError, did_you_mean, reworded
-from .redaction import hidden
+from .host.environment import RESERVED
+from .host.redaction import hidden
+from .yaml_file import Document, type_name
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
 """What `dtype` may be (vLLM's `ModelDType`)."""

@@ -26,15 +26,16 @@ from typing import Literal
 import msgspec
 from msgspec import Struct
 
-from . import devices, folders, plugins
+from . import plugins
 from .config import Config, load
-from .engines import demo_model
-from .engines.vllm_engine import VLLMEngine, insecurity
+from .engines.vllm import demo_model
+from .engines.vllm.engine import VLLMEngine, insecurity
 from .errors import ConfigError, LaunchError, did_you_mean
+from .host import devices, folders
+from .host.runtime import is_loopback, log_folder, own_address
 from .interfaces import Address, Engine, Finding, Job, Process
 from .plugins import Parts, assemble
-from .runtime import is_loopback, log_folder, own_address
-from .service import VLLMService
+from .service.service import VLLMService
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "import sys; sys.path[0] = sys.argv[1]; from gserve_core import doctor; doctor.answer()"

@@ -20,9 +20,9 @@ from .interfaces import Engine, Launcher, Transport
 
 BUILT_IN = (
     "gserve_launchers.local",
-    "gserve_launchers.slurm",
+    "gserve_launchers.slurm.launcher",
     "gserve_transports",
-    "gserve_core.engines.vllm_engine",
+    "gserve_core.engines.vllm.engine",
     "gserve_core.engines.echo",
 )
 KINDS: Mapping[str, type] = {"launcher": Launcher, "transport": Transport, "engine": Engine}

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import folders, processes, runtime
+from .host import folders, processes, runtime
 
 GRACE = 5.0
 """Seconds that a process has to end by itself, before it is killed; and then, to be gone."""

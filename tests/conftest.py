@@ -14,16 +14,17 @@ import psutil
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-from gserve_core import runtime, testing
-from gserve_core.testing import slurm
+from gserve_core import testing
+from gserve_core.host import runtime
+from tests.slurm import cluster
 
 default_signals = testing.default_signals
 nothing_left = testing.nothing_left
-slurm_cluster = slurm.slurm_cluster
-pytest_terminal_summary = slurm.pytest_terminal_summary
+slurm_cluster = cluster.slurm_cluster
+pytest_terminal_summary = cluster.pytest_terminal_summary
 ENGINE = (
-    "tests/gserve_core/engines/", "tests/test_faults_vllm.py", "tests/test_quickstart.py", "tests/test_seed_readme.py",
-    "tests/slurm/test_vllm_on_nodes.py",
+    "tests/gserve_core/engines/vllm/", "tests/test_faults_vllm.py", "tests/test_quickstart.py",
+    "tests/test_seed_readme.py", "tests/slurm/test_vllm_on_nodes.py",
 )  # fmt: skip
 """Tests that start real vLLM. Two cores bear one engine at a time: with several test processes, all are in one."""
 SLURM = ("tests/slurm/",)

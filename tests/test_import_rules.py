@@ -20,58 +20,56 @@ PACKAGES = {  # package: the packages that it may import
     "gserve": {"gserve_core", "gserve_launchers", "gserve_transports"},
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
-    {"errors", "sweep"},
-    {"schema", "documents", "redaction", "environment"},
+    {"errors", "host.sweep"},
+    {"schema", "yaml_file", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
-    {"processes"},
-    {"folders"},
-    {"hookspecs", "sampling", "commands", "lease", "runtime", "log_utils", "devices", "diagnosis"},
-    {"plugins", "nursery"},
-    {"state"},
-    {"supervisor"},
-    {"batch"},
+    {"host.processes"},
+    {"host.folders"},
+    {"hookspecs", "sampling", "commands", "lease", "host.runtime", "host.logs", "host.devices", "diagnosis"},
+    {"plugins", "process.nursery"},
+    {"service.state"},
+    {"service.supervisor"},
     {"batch.item_queue"},
     {"batch.items", "batch.dispatcher"},
     {"batch.batch"},
-    {"client", "pool", "attached"},
-    {"server"},
-    {"service"},
+    {"service.client", "service.pool", "service.attached"},
+    {"service.server"},
+    {"service.service"},
 )
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
-    "serving": {
-        "errors", "schema", "config", "interfaces", "lease", "log_utils", "redaction", "devices", "runtime", "plugins",
-        "nursery", "diagnosis", "environment", "sweep",
+    "process.serving": {
+        "errors", "schema", "config", "interfaces", "lease", "host.logs", "host.redaction", "host.devices",
+        "host.runtime", "plugins", "process.nursery", "diagnosis", "host.environment", "host.sweep",
     },
-    "reap": {"folders", "processes", "runtime"},
-    "output_lock": {"errors", "runtime"},
+    "reap": {"host.folders", "host.processes", "host.runtime"},
+    "batch.output_lock": {"errors", "host.runtime"},
     "doctor": {
-        "errors", "config", "interfaces", "devices", "folders", "runtime", "plugins", "service", "engines",
-        "engines.demo_model", "engines.vllm_engine",
+        "errors", "config", "interfaces", "host.devices", "host.folders", "host.runtime", "plugins", "service.service",
+        "engines", "engines.vllm.demo_model", "engines.vllm.engine",
     },
-    "testing": {"errors", "schema", "config", "interfaces", "runtime"},
-    "testing.slurm": {"runtime"},
-    "engines.echo": {
-        "errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines", "engines.orphans",
-    },
-    "engines.vllm_engine": {
-        "errors", "schema", "config", "folders", "interfaces", "hookspecs", "sampling", "engines",
-        "engines.compile_turn", "engines.demo_model", "engines.orphans", "engines.tokenizing",
+    "testing": {"errors", "schema", "config", "interfaces", "host.runtime"},
+    "engines.echo": {"errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines.orphans"},
+    "engines.vllm.engine": {
+        "errors", "schema", "config", "host.folders", "interfaces", "hookspecs", "sampling",
+        "engines.vllm.compile_turn", "engines.vllm.demo_model", "engines.orphans", "engines.vllm.tokenizing",
     },
 }  # fmt: skip
 OF_AN_ENGINE = {
-    "engines.compile_turn": {"interfaces", "redaction"},
-    "engines.demo_model": {"errors", "folders", "interfaces"},
-    "engines.orphans": {"environment", "processes", "runtime", "sweep"},
-    "engines.tokenizing": set(),
+    "engines.vllm.compile_turn": {"interfaces", "host.redaction"},
+    "engines.vllm.demo_model": {"errors", "host.folders", "interfaces"},
+    "engines.orphans": {"host.environment", "host.processes", "host.runtime", "host.sweep"},
+    "engines.vllm.tokenizing": set(),
 }
+ROOMS = {"batch", "engines", "engines.vllm", "host", "process", "service"}
+"""Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs", "lease"}
 """What launchers and transports need of the core: no more than a plugin's author."""
 
 HOMES = {  # third parties: the only files that may import them
-    "vllm": {"gserve_core/engines/vllm_engine.py"},
-    "torch": {"gserve_core/engines/demo_model.py", "gserve_core/engines/vllm_engine.py"},
-    "transformers": {"gserve_core/engines/demo_model.py"},
+    "vllm": {"gserve_core/engines/vllm/engine.py"},
+    "torch": {"gserve_core/engines/vllm/demo_model.py", "gserve_core/engines/vllm/engine.py"},
+    "transformers": {"gserve_core/engines/vllm/demo_model.py"},
     "httpx": {"gserve_transports/http_client.py"},
     "anyio": {"gserve_core/batch/dispatcher.py"},
     "sniffio": {"gserve_transports/http_client.py"},
@@ -79,21 +77,20 @@ HOMES = {  # third parties: the only files that may import them
     "starlette": {"gserve_transports/http_server.py"},
     "uvicorn": {"gserve_transports/http_server.py"},
     "pluggy": {"gserve_core/hookspecs.py", "gserve_core/plugins.py"},
-    "yaml": {"gserve_core/documents.py"},
-    "uvloop": {"gserve_core/batch/dispatcher.py", "gserve_core/serving.py"},
-    "typer": {"gserve/cli.py"},
-    "rich": {"gserve/cli.py"},
-    "pytest": {"gserve_core/testing/__init__.py", "gserve_core/testing/slurm.py"},
+    "yaml": {"gserve_core/yaml_file.py"},
+    "uvloop": {"gserve_core/batch/dispatcher.py", "gserve_core/process/serving.py"},
+    "typer": {"gserve/cli/app.py"},
+    "rich": {"gserve/cli/app.py"},
+    "pytest": {"gserve_core/testing/__init__.py"},
 }
 EVERYWHERE = {"msgspec"}
 LATE = {  # imports that do not stand at the top of their file, and why
-    "gserve_core/engines/vllm_engine.py": {"torch", "vllm"},  # takes 10 s, and health is answered meanwhile
-    "gserve_core/engines/demo_model.py": {"torch", "transformers"},
+    "gserve_core/engines/vllm/engine.py": {"torch", "vllm"},  # takes 10 s, and health is answered meanwhile
+    "gserve_core/engines/vllm/demo_model.py": {"torch", "transformers"},
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
-    "gserve_core/testing/slurm.py": {"pytest"},
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used
     "gserve/vllm_server.py": {"gserve_core"},  # after the search path is right
-    "gserve/cli.py": {"gserve", "gserve_core", "gserve_launchers", "rich"},  # `gserve --help` needs none of them
+    "gserve/cli/app.py": {"gserve", "gserve_core", "gserve_launchers", "rich"},  # `gserve --help` needs none of them
 }
 HEAVY = {"vllm", "torch", "fastapi", "uvicorn", "httpx", "numpy", "transformers"}
 
@@ -173,7 +170,7 @@ def test_packages_import_one_way() -> None:
 def test_a_module_of_the_core_imports_only_those_below_it() -> None:
     table = allowed_in_core()
     modules = {name.removeprefix("gserve_core.") for name in MODULES if name.startswith("gserve_core.")}
-    assert modules - {"engines"} == set(table), "every module of the core has its place in this table"
+    assert modules - ROOMS == set(table), "every module of the core has its place in this table"
     wrong = [
         one
         for one in IMPORTS
@@ -216,7 +213,7 @@ def test_nothing_prints_but_the_command_line() -> None:
     wrong = [
         f"{file}:{node.lineno}"
         for file, tree in SOURCES.items()
-        if file != "gserve/cli.py"
+        if file != "gserve/cli/app.py"
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]

@@ -11,7 +11,8 @@ import pytest
 import typer
 
 import gserve
-from gserve import LLMConfig, ServeConfig, cli
+from gserve import LLMConfig, ServeConfig
+from gserve.cli import app
 from gserve_core import config, hookspecs, plugins
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,7 @@ def test_every_built_in_part_and_its_options_are_in_it(kind: str) -> None:
 
 
 def test_every_command_and_its_options_are_in_it() -> None:
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(app.app)
     for name, sub in command.commands.items():  # type: ignore[attr-defined]
         assert f"gserve {name} " in README or f"gserve {name}\n" in README, name
         for parameter in sub.params:

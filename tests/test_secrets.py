@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from gserve import ServerExited, VLLMService
-from gserve_core import config, runtime, testing
+from gserve_core import config, testing
+from gserve_core.host import runtime
 
 CANARIES = {
     "HF_TOKEN": "hf_canaryInTheEnvironment",

@@ -21,10 +21,10 @@ import anyio._backends._asyncio
 import msgspec
 import uvloop
 
-from ..environment import check_not_patched, open_missing_descriptors
 from ..errors import GserveError, StallTimeout, TransportError
+from ..host.environment import check_not_patched, open_missing_descriptors
+from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Connection
-from ..log_utils import keep_logging_from_waiting
 from ..schema import Group, Prompt, RunRequest
 from .item_queue import Call, Item, ItemQueue, Piece, Server
 

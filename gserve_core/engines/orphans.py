@@ -11,8 +11,8 @@ import signal
 import threading
 import time
 
-from .. import processes, runtime, sweep
-from ..environment import ignore_notices
+from ..host import processes, runtime, sweep
+from ..host.environment import ignore_notices
 
 GRACE = 2.0
 """Seconds that the engine's own way to end gets, which may be the more orderly one."""

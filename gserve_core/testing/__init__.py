@@ -18,9 +18,9 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager, suppress
 from pathlib import Path
 
-from .. import runtime
 from ..config import LLMConfig
 from ..errors import ItemError, LaunchError, RemoteError, TransportError
+from ..host import runtime
 from ..interfaces import Access, Address, Engine, Job, Launcher, Process, RunningEngine, Transport
 from ..schema import (
     Conversation,

@@ -27,8 +27,8 @@ import psutil
 from gserve import LaunchError, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.testing import RUN_VARIABLE
-from gserve_core.testing.slurm import SlurmCluster, is_installed
-from gserve_launchers.slurm import SlurmLauncher
+from gserve_launchers.slurm.launcher import SlurmLauncher
+from tests.slurm.cluster import SlurmCluster, is_installed
 
 from . import oracles
 from .frame import Outcome, Scale
@@ -646,7 +646,7 @@ def of_owners(scale: Scale) -> list[Outcome]:
     """End owners in the middle of a batch, on a login node and in a batch job; and what they have started there."""
     if not_tried := skipped("owners of SLURM's jobs that end"):
         return not_tried
-    with_sruns = "gserve.cli", "srun --nodes", "slurm_guard"
+    with_sruns = "gserve.cli", "srun --nodes", "slurm/guard"
     deaths: list[tuple[str, bool, Callable[[Owner], object]]] = [
         ("owner killed -9 on a login node", False, lambda one: kill_all(one.pids("gserve.cli"))),
         ("owner and all its sruns killed -9 on a login node", False, lambda one: kill_all(one.pids(*with_sruns))),

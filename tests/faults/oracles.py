@@ -20,13 +20,13 @@ from typing import Any, ClassVar, Self
 import psutil
 
 from gserve import ItemError, VLLMServer, VLLMService
-from gserve_core.state import State
+from gserve_core.service.state import State
 from gserve_core.testing import RUN_VARIABLE
 
 ID = b"GSERVE_ID="
 ROLES = {  # what the command of a process holds, and what the process is
     "srun --nodes": "srun",  # it has the server's command as its arguments
-    "slurm_task.py": "task",
+    "slurm/task.py": "task",
     "gserve nursery": "nursery",
     "vllm_server.py": "server",
     "gserve_core.engines.echo engine": "engine",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from gserve import Engine, LLMConfig, hookimpl
-from gserve_core.engines.vllm_engine import RunningVLLM, VLLMEngine
+from gserve_core.engines.vllm.engine import RunningVLLM, VLLMEngine
 from gserve_core.interfaces import Report, RunningEngine
 from gserve_core.schema import Params, Prompt
 

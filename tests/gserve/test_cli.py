@@ -168,7 +168,7 @@ def test_help_names_every_command_and_loads_neither_rich_nor_the_core_behind_the
         capture_output=True,
         check=True,
     ).stdout.split()
-    assert not {"rich", "yaml", "pluggy", "httpx", "fastapi", "gserve_core.service"} & set(loaded)
+    assert not {"rich", "yaml", "pluggy", "httpx", "fastapi", "gserve_core.service.service"} & set(loaded)
 
 
 def test_check_hides_secrets(place: Place) -> None:
@@ -285,7 +285,9 @@ def launched_with_items(place: Place, *items: Any) -> tuple["subprocess.Popen[st
     assert launched.stdout is not None
     assert launched.stdout.readline()
     place.write("in.jsonl", *items)
-    cli = "from gserve import cli; from gserve_core import attached; attached.GONE_SECONDS = 5.0; cli.main()"
+    cli = (
+        "from gserve.cli import app; from gserve_core.service import attached; attached.GONE_SECONDS = 5.0; app.main()"
+    )
     command = [sys.executable, "-c", cli, "generate", "--attach", "demo", "-i", "in.jsonl", "-o", "out.jsonl"]
     generating = subprocess.Popen(command, cwd=place.folder, env=place.environ, stderr=subprocess.DEVNULL)
     output = place.folder / "out.jsonl"

@@ -18,11 +18,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from gserve import LLMConfig, VLLMService, batch_job
-from gserve_core import runtime
+from gserve import LLMConfig, VLLMService
+from gserve.cli import batch_job
+from gserve_core.batch.output_lock import only_writer
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.output_lock import only_writer
-from gserve_launchers import batch
+from gserve_core.host import runtime
+from gserve_launchers.slurm import batch
 
 PROGRAM = """
 import json, sys
@@ -232,7 +233,7 @@ class BatchJob:
     def start(self) -> "subprocess.Popen[bytes]":
         with (self.folder / "out").open("wb") as out:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "gserve.batch_job", self.file],
+                [sys.executable, "-P", "-m", "gserve.cli.batch_job", self.file],
                 env=self.environ, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
@@ -345,7 +346,10 @@ def test_a_job_that_gets_nowhere_is_not_run_again_for_ever(tmp_path: Path, times
     }
     with (tmp_path / "out").open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "gserve.batch_job", file], env=environ, stdout=out, stderr=subprocess.STDOUT
+            [sys.executable, "-P", "-m", "gserve.cli.batch_job", file],
+            env=environ,
+            stdout=out,
+            stderr=subprocess.STDOUT,
         )
     until(lambda: b"begun" in (tmp_path / "out").read_bytes())
     process.send_signal(signal.SIGUSR1)
@@ -363,7 +367,7 @@ def test_print_shows_the_script_and_the_command_line_and_submits_nothing(tmp_pat
         PATH="/nowhere", XDG_STATE_HOME=str(tmp_path / "state"), HF_TOKEN=canary,
     )  # fmt: skip
     assert code == 0, said
-    assert 'exec "$1" -P -m gserve.batch_job "$2"' in said
+    assert 'exec "$1" -P -m gserve.cli.batch_job "$2"' in said
     assert (
         "--time=1 '--comment=a '\"'\"'b'\"'\"' $(c)' --nodes=1 --ntasks-per-node=1 --gres=gpu:2 --signal=B:USR1@15"
         in said

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gserve_core import runtime
+from gserve_core.host import runtime
 
 
 class User:

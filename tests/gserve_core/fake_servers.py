@@ -7,7 +7,7 @@ from typing import Any
 
 from gserve_core.errors import GserveError, LaunchError
 from gserve_core.interfaces import Address, EngineInfo
-from gserve_core.state import (
+from gserve_core.service.state import (
     Ended,
     Gone,
     Listening,

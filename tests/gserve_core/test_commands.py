@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from gserve import LaunchError
-from gserve_core import lease, runtime
+from gserve_core import lease
 from gserve_core.commands import LocalProcess, group_is_alive, output_of
+from gserve_core.host import runtime
 from gserve_core.interfaces import Job
 from gserve_launchers.local import CORES_VARIABLE, SubprocessLauncher
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from gserve_core import lease, runtime
+from gserve_core import lease
+from gserve_core.host import runtime
 
 PROGRAM = Path(__file__).parents[2] / "gserve" / "vllm_server.py"
 HELLO = {"type": "hello", "instance": "the-instance", "token": "the-token"}
@@ -537,7 +538,7 @@ class Beating(lease.OwnerEnd):
 GRANDCHILD = """
 import os, sys
 from gserve_core.lease import ServerEnd
-from gserve_core.log_utils import ServerLog
+from gserve_core.host.logs import ServerLog
 line, log = ServerEnd(), ServerLog()
 child = os.fork()
 if not child:

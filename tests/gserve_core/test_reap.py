@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from gserve_core import reap, runtime
+from gserve_core import reap
+from gserve_core.host import runtime
 from gserve_core.interfaces import Address
 
 OWNER = """

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gserve_core import runtime, testing
+from gserve_core import testing
+from gserve_core.host import runtime
 
 IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 IN_THE_BACKGROUND = """

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gserve_core.testing.slurm import SlurmCluster
+from tests.slurm.cluster import SlurmCluster
 
 pytestmark = pytest.mark.usefixtures("slurm_cluster")
 

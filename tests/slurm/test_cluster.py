@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from gserve_core.testing.slurm import SlurmCluster
+from tests.slurm.cluster import SlurmCluster
 
 pytestmark = pytest.mark.usefixtures("slurm_cluster")
+
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -163,8 +166,8 @@ def test_what_has_started_is_ended_where_one_daemon_cannot_start() -> None:
 
 
 def test_by_hand_it_lasts_until_it_is_told_to_end() -> None:
-    command = [sys.executable, "-m", "gserve_core.testing.slurm"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-m", "tests.slurm.cluster"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout
         name, _, path = process.stdout.readline().removeprefix("export ").strip().partition("=")
         ran = subprocess.run(["srun", "hostname"], env=os.environ | {name: path}, capture_output=True, check=False)

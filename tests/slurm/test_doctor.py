@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gserve_core.testing.slurm import SlurmCluster
+from tests.slurm.cluster import SlurmCluster
 
 pytestmark = pytest.mark.usefixtures("slurm_cluster")
 COMMAND = [sys.executable, "-m", "gserve.cli", "doctor"]

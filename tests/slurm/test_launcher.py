@@ -17,12 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gserve import ConfigError, LLMConfig, ServeConfig, StartupTimeout, VLLMService
-from gserve_core import runtime, testing
+from gserve_core import testing
 from gserve_core.engines.echo import EchoEngine
+from gserve_core.host import runtime
 from gserve_core.interfaces import Job
-from gserve_core.state import State
-from gserve_core.testing.slurm import SlurmCluster
-from gserve_launchers.slurm import SlurmLauncher
+from gserve_core.service.state import State
+from gserve_launchers.slurm.launcher import SlurmLauncher
+from tests.slurm.cluster import SlurmCluster
 
 PROMPTS = ["one two three", [4, 5], "é ☃ \x00", *(f"prompt {number}" for number in range(40))]
 GREEDY = {"temperature": 0.0, "max_tokens": 3}
@@ -107,7 +108,7 @@ def test_it_keeps_the_contract_of_launchers_from_a_login_node() -> None:
 def test_it_keeps_the_contract_of_launchers_in_an_allocation(tmp_path: Path) -> None:
     program = (
         "from gserve_core.testing import check_launcher\n"
-        "from gserve_launchers.slurm import SlurmLauncher\n"
+        "from gserve_launchers.slurm.launcher import SlurmLauncher\n"
         "check_launcher(SlurmLauncher())\n"
         "check_launcher(SlurmLauncher(gpus_per_server=0, cpus_per_server=2, mem='1G'))\n"
         "print('kept')\n"
@@ -167,7 +168,7 @@ import subprocess
 from gserve import LLMConfig, ServeConfig, VLLMService
 from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
-from gserve_launchers.slurm import SlurmLauncher
+from gserve_launchers.slurm.launcher import SlurmLauncher
 from pathlib import Path
 
 def environ(pid):
@@ -240,7 +241,7 @@ HELD = """
 import subprocess, sys, time
 from gserve import LLMConfig, ServeConfig, VLLMService, StartupTimeout
 from gserve_core.engines.echo import EchoEngine
-from gserve_launchers.slurm import SlurmLauncher
+from gserve_launchers.slurm.launcher import SlurmLauncher
 
 holder = subprocess.Popen(["srun", "--ntasks=1", "--gres=gpu:1", "echo", "holds"], stdout=subprocess.PIPE)
 assert holder.wait() == 0

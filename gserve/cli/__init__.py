@@ -1,0 +1,1 @@
+"""The command line `gserve`. `python -m gserve.cli` is the same program."""

@@ -1,0 +1,5 @@
+"""`python -m gserve.cli`."""
+
+from gserve.cli.app import main
+
+main()

@@ -1,0 +1,296 @@
+"""A command and the service that it uses, from start to end: `gserve run`, and each job of `gserve sbatch`.
+
+Both may have to end early: SIGUSR1 says that a job's time is nearly over, SIGTERM that it is. The service takes no
+more items then; what it has may finish; the command is given the rest back as errors, and ends by itself.
+
+The command leads a process group, which ends with it. At a terminal it stays in ours, as the shell's job control and
+Ctrl-C want it, and what it leaves behind is the shell's.
+"""
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from gserve_core.batch.output_lock import check_free
+from gserve_core.commands import GONE, end_group
+from gserve_core.errors import ConfigError, GserveError, PluginError
+from gserve_core.host import runtime
+from gserve_core.host.logs import setup_logging
+from gserve_core.service.server import State
+from gserve_core.service.service import ATTACH_VARIABLE, VLLMService
+from gserve_launchers.slurm import batch
+
+TICK = 0.1
+"""Seconds between two looks at the command."""
+PATIENCE = 80.0
+"""Seconds that a command may take to end once its time is nearly over, unless it is said how long that is."""
+SHARE = 2 / 3
+"""Largest part of the time that is left which a command may take; the rest is for the end of the servers."""
+LAST_SECONDS = 10.0
+"""The same once its time is over: SLURM kills all 30 s (its KillWait) after SIGTERM, or sooner."""
+FAREWELL = 5.0
+"""Seconds between SIGTERM and SIGKILL for a command that does not end, and for what it has left."""
+REQUEUES = 10
+"""How often a job is run again: one that gets nowhere ends."""
+NOTICES = {
+    signal.SIGUSR1: "its job's time is nearly over",
+    signal.SIGTERM: "it was told to, or its job's time is over",
+    signal.SIGINT: "it was interrupted",
+    signal.SIGHUP: "its terminal is gone",
+}
+"""The signals that end a command early, and why."""
+FORWARDED = signal.SIGINT, signal.SIGHUP
+"""Those of them that a terminal sends to all. Of the others a command would die, which is to end in order."""
+
+logger = logging.getLogger("gserve.job")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command has ended: with an exit code, 128 and its number for a signal; `notice` had cut it short."""
+
+    code: int
+    notice: int | None = None
+
+
+class Notices:
+    """The signals that end a command early, from when on they count.
+
+    SLURM sends SIGUSR1 too early where it did not know the time of the job, or rounds it. `asked`: how many seconds
+    before the end it was asked for; 0: it counts at once. So does one that comes much earlier, or twice.
+    """
+
+    def __init__(self, asked: int = 0) -> None:
+        self.counted: list[int] = []
+        self.left: float | None = None
+        self.asked = asked
+        self._came: list[int] = []
+        self._due: float | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """Be the handler of a signal."""
+        self._came.append(number)
+
+    def take(self) -> list[int]:
+        """Return the signals that count from now on."""
+        new = []
+        while self._came:
+            number = self._came.pop(0)
+            if number == signal.SIGUSR1:
+                wait = 0.0 if self._due is not None else self._seconds_until_due()
+                if wait > 0.0 and self.asked and (self.left or 0) <= self.asked + batch.EARLY:
+                    logger.info("the time of the job is over in %.0f s: going on for %.0f s", self.left, wait)
+                    self._due = time.monotonic() + wait
+                    continue
+                self._due = None
+            new.append(number)
+        if self._due is not None and time.monotonic() >= self._due:
+            wait = self._seconds_until_due()  # the job may have been given more time, or was suspended
+            self._due = time.monotonic() + wait if wait > 1.0 else None
+            if self._due is None:
+                new.append(signal.SIGUSR1)
+        self.counted += new
+        return new
+
+    def _seconds_until_due(self) -> float:
+        """Ask SLURM for the time that is left; return for how long the job may go on as it is."""
+        job = os.environ.get("SLURM_JOB_ID")
+        times = batch.time_left(job) if job else None
+        if times is None:
+            return 0.0
+        self.left, limit = times
+        return self.left - batch.ahead(limit)
+
+
+def run(
+    config: Path | str, overrides: Sequence[str], command: Sequence[str], patience: float | None = None, asked: int = 0
+) -> Ended:
+    """Start the service of a config, run `command` with $GSERVE_ATTACH set, and end both.
+
+    `patience`: seconds that it may take to end after SIGUSR1; None: `PATIENCE`, or what is left of the job's time.
+    `asked`: how many seconds before the job's end SLURM was asked to send that; 0: unknown, as `batch.NOTICE` where
+    `patience` is None.
+    Raises LaunchError, ConfigError, PluginError: the service or the command cannot be started.
+    """
+    setup_logging()
+    if shutil.which(command[0]) is None:
+        raise ConfigError(f"cannot run '{command[0]}': there is no such program here")
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is not None:
+        os.environ.pop("XDG_RUNTIME_DIR", None)  # a login has it, here or elsewhere, and it goes when that ends
+    name = "-".join(filter(None, ("run", job, str(os.getpid()))))
+    service = VLLMService.from_yaml(config, overrides=overrides, name=name)
+    notices = Notices(asked or (batch.NOTICE if patience is None else 0))
+    handlers = {
+        number: signal.signal(number, notices)
+        for number in NOTICES
+        if number == signal.SIGUSR1 or signal.getsignal(number) is not signal.SIG_IGN
+    }
+    try:
+        _start(service, notices)
+        if notices.counted:
+            return Ended(128 + notices.counted[0], notices.counted[0])
+        return _accompany(service, name, command, patience, notices)
+    finally:
+        service.shutdown()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _start(service: VLLMService, notices: Notices) -> None:
+    """Start a service and say how that goes, unless a notice comes first."""
+    said: dict[str, str] = {}
+    with ThreadPoolExecutor(1) as threads:
+        starting = threads.submit(service.start)
+        while not wait([starting], TICK).done:
+            for server in service.status():
+                if server.state == State.STARTING and server.phase and said.get(server.name) != server.phase:
+                    said[server.name] = server.phase
+                    logger.info("%s: %s", server.name, server.phase)
+            notices.take()
+            if notices.counted:  # again and again: the service may not have begun to start
+                service.shutdown()
+        if not notices.counted:
+            starting.result()
+
+
+def _accompany(
+    service: VLLMService, name: str, command: Sequence[str], patience: float | None, notices: Notices
+) -> Ended:
+    """Run a command to its end; once a notice comes, have the service drain, and wait no longer than there is time."""
+    logger.info("%d servers are ready: running the command", sum(it.state == State.READY for it in service.status()))
+    deadline = math.inf
+    own_group = not _is_at_terminal()
+    process = subprocess.Popen(
+        command, env=os.environ | {ATTACH_VARIABLE: name}, process_group=0 if own_group else None
+    )
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            for number in notices.take():
+                seconds = _seconds(number, patience, notices)
+                deadline = min(deadline, time.monotonic() + seconds)
+                why = NOTICES[signal.Signals(number)]
+                logger.warning("the service is ending: %s; the command has %.0f s to end", why, seconds)
+                service.drain(why)
+                if own_group and number in FORWARDED:
+                    _signal_group(process.pid, number)
+            time.sleep(TICK)
+    finally:
+        code = _end(process, own_group)
+    return Ended(128 - code if code < 0 else code, notices.counted[0] if notices.counted else None)
+
+
+def _end(process: "subprocess.Popen[bytes]", own_group: bool) -> int:
+    """End a command that does not end by itself, and what is left of its group; return its exit code."""
+    if process.poll() is None:
+        logger.warning("the command does not end: it is ended")
+        if own_group:
+            _signal_group(process.pid, signal.SIGTERM)
+        else:
+            process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(FAREWELL)
+        process.kill()
+    try:
+        code = process.wait(GONE)
+    except subprocess.TimeoutExpired:  # killed, and not gone: the kernel has it
+        code = -signal.SIGKILL
+    if own_group:
+        _signal_group(process.pid, signal.SIGTERM)
+        end_group(process.pid, FAREWELL)
+    return code
+
+
+def _seconds(number: int, patience: float | None, notices: Notices) -> float:
+    """Return how many seconds a command may take to end after a notice."""
+    if number == signal.SIGUSR1:
+        return _patience(patience, notices)
+    asked = None
+    if number == signal.SIGTERM:
+        with contextlib.suppress(GserveError):
+            asked = runtime.take_stop()
+    return LAST_SECONDS if asked is None else asked
+
+
+def _is_at_terminal() -> bool:
+    """Return whether a command would read from a terminal that is ours now."""
+    try:
+        return os.tcgetpgrp(0) == os.getpgrp()
+    except OSError:
+        return False
+
+
+def _signal_group(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(group, number)
+
+
+def _patience(patience: float | None, notices: Notices) -> float:
+    """Return how many seconds a command may take to end, as its job's time is nearly over."""
+    seconds = PATIENCE if patience is None else patience
+    if notices.left is None or not (patience is None or notices.asked):  # somebody has chosen it
+        return seconds
+    return min(seconds, SHARE * notices.left)
+
+
+def _do(file: Path) -> int:
+    """Do what the file of a job says; return the exit code. The file stays while the job may be run again."""
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    order = batch.read(file, is_again=restarts > 0)
+    job = os.environ["SLURM_JOB_ID"]
+    if not order.requeue:
+        file.unlink()
+    try:
+        if order.output:
+            check_free(Path(order.output), batch.is_over)
+        ended = run(order.config, order.overrides, order.command, order.patience, order.notice)
+    except (GserveError, OSError):
+        if not _is_ended_by_slurm(job):
+            file.unlink(missing_ok=True)
+        raise
+    if order.requeue and ended.notice == signal.SIGUSR1 and ended.code:
+        _requeue(job, restarts)
+    elif order.requeue and ended.notice in (None, signal.SIGUSR1) and not _is_ended_by_slurm(job):
+        file.unlink(missing_ok=True)
+    return ended.code
+
+
+def _is_ended_by_slurm(job: str) -> bool:
+    """Return whether SLURM ends a job, and may run it again, or does not answer.
+
+    Its state says so before a signal is sent, of which a command may die sooner than we are told.
+    """
+    return batch.state(job) != "RUNNING"
+
+
+def _requeue(job: str, times: int) -> None:
+    if times >= REQUEUES:
+        logger.error("job %s was run again %d times, which is enough: it ends unfinished", job, times)
+        return
+    logger.info("job %s is not finished: it is run again", job)
+    batch.requeue(job)
+
+
+def main() -> None:
+    """Be the program of a job of `gserve sbatch`."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how the command has ended
+    try:
+        sys.exit(_do(Path(sys.argv[1])))
+    except (GserveError, OSError) as error:
+        logger.error("%s", error)
+        sys.exit(2 if isinstance(error, (ConfigError, PluginError)) else 1)
+
+
+if __name__ == "__main__":
+    main()

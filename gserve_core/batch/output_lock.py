@@ -1,0 +1,202 @@
+"""One writer for a file of results, also where several machines share its file system.
+
+The lock is a file beside the output, `.NAME.lock`: the output itself may be replaced. It exists while somebody writes,
+says who that is, and has a lock of the kernel (flock), which ends with its holder however that ends. Where a file
+system has no such locks, or none that other machines see, what is written in it decides.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+from msgspec import Struct
+
+from ..errors import ConfigError
+from ..host import runtime
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
+"""What a file system without flock answers."""
+NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES}
+"""What a file system without hard links answers."""
+ATTEMPTS = 10
+"""How often the lock is tried: its holder may be about to release it, or only have looked whether it is free."""
+PAUSE = 0.02
+"""Seconds between two attempts."""
+
+
+class Holder(Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Who writes an output. `restarts`: how often SLURM has run its job again."""
+
+    host: str
+    pid: int
+    mark: str
+    namespace: str
+    job: str = ""
+    restarts: int = 0
+
+    def __str__(self) -> str:
+        job = f", SLURM job {self.job}" if self.job else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+
+def this_process() -> Holder:
+    """Return what another process is told of this one."""
+    return Holder(
+        host=socket.gethostname(), pid=os.getpid(), mark=runtime.owner_mark(), namespace=_namespace(),
+        job=os.environ.get("SLURM_JOB_ID", ""), restarts=_restarts(),
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def only_writer(output: Path, is_over: Callable[[str], bool] = lambda _job: False) -> Iterator[None]:
+    """Be the only writer of `output` within the context. Devices and pipes have no lock.
+
+    `is_over` returns whether a SLURM job is known to have ended. Raises ConfigError: another process writes the file
+    (the message names it), or the lock cannot be written.
+    """
+    if (path := _lock_path(output)) is None:
+        yield
+        return
+    try:
+        descriptor = _take(path, output, is_over)
+    except OSError as error:
+        raise ConfigError(f"cannot write the results: {error.strerror}", file=output) from error
+    try:
+        yield
+    finally:
+        if _is_file(descriptor, path):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def check_free(output: Path, is_over: Callable[[str], bool] = lambda _job: False) -> None:
+    """Check that nobody writes `output` now. Raises ConfigError."""
+    path = _lock_path(output)
+    if path is not None and path.exists():
+        with only_writer(output, is_over):
+            pass
+
+
+def _lock_path(output: Path) -> Path | None:
+    path = output.resolve()
+    return None if path.exists() and not path.is_file() else path.with_name(f".{path.name}.lock")
+
+
+def _take(path: Path, output: Path, is_over: Callable[[str], bool]) -> int:
+    """Take the lock; return its descriptor. Raises ConfigError: another process has it. Raises OSError."""
+    for attempt in range(1, ATTEMPTS + 1):
+        if (descriptor := _create(path)) is not None:
+            return descriptor
+        with contextlib.suppress(FileNotFoundError), path.open("r+b", buffering=0) as found:
+            is_locked = _flock(found.fileno())
+            holder = _read(found.read())
+            if is_locked is False:
+                if attempt == ATTEMPTS:
+                    raise _refusal(output, holder)
+            elif holder is not None and _is_alive(holder, is_locked, is_over):
+                raise _refusal(output, holder, f" (if that has ended, remove {path})")
+            elif _is_file(found.fileno(), path):  # nobody else removes it: we have its lock
+                path.unlink(missing_ok=True)
+        time.sleep(PAUSE)
+    raise _refusal(output, None)
+
+
+def _refusal(output: Path, holder: Holder | None, hint: str = "") -> ConfigError:
+    who = holder or "another process"
+    return ConfigError(
+        f"already being written by {who}: wait for its end, or choose another --output{hint}", file=output
+    )
+
+
+def _create(path: Path) -> int | None:
+    """Create the lock, complete and locked from its first moment; return its descriptor, None where there is one."""
+    content = msgspec.json.encode(this_process())
+    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
+    try:
+        os.write(descriptor, content)
+        os.fchmod(descriptor, 0o644)  # other users of the folder may read who it is
+        os.fsync(descriptor)
+        _flock(descriptor)
+        os.link(scratch, path)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, FileExistsError):
+            return None
+        if error.errno in NO_LINKS:
+            return _create_plainly(path, content)
+        raise
+    except BaseException:
+        os.close(descriptor)
+        raise
+    finally:
+        Path(scratch).unlink()
+    return descriptor
+
+
+def _create_plainly(path: Path, content: bytes) -> int | None:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        return None
+    is_locked = _flock(descriptor)
+    os.write(descriptor, content)
+    if is_locked is False or not _is_file(descriptor, path):  # somebody found it empty, and took its lock first
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _flock(descriptor: int) -> bool | None:
+    """Return whether the kernel's lock of a file was free, and is ours now; None: its file system has none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return None
+        raise
+    return True
+
+
+def _read(content: bytes) -> Holder | None:
+    try:
+        return msgspec.json.decode(content, type=Holder)
+    except msgspec.MsgspecError:
+        return None
+
+
+def _is_alive(holder: Holder, is_locked: bool | None, is_over: Callable[[str], bool]) -> bool:
+    """Return whether a holder may still write, although its kernel's lock is free (True) or there is none (None)."""
+    own = this_process()
+    if holder.mark.rpartition(":")[2] == own.mark.rpartition(":")[2]:  # the same machine, since the same start of it
+        return is_locked is None and (holder.namespace != own.namespace or not runtime.is_orphan(holder.mark))
+    if holder.host == own.host:  # the machine was started again
+        return False
+    if holder.job and holder.job == own.job:
+        return holder.restarts >= own.restarts
+    return not (holder.job and is_over(holder.job))
+
+
+def _is_file(descriptor: int, path: Path) -> bool:
+    """Return whether `path` is still the file that is open."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except OSError:
+        return False
+
+
+def _namespace() -> str:
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
+def _restarts() -> int:
+    text = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(text) if text.isdecimal() else 0

@@ -1,0 +1,1 @@
+"""The engine `vllm`, and all that gserve knows of vLLM."""

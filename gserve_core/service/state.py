@@ -1,0 +1,243 @@
+"""What is known of a server: one frozen value, and who reads it.
+
+A pool's supervisor alone makes new states, in one thread. All others read the latest one, or wait for one, and never
+hold a lock: so a signal handler may do the same in the middle of it.
+"""
+
+import math
+import queue
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+from msgspec import Struct
+
+from ..errors import GserveError
+from ..interfaces import Address, EngineInfo
+
+TICK = 0.2
+"""Maximum time between two looks at a state that is waited for, in seconds."""
+BEGINNING = "starting the process"
+"""The phase of a server that has not reported one."""
+
+
+class State(StrEnum):
+    """What a server is doing: queued → starting → ready → draining → stopped, or failed."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    READY = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerState:
+    """All that is known of a server.
+
+    phase: what it does while it is not ready; if it failed, why it is not restarted. failure: why its last generation
+    ended, until the next one is ready; error is its text. log: the path of its log. restarts: how often it was
+    restarted in the last ten minutes.
+
+    generation: how often it has been started. returns: it is on its way to ready, now or after its cleanup. finishing:
+    it takes no more items, and finishes those it has. died: its process died, or hung, by itself; the items it was
+    working on may be the reason. left: processes that could not be killed, which may hold its GPUs.
+    """
+
+    name: str
+    pool: str = ""
+    state: State = State.STOPPED
+    generation: int = 0
+    phase: str | None = None
+    host: str = "127.0.0.1"
+    port: int | None = None
+    gpu_ids: tuple[int, ...] | None = None
+    info: EngineInfo | None = None
+    failure: GserveError | None = field(default=None, repr=False, compare=False)
+    log: Path | None = None
+    restarts: int = 0
+    instance: str = ""
+    address: Address | None = None
+    returns: bool = False
+    finishing: bool = False
+    died: bool = False
+    left: tuple[int, ...] = ()
+    token: str = field(default="", repr=False)
+    control: str = field(default="", repr=False)
+
+    @property
+    def usable(self) -> bool:
+        """Whether the server takes items."""
+        return self.state == State.READY
+
+    @property
+    def works(self) -> bool:
+        """Whether the server may have items: it takes them, or finishes those it has."""
+        return self.usable or self.finishing
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the server has ended, and is not started again."""
+        return self.state in (State.STOPPED, State.FAILED) and not self.returns
+
+    @property
+    def error(self) -> str | None:
+        """Why its last generation ended."""
+        return None if self.failure is None else str(self.failure)
+
+    def after(self, report: "Report") -> Self:
+        """Return the state after a report of the server's current generation."""
+        match report:
+            case Queued(phase) if self.state in (State.QUEUED, State.STARTING):
+                return replace(self, state=State.QUEUED, phase=phase)
+            case Phase(text) if self.state in (State.QUEUED, State.STARTING):
+                return replace(self, state=State.STARTING, phase=text)
+            case Logging(log):
+                return replace(self, log=log)
+            case Listening(address):
+                return replace(self, address=address, host=address.hosts[0], port=address.port)
+            case Ready(info) if self.state in (State.QUEUED, State.STARTING) and self.address is not None:
+                return replace(self, state=State.READY, phase=None, info=info, failure=None, returns=False, died=False)
+        return self
+
+    def begun(self, start: "Start", host: str, port: int | None) -> Self:
+        """Return the state at the start of another generation, with the address that it is told to listen on."""
+        return replace(
+            self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=host, port=port,
+            info=None, address=None, finishing=False, returns=True, left=(), log=None, instance=start.instance,
+            token=start.token, control=start.control,
+        )  # fmt: skip
+
+    def queued(self, phase: str) -> Self:
+        """Return the state of a server that is to be started."""
+        return replace(self, state=State.QUEUED, phase=phase, returns=True, finishing=False)
+
+    def draining(self, phase: str, *, finishing: bool = False, returns: bool = False, died: bool = False) -> Self:
+        """Return the state of a server that is about to end, or has ended and is being cleaned up after."""
+        return replace(self, state=State.DRAINING, phase=phase, finishing=finishing, returns=returns, died=died)
+
+    def stopped(self) -> Self:
+        """Return the state of a server that has ended as it was told to."""
+        return replace(self, state=State.STOPPED, phase=None, returns=False, finishing=False)
+
+    def failed(self, failure: GserveError, why: str | None = None) -> Self:
+        """Return the state of a server that has failed, and why it is not started again."""
+        return replace(self, state=State.FAILED, phase=why, failure=failure, returns=False, finishing=False)
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+class Start(Struct, frozen=True):
+    """What identifies a new generation of a server."""
+
+    instance: str = ""
+    token: str = ""
+    control: str = ""
+
+    def __repr__(self) -> str:
+        """Show no secret."""
+        return f"Start(instance={self.instance!r})"
+
+
+class Logging(Struct, frozen=True):
+    """The server has a log."""
+
+    log: Path
+
+
+class Queued(Struct, frozen=True):
+    """The server waits before it runs, as in a scheduler's queue."""
+
+    phase: str
+
+
+class Phase(Struct, frozen=True):
+    """What the starting server does."""
+
+    text: str
+
+
+class Listening(Struct, frozen=True):
+    """The server's socket is open."""
+
+    address: Address
+
+
+class Ready(Struct, frozen=True):
+    """The engine has made its first token."""
+
+    info: EngineInfo
+
+
+class Ended(Struct, frozen=True):
+    """The server has ended, or is about to be killed. Its cleanup follows, and may take seconds.
+
+    died: it did so by itself, without having been told to. finished: how many items it had finished. alone: it worked
+    on nothing but items of which one may kill servers.
+    """
+
+    why: str
+    died: bool = False
+    finished: int = 0
+    alone: bool = False
+
+
+class Gone(Struct, frozen=True):
+    """The cleanup is done. failure: why the server ended; None: it was told to. left: what could not be killed."""
+
+    failure: GserveError | None = None
+    left: tuple[int, ...] = ()
+
+
+class Released(Struct, frozen=True):
+    """Nothing is kept of the server any more."""
+
+
+type Report = Logging | Queued | Phase | Listening | Ready | Ended | Gone | Released
+
+
+# ------------------------------------------------------------------------------------------------------------- readers
+
+
+class Published:
+    """The latest states of some servers. One thread writes them; reading and waiting take no lock."""
+
+    def __init__(self, states: Iterable[ServerState]) -> None:
+        self._states: Mapping[str, ServerState] = MappingProxyType({state.name: state for state in states})
+        self._waiting: list[queue.SimpleQueue[None]] = []
+
+    @property
+    def states(self) -> Mapping[str, ServerState]:
+        """The latest states, by the names of the servers. Never changes: the next state stands in another mapping."""
+        return self._states
+
+    def publish(self, state: ServerState) -> None:
+        """Put a state in place of the server's last one."""
+        self._states = MappingProxyType({**self._states, state.name: state})
+        self.wake()
+
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        for waiting in list(self._waiting):
+            waiting.put(None)
+
+    def wait[T](self, condition: Callable[[], T], seconds: float = math.inf) -> T:
+        """Wait until a condition holds, or some seconds have passed; return what it returned last."""
+        deadline = time.monotonic() + seconds
+        news: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._waiting.append(news)
+        try:
+            while not (found := condition()) and (remaining := deadline - time.monotonic()) > 0:
+                try:
+                    news.get(timeout=min(remaining, TICK))
+                except queue.Empty:
+                    continue
+            return found
+        finally:
+            self._waiting.remove(news)

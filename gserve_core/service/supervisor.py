@@ -1,0 +1,499 @@
+"""The supervisor: it alone writes the states of a pool's servers. It starts them, and restarts those that die.
+
+Everybody else sends it messages: the threads of the servers report, callers ask for a start or an end. It works them
+off in order, in one thread, and publishes each new state before the next. It never waits for a server.
+"""
+
+import copy
+import itertools
+import logging
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from ..errors import GserveError, LaunchError
+from ..host.logs import keep_logging_from_waiting
+from .state import BEGINNING, Ended, Gone, Phase, Published, Queued, Ready, Released, Report, ServerState, Start
+
+WINDOW = 600.0
+"""Time in which `max_restarts` are counted, in seconds."""
+BACK_OFF = 0.5, 30.0
+"""First and maximum restart delay, in seconds.
+
+Applies from the second death in a row without a finished item, and from the first start that fails; doubles each time.
+"""
+END_SECONDS = 90.0
+"""Maximum time for all servers to end, cleanup included, in seconds. It is counted after the time for a drain."""
+KEEP_SECONDS = 2.0
+"""Time between two calls of `Hooks.keep`, in seconds."""
+AGAIN = "waiting to be started again"
+"""The phase of a server that is to be restarted."""
+
+CLEANING_UP = "cleaning up: "
+"""Begins the phase of a server that has ended, before the reason."""
+FRUITLESS = 10
+"""Number of deaths in a row, without a finished item, that may be expected. A broken engine exceeds it."""
+
+logger = logging.getLogger("gserve.supervisor")
+
+
+class Run(Protocol):
+    """One generation of a server. Its thread reports how it fares; none of the methods waits."""
+
+    start: Start
+
+    def stop(self, drain: float | None = None) -> None:
+        """End the server: at once, or when it has finished what it has, within `drain` seconds."""
+
+    def release(self) -> None:
+        """Keep nothing of the ended server for its next generation; report Released once that is so."""
+
+
+class Program(Protocol):
+    """What can be started again and again."""
+
+    @property
+    def name(self) -> str:
+        """The server's name."""
+
+    @property
+    def host(self) -> str:
+        """The host that the server is told to listen on."""
+
+    @property
+    def port(self) -> int | None:
+        """The port that the server is told to listen on; None: any that is free."""
+
+    def begin(self, logs: Path, report: Callable[[Report], object], previous: Run | None) -> Run:
+        """Begin another generation in a thread of its own, which launches it. Does not wait."""
+
+
+class Hooks(Protocol):
+    """What a pool does besides. Called from the supervisor's thread, so none of these may wait for long."""
+
+    def open(self) -> Path:
+        """Prepare for the first start; return the folder for logs. Raises GserveError: there can be no start."""
+
+    def changed(self, old: ServerState, new: ServerState) -> None:
+        """Take note of a server's new state, which is published next."""
+
+    def draining(self) -> None:
+        """Take note that no server is restarted from now on."""
+
+    def keep(self) -> None:
+        """Repair what others may have removed, and do what could not be done."""
+
+    def closing(self, drain: float | None) -> None:
+        """Take note that all servers are about to end."""
+
+    def ended(self) -> None:
+        """Release the rest, now that all servers have ended."""
+
+
+class _Server:
+    """What the supervisor needs to know of a server, besides its state."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.run: Run | None = None
+        self.is_gone = False
+        """Whether the run has ended and is cleaned up after; what its launcher keeps is not released yet."""
+        self.is_releasing = False
+        self.is_stopping = False
+        self.is_wanted = False
+        """Whether it is to be started once its end is over."""
+        self.was_ready = False
+        self.is_ready = False
+        self.was_expected = False
+        """Whether it has died while its items were narrowed down to the one that servers die of."""
+        self.due: float | None = None
+        self.restarts: deque[tuple[float, bool]] = deque()
+        """When it was restarted, and whether that counts for `max_restarts`."""
+        self.useless = 0
+        """How often in a row it has ended without having finished an item."""
+        self.fruitless = 0
+        """The same, deaths included that were expected."""
+        self.failed_starts = 0
+
+
+class Supervisor:
+    """Looks after servers in a thread of its own, from its making to `close`. Its methods may be called from anywhere.
+
+    They only send a message, and so take no lock: from a signal handler and a finalizer too.
+
+    keeps_places: whether a dead server that is not restarted keeps its place, such as a job of SLURM, until `begin`
+    starts it there, or it is ended.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[Program],
+        published: Published,
+        hooks: Hooks,
+        *,
+        max_restarts: int = 0,
+        min_ready: int | None = None,
+        keeps_places: bool = False,
+        what: str = "the service",
+    ) -> None:
+        self._servers = {program.name: _Server(program) for program in programs}
+        self._published = published
+        self._hooks = hooks
+        self._max_restarts = max_restarts
+        self._min_ready = len(programs) if min_ready is None else min_ready
+        self._keeps_places = keeps_places
+        self._what = what
+        self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
+        self._logs: Path | None = None
+        self._is_draining = False
+        self._ends: float | None = None
+        self._keep_at = math.inf
+        self.is_closing = False
+        """Whether `close` was called, or is about to be."""
+        self.has_ended = False
+        """Whether all is over."""
+        self.has_started = False
+        """Whether `min_ready` servers have been ready."""
+        self.failure: Exception | None = None
+        """Why no server could be started at all."""
+        self._numbers = itertools.count(1)
+        self._asked = self._answered = 0
+        """The last order to start servers, and the last one that was carried out."""
+        self._thread = threading.Thread(target=self._run, name="gserve-supervisor", daemon=True)
+        self._thread.start()
+
+    # --------------------------------------------------------------------------------------------- from anywhere
+
+    @property
+    def was_asked(self) -> bool:
+        """Whether `begin` was called."""
+        return self._asked > 0
+
+    def begin(self, names: Iterable[str] | None = None) -> None:
+        """Start servers, or some of them; does nothing with those that run."""
+        chosen = list(self._servers) if names is None else list(names)
+        self._asked = number = next(self._numbers)
+        self._inbox.put(lambda: self._begin(chosen, number))
+
+    def stop(self, name: str) -> None:
+        """End one server, which is not restarted."""
+        self._inbox.put(lambda: self._stop(self._servers[name], None))
+
+    def drain(self) -> None:
+        """Restart nothing from now on."""
+        self._inbox.put(self._drain)
+
+    def close(self, drain: float | None = None) -> None:
+        """End all servers, at once or when they have finished what they have, within `drain` seconds; then the thread.
+
+        Idempotent; the earlier end counts.
+        """
+        self.is_closing = True
+        self._inbox.put(lambda: self._close(drain))
+
+    def wait_ended(self, seconds: float) -> bool:
+        """Wait until all is over, after `close`; return False if it is not within some seconds."""
+        return self._published.wait(lambda: self.has_ended, seconds)
+
+    def wait_ready(self, seconds: float = math.inf, names: Sequence[str] | None = None) -> bool:
+        """Wait until `min_ready` servers, or those that are named, are ready; return False if not within some seconds.
+
+        Raises LaunchError with the cause of every server that failed, if too many did to go on. Raises the failure of
+        `Hooks.open`.
+        """
+        asked = max(1, self._asked)
+        min_ready = self._min_ready if names is None else len(names)
+
+        def is_ready() -> bool:
+            if self.failure is not None:
+                raise self.failure
+            if self.is_closing or self.has_ended:
+                raise LaunchError(f"{self._what} was shut down while it started")
+            if self._answered < asked:
+                return False
+            states = [self._published.states[name] for name in names or self._servers]
+            if sum(state.usable for state in states) >= min_ready:
+                return True
+            over = [state for state in states if state.is_over]
+            if len(states) - len(over) < min_ready:
+                raise failure_of(over)
+            return False
+
+        return self._published.wait(is_ready, seconds)
+
+    # ------------------------------------------------------------------------------------ in the supervisor's thread
+
+    def _run(self) -> None:
+        keep_logging_from_waiting()
+        try:
+            while not self._is_over():
+                due = [server.due for server in self._servers.values() if server.due is not None]
+                soonest = min([*due, self._keep_at, self._ends or math.inf])
+                try:
+                    act = self._inbox.get(timeout=None if soonest == math.inf else max(0.0, soonest - time.monotonic()))
+                except queue.Empty:
+                    self._try(self._do_due)
+                else:
+                    self._try(act)
+                    self._try(self._do_due)  # also while messages never cease
+        finally:
+            self._try(self._give_up_waiting)
+            self._try(self._hooks.ended)
+            self.is_closing = self.has_ended = True
+            self._published.wake()
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception:
+            logger.exception("the supervisor failed at a step")
+
+    def _is_over(self) -> bool:
+        return self._ends is not None and (
+            time.monotonic() >= self._ends or all(server.run is None for server in self._servers.values())
+        )
+
+    def _do_due(self) -> None:
+        now = time.monotonic()
+        if now >= self._keep_at:
+            self._keep_at = now + KEEP_SECONDS
+            self._hooks.keep()
+        for server in self._servers.values():
+            if server.due is not None and server.due <= now:
+                server.due = None
+                self._launch(server)
+
+    def _state(self, server: _Server) -> ServerState:
+        return self._published.states[server.program.name]
+
+    def _publish(self, new: ServerState) -> None:
+        old = self._published.states[new.name]
+        if new is old:
+            return
+        try:
+            self._hooks.changed(old, new)
+        except Exception:
+            logger.exception("cannot pass on the state of %s", new.name)
+        self._published.publish(new)  # last: who has waited for a state finds that all others know it
+
+    def _begin(self, names: list[str], number: int) -> None:
+        try:
+            if self._ends is None:
+                self._begin_some(names)
+        finally:
+            self._answered = max(self._answered, number)
+            self._published.wake()
+
+    def _begin_some(self, names: list[str]) -> None:
+        if self._logs is None:
+            try:
+                self._logs = self._hooks.open()
+            except Exception as error:
+                self.failure = error if isinstance(error, GserveError) else LaunchError(f"cannot start: {error}")
+                self._close(None)
+                return
+            self._keep_at = time.monotonic() + KEEP_SECONDS
+        for server in (self._servers[name] for name in names):
+            if server.is_stopping or server.is_releasing:
+                server.is_wanted = True
+                self._publish(self._state(server).queued(BEGINNING))
+            elif server.run is None or (server.is_gone and self._state(server).is_over):
+                self._launch(server)
+
+    def _launch(self, server: _Server) -> None:
+        """Begin another generation of a server."""
+        assert self._logs is not None
+        if self._is_draining:
+            self._give_up(server, None, f"{server.program.name} is not started again: the service is ending")
+            return
+        state, program = self._state(server), server.program
+        previous, generation = server.run, state.generation + 1
+        server.is_gone = server.is_ready = server.was_expected = False
+
+        def report(report: Report) -> None:
+            self._inbox.put(lambda: self._take(server, generation, report))
+
+        try:
+            server.run = program.begin(self._logs, report, previous)
+        except Exception as error:  # there can be no more threads, for one
+            self._publish(state.begun(Start(), program.host, program.port))
+            self._gone(server, Gone(LaunchError(f"cannot start {program.name}: {error}")))
+            return
+        self._publish(state.begun(server.run.start, program.host, program.port))
+
+    def _take(self, server: _Server, generation: int, report: Report) -> None:
+        """Take in what a server's thread has reported."""
+        state = self._state(server)
+        if generation != state.generation and not isinstance(report, Released):
+            return  # late: another generation has begun
+        match report:
+            case Ended():
+                self._ended(server, state, report)
+            case Gone():
+                self._gone(server, report)
+            case Released():
+                self._released(server)
+            case Queued() | Phase() | Ready() if server.is_stopping:
+                pass  # late: it ends, though it may be wanted again
+            case _:
+                self._publish(state.after(report))
+                if isinstance(report, Ready) and self._state(server).usable:
+                    server.was_ready = server.is_ready = True
+                    server.failed_starts = 0
+
+    def _ended(self, server: _Server, state: ServerState, report: Ended) -> None:
+        """Publish an end at once, so that the items go to other servers; the cleanup follows."""
+        if server.is_stopping:
+            self._publish(state.draining("ending", returns=server.is_wanted))
+            return
+        died = report.died and state.usable
+        if state.usable:
+            server.fruitless = 0 if report.finished else server.fruitless + 1
+            server.was_expected = died and report.alone and server.fruitless <= FRUITLESS
+            if not server.was_expected:
+                server.useless = 0 if report.finished else server.useless + 1
+        self._publish(state.draining(f"{CLEANING_UP}{report.why}", returns=True, died=died))
+
+    def _gone(self, server: _Server, report: Gone) -> None:
+        """Decide what becomes of a server that has ended, and has been cleaned up after."""
+        server.is_gone = True
+        if server.is_stopping or report.failure is None:
+            self._release(server)
+            return
+        name, failure = server.program.name, report.failure
+        self._publish(replace(self._state(server), left=report.left, failure=failure))
+        if server.is_ready and self._state(server).usable:  # no end was reported before
+            self._ended(server, self._state(server), Ended(_first_line(failure)))
+        if server.is_ready:
+            logger.error("%s", failure)
+        else:
+            server.failed_starts += 1
+        now = time.monotonic()
+        while server.restarts and now - server.restarts[0][0] > WINDOW:
+            server.restarts.popleft()
+        counted = sum(counts for _, counts in server.restarts)
+        if not server.was_ready:
+            self._give_up(server, failure, None)
+        elif report.left:
+            self._give_up(
+                server, failure, f"it has left processes that cannot be killed: {', '.join(map(str, report.left))}"
+            )
+        elif self._is_draining:
+            self._give_up(server, failure, None)
+        elif counted >= self._max_restarts and not server.was_expected:
+            enough = f"it was started again {counted} times in ten minutes (max_restarts)"
+            self._give_up(server, failure, enough if self._max_restarts else None, keeps_place=self._keeps_places)
+        else:
+            server.restarts.append((now, not server.was_expected))
+            wait = _delay(server)
+            why = "" if server.is_ready else f": {_first_line(failure)}"
+            logger.warning("%s is started again%s%s", name, f" in {wait:g} s" if wait else "", why)
+            self._publish(replace(self._state(server).queued(AGAIN), restarts=len(server.restarts)))
+            server.due = now + wait
+
+    def _give_up(
+        self, server: _Server, failure: GserveError | None, why: str | None, *, keeps_place: bool = False
+    ) -> None:
+        """Publish that a server has ended for good, and have nothing kept of it but, where wanted, its place."""
+        state = self._state(server)
+        failure = failure or state.failure or LaunchError(why or f"{server.program.name} has ended")
+        if why:
+            logger.error("%s is given up: %s", server.program.name, why)
+        elif not server.was_ready and self._min_ready < len(self._servers):  # else `wait_ready` raises it
+            logger.error("%s", failure)
+        self._publish(state.failed(failure, why))
+        if not keeps_place:
+            self._release(server)
+
+    def _release(self, server: _Server) -> None:
+        if server.run is None:
+            self._released(server)
+        elif not server.is_releasing:
+            server.is_releasing = True
+            server.run.release()
+
+    def _released(self, server: _Server) -> None:
+        """Take note that nothing is left of a server's generation."""
+        is_wanted, was_stopped = server.is_wanted, server.is_stopping
+        server.run = None
+        server.is_gone = server.is_releasing = server.is_stopping = server.is_wanted = False
+        if not is_wanted and (was_stopped or not self._state(server).is_over):
+            self._publish(self._state(server).stopped())
+        if is_wanted and self._ends is None:
+            self._launch(server)
+
+    def _stop(self, server: _Server, drain: float | None) -> None:
+        """End a server, which is not restarted."""
+        server.due, server.is_wanted = None, False
+        state = self._state(server)
+        if server.run is None:
+            if self._logs is not None:  # else nothing was started: the states are those of another supervisor
+                self._publish(state.stopped())
+            return
+        server.is_stopping = True
+        if server.is_gone:
+            self._release(server)
+            return
+        is_finishing = drain is not None and state.works
+        self._publish(state.draining("finishing what it has" if is_finishing else "ending", finishing=is_finishing))
+        server.run.stop(drain if is_finishing else None)
+
+    def _drain(self) -> None:
+        self._is_draining = True
+        self._hooks.draining()
+        for server in self._servers.values():
+            if server.due is not None:
+                server.due = None
+                self._launch(server)  # which gives it up
+
+    def _close(self, drain: float | None) -> None:
+        self.is_closing = True
+        self._try(lambda: self._hooks.closing(drain))
+        ends = time.monotonic() + END_SECONDS + (drain or 0.0)
+        self._ends = min(self._ends or math.inf, ends)
+        for server in self._servers.values():
+            self._stop(server, drain)
+
+    def _give_up_waiting(self) -> None:
+        for server in self._servers.values():
+            if server.run is not None:
+                late = LaunchError(
+                    f"{server.program.name} did not end within {END_SECONDS:g} s", log=self._state(server).log
+                )
+                logger.error("%s", late)
+                server.run = None
+                self._publish(self._state(server).failed(late))
+
+
+def _delay(server: _Server) -> float:
+    """Return for how many seconds a restart is put off."""
+    steps = max(server.useless - 1, server.failed_starts)
+    return 0.0 if steps < 1 else min(BACK_OFF[0] * 2.0 ** min(steps - 1, 30), BACK_OFF[1])
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def failure_of(states: Sequence[ServerState]) -> Exception:
+    """Return one error with the causes of all servers that have ended: of their class, where all have the same one."""
+    errors: list[GserveError] = [
+        state.failure or LaunchError(f"{state.name} was stopped while it started", log=state.log) for state in states
+    ]
+    other = next((error for error in errors if not isinstance(error, LaunchError)), None)
+    if len(errors) == 1 or other is not None:
+        return other or errors[0]
+    first = errors[0]
+    assert isinstance(first, LaunchError)
+    text = "\n".join(dict.fromkeys(map(str, errors)))
+    if any(type(error) is not type(first) for error in errors):
+        return LaunchError(text, log=first.log)
+    whole = copy.copy(first)
+    whole.args = (text,)
+    return whole

@@ -1,0 +1,1 @@
+"""The launcher `slurm`, and the batch jobs of `gserve sbatch`."""

