@@ -32,7 +32,8 @@ from .engines.vllm import demo_model
 from .engines.vllm.engine import VLLMEngine, insecurity
 from .errors import ConfigError, LaunchError, did_you_mean
 from .host import devices, folders
-from .host.runtime import is_loopback, log_folder, own_address
+from .host.addresses import is_loopback, own_address
+from .host.folders import log_folder
 from .interfaces import Address, Engine, Finding, Job, Process
 from .plugins import Parts, assemble
 from .service.service import VLLMService

@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .host import folders, processes, runtime
+from .host import folders, processes
+from .service import records
 
 GRACE = 5.0
 """Seconds that a process has to end by itself, before it is killed; and then, to be gone."""
@@ -60,7 +61,7 @@ def orphans() -> list[Process]:
     marked: dict[int, Process] = {}
     for process in _processes():
         with contextlib.suppress(OSError, ValueError):
-            if runtime.is_orphan(process.owner) and processes.namespace(process.pid) == ours:
+            if processes.is_orphan(process.owner) and processes.namespace(process.pid) == ours:
                 marked[process.pid] = process
     sessions = {(process.session, process.instance) for process in marked.values() if _is_server(process)}
     found = {pid for pid, process in marked.items() if (process.session, process.instance) in sessions}
@@ -105,11 +106,11 @@ def _processes() -> Iterator[Process]:
             fields = processes.stat_fields(pid)
             lines = os.fsdecode((entry / "environ").read_bytes()).split("\0")
             environ = {name: value for name, _, value in (line.partition("=") for line in lines)}
-            if fields is not None and fields[0] not in "ZX" and runtime.ID_VARIABLE in environ:
+            if fields is not None and fields[0] not in "ZX" and processes.ID_VARIABLE in environ:
                 yield Process(
                     pid=pid, started=int(fields[19]), parent=int(fields[1]), session=int(fields[3]),
-                    instance=environ[runtime.ID_VARIABLE], owner=environ.get(runtime.OWNER_VARIABLE, ""),
-                    server=environ.get(runtime.SERVER_VARIABLE, ""),
+                    instance=environ[processes.ID_VARIABLE], owner=environ.get(processes.OWNER_VARIABLE, ""),
+                    server=environ.get(processes.SERVER_VARIABLE, ""),
                     temporary=Path(environ.get("TMPDIR") or tempfile.gettempdir()),
                 )  # fmt: skip
 
@@ -122,7 +123,7 @@ def end(left: Collection[Process]) -> list[Process]:
             with contextlib.suppress(OSError):
                 descriptor = os.pidfd_open(process.pid)
                 stack.callback(os.close, descriptor)
-                if runtime.process_start(process.pid) == process.started:  # else another one has the id now
+                if processes.process_start(process.pid) == process.started:  # else another one has the id now
                     alive[descriptor] = process
         for number in (signal.SIGTERM, signal.SIGKILL):
             for descriptor in alive:
@@ -140,17 +141,17 @@ def end(left: Collection[Process]) -> list[Process]:
 
 def unused_files() -> list[Path]:
     """Return the temporary folders and the state files of this user that no living server or service uses."""
-    return runtime.unused_scratch_folders({process.instance for process in _processes()}) + runtime.stale_files()
+    return folders.unused_scratch_folders({process.instance for process in _processes()}) + records.stale_files()
 
 
-def unreadable() -> list[runtime.Unreadable]:
+def unreadable() -> list[records.Unreadable]:
     """Return the files in place of services' records that cannot be read; they are not removed."""
-    return runtime.unreadable()
+    return records.unreadable()
 
 
 def remove(path: Path) -> None:
     """Remove a file, or a folder with all that is in it and the link to it."""
     if path.is_dir() and not path.is_symlink():
-        runtime.remove_scratch(path)
+        folders.remove_scratch(path)
     else:
         path.unlink(missing_ok=True)

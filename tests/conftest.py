@@ -15,7 +15,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from gserve_core import testing
-from gserve_core.host import runtime
+from gserve_core.host import run_files
 from tests.slurm import cluster
 
 default_signals = testing.default_signals
@@ -68,7 +68,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, default_signals: None)
         for name in [*os.environ]:
             if name == "CUDA_VISIBLE_DEVICES" or (name.startswith(SURROUNDINGS) and name != "GSERVE_LONG"):
                 patch.delenv(name)
-        patch.setenv(runtime.PLACE_VARIABLE, "")  # the second place, which all sessions of a user share
+        patch.setenv(run_files.PLACE_VARIABLE, "")  # the second place, which all sessions of a user share
         patch.setenv(testing.RUN_VARIABLE, uuid.uuid4().hex)
         tree = _changed_files()
         yield
@@ -104,7 +104,7 @@ def _started_since(began: float) -> list[psutil.Process]:
                     found.add(int(entry.name))
     processes = []
     for pid in found:
-        if (start := runtime.process_start(pid)) is not None and start >= int(began):
+        if (start := processes.process_start(pid)) is not None and start >= int(began):
             with suppress(psutil.NoSuchProcess):
                 processes.append(psutil.Process(pid))
     return processes

@@ -26,8 +26,19 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"interfaces"},
     {"host.processes"},
     {"host.folders"},
-    {"hookspecs", "sampling", "commands", "lease", "host.runtime", "host.logs", "host.devices", "diagnosis"},
-    {"plugins", "process.nursery"},
+    {
+        "hookspecs",
+        "sampling",
+        "commands",
+        "lease",
+        "host.addresses",
+        "host.run_files",
+        "host.logs",
+        "host.devices",
+        "diagnosis",
+    },
+    {"host.tokens"},
+    {"plugins", "process.nursery", "service.records"},
     {"service.state"},
     {"service.supervisor"},
     {"batch.item_queue"},
@@ -36,19 +47,20 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.client", "service.pool", "service.attached"},
     {"service.server"},
     {"service.service"},
-)
+)  # fmt: skip
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
     "process.serving": {
         "errors", "schema", "config", "interfaces", "lease", "host.logs", "host.redaction", "host.devices",
-        "host.runtime", "plugins", "process.nursery", "diagnosis", "host.environment", "host.sweep",
+        "host.addresses", "host.folders", "host.processes", "host.tokens", "host.environment", "host.sweep", "plugins",
+        "process.nursery", "diagnosis",
     },
-    "reap": {"host.folders", "host.processes", "host.runtime"},
-    "batch.output_lock": {"errors", "host.runtime"},
+    "reap": {"host.folders", "host.processes", "host.run_files", "service.records"},
+    "batch.output_lock": {"errors", "host.processes", "host.folders"},
     "doctor": {
-        "errors", "config", "interfaces", "host.devices", "host.folders", "host.runtime", "plugins", "service.service",
-        "engines", "engines.vllm.demo_model", "engines.vllm.engine",
+        "errors", "config", "interfaces", "host.addresses", "host.devices", "host.folders", "plugins",
+        "service.service", "engines.vllm.demo_model", "engines.vllm.engine",
     },
-    "testing": {"errors", "schema", "config", "interfaces", "host.runtime"},
+    "testing": {"errors", "schema", "config", "interfaces", "host.folders", "host.processes", "host.run_files"},
     "engines.echo": {"errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines.orphans"},
     "engines.vllm.engine": {
         "errors", "schema", "config", "host.folders", "interfaces", "hookspecs", "sampling",
@@ -58,7 +70,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
 OF_AN_ENGINE = {
     "engines.vllm.compile_turn": {"interfaces", "host.redaction"},
     "engines.vllm.demo_model": {"errors", "host.folders", "interfaces"},
-    "engines.orphans": {"host.environment", "host.processes", "host.runtime", "host.sweep"},
+    "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep"},
     "engines.vllm.tokenizing": set(),
 }
 ROOMS = {"batch", "engines", "engines.vllm", "host", "process", "service"}

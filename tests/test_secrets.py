@@ -12,7 +12,7 @@ import pytest
 
 from gserve import ServerExited, VLLMService
 from gserve_core import config, testing
-from gserve_core.host import runtime
+from gserve_core.host import processes
 
 CANARIES = {
     "HF_TOKEN": "hf_canaryInTheEnvironment",
@@ -107,7 +107,7 @@ def test_secrets_of_a_running_service_are_nowhere_to_be_read(place: Path) -> Non
         assert service.generate(["one two"]) == [["one two"]]
         secrets = [*CANARIES.values(), record.token, record.control]
 
-        ours = runtime.processes_of(record.instance)
+        ours = processes.processes_of(record.instance)
         assert len(ours) == 2, "the server and the process of its engine"
         for pid in [*ours, os.getpid()]:
             assert not leaks(Path(f"/proc/{pid}/cmdline").read_text(), secrets)

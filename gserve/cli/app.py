@@ -439,17 +439,17 @@ def list_plugins(
 @app.command()
 def ps() -> None:
     """List the launched services of this user on this machine."""
-    from gserve_core.host import runtime
+    from gserve_core.service import records
 
-    records, unreadable = runtime.services(), runtime.unreadable()
+    services, unreadable = records.services(), records.unreadable()
     for file in unreadable:
         _say(f"error: {file}")
-    if not records:
+    if not services:
         if not unreadable:
             _say("no service is running")
         return
     rows: list[tuple[str, ...]] = []
-    for record in records:
+    for record in services:
         rows += [
             (record.name, str(record.pid), server.name, str(server.address), server.model) for server in record.servers
         ] or [(record.name, str(record.pid), "-", record.status, "-")]
@@ -465,13 +465,13 @@ def stop(
     now: Annotated[bool, typer.Option("--now", help="End it at once: items that are not finished are lost.")] = False,
 ) -> None:
     """End a launched service once its servers have finished what they have, and wait until it has ended."""
-    from gserve_core.host import runtime
+    from gserve_core.service import records
 
-    record = runtime.find_service(name)
+    record = records.find_service(name)
     seconds = 0.0 if now else timeout
     deadline = time.monotonic() + seconds
     try:
-        runtime.write_stop(record, seconds)
+        records.write_stop(record, seconds)
     except GserveError as error:  # a full disk, for one
         _say(f"{error}; it is told to end all the same, and decides itself how long its servers may finish")
     try:
@@ -488,7 +488,7 @@ def stop(
                 )
             time.sleep(TICK)
     finally:
-        runtime.remove_stop(record.pid)
+        records.remove_stop(record.pid)
     _say(f"stopped '{name}'")
 
 
@@ -597,9 +597,9 @@ def _serving(service: "VLLMService") -> Iterator[None]:
 
 def _drain(service: "VLLMService") -> None:
     """Shut a service down once its servers have finished what they have, or the time for that is over."""
-    from gserve_core.host import runtime
+    from gserve_core.service import records
 
-    asked = runtime.take_stop()
+    asked = records.take_stop()
     seconds = DRAIN_SECONDS if asked is None else asked
     if seconds <= 0:
         return

@@ -25,8 +25,8 @@ from types import FrameType
 from gserve_core.batch.output_lock import check_free
 from gserve_core.commands import GONE, end_group
 from gserve_core.errors import ConfigError, GserveError, PluginError
-from gserve_core.host import runtime
 from gserve_core.host.logs import setup_logging
+from gserve_core.service import records
 from gserve_core.service.server import State
 from gserve_core.service.service import ATTACH_VARIABLE, VLLMService
 from gserve_launchers.slurm import batch
@@ -219,7 +219,7 @@ def _seconds(number: int, patience: float | None, notices: Notices) -> float:
     asked = None
     if number == signal.SIGTERM:
         with contextlib.suppress(GserveError):
-            asked = runtime.take_stop()
+            asked = records.take_stop()
     return LAST_SECONDS if asked is None else asked
 
 

@@ -19,7 +19,7 @@ import msgspec
 from msgspec import Struct
 
 from ..errors import ConfigError
-from ..host import runtime
+from ..host import processes
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 """What a file system without flock answers."""
@@ -49,7 +49,7 @@ class Holder(Struct, frozen=True, kw_only=True, omit_defaults=True):
 def this_process() -> Holder:
     """Return what another process is told of this one."""
     return Holder(
-        host=socket.gethostname(), pid=os.getpid(), mark=runtime.owner_mark(), namespace=_namespace(),
+        host=socket.gethostname(), pid=os.getpid(), mark=processes.owner_mark(), namespace=_namespace(),
         job=os.environ.get("SLURM_JOB_ID", ""), restarts=_restarts(),
     )  # fmt: skip
 
@@ -177,7 +177,7 @@ def _is_alive(holder: Holder, is_locked: bool | None, is_over: Callable[[str], b
     """Return whether a holder may still write, although its kernel's lock is free (True) or there is none (None)."""
     own = this_process()
     if holder.mark.rpartition(":")[2] == own.mark.rpartition(":")[2]:  # the same machine, since the same start of it
-        return is_locked is None and (holder.namespace != own.namespace or not runtime.is_orphan(holder.mark))
+        return is_locked is None and (holder.namespace != own.namespace or not processes.is_orphan(holder.mark))
     if holder.host == own.host:  # the machine was started again
         return False
     if holder.job and holder.job == own.job:

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 
-from ..host import processes, runtime, sweep
+from ..host import processes, sweep
 from ..host.environment import ignore_notices
 
 GRACE = 2.0
@@ -27,7 +27,7 @@ def watch() -> None:
     Nothing in the server itself, either, except that its forks are watched. Idempotent. The notices that a scheduler
     sends to all processes of a job do not end this one, too.
     """
-    server = os.environ.get(runtime.SERVER_VARIABLE)
+    server = os.environ.get(processes.SERVER_VARIABLE)
     if not server:
         return
     _watch_forks()
@@ -48,13 +48,13 @@ def _end_with(pid: int, started: int) -> None:
     end = select.poll()
     with contextlib.suppress(OSError):  # gone already; or a kernel that cannot say so: then we look every second
         end.register(os.pidfd_open(pid), select.POLLIN)
-    while not (runtime.has_ended(pid, started) or end.poll(1000)):
+    while not (processes.has_ended(pid, started) or end.poll(1000)):
         pass
     try:
         deadline = time.monotonic() + GRACE
         while _is_owner_here() and time.monotonic() < deadline:  # it ends this process first
             time.sleep(LOOK_SECONDS)
-        sweep.start(os.environ.get(runtime.ID_VARIABLE, ""))  # also where the owner is stopped: it may never go on
+        sweep.start(os.environ.get(processes.ID_VARIABLE, ""))  # also where the owner is stopped: it may never go on
         time.sleep(max(0.0, deadline - time.monotonic()))
     finally:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -62,8 +62,8 @@ def _end_with(pid: int, started: int) -> None:
 
 def _is_owner_here() -> bool:
     """Say whether the server's owner is alive, and on this machine; not where that cannot be read for now."""
-    mark = os.environ.get(runtime.OWNER_VARIABLE, "")
+    mark = os.environ.get(processes.OWNER_VARIABLE, "")
     try:
-        return mark.endswith(f":{processes.boot()}") and not runtime.is_orphan(mark)
+        return mark.endswith(f":{processes.boot()}") and not processes.is_orphan(mark)
     except OSError:
         return False

@@ -110,3 +110,11 @@ def reap(pids: Iterable[int]) -> None:
         if time.monotonic() >= deadline:
             return
         time.sleep(0.01)
+
+
+def machine() -> str:
+    """Return where process ids of ours count: the machine since its last start, and the namespace of this process."""
+    try:
+        return f"{boot()} {namespace()}"
+    except OSError:
+        return boot()

@@ -37,7 +37,7 @@ from typing import Literal, NoReturn, cast
 from .. import diagnosis, lease
 from ..commands import FAREWELL, GONE, UNKNOWN, LocalProcess, end_group, kill_group, reap_group
 from ..errors import StartupTimeout
-from ..host import runtime
+from ..host import folders, processes
 from ..interfaces import Job
 
 IMPORT_SECONDS = 600.0
@@ -124,7 +124,7 @@ class Nursery:
             env = {name: value for name, value in job.env.items() if name != PINNING}
             command = [{"--lease": "--forks"}.get(word, word) for word in job.command]
             job = replace(
-                job, name="the nursery", command=command, env=env | {runtime.ID_VARIABLE: self._id},
+                job, name="the nursery", command=command, env=env | {processes.ID_VARIABLE: self._id},
                 log=log_of(job),
             )  # fmt: skip
             job.log.touch(mode=0o600)
@@ -175,7 +175,7 @@ def log_of(job: Job) -> Path:
 
 def _kill_processes_of(nursery: str) -> None:
     """Kill what carries the id of a nursery: what its imports have started, and forks that are no server yet."""
-    for pid in runtime.processes_of(nursery):
+    for pid in processes.processes_of(nursery):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
@@ -516,7 +516,7 @@ class _Place:
                 signal.signal(number, signal.SIG_DFL)
             for descriptor in (self._down, self._stdin, self._signals, self._signalled):
                 os.close(descriptor)
-            _become([sys.executable, *sys.argv], {runtime.ID_VARIABLE: hello.instance}, [stdin, self._up, os.dup(2)])
+            _become([sys.executable, *sys.argv], {processes.ID_VARIABLE: hello.instance}, [stdin, self._up, os.dup(2)])
             return True
         os.close(stdin)
         os.set_blocking(self._stdin, False)  # a server that does not read must not hold us up
@@ -550,8 +550,8 @@ class _Place:
         """See that nothing is left of a server that has ended; tell the owner, where there may be another."""
         self._close_stdin()
         end_group(self._pid, FAREWELL)
-        left = runtime.end_processes_of(self._instance)
-        runtime.remove_scratch(runtime.scratch_folder(self._instance))
+        left = processes.end_processes_of(self._instance)
+        folders.remove_scratch(folders.scratch_folder(self._instance))
         self._pid, self._code = 0, code
         if not code or left or diagnosis.memory_kills() != self._kills:
             self._end()
@@ -635,7 +635,7 @@ def _become(command: Sequence[str], env: Mapping[str, str], streams: Sequence[in
     os.environ |= env
     sys.argv = list(command[1:])
     _show(command)
-    _mark(env[runtime.ID_VARIABLE])
+    _mark(env[processes.ID_VARIABLE])
 
 
 def _show(command: Sequence[str]) -> None:
@@ -652,7 +652,7 @@ def _show(command: Sequence[str]) -> None:
 def _mark(instance: str) -> None:
     """Let /proc show the id of this process in place of the nursery's, which is as long."""
     start, end = _memory("environment")
-    mark = f"{runtime.ID_VARIABLE}=".encode()
+    mark = f"{processes.ID_VARIABLE}=".encode()
     place = ctypes.string_at(start, end - start).index(mark) + len(mark)
     ctypes.memmove(start + place, instance.encode(), len(instance))
 

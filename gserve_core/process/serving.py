@@ -30,7 +30,7 @@ from .. import lease, plugins
 from ..config import LLMConfig, ServeConfig
 from ..diagnosis import port_holder
 from ..errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
-from ..host import devices, runtime, sweep
+from ..host import addresses, devices, folders, processes, sweep, tokens
 from ..host.environment import ignore_notices, open_missing_descriptors
 from ..host.logs import ServerLog, setup_logging
 from ..host.redaction import redact, secret_values
@@ -504,7 +504,7 @@ class Server:
         self._stop.set()
         if self._address is not None and self.token is not None:
             with contextlib.suppress(GserveError, OSError):
-                runtime.remove_token(self._address, self.token)  # the owner, who has written it, cannot
+                tokens.remove_token(self._address, self.token)  # the owner, who has written it, cannot
 
     def _on_signal(self, number: int) -> None:
         is_second = self._drain.is_set() and not self._is_drain_a_signal
@@ -654,7 +654,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     line = lease.ServerEnd() if options.lease else None
     instance = line.hello.instance if line else uuid.uuid4().hex
     _mark_children(instance)
-    scratch = runtime.scratch_folder(instance)  # now: later, it is the temporary folder itself
+    scratch = folders.scratch_folder(instance)  # now: later, it is the temporary folder itself
     secrets, log = secret_values(os.environ), None
     if line is not None:
         line.last_will = functools.partial(sweep.start, instance)
@@ -674,7 +674,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if line is not None and code == 0:
         line.tell(lease.Stopped())
     _end_children()
-    runtime.remove_scratch(scratch)
+    folders.remove_scratch(scratch)
     logging.shutdown()
     if log is not None:
         log.close()
@@ -720,9 +720,9 @@ def _preload(options: argparse.Namespace) -> None:
 
 def _mark_children(instance: str) -> None:
     """Have the processes below this one know whom they belong to, and be found by it, even when they are renamed."""
-    me = f"{os.getpid()}:{runtime.process_start(os.getpid())}"
-    os.environ |= {runtime.ID_VARIABLE: instance, runtime.SERVER_VARIABLE: me, "SPT_NOENV": "1"}
-    os.environ.setdefault(runtime.OWNER_VARIABLE, runtime.owner_mark())
+    me = f"{os.getpid()}:{processes.process_start(os.getpid())}"
+    os.environ |= {processes.ID_VARIABLE: instance, processes.SERVER_VARIABLE: me, "SPT_NOENV": "1"}
+    os.environ.setdefault(processes.OWNER_VARIABLE, processes.owner_mark())
 
 
 def _use_scratch(instance: str) -> None:
@@ -731,12 +731,12 @@ def _use_scratch(instance: str) -> None:
     torch's cache of what it has compiled, which is to last, stays beside it.
     """
     try:
-        scratch = runtime.make_scratch_folder(instance)
+        scratch = folders.make_scratch_folder(instance)
     except OSError as error:
         raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
-    os.environ |= runtime.cache_environment()  # before the temporary folder is another one
+    os.environ |= folders.cache_environment()  # before the temporary folder is another one
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
-    os.environ["TMPDIR"] = str(runtime.short_path(scratch))
+    os.environ["TMPDIR"] = str(folders.short_path(scratch))
     tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use
 
 
@@ -745,8 +745,8 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
     os.environ.setdefault(devices.ORDER, devices.PCI_ORDER)  # the GPUs that are used are those that are locked
     token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
-    host = runtime.own_address(options.reachable_from) if options.reachable_from else options.host
-    if token is None and not runtime.is_loopback(host):
+    host = addresses.own_address(options.reachable_from) if options.reachable_from else options.host
+    if token is None and not addresses.is_loopback(host):
         raise ConfigError(
             f"--host {host} can be reached from other machines, and no token is set:"
             f" set {TOKEN_VARIABLE}, or listen on 127.0.0.1"
@@ -790,7 +790,7 @@ def _end_children() -> None:
     """Kill every process below this one: a load that was interrupted leaves some."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (fields := runtime.stat_fields(int(entry.name))) is not None:
+        if entry.name.isdigit() and (fields := processes.stat_fields(int(entry.name))) is not None:
             parents[int(entry.name)] = int(fields[1])
     below = {os.getpid()}
     while more := {pid for pid, parent in parents.items() if parent in below} - below:

@@ -12,10 +12,10 @@ from types import MappingProxyType
 
 from ..batch.dispatcher import Dispatcher
 from ..errors import GserveError, TransportError
-from ..host import runtime
 from ..host.logs import keep_logging_from_waiting
-from ..host.runtime import ServerRecord, ServiceRecord
 from ..interfaces import Connection, EngineInfo
+from ..service import records
+from ..service.records import ServerRecord, ServiceRecord
 from .state import ServerState, State
 
 FOLLOW_SECONDS = 1.0
@@ -63,7 +63,7 @@ class Attached:
     def start(self) -> None:
         """Begin to follow the service; does nothing if this has begun. Raises ConfigError: there is no such service."""
         if self._session is None:
-            session = _Following(self._name, self._connect, self._timeout, runtime.find_service(self._name))
+            session = _Following(self._name, self._connect, self._timeout, records.find_service(self._name))
             if self._session is None:
                 self._session = session
             else:
@@ -142,7 +142,7 @@ class _Following:
         """Take in what has become of the service."""
         now = time.monotonic()
         try:
-            record = runtime.read_service(self._name)
+            record = records.read_service(self._name)
             if record is not None and record.is_alive:
                 self._gone_since = None
                 self._take(record)

@@ -13,7 +13,7 @@ from ..batch.item_queue import Outcome
 from ..batch.items import Items, Seeds, check_list, conversation_reader, read_prompt
 from ..config import Config, LLMConfig
 from ..errors import ConfigError, ItemError
-from ..host import runtime
+from ..host import tokens
 from ..interfaces import Access, Address, Connection, Transport
 from ..schema import Health, ResponseOutput, unfolded
 
@@ -205,7 +205,7 @@ class VLLMClient(Inference):
         if timeout is not None and not timeout > 0:
             raise ConfigError(f"expected a timeout in seconds above 0, or None, got {timeout!r}")
         if token is None:
-            found = runtime.find_access(host, port)
+            found = tokens.find_access(host, port)
             token, control = found.token, found.control
         if transport is None:
             transport = plugins.assemble(Config(LLMConfig("any"))).transport

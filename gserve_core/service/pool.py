@@ -16,10 +16,11 @@ from msgspec import structs
 
 from ..batch.dispatcher import Dispatcher
 from ..errors import GserveError, LaunchError, TransportError
-from ..host import runtime
+from ..host import folders
 from ..host.environment import check_not_patched
-from ..host.runtime import ServiceRecord
 from ..interfaces import Connection
+from ..service import records
+from ..service.records import ServiceRecord
 from .state import BEGINNING, Published, ServerState, State
 from .supervisor import CLEANING_UP, END_SECONDS, Program, Supervisor
 
@@ -104,13 +105,13 @@ class Record:
         """Tells one start of the service from the others."""
         self._last: ServiceRecord | None = None
         self._is_written = False
-        self._deaths: deque[str] = deque(maxlen=runtime.DEATHS)
+        self._deaths: deque[str] = deque(maxlen=records.DEATHS)
 
     def reserve(self) -> None:
         """Take the name. Raises ConfigError: it cannot be one, or a living service has it. Raises GserveError."""
         self._run = uuid.uuid4().hex
         record = structs.replace(self._make([], "starting"), id=self._run)
-        runtime.reserve_service(record)
+        records.reserve_service(record)
         self._last, self._is_written = record, True
 
     def write(self, states: Sequence[ServerState], *, is_draining: bool) -> None:
@@ -128,23 +129,23 @@ class Record:
         )
         if self._last is not None and record != self._last:
             self._last, self._is_written = record, False
-            runtime.write_service(record)
+            records.write_service(record)
             self._is_written = True
 
     def keep(self) -> None:
         """Write the record again if somebody has removed it, or it could not be written."""
         if self._last is not None:
             if self._is_written:
-                runtime.keep_service(self._last)
+                records.keep_service(self._last)
             else:
-                runtime.write_service(self._last)
+                records.write_service(self._last)
                 self._is_written = True
 
     def remove(self) -> None:
         """Remove the record, if it is ours."""
         if self._last is not None:
             self._last = None
-            runtime.remove_service(self._name, self._run)
+            records.remove_service(self._name, self._run)
 
 
 class _Session:
@@ -226,7 +227,7 @@ class _Session:
     def ended(self) -> None:
         with ExitStack() as left:
             if self._logs is not None:
-                left.callback(runtime.release_logs, self._logs)
+                left.callback(folders.release_logs, self._logs)
             if self._record is not None and self._is_open:
                 left.callback(self._record.remove)
             if self._nursery is not None and self._is_open:

@@ -24,13 +24,14 @@ from ..batch.items import Seeds
 from ..commands import UNKNOWN
 from ..config import Config, LLMConfig, ServeConfig
 from ..errors import ConfigError, GserveError, LaunchError, StartupTimeout
-from ..host import runtime
+from ..host import addresses, folders, processes, run_files, tokens
 from ..host.environment import Surroundings, open_missing_descriptors, surroundings, weakening
 from ..host.logs import LEVEL_VARIABLE, BoundedLog, forward, keep_logging_from_waiting, log_level
 from ..host.redaction import divided
 from ..interfaces import Address, Engine, Job, Launcher, Process, Transport
 from ..plugins import Parts, assemble
 from ..process.nursery import Nursery
+from ..service import records
 from .client import VLLMClient
 from .pool import Pool
 from .state import (
@@ -88,7 +89,9 @@ def server_command(llm: LLMConfig, parts: Parts, host: str, port: int) -> list[s
     """
     command = [sys.executable, str(PROGRAM), "--serve", "--model", llm.model_name]
     variable = parts.launcher.owner_variable
-    command += ["--host", host] if variable is None or not runtime.is_loopback(host) else ["--reachable_from", variable]
+    command += (
+        ["--host", host] if variable is None or not addresses.is_loopback(host) else ["--reachable_from", variable]
+    )
     command += ["--port", str(port)]
     for kind, usual_type in (("engine", "vllm"), ("transport", "http")):
         section, _ = divided(parts.registry.section(kind, getattr(parts, kind)))
@@ -143,7 +146,7 @@ class _End:
 
 def _new_log(folder: Path, name: str) -> Path:
     """Make and return the log of a server: one file for each of its generations. Raises OSError."""
-    runtime.keep_logs(folder)  # somebody may have removed it meanwhile
+    folders.keep_logs(folder)  # somebody may have removed it meanwhile
     for life in itertools.count(1):
         path = folder / (f"{name}.log" if life == 1 else f"{name}.{life}.log")
         with suppress(FileExistsError):
@@ -309,14 +312,14 @@ class ServerRun:
 
     def _launch(self) -> None:
         """Start the process, and hand it its lease. Raises OSError, LaunchError, ConfigError, PluginError."""
-        runtime.folder()  # where it cannot be used, this is the time to say so
+        run_files.folder()  # where it cannot be used, this is the time to say so
         self._log = log = _new_log(self._logs, self._program.name)
         self._report(Logging(log))
         instance, token, control = self.start.instance, self.start.token, self.start.control
         job = self._program.job(log, instance, self.origin.environ)
         marked = {  # what ours are found by, even renamed
-            **job.env, runtime.ID_VARIABLE: instance, runtime.OWNER_VARIABLE: runtime.owner_mark(),
-            runtime.SERVER_VARIABLE: "", "SPT_NOENV": "1",
+            **job.env, processes.ID_VARIABLE: instance, processes.OWNER_VARIABLE: processes.owner_mark(),
+            processes.SERVER_VARIABLE: "", "SPT_NOENV": "1",
         }  # fmt: skip
         hello = greeting(self._program.llm, self._serve, self._parts, self.origin, instance, token, control)
         self.process = process = self._parts.launcher.launch(
@@ -363,15 +366,15 @@ class ServerRun:
             returncode = UNKNOWN
         finally:
             owner.close()
-        left = runtime.end_processes_of(self.start.instance) if is_here else []
+        left = processes.end_processes_of(self.start.instance) if is_here else []
         temporary = self._serve.env.get("TMPDIR", "")
-        runtime.remove_scratch(runtime.scratch_folder(self.start.instance, temporary))  # a killed server left it
+        folders.remove_scratch(folders.scratch_folder(self.start.instance, temporary))  # a killed server left it
         self._follow(log, end.position)
         if self._bounded is not None:
             self._bounded.close()
         if self._address is not None:
             with suppress(GserveError, OSError):
-                runtime.remove_token(self._address, self.start.token)
+                tokens.remove_token(self._address, self.start.token)
         if not end.is_hung and not (end.cause if is_here else is_told):
             why = process.why()
         return end.error or diagnosis.exited(
@@ -402,7 +405,7 @@ class ServerRun:
             for message in messages or ():
                 runs = True
                 if isinstance(message, lease.Listening):
-                    runtime.write_token(message.address, self.start.token, self.start.control)
+                    tokens.write_token(message.address, self.start.token, self.start.control)
                 elif isinstance(message, lease.Failed):
                     end.cause = message.cause
                     self._patience_ends = min(self._patience_ends, time.monotonic() + STOP_SECONDS)
@@ -535,7 +538,7 @@ class VLLMServer:
             llm=llm_config, serve=serve, gpu_ids=None if ids is None else tuple(ids), parts=parts, nursery=nursery
         )
         pool = Pool(
-            [program], [program.state], logs=lambda: runtime.log_folder(uuid.uuid4().hex[:8]), nursery=nursery,
+            [program], [program.state], logs=lambda: folders.log_folder(uuid.uuid4().hex[:8]), nursery=nursery,
             keeps_places=True, what=program.name,
         )  # fmt: skip
         self._set_up(program, pool, is_alone=True)
@@ -585,7 +588,7 @@ class VLLMServer:
         """Return what the launcher is asked to start. Raises ConfigError or PluginError."""
         return self._program.job(log, instance)
 
-    def record(self) -> runtime.ServerRecord:
+    def record(self) -> records.ServerRecord:
         """Return what another process needs to use this server. It must be ready."""
         return record_of(self.status())
 
@@ -661,11 +664,11 @@ class VLLMServer:
         self.shutdown()
 
 
-def record_of(state: ServerState) -> runtime.ServerRecord:
+def record_of(state: ServerState) -> records.ServerRecord:
     """Return what another process needs to use a server, which must be ready."""
     assert state.address is not None
     assert state.info is not None
-    return runtime.ServerRecord(
+    return records.ServerRecord(
         state.name, state.address, state.instance, state.token, state.info.capacity, state.info.model,
         None if state.gpu_ids is None else list(state.gpu_ids), state.control,
     )  # fmt: skip

@@ -14,11 +14,12 @@ from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
 from ..config import Config, LLMConfig, ServeConfig, check_placement, load
 from ..errors import GserveError
-from ..host import runtime
-from ..host.runtime import ServerRecord, ServiceRecord
+from ..host import folders, processes
 from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
 from ..plugins import Parts, assemble
 from ..process.nursery import Nursery
+from ..service import records
+from ..service.records import ServerRecord, ServiceRecord
 from .attached import Attached, ending
 from .client import Inference
 from .pool import Pool, Queue, Record
@@ -90,7 +91,7 @@ class VLLMService(Inference):
         name = name or os.environ.get(ATTACH_VARIABLE)
         if not name:
             raise GserveError(f"no name given to attach to, and {ATTACH_VARIABLE} is not set; gserve ps lists them")
-        record = runtime.wait_service(name, ATTACH_SECONDS)
+        record = records.wait_service(name, ATTACH_SECONDS)
         if record.status == "draining":
             raise GserveError(ending(name))
         if record.status == "failed":
@@ -130,7 +131,7 @@ class VLLMService(Inference):
         self._pool: Pool | Attached = Pool(
             programs,
             [program.state for program in programs],
-            logs=lambda: runtime.log_folder(name or uuid.uuid4().hex[:8]),
+            logs=lambda: folders.log_folder(name or uuid.uuid4().hex[:8]),
             max_restarts=serve.max_restarts,
             min_ready=serve.min_ready,
             queue=lambda: Queue(lambda state: _connect(parts, record_of(state), timeout), timeout, stall_timeout),
@@ -224,7 +225,7 @@ def _record(name: str, config: Config, parts: Parts, ready: Sequence[ServerState
     """Return what other processes need to use a service."""
     pid = os.getpid()
     return ServiceRecord(
-        name=name, pid=pid, started=runtime.process_start(pid) or 0, servers=[record_of(state) for state in ready],
+        name=name, pid=pid, started=processes.process_start(pid) or 0, servers=[record_of(state) for state in ready],
         transport=parts.registry.section("transport", parts.transport), plugins=list(parts.plugins),
         folder=str(parts.folder.resolve()) if parts.folder else None, client_timeout=config.serve.client_timeout,
         status=status, stall_timeout=config.serve.stall_timeout, seed=config.llm.item_seed,

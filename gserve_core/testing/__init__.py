@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..config import LLMConfig
 from ..errors import ItemError, LaunchError, RemoteError, TransportError
-from ..host import runtime
+from ..host import processes, run_files
 from ..interfaces import Access, Address, Engine, Job, Launcher, Process, RunningEngine, Transport
 from ..schema import (
     Conversation,
@@ -99,7 +99,7 @@ def check_launcher(launcher: Launcher) -> None:
         below = _line(process).rpartition(" ")[2]
         process.stop(5.0)
         assert process.poll() is not None, "after stop() the process must have ended"
-        _until(lambda: runtime.process_start(int(below)) is None, "stop() must end what runs below the process")
+        _until(lambda: processes.process_start(int(below)) is None, "stop() must end what runs below the process")
         assert process.stop(5.0) == process.poll(), "stop() must be idempotent"
 
         try:
@@ -447,7 +447,7 @@ def our_shared_memory() -> set[Path]:
 
 def our_files() -> set[Path]:
     """Return the state files of servers and services in the runtime directory, and in the second place for them."""
-    return {path for place in runtime.places() for path in place.iterdir()}
+    return {path for place in run_files.places() for path in place.iterdir()}
 
 
 def end_leftovers(before: dict[int, str]) -> dict[int, str]:

@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Struct
 
 from gserve_core import testing
-from gserve_core.host.runtime import PLACE_VARIABLE
+from gserve_core.host.run_files import PLACE_VARIABLE
 from gserve_core.testing import RUN_VARIABLE
 
 from . import oracles

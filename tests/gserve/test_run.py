@@ -22,7 +22,7 @@ from gserve import LLMConfig, VLLMService
 from gserve.cli import batch_job
 from gserve_core.batch.output_lock import only_writer
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import runtime
+from gserve_core.host import processes
 from gserve_launchers.slurm import batch
 
 PROGRAM = """
@@ -159,14 +159,14 @@ def test_a_command_that_does_not_end_is_ended_with_all_that_it_has_started(tmp_p
     until(lambda: b"begun" in (tmp_path / "out").read_bytes())
     process.send_signal(signal.SIGUSR1)
     assert process.wait(30) == 143
-    assert runtime.process_start(int((tmp_path / "sleep").read_text())) is None
+    assert processes.process_start(int((tmp_path / "sleep").read_text())) is None
 
 
 def test_what_a_command_has_left_running_ends_with_it(tmp_path: Path) -> None:
     command = 'sleep 99 & echo $! > one; sh -c "sleep 99 & echo \\$! > two"; exit 3'
     code, _ = run(tmp_path, "run", config(tmp_path), "--", "sh", "-c", command)
     assert code == 3
-    assert [runtime.process_start(int((tmp_path / name).read_text())) for name in ("one", "two")] == [None, None]
+    assert [processes.process_start(int((tmp_path / name).read_text())) for name in ("one", "two")] == [None, None]
 
 
 def test_a_signal_before_the_service_is_ready_ends_all(tmp_path: Path) -> None:

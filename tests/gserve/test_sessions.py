@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from gserve_core.host import runtime
+from gserve_core.host import run_files
 
 
 class User:
@@ -24,7 +24,7 @@ class User:
         self.started: list[subprocess.Popen[str]] = []
         for name in ("login", "ssh"):
             (folder / name).mkdir(mode=0o700)
-        self.environ = os.environ | {runtime.PLACE_VARIABLE: str(self.place), "XDG_STATE_HOME": str(folder / "state")}
+        self.environ = os.environ | {run_files.PLACE_VARIABLE: str(self.place), "XDG_STATE_HOME": str(folder / "state")}
         self.environ |= {"PYTHONPYCACHEPREFIX": str(folder.parent / "bytecode"), "PYTHONDONTWRITEBYTECODE": ""}
         text = {"llm": {"model_name": "demo-model"}, "engine": {"type": "echo"}}
         (folder / "quick.yaml").write_text(json.dumps(text))

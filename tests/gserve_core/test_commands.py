@@ -14,7 +14,7 @@ import pytest
 from gserve import LaunchError
 from gserve_core import lease
 from gserve_core.commands import LocalProcess, group_is_alive, output_of
-from gserve_core.host import runtime
+from gserve_core.host import processes
 from gserve_core.interfaces import Job
 from gserve_launchers.local import CORES_VARIABLE, SubprocessLauncher
 
@@ -55,7 +55,7 @@ def lines(process: LocalProcess, count: int) -> list[bytes]:
 
 def until_gone(pid: int) -> None:
     deadline = time.monotonic() + 60
-    while runtime.process_start(pid) is not None:
+    while processes.process_start(pid) is not None:
         assert time.monotonic() < deadline, f"{pid} is alive"
         time.sleep(0.01)
 
@@ -78,7 +78,7 @@ def test_what_a_process_left_below_it_is_ended_too(tmp_path: Path) -> None:
     while process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    assert runtime.process_start(below) is not None
+    assert processes.process_start(below) is not None
     assert process.stop(0.5) == 7
     until_gone(below)
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from gserve_core import lease
-from gserve_core.host import runtime
+from gserve_core.host import processes
 
 PROGRAM = Path(__file__).parents[2] / "gserve" / "vllm_server.py"
 HELLO = {"type": "hello", "instance": "the-instance", "token": "the-token"}
@@ -121,7 +121,7 @@ def below(pid: int) -> list[int]:
 
 def until_gone(*pids: int, seconds: float = ENDS_WITHIN) -> None:
     deadline = time.monotonic() + seconds
-    while alive := [pid for pid in pids if runtime.process_start(pid) is not None]:
+    while alive := [pid for pid in pids if processes.process_start(pid) is not None]:
         assert time.monotonic() < deadline, f"alive after {seconds:g} s: {alive}"
         time.sleep(0.02)
 
@@ -276,7 +276,7 @@ def test_a_server_and_its_child_end_when_the_owner_is_killed(tmp_path: Path, loa
     with owner.stdout:
         pid = int(owner.stdout.readline())
         while until not in owner.stdout.readline():
-            assert runtime.process_start(pid) is not None
+            assert processes.process_start(pid) is not None
         (child,) = below(pid)
         owner.send_signal(signal.SIGKILL)
         owner.wait()

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 
 from gserve_core import reap
-from gserve_core.host import runtime
+from gserve_core.host import folders, processes, run_files, tokens
 from gserve_core.interfaces import Address
+from gserve_core.service import records
 
 OWNER = """
 import sys
@@ -64,9 +65,9 @@ def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_what_a_killed_service_could_not_end_itself_is_ended_and_its_files_removed(owner: Owner) -> None:
-    scratch = runtime.scratch_folder(owner.instance)
+    scratch = folders.scratch_folder(owner.instance)
     assert scratch.is_dir()
-    ours = runtime.processes_of(owner.instance)
+    ours = processes.processes_of(owner.instance)
     assert len(ours) == 2, "the server and the process of its engine"
     for pid in ours:
         os.kill(pid, signal.SIGSTOP)
@@ -78,7 +79,7 @@ def test_what_a_killed_service_could_not_end_itself_is_ended_and_its_files_remov
     assert any("vllm_server.py" in str(process) for process in found)
     assert scratch not in reap.unused_files()
     assert reap.end(found) == []
-    assert runtime.processes_of(owner.instance) == []
+    assert processes.processes_of(owner.instance) == []
     assert owner.orphans() == []
     files = [path for path in reap.unused_files() if path == scratch or path.name == f"token-127.0.0.1-{owner.port}"]
     assert len(files) == 2
@@ -90,15 +91,15 @@ def test_what_a_killed_service_could_not_end_itself_is_ended_and_its_files_remov
 def test_a_living_service_and_its_files_are_left_alone(owner: Owner) -> None:
     assert owner.orphans() == []
     files = reap.unused_files()
-    assert runtime.scratch_folder(owner.instance) not in files
+    assert folders.scratch_folder(owner.instance) not in files
     assert not any(str(owner.port) in path.name for path in files)
-    assert len(runtime.processes_of(owner.instance)) == 2
+    assert len(processes.processes_of(owner.instance)) == 2
 
 
 SERVER = """
 import os, sys
-from gserve_core import runtime
-runtime.make_scratch_folder(sys.argv[1])
+from gserve_core.host import folders
+folders.make_scratch_folder(sys.argv[1])
 os.execvp("sh", ["sh", "-c", sys.argv[2]])
 """
 
@@ -108,12 +109,12 @@ class Marked:
 
     def __init__(self, owner: str, command: str = "exec sleep 600") -> None:
         self.instance = uuid.uuid4().hex
-        environ = os.environ | {runtime.ID_VARIABLE: self.instance, runtime.OWNER_VARIABLE: owner}
+        environ = os.environ | {processes.ID_VARIABLE: self.instance, processes.OWNER_VARIABLE: owner}
         program = [sys.executable, "-c", SERVER, self.instance, f"echo running; {command}"]
         self.process = subprocess.Popen(program, env=environ, stdout=subprocess.PIPE, text=True, start_new_session=True)
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "running\n"
-        eventually(lambda: self.process.pid in runtime.processes_of(self.instance))
+        eventually(lambda: self.process.pid in processes.processes_of(self.instance))
 
     def orphans(self) -> list[reap.Process]:
         return [process for process in reap.orphans() if process.instance == self.instance]
@@ -123,7 +124,7 @@ class Marked:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        shutil.rmtree(runtime.scratch_folder(self.instance))
+        shutil.rmtree(folders.scratch_folder(self.instance))
 
 
 @pytest.fixture
@@ -141,15 +142,15 @@ def marked() -> Iterator[Callable[..., Marked]]:
 
 def dead_owner() -> str:
     """Return the mark of a process that has ended."""
-    program = "from gserve_core import runtime; print(runtime.owner_mark())"
+    program = "from gserve_core.host import processes; print(processes.owner_mark())"
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip()
 
 
 def test_a_process_of_a_living_owner_is_no_orphan(marked: Callable[..., Marked]) -> None:
-    assert marked(runtime.owner_mark()).orphans() == []
+    assert marked(processes.owner_mark()).orphans() == []
 
 
-MARKS = (runtime.ID_VARIABLE, runtime.OWNER_VARIABLE, runtime.SERVER_VARIABLE, "TMPDIR")
+MARKS = (processes.ID_VARIABLE, processes.OWNER_VARIABLE, processes.SERVER_VARIABLE, "TMPDIR")
 
 
 def environ(pid: int) -> dict[str, str]:
@@ -178,12 +179,12 @@ def test_a_program_that_only_inherited_the_marks_of_a_server_is_no_orphan(
     marked: Callable[..., Marked], user: Callable[..., int], new_session: bool
 ) -> None:
     one = marked(dead_owner())
-    started = runtime.process_start(one.process.pid)
+    started = processes.process_start(one.process.pid)
     marks = {name: value for name, value in environ(one.process.pid).items() if name in MARKS}
     user(new_session=new_session, **marks)
-    user(new_session=new_session, **marks, **{runtime.SERVER_VARIABLE: f"{one.process.pid}:{started}"})
-    user(new_session=new_session, **{runtime.ID_VARIABLE: one.instance})
-    user(new_session=new_session, **marks | {runtime.ID_VARIABLE: uuid.uuid4().hex})
+    user(new_session=new_session, **marks, **{processes.SERVER_VARIABLE: f"{one.process.pid}:{started}"})
+    user(new_session=new_session, **{processes.ID_VARIABLE: one.instance})
+    user(new_session=new_session, **marks | {processes.ID_VARIABLE: uuid.uuid4().hex})
     assert [process.pid for process in one.orphans()] == [one.process.pid]
     one.process.kill()
     one.process.wait()
@@ -218,7 +219,7 @@ def test_a_process_of_a_dead_owner_is_one(marked: Callable[..., Marked]) -> None
 
 
 def test_an_owner_is_dead_also_when_another_process_has_its_id_now(marked: Callable[..., Marked]) -> None:
-    pid, started, boot = runtime.owner_mark().split(":")
+    pid, started, boot = processes.owner_mark().split(":")
     assert len(marked(f"{pid}:{int(started) - 1}:{boot}").orphans()) == 1
 
 
@@ -253,8 +254,10 @@ def test_a_process_that_has_the_id_of_one_that_was_found_is_left_alone(marked: C
 
 def test_a_temporary_folder_is_used_as_long_as_the_server_lives_also_one_started_by_hand(tmp_path: Path) -> None:
     instance = uuid.uuid4().hex
-    using = f"from gserve_core import runtime; print(runtime.make_scratch_folder({instance!r}), flush=True); input()"
-    unused = "from gserve_core import runtime; print(*runtime.unused_scratch_folders(()))"
+    using = (
+        f"from gserve_core.host import folders; print(folders.make_scratch_folder({instance!r}), flush=True); input()"
+    )
+    unused = "from gserve_core.host import folders; print(*folders.unused_scratch_folders(()))"
     environ = os.environ | {"TMPDIR": str(tmp_path)}
 
     def found() -> str:
@@ -277,7 +280,7 @@ def test_a_temporary_folder_is_used_as_long_as_the_server_lives_also_one_started
 
 
 def test_the_token_of_a_server_that_does_not_answer_is_kept_while_its_socket_is_open(owner: Owner) -> None:
-    server = min(runtime.processes_of(owner.instance))
+    server = min(processes.processes_of(owner.instance))
     os.kill(server, signal.SIGSTOP)
     try:
         assert not any(str(owner.port) in path.name for path in reap.unused_files())
@@ -294,13 +297,13 @@ def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
 
 def test_state_files_that_nobody_owns_are_found() -> None:
     address = Address(["127.0.0.1"], 1)
-    runtime.write_token(address, "token")
+    tokens.write_token(address, "token")
     pid, started, _ = dead_owner().split(":")
-    runtime.write_service(runtime.ServiceRecord("dead", int(pid), int(started), [], {"type": "http"}))
-    alive = runtime.ServiceRecord("alive", os.getpid(), runtime.process_start(os.getpid()) or 0, [], {"type": "http"})
-    runtime.write_service(alive)
+    records.write_service(records.ServiceRecord("dead", int(pid), int(started), [], {"type": "http"}))
+    alive = records.ServiceRecord("alive", os.getpid(), processes.process_start(os.getpid()) or 0, [], {"type": "http"})
+    records.write_service(alive)
     try:
-        assert [path.name for path in runtime.stale_files()] == ["service-dead", "token-127.0.0.1-1"]
+        assert [path.name for path in records.stale_files()] == ["service-dead", "token-127.0.0.1-1"]
     finally:
-        for path in runtime.folder().iterdir():
+        for path in run_files.folder().iterdir():
             path.unlink()

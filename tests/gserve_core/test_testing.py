@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gserve_core import testing
-from gserve_core.host import runtime
+from gserve_core.host import processes
 
 IGNORED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 IN_THE_BACKGROUND = """
@@ -35,14 +35,14 @@ pytest_plugins = ["gserve_core.testing"]
 """
 LEAVES = """
 import os, subprocess
-from gserve_core import runtime
+from gserve_core.host import run_files
 
 def test_that_leaves_a_process_and_a_file(nothing_left):
-    (runtime.folder() / "service-left").touch()
+    (run_files.folder() / "service-left").touch()
     subprocess.Popen(["sleep", "600"], env=os.environ | {"GSERVE_ID": "left"})
 
 def test_after_it(nothing_left):
-    assert not list(runtime.folder().iterdir())
+    assert not list(run_files.folder().iterdir())
 """
 
 
@@ -75,4 +75,4 @@ def test_what_a_test_leaves_is_ended_and_fails_that_test_alone(tmp_path: Path) -
     assert re.search(r"^2 passed, .*1 error in ", done.stdout, flags=re.MULTILINE)
     said = re.search(r"left behind: \[\((\d+), .*service-left", done.stdout)
     assert said
-    assert runtime.process_start(int(said[1])) is None
+    assert processes.process_start(int(said[1])) is None

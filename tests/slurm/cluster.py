@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Self
 
-from gserve_core.host import runtime
+from gserve_core.host import processes
 
 _CONFIG = """\
 ClusterName=gserve
@@ -109,7 +109,7 @@ class SlurmCluster:
             file = self.folder / (f"slurmd.{name}.pid" if name in self.nodes else f"{name}.pid")
             with contextlib.suppress(OSError, ValueError):
                 pid = int(file.read_text())
-                if runtime.process_start(pid) and self._owns(pid):  # else its id is another's by now
+                if processes.process_start(pid) and self._owns(pid):  # else its id is another's by now
                     found[f"slurmd[{name}]" if name in self.nodes else name] = pid
         return found
 
@@ -228,7 +228,7 @@ class SlurmCluster:
         """Return the live processes of these daemons, what is below them, and what says that it is of a step."""
         parents, commands, found = {}, {}, set()
         for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and runtime.process_start(int(entry.name)):
+            if entry.name.isdigit() and processes.process_start(int(entry.name)):
                 with contextlib.suppress(OSError):
                     pid = int(entry.name)
                     parents[pid] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])

@@ -172,7 +172,7 @@ def test_the_exit_code_of_a_job_is_that_of_its_command(place: Place) -> None:
 
 
 def test_no_secret_is_seen_in_a_job(place: Place) -> None:
-    listing = "from gserve_core import runtime as r; [print(it.token) for s in r.services() for it in s.servers]"
+    listing = "from gserve_core.service.records import *; [print(it.token) for s in services() for it in s.servers]"
     script = f'{sys.executable} -c "{listing}" > tokens; touch ready; sleep 99'
     job = place.submit(place.config(), "--requeue", "--", "sh", "-c", script)
     until(lambda: (place.folder / "ready").exists())

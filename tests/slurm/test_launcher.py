@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from gserve import ConfigError, LLMConfig, ServeConfig, StartupTimeout, VLLMService
 from gserve_core import testing
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import runtime
+from gserve_core.host import folders, processes
 from gserve_core.interfaces import Job
+from gserve_core.service import records
 from gserve_core.service.state import State
 from gserve_launchers.slurm.launcher import SlurmLauncher
 from tests.slurm.cluster import SlurmCluster
@@ -87,7 +88,7 @@ def environ(pid: int) -> dict[str, str]:
 def on_node(service: VLLMService) -> list[list[int]]:
     """Return, for each server, its processes on the nodes: srun is not among them."""
     return [
-        [pid for pid in runtime.processes_of(server.record().instance) if "SLURM_PROCID" in environ(pid)]
+        [pid for pid in processes.processes_of(server.record().instance) if "SLURM_PROCID" in environ(pid)]
         for server in service.servers
     ]
 
@@ -166,7 +167,7 @@ import json
 import os
 import subprocess
 from gserve import LLMConfig, ServeConfig, VLLMService
-from gserve_core import runtime
+from gserve_core.host import processes
 from gserve_core.engines.echo import EchoEngine
 from gserve_launchers.slurm.launcher import SlurmLauncher
 from pathlib import Path
@@ -183,7 +184,7 @@ with service:
     for server in service.servers:
         with server.client() as client:
             answer = client.generate(["one two"])
-        shown = [environ(pid) for pid in runtime.processes_of(server.record().instance)]
+        shown = [environ(pid) for pid in processes.processes_of(server.record().instance)]
         seen.append([answer, [
             [it["SLURMD_NODENAME"], it["CUDA_VISIBLE_DEVICES"], it["SLURM_STEP_GPUS"]]
             for it in shown if "SLURM_PROCID" in it
@@ -212,9 +213,9 @@ def test_eight_servers_over_three_nodes_of_one_allocation(
     gpus: dict[str, list[str]] = {}
     seen, left = json.loads(told)
     assert left == [], "no step is left when the service has ended"
-    for answer, processes in seen:
+    for answer, found in seen:
         assert answer == [["one two"]]
-        (node, visible, bound), engine = processes
+        (node, visible, bound), engine = found
         assert engine == processes[0], "the server and its engine see the same"
         assert visible == bound, "it is as SLURM has set it"
         gpus.setdefault(node, []).append(visible)
@@ -474,9 +475,9 @@ def test_launch_ps_stop_and_reap_know_servers_that_slurm_runs(slurm_cluster: Slu
         assert gserve(tmp_path, "ps").count("nodes") == 2
         assert gserve(tmp_path, "generate", "--attach", "nodes", "one two", "three") == "one two\nthree\n"
         reaped = gserve(tmp_path, "reap", "--dry-run")  # others are at work on this machine
-        for server in runtime.find_service("nodes").servers:
-            assert str(runtime.scratch_folder(server.instance)) not in reaped, "what lives is left alone"
-            assert not [pid for pid in runtime.processes_of(server.instance) if f"process {pid} " in reaped]
+        for server in records.find_service("nodes").servers:
+            assert str(folders.scratch_folder(server.instance)) not in reaped, "what lives is left alone"
+            assert not [pid for pid in processes.processes_of(server.instance) if f"process {pid} " in reaped]
         assert gserve(tmp_path, "generate", "--attach", "nodes", "again") == "again\n"
         assert len(slurm_cluster.jobs()) == 2
         assert "stopped 'nodes'" in gserve(tmp_path, "stop", "nodes")

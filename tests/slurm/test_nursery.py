@@ -14,7 +14,8 @@ import pytest
 
 from gserve import LaunchError, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import runtime
+from gserve_core.host import processes
+from gserve_core.service import records
 from gserve_core.service.server import PROGRAM, State
 from gserve_launchers.slurm.launcher import SlurmLauncher
 from tests.faults.jobs import allocation
@@ -59,7 +60,7 @@ def process(server: VLLMServer) -> psutil.Process:
 
 def server_of(instance: str) -> psutil.Process:
     """Return the process of a server; srun and the task have its command among their own arguments."""
-    below = [psutil.Process(pid) for pid in runtime.processes_of(instance)]
+    below = [psutil.Process(pid) for pid in processes.processes_of(instance)]
     (found,) = [it for it in below if it.cmdline()[1:2] == [str(PROGRAM)]]
     return found
 
@@ -180,7 +181,7 @@ def test_the_death_of_the_nursery_costs_no_item_and_leaves_nothing(slurm_cluster
         until(lambda: is_back(one))
         assert place(first) != before
         until(lambda: before not in steps(slurm_cluster))
-        assert not runtime.processes_of(instance)
+        assert not processes.processes_of(instance)
 
 
 @pytest.mark.usefixtures("places")
@@ -271,6 +272,6 @@ def test_a_server_that_dies_with_its_owner_leaves_nothing_also_where_that_has_fo
     fork = psutil.Process(int(child))
     assert fork.is_running()
     fork.kill()
-    assert not [pid for instance in instances for pid in runtime.processes_of(instance)]
-    for path in runtime.stale_files():  # neither can remove the server's token
+    assert not [pid for instance in instances for pid in processes.processes_of(instance)]
+    for path in records.stale_files():  # neither can remove the server's token
         path.unlink()

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gserve import LLMConfig, ServeConfig, VLLMClient, VLLMService
-from gserve_core.host import runtime
+from gserve_core.host import processes
 from gserve_launchers.slurm.launcher import SlurmLauncher
 from tests.slurm.cluster import SlurmCluster
 
@@ -26,7 +26,9 @@ def answers(client: VLLMClient) -> list[Any]:
 
 
 def node_of(instance: str) -> str:
-    shown = b"\0".join(Path(f"/proc/{pid}/environ").read_bytes() for pid in runtime.processes_of(instance)).split(b"\0")
+    shown = b"\0".join(Path(f"/proc/{pid}/environ").read_bytes() for pid in processes.processes_of(instance)).split(
+        b"\0"
+    )
     (name,) = {line.partition(b"=")[2].decode() for line in shown if line.startswith(b"SLURMD_NODENAME=")}
     return name
 

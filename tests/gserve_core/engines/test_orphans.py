@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from gserve_core.host import runtime
+from gserve_core.host import processes
 
 SERVER = """
 import os, subprocess, sys, threading, time
-from gserve_core import runtime
+from gserve_core.host import processes
 from gserve_core.engines import orphans
-name = f"{os.getpid()}:{runtime.process_start(os.getpid())}"
+name = f"{os.getpid()}:{processes.process_start(os.getpid())}"
 if sys.argv[1] == "named":
     os.environ["GSERVE_SERVER"] = name
 orphans.watch()
@@ -83,7 +83,7 @@ def group(leader: int) -> list[int]:
     """Return the live processes of a process group."""
     found = []
     for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and runtime.process_start(int(entry.name)) is not None:
+        if entry.name.isdigit() and processes.process_start(int(entry.name)) is not None:
             try:
                 if os.getpgid(int(entry.name)) == leader:
                     found.append(int(entry.name))
@@ -122,7 +122,7 @@ time.sleep(600)
 def test_a_process_without_descriptors_sees_the_end_of_its_server_and_none_before(tmp_path: Path) -> None:
     with subprocess.Popen(["sleep", "600"]) as server:
         environ = os.environ | {
-            "TMPDIR": str(tmp_path), "GSERVE_SERVER": f"{server.pid}:{runtime.process_start(server.pid)}",
+            "TMPDIR": str(tmp_path), "GSERVE_SERVER": f"{server.pid}:{processes.process_start(server.pid)}",
         }  # fmt: skip
         with subprocess.Popen(
             [sys.executable, "-c", WITHOUT_DESCRIPTORS], env=environ, stdout=subprocess.PIPE, text=True
@@ -172,7 +172,7 @@ def test_the_folder_goes_too_where_a_process_writes_to_it_until_it_ends_by_itsel
 
 def test_the_folder_goes_too_where_the_owner_lives_and_does_nothing(scratch: Path) -> None:
     environ = os.environ | {
-        "TMPDIR": str(scratch), "GSERVE_SERVER": f"{os.getpid()}:1", "GSERVE_OWNER": runtime.owner_mark(),
+        "TMPDIR": str(scratch), "GSERVE_SERVER": f"{os.getpid()}:1", "GSERVE_OWNER": processes.owner_mark(),
     }  # fmt: skip
     program = "import time\nfrom gserve_core.engines import orphans\norphans.watch()\ntime.sleep(600)"
     ended = subprocess.run([sys.executable, "-c", program], env=environ, timeout=60.0, check=False)

@@ -20,7 +20,7 @@ from gserve_core.host import devices
 
 HOLDER = """
 import asyncio, json, os, sys, time
-from gserve_core import devices
+from gserve_core.host import devices
 from gserve_core.errors import LaunchError
 
 def say(**what):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gserve_core.errors import GserveError
-from gserve_core.host import folders, runtime
+from gserve_core.host import folders, run_files
 
 NOBODY = 54321
 """A user id without an entry in the list of users."""
@@ -31,7 +31,7 @@ def made() -> Iterator[list[Path]]:
     found: list[Path] = []
     yield found
     for path in found:
-        runtime.release_logs(path)
+        folders.release_logs(path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- logs
@@ -47,29 +47,29 @@ def old_runs(state: Path, count: int) -> None:
 
 
 def test_the_logs_of_a_running_service_outlive_any_number_of_later_runs(state: Path, made: list[Path]) -> None:
-    made.append(runtime.log_folder("mine"))
+    made.append(folders.log_folder("mine"))
     (made[0] / "server-0.log").touch()
     old_runs(state, 60)
-    made.append(runtime.log_folder("later"))
+    made.append(folders.log_folder("later"))
     assert (made[0] / "server-0.log").exists()
     assert len(list(state.iterdir())) == 52, "these two, and the 50 newest"
-    runtime.release_logs(made[0])
-    made.append(runtime.log_folder("last"))
+    folders.release_logs(made[0])
+    made.append(folders.log_folder("last"))
     assert not made[0].exists()
 
 
 def test_the_logs_of_another_process_are_kept_until_it_ends(state: Path, made: list[Path]) -> None:
-    program = "from gserve_core import runtime; print(runtime.log_folder('other'), flush=True); input()"
+    program = "from gserve_core.host import folders; print(folders.log_folder('other'), flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         path = Path(other.stdout.readline().strip())
         old_runs(state, 60)
-        made.append(runtime.log_folder("mine"))
+        made.append(folders.log_folder("mine"))
         assert path.is_dir()
         other.kill()
-    made.append(runtime.log_folder("mine"))
+    made.append(folders.log_folder("mine"))
     assert not path.exists()
 
 
@@ -82,40 +82,40 @@ def test_files_of_others_between_the_logs_are_left_alone(state: Path, made: list
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "precious.log").touch()
     (state / "20000101-000000-link").symlink_to(tmp_path / "elsewhere")
-    made.append(runtime.log_folder("mine"))
+    made.append(folders.log_folder("mine"))
     assert (state / "20000101-000000-run-x" / "notes.txt").exists()
     assert (state / "10 my own" / "precious.log").exists()
     assert (tmp_path / "elsewhere" / "precious.log").exists()
 
 
 def test_a_log_folder_that_was_removed_is_made_again_and_kept_again(state: Path, made: list[Path]) -> None:
-    made.append(runtime.log_folder("mine"))
+    made.append(folders.log_folder("mine"))
     (made[0] / ".gserve").unlink()
     made[0].rmdir()
     for _ in range(3):
-        runtime.keep_logs(made[0])
+        folders.keep_logs(made[0])
     old_runs(state, 60)
-    made.append(runtime.log_folder("later"))
+    made.append(folders.log_folder("later"))
     assert made[0].is_dir()
 
 
 def test_log_folders_cost_no_descriptor_once_they_are_released(state: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     for _ in range(3):
-        path = runtime.log_folder("mine")
-        runtime.keep_logs(path)
-        runtime.release_logs(path)
-        runtime.release_logs(path)
+        path = folders.log_folder("mine")
+        folders.keep_logs(path)
+        folders.release_logs(path)
+        folders.release_logs(path)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
 def test_a_log_folder_that_cannot_be_made_again_says_so(state: Path, made: list[Path]) -> None:
-    made.append(runtime.log_folder("mine"))
+    made.append(folders.log_folder("mine"))
     (made[0] / ".gserve").unlink()
     made[0].rmdir()
     made[0].touch()
     with pytest.raises(GserveError, match="cannot make the folder for logs"):
-        runtime.keep_logs(made[0])
+        folders.keep_logs(made[0])
     made[0].unlink()
 
 
@@ -125,12 +125,12 @@ def test_a_log_folder_that_cannot_be_made_again_says_so(state: Path, made: list[
 FOLDERS = """
 import logging
 logging.basicConfig(format="note: %(message)s")
-from gserve_core import runtime
-from gserve_core.engines import demo_model
-print(runtime.log_folder("run"))
-print(runtime.log_folder("run"))
+from gserve_core.host import folders, run_files
+from gserve_core.engines.vllm import demo_model
+print(folders.log_folder("run"))
+print(folders.log_folder("run"))
 print(demo_model.cache_folder())
-print(runtime.places()[0])
+print(run_files.places()[0])
 """
 
 
@@ -155,7 +155,7 @@ def as_nobody(program: str, folder: Path, **environ: str) -> "subprocess.Complet
     """Run a program as a user without an entry, whose environment has almost nothing."""
     usual = {
         "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(folders.__file__).parents[2]), "TMPDIR": str(folder),
-        runtime.PLACE_VARIABLE: str(folder / "place"),
+        run_files.PLACE_VARIABLE: str(folder / "place"),
     }  # fmt: skip
     return subprocess.run(
         [*AS_NOBODY, sys.executable, "-c", program],
@@ -192,8 +192,8 @@ def test_a_home_that_can_be_used_is(open_folder: Path) -> None:
 
 CACHES = """
 import os
-from gserve_core import runtime
-print(sorted(runtime.cache_environment().items()))
+from gserve_core.host import folders
+print(sorted(folders.cache_environment().items()))
 """
 
 
@@ -209,7 +209,7 @@ def test_libraries_get_a_cache_where_the_user_s_cannot_be_written_and_find_the_m
 
 
 def test_a_home_that_is_not_known_is_left_in_a_path(open_folder: Path) -> None:
-    program = "from gserve_core import folders; print(folders.expanded('~/x'), folders.expanded('/y'))"
+    program = "from gserve_core.host import folders; print(folders.expanded('~/x'), folders.expanded('/y'))"
     assert as_nobody(program, open_folder).stdout == "~/x /y\n"
     assert as_nobody(program, open_folder, HOME="/home/me").stdout == "/home/me/x /y\n"
 
@@ -221,7 +221,7 @@ def test_a_machine_where_nothing_can_be_written_is_a_gserve_error(monkeypatch: p
     monkeypatch.setattr("tempfile.gettempdir", nowhere)
     with pytest.raises(GserveError, match=r"cannot make a private temporary folder \(.*No usable temporary directory"):
         folders.temporary()
-    assert runtime.scratch_folder("0123456789ab") == Path("/tmp/gserve-0123456789ab")
+    assert folders.scratch_folder("0123456789ab") == Path("/tmp/gserve-0123456789ab")
 
 
 def test_where_nothing_can_be_written_the_error_says_what_to_set(open_folder: Path) -> None:
@@ -260,13 +260,13 @@ def long_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 LONG = """
 import os, sys, tempfile
-from gserve_core import runtime
-path = runtime.make_scratch_folder(sys.argv[1])
-short = runtime.short_path(path)
+from gserve_core.host import folders
+path = folders.make_scratch_folder(sys.argv[1])
+short = folders.short_path(path)
 print(path)
 print(short, flush=True)
 input()
-runtime.remove_scratch(path)
+folders.remove_scratch(path)
 """
 
 
@@ -296,7 +296,7 @@ def test_sockets_fit_below_a_long_path_whose_files_stay_where_the_user_wants_the
     assert not os.path.lexists(short)
 
 
-UNUSED = "from gserve_core import runtime; print(*runtime.unused_scratch_folders(()), sep='\\n')"
+UNUSED = "from gserve_core.host import folders; print(*folders.unused_scratch_folders(()), sep='\\n')"
 
 
 def test_the_folder_and_the_link_of_a_server_that_was_killed_are_found(
@@ -315,13 +315,13 @@ def test_the_folder_and_the_link_of_a_server_that_was_killed_are_found(
     shutil.rmtree(path)
     assert found() == [str(short)], "a link that leads nowhere is of no use"
     path.mkdir()
-    runtime.remove_scratch(path)
+    folders.remove_scratch(path)
     assert not os.path.lexists(short)
     assert found() == []
 
 
 def test_a_short_path_is_left_as_it_is() -> None:
-    assert runtime.short_path(Path("/tmp/gserve-0123456789ab")) == Path("/tmp/gserve-0123456789ab")
+    assert folders.short_path(Path("/tmp/gserve-0123456789ab")) == Path("/tmp/gserve-0123456789ab")
 
 
 def test_a_folder_that_only_has_such_a_name_is_no_server_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,18 +332,18 @@ def test_a_folder_that_only_has_such_a_name_is_no_server_s(tmp_path: Path, monke
     (tmp_path / "gserve-202611260140").mkdir()
     (tmp_path / "gserve-202611260140" / ".gserve").mkdir()
     mine = uuid.uuid4().hex
-    program = f"from gserve_core import runtime; runtime.make_scratch_folder({mine!r})"
+    program = f"from gserve_core.host import folders; folders.make_scratch_folder({mine!r})"
     subprocess.run([sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(tmp_path)}, check=True)
-    assert runtime.unused_scratch_folders(()) == [tmp_path / f"gserve-{mine[:12]}"]
-    assert runtime.unused_scratch_folders({mine}) == []
+    assert folders.unused_scratch_folders(()) == [tmp_path / f"gserve-{mine[:12]}"]
+    assert folders.unused_scratch_folders({mine}) == []
     (tmp_path / f"gserve-{mine[:12]}").rename(tmp_path / "gserve-202611260141")
-    assert runtime.unused_scratch_folders(()) == []
+    assert folders.unused_scratch_folders(()) == []
 
 
 def test_a_temporary_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     mine = uuid.uuid4().hex
     (tmp_path / "target").mkdir()
-    runtime.scratch_folder(mine).symlink_to(tmp_path / "target")
+    folders.scratch_folder(mine).symlink_to(tmp_path / "target")
     with pytest.raises(GserveError, match="must be a folder of yours alone"):
-        runtime.make_scratch_folder(mine)
+        folders.make_scratch_folder(mine)

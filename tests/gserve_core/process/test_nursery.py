@@ -19,7 +19,7 @@ import pytest
 from gserve import LLMConfig, ServeConfig, StartupTimeout, VLLMServer, VLLMService
 from gserve_core import lease
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import runtime
+from gserve_core.host import folders, processes
 from gserve_core.host.logs import flush
 from gserve_core.service.server import PROGRAM, State
 from gserve_launchers.local import SubprocessLauncher
@@ -82,7 +82,7 @@ def nurseries(of: int | None = None) -> list[psutil.Process]:
 
 def server_process(server: VLLMServer) -> psutil.Process:
     """Return the process of a ready server."""
-    below = [psutil.Process(pid) for pid in runtime.processes_of(server.record().instance)]
+    below = [psutil.Process(pid) for pid in processes.processes_of(server.record().instance)]
     (found,) = [process for process in below if "--lease" in process.cmdline()]
     return found
 
@@ -116,7 +116,7 @@ def test_a_forked_server_has_a_session_an_environment_a_log_and_a_command_of_its
     for index, (server, process) in enumerate(zip(service.servers, servers, strict=True)):
         assert process.cmdline()[1].endswith("vllm_server.py")
         assert "--forks" not in process.cmdline()
-        assert process.environ()[runtime.ID_VARIABLE] == server.record().instance
+        assert process.environ()[processes.ID_VARIABLE] == server.record().instance
         log = service.status()[index].log
         assert log is not None
         assert f"listening on 127.0.0.1:{server.port}" in log.read_text()
@@ -264,7 +264,7 @@ class Place:
     def __init__(self, *options: str) -> None:
         words = ["--serve", "--model", "m", "--port", "0", *options, "--again", "--lease"]
         command = [sys.executable, str(PROGRAM), *words]
-        env = os.environ | {runtime.ID_VARIABLE: uuid.uuid4().hex}
+        env = os.environ | {processes.ID_VARIABLE: uuid.uuid4().hex}
         self.process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
@@ -296,7 +296,7 @@ class Place:
         self.instance = uuid.uuid4().hex
         self.say(lease.Hello(self.instance, "a-token-of-a-test", ttl=self.ttl))
         self.hear('{"type":"ready"')
-        below = [psutil.Process(pid) for pid in runtime.processes_of(self.instance)]
+        below = [psutil.Process(pid) for pid in processes.processes_of(self.instance)]
         (server,) = [process for process in below if process.cmdline()[-1:] == ["--lease"]]
         assert server.ppid() == self.process.pid
         return server
@@ -304,8 +304,8 @@ class Place:
     def ended(self) -> int:
         """Return the exit code that is told of the server that has died; nothing of it may be left then."""
         line = self.hear("ended ")
-        assert not runtime.processes_of(self.instance)
-        assert not runtime.scratch_folder(self.instance).exists()
+        assert not processes.processes_of(self.instance)
+        assert not folders.scratch_folder(self.instance).exists()
         _, instance, code = line.split()
         assert instance == self.instance
         return int(code)
@@ -320,7 +320,7 @@ def place() -> Iterator[Place]:
     one.stdin.close()
     assert one.process.stdout is not None
     one.process.stdout.close()
-    until(lambda: not runtime.processes_of(one.instance))
+    until(lambda: not processes.processes_of(one.instance))
 
 
 def test_a_server_is_forked_again_in_its_place_as_often_as_it_dies(place: Place) -> None:
@@ -329,7 +329,7 @@ def test_a_server_is_forked_again_in_its_place_as_often_as_it_dies(place: Place)
     for _ in range(3):
         server = place.begin()
         assert os.getsid(server.pid) == server.pid
-        assert server.environ()[runtime.ID_VARIABLE] == place.instance
+        assert server.environ()[processes.ID_VARIABLE] == place.instance
         forked.add(server.pid)
         server.kill()
         assert place.ended() == -signal.SIGKILL
@@ -391,7 +391,7 @@ def test_a_signal_between_two_lives_ends_the_place(place: Place) -> None:
 def test_a_server_ends_when_its_place_is_killed(place: Place) -> None:
     place.begin()
     place.process.kill()
-    until(lambda: not runtime.processes_of(place.instance))
+    until(lambda: not processes.processes_of(place.instance))
 
 
 def test_a_place_that_imports_ends_with_its_owner(tmp_path: Path) -> None:

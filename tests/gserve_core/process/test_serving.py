@@ -15,7 +15,7 @@ import pytest
 
 from gserve import LLMConfig, RemoteError, VLLMServer
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import runtime
+from gserve_core.host import processes
 from gserve_core.interfaces import Access, Connection
 from gserve_core.schema import Failure, Group, Heartbeat, Result, RunRequest
 from gserve_transports import HttpTransport
@@ -159,7 +159,7 @@ def memory(server: VLLMServer) -> int:
     """Return how many bytes of memory the server's own process has."""
     (found,) = [
         process
-        for pid in runtime.processes_of(server.record().instance)
+        for pid in processes.processes_of(server.record().instance)
         if "--lease" in (process := psutil.Process(pid)).cmdline()
     ]
     return int(found.memory_info().rss)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 
 from gserve_core.errors import ConfigError, GserveError, TransportError
-from gserve_core.host import runtime
-from gserve_core.host.runtime import ServerRecord, ServiceRecord
+from gserve_core.host import processes
 from gserve_core.interfaces import Address
 from gserve_core.service import attached as module
+from gserve_core.service import records
 from gserve_core.service.attached import Attached
+from gserve_core.service.records import ServerRecord, ServiceRecord
 from gserve_core.service.state import State
 from tests.gserve_core.fake_servers import until
 
@@ -79,12 +80,12 @@ def owners() -> Iterator[Callable[[], int]]:
     for process in started:
         process.kill()
         process.wait()
-    runtime.services()  # forgets those whose owner is dead
+    records.services()  # forgets those whose owner is dead
 
 
 def kill(pid: int) -> None:
     subprocess.run(["kill", "-9", str(pid)], check=True)
-    until(lambda: runtime.process_start(pid) is None)
+    until(lambda: processes.process_start(pid) is None)
 
 
 def write(
@@ -100,9 +101,9 @@ def write(
         for index, instance in enumerate(instances)
         if instance
     ]
-    runtime.write_service(
+    records.write_service(
         ServiceRecord(
-            name="followed", pid=pid, started=runtime.process_start(pid) or 0, servers=servers, transport={},
+            name="followed", pid=pid, started=processes.process_start(pid) or 0, servers=servers, transport={},
             status=status, stall_timeout=stall_timeout, deaths=list(deaths),
         )
     )  # fmt: skip
@@ -210,11 +211,11 @@ def test_a_record_that_cannot_be_read_for_a_moment_is_read_again(
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "read_service", fail)
+        patch.setattr(records, "read_service", fail)
         until(lambda: read > 2)
     assert told(following).servers == {"server-0": "a", "server-1": "b"}
     with monkeypatch.context() as patch:
-        patch.setattr(runtime, "read_service", lambda name: None)  # it is not there
+        patch.setattr(records, "read_service", lambda name: None)  # it is not there
         until(lambda: states(following) == ["queued", "queued"])
         assert told(following).awaited >= {"the service"}
         assert told(following).died == [False, False]
@@ -325,4 +326,4 @@ def test_it_ends_without_a_wait_and_the_states_stay() -> None:
     following.close()
     following.close()
     assert [state.state for state in following.states.values()] == [State.STOPPED]
-    runtime.remove_service("followed")
+    records.remove_service("followed")

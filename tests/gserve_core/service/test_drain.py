@@ -12,7 +12,7 @@ import pytest
 
 from gserve import BatchError, GserveError, ItemLost, LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import runtime
+from gserve_core.host import processes
 from gserve_core.service.state import State
 
 LLM = LLMConfig("m")
@@ -102,7 +102,7 @@ def test_a_server_that_dies_then_is_not_started_again_and_what_it_had_is_lost() 
     with VLLMService(LLM, ServeConfig(), engine=SLOW) as service:
         thread, results = begun(service)
         service.drain("its job's time is nearly over")
-        for pid in runtime.processes_of(service.servers[0].record().instance):
+        for pid in processes.processes_of(service.servers[0].record().instance):
             os.kill(pid, signal.SIGKILL)
         thread.join(60)
         assert check(results, WHY) < 100

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 
 from gserve_core.errors import ConfigError, GserveError, LaunchError
-from gserve_core.host import runtime
-from gserve_core.host.runtime import ServiceRecord
+from gserve_core.host import processes, tokens
 from gserve_core.interfaces import Address
 from gserve_core.service import pool as module
+from gserve_core.service import records
 from gserve_core.service import supervisor as supervising
 from gserve_core.service.pool import Pool, Queue, Record
+from gserve_core.service.records import ServiceRecord
 from gserve_core.service.state import Ended, Gone, ServerState, State
 from tests.gserve_core.fake_servers import FakeProgram, until
 
@@ -385,21 +386,21 @@ def test_a_server_of_a_pool_that_is_not_started_says_so() -> None:
 
 def record(ready: Any, status: str) -> ServiceRecord:
     return ServiceRecord(
-        name="recorded", pid=os.getpid(), started=runtime.process_start(os.getpid()) or 0, transport={}, status=status,
-        servers=[
-            runtime.ServerRecord(it.name, it.address, it.instance, it.token, 4, "m") for it in ready
+        name="recorded", pid=os.getpid(), started=processes.process_start(os.getpid()) or 0, transport={},
+        status=status, servers=[
+            records.ServerRecord(it.name, it.address, it.instance, it.token, 4, "m") for it in ready
         ],
     )  # fmt: skip
 
 
 def written() -> tuple[str, list[str]] | None:
     """Return what other processes read: the status, and the instances of the servers."""
-    found = runtime.read_service("recorded")
+    found = records.read_service("recorded")
     return None if found is None else (found.status, [server.instance for server in found.servers])
 
 
 def deaths() -> list[str]:
-    found = runtime.read_service("recorded")
+    found = records.read_service("recorded")
     return [] if found is None else found.deaths
 
 
@@ -425,7 +426,7 @@ def test_the_record_tells_other_processes_what_becomes_of_the_servers(monkeypatc
     program.runs[0].become_ready()
     starting.join(10)
     until(lambda: written() == ("ready", ["instance-1"]))
-    runtime.remove_service("recorded")
+    records.remove_service("recorded")
     until(lambda: written() == ("ready", ["instance-1"]))
     assert deaths() == []
     program.runs[0].die()
@@ -435,7 +436,7 @@ def test_the_record_tells_other_processes_what_becomes_of_the_servers(monkeypatc
     until(lambda: written() == ("failed", []))
     pool.close()
     assert written() is None
-    runtime.remove_token(Address(["127.0.0.1"], 1), "token")  # as the end of a server does
+    tokens.remove_token(Address(["127.0.0.1"], 1), "token")  # as the end of a server does
 
 
 def test_a_name_that_is_taken_is_not_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,7 +34,7 @@ from gserve import (
 from gserve.log_utils import setup_logging
 from gserve_core.commands import LocalProcess
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import runtime
+from gserve_core.host import folders, run_files, tokens
 from gserve_core.interfaces import Job, Process
 from gserve_core.service import server as server_module
 from gserve_core.service.server import pinning
@@ -122,9 +122,9 @@ def test_a_client_finds_the_token_of_a_server_of_the_same_user(server: VLLMServe
 
 
 def test_the_token_lies_in_a_file_of_the_user_alone(server: VLLMServer) -> None:
-    (file,) = [it for it in runtime.folder().iterdir() if it.name == f"token-127.0.0.1-{server.port}"]
+    (file,) = [it for it in run_files.folder().iterdir() if it.name == f"token-127.0.0.1-{server.port}"]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert stat.S_IMODE(runtime.folder().stat().st_mode) == 0o700
+    assert stat.S_IMODE(run_files.folder().stat().st_mode) == 0o700
     assert server.record().token in file.read_text()
 
 
@@ -172,7 +172,7 @@ def test_a_server_lives_again_after_shutdown_under_another_identity() -> None:
         address = server.port
     assert not server.is_running()
     assert address is not None
-    assert runtime.find_token("127.0.0.1", address) is None
+    assert tokens.find_token("127.0.0.1", address) is None
     with server:
         second = server.record()
         with VLLMClient(port=second.address.port, token=second.token, instance=first.instance) as old:
@@ -299,11 +299,11 @@ except KeyboardInterrupt:
 
 
 def test_an_interrupted_start_leaves_nothing(tmp_path: Path) -> None:
-    before, files = our_processes(), set(runtime.folder().iterdir())
+    before, files = our_processes(), set(run_files.folder().iterdir())
     ended = run_script(tmp_path, INTERRUPTED)
     assert (ended.stdout, ended.stderr, ended.returncode) == ("interrupted stopped\n", "", 0)
     assert not new_processes(before)
-    assert set(runtime.folder().iterdir()) == files
+    assert set(run_files.folder().iterdir()) == files
 
 
 def test_the_port_that_is_given_is_used() -> None:
@@ -466,7 +466,7 @@ def test_the_temporary_files_of_a_server_go_with_it(ends_by: str) -> None:
     others = our_processes()
     server = VLLMServer(LLMConfig("any"), engine=EchoEngine())
     with server:
-        scratch = runtime.scratch_folder(server.record().instance)
+        scratch = folders.scratch_folder(server.record().instance)
         assert scratch.is_dir()
         (scratch / "left").touch()
         if ends_by == "SIGKILL":
@@ -526,7 +526,7 @@ def test_the_engine_sees_the_config_as_the_user_wrote_it(
 UNREAD = """
 import os, signal, sys, time
 from gserve import LLMConfig, ServeConfig, VLLMService
-from gserve_core import runtime
+from gserve_core.host import processes
 from gserve_core.engines.echo import EchoEngine
 {setup}
 os.set_blocking(2, False)
@@ -538,7 +538,7 @@ except BlockingIOError:
 with VLLMService(LLMConfig("m"), ServeConfig(verbose=True), engine=EchoEngine()) as service:
     (server,) = service.servers
     for restarts in (1, 2):
-        for pid in runtime.processes_of(server.record().instance):
+        for pid in processes.processes_of(server.record().instance):
             os.kill(pid, signal.SIGKILL)
         while service.status()[0].restarts < restarts or service.status()[0].state != "ready":
             time.sleep(0.02)
@@ -589,13 +589,13 @@ SURROUNDINGS = """
 import os, resource, signal, time
 from pathlib import Path
 from gserve import LLMConfig, ServeConfig, VLLMService
-from gserve_core import runtime
+from gserve_core.host import processes
 from gserve_core.engines.echo import EchoEngine
 from gserve_launchers.local import SubprocessLauncher
 
 def look():
     found = set()
-    for pid in runtime.processes_of(server.record().instance):
+    for pid in processes.processes_of(server.record().instance):
         told = Path(f"/proc/{{pid}}/status").read_text().splitlines()
         limits = Path(f"/proc/{{pid}}/limits").read_text().splitlines()
         environ = Path(f"/proc/{{pid}}/environ").read_bytes().split(bytes(1))
@@ -617,7 +617,7 @@ with VLLMService(LLMConfig("m"), ServeConfig(), engine=EchoEngine(), launcher=la
     resource.setrlimit(resource.RLIMIT_CORE, (500, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     os.environ["LATER"] = "1"
     del os.environ["FIRST"]
-    for pid in runtime.processes_of(server.record().instance):
+    for pid in processes.processes_of(server.record().instance):
         os.kill(pid, signal.SIGKILL)
     while service.status()[0].restarts < 1 or service.status()[0].state != "ready":
         time.sleep(0.02)
@@ -635,7 +635,7 @@ IGNORING = """
 import os, signal, time
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 from gserve import LLMConfig, ServeConfig, VLLMService
-from gserve_core import runtime
+from gserve_core.host import processes
 from gserve_core.engines.echo import EchoEngine
 from gserve_launchers.local import SubprocessLauncher
 import psutil
@@ -643,7 +643,7 @@ launcher = SubprocessLauncher(nursery={nursery})
 with VLLMService(LLMConfig("m"), ServeConfig(), engine=EchoEngine(), launcher=launcher) as service:
     (server,) = service.servers
     nurseries = [it.pid for it in psutil.Process().children() if "--forks" in it.cmdline() or "nursery" in it.cmdline()]
-    for pid in runtime.processes_of(server.record().instance):
+    for pid in processes.processes_of(server.record().instance):
         os.kill(pid, signal.SIGKILL)
     while service.status()[0].restarts < 1 or service.status()[0].state != "ready":
         time.sleep(0.02)
@@ -663,7 +663,7 @@ FIRST = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 from gserve import LLMConfig, ServeConfig, VLLMService
-from gserve_core import runtime
+from gserve_core.host import processes
 from gserve_core.engines.echo import EchoEngine
 from gserve_launchers.local import SubprocessLauncher
 
@@ -676,9 +676,9 @@ launcher = SubprocessLauncher(nursery={nursery})
 with VLLMService(LLMConfig("m"), ServeConfig(), engine=EchoEngine(processes=2), launcher=launcher) as service:
     (server,) = service.servers
     for restarts in (1, 2):
-        environ = os.environ | {{runtime.ID_VARIABLE: server.record().instance}}
+        environ = os.environ | {{processes.ID_VARIABLE: server.record().instance}}
         subprocess.run(["sh", "-c", "setsid sleep 600 &"], env=environ, check=True)  # it leaves the group
-        os.kill(min(runtime.processes_of(server.record().instance)), signal.SIGKILL)
+        os.kill(min(processes.processes_of(server.record().instance)), signal.SIGKILL)
         while service.status()[0].restarts < restarts or service.status()[0].state != "ready":
             time.sleep(0.02)
 print(zombies())

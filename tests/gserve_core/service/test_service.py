@@ -32,8 +32,9 @@ from gserve import (
 )
 from gserve_core.batch.items import Seeds
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import devices, runtime
+from gserve_core.host import devices, processes, run_files
 from gserve_core.interfaces import Process
+from gserve_core.service import records
 from gserve_core.service.state import State
 from gserve_core.testing import our_processes
 from gserve_launchers.local import SubprocessLauncher
@@ -133,9 +134,9 @@ def test_a_service_one_that_is_attached_and_a_client_sample_as_the_seed_of_the_m
 
 
 def test_the_record_of_a_service_is_of_the_user_alone(named: VLLMService) -> None:
-    file = runtime.folder() / "service-the-service"
+    file = run_files.folder() / "service-the-service"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
-    assert runtime.find_service("the-service").pid == os.getpid()
+    assert records.find_service("the-service").pid == os.getpid()
 
 
 def test_a_service_that_is_not_there_is_told_with_the_nearest_name(named: VLLMService) -> None:
@@ -158,7 +159,7 @@ def test_a_name_is_taken_once(named: VLLMService) -> None:
     ended = python(CLASHING)
     assert ended.returncode == 1
     assert f"a service named 'the-service' runs already (process {os.getpid()})" in ended.stderr
-    assert runtime.find_service("the-service").pid == os.getpid()
+    assert records.find_service("the-service").pid == os.getpid()
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "", " ", "a" * 65, "é", "a\n"])
@@ -176,7 +177,7 @@ def test_a_service_lives_again_after_shutdown() -> None:
         with service:
             assert service.generate(["a"]) == [["a"]]
         assert not service.is_running()
-        assert not (runtime.folder() / "service-again").exists()
+        assert not (run_files.folder() / "service-again").exists()
         with pytest.raises(GserveError, match="the service is not running"):
             service.generate(["a"])
     service.shutdown()
@@ -205,7 +206,7 @@ def test_all_servers_that_fail_tell_why() -> None:
         VLLMService(LLM, TWO, engine=EchoEngine(fail_start="boom"), name="failing").start()
     assert not new_processes(before)
     with pytest.raises(ConfigError, match="no service named 'failing'"):
-        runtime.find_service("failing")
+        records.find_service("failing")
 
 
 YAML = """
@@ -269,14 +270,14 @@ SCRIPT_ENDS = {
 
 @pytest.mark.parametrize("end", SCRIPT_ENDS)
 def test_nothing_is_left_of_a_service_whose_script_ends_without_shutdown(end: str) -> None:
-    before, files = our_processes(), set(runtime.folder().iterdir())
+    before, files = our_processes(), set(run_files.folder().iterdir())
     line, code = SCRIPT_ENDS[end]
     ended = python(SCRIPT.replace("END", line))
     assert (ended.stdout, ended.returncode) == ("started\n", code), ended.stderr
     until(lambda: not new_processes(before))
     with pytest.raises(ConfigError, match="no service named 'scripted'"):
-        runtime.find_service("scripted")
-    assert set(runtime.folder().iterdir()) == files
+        records.find_service("scripted")
+    assert set(run_files.folder().iterdir()) == files
 
 
 def test_shutdown_during_a_call_ends_the_call_with_what_it_has() -> None:
@@ -347,7 +348,7 @@ def on_gpus(folder: Path, *overrides: str) -> VLLMService:
 
 def test_a_gpu_has_one_owner_and_the_second_is_told_who(tmp_path: Path, gpus: list[int]) -> None:
     with on_gpus(tmp_path) as first:
-        holders = {pid for server in first.servers for pid in runtime.processes_of(server.record().instance)}
+        holders = {pid for server in first.servers for pid in processes.processes_of(server.record().instance)}
         began = time.monotonic()
         with pytest.raises(LaunchError, match=rf"GPU {gpus[1]} is held by process \d+") as caught:
             on_gpus(tmp_path, f"serve.gpu_ids={gpus[1:3]}").start()
@@ -396,7 +397,7 @@ def test_secret_options_of_an_engine_are_not_in_its_command(tmp_path: Path) -> N
         commands = [
             Path(f"/proc/{pid}/cmdline").read_text()
             for server in service.servers
-            for pid in runtime.processes_of(server.record().instance)
+            for pid in processes.processes_of(server.record().instance)
         ]
         servers = [command for command in commands if "vllm_server.py" in command]
         assert len(servers) == 2
@@ -448,7 +449,7 @@ def test_a_service_that_nobody_holds_any_more_ends() -> None:
     gc.collect()
     assert known() is None
     until(lambda: not new_processes(before), 20.0)
-    until(lambda: runtime.read_service("dropped") is None)
+    until(lambda: records.read_service("dropped") is None)
 
 
 def test_a_service_that_is_iterated_over_is_held() -> None:
@@ -501,7 +502,7 @@ def test_a_log_folder_that_was_removed_is_made_again() -> None:
         (status,) = service.status()
         assert status.log is not None
         shutil.rmtree(status.log.parent)
-        for pid in runtime.processes_of(status.instance):
+        for pid in processes.processes_of(status.instance):
             os.kill(pid, signal.SIGKILL)
         until(lambda: service.status()[0].restarts == 1 and service.is_running(), 20.0)
         log = service.status()[0].log
@@ -542,7 +543,7 @@ def test_a_service_whose_only_server_is_given_up_fails_the_calls_of_who_is_attac
     with VLLMService(LLM, serve, engine=EchoEngine(), name="given-up") as service:
         with VLLMService.attach("given-up") as attached:
             assert attached.generate(["a"]) == [["a"]]
-            for pid in runtime.processes_of(service.status()[0].instance):
+            for pid in processes.processes_of(service.status()[0].instance):
                 os.kill(pid, signal.SIGKILL)
             until(lambda: service.status()[0].state == State.FAILED)
             (result,) = attached.generate(["b"], on_error="return")
@@ -556,7 +557,7 @@ def test_a_killed_server_leaves_nothing_in_the_temporary_folder_that_its_config_
     serve = ServeConfig(max_restarts=0, env={"TMPDIR": str(tmp_path)})
     with VLLMService(LLM, serve, engine=EchoEngine()) as service:
         assert len(list(tmp_path.glob("gserve-*"))) == 1
-        for pid in runtime.processes_of(service.status()[0].instance):
+        for pid in processes.processes_of(service.status()[0].instance):
             os.kill(pid, signal.SIGKILL)
         until(lambda: service.status()[0].state == State.FAILED)
     assert list(tmp_path.glob("gserve-*")) == []

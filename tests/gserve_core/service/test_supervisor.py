@@ -18,7 +18,7 @@ import pytest
 from gserve import BatchError, ItemError, LaunchError, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import ItemLost
-from gserve_core.host import runtime
+from gserve_core.host import processes
 from gserve_core.host.logs import flush
 from gserve_core.service.state import State
 
@@ -32,10 +32,10 @@ def until(condition: Callable[[], Any], seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
-def processes(server: VLLMServer) -> dict[str, int]:
+def processes_below(server: VLLMServer) -> dict[str, int]:
     """Return the process ids of a server: "server", and "engine" for what runs below it."""
     found = {}
-    for pid in runtime.processes_of(server.record().instance):
+    for pid in processes.processes_of(server.record().instance):
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         found["server" if b"vllm_server.py" in command else "engine"] = pid
     return found
@@ -64,14 +64,14 @@ def test_the_only_server_that_is_killed_is_replaced_and_the_call_goes_on(victim:
         prompts = [f"prompt {index}" for index in range(100)]
         iterator = service.generate_iter(prompts)
         done = dict([next(iterator)])
-        os.kill(processes(server)[victim], signal.SIGKILL)
+        os.kill(processes_below(server)[victim], signal.SIGKILL)
         done |= dict(iterator)
         assert {index: outputs[0].text for index, outputs in done.items()} == dict(enumerate(prompts))
         after = server.record()
         assert after.instance != before.instance, "a new life has an identity of its own"
         assert after.token != before.token
         assert service.status()[0].restarts == 1
-        assert not runtime.processes_of(before.instance), "nothing of the old life is left"
+        assert not processes.processes_of(before.instance), "nothing of the old life is left"
 
 
 def test_the_logs_of_both_lives_are_kept() -> None:
@@ -79,7 +79,7 @@ def test_the_logs_of_both_lives_are_kept() -> None:
         first = service.status()[0].log
         assert first is not None
         until(lambda: "ready" in first.read_text())
-        os.kill(processes(service.servers[0])["server"], signal.SIGKILL)
+        os.kill(processes_below(service.servers[0])["server"], signal.SIGKILL)
         until(lambda: service.status()[0].restarts == 1 and is_ready(service))
         second = service.status()[0].log
         assert second is not None
@@ -188,7 +188,7 @@ def test_where_too_many_fail_the_cause_of_each_is_told_and_the_rest_is_stopped(t
 def test_a_short_stop_is_survived_without_a_kill(victim: str) -> None:
     serve = ServeConfig(stall_timeout=8.0)
     with VLLMService(LLM, serve, engine=EchoEngine(latency=0.01, capacity=4)) as service:
-        before = processes(service.servers[0])
+        before = processes_below(service.servers[0])
         prompts = [f"p{index}" for index in range(400)]
         done: list[Any] = []
         calling = threading.Thread(target=lambda: done.append(service.generate(prompts)))
@@ -198,7 +198,7 @@ def test_a_short_stop_is_survived_without_a_kill(victim: str) -> None:
             time.sleep(4.0)
         calling.join(30)
         assert done == [[[prompt] for prompt in prompts]]
-        assert processes(service.servers[0]) == before
+        assert processes_below(service.servers[0]) == before
         assert service.status()[0].restarts == 0
 
 
@@ -211,7 +211,7 @@ def test_a_hang_under_work_is_found_and_healed(victim: str) -> None:
         calling = threading.Thread(target=lambda: done.append(service.generate(prompts)))
         calling.start()
         time.sleep(0.3)
-        with stopped(processes(service.servers[0])[victim]):
+        with stopped(processes_below(service.servers[0])[victim]):
             calling.join(60)
             assert done == [[[prompt] for prompt in prompts]]
             until(lambda: service.status()[0].restarts == 1 and is_ready(service))
@@ -220,7 +220,10 @@ def test_a_hang_under_work_is_found_and_healed(victim: str) -> None:
 
 def test_an_idle_server_that_hangs_is_replaced() -> None:
     serve = ServeConfig(stall_timeout=2.0)
-    with VLLMService(LLM, serve, engine=EchoEngine()) as service, stopped(processes(service.servers[0])["server"]):
+    with (
+        VLLMService(LLM, serve, engine=EchoEngine()) as service,
+        stopped(processes_below(service.servers[0])["server"]),
+    ):
         until(lambda: service.status()[0].restarts == 1 and is_ready(service))
         assert service.generate(["and on"]) == [["and on"]]
 
@@ -244,7 +247,7 @@ def test_a_busy_server_that_moves_is_never_killed() -> None:
 ATTACHED = """
 import sys, time
 from gserve import VLLMService
-from gserve_core import attached
+from gserve_core.service import attached
 attached.DOUBT_SECONDS = attached.GONE_SECONDS = 1.0
 with VLLMService.attach("restarting") as service:
     print(service.generate(["one"]), flush=True)
@@ -265,7 +268,7 @@ def test_an_attached_service_follows_restarts_and_the_end() -> None:
             assert attached.stdin is not None
             assert attached.stdout is not None
             assert attached.stdout.readline() == "[['one']]\n"
-            os.kill(processes(service.servers[0])["server"], signal.SIGKILL)
+            os.kill(processes_below(service.servers[0])["server"], signal.SIGKILL)
             attached.stdin.write("\n")
             attached.stdin.flush()
             assert attached.stdout.readline() == "[['two']]\n"
@@ -340,7 +343,7 @@ def test_deaths_between_which_another_process_had_answers_are_not_put_off(caplog
     with VLLMService(LLM, engine=EchoEngine(), name="used") as service, VLLMService.attach("used") as other:
         for restarts in range(1, 4):
             assert other.generate(["a"]) == [["a"]]
-            os.kill(processes(service.servers[0])["engine"], signal.SIGKILL)
+            os.kill(processes_below(service.servers[0])["engine"], signal.SIGKILL)
             until(lambda: service.status()[0].restarts == restarts and is_ready(service))  # noqa: B023
         flush()
         assert [it for it in caplog.messages if "is started again" in it] == ["server-0 is started again"] * 3

@@ -1,0 +1,335 @@
+"""The records of launched services: what other processes of their user know of them.
+
+A record is a copy of what the owner knows, replaced as a whole, and never the truth.
+"""
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct, structs
+
+from ..errors import ConfigError, GserveError, did_you_mean
+from ..host import processes, run_files, tokens
+from ..interfaces import Address
+
+LOCK_SECONDS = 10.0
+"""Maximum wait for another process that reserves a name, in seconds."""
+UPDATE_SECONDS = 1.0
+"""The same of an owner that writes what has become of its service: it has other things to do, and tries it again."""
+DEATHS = 256
+"""Number of deaths that a record tells of."""
+
+
+class ServerRecord(Struct, frozen=True):
+    """A ready server of a launched service."""
+
+    name: str
+    address: Address
+    instance: str
+    token: str
+    capacity: int
+    model: str
+    gpu_ids: list[int] | None = None
+    control: str | None = None
+
+    def __repr__(self) -> str:
+        """Show no secret."""
+        return f"ServerRecord(name={self.name!r}, address={self.address!r}, instance={self.instance!r})"
+
+
+class ServiceRecord(Struct, frozen=True):
+    """A launched service: its owner's process id and that process's start time in clock ticks, and its servers.
+
+    Another version of gserve may write more fields. status: "starting", "ready", "draining", or "failed" if all servers
+    are given up. id: tells services of one process apart. machine: where the process id counts; None in records of
+    older versions. stall_timeout: after how many seconds the owner ends a server that hangs; None: never. deaths: the
+    instances of servers that have died while they worked, the last `DEATHS` of them. seed: see `LLMConfig.item_seed`.
+    """
+
+    name: str
+    pid: int
+    started: int
+    servers: list[ServerRecord]
+    transport: dict[str, Any]
+    plugins: list[str] = []
+    folder: str | None = None
+    client_timeout: float | None = None
+    status: str = "ready"
+    id: str = ""
+    machine: str | None = None
+    stall_timeout: float | None = 60.0
+    deaths: list[str] = []
+    seed: int = 0
+
+    @property
+    def is_alive(self) -> bool:
+        """Say whether the owner is alive: the same process, not another one with its id."""
+        return self.machine in (None, processes.machine()) and processes.process_start(self.pid) == self.started
+
+    @property
+    def is_dead(self) -> bool:
+        """Say whether the owner is known to be dead; not so if it is in another container of this machine."""
+        here, there = processes.machine(), self.machine or processes.machine()
+        is_elsewhere = there != here and there.partition(" ")[0] == here.partition(" ")[0]
+        return not is_elsewhere and not self.is_alive
+
+    @property
+    def is_ours(self) -> bool:
+        """Say whether this process is the owner."""
+        return self.pid == os.getpid() and self.is_alive
+
+    def is_same(self, other: "ServiceRecord") -> bool:
+        """Say whether two records are of one run of a service."""
+        return (self.pid, self.started, self.id) == (other.pid, other.started, other.id)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that stands in the place of a service's record, and why it cannot be read."""
+
+    path: Path
+    why: str
+
+    def __str__(self) -> str:
+        return f"cannot read the record of a service {self.path}: {self.why}; if no service needs it, remove it"
+
+
+def reserve_service(record: ServiceRecord) -> None:
+    """Make a service known by its name before it starts: of several that try at once, one gets the name.
+
+    Raises ConfigError: the name is taken, or cannot be one. Raises GserveError: its record cannot be read or written.
+    """
+    _check_text(record.name)
+    _update(record, may_be_same=False)
+
+
+def write_service(record: ServiceRecord) -> None:
+    """Make known what has become of a service; its name needs not be reserved. Raises as `reserve_service`."""
+    _check_text(record.name)
+    _update(record, may_be_same=True)
+
+
+def keep_service(record: ServiceRecord) -> bool:
+    """Write a service's record and its servers' tokens again if somebody has removed them.
+
+    Cheap enough for every second. Return False if another service has the name now. Raises GserveError.
+    """
+    for server in record.servers:
+        tokens.keep_token(server.address, server.token, server.control)
+    try:
+        found = _named(record.name)
+    except GserveError:
+        found = []
+    if any(not other.is_same(record) and other.is_alive for other in found):
+        return False
+    if len(found) < len(run_files.places()):
+        try:
+            _update(record, may_be_same=True)
+        except ConfigError:
+            return False
+    return True
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError where a service cannot have this name, or a living one has it."""
+    _check_text(name)
+    other = read_service(name)
+    if other is not None and other.is_alive:
+        raise _taken(other)
+
+
+def _check_text(name: str) -> None:
+    if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
+        raise ConfigError(f"expected a name of at most 64 letters, digits and '-_.', got '{name}'")
+
+
+def _taken(other: ServiceRecord) -> ConfigError:
+    doing = {"starting": "is starting", "draining": "is ending"}.get(other.status, "runs already")
+    return ConfigError(
+        f"a service named '{other.name}' {doing} (process {other.pid}): choose another --name,"
+        f" or end it with: gserve stop {other.name}"
+    )
+
+
+def _update(record: ServiceRecord, *, may_be_same: bool) -> None:
+    """Write a record unless a living service has the name."""
+    if record.machine is None:
+        record = structs.replace(record, machine=processes.machine())
+    try:
+        with run_files.locked(run_files.places(), UPDATE_SECONDS if may_be_same else LOCK_SECONDS):
+            for other in _named(record.name):
+                if other.is_alive and not (may_be_same and other.is_same(record)):
+                    raise _taken(other)
+            run_files.write(_service_name(record.name), record)
+    except OSError as error:
+        raise GserveError(f"cannot make the service '{record.name}' known: {error}") from error
+
+
+def remove_service(name: str, run: str | None = None) -> None:
+    """Remove the record of a service of this process: if `run` is given, only if it has this id. Idempotent."""
+    for place in run_files.places():
+        path = place / _service_name(name)
+        record = _read_service(path)
+        if isinstance(record, ServiceRecord) and record.is_ours and run in (None, record.id):
+            path.unlink(missing_ok=True)
+
+
+def services() -> list[ServiceRecord]:
+    """Return the launched services that are alive, by name; forget those that are dead."""
+    alive: dict[str, ServiceRecord] = {}
+    for path, record in _service_files():
+        if not isinstance(record, ServiceRecord):
+            continue
+        if record.is_alive:
+            alive.setdefault(record.name, record)
+        elif record.is_dead:
+            _forget(path, record)
+    return [alive[name] for name in sorted(alive)]
+
+
+def unreadable() -> list[Unreadable]:
+    """Return the files in place of records that cannot be read. They are left alone: a service may need them."""
+    return [record for _, record in _service_files() if isinstance(record, Unreadable)]
+
+
+def _service_files() -> list[tuple[Path, ServiceRecord | Unreadable]]:
+    """Return all records, the newest first."""
+    paths = [path for place in run_files.places() for path in place.glob("service-*")]
+    read = [(path, _read_service(path)) for path in sorted(paths, key=run_files.changed, reverse=True)]
+    return [(path, record) for path, record in read if record is not None]
+
+
+def _forget(path: Path, record: ServiceRecord) -> None:
+    """Remove what a dead service has left, unless its name is taken again just now."""
+    with contextlib.suppress(OSError), run_files.locked([path.parent], 0):
+        if _read_service(path) == record:
+            path.unlink(missing_ok=True)
+            for server in record.servers:
+                tokens.remove_token(server.address, server.token)
+
+
+def find_service(name: str) -> ServiceRecord:
+    """Return a launched service, which may be starting still. Raises ConfigError: none has this name.
+
+    Raises GserveError: its record cannot be read.
+    """
+    found = {record.name: record for record in services()}
+    if name not in found:
+        read_service(name)  # an unreadable one is an error of its own
+        hint = did_you_mean(name, list(found)) or "; none is running: start one with: gserve launch CONFIG"
+        raise ConfigError(f"no service named '{name}' is running here{hint}")
+    return found[name]
+
+
+def wait_service(name: str, seconds: float) -> ServiceRecord:
+    """Return a launched service once it is no longer starting. Raises as `find_service`.
+
+    Raises GserveError: it has ended meanwhile, or is starting even after `seconds`.
+    """
+    record = first = find_service(name)
+    deadline = time.monotonic() + seconds
+    while record.status == "starting":
+        if time.monotonic() >= deadline:
+            raise GserveError(
+                f"the service '{name}' (process {record.pid}) is starting, and was not ready within {seconds:g} s:"
+                " try again later"
+            )
+        time.sleep(run_files.LOOK_SECONDS)
+        with contextlib.suppress(GserveError):  # unreadable for now: its owner writes it again
+            record = read_service(name) or record
+        if not first.is_alive or not record.is_same(first):
+            raise GserveError(f"the service '{name}' (process {first.pid}) ended while it started")
+    return record
+
+
+class _Stop(Struct, frozen=True):
+    """What `gserve stop` asks of an owner: see `ServiceRecord.started`."""
+
+    started: int
+    seconds: float
+
+
+def write_stop(record: ServiceRecord, seconds: float) -> None:
+    """Tell the owner of a service how long its servers may finish what they have, once a SIGTERM ends it."""
+    run_files.write(f"stop-{record.pid}", _Stop(record.started, seconds))
+
+
+def take_stop() -> float | None:
+    """Return what `write_stop` wrote for this process, and remove it; None: nothing."""
+    found = None
+    for place in run_files.places():
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            content = (place / f"stop-{os.getpid()}").read_bytes()
+            stop = msgspec.json.decode(content, type=_Stop)
+            if stop.started == processes.process_start(os.getpid()):
+                found = stop.seconds
+    remove_stop(os.getpid())
+    return found
+
+
+def remove_stop(pid: int) -> None:
+    """Remove what `write_stop` wrote for a process."""
+    for place in run_files.places():
+        with contextlib.suppress(OSError):
+            (place / f"stop-{pid}").unlink(missing_ok=True)
+
+
+def stale_files() -> list[Path]:
+    """Return the files of services whose owner is dead, and of servers at whose address nobody listens."""
+    found = []
+    for path in sorted(path for place in run_files.places() for path in place.iterdir()):
+        kind, _, of = path.name.partition("-")
+        if kind == "service":
+            record = _read_service(path)
+            is_stale = isinstance(record, ServiceRecord) and record.is_dead
+        else:
+            is_stale = kind == "token" and path.is_file() and not tokens.may_listen(of)
+        if is_stale:
+            found.append(path)
+    return found
+
+
+def _service_name(name: str) -> str:
+    return f"service-{name}"
+
+
+def read_service(name: str) -> ServiceRecord | None:
+    """Return what a service's owner has written; None where there is no such service. It may be dead.
+
+    Raises GserveError: it cannot be read, for now or for ever.
+    """
+    found = _named(name)
+    return next((record for record in found if record.is_alive), found[0] if found else None)
+
+
+def _named(name: str) -> list[ServiceRecord]:
+    """Return the records of one name, the newest first. Raises GserveError: one cannot be read, and none is alive."""
+    paths = [place / _service_name(name) for place in run_files.places()]
+    found = [_read_service(path) for path in sorted(paths, key=run_files.changed, reverse=True)]
+    records = [record for record in found if isinstance(record, ServiceRecord)]
+    for record in found:
+        if isinstance(record, Unreadable) and not any(other.is_alive for other in records):
+            raise GserveError(str(record))
+    return records
+
+
+def _read_service(path: Path) -> ServiceRecord | Unreadable | None:
+    """Return what a file holds; None if there is none."""
+    try:
+        record = msgspec.json.decode(run_files.read(path), type=ServiceRecord)
+    except FileNotFoundError:
+        return None
+    except IsADirectoryError:
+        return Unreadable(path, "it is a folder")
+    except OSError as error:
+        return Unreadable(path, error.strerror or str(error))
+    except (msgspec.MsgspecError, ValueError) as error:
+        return Unreadable(path, str(error))
+    if path.name != _service_name(record.name):
+        return Unreadable(path, f"it is the record of '{record.name}'")
+    return record
