@@ -11,6 +11,6 @@ if __name__ == "__main__":
 
     ignore_notices()  # first: imports take a while
 
-    from gserve_core.process.serving import main
+    from gserve_core.process.main import main
 
     main()

@@ -31,7 +31,7 @@ from .config import Config, load
 from .engines.vllm import demo_model
 from .engines.vllm.engine import VLLMEngine, insecurity
 from .errors import ConfigError, LaunchError, did_you_mean
-from .host import devices, folders
+from .host import folders, gpus
 from .host.addresses import is_loopback, own_address
 from .host.folders import log_folder
 from .interfaces import Address, Engine, Finding, Job, Process
@@ -240,7 +240,7 @@ def _examine_pinning(jobs: Sequence[Job]) -> Iterator[Finding]:
     """Yield a problem for each server that is to have a GPU that is not there."""
     for job in jobs:
         try:
-            devices.visible(os.environ | job.env, job.gpus)
+            gpus.visible(os.environ | job.env, job.gpus)
         except LaunchError as error:
             yield Finding(f"GPU of {job.name}", "problem", str(error))
 

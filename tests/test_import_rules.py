@@ -34,7 +34,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "host.addresses",
         "host.run_files",
         "host.logs",
-        "host.devices",
+        "host.gpus", "host.gpu_locks",
         "diagnosis",
     },
     {"host.tokens"},
@@ -49,15 +49,19 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.service"},
 )  # fmt: skip
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
-    "process.serving": {
-        "errors", "schema", "config", "interfaces", "lease", "host.logs", "host.redaction", "host.devices",
-        "host.addresses", "host.folders", "host.processes", "host.tokens", "host.environment", "host.sweep", "plugins",
-        "process.nursery", "diagnosis",
+    "process.main": {
+        "errors", "config", "interfaces", "lease", "plugins", "host.addresses", "host.environment", "host.folders",
+        "host.gpus", "host.logs", "host.processes", "host.redaction", "host.sweep", "process.nursery", "process.server",
     },
+    "process.server": {
+        "errors", "schema", "config", "interfaces", "lease", "diagnosis", "host.gpu_locks", "host.gpus",
+        "host.redaction", "host.tokens", "process.requests",
+    },
+    "process.requests": {"errors", "schema", "interfaces"},
     "reap": {"host.folders", "host.processes", "host.run_files", "service.records"},
     "batch.output_lock": {"errors", "host.processes", "host.folders"},
     "doctor": {
-        "errors", "config", "interfaces", "host.addresses", "host.devices", "host.folders", "plugins",
+        "errors", "config", "interfaces", "host.addresses", "host.gpus", "host.gpu_locks", "host.folders", "plugins",
         "service.service", "engines.vllm.demo_model", "engines.vllm.engine",
     },
     "testing": {"errors", "schema", "config", "interfaces", "host.folders", "host.processes", "host.run_files"},
@@ -90,7 +94,7 @@ HOMES = {  # third parties: the only files that may import them
     "uvicorn": {"gserve_transports/http_server.py"},
     "pluggy": {"gserve_core/hookspecs.py", "gserve_core/plugins.py"},
     "yaml": {"gserve_core/yaml_file.py"},
-    "uvloop": {"gserve_core/batch/dispatcher.py", "gserve_core/process/serving.py"},
+    "uvloop": {"gserve_core/batch/dispatcher.py", "gserve_core/process/main.py"},
     "typer": {"gserve/cli/app.py"},
     "rich": {"gserve/cli/app.py"},
     "pytest": {"gserve_core/testing/__init__.py"},

@@ -32,7 +32,7 @@ from gserve import (
 )
 from gserve_core.batch.items import Seeds
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import devices, processes, run_files
+from gserve_core.host import gpu_locks, processes, run_files
 from gserve_core.interfaces import Process
 from gserve_core.service import records
 from gserve_core.service.state import State
@@ -333,7 +333,7 @@ def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]
     ids = [FIRST_GPU + number for number in range(4)]
     yield ids
     for gpu in ids:
-        for file in devices.FOLDER.glob(f"gserve-gpu-{gpu}.*"):
+        for file in gpu_locks.FOLDER.glob(f"gserve-gpu-{gpu}.*"):
             file.unlink()
 
 

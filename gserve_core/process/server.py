@@ -1,59 +1,29 @@
-"""The server process: an engine, a transport, and the lease of an owner where there is one.
+"""A server: an engine behind a transport, from start to end, and the lease of an owner where there is one."""
 
-`gserve/vllm_server.py` runs `main`: by hand, or under a lease when a service starts it.
-"""
-
-import argparse
 import asyncio
 import contextlib
 import errno
-import functools
 import gc
-import json
 import logging
 import math
 import os
-import resource
 import signal
-import tempfile
 import threading
 import time
-import uuid
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Sequence
+from typing import Any
 
-import uvloop
-
-from .. import lease, plugins
-from ..config import LLMConfig, ServeConfig
+from .. import lease
+from ..config import LLMConfig
 from ..diagnosis import port_holder
-from ..errors import ConfigError, GserveError, ItemError, LaunchError, RemoteError
-from ..host import addresses, devices, folders, processes, sweep, tokens
-from ..host.environment import ignore_notices, open_missing_descriptors
-from ..host.logs import ServerLog, setup_logging
-from ..host.redaction import redact, secret_values
+from ..errors import GserveError, ItemError, LaunchError, RemoteError
+from ..host import gpu_locks, gpus, tokens
+from ..host.redaction import redact
 from ..interfaces import Address, Engine, RunningEngine, Transport
-from ..schema import (
-    Conversation,
-    Event,
-    Failure,
-    FlatOutput,
-    FlatResult,
-    Group,
-    Health,
-    Heartbeat,
-    Prompt,
-    ResponseOutput,
-    Result,
-    RunRequest,
-    unfolded,
-    weight,
-)
-from . import nursery
+from ..schema import Event, Failure, Group, Health, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
+from .requests import Piece, cancelled_item, prepared_items, result_of
 
-TOKEN_VARIABLE = "GSERVE_TOKEN"
 DRAIN_SECONDS = 30.0
 """How long a server that is to drain may finish what it has, in seconds, unless its owner says how long."""
 ENGINE_STOP_SECONDS = 10.0
@@ -68,22 +38,17 @@ MOST_ITEMS = 1 << 17
 """Items that one request may always have, however small the engine's capacity is."""
 AHEAD = 2
 """The engine has up to this many times its capacity of items, so that it never runs dry."""
-BACKLOG_BYTES = 1 << 20
-"""Bytes of results that may wait for a client. While there are more, none of its items is begun."""
 EARLY = 256
 """Number of requests of which it is remembered that items were cancelled before they came."""
 BUSY_SECONDS = 1.0
 """After how long a client that was told so may ask again."""
 RESERVED_SECONDS = 5.0
 """How long nothing is begun after a request has asked to be alone; it asks again sooner than that."""
-SLICE, SLICE_BYTES = 1024, 128 << 10
-"""How many items, and about how many bytes of them, are dealt with in one turn of the event loop."""
 YOUNG = 10_000
 """How many more objects there are before the garbage collector looks: each item at work is some 20, and none of them
 garbage. With Python's 700 a third of a server's time may go into looking."""
 LOOK_SECONDS = 1.0
 """Seconds between two looks at whether the engine moves; less where `stall_timeout` is short."""
-
 logger = logging.getLogger("gserve.serving")
 
 
@@ -117,7 +82,7 @@ class Server:
         """Held by the request that gets the next place in the engine, and how many wait for one."""
         self._has_place = asyncio.Event()
         self._over = asyncio.Event()
-        self._pieces: set[_Piece] = set()
+        self._pieces: set[Piece] = set()
         """The requests that were taken in."""
         self._is_alone = False
         """Whether the request that runs is to be alone."""
@@ -176,7 +141,7 @@ class Server:
                 raise RemoteError("the server ended before this was done", status=503)
             return [found[index] for index in range(piece.size)]
 
-    async def _events(self, piece: "_Piece", request: RunRequest) -> AsyncGenerator[list[Event]]:
+    async def _events(self, piece: "Piece", request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Have the engine work on a request that was taken in; yield what happens. Where the server ends, some miss."""
         feeding = asyncio.create_task(self._feed(piece, request.groups))
         feeding.add_done_callback(lambda _: piece.news.set())
@@ -202,11 +167,11 @@ class Server:
                 task.cancel()
             await asyncio.gather(*unfinished, return_exceptions=True)
 
-    async def _feed(self, piece: "_Piece", groups: Sequence[Group]) -> None:
+    async def _feed(self, piece: "Piece", groups: Sequence[Group]) -> None:
         """Give the engine the items of a piece, as many as it and the piece's backlog have room for."""
         loop, first = asyncio.get_running_loop(), 0
         for group in groups:
-            async for start, items in _prepared(piece.engine, group):
+            async for start, items in prepared_items(piece.engine, group):
                 await self._wait_for_room(piece)
                 for index, item in enumerate(items, first + start):
                     if self._waiting or self._running >= self._most_running:
@@ -219,7 +184,7 @@ class Server:
                         piece.tasks[index] = task
             first += len(group.prompts)
 
-    async def _wait_for_room(self, piece: "_Piece") -> None:
+    async def _wait_for_room(self, piece: "Piece") -> None:
         """Wait until a piece's backlog has room, and the engine a place for an item: requests take turns."""
         while piece.is_full():
             await piece.wait_taken()
@@ -234,14 +199,14 @@ class Server:
         finally:
             self._waiting -= 1
 
-    async def _work(self, piece: "_Piece", index: int, prepared: Any) -> None:
+    async def _work(self, piece: "Piece", index: int, prepared: Any) -> None:
         """Have the engine work on one item, and put what happens to it into its piece."""
         event: Event
         self._running += 1
         try:
             if isinstance(prepared, ItemError):
                 raise prepared
-            event = _result(index, await piece.engine.run(prepared))
+            event = result_of(index, await piece.engine.run(prepared))
             self._finished += 1
             if self._finished == 1:
                 self._tell_pulse()
@@ -251,13 +216,13 @@ class Server:
             self._is_doubtful = True  # it was cancelled, perhaps since nothing came
             if index not in piece.cancelled:
                 raise
-            event = _cancelled(index)
+            event = cancelled_item(index)
         except Exception as error:
             self._is_doubtful = True  # it failed for no reason of its own
             if await self._is_over():
                 return
             logger.exception("item %d failed", index)
-            event = Failure(index, redact(_sentence(error), self._secrets), invalid=False)
+            event = Failure(index, redact(sentence_of(error), self._secrets), invalid=False)
         finally:
             self._running -= 1
             self._ended += 1
@@ -279,10 +244,10 @@ class Server:
         if len(self._early) > EARLY:
             self._early.popitem(last=False)
 
-    def _cancel(self, piece: "_Piece", items: Sequence[int]) -> None:
+    def _cancel(self, piece: "Piece", items: Sequence[int]) -> None:
         for index in piece.cancel(items):
             piece.left -= 1
-            piece.put(_cancelled(index))
+            piece.put(cancelled_item(index))
 
     def shut_down(self) -> None:
         """Begin to end: finish what there is, take no more."""
@@ -294,7 +259,7 @@ class Server:
         self._drain_changed.set()
 
     @contextlib.contextmanager
-    def _admit(self, request: RunRequest) -> Iterator["_Piece"]:
+    def _admit(self, request: RunRequest) -> Iterator["Piece"]:
         """Take a request in, if the server is ready for it. Raises RemoteError: it is not."""
         if self._state != "ready" or self._engine is None:
             phase = f" ({self._phase})" if self._phase else ""
@@ -314,7 +279,7 @@ class Server:
                 f"the server has {items} items to do and takes {most} at a time: ask again in a moment",
                 status=429, retry_after=BUSY_SECONDS,
             )  # fmt: skip
-        piece = _Piece(request.id, self._engine, size)
+        piece = Piece(request.id, self._engine, size)
         self._pieces.add(piece)
         self._cancel(piece, self._early.pop(request.id, ()))
         self._is_alone = request.alone
@@ -374,7 +339,7 @@ class Server:
                 if await self._first(starting):
                     await self._until_end()
             except Exception as error:
-                code = _fail(error, line, self._secrets)  # told now: an engine that hangs takes its time to end
+                code = fail(error, line, self._secrets)  # told now: an engine that hangs takes its time to end
             finally:
                 self._state = "draining"
                 starting.cancel()
@@ -398,8 +363,8 @@ class Server:
                 loop.call_soon_threadsafe(self._report, text)
 
         wanted = llm.gpus_per_server if engine.uses_gpus else 0
-        gpus = await asyncio.to_thread(devices.visible, os.environ, wanted) if wanted else []
-        held = devices.hold(gpus, share=self._share_gpu)
+        seen = await asyncio.to_thread(gpus.visible, os.environ, wanted) if wanted else []
+        held = gpu_locks.hold(seen, share=self._share_gpu)
         await held.turn(self._report)
         running = await engine.start(llm, report)
         self._engine = running
@@ -467,7 +432,9 @@ class Server:
                 await asyncio.sleep(pause)
                 if checking is not None and checking.done():
                     if error := checking.exception():
-                        return f"the engine is broken: idle, it was asked for one token, and failed: {_sentence(error)}"
+                        return (
+                            f"the engine is broken: idle, it was asked for one token, and failed: {sentence_of(error)}"
+                        )
                     checking = None
                 if (state := (self._ended, engine.progress())) != seen or not (self._running or checking):
                     seen = state
@@ -529,108 +496,6 @@ class Server:
             self._lease.tell(message)
 
 
-async def _prepared(engine: RunningEngine, group: Group) -> AsyncIterator[tuple[int, Sequence[Any]]]:
-    """Yield the prompts of a group as the engine prepares them, some at a time, with the place of the first.
-
-    One that is wrong is an ItemError. In between the event loop answers others.
-    """
-    for part in _slices(group.prompts):
-        prompts, seeds = group.prompts[part], group.seeds and group.seeds[part]
-        try:
-            prepared: Sequence[Any] = await engine.prepare(prompts, group.params, seeds)
-        except ItemError as wrong:
-            prepared = [wrong] * len(prompts)
-        yield part.start, prepared
-        await asyncio.sleep(0)
-
-
-def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:
-    """Yield slices of prompts that are not too many, and not too large together."""
-    start = size = 0
-    for place, prompt in enumerate(prompts):
-        size += len(prompt) if isinstance(prompt, str) else _size(prompt)
-        if place - start == SLICE - 1 or size > SLICE_BYTES:
-            yield slice(start, place + 1)
-            start, size = place + 1, 0
-    if start < len(prompts):
-        yield slice(start, len(prompts))
-
-
-def _size(prompt: list[int] | Conversation) -> int:
-    """Return about how many bytes a prompt has that is not a text."""
-    if isinstance(prompt, list):
-        return 4 * len(prompt)
-    contents = (message.content for message in prompt.messages)
-    return sum(len(it) if isinstance(it, str) else sum(len(part.text) for part in it) for it in contents)
-
-
-def _result(index: int, outputs: list[ResponseOutput]) -> Result:
-    for output in outputs:
-        if isinstance(output, FlatOutput):
-            return FlatResult(index, outputs)  # type: ignore[arg-type]
-    return Result(index, outputs)
-
-
-def _cancelled(index: int) -> Failure:
-    return Failure(index, "cancelled", invalid=False)
-
-
-class _Piece:
-    """A request that was taken in: `left` of its `size` items have not ended. It keeps what its client has not taken.
-
-    While that takes more than `BACKLOG_BYTES`, it is full: no more items are begun.
-    """
-
-    def __init__(self, request_id: str, engine: RunningEngine, size: int) -> None:
-        self.id = request_id
-        self.engine = engine
-        self.size = self.left = size
-        self.news = asyncio.Event()
-        self._taken = asyncio.Event()
-        self.begun = 0
-        """How many items the engine has had, or would have: they are begun in order."""
-        self.cancelled: set[int] = set()
-        self.tasks: dict[int, asyncio.Task[None]] = {}
-        """Of the items that the engine has."""
-        self._events: list[Event] = []
-        self._weighed = self._bytes = 0
-        """How many of the events have been weighed, and their weight. It matters only while items are to be begun."""
-
-    def put(self, event: Event) -> None:
-        """Add what has happened."""
-        self._events.append(event)
-        self.news.set()
-
-    def take(self) -> list[Event]:
-        """Return what has happened since the last time."""
-        batch, self._events, self._weighed, self._bytes = self._events, [], 0, 0
-        self.news.clear()
-        self._taken.set()
-        return batch
-
-    def is_full(self) -> bool:
-        """Return whether the client has not taken more than enough."""
-        while self._weighed < len(self._events):
-            event = self._events[self._weighed]
-            self._bytes += weight(event.outputs if isinstance(event, Result) else ())
-            self._weighed += 1
-        return self._bytes > BACKLOG_BYTES
-
-    async def wait_taken(self) -> None:
-        """Wait until the client takes what has happened."""
-        self._taken.clear()
-        await self._taken.wait()
-
-    def cancel(self, items: Sequence[int]) -> list[int]:
-        """Cancel items; return those of them that have not been begun, for which nobody else says so."""
-        fresh = {index for index in items if 0 <= index < self.size} - self.cancelled
-        self.cancelled |= fresh
-        for index in fresh:
-            if index in self.tasks:
-                self.tasks[index].cancel()
-        return sorted(index for index in fresh if index >= self.begun)
-
-
 @contextlib.asynccontextmanager
 async def _listening(transport: Transport, server: Server, host: str, port: int) -> AsyncIterator[Address]:
     """Have `transport` serve. Raises LaunchError: it cannot listen."""
@@ -643,202 +508,18 @@ async def _listening(transport: Transport, server: Server, host: str, port: int)
         yield address
 
 
-def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a server, and end the process with its exit code. See `--help` for the arguments."""
-    _prepare_process()
-    options = _parser().parse_args(arguments)
-    if options.forks or (options.lease and options.again):
-        setup_logging(waits=True)  # a nursery must have no thread
-        tend = nursery.tend if options.forks else nursery.stay
-        options = _parser().parse_args(tend(functools.partial(_preload, options)))
-    line = lease.ServerEnd() if options.lease else None
-    instance = line.hello.instance if line else uuid.uuid4().hex
-    _mark_children(instance)
-    scratch = folders.scratch_folder(instance)  # now: later, it is the temporary folder itself
-    secrets, log = secret_values(os.environ), None
-    if line is not None:
-        line.last_will = functools.partial(sweep.start, instance)
-        hello = line.hello
-        sections = {
-            "llm": hello.llm.engine_kwargs if hello.llm else {}, "engine": hello.engine, "transport": hello.transport
-        }  # fmt: skip
-        secrets |= {hello.token, hello.control or hello.token} | secret_values(sections)
-        _take_over(hello)
-        log = ServerLog(secrets)
-    try:
-        setup_logging(waits=True)
-        _use_scratch(instance)
-        code = _serve(options, line, instance, secrets)
-    except GserveError as error:
-        code = _fail(error, line, secrets)
-    if line is not None and code == 0:
-        line.tell(lease.Stopped())
-    _end_children()
-    folders.remove_scratch(scratch)
-    logging.shutdown()
-    if log is not None:
-        log.close()
-    if line is not None:
-        line.flush(FLUSH_SECONDS)
-    os._exit(code)  # a load that was interrupted has threads that nothing else would end
-
-
-def _prepare_process() -> None:
-    """Undo what a process may inherit that a server cannot bear, and ignore what must not end it.
-
-    With SIGCHLD ignored nobody would learn how a process below has ended.
-    """
-    open_missing_descriptors()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    ignore_notices()
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-
-
-def _take_over(hello: lease.Hello) -> None:
-    """Set the umask and the limits that the owner had at its first start, as far as they are allowed."""
-    if hello.umask is not None:
-        os.umask(hello.umask)
-    for number, (soft, hard) in hello.limits.items():
-        with contextlib.suppress(OSError, ValueError):
-            highest = resource.getrlimit(number)[1]
-            if highest != resource.RLIM_INFINITY:
-                soft, hard = (highest if it == resource.RLIM_INFINITY else min(it, highest) for it in (soft, hard))
-            resource.setrlimit(number, (soft, hard))
-
-
-def _preload(options: argparse.Namespace) -> None:
-    """Import what servers with these options need. What is wrong with the options, they say themselves."""
-    began = time.monotonic()
-    try:
-        registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
-        for kind in ("engine", "transport"):
-            registry.build(kind, getattr(options, kind)).preload()
-    except Exception:
-        logger.exception("cannot import what servers need: each will try by itself")
-    logger.info("imported what servers need in %.1f s", time.monotonic() - began)
-
-
-def _mark_children(instance: str) -> None:
-    """Have the processes below this one know whom they belong to, and be found by it, even when they are renamed."""
-    me = f"{os.getpid()}:{processes.process_start(os.getpid())}"
-    os.environ |= {processes.ID_VARIABLE: instance, processes.SERVER_VARIABLE: me, "SPT_NOENV": "1"}
-    os.environ.setdefault(processes.OWNER_VARIABLE, processes.owner_mark())
-
-
-def _use_scratch(instance: str) -> None:
-    """Have the temporary files of the engine's processes in one folder: vLLM removes neither its sockets nor its files.
-
-    torch's cache of what it has compiled, which is to last, stays beside it.
-    """
-    try:
-        scratch = folders.make_scratch_folder(instance)
-    except OSError as error:
-        raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
-    os.environ |= folders.cache_environment()  # before the temporary folder is another one
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
-    os.environ["TMPDIR"] = str(folders.short_path(scratch))
-    tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use
-
-
-def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
-    if options.gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
-    os.environ.setdefault(devices.ORDER, devices.PCI_ORDER)  # the GPUs that are used are those that are locked
-    token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
-    host = addresses.own_address(options.reachable_from) if options.reachable_from else options.host
-    if token is None and not addresses.is_loopback(host):
-        raise ConfigError(
-            f"--host {host} can be reached from other machines, and no token is set:"
-            f" set {TOKEN_VARIABLE}, or listen on 127.0.0.1"
-        )
-    hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
-    llm = hello.llm or LLMConfig(model_name=options.model, lora_path=options.lora_path, llm_kwargs=options.llm_kwargs)
-    registry = plugins.load(
-        options.plugins if hello.plugins is None else hello.plugins,
-        Path(folder) if (folder := hello.folder or options.plugin_folder) else None,
-    )
-    engine = registry.build("engine", hello.engine or options.engine)
-    transport = registry.build("transport", hello.transport or options.transport)
-    share_gpu = options.share_gpu if hello.share_gpu is None else hello.share_gpu
-    server = Server(
-        instance, token, hello.control, stall_timeout=hello.stall_timeout, share_gpu=share_gpu, secrets=secrets
-    )
-    try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(server.live(engine, transport, llm, host, options.port, line))
-    except Exception as error:
-        return _fail(error, line, secrets)
-
-
-def _fail(error: BaseException, line: lease.ServerEnd | None, secrets: Collection[str]) -> int:
+def fail(error: BaseException, line: lease.ServerEnd | None, secrets: Collection[str]) -> int:
     """Say why the server ends; return the exit code."""
-    cause = redact(_sentence(error), secrets)
+    cause = redact(sentence_of(error), secrets)
     logger.error("failed: %s", cause, exc_info=None if isinstance(error, GserveError) else error)
     if line is not None:
         line.tell(lease.Failed(cause))
     return 1
 
 
-def _sentence(error: BaseException) -> str:
+def sentence_of(error: BaseException) -> str:
+    """Return what an error says, as one line."""
     text = " ".join(str(error).split())  # some of vLLM's are spread over many lines
     if isinstance(error, GserveError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _end_children() -> None:
-    """Kill every process below this one: a load that was interrupted leaves some."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (fields := processes.stat_fields(int(entry.name))) is not None:
-            parents[int(entry.name)] = int(fields[1])
-    below = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
-        below |= more
-    for pid in below - {os.getpid()}:
-        with contextlib.suppress(OSError):
-            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():  # frees shared memory, then ends
-                os.kill(pid, signal.SIGKILL)
-
-
-def _mapping(text: str) -> Mapping[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"expected JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
-    return value
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text}")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vllm_server.py", description="Serve a model with vLLM over HTTP: /health, /chat, /generate, /shutdown."
-    )
-    parser.add_argument("--serve", action="store_true", required=True, help="start the server")
-    parser.add_argument("--model", required=True, help="model name or path")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-    parser.add_argument(
-        "--reachable_from", metavar="NAME", help="listen where the host that this environment variable names reaches us"
-    )
-    parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: %(default)s)")
-    parser.add_argument("--gpus", help='GPU ids for CUDA_VISIBLE_DEVICES, as "0" or "0,1"')
-    parser.add_argument("--llm_kwargs", type=_mapping, default={}, help="more arguments for vllm.LLM, as JSON")
-    parser.add_argument("--lora_path", help="path of a LoRA adapter")
-    parser.add_argument("--share_gpu", action="store_true", help="let other servers use the same GPUs")
-    parser.add_argument("--engine", type=_mapping, default={"type": "vllm"}, help="engine, as JSON")
-    parser.add_argument("--transport", type=_mapping, default={"type": "http"}, help="transport, as JSON")
-    parser.add_argument("--plugins", type=lambda text: text.split(","), default=[], help="modules with plugins")
-    parser.add_argument("--plugin_folder", help="folder where modules with plugins are looked for too")
-    parser.add_argument("--lease", action="store_true", help="an owner speaks on stdin: gserve itself sets this")
-    parser.add_argument(
-        "--again", action="store_true", help="with --lease: a nursery in the server's place, for every life of it"
-    )
-    parser.add_argument("--forks", action="store_true", help="fork such servers on demand: gserve itself sets this")
-    return parser

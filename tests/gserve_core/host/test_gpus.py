@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from gserve_core.errors import LaunchError
-from gserve_core.host import devices
+from gserve_core.host import gpu_locks, gpus
 
 HOLDER = """
 import asyncio, json, os, sys, time
-from gserve_core.host import devices
+from gserve_core.host import gpu_locks
 from gserve_core.errors import LaunchError
 
 def say(**what):
@@ -31,7 +31,7 @@ if user := os.environ.get("AS_USER"):
     os.umask(0o077)
     os.setuid(int(user))
 try:
-    held = devices.hold(sys.argv[2:], share=share)
+    held = gpu_locks.hold(sys.argv[2:], share=share)
 except LaunchError as error:
     say(refused=str(error))
     sys.exit(1)
@@ -85,7 +85,7 @@ def gpu() -> Iterator[str]:
     """Return the id of a GPU that nobody else has."""
     name = f"test-{uuid.uuid4().hex}"
     yield name
-    for path in devices.FOLDER.glob(f"gserve-gpu-{name}*"):
+    for path in gpu_locks.FOLDER.glob(f"gserve-gpu-{name}*"):
         path.unlink()
 
 
@@ -103,7 +103,7 @@ def holder() -> Iterator[Callable[..., Holder]]:
 
 
 def lock_file(gpu: str) -> Path:
-    return devices.FOLDER / f"gserve-gpu-{gpu}.lock"
+    return gpu_locks.FOLDER / f"gserve-gpu-{gpu}.lock"
 
 
 def test_a_gpu_that_is_held_is_refused_and_the_holder_named(gpu: str, holder: Callable[..., Holder]) -> None:
@@ -111,7 +111,7 @@ def test_a_gpu_that_is_held_is_refused_and_the_holder_named(gpu: str, holder: Ca
     assert first.hear("held")
     began = time.monotonic()
     with pytest.raises(LaunchError) as refused:
-        devices.hold([gpu], share=False)
+        gpu_locks.hold([gpu], share=False)
     assert time.monotonic() - began < 20
     user = pwd.getpwuid(os.getuid()).pw_name
     assert f"GPU {gpu} is held by process {first.pid} of {user} ({sys.executable}" in str(refused.value)
@@ -124,16 +124,16 @@ def test_the_kernel_frees_it_with_the_process(gpu: str, holder: Callable[..., Ho
     first = holder("alone", gpu)
     assert first.hear("held")
     first.end(signal.SIGKILL)
-    devices.hold([gpu], share=False).release()
-    devices.hold([gpu], share=False).release()
+    gpu_locks.hold([gpu], share=False).release()
+    gpu_locks.hold([gpu], share=False).release()
 
 
 def test_one_of_several_that_is_held_gives_the_others_free(gpu: str, holder: Callable[..., Holder]) -> None:
     first = holder("alone", f"{gpu}-b")
     assert first.hear("held")
     with pytest.raises(LaunchError, match=f"GPU {gpu}-b is held"):
-        devices.hold([f"{gpu}-a", f"{gpu}-b"], share=False)
-    devices.hold([f"{gpu}-a"], share=False).release()
+        gpu_locks.hold([f"{gpu}-a", f"{gpu}-b"], share=False)
+    gpu_locks.hold([f"{gpu}-a"], share=False).release()
 
 
 def test_what_a_dead_holder_has_forked_holds_it_on(gpu: str, holder: Callable[..., Holder]) -> None:
@@ -144,12 +144,12 @@ def test_what_a_dead_holder_has_forked_holds_it_on(gpu: str, holder: Callable[..
     assert first.hear("forked")
     first.end(signal.SIGKILL)
     with pytest.raises(LaunchError, match=f"held by what process {first.pid} has left behind"):
-        devices.hold([gpu], share=False)
+        gpu_locks.hold([gpu], share=False)
     first.say("end")  # which the forked one reads
     deadline = time.monotonic() + 60
     while True:
         try:
-            devices.hold([gpu], share=False).release()
+            gpu_locks.hold([gpu], share=False).release()
             break
         except LaunchError:
             assert time.monotonic() < deadline
@@ -157,10 +157,10 @@ def test_what_a_dead_holder_has_forked_holds_it_on(gpu: str, holder: Callable[..
 
 
 def test_a_program_that_a_holder_runs_does_not_hold_it(gpu: str) -> None:
-    held = devices.hold([gpu], share=False)
+    held = gpu_locks.hold([gpu], share=False)
     with subprocess.Popen(["sleep", "60"], close_fds=False) as below:
         held.release()
-        devices.hold([gpu], share=False).release()
+        gpu_locks.hold([gpu], share=False).release()
         below.kill()
 
 
@@ -210,7 +210,7 @@ def test_waiting_for_ones_turn_can_be_cancelled(gpu: str, holder: Callable[..., 
     assert first.hear("turn")
 
     async def wait() -> None:
-        held = devices.hold([gpu], share=True)
+        held = gpu_locks.hold([gpu], share=True)
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(held.turn(lambda _: None), 0.3)
         held.release()
@@ -225,9 +225,9 @@ def test_users_lock_each_others_files(gpu: str, holder: Callable[..., Holder]) -
     assert lock_file(gpu).stat().st_uid == 65534
     name = pwd.getpwuid(65534).pw_name
     with pytest.raises(LaunchError, match=f"is held by process {other.pid} of {name} "):
-        devices.hold([gpu], share=False)
+        gpu_locks.hold([gpu], share=False)
     other.end()
-    held = devices.hold([gpu], share=False)
+    held = gpu_locks.hold([gpu], share=False)
     assert f"process {os.getpid()} of root" in holder("alone", gpu, AS_USER="65534").hear("refused")
     held.release()
 
@@ -235,13 +235,13 @@ def test_users_lock_each_others_files(gpu: str, holder: Callable[..., Holder]) -
 def test_a_link_in_place_of_the_file_is_not_followed(gpu: str, tmp_path: Path) -> None:
     lock_file(gpu).symlink_to(tmp_path / "target")
     with pytest.raises(LaunchError, match="cannot lock"):
-        devices.hold([gpu], share=False)
+        gpu_locks.hold([gpu], share=False)
     assert not (tmp_path / "target").exists()
 
 
 def test_an_id_stays_a_file_of_the_folder(gpu: str) -> None:
-    held = devices.hold([f"{gpu}/../x y\n"], share=False)
-    assert (devices.FOLDER / f"gserve-gpu-{gpu}_.._x_y_.lock").is_file()
+    held = gpu_locks.hold([f"{gpu}/../x y\n"], share=False)
+    assert (gpu_locks.FOLDER / f"gserve-gpu-{gpu}_.._x_y_.lock").is_file()
     held.release()
 
 
@@ -288,19 +288,19 @@ def test_gpus_are_known_by_their_uuid(
     environ = smi(THREE)
     if listed is not None:
         environ["CUDA_VISIBLE_DEVICES"] = listed
-    assert devices.visible(environ, wanted) == expected
+    assert gpus.visible(environ, wanted) == expected
 
 
 def test_a_number_that_no_gpu_has_is_told_with_those_that_there_are(smi: Callable[[str], dict[str, str]]) -> None:
     with pytest.raises(LaunchError, match="there is no GPU 7 here, only 0, 1, 2: choose other gpu_ids"):
-        devices.visible(smi(THREE) | {"CUDA_VISIBLE_DEVICES": "0,7"}, 2)
+        gpus.visible(smi(THREE) | {"CUDA_VISIBLE_DEVICES": "0,7"}, 2)
 
 
 SLOW = "sleep 0.5\n" + THREE
 
 
 def test_a_slow_nvidia_smi_is_waited_for(smi: Callable[[str], dict[str, str]]) -> None:
-    assert devices.visible(smi(SLOW) | {"CUDA_VISIBLE_DEVICES": "1"}, 1) == ["GPU-aabb-2"]
+    assert gpus.visible(smi(SLOW) | {"CUDA_VISIBLE_DEVICES": "1"}, 1) == ["GPU-aabb-2"]
 
 
 @pytest.mark.parametrize(
@@ -318,26 +318,26 @@ def test_a_slow_nvidia_smi_is_waited_for(smi: Callable[[str], dict[str, str]]) -
 def test_a_gpu_whose_identity_is_unknown_is_not_locked_by_its_number(
     smi: Callable[[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch, script: str, why: str
 ) -> None:
-    monkeypatch.setattr(devices, "QUERY_SECONDS", 0.2)
+    monkeypatch.setattr(gpus, "QUERY_SECONDS", 0.2)
     for environ in (smi(script), smi(script) | {"CUDA_VISIBLE_DEVICES": "0"}):
         with pytest.raises(LaunchError, match=f"cannot tell from nvidia-smi which GPUs to lock: {why}; see whether"):
-            devices.visible(environ, 1)
+            gpus.visible(environ, 1)
 
 
 def test_whole_uuids_need_no_nvidia_smi(smi: Callable[[str], dict[str, str]]) -> None:
     uuids = [f"GPU-{uuid.uuid4()}", f"MIG-{uuid.uuid4()}"]
-    assert devices.visible(smi("exit 15") | {"CUDA_VISIBLE_DEVICES": ",".join(uuids)}, 2) == uuids
-    assert devices.visible(smi("exit 15") | {"CUDA_VISIBLE_DEVICES": ""}, 2) == []
+    assert gpus.visible(smi("exit 15") | {"CUDA_VISIBLE_DEVICES": ",".join(uuids)}, 2) == uuids
+    assert gpus.visible(smi("exit 15") | {"CUDA_VISIBLE_DEVICES": ""}, 2) == []
 
 
 def test_numbers_that_are_not_those_of_nvidia_smi_are_refused(smi: Callable[[str], dict[str, str]]) -> None:
     environ = smi(THREE) | {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
     for listed in ({}, {"CUDA_VISIBLE_DEVICES": "GPU-cc,0"}):
         with pytest.raises(LaunchError, match="CUDA_DEVICE_ORDER=FASTEST_FIRST: expected PCI_BUS_ID, since"):
-            devices.visible(environ | listed, 2)
-    assert devices.visible(environ | {"CUDA_VISIBLE_DEVICES": "GPU-cc"}, 1) == ["GPU-cccc-3"]
+            gpus.visible(environ | listed, 2)
+    assert gpus.visible(environ | {"CUDA_VISIBLE_DEVICES": "GPU-cc"}, 1) == ["GPU-cccc-3"]
     one = smi("echo '0, GPU-aaaa-1'") | {"CUDA_DEVICE_ORDER": "FASTEST_FIRST"}
-    assert devices.visible(one, 1) == ["GPU-aaaa-1"]
+    assert gpus.visible(one, 1) == ["GPU-aaaa-1"]
 
 
 @pytest.mark.parametrize("script", ["echo 'no driver'; exit 9", "exit 12"])
@@ -345,18 +345,18 @@ def test_gpus_are_known_by_their_number_where_there_is_no_driver(
     smi: Callable[[str], dict[str, str]], script: str
 ) -> None:
     environ = smi(script)
-    assert devices.visible(environ | {"CUDA_VISIBLE_DEVICES": "1,0"}, 2) == ["1", "0"]
-    assert devices.visible(environ, 2) == []
+    assert gpus.visible(environ | {"CUDA_VISIBLE_DEVICES": "1,0"}, 2) == ["1", "0"]
+    assert gpus.visible(environ, 2) == []
 
 
 def test_a_driver_without_a_gpu_is_an_error_only_where_one_is_asked_for(smi: Callable[[str], dict[str, str]]) -> None:
     environ = smi("echo 'No devices were found'; exit 6")
-    assert devices.visible(environ, 1) == []
-    assert devices.visible(environ | {"CUDA_VISIBLE_DEVICES": ""}, 1) == []
+    assert gpus.visible(environ, 1) == []
+    assert gpus.visible(environ | {"CUDA_VISIBLE_DEVICES": ""}, 1) == []
     with pytest.raises(LaunchError, match="it ended with exit code 6: No devices were found; see whether"):
-        devices.visible(environ | {"CUDA_VISIBLE_DEVICES": "0"}, 1)
+        gpus.visible(environ | {"CUDA_VISIBLE_DEVICES": "0"}, 1)
 
 
 def test_without_nvidia_smi_and_a_list_there_are_no_gpus(tmp_path: Path) -> None:
-    assert devices.visible({"PATH": str(tmp_path)}, 2) == []
-    assert devices.visible({"PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "3"}, 1) == ["3"]
+    assert gpus.visible({"PATH": str(tmp_path)}, 2) == []
+    assert gpus.visible({"PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "3"}, 1) == ["3"]

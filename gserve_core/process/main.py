@@ -1,0 +1,221 @@
+"""The server program: from its command line to its exit code.
+
+`gserve/vllm_server.py` runs `main`: by hand, or under a lease when a service starts it.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import functools
+import json
+import logging
+import os
+import resource
+import signal
+import tempfile
+import time
+import uuid
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvloop
+
+from .. import lease, plugins
+from ..config import LLMConfig, ServeConfig
+from ..errors import ConfigError, GserveError
+from ..host import addresses, folders, gpus, processes, sweep
+from ..host.environment import ignore_notices, open_missing_descriptors
+from ..host.logs import ServerLog, setup_logging
+from ..host.redaction import secret_values
+from . import nursery
+from .server import FLUSH_SECONDS, Server, fail
+
+TOKEN_VARIABLE = "GSERVE_TOKEN"
+
+logger = logging.getLogger("gserve.serving")
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a server, and end the process with its exit code. See `--help` for the arguments."""
+    _prepare_process()
+    options = _parser().parse_args(arguments)
+    if options.forks or (options.lease and options.again):
+        setup_logging(waits=True)  # a nursery must have no thread
+        tend = nursery.tend if options.forks else nursery.stay
+        options = _parser().parse_args(tend(functools.partial(_preload, options)))
+    line = lease.ServerEnd() if options.lease else None
+    instance = line.hello.instance if line else uuid.uuid4().hex
+    _mark_children(instance)
+    scratch = folders.scratch_folder(instance)  # now: later, it is the temporary folder itself
+    secrets, log = secret_values(os.environ), None
+    if line is not None:
+        line.last_will = functools.partial(sweep.start, instance)
+        hello = line.hello
+        sections = {
+            "llm": hello.llm.engine_kwargs if hello.llm else {}, "engine": hello.engine, "transport": hello.transport
+        }  # fmt: skip
+        secrets |= {hello.token, hello.control or hello.token} | secret_values(sections)
+        _take_over(hello)
+        log = ServerLog(secrets)
+    try:
+        setup_logging(waits=True)
+        _use_scratch(instance)
+        code = _serve(options, line, instance, secrets)
+    except GserveError as error:
+        code = fail(error, line, secrets)
+    if line is not None and code == 0:
+        line.tell(lease.Stopped())
+    _end_children()
+    folders.remove_scratch(scratch)
+    logging.shutdown()
+    if log is not None:
+        log.close()
+    if line is not None:
+        line.flush(FLUSH_SECONDS)
+    os._exit(code)  # a load that was interrupted has threads that nothing else would end
+
+
+def _prepare_process() -> None:
+    """Undo what a process may inherit that a server cannot bear, and ignore what must not end it.
+
+    With SIGCHLD ignored nobody would learn how a process below has ended.
+    """
+    open_missing_descriptors()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    ignore_notices()
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def _take_over(hello: lease.Hello) -> None:
+    """Set the umask and the limits that the owner had at its first start, as far as they are allowed."""
+    if hello.umask is not None:
+        os.umask(hello.umask)
+    for number, (soft, hard) in hello.limits.items():
+        with contextlib.suppress(OSError, ValueError):
+            highest = resource.getrlimit(number)[1]
+            if highest != resource.RLIM_INFINITY:
+                soft, hard = (highest if it == resource.RLIM_INFINITY else min(it, highest) for it in (soft, hard))
+            resource.setrlimit(number, (soft, hard))
+
+
+def _preload(options: argparse.Namespace) -> None:
+    """Import what servers with these options need. What is wrong with the options, they say themselves."""
+    began = time.monotonic()
+    try:
+        registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
+        for kind in ("engine", "transport"):
+            registry.build(kind, getattr(options, kind)).preload()
+    except Exception:
+        logger.exception("cannot import what servers need: each will try by itself")
+    logger.info("imported what servers need in %.1f s", time.monotonic() - began)
+
+
+def _mark_children(instance: str) -> None:
+    """Have the processes below this one know whom they belong to, and be found by it, even when they are renamed."""
+    me = f"{os.getpid()}:{processes.process_start(os.getpid())}"
+    os.environ |= {processes.ID_VARIABLE: instance, processes.SERVER_VARIABLE: me, "SPT_NOENV": "1"}
+    os.environ.setdefault(processes.OWNER_VARIABLE, processes.owner_mark())
+
+
+def _use_scratch(instance: str) -> None:
+    """Have the temporary files of the engine's processes in one folder: vLLM removes neither its sockets nor its files.
+
+    torch's cache of what it has compiled, which is to last, stays beside it.
+    """
+    try:
+        scratch = folders.make_scratch_folder(instance)
+    except OSError as error:
+        raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
+    os.environ |= folders.cache_environment()  # before the temporary folder is another one
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
+    os.environ["TMPDIR"] = str(folders.short_path(scratch))
+    tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use
+
+
+def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
+    if options.gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
+    os.environ.setdefault(gpus.ORDER, gpus.PCI_ORDER)  # the GPUs that are used are those that are locked
+    token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
+    host = addresses.own_address(options.reachable_from) if options.reachable_from else options.host
+    if token is None and not addresses.is_loopback(host):
+        raise ConfigError(
+            f"--host {host} can be reached from other machines, and no token is set:"
+            f" set {TOKEN_VARIABLE}, or listen on 127.0.0.1"
+        )
+    hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
+    llm = hello.llm or LLMConfig(model_name=options.model, lora_path=options.lora_path, llm_kwargs=options.llm_kwargs)
+    registry = plugins.load(
+        options.plugins if hello.plugins is None else hello.plugins,
+        Path(folder) if (folder := hello.folder or options.plugin_folder) else None,
+    )
+    engine = registry.build("engine", hello.engine or options.engine)
+    transport = registry.build("transport", hello.transport or options.transport)
+    share_gpu = options.share_gpu if hello.share_gpu is None else hello.share_gpu
+    server = Server(
+        instance, token, hello.control, stall_timeout=hello.stall_timeout, share_gpu=share_gpu, secrets=secrets
+    )
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(server.live(engine, transport, llm, host, options.port, line))
+    except Exception as error:
+        return fail(error, line, secrets)
+
+
+def _end_children() -> None:
+    """Kill every process below this one: a load that was interrupted leaves some."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and (fields := processes.stat_fields(int(entry.name))) is not None:
+            parents[int(entry.name)] = int(fields[1])
+    below = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in below} - below:
+        below |= more
+    for pid in below - {os.getpid()}:
+        with contextlib.suppress(OSError):
+            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():  # frees shared memory, then ends
+                os.kill(pid, signal.SIGKILL)
+
+
+def _mapping(text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text}")
+    return value
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text}")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="vllm_server.py", description="Serve a model with vLLM over HTTP: /health, /chat, /generate, /shutdown."
+    )
+    parser.add_argument("--serve", action="store_true", required=True, help="start the server")
+    parser.add_argument("--model", required=True, help="model name or path")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    parser.add_argument(
+        "--reachable_from", metavar="NAME", help="listen where the host that this environment variable names reaches us"
+    )
+    parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--gpus", help='GPU ids for CUDA_VISIBLE_DEVICES, as "0" or "0,1"')
+    parser.add_argument("--llm_kwargs", type=_mapping, default={}, help="more arguments for vllm.LLM, as JSON")
+    parser.add_argument("--lora_path", help="path of a LoRA adapter")
+    parser.add_argument("--share_gpu", action="store_true", help="let other servers use the same GPUs")
+    parser.add_argument("--engine", type=_mapping, default={"type": "vllm"}, help="engine, as JSON")
+    parser.add_argument("--transport", type=_mapping, default={"type": "http"}, help="transport, as JSON")
+    parser.add_argument("--plugins", type=lambda text: text.split(","), default=[], help="modules with plugins")
+    parser.add_argument("--plugin_folder", help="folder where modules with plugins are looked for too")
+    parser.add_argument("--lease", action="store_true", help="an owner speaks on stdin: gserve itself sets this")
+    parser.add_argument(
+        "--again", action="store_true", help="with --lease: a nursery in the server's place, for every life of it"
+    )
+    parser.add_argument("--forks", action="store_true", help="fork such servers on demand: gserve itself sets this")
+    return parser
