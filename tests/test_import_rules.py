@@ -38,7 +38,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "diagnosis",
     },
     {"host.tokens"},
-    {"plugins", "process.nursery", "service.records"},
+    {"plugins", "service.nursery", "service.records"},
     {"service.state"},
     {"service.supervisor"},
     {"batch.item_queue"},
@@ -53,6 +53,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "errors", "config", "interfaces", "lease", "plugins", "host.addresses", "host.environment", "host.folders",
         "host.gpus", "host.logs", "host.processes", "host.redaction", "host.sweep", "process.nursery", "process.server",
     },
+    "process.nursery": {"lease", "diagnosis", "commands", "host.folders", "host.processes"},
     "process.server": {
         "errors", "schema", "config", "interfaces", "lease", "diagnosis", "host.gpu_locks", "host.gpus",
         "host.redaction", "host.tokens", "process.requests",

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import math
 import os
+import select
 import signal
 import time
 from collections.abc import Iterable
@@ -118,3 +120,14 @@ def machine() -> str:
         return f"{boot()} {namespace()}"
     except OSError:
         return boot()
+
+
+def readable(seconds: float, *descriptors: int, writable: int = -1) -> list[int]:
+    """Return those of some descriptors, of which -1 is none, that are readable, or `writable`, within `seconds`."""
+    waiting = select.poll()
+    if writable >= 0:
+        waiting.register(writable, select.POLLOUT)
+    for descriptor in descriptors:
+        if descriptor >= 0:
+            waiting.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in waiting.poll(math.ceil(seconds * 1000))]

@@ -30,9 +30,9 @@ from ..host.logs import LEVEL_VARIABLE, BoundedLog, forward, keep_logging_from_w
 from ..host.redaction import divided
 from ..interfaces import Address, Engine, Job, Launcher, Process, Transport
 from ..plugins import Parts, assemble
-from ..process.nursery import Nursery
 from ..service import records
 from .client import VLLMClient
+from .nursery import Nursery
 from .pool import Pool
 from .state import (
     BEGINNING,

@@ -17,11 +17,11 @@ from ..errors import GserveError
 from ..host import folders, processes
 from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
 from ..plugins import Parts, assemble
-from ..process.nursery import Nursery
 from ..service import records
 from ..service.records import ServerRecord, ServiceRecord
 from .attached import Attached, ending
 from .client import Inference
+from .nursery import Nursery
 from .pool import Pool, Queue, Record
 from .server import ServerProgram, VLLMServer, record_of
 from .state import ServerState

@@ -1,0 +1,326 @@
+"""The owner's end of the nursery: starts it, has servers forked by it, and does without it where it dies or hangs.
+
+What a nursery is, and its other end, stands in `gserve_core.process.nursery`.
+"""
+
+import contextlib
+import io
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+import uuid
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from .. import lease
+from ..commands import GONE, UNKNOWN, LocalProcess, reap_group
+from ..errors import StartupTimeout
+from ..host import processes
+from ..host.processes import readable
+from ..interfaces import Job
+
+IMPORT_SECONDS = 600.0
+"""How long a nursery may import: from a slow network file system that takes minutes."""
+FORK_SECONDS = 10.0
+"""How long one that has forked before may take to do it again."""
+END_SECONDS = 1.0
+"""How long it may take to end by itself."""
+REAP_SECONDS = 1.0
+"""How long a nursery may take to say with what exit code a server has ended."""
+IMPORTING = "importing, once for all servers"
+"""The phase of a server whose nursery imports."""
+PINNING = "CUDA_VISIBLE_DEVICES"
+"""What a nursery must not have of its first server's environment: libraries would count the GPUs in it."""
+
+
+type Popen = Callable[..., subprocess.Popen[bytes]]
+"""Starts a job as a process of this machine; takes `stdin` and `stdout` too. Raises LaunchError."""
+
+
+def _is_possible() -> bool:
+    """Say whether this system tells how a process fares that is not our child (Linux 5.3)."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
+
+
+class Nursery:
+    """The nursery of a service: started when it is first needed, and again when it has died."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._line: socket.socket | None = None
+        self._id = ""
+        self._lock = threading.Lock()
+        self.has_forked = False
+        forget = weakref.WeakMethod(self._close_line)  # while a fork of ours held it open, our end would not be noticed
+        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
+
+    def fork(self, job: Job, popen: Popen) -> LocalProcess:
+        """Have a server forked as soon as what it needs is imported. Does not wait for it. Raises LaunchError.
+
+        `popen` starts the nursery itself, from the job's own command, and the server where it is not to be forked.
+        """
+        if not _is_possible():
+            return LocalProcess(popen(job))
+        with self._lock:
+            if self._line is None or self._process is None or self._process.poll() is not None:
+                self._start(job, popen)
+            assert self._line is not None
+            with contextlib.ExitStack() as failed:  # closes all where there are too few descriptors
+                stdin, write = _opened(failed, os.pipe())
+                read, stdout = _opened(failed, os.pipe())
+                talk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                failed.callback(talk.close)
+                with theirs, os.fdopen(os.memfd_create("order"), "wb", 0) as order, job.log.open("ab") as log:
+                    order.write(json.dumps([list(job.command), dict(job.env), _folder()]).encode())
+                    with contextlib.suppress(OSError):  # it has died just now: the server notices
+                        descriptors = [order.fileno(), stdin, stdout, log.fileno(), theirs.fileno()]
+                        socket.send_fds(self._line, [b"fork"], descriptors)
+                failed.pop_all()
+            fork = _Fork(talk, os.fdopen(write, "wb", 0), os.fdopen(read, "rb", 0))
+            return ForkedServer(self, fork, job, lambda: popen(job, stdin=stdin, stdout=stdout), [stdin, stdout])
+
+    def _start(self, job: Job, popen: Popen) -> None:
+        self._release()
+        self.has_forked, self._id = False, uuid.uuid4().hex
+        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            env = {name: value for name, value in job.env.items() if name != PINNING}
+            command = [{"--lease": "--forks"}.get(word, word) for word in job.command]
+            job = replace(
+                job, name="the nursery", command=command, env=env | {processes.ID_VARIABLE: self._id},
+                log=log_of(job),
+            )  # fmt: skip
+            job.log.touch(mode=0o600)
+            self._process = popen(job, stdin=theirs, stdout=subprocess.DEVNULL)
+
+    def kill(self) -> None:
+        """End a nursery that does not answer: who waits for it goes on without it."""
+        process, own = self._process, self._id
+        if process is not None:
+            process.kill()
+            _kill_processes_of(own)
+
+    def close(self) -> None:
+        """End the nursery; what it has forked goes on. Idempotent; may be used again."""
+        with self._lock:
+            self._release()
+
+    def _release(self) -> None:
+        self._close_line()
+        if self._process is not None:
+            try:
+                self._process.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(GONE)
+            _kill_processes_of(self._id)
+            reap_group(self._process.pid)
+            self._process = None
+
+    def _close_line(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+
+
+def _opened(stack: contextlib.ExitStack, descriptors: tuple[int, int]) -> tuple[int, int]:
+    """Have the descriptors of a pipe closed with `stack`; return them."""
+    for descriptor in descriptors:
+        stack.callback(os.close, descriptor)
+    return descriptors
+
+
+def log_of(job: Job) -> Path:
+    """Return the log of the nursery of a job."""
+    return job.log.with_name("nursery.log")
+
+
+def _kill_processes_of(nursery: str) -> None:
+    """Kill what carries the id of a nursery: what its imports have started, and forks that are no server yet."""
+    for pid in processes.processes_of(nursery):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
+
+
+class _Fork:
+    """A process that a nursery forks, like a `subprocess.Popen`. `pid`: 0 until it is a server.
+
+    `talk` brings from the nursery "fork" with a descriptor of the process, and "ended" with its exit code; from the
+    process itself "is" with its id, and a descriptor too, once it is a server. It ends with the nursery: if nobody has
+    said a word by then, nobody will, and the fork `is_lost`.
+    """
+
+    def __init__(self, talk: socket.socket, stdin: io.FileIO, stdout: io.FileIO) -> None:
+        self.stdin = stdin
+        self.stdout = stdout
+        self.pid = 0
+        self.returncode: int | None = None
+        self.is_lost = False
+        self._talk = talk
+        self._process = -1
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self._hear(0.0)
+        return self.returncode
+
+    def wait(self, timeout: float = math.inf) -> int:
+        deadline = time.monotonic() + timeout
+        while self.returncode is None:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise subprocess.TimeoutExpired("a forked server", timeout)
+            self._hear(min(remaining, 1.0))
+        return self.returncode
+
+    def terminate(self) -> None:
+        """Ask the process to end; one whose descriptor found no room here ends without its lease."""
+        if self._process >= 0:
+            signal.pidfd_send_signal(self._process, signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Kill the process where it is there, and wait until it is gone."""
+        if self.returncode is None:
+            self._hear(0.0)
+        if self.returncode is None and self._process >= 0:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.wait(GONE)
+
+    def forget(self) -> None:
+        """Listen no more. A process that is not there yet ends at once when it finds nobody to talk to."""
+        self._talk.close()
+        if self._process >= 0:
+            os.close(self._process)
+            self._process = -1
+
+    def _hear(self, seconds: float) -> None:
+        """Take in what is said within so many seconds, and whether the process ends."""
+        talk = self._talk.fileno()
+        ready = readable(seconds, talk, self._process)
+        if talk not in ready and self._process in ready:
+            ready = readable(REAP_SECONDS, talk)
+            if talk not in ready:
+                self.returncode = UNKNOWN
+        if talk not in ready:
+            return
+        said, descriptors, *_ = socket.recv_fds(self._talk, 64, 1)
+        word, _, number = said.decode().partition(" ")
+        for descriptor in descriptors:
+            if self._process < 0:
+                self._process = descriptor
+                os.set_inheritable(descriptor, False)
+            else:
+                os.close(descriptor)
+        match word:
+            case "fork":
+                pass
+            case "is":
+                self.pid = int(number)
+            case "ended":
+                self.returncode = int(number)
+            case _:
+                self._talk.close()
+                self.is_lost = not self.pid and self.returncode is None
+
+
+class ForkedServer(LocalProcess):
+    """A server that a nursery forks, or that is started plainly where that dies first. Implements `interfaces.Process`.
+
+    `pipes`: the server's ends of its stdin and stdout.
+    """
+
+    def __init__(
+        self, nursery: Nursery, fork: _Fork, job: Job, start: Callable[[], "subprocess.Popen[bytes]"], pipes: list[int]
+    ) -> None:
+        super().__init__(cast("subprocess.Popen[bytes]", fork))
+        self._nursery = nursery
+        self._fork = fork
+        self._start = start
+        self._pipes = pipes
+        self._job = job
+        self._silence = lease.Silence(lease.LOOK)
+        self._log_size = 0
+        self._is_late = False
+
+    def poll(self) -> int | None:
+        """Return the exit code once the server has ended, else None. Starts it where its nursery has died."""
+        code = super().poll()
+        if self._fork.is_lost and self._popen is cast(object, self._fork):
+            self._popen = self._start()
+        if self.pid:
+            self._close_pipes()
+            self._nursery.has_forked = True
+        return code
+
+    def waiting(self) -> str | None:
+        """Return that what servers need is imported; None once the server is there.
+
+        Raises StartupTimeout: there was no sign of progress for too long.
+        """
+        if self.pid:
+            return None
+        limit, log = self._job.startup_timeout, log_of(self._job)
+        with contextlib.suppress(OSError):
+            if (size := log.stat().st_size) != self._log_size:
+                self._log_size = size
+                self._silence.end()
+        silent = self._silence.look()
+        if limit is not None and silent > limit:
+            self._is_late = True
+            raise StartupTimeout(
+                f"{self._job.name} showed no progress for {limit:g} s (startup_timeout) while {IMPORTING};"
+                f" its log: {log}",
+                log=log,
+            )
+        if silent > (FORK_SECONDS if self._nursery.has_forked else IMPORT_SECONDS):
+            self._nursery.kill()
+        return IMPORTING
+
+    def why(self) -> str | None:
+        """Return that nobody can say how it has ended, where that is so; its exit code says nothing then."""
+        if self._fork.returncode == UNKNOWN:
+            return "its process has ended, and the nursery that had forked it did not say how"
+        return super().why()
+
+    def stop(self, grace: float) -> int:
+        """End the whole group, by force after `grace` seconds; return the exit code."""
+        self._close_pipes()
+        if self.pid:
+            code = super().stop(grace)
+            self._fork.forget()
+            return code
+        if self._is_late:
+            self._nursery.kill()
+        self._fork.kill()
+        self._fork.forget()
+        with contextlib.suppress(OSError):
+            self.stdin.close()
+        self.stdout.close()
+        return self._fork.returncode or -signal.SIGTERM
+
+    def _close_pipes(self) -> None:
+        while self._pipes:
+            os.close(self._pipes.pop())
+
+
+def _folder() -> str:
+    """Return the working directory, which may have been removed."""
+    try:
+        return str(Path.cwd())
+    except OSError:
+        return "."
