@@ -15,7 +15,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 from gserve_core import testing
-from gserve_core.host import run_files
+from gserve_core.host import processes, run_files
 from tests.slurm import cluster
 
 default_signals = testing.default_signals
@@ -102,12 +102,12 @@ def _started_since(began: float) -> list[psutil.Process]:
             with suppress(OSError):
                 if mark in b"\0" + (entry / "environ").read_bytes() + b"\0":
                     found.add(int(entry.name))
-    processes = []
+    started = []
     for pid in found:
         if (start := processes.process_start(pid)) is not None and start >= int(began):
             with suppress(psutil.NoSuchProcess):
-                processes.append(psutil.Process(pid))
-    return processes
+                started.append(psutil.Process(pid))
+    return started
 
 
 def _command(process: psutil.Process) -> str:

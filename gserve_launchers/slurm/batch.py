@@ -22,7 +22,9 @@ from gserve_core.commands import output_of
 from gserve_core.errors import ConfigError, GserveError
 from gserve_core.interfaces import Job, Launcher
 
-from .launcher import JOB_OPTIONS, SQUEUE, SlurmLauncher, ask, environment_for_slurm
+from .command_line import JOB_OPTIONS
+from .launcher import SlurmLauncher
+from .query import SQUEUE, ask, environment_for_slurm
 
 SCRIPT = Path(__file__).with_name("batch.sh")
 NOTICE = 120

@@ -18,6 +18,7 @@ from gserve_core.config import LLMConfig
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import ConfigError, GserveError, ItemError
 from gserve_core.host import processes
+from gserve_core.host.processes import process_start
 from gserve_core.interfaces import RunningEngine
 
 LLM = LLMConfig("m", max_model_len=4096)
@@ -213,6 +214,7 @@ def test_stop_ends_a_worker_that_takes_no_signal() -> None:
 SERVER = """
 import asyncio, os, sys
 from gserve_core.host import processes
+from gserve_core.host.processes import process_start
 from gserve_core.config import LLMConfig
 from gserve_core.engines.echo import EchoEngine
 os.environ["GSERVE_SERVER"] = f"{os.getpid()}:{processes.process_start(os.getpid())}"
@@ -240,11 +242,11 @@ def server(processes: int) -> Iterator[subprocess.Popen[str]]:
 
 @BOTH
 def test_processes_that_hang_end_when_their_server_is_killed(server: "subprocess.Popen[str]", processes: int) -> None:
-    below = {child.pid: processes.process_start(child.pid) for child in psutil.Process(server.pid).children(True)}
+    below = {child.pid: process_start(child.pid) for child in psutil.Process(server.pid).children(True)}
     assert len(below) == processes
     server.kill()
     deadline = time.monotonic() + 60
-    while left := [pid for pid, began in below.items() if processes.process_start(pid) == began]:
+    while left := [pid for pid, began in below.items() if process_start(pid) == began]:
         assert time.monotonic() < deadline, f"left: {left}"
         time.sleep(0.05)
 

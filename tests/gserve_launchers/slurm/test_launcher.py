@@ -20,7 +20,8 @@ from gserve_core import config
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.engines.vllm.engine import VLLMEngine
 from gserve_core.interfaces import Job
-from gserve_launchers.slurm.launcher import FORMS, JOB_OPTIONS, OURS, SlurmLauncher, srun
+from gserve_launchers.slurm.command_line import JOB_OPTIONS, OURS, srun
+from gserve_launchers.slurm.launcher import FORMS, SlurmLauncher
 
 COMMAND = ["/usr/bin/python3", "server.py", "--port", "0"]
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_CPUS_PER_NODE": "8(x2)"}

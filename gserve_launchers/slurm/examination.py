@@ -1,0 +1,66 @@
+"""What `gserve doctor` finds out about SLURM before the first server is started."""
+
+import re
+from collections.abc import Iterator
+
+from gserve_core.errors import did_you_mean
+from gserve_core.interfaces import Finding
+
+from .query import SQUEUE, ask
+
+UNUSABLE = re.compile(r"down|drain|fail|maint|unk|inval|.*\*$")
+"""States of nodes that take no jobs, as sinfo has them; a star means that SLURM does not hear of the node."""
+
+
+def examine_allocation(job: str) -> Finding:
+    """Return what SLURM says of the job that we are in, unless that is over."""
+    (state, left, nodes), *_ = ask(*SQUEUE, f"--jobs={job}", "--format=%T|%L|%N") or [["", "", ""]]
+    if state != "RUNNING":
+        hint = "leave this shell, or unset SLURM_JOB_ID: else servers are to be steps of that job"
+        return Finding("allocation", "problem", f"job {job} is not running any more", hint)
+    return Finding("allocation", "ok", f"job {job} on {nodes}: servers are steps of it; time left: {left.lower()}")
+
+
+def examine_nodes(nodelist: str) -> Finding:
+    """Return whether the nodes that jobs are to run on take any."""
+    rows = ask("sinfo", "--noheader", "--Node", f"--nodes={nodelist}", "--format=%N|%T|%E") or ()
+    unusable = {
+        name: f"{name} is {state} ({'|'.join(reason)})" for name, state, *reason in rows if UNUSABLE.match(state)
+    }
+    names = {name for name, *_ in rows}
+    if not names or len(unusable) == len(names):
+        hint = "choose other nodes (nodelist), or ask those who run the cluster"
+        text = "; ".join(unusable.values()) or f"there is no node {nodelist}"
+        return Finding("nodelist", "problem", text, hint)
+    if unusable:
+        return Finding("nodelist", "note", f"{'; '.join(unusable.values())}; {len(names) - len(unusable)} can be used")
+    return Finding("nodelist", "ok", f"{nodelist}: {len(names)} can be used")
+
+
+def examine_partitions(rows: list[list[str]], chosen: list[str] | None) -> Iterator[Finding]:
+    """Yield what there is of each partition that has GPUs or is chosen; sinfo has a row for each state of its nodes.
+
+    Where none is chosen, a job goes to the default one. `chosen` is None where no job is made.
+    """
+    partitions: dict[str, list[list[str]]] = {}
+    for name, *row in rows:
+        partitions.setdefault(name, []).append(row)
+    for name, own in partitions.items():
+        gpus = ", ".join(dict.fromkeys(row[3] for row in own if "gpu" in row[3]))
+        is_chosen = chosen is not None and (name.rstrip("*") in chosen or (not chosen and name.endswith("*")))
+        if gpus or is_chosen:
+            availability, limit, *_ = own[0]
+            is_usable = availability == "up" and any(not UNUSABLE.match(row[4]) for row in own)
+            states = ", ".join(f"{row[2]} {row[4]}" for row in own)
+            yield Finding(
+                f"partition {name.rstrip('*')}",
+                "ok" if is_usable and gpus else "problem" if is_chosen and not is_usable else "note",
+                f"{availability}{', the default' * name.endswith('*')}; nodes: {states}; time limit: {limit};"
+                f" {gpus or 'no GPUs'}",
+            )
+    known = [name.rstrip("*") for name in partitions]
+    for name in chosen or ():
+        if name not in known:
+            yield Finding(f"partition {name}", "problem", f"there is none of this name{did_you_mean(name, known)}")
+    if not any("gpu" in row[4] for row in rows):
+        yield Finding("partitions", "note", f"none has GPUs that SLURM knows of: {', '.join(known)}")

@@ -1,0 +1,334 @@
+"""An srun and the server behind it, while both run and when they end."""
+
+import contextlib
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import IO
+
+from gserve_core.commands import GONE, UNKNOWN, LocalProcess
+from gserve_core.errors import StartupTimeout
+from gserve_core.interfaces import Job
+from gserve_core.lease import Silence
+
+from .command_line import program
+from .query import SQUEUE, ask
+
+LOOK_SECONDS = 1.0, 15.0
+"""Seconds between two questions about a job that waits: doubled from the first to the second."""
+STEP_SECONDS = 120.0
+"""How long a step may wait for its place in the allocation, unless `queue_timeout` says so."""
+FORCE_SECONDS = 10.0
+"""How long srun may take to end its job by force."""
+SETTLE_SECONDS = 3.0
+"""How long SLURM may take to see that a job has ended whose srun has."""
+GONE_SECONDS = 60.0
+"""How long SLURM may take to end a job that was cancelled: its KillWait, 30 s by default, and some more."""
+LOOK_AT_LIFE = 0.02
+"""Seconds between two looks at a server that is to end."""
+CHUNK = 1 << 16
+"""Bytes that are read at once."""
+END = b"end\n"
+"""What tells the nursery of a step to kill its server."""
+TAIL = 1 << 16
+"""Bytes at the end of a log in which srun's last words are looked for."""
+SUSPENDED = "SUSPENDED", "STOPPED"
+"""SLURM's states of a job whose processes are stopped."""
+ENDINGS = {  # SLURM's states of a job that has not ended by itself, in words
+    "BOOT_FAIL": "its node did not boot",
+    "CANCELLED": "it was cancelled",
+    "DEADLINE": "its deadline came",
+    "NODE_FAIL": "its node failed",
+    "OUT_OF_MEMORY": "it needed more memory than it had asked for (mem)",
+    "PREEMPTED": "another job took its place",
+    "REVOKED": "it was revoked",
+    "SUSPENDED": "it was suspended",
+    "TIMEOUT": "its time was over (time)",
+}
+LAST_WORDS = (  # what srun and slurmstepd say of a step, and the state that it means
+    (r"CANCELLED AT \S+ DUE TO TIME LIMIT", "TIMEOUT"),
+    (r"CANCELLED AT \S+ DUE TO PREEMPTION", "PREEMPTED"),
+    (r"CANCELLED AT \S+ DUE TO NODE FAILURE|Node failure on", "NODE_FAIL"),
+    (r"(?i:out.of.memory|oom.kill|exceeded \w+ memory limit)", "OUT_OF_MEMORY"),
+    (r"CANCELLED AT", "CANCELLED"),
+)
+logger = logging.getLogger("gserve.slurm")
+
+
+class SlurmProcess(LocalProcess):
+    """An srun, and the job or step that it has made. `title` is its name, `allocation` the job that it is a step of."""
+
+    def __init__(
+        self, popen: "subprocess.Popen[bytes]", title: str, allocation: str | None, limit: float | None, log: Path
+    ) -> None:
+        super().__init__(popen)
+        self._guard = _guard(popen)
+        self._title = title
+        self._allocation = allocation
+        self._limit = STEP_SECONDS if allocation and limit is None else limit
+        self._log = log
+        self._waited = Silence(LOOK_SECONDS[0])
+        self._place = "a free place in its job" if allocation else "SLURM's answer"
+        self._runs = False
+        self._was_forced = False
+        self._was_suspended = False
+        self._is_gone = False
+        forget = weakref.WeakMethod(self.leave)  # while a fork of ours held the line open, our end would not be noticed
+        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
+        threading.Thread(target=self._look, name=title, daemon=True).start()
+
+    def poll(self) -> int | None:
+        """Return the exit code of the server once srun has ended (negative: a signal's number), else None."""
+        code = super().poll()
+        return code if code is None or not 128 < code <= 192 else 128 - code  # srun's way to tell of a signal
+
+    def waiting(self) -> str | None:
+        """Return what the job waits for, in SLURM's words; None once it runs. Raises StartupTimeout: for too long."""
+        if self._runs:
+            return None
+        if self._limit is not None and self._waited.look() > self._limit:
+            hint = (
+                "other steps of the job hold what it asks for" if self._allocation else "ask for less, or wait longer"
+            )
+            raise StartupTimeout(
+                f"{self._title} waited {self._limit:g} s (queue_timeout) for {self._place}: {hint} (log: {self._log})",
+                log=self._log,
+            )
+        return f"waiting for {self._place}"
+
+    def why(self) -> str | None:
+        """Return how SLURM has ended the job; None where it ended by itself, or was ended by us.
+
+        One that does not move, or that we ended because of that, may have been suspended: that is SLURM's act, too.
+        """
+        has_ended = self._popen.poll() is not None
+        if self._was_suspended or (not has_ended and self._is_suspended()):
+            return self._act("SUSPENDED", self._allocation or self._title)
+        if self._was_forced or not has_ended:
+            return None
+        if self._popen.returncode < 0:
+            return f"its srun was killed by {signal.Signals(-self._popen.returncode).name}"
+        rows = self._told("--states=all")
+        number, state, _ = rows[-1] if rows else (self._allocation or self._title, "", "")
+        if state not in ENDINGS:
+            state = self._accounted() or self._last_words() or ""
+        return self._act(state, number) if state in ENDINGS else None
+
+    def _act(self, state: str, number: str) -> str:
+        what = f"its step of job {number}" if self._allocation else f"its job {number}"
+        return f"SLURM says {state} of {what}: {ENDINGS[state]}"
+
+    def stop(self, grace: float) -> int:
+        """Wait `grace` seconds for the end that the server was told; then end it by force. Returns the exit code."""
+        if not self._is_gone:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._popen.wait(grace)
+            if self._popen.poll() is None:
+                self._was_forced = True
+                self._was_suspended = self._is_suspended()
+                self._popen.terminate()  # srun kills the server, and ends its job
+                try:
+                    self._popen.wait(FORCE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._kill_group()
+            self._end_job()
+            self._is_gone = True
+        self.leave()
+        self.stdout.close()
+        self._guard.kill()
+        for process in (self._popen, self._guard):
+            with contextlib.suppress(subprocess.TimeoutExpired):  # killed, and not gone: the kernel has it
+                process.wait(GONE)
+        code = self.poll()
+        return UNKNOWN if code is None else code
+
+    def _is_suspended(self) -> bool:
+        return any(state in SUSPENDED for _, state, *_ in self._told() or ())
+
+    def leave(self) -> None:
+        """Close srun's stdin: what it runs ends by itself."""
+        with contextlib.suppress(OSError):
+            self.stdin.close()
+
+    def write_to(self, log: Path) -> None:
+        """Have srun, which holds its log open, write to another file from now on. Raises OSError."""
+        shutil.copyfile(self._log, log)
+        os.truncate(self._log, 0)  # srun appends: what comes next stands at the beginning
+        between = log.with_name(f"{log.name}.new")
+        self._log.rename(between)
+        log.rename(self._log)
+        between.rename(log)
+        self._log = log
+
+    def _end_job(self) -> None:
+        """Wait until SLURM has no such job any more; cancel one that goes on although its srun has ended.
+
+        One that has ended by itself is given the time to be seen as ended: it would count as cancelled.
+        """
+        began = time.monotonic()
+        patience = 0.0 if self._was_forced or self._popen.returncode < 0 else SETTLE_SECONDS
+        while (rows := self._active()) != []:
+            # a step that is cancelled is killed at once: one that stays has lost its slurmstepd, and stays for ever
+            if time.monotonic() - began > (FORCE_SECONDS if rows is None or self._allocation else GONE_SECONDS):
+                logger.warning("SLURM may not have ended %s: see squeue --name=%s", self._title, self._title)
+                break
+            for number, state, *_ in rows or ():
+                if state != "COMPLETING" and time.monotonic() - began >= patience:
+                    ask("scancel", number)
+            time.sleep(LOOK_SECONDS[0] / 2)
+
+    def _look(self) -> None:
+        """Be the thread that asks what the job waits for, until it runs."""
+        pause = LOOK_SECONDS[0]
+        while not self._runs and self._popen.poll() is None:
+            for number, state, reason in self._active() or ():
+                self._runs = state not in ("PENDING", "CONFIGURING")
+                self._place = f"SLURM's queue (job {number}, {reason})"
+            time.sleep(pause)
+            pause = min(2 * pause, LOOK_SECONDS[1])
+
+    def _active(self) -> list[list[str]] | None:
+        """Return the number, the state and the reason for it of our job or step, while there is one; None: unknown."""
+        if self._allocation is None:
+            return self._told()
+        steps = ask(*SQUEUE, "--steps", f"--jobs={self._allocation}", "--format=%i|%j")
+        if steps is None:  # the allocation may be gone, and the step with it
+            return [] if ask(*SQUEUE, "--jobs=1,1", "--format=%i") is not None else None
+        return [[number, "RUNNING", ""] for number, title in steps if title == self._title]
+
+    def _told(self, *options: str) -> list[list[str]] | None:
+        """Return the number, the state and the reason for it of our job, or of that which we are a step of."""
+        which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
+        return ask(*SQUEUE, which, "--format=%i|%T|%r", *options)
+
+    def _accounted(self) -> str | None:
+        """Return the state with which the job or step ended, where SLURM keeps accounts."""
+        which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
+        rows = ask("sacct", "--noheader", "--parsable2", "--delimiter=|", which, "--format=JobName,State") or ()
+        return next((state.split()[0] for name, state in rows if name == self._title and state), None)
+
+    def _last_words(self) -> str | None:
+        """Return the state that srun's last words in the log mean."""
+        try:
+            with self._log.open("rb") as stream:
+                stream.seek(max(0, self._log.stat().st_size - TAIL))
+                text = stream.read().decode(errors="replace")
+        except OSError:
+            return None
+        said = [line for line in text.splitlines() if re.match(r"(srun|slurmstepd\S*): ", line)]
+        return next((state for words, state in LAST_WORDS if any(re.search(words, line) for line in said)), None)
+
+
+class Life:
+    """One life of a server in a step that may have more of them. Implements `interfaces.Process`.
+
+    Its stdin is srun's. What comes from srun is the server's, but for the nursery's word that the server has ended.
+    """
+
+    def __init__(self, step: SlurmProcess, instance: str) -> None:
+        self._step = step
+        self._ended = re.compile(rf"ended {instance} (-?\d+)".encode())
+        self.stdin: IO[bytes] = os.fdopen(os.dup(step.stdin.fileno()), "wb", 0)
+        stdout, write = os.pipe()
+        self.stdout: IO[bytes] = os.fdopen(stdout, "rb", 0)
+        self._pipe: IO[bytes] = os.fdopen(write, "wb", 0)
+        for descriptor in (step.stdout.fileno(), write):
+            os.set_blocking(descriptor, False)
+        self._line = b""
+        self._unread = b""
+        self._code: int | None = None
+        self._has_spoken = False
+        self._has_ended = False
+        self._is_stopped = False
+        self._is_last = False
+
+    @property
+    def is_kept(self) -> bool:
+        """Say whether the step may begin another life: this one has ended, and the step has not."""
+        return self._has_ended and not self._is_last and self._step.poll() is None
+
+    def next(self, job: Job) -> "Life":
+        """Begin another life, that of `job`. Raises OSError: it cannot have a log of its own."""
+        self._step.write_to(job.log)
+        return Life(self._step, job.instance)
+
+    def release(self) -> None:
+        """Have the step end with this life."""
+        self._is_last = True
+        if self._is_stopped:
+            self._step.leave()
+
+    def poll(self) -> int | None:
+        """Return the exit code of the server once it or srun has ended, else None. Hands on what has come from it."""
+        self._look()
+        if self._unread:
+            with contextlib.suppress(BlockingIOError):
+                self._unread = self._unread[os.write(self._pipe.fileno(), self._unread) :]
+        return None if self._unread else self._code
+
+    def waiting(self) -> str | None:
+        """Return what the job waits for, in SLURM's words; None once it runs. Raises StartupTimeout: for too long."""
+        return self._step.waiting()
+
+    def why(self) -> str | None:
+        """Return how SLURM has ended the job; None where only the server has ended."""
+        return None if self._has_ended else self._step.why()
+
+    def stop(self, grace: float) -> int:
+        """Wait `grace` seconds for the end of the server, then end it by force; and its step, if there is no other."""
+        if self._wait(grace) is None and self._has_spoken and not self._is_last:
+            with contextlib.suppress(OSError):
+                os.write(self._step.stdin.fileno(), END)
+            self._wait(FORCE_SECONDS)
+        for stream in (self.stdin, self.stdout, self._pipe):
+            with contextlib.suppress(OSError):
+                stream.close()
+        self._unread = b""
+        self._is_stopped = True
+        if not self._has_ended:
+            self._code = self._step.stop(0.0)
+        elif self._is_last:
+            self._step.leave()
+            self._step.stop(FORCE_SECONDS)
+        assert self._code is not None
+        return self._code
+
+    def _wait(self, seconds: float) -> int | None:
+        deadline = time.monotonic() + seconds
+        while self._code is None and time.monotonic() < deadline:
+            self._look()
+            time.sleep(LOOK_AT_LIFE)
+        return self._code
+
+    def _look(self) -> None:
+        """Divide what has come from srun; see whether the server has ended, or srun has."""
+        if self._code is not None:
+            return
+        code = self._step.poll()  # first: what has come until then is read after
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._step.stdout.fileno(), CHUNK):
+                self._has_spoken = True
+                *lines, self._line = (self._line + chunk).split(b"\n")
+                for line in lines:
+                    if ended := self._ended.fullmatch(line):
+                        self._has_ended, code = True, int(ended[1])
+                    else:
+                        self._unread += line + b"\n"
+        self._code = code
+
+
+def _guard(srun: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
+    """Start what ends an srun when this process is gone."""
+    assert srun.stdin is not None
+    with Path(f"/proc/self/fd/{srun.stdin.fileno()}").open("rb", buffering=0) as line:  # srun's end of the pipe
+        return subprocess.Popen(
+            [*program("guard.py"), str(srun.pid)],
+            stdin=line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
