@@ -172,6 +172,7 @@ def test_a_server_that_dies_leaves_no_socket_open(turns: int) -> None:
         await asyncio.gather(*(connection.health() for _ in range(5)))
 
     async def die() -> None:
+        server.close()
         for writer in writers:
             writer.transport.abort()
         for _ in range(turns):
@@ -190,7 +191,6 @@ def test_a_server_that_dies_leaves_no_socket_open(turns: int) -> None:
         assert is_running.wait(10.0)
         dispatcher.ask(die(), 10.0)
         assert "it died" in str(call.result(10.0))
-        server.close()
         dispatcher.close()
         writers.clear()
         gc.collect()
