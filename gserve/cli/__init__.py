@@ -1,1 +1,4 @@
-"""The command line `gserve`. `python -m gserve.cli` is the same program."""
+"""The command line `gserve`. `python -m gserve.cli` is the same program.
+
+Imports inside functions are those of rich and of the core's larger modules: `gserve --help` needs none of them.
+"""

@@ -25,10 +25,11 @@ from types import FrameType
 from gserve_core.batch.output_lock import check_free
 from gserve_core.commands import GONE, end_group
 from gserve_core.errors import ConfigError, GserveError, PluginError
+from gserve_core.host.environment import ATTACH_VARIABLE
 from gserve_core.host.logs import setup_logging
 from gserve_core.service import records
 from gserve_core.service.server import State
-from gserve_core.service.service import ATTACH_VARIABLE, VLLMService
+from gserve_core.service.service import VLLMService
 from gserve_launchers.slurm import batch
 
 TICK = 0.1

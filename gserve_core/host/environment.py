@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ..errors import GserveError
 
+ATTACH_VARIABLE = "GSERVE_ATTACH"
+"""The name of the launched service that a program uses, where it names none itself."""
 WEAKENING = {
     "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any method of it
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # clients load adapters from any path

@@ -15,6 +15,7 @@ from ..batch.items import Seeds
 from ..config import Config, LLMConfig, ServeConfig, check_placement, load
 from ..errors import GserveError
 from ..host import folders, processes
+from ..host.environment import ATTACH_VARIABLE
 from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
 from ..plugins import Parts, assemble
 from ..service import records
@@ -26,7 +27,6 @@ from .pool import Pool, Queue, Record
 from .server import ServerProgram, VLLMServer, record_of
 from .state import ServerState
 
-ATTACH_VARIABLE = "GSERVE_ATTACH"
 ATTACH_SECONDS = 180.0
 """Maximum wait of `attach` for a service that is starting, in seconds."""
 

@@ -1,0 +1,201 @@
+"""The commands that send items: `generate`, `chat`, `run`."""
+
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gserve_core.batch.files import (
+    STDIO,
+    ConversationLine,
+    Line,
+    Outcomes,
+    Params,
+    PromptLine,
+    encode,
+    finished_ids,
+    has_system,
+    in_order,
+    numbered,
+    open_output,
+    read_items,
+    read_params,
+)
+from gserve_core.errors import ConfigError, GserveError, ItemError
+
+from .display import progress, say
+from .options import Attach, Command, ConfigFile, ConfigFileOrNot, Output, Overrides, ParamsText, Verbose
+from .service import changes, open_service, serving, split_words
+from .signals import Signalled, on_signals, raise_signalled
+
+if TYPE_CHECKING:
+    from gserve_core.service.service import VLLMService
+
+
+def generate(
+    config: ConfigFileOrNot = None,
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to complete.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", "-i", metavar="IN",
+            help="Prompts: a text file with one a line, or a .jsonl of texts or"
+            ' {"prompt": …, "id": …, "params": {…}}; - for stdin (either of the two).',
+        ),
+    ] = None,
+    output: Output = None,
+    params: ParamsText = None,
+    attach: Attach = None,
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Complete prompts."""
+    file, texts = split_words("generate", config, prompts or (), attach)
+    if bool(texts) == (source is not None):
+        raise ConfigError("expected prompts, either as arguments after CONFIG or in a file (--input)")
+    lines = read_items(source, PromptLine) if source else numbered(texts, PromptLine)
+    shared = read_params(params)
+    service = open_service(file, attach, changes(overrides, verbose))
+    _answer(service, lines, shared, output, as_text=not source and not output)
+
+
+def chat(
+    config: ConfigFileOrNot = None,
+    message: Annotated[str | None, typer.Argument(metavar="MESSAGE", help="What to say (in quotes).")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--input", "-i", metavar="IN.jsonl",
+            help='Conversations, one a line: [{"role": …, "content": …}, …] or'
+            ' {"messages": […], "id": …, "params": {…}}; - for stdin.',
+        ),
+    ] = None,
+    output: Output = None,
+    params: ParamsText = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Begin with this system message.")] = None,
+    attach: Attach = None,
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Continue conversations; without MESSAGE and --input, hold one here (/exit or Ctrl-D ends it)."""
+    file, texts = split_words("chat", config, [message] if message is not None else [], attach)
+    if len(texts) + (source is not None) > 1:
+        raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
+    shared = read_params(params)
+    opening = [{"role": "system", "content": system}] if system else []
+    if source is None and not texts:
+        if output is not None:
+            raise ConfigError("--output goes with a MESSAGE or --input")
+        _converse(open_service(file, attach, changes(overrides, verbose)), opening, shared)
+        return
+    if source is None:
+        lines = numbered([[{"role": "user", "content": texts[0]}]], ConversationLine)
+    else:
+        lines = read_items(source, ConversationLine)
+    for line in lines:
+        if not has_system(line.messages):
+            line.messages[:0] = opening
+    service = open_service(file, attach, changes(overrides, verbose))
+    _answer(service, lines, shared, output, as_text=not source and not output)
+
+
+def run(
+    config: ConfigFile,
+    command: Command,
+    patience: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS", help="How long COMMAND may take to end after SIGUSR1 [default: 80, or the job's time]."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Start the servers of CONFIG, run COMMAND with $GSERVE_ATTACH set, and end with its exit code.
+
+    SIGUSR1 says that the time is nearly over: no more items are taken, those at work finish, and COMMAND is given the
+    rest back as errors.
+    """
+    from gserve.cli import batch_job
+
+    ended = batch_job.run(config, overrides or (), command, patience)
+    raise typer.Exit(ended.code)
+
+
+def _answer(
+    service: "VLLMService", lines: Sequence[Line], params: Params | None, output: Path | None, *, as_text: bool
+) -> None:
+    """Send items, and put out what comes of each the moment it is ready: texts in order, or JSON lines as they come."""
+    from gserve_core.batch.output_lock import only_writer
+    from gserve_launchers.slurm.batch import is_over
+
+    output = None if output == STDIO else output
+    with nullcontext() if output is None else only_writer(output, is_over):
+        _answer_into(output, service, lines, params, as_text=as_text)
+
+
+def _answer_into(
+    output: Path | None, service: "VLLMService", lines: Sequence[Line], params: Params | None, *, as_text: bool
+) -> None:
+    finished = finished_ids(output, lines) if output is not None and output.is_file() else set()
+    todo = [line for line in lines if line.id not in finished]
+    if len(todo) < len(lines):
+        say(f"skipped {len(lines) - len(todo)} of {len(lines)} items: {output} has them")
+    if not todo:
+        return
+    contents = [line.content for line in todo]
+    each = [params if line.params is None else (params or {}) | line.params for line in todo]
+    failed = 0
+    with open_output(output) as stream, serving(service), progress(len(todo), stream) as advance:
+        outcomes: Outcomes = (
+            service.generate_iter(contents, each)
+            if isinstance(todo[0], PromptLine)
+            else service.chat_iter(contents, each)
+        )
+        for index, outcome in in_order(outcomes) if as_text else outcomes:
+            failed += isinstance(outcome, ItemError)
+            if not as_text:
+                stream.write(encode(todo[index], outcome))
+            elif isinstance(outcome, ItemError):
+                say(f"error: item {index}: {outcome}")
+            else:
+                stream.writelines(f"{it.text}\n".encode() for it in outcome)
+            stream.flush()
+            advance()
+    if failed:
+        raise GserveError(f"{failed} of {len(todo)} items failed")
+
+
+def _converse(service: "VLLMService", opening: Sequence[Mapping[str, str]], params: Params | None) -> None:
+    """Hold a conversation at the terminal. What fails or is interrupted leaves no trace in it."""
+    prompt = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    history = [*opening]
+    with serving(service):
+        while True:
+            try:
+                text = input(prompt).strip()
+            except EOFError:
+                if prompt:
+                    print()
+                return
+            if text == "/exit":
+                return
+            if not text:
+                continue
+            asked = [*history, {"role": "user", "content": text}]
+            try:
+                (outcome,) = service.chat([asked], params, return_extra=True, on_error="return")
+            except Signalled as signalled:
+                if signalled.number != signal.SIGINT:
+                    raise
+                on_signals(raise_signalled)  # this one was for the answer alone
+                say("cancelled")
+                continue
+            if isinstance(outcome, ItemError):
+                say(f"error: {outcome}")
+                continue
+            print(outcome[0].text, flush=True)
+            history = [*asked, {"role": "assistant", "content": outcome[0].text}]

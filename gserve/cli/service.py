@@ -1,0 +1,113 @@
+"""The service that a command starts or attaches to, from start to end."""
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gserve
+from gserve_core.errors import ConfigError
+from gserve_core.host.environment import ATTACH_VARIABLE
+
+from .display import TICK, say, show_phases
+from .signals import Signalled, ignore, on_signals, raise_signalled
+
+if TYPE_CHECKING:
+    from gserve_core.service.service import VLLMService
+
+
+DRAIN_SECONDS = 30.0
+"""How long servers may finish what they have, in seconds, after a SIGTERM that `gserve stop` did not send."""
+SHOWN = 60
+"""Characters of a word that a message repeats."""
+
+
+def split_words(
+    command: str, config: str | None, texts: Sequence[str], attach: str | None
+) -> tuple[Path | None, Sequence[str]]:
+    """Return the config, and the texts after it.
+
+    A service that is attached to, by --attach or $GSERVE_ATTACH, has no config: then the first word is a text too.
+    """
+    if attach is None and config is not None and _is_config(config):
+        return Path(config), texts
+    if attach is not None or os.environ.get(ATTACH_VARIABLE):
+        return None, texts if config is None else [config, *texts]
+    word = "TEXT" if config is None else shlex.quote(config if len(config) <= SHOWN else f"{config[:SHOWN]}…")
+    raise ConfigError(
+        (
+            "expected a CONFIG (a YAML file)"
+            if config is None
+            else f"expected a CONFIG (a YAML file), and {word} is no file"
+        )
+        + f": write gserve {command} CONFIG {word}, or gserve {command} --attach NAME {word} (see: gserve ps)"
+    )
+
+
+def _is_config(word: str) -> bool:
+    """Say whether a word is a config rather than a text: it is a file, or has the name of a YAML file."""
+    with suppress(OSError):  # a long text cannot be a file's name
+        if Path(word).is_file():
+            return True
+    return word.endswith((".yaml", ".yml")) and len(word.split()) == 1
+
+
+def changes(overrides: Sequence[str] | None, verbose: bool) -> list[str]:
+    """Return what the options of a command change in its config."""
+    return [*(overrides or ()), *(["serve.verbose=true"] if verbose else ())]
+
+
+def open_service(config: Path | None, attach: str | None, overrides: Sequence[str]) -> "VLLMService":
+    """Return the service of a config, or the launched one of a name. Raises ConfigError."""
+    if config is not None:
+        return gserve.VLLMService.from_yaml(config, overrides=overrides)
+    if overrides:
+        raise ConfigError(
+            "--set and --verbose change a config: they cannot go with --attach or $GSERVE_ATTACH, which use a service"
+            " as it is"
+        )
+    return gserve.VLLMService.attach(attach)
+
+
+@contextmanager
+def serving(service: "VLLMService") -> Iterator[None]:
+    """Start a service and show how that goes; shut it down in the end, whichever way that comes."""
+    try:
+        with ThreadPoolExecutor(1) as threads:
+            starting = threads.submit(service.start)
+            try:
+                show_phases(service, starting)
+            except BaseException:
+                while not starting.done():  # it undoes all when a server of its is told to stop
+                    for server in service.servers:
+                        server.ask_to_stop()
+                    wait([starting], TICK)
+                raise
+            starting.result()
+        yield
+    finally:
+        on_signals(ignore)
+        service.shutdown()
+
+
+def drain_service(service: "VLLMService") -> None:
+    """Shut a service down once its servers have finished what they have, or the time for that is over."""
+    from gserve_core.service import records
+
+    asked = records.take_stop()
+    seconds = DRAIN_SECONDS if asked is None else asked
+    if seconds <= 0:
+        return
+    with suppress(Signalled):  # a second one, which ends it at once
+        on_signals(raise_signalled)
+        say(f"finishing what the servers have, for {seconds:g} s at most")
+        service.shutdown(drain=seconds)
+        on_signals(ignore)
+
+
+def names_down(service: "VLLMService") -> set[str]:
+    """Return the names of the servers that are stopped, or given up."""
+    return {server.name for server in service.status() if server.state in ("failed", "stopped")}

@@ -1,0 +1,95 @@
+"""The command `sbatch`."""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import gserve
+from gserve_core.batch.files import STDIO, ConversationLine, Line, PromptLine, read_items, read_params
+from gserve_core.errors import ConfigError
+
+from .options import CommandOrNot, ConfigFile, Output, Overrides, ParamsText, SlurmNumber, SlurmText
+
+
+def sbatch(
+    config: ConfigFile,
+    command: CommandOrNot = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", "-i", metavar="IN", help="Without COMMAND: generate from these prompts.")
+    ] = None,
+    output: Output = None,
+    params: ParamsText = None,
+    is_chat: Annotated[bool, typer.Option("--chat", help="IN holds conversations.")] = False,
+    overrides: Overrides = None,
+    only_print: Annotated[bool, typer.Option("--print", help="Show what would be submitted, and leave it.")] = False,
+    partition: SlurmText = None,
+    account: SlurmText = None,
+    qos: SlurmText = None,
+    time: SlurmText = None,
+    nodes: SlurmNumber = None,
+    gpus_per_server: SlurmNumber = None,
+    gpu_type: SlurmText = None,
+    cpus_per_server: SlurmNumber = None,
+    mem: Annotated[str | None, typer.Option(help="Memory of a server, as in 64G.")] = None,
+    constraint: SlurmText = None,
+    reservation: SlurmText = None,
+    nodelist: SlurmText = None,
+    exclude: SlurmText = None,
+    job_name: SlurmText = None,
+    comment: SlurmText = None,
+    requeue: Annotated[
+        bool | None, typer.Option(help="Run the job again where it was preempted, or its time was too short.")
+    ] = None,
+) -> None:
+    """Submit a job to SLURM that starts the servers of CONFIG and runs COMMAND, with $GSERVE_ATTACH set, to its end.
+
+    Options about the job go before those of the launcher slurm in CONFIG. COMMAND stands after --.
+    """
+    from gserve_core.host.redaction import secret_values
+    from gserve_core.yaml_file import Document
+    from gserve_launchers.slurm import batch
+
+    given = {
+        "partition": partition, "account": account, "qos": qos, "time": time, "nodes": nodes,
+        "gpus_per_server": gpus_per_server, "gpu_type": gpu_type, "cpus_per_server": cpus_per_server, "mem": mem,
+        "constraint": constraint, "reservation": reservation, "nodelist": nodelist, "exclude": exclude,
+        "job_name": job_name, "comment": comment, "requeue": requeue,
+    }  # fmt: skip
+    if bool(command) == (source is not None):
+        raise ConfigError("expected either a COMMAND after -- or an --input")
+    if source is not None:
+        command = _answering(source, output, params, ConversationLine if is_chat else PromptLine)
+    elif output is not None or params is not None or is_chat:
+        raise ConfigError("--output, --params and --chat go with --input")
+    service = gserve.VLLMService.from_yaml(config, overrides=overrides or ())
+    if secret_values(Document(config, overrides or ()).data) - secret_values(Document(config).data):
+        raise ConfigError("--set holds a secret: write it into CONFIG, or into the environment")
+    launcher = batch.configured(service.launcher, {name: value for name, value in given.items() if value is not None})
+    jobs = [job for job, _ in service.jobs()]
+    order = batch.Order(
+        config=str(config.absolute()), overrides=overrides or [], command=command or [],
+        patience=batch.notice(launcher) * 2 / 3, requeue=launcher.requeue, notice=batch.notice(launcher),
+        output=str(output.absolute()) if output else "",
+    )  # fmt: skip
+    if only_print:
+        print(batch.SCRIPT.read_text())
+        print(shlex.join(batch.sbatch(launcher, jobs, str(batch.SCRIPT), sys.executable, f"{batch.folder()}/….json")))
+        return
+    number = batch.submit(launcher, jobs, order)
+    print(f"job {number}: its output goes to {Path.cwd() / f'slurm-{number}.out'}")
+
+
+def _answering(source: Path, output: Path | None, params: str | None, kind: "type[Line]") -> list[str]:
+    """Return the command that does what `generate` and `chat` do, with the service that $GSERVE_ATTACH names."""
+    if output is None or STDIO in (source, output):
+        raise ConfigError("a job has no stdin and nobody to read its stdout: expected --output, and both as files")
+    if not output.absolute().parent.is_dir():
+        raise ConfigError(f"cannot write the results: there is no folder {output.absolute().parent}")
+    read_items(source, kind)  # what is wrong is to be known before the job waits in the queue
+    read_params(params)
+    command = [sys.executable, "-P", "-m", "gserve.cli", "chat" if kind is ConversationLine else "generate"]
+    command += ["--input", str(source.absolute()), "--output", str(output.absolute())]
+    return command if params is None else [*command, "--params", params]
