@@ -12,7 +12,7 @@ UV := $(RUN)/uv
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.12 --no-strip-extras --generate-hashes \
   --custom-compile-command "make lock"
 
-.PHONY: help quickstart test faults bench bench-gpu scale lint lock clean
+.PHONY: help quickstart test cover docs faults bench bench-gpu scale lint lock clean
 help: ## say what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 18
 
@@ -21,6 +21,15 @@ quickstart: $(READY) ## ask the demo model a question, on real vLLM
 
 test: $(READY) ## pass the tests
 	$(RUN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+
+cover: $(READY) ## pass the tests, and show which lines of the product they run, in servers too
+	rm -f .coverage .coverage.*
+	$(RUN)/coverage run -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS) || true
+	$(RUN)/coverage combine --quiet
+	$(RUN)/coverage report
+
+docs: $(READY) ## build the documentation to site/
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet --strict
 
 faults: $(READY) ## try every fault, for 10 minutes; LONG=1: for an hour
 	$(RUN)/python -m tests.faults $(ROWS)
