@@ -1,0 +1,84 @@
+"""The examples of README and docs/ run, on the engine without a model in the place of vLLM."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gserve_core.host import run_files
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = "llm: {model_name: any}\nengine: {type: echo}\n"
+PYTHON = ("README.md", "docs/index.md", "docs/guides/batches.md", "docs/reference/python.md")
+SHELL = {  # page: words by which the blocks are chosen that need no GPU, SLURM, systemd or container
+    "README.md": ("gserve generate configs", "gserve launch", "gserve ps"),
+    "docs/guides/batches.md": ("gserve generate configs", "gserve launch", "gserve generate --attach"),
+    "docs/guides/http.md": ("gserve launch", "curl --silent", "TOKEN=$(", "/health\n", "/generate \\", "/chat \\"),
+    "docs/guides/server.md": ("gserve check", "gserve stop demo "),
+    "docs/guides/troubleshooting.md": ("gserve check",),
+    "docs/reference/config.md": ("gserve check",),
+    "docs/reference/http.md": ("GSERVE_TOKEN",),
+}
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").write_text(QUICKSTART)
+    (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    (tmp_path / "conversations.jsonl").write_text('[{"role": "user", "content": "Name a colour."}]\n')
+    (tmp_path / "gserve").symlink_to(ROOT / "gserve")
+    return tmp_path
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(
+    "block",
+    [pytest.param(block, id=f"{name}-{n}") for name in PYTHON for n, block in enumerate(blocks(name, "python"))],
+)
+def test_its_python_runs(block: str, folder: Path) -> None:
+    block = re.sub(r"(VLLMService\(llm, ServeConfig\(.*?\))\)", r"\1, engine=EchoEngine())", block)
+    block = f"from gserve_core.engines.echo import EchoEngine\n{block}"
+    if "attach(" in block:
+        pytest.skip("needs a launched service: the shell's examples have one")
+    ran = subprocess.run(
+        [sys.executable, "-c", block], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout
+
+
+@pytest.mark.parametrize("name", SHELL)
+def test_its_shell_session_runs(name: str, folder: Path) -> None:
+    chosen = [block for block in blocks(name, "bash") if any(words in block for words in SHELL[name])]
+    assert len(chosen) >= len(SHELL[name]) - 1, "the page has these examples"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = "\n".join(chosen).replace("8000", str(port))
+    script = re.sub(
+        r"^(gserve launch.*?)(#.*)?$",
+        r"\1 & until gserve ps | grep -q ' server-0 '; do sleep 0.2; done",
+        script,
+        flags=re.MULTILINE,
+    )
+    script = script.replace("/tmp/gserve-$(id -u)", str(run_files.folder()))
+    script = re.sub(r"^(gserve (doctor|stop demo --)).*$", "", script, flags=re.MULTILINE)  # vLLM may not be there
+    if "launch" in script and "gserve stop" not in script:
+        script += "\ngserve stop demo\n"
+    script = f"trap 'gserve stop demo --now || true' ERR\n{script}\nwait\n"
+    command = ["bash", "-ec", script]
+    ran = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, f"{script}\n{ran.stderr[-3000:]}"
+    if "results.jsonl" in script:
+        assert len((folder / "results.jsonl").read_text().splitlines()) == 2
