@@ -1,7 +1,7 @@
-"""The configs, and the one way from a mapping or a YAML file to a checked value.
+"""The configs, and the only way from a mapping or a YAML file to a checked value.
 
-`build` makes a value of any dataclass (a config or a plugin's class) from a mapping; `load` reads a YAML file into a
-`Config`. Both refuse unknown keys and wrong types with the place and the nearest right name.
+`build` makes a value of any dataclass (a config or a plugin's class) from a mapping. `load` reads a YAML file into a
+`Config`. Both refuse unknown keys and wrong types. Their errors name the place and suggest the nearest known name.
 """
 
 import functools
@@ -23,13 +23,13 @@ from .host.redaction import hidden
 from .yaml_file import Document, type_name
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
-"""What `dtype` may be (vLLM's `ModelDType`)."""
+"""Allowed values of `dtype` (vLLM's `ModelDType`)."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _HOST = re.compile(r"(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*\.?")
 
 
 def _checks_calls[T](cls: type[T]) -> type[T]:
-    """Have a dataclass raise ConfigError, with the nearest right name, where it is called with wrong arguments."""
+    """Make a dataclass raise ConfigError for wrong arguments. The error suggests the nearest known name."""
     plain: Any = cls.__init__
     signature = inspect.signature(plain)
 
@@ -46,7 +46,7 @@ def _checks_calls[T](cls: type[T]) -> type[T]:
 
 
 def _wrong_call(cls: Any, places: Sequence[Any], named: Mapping[str, Any]) -> str:
-    """Return what is wrong with the arguments of a call of a dataclass."""
+    """Return the error message for a call of a dataclass with wrong arguments."""
     known = [item.name for item in fields(cls) if item.init]
     for name in named:
         if name not in known:
@@ -62,10 +62,14 @@ def _wrong_call(cls: Any, places: Sequence[Any], named: Mapping[str, Any]) -> st
 @_checks_calls
 @dataclass(frozen=True)
 class LLMConfig:
-    """What to serve: the keyword arguments of `vllm.LLM`, the common ones by name. Raises `ConfigError`.
+    """The model to serve: the keyword arguments of `vllm.LLM`. The common ones have fields of their own.
 
-    `model_name` is a model id, a local folder, or `demo:smollm2-135m`. `gpu_memory_utilization` is a fraction of the
-    GPU's memory (of RAM on a CPU), `max_model_len` is in tokens. What stands in `llm_kwargs` wins over the fields.
+    `model_name`: a model id, a local folder, or `demo:smollm2-135m`.
+    `gpu_memory_utilization`: fraction of the GPU's memory, or of RAM on a CPU.
+    `max_model_len`: in tokens.
+    `llm_kwargs`: any other arguments. Its values win over the fields.
+
+    Raises ConfigError: a field is wrong.
     """
 
     model_name: str
@@ -121,7 +125,7 @@ class LLMConfig:
 
     @property
     def engine_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments for `vllm.LLM`, without those that are None and without the adapter."""
+        """The keyword arguments for `vllm.LLM`, without the adapter and without arguments that are None."""
         named = {item.name: getattr(self, item.name) for item in fields(self)}
         named["model"] = named.pop("model_name")
         del named["lora_path"], named["llm_kwargs"]
@@ -129,12 +133,15 @@ class LLMConfig:
 
     @property
     def item_seed(self) -> int:
-        """What the seeds of items follow from; 0: nothing, they are random."""
+        """The seed from which the seeds of items follow; 0: they are random."""
         return self.engine_kwargs.get("seed") or 0
 
     @property
     def gpus_per_server(self) -> int:
-        """How many GPUs one server takes: tensor parallel size times pipeline parallel size."""
+        """Number of GPUs of one server: tensor parallel size times pipeline parallel size.
+
+        Raises ConfigError: one of the sizes is wrong.
+        """
         sizes = [self.llm_kwargs.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
         for kind, size in zip(("tensor", "pipeline"), sizes, strict=True):
             if type(size) is not int or size < 1:
@@ -145,19 +152,24 @@ class LLMConfig:
 @_checks_calls
 @dataclass(frozen=True)
 class ServeConfig:
-    """How many servers there are, where they listen, and how long to wait for them. Raises `ConfigError`.
+    """The number of servers, their addresses, and timeouts.
 
-    `gpu_ids`: one server per id, or per group of ids in order where `llm_kwargs` asks for tensor parallelism; the same
-    id again is another server on that GPU, with `share_gpu`. A machine without a GPU and SLURM say `servers` instead
-    (default 1). `port` is the first server's, the next has the next one; None: each server takes a free one.
-    `startup_timeout`: seconds without any sign of progress while a server starts; `client_timeout`: seconds without any
-    sign of life from a server that has work; None: no limit. `verbose` forwards the servers' logs to stderr.
+    `gpu_ids`: one server per id, or per group of ids in order if `llm_kwargs` requests parallelism. A repeated id means
+    another server on that GPU, and needs `share_gpu`.
+    `host`: the address on which the servers listen.
+    `port`: the port of the first server. Each next server has the next port. None: each server takes a free port.
+    `startup_timeout`: maximum time without progress while a server starts, in seconds; None: no limit.
+    `client_timeout`: maximum time without a heartbeat or result from a busy server, in seconds; None: no limit.
+    `verbose`: forward the servers' logs to stderr.
+    `servers`: number of servers without `gpu_ids`, as on a machine without a GPU or with SLURM; None: one.
+    `stall_timeout`: time after which a ready server without progress is killed and replaced, in seconds; None: never.
+    It applies if the server has work, or does not answer.
+    `max_restarts`: maximum number of restarts, in ten minutes, of a server that was ready.
+    `min_ready`: number of servers that must be ready before `start()` returns; None: all.
+    `share_gpu`: let several servers use one GPU, including servers of other services. They start one after the other.
+    `env`: environment variables for the servers.
 
-    `stall_timeout`: seconds without any movement after which a ready server that has work, or does not answer, is taken
-    for hung, killed and replaced; None: never. `max_restarts`: how often in ten minutes a server that was ready is
-    started again. `min_ready`: how many servers must be ready before `start()` returns; None: all. `share_gpu`: let
-    several servers, of this service or of others, use a GPU, and start them one after the other. `env`: environment
-    variables for the servers.
+    Raises ConfigError: a field is wrong.
     """
 
     gpu_ids: list[int] | None = None
@@ -210,7 +222,10 @@ class ServeConfig:
         return _shown(self)
 
     def placement(self, gpus_per_server: int) -> list[tuple[int, ...] | None]:
-        """Return the GPU ids of each server, in order; None for a server that is not pinned. Raises `ConfigError`."""
+        """Return the GPU ids of each server, in order; None for a server that is not pinned.
+
+        Raises ConfigError: the GPUs, the ports or `min_ready` do not fit the number of servers.
+        """
         if self.gpu_ids is None:
             placement: list[tuple[int, ...] | None] = [None] * (self.servers or 1)
         elif len(self.gpu_ids) % gpus_per_server:
@@ -237,9 +252,9 @@ class ServeConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """A whole service, as a YAML file has it. `launcher`, `transport` and `engine` are still mappings with a `type`.
+    """A complete service, as in a YAML file. `launcher`, `transport` and `engine` are still mappings with a `type`.
 
-    Raises ConfigError: `llm` or `serve` is something else, a mapping for one.
+    Raises ConfigError: `llm` or `serve` is not an instance of its class, but a mapping for example.
     """
 
     llm: LLMConfig
@@ -263,7 +278,7 @@ def _shown(value: Any) -> str:
 
 
 def _wrong_host(host: str) -> str | None:
-    """Return what is wrong with a host to listen on; None where it is an IP address or may be a machine's name."""
+    """Return an error for a host to listen on; None if it is an IP address or may be a machine's name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -280,14 +295,14 @@ def _wrong_host(host: str) -> str | None:
         return "expected an IP address or the name of a machine"
     if host.rstrip(".").rpartition(".")[2].isdigit():
         try:
-            socket.inet_aton(host)  # which takes 127.1 for 127.0.0.1
+            socket.inet_aton(host)  # it reads 127.1 as 127.0.0.1
         except OSError:
             return "it has only numbers like an IP address, and is none"
     return None
 
 
 def _instead(cls: Any, name: str, known: Sequence[str]) -> str:
-    """Return what to write in place of an unknown field."""
+    """Return the hint for an unknown field."""
     hint = did_you_mean(name, known)
     if cls is LLMConfig and "did you mean" not in hint:
         return f"; other arguments of vllm.LLM go into llm_kwargs, the fields are {', '.join(sorted(known))}"
@@ -300,7 +315,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def check(value: Any, at: str = "$") -> None:
-    """Check the type of every field of a dataclass instance, and set it to the value that its type reads from it.
+    """Check the type of every field of a dataclass instance, and set each field to the converted value.
 
     Raises ConfigError: a field has the wrong type.
     """
@@ -309,9 +324,9 @@ def check(value: Any, at: str = "$") -> None:
 
 
 def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
-    """Make a `cls` (a dataclass whose fields are its options) from a mapping.
+    """Make a `cls` from a mapping. `cls` is a dataclass whose fields are its options.
 
-    Raises ConfigError: an unknown key, a missing one, or a value of the wrong type, with its path below `at`.
+    Raises ConfigError: a key is unknown or missing, or a value has the wrong type. The error has its path, below `at`.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"expected a mapping, got {type_name(mapping)}", at=at)
@@ -345,7 +360,7 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
 
 
 def _check_sayable(value: Any, at: str) -> None:
-    """Refuse what a server, which is sent these values as JSON, would read as something else."""
+    """Refuse values that a server would read differently after their way through JSON."""
     if isinstance(value, dict):
         for key, below in value.items():
             if not isinstance(key, str):
@@ -361,7 +376,10 @@ def _check_sayable(value: Any, at: str) -> None:
 
 
 def check_placement(llm: LLMConfig, serve: ServeConfig) -> list[tuple[int, ...] | None]:
-    """Return the GPU ids of each server that the two configs make together. Raises `ConfigError`."""
+    """Return the GPU ids of each server of the two configs; None for a server that is not pinned.
+
+    Raises ConfigError: they do not fit together.
+    """
     try:
         gpus_per_server = llm.gpus_per_server
     except ConfigError as error:
@@ -375,7 +393,10 @@ def check_placement(llm: LLMConfig, serve: ServeConfig) -> list[tuple[int, ...] 
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Config, Document]:
-    """Read a YAML config; `overrides` are `key.key=value`. Raises `ConfigError` with file, line and path."""
+    """Read a YAML config. `overrides` are texts `key.key=value`.
+
+    Raises ConfigError: the file is wrong. The error has file, line and path.
+    """
     document = Document(path, overrides)
     with document.located():
         config = build(Config, document.data)

@@ -6,17 +6,17 @@ GserveError
 ├── LaunchError        a server did not become ready
 │   ├── ServerExited       its process ended
 │   └── StartupTimeout     it showed no progress for too long
-├── TransportError     a server could not be talked to
-│   ├── StallTimeout       it showed no sign of life for too long
+├── TransportError     a server could not be reached, or its connection broke
+│   ├── StallTimeout       it sent no heartbeat or result in time
 │   └── RemoteError        it answered with an error
 ├── BatchError         some items of a call failed; carries every result
 └── ItemError          one item failed
     ├── ItemLost           no server could finish it
     └── DeadlineExceeded   the call's deadline came first
 KeyboardInterrupt
-└── BatchInterrupted   Ctrl-C during a call; carries what was finished
+└── BatchInterrupted   Ctrl-C during a call; carries the finished results
 
-A message is a lower-case fragment: what was given, what was expected and where, what to do.
+A message is a lower-case fragment. It names the given value, the expected value, the place, and the remedy.
 """
 
 import re
@@ -27,13 +27,14 @@ from typing import Any
 
 
 class GserveError(Exception):
-    """The root of the tree above."""
+    """The base class of the errors above, except BatchInterrupted."""
 
 
 class ConfigError(GserveError):
     """A config, a YAML file or an argument is wrong.
 
-    `at` is the place as a path from the root of the config (`$.serve.port`), `file` and `line` say where that stands.
+    `at`: the place, as a path from the root of the config (`$.serve.port`).
+    `file`, `line`: the file and line of that place.
     """
 
     def __init__(self, message: str, *, at: str = "$", file: Path | str | None = None, line: int | None = None) -> None:
@@ -56,7 +57,8 @@ class PluginError(GserveError):
 class LaunchError(GserveError):
     """A server did not become ready.
 
-    `log` is the path of its log, `returncode` that of its process where it ended (negative: a signal's number).
+    `log`: the path of its log.
+    `returncode`: the exit code of its process if it has ended (negative: a signal's number).
     """
 
     def __init__(self, message: str, *, log: Path | None = None, returncode: int | None = None) -> None:
@@ -66,10 +68,12 @@ class LaunchError(GserveError):
 
 
 class ServerExited(LaunchError):
-    """The process of a server ended before the server was ready, or without having been asked to.
+    """The process of a server ended before the server was ready, or ended unexpectedly later.
 
-    `cause` is one sentence, `hint` what to try where something is known ("" else), `phase` what the server was doing,
-    `tail` the last lines of its log.
+    `cause`: one sentence.
+    `hint`: advice on what to try, or "".
+    `phase`: the phase in which the process ended.
+    `tail`: the last lines of the server's log.
     """
 
     def __init__(
@@ -95,9 +99,9 @@ class StartupTimeout(LaunchError):
 
 
 class TransportError(GserveError):
-    """A server could not be reached, or the line to it broke.
+    """A server could not be reached, or the connection to it broke.
 
-    `is_gone`: nobody listens any more where the server was, or somebody else does.
+    `is_gone`: whether nothing listens at the server's port any more, or another program does.
     """
 
     def __init__(self, message: str, *, is_gone: bool = False) -> None:
@@ -106,13 +110,14 @@ class TransportError(GserveError):
 
 
 class StallTimeout(TransportError):
-    """A server that has work of ours showed no sign of life for `ServeConfig.client_timeout` seconds."""
+    """A server that works on our items sent no heartbeat or result for `ServeConfig.client_timeout` seconds."""
 
 
 class RemoteError(TransportError):
-    """A server answered with an error. `status` is its HTTP status code, or that of the nearest meaning.
+    """A server answered with an error.
 
-    `retry_after`: seconds after which it may be asked again, where it says so (status 429).
+    `status`: its HTTP status code, or the code with the nearest meaning.
+    `retry_after`: time until a retry, in seconds, if the server names one (status 429).
     """
 
     def __init__(self, message: str, *, status: int, retry_after: float | None = None) -> None:
@@ -124,7 +129,7 @@ class RemoteError(TransportError):
 class ItemError(GserveError):
     """One item failed. `index` is its place in the call.
 
-    `invalid` is true where the item itself is wrong (too long, a bad parameter): sending it again cannot help.
+    `invalid`: whether the item itself is wrong (too long, a bad parameter), so that a retry cannot help.
     """
 
     def __init__(self, message: str, *, index: int = 0, invalid: bool = True) -> None:
@@ -134,15 +139,15 @@ class ItemError(GserveError):
 
 
 class ItemLost(ItemError):
-    """No server could finish the item: none was left, or it was in flight each time that one died."""
+    """No server could finish the item: none was left, or servers died repeatedly while they worked on it."""
 
 
 class DeadlineExceeded(ItemError):
-    """The item was not finished when the deadline of its call came."""
+    """The item was not finished at the deadline of its call."""
 
 
 class BatchInterrupted(KeyboardInterrupt):
-    """A call was interrupted. `results` holds what each item gave until then, in the order of the call, else None."""
+    """A call was interrupted. `results` has the result of each item in the order of the call; None if unfinished."""
 
     def __init__(self, results: Sequence[Any]) -> None:
         self.results = list(results)
@@ -151,9 +156,9 @@ class BatchInterrupted(KeyboardInterrupt):
 
 
 class BatchError(GserveError):
-    """Some items of a call failed, after all others had finished.
+    """Some items of a call failed. All other items have finished.
 
-    `results` holds, in the order of the call, what each item gave: its outputs, or its `ItemError`.
+    `results`: the result of each item, in the order of the call: its outputs or its `ItemError`.
     """
 
     def __init__(self, results: Sequence[Any]) -> None:
@@ -167,7 +172,7 @@ class BatchError(GserveError):
 
 
 def reworded(error: Exception) -> tuple[str, str]:
-    """Return what a `msgspec.ValidationError` says, in the words of a YAML file, and the path where, from `$` on."""
+    """Return the text of a `msgspec.ValidationError` in the words of YAML, and its path, from `$` on."""
     text = str(error)
     place = re.search(r" - at `(key` in `)?\$(.*)`$", text, re.DOTALL)
     if place:
@@ -177,7 +182,10 @@ def reworded(error: Exception) -> tuple[str, str]:
 
 
 def did_you_mean(given: str, known: Sequence[str]) -> str:
-    """Return "; did you mean 'x'?" for the known name nearest to `given`, else "; expected one of …"."""
+    """Return "; did you mean 'x'?" for the known name nearest to `given`, else "; expected one of …".
+
+    Returns "" if no names are known.
+    """
     near = get_close_matches(given, known, n=1, cutoff=0.6)
     if near:
         return f"; did you mean '{near[0]}'?"

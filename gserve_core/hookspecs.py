@@ -1,4 +1,4 @@
-"""The hooks that a plugin may implement. Each returns classes; their `name` is what a YAML file calls them."""
+"""The hooks that a plugin may implement. Each returns classes. YAML files refer to them by their `name`."""
 
 import pluggy
 
@@ -11,14 +11,14 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 
 @hookspec
 def gserve_register_launchers() -> list[type[Launcher]]:  # type: ignore[empty-body]
-    """Return the launchers that this plugin brings."""
+    """Return the launchers of this plugin."""
 
 
 @hookspec
 def gserve_register_transports() -> list[type[Transport]]:  # type: ignore[empty-body]
-    """Return the transports that this plugin brings."""
+    """Return the transports of this plugin."""
 
 
 @hookspec
 def gserve_register_engines() -> list[type[Engine]]:  # type: ignore[empty-body]
-    """Return the engines that this plugin brings."""
+    """Return the engines of this plugin."""

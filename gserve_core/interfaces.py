@@ -1,8 +1,10 @@
-"""The contracts between gserve's parts, and what a plugin implements.
+"""The contracts between gserve's parts, which plugins implement.
 
 A *launcher* starts a command somewhere. A *transport* owns both halves of the conversation with a server. An *engine*
-turns prompts into outputs inside a server. None of the three knows another. All three are values: frozen, keyword-only
-dataclasses with a `name`, whose fields are their YAML options. What they hand out are resources, with few methods.
+turns prompts into outputs inside a server. None of the three knows another.
+
+All three are values: frozen, keyword-only dataclasses with a `name`. Their fields are their YAML options. The objects
+that they return are resources with few methods.
 """
 
 from abc import ABC, abstractmethod
@@ -22,14 +24,21 @@ from .schema import Event, Health, Params, Prompt, ResponseOutput, RunRequest
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a launcher is to start: one server.
+    """One server that a launcher is to start.
 
-    `env` is added to the environment `inherited` (None: that of this process), and holds the GPU pinning
-    (`CUDA_VISIBLE_DEVICES`) for `gpu_ids`. A launcher whose scheduler binds devices takes that out and asks its
-    scheduler for `gpus` of them, 0 where the engine uses none. It is number `index` of `servers` that are started
-    together. `instance` is an id of this start alone; "" where nothing is to be started. `nursery`: what forks it,
-    where a launcher would start it here. `previous`: the process of its life before this one, which has been stopped;
-    None: this is the first. `startup_timeout`: see `ServeConfig`; `nursery` keeps to it until the server itself runs.
+    `name`: the server's name.
+    `command`: the command line to start.
+    `instance`: an id of this start only; "" if nothing is to be started.
+    `env`: variables to add to `inherited`. It holds the GPU pinning (`CUDA_VISIBLE_DEVICES`) for `gpu_ids`. A launcher
+    whose scheduler binds devices removes it and requests `gpus` devices from its scheduler.
+    `gpu_ids`: the ids of its GPUs; None if it is not pinned.
+    `gpus`: number of GPUs that it needs; 0 if the engine uses none.
+    `index`: its number among the `servers` that are started together.
+    `inherited`: the environment that `env` is added to; None: the environment of this process.
+    `startup_timeout`: see `ServeConfig`. The `nursery` applies it until the server itself runs.
+    `nursery`: forks the server, for launchers that start it on this machine.
+    `previous`: the process of the previous generation, which has been stopped; None: this is the first generation.
+    `log`: the file for its stderr.
     """
 
     name: str
@@ -48,15 +57,18 @@ class Job:
 
 
 class Forks(Protocol):
-    """What forks servers from a process that has imported what they need."""
+    """Forks servers from a process that has already imported the modules that they need."""
 
     def fork(self, job: Job, popen: Callable[..., Any]) -> "Process":
-        """Have `job` forked. `popen` starts a job as a process of this machine, with `stdin` and `stdout` as given."""
+        """Fork `job` and return its process.
+
+        `popen`: starts a job as a process of this machine, with `stdin` and `stdout` as given.
+        """
 
 
 @runtime_checkable
 class Process(Protocol):
-    """A started job, like a `subprocess.Popen`: its stdin and stdout are pipes with file descriptors."""
+    """A started job, like a `subprocess.Popen`. Its stdin and stdout are pipes with file descriptors."""
 
     stdin: IO[bytes]
     stdout: IO[bytes]
@@ -65,29 +77,30 @@ class Process(Protocol):
         """Return the exit code once the process has ended (negative: a signal's number), else None."""
 
     def stop(self, grace: float) -> int:
-        """End the process and everything below it, by force after `grace` seconds; return its exit code.
+        """End the process and everything below it, by force after `grace` seconds. Return its exit code.
 
-        Leaves nothing behind, also where the process has ended by itself but something below it has not, except what
-        its launcher keeps for the next life until `Launcher.release`. Idempotent.
+        Nothing remains afterwards, even if the process has ended before and a process below it has not. The exception:
+        its launcher may keep resources for the next generation until `Launcher.release`. Idempotent.
         """
 
     def waiting(self) -> str | None:
-        """Return what the job waits for before it runs, as "the queue: Priority"; None once it runs. Takes no time.
+        """Return a phrase such as "waiting for SLURM's queue" while the job waits; None once it runs. Takes no time.
 
         Raises LaunchError: it has waited too long.
         """
 
     def why(self) -> str | None:
-        """Return in a sentence why an ended job has ended, where a scheduler knows more than its exit code says.
+        """Return one sentence on why the job ended, if its scheduler knows more than the exit code; else None.
 
-        Of a silent one that has not ended: that its scheduler has suspended it, where that is so.
+        For a silent job that has not ended, the sentence may say that its scheduler has suspended it.
         """
 
 
 class Finding(Struct, frozen=True):
-    """What was found out about one thing that servers need.
+    """The result of one check of something that servers need.
 
-    A "note" is what may be right as it is, or wrong elsewhere. `hint`: what to do, where there is something to do.
+    `state`: "ok", "problem", or "note": possibly right as it is, or wrong elsewhere.
+    `hint`: advice on what to do, if something is to be done.
     """
 
     subject: str
@@ -100,8 +113,8 @@ class Finding(Struct, frozen=True):
 class Launcher(ABC):
     """Starts a command somewhere.
 
-    `owner_variable`: where that may be another machine, the environment variable in which a process there finds the
-    address of the owner's machine, as its first word. A server then listens where that machine can reach it.
+    `owner_variable`: the environment variable in which a server finds the address of the owner's machine, as its first
+    word. Set it if servers may start on other machines. A server then listens where the owner's machine can reach it.
     """
 
     name: ClassVar[str]
@@ -109,31 +122,33 @@ class Launcher(ABC):
 
     @property
     def is_line_cut_silently(self) -> bool:
-        """Say whether the line to a server can be cut without either end noticing, as one between machines can.
+        """Return whether the control connection to a server can be cut silently, as between two machines.
 
-        Then each end counts the other as dead that says nothing for some time; else only the line's end says so.
+        If so, neither end notices the cut, and each treats the other as dead after some time of silence. If not, only
+        the end of the connection means that.
         """
         return self.owner_variable is not None
 
     def command(self, job: Job) -> list[str]:
-        """Return the command line that `launch` runs for `job`; `gserve check` prints it."""
+        """Return the command line that `launch` runs for `job`. `gserve check` prints it."""
         return list(job.command)
 
     @abstractmethod
     def launch(self, job: Job) -> Process:
-        """Start `job` with pipes as stdin and stdout, and its stderr appended to the file `job.log`.
+        """Start `job` with pipes as stdin and stdout, and append its stderr to the file `job.log`.
 
         Raises LaunchError: it could not be started.
         """
 
     def release(self, process: Process) -> None:  # noqa: B027
-        """Keep nothing of `process` for another life of its server: there will be none. Does not wait; idempotent.
+        """Free everything that is kept of `process` for a restart of its server, since there will be none.
 
-        May be called before or after its `stop`, which then leaves nothing. Does nothing unless overridden.
+        Does not wait. Idempotent. May be called before or after the `stop` of the process, which then leaves nothing.
+        Does nothing unless overridden.
         """
 
     def examine(self) -> Iterable[Finding]:
-        """Yield, for `gserve doctor`, what there is here of what the launcher uses. Starts nothing, takes seconds."""
+        """Yield findings for `gserve doctor` about the launcher on this machine. Starts nothing, takes seconds."""
         return ()
 
 
@@ -141,7 +156,7 @@ class Launcher(ABC):
 
 
 class Address(Struct, frozen=True, array_like=True):
-    """Where a server listens: hosts by which it may be reached, and one port."""
+    """The address of a server: the hosts under which clients can reach it, and one port."""
 
     hosts: list[str]
     port: int
@@ -152,11 +167,12 @@ class Address(Struct, frozen=True, array_like=True):
 
 
 class Access(Struct, frozen=True, kw_only=True):
-    """What a client needs besides the address.
+    """The data that a client needs besides the address.
 
-    `token`: None where the server asks for none. `control`: what the server asks for in the token's place before it
-    ends itself; None: the token. `instance`: the id of the server that is expected there; None: any. `timeout`: seconds
-    without any sign of life; None: no limit.
+    `token`: the server's token; None if it needs none.
+    `control`: the secret that the server needs instead of the token for a shutdown; None: the token.
+    `instance`: the id of the server that is expected there; None: any.
+    `timeout`: maximum time without a heartbeat or result, in seconds; None: no limit.
     """
 
     token: str | None = None
@@ -165,68 +181,72 @@ class Access(Struct, frozen=True, kw_only=True):
     timeout: float | None = None
 
     def __repr__(self) -> str:
-        """Show no secret."""
+        """Return a text without secrets."""
         return f"Access(instance={self.instance!r}, timeout={self.timeout!r})"
 
 
 class ServerApi(Protocol):
-    """The neutral face of a server, which a transport shows to clients."""
+    """The interface of a server, independent of the transport that offers it to clients."""
 
     instance: str
     token: str | None
     control: str | None
-    """What `shut_down` asks for in place of the token; None: the token."""
+    """The secret that `shut_down` needs instead of the token; None: the token."""
 
     def health(self) -> Health:
-        """Return the state now; never waits. Status "ok" means ready."""
+        """Return the current state; "ok" means ready. Never waits."""
 
     def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
-        """Work on a request; yield events in the order in which they happen. Closing the iterator cancels the work.
+        """Work on a request, and yield events in the order in which they happen. Closing the iterator cancels the work.
 
-        Raises RemoteError: the server is not ready (503), or has enough to do (429, `retry_after`).
+        Raises RemoteError: the server is not ready (503), or busy (429, with `retry_after`).
         """
 
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
-        """Work on a request; return the outputs of each item, in order.
+        """Work on a request, and return the outputs of each item, in order.
 
-        Raises RemoteError: an item is wrong (400; the others are dropped), the server has enough to do (429), or
-        it failed (500, 503).
+        Raises RemoteError: an item is wrong (400; others are dropped), the server is busy (429), or it failed (500,
+        503).
         """
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
-        """Cancel items of the running request with this id. Never waits; does nothing for what is not there."""
+        """Cancel items of the running request with this id. Never waits. Ignores unknown ids and items."""
 
     def shut_down(self) -> None:
-        """Begin to end the server: it finishes what it has, and takes no more."""
+        """Begin to end the server. It finishes its items, and accepts no more."""
 
 
 class Connection(ABC):
     """The client's half of a conversation with one server. Its methods run in one event loop.
 
-    The client cancels them by a scope of anyio, which interrupts every `await`, until the method has ended, also in a
-    `finally`. What must run to its end there needs `with anyio.CancelScope(shield=True)`.
+    The client cancels them by an anyio scope. The scope interrupts every `await` until the method has ended, also in a
+    `finally`. Code that must complete there needs `with anyio.CancelScope(shield=True)`.
     """
 
     @abstractmethod
     async def health(self) -> Health:
-        """Return the server's state. Raises `TransportError`."""
+        """Return the server's state. Raises TransportError: it cannot be reached."""
 
     @abstractmethod
     def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Send a request and yield its events as they come. Closing the iterator cancels the work on the server.
 
-        Raises StallTimeout: no sign of life for too long. RemoteError: refused. TransportError: the line broke.
+        Raises StallTimeout: no heartbeat or result came within the timeout.
+        Raises RemoteError: the server refused the request.
+        Raises TransportError: the connection broke.
         """
 
     async def cancel(self, request_id: str, items: list[int]) -> None:  # noqa: B027
-        """Cancel items of a running request by its `RunRequest.id`; each ends as a `Failure` in the request's stream.
+        """Cancel items of a running request by its `RunRequest.id`.
 
-        Does nothing unless overridden. Raises `TransportError`.
+        Each of them ends as a `Failure` in the request's stream. Does nothing unless overridden.
+
+        Raises TransportError: the request failed.
         """
 
     @abstractmethod
     async def shut_down(self) -> None:
-        """Ask the server to end. Raises `TransportError`."""
+        """Ask the server to end. Raises TransportError: the request failed."""
 
     @abstractmethod
     async def close(self) -> None:
@@ -240,13 +260,15 @@ class Transport(ABC):
     name: ClassVar[str]
 
     def preload(self) -> None:  # noqa: B027
-        """Import what a server needs for it, before the server is forked. Does nothing unless overridden."""
+        """Import what a server needs for this transport, before a fork. Does nothing unless overridden."""
 
     @abstractmethod
     def serve(self, api: ServerApi, host: str, port: int) -> AbstractAsyncContextManager[Address]:
-        """Listen and answer for `api` until the context ends; port 0 takes a free one. Runs in the server.
+        """Listen and answer for `api` until the context ends. Port 0 takes a free port. Runs in the server.
 
-        Every call but that for health must show `api.token` where that is not None. Raises OSError: cannot listen.
+        If `api.token` is not None, every call except health must show it.
+
+        Raises OSError: it cannot listen.
         """
 
     @abstractmethod
@@ -258,7 +280,7 @@ class Transport(ABC):
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):
-    """What a ready engine says of itself. `capacity`: how many items it works on at once."""
+    """The data that a ready engine gives about itself. `capacity`: number of items that it works on at once."""
 
     model: str
     max_model_len: int | None = None
@@ -267,39 +289,47 @@ class EngineInfo(Struct, frozen=True, kw_only=True):
 
 
 type Report = Callable[[str], object]
-"""Says the phase that a start is in ("loading weights"). May be called from any thread."""
+"""Reports the phase of a start, such as "loading weights". May be called from any thread."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine(ABC):
-    """Turns prompts into outputs inside a server. The value is what the YAML says; `start` hands out the engine.
+    """Turns prompts into outputs inside a server. The value holds the YAML options; `start` returns the running engine.
 
-    `uses_gpus`: whether servers with this engine must not have the same GPU.
+    `uses_gpus`: whether servers with this engine need GPUs of their own.
     """
 
     name: ClassVar[str]
     uses_gpus: ClassVar[bool] = True
 
     def preload(self) -> None:  # noqa: B027
-        """Import what a server needs for it, before the server is forked. Does nothing unless overridden.
+        """Import what a server needs for this engine, before a fork. Does nothing unless overridden.
 
-        Must start no thread and touch no GPU: neither outlives a fork.
+        Must start no thread and use no GPU: neither survives a fork.
         """
 
     def check_config(self, llm: LLMConfig, *, runs_here: bool) -> None:  # noqa: B027
-        """Check, before a service starts, that this engine can serve `llm`, as far as files tell within a second.
+        """Check before a service starts that this engine can serve `llm`.
 
-        `runs_here`: whether servers run on this machine, so that what `llm` names must be on it. Does nothing unless
-        overridden. Raises ConfigError with its place from `$.llm` on.
+        Checks only what files show within a second. Does nothing unless overridden.
+
+        `runs_here`: whether servers run on this machine. If so, the files that `llm` names must exist here.
+
+        Raises ConfigError: `llm` is wrong. Its place begins with `$.llm`.
         """
 
     def known_arguments(self) -> Collection[str] | None:
-        """Return the names that `llm.llm_kwargs` may have; None: not known here. Takes less than a second."""
+        """Return the names allowed in `llm.llm_kwargs`; None if unknown here. Takes less than a second."""
         return None
 
     @abstractmethod
     async def start(self, llm: LLMConfig, report: Report) -> "RunningEngine":
-        """Load the model. Must not block the event loop, since health is answered meanwhile. Raises: any exception."""
+        """Load the model and return the running engine. `report` receives the phases.
+
+        Must not block the event loop, which answers health requests during the start.
+
+        Raises any exception: the start failed.
+        """
 
 
 class RunningEngine(ABC):
@@ -308,9 +338,9 @@ class RunningEngine(ABC):
     info: EngineInfo
 
     def progress(self) -> int:
-        """Return a number that changes whenever the engine has done a step of work: how an engine that hangs is known.
+        """Return a number that changes whenever the engine has done a step of work. It reveals an engine that hangs.
 
-        Always the same where the engine cannot tell; then only an item that ends counts as movement.
+        An engine that cannot measure this returns a constant. Then only the end of an item counts as progress.
         """
         return 0
 
@@ -318,27 +348,30 @@ class RunningEngine(ABC):
     async def prepare(
         self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
     ) -> Sequence[Any]:
-        """Check prompts that share their sampling parameters; return for each what `run` takes, or its `ItemError`.
+        """Check prompts that share their sampling parameters. Return the input of `run` or an `ItemError` for each.
 
-        `params` come from outside, unchecked. `seeds`: one for each prompt, for use where it is sampled and `params`
-        name no seed, so that an item that is sent again samples the same. Raises ItemError: they are wrong.
+        `params`: from outside, unchecked.
+        `seeds`: one per prompt, for sampled prompts if `params` have no seed. A retry then samples the same.
+
+        Raises ItemError: the parameters are wrong.
         """
 
     @abstractmethod
     async def run(self, prepared: Any) -> list[ResponseOutput]:
-        """Return the completions of one prepared prompt. Cancelling the call frees what it holds in the engine.
+        """Return the completions of one prepared prompt. Cancelling the call frees its resources in the engine.
 
-        Raises ItemError: this item failed. Any other exception: so did the engine's work on it.
+        Raises ItemError: this item failed.
+        Raises any other exception: the engine's work on it failed.
         """
 
     @abstractmethod
     async def check(self) -> None:
-        """Make one token. Raises: any exception."""
+        """Make one token. Raises any exception: the engine does not work."""
 
     @abstractmethod
     async def died(self) -> str:
-        """Return why, once the engine has ended without having been asked to."""
+        """Wait until the engine ends unexpectedly, and return the reason."""
 
     @abstractmethod
     async def stop(self) -> None:
-        """End the engine and every process of it. Idempotent."""
+        """End the engine and all its processes. Idempotent."""

@@ -1,4 +1,4 @@
-"""Finding plugins: the modules that a config names, the entry points of the group "gserve", and what is built in."""
+"""The search for plugins: the modules of a config, the entry points of the group "gserve", and the built-in modules."""
 
 import importlib
 import inspect
@@ -30,9 +30,10 @@ KINDS: Mapping[str, type] = {"launcher": Launcher, "transport": Transport, "engi
 
 @dataclass(frozen=True)
 class Registry:
-    """The classes that plugins brought, by kind ("launcher", "transport", "engine") and name.
+    """The classes of all plugins, by kind ("launcher", "transport", "engine") and name.
 
-    `sources` says which plugin brought a class; `broken` holds the entry points that failed to load, and why.
+    `sources`: the plugin that each class comes from.
+    `broken`: the entry points that failed to load, and the reason of each.
     """
 
     classes: Mapping[str, Mapping[str, type[Any]]]
@@ -40,9 +41,10 @@ class Registry:
     broken: Mapping[str, str]
 
     def build(self, kind: str, section: Mapping[str, Any]) -> Any:
-        """Make the launcher, transport or engine that a config's section describes.
+        """Make the launcher, transport or engine that a section of a config describes.
 
-        Raises PluginError: no plugin brought its `type`. ConfigError: its options are wrong.
+        Raises PluginError: the plugin of its `type` is broken.
+        Raises ConfigError: its `type` is unknown, or its options are wrong.
         """
         at = f"$.{kind}"
         if "type" not in section:
@@ -63,9 +65,9 @@ class Registry:
     def section(self, kind: str, value: Any) -> dict[str, Any]:
         """Return the section that describes `value`, so that a server can build it again. The inverse of `build`.
 
-        What is as by default stays out.
+        Options with their default values are omitted.
 
-        Raises PluginError: no plugin brought its class.
+        Raises PluginError: no plugin provides its class.
         """
         name = getattr(type(value), "name", None)
         if self.classes[kind].get(name or "") is not type(value):
@@ -79,12 +81,14 @@ class Registry:
 
 
 def _default(item: Field[Any]) -> Any:
-    """Return the default of an option; MISSING where there is none."""
+    """Return the default of an option; MISSING if it has none."""
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
 def load(modules: Sequence[str] = (), folder: Path | None = None) -> Registry:
-    """Load all plugins. `modules` are dotted names, also looked for in `folder` (where the config lies).
+    """Load all plugins.
+
+    `modules`: dotted names. They are also searched in `folder`, the config's folder.
 
     Raises PluginError: a module cannot be imported, has a misspelt hook, or claims a name that is taken.
     """
@@ -104,7 +108,7 @@ def load(modules: Sequence[str] = (), folder: Path | None = None) -> Registry:
         except Exception as error:
             broken[entry_point.name] = f"{type(error).__name__}: {error}"
     if modules and folder is not None and str(folder.resolve()) not in sys.path:
-        sys.path.append(str(folder.resolve()))  # after everywhere else, so that it hides nothing
+        sys.path.append(str(folder.resolve()))  # last in the search path, so that it hides no other module
     for name in modules:
         if not manager.has_plugin(name):
             _register(manager, _import(name), name)
@@ -128,7 +132,10 @@ def _import(name: str) -> ModuleType:
 
 
 def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
-    """Register one plugin; a hook that is misspelt or lacks @hookimpl is an error, and so is having none."""
+    """Register one plugin.
+
+    Raises PluginError: a hook is misspelt or lacks @hookimpl, or the plugin has no hook.
+    """
     if manager.is_registered(plugin):  # it is installed, and the config names it too
         return
     known = [hook for hook in vars(hookspecs) if hook.startswith("gserve_register_")]
@@ -152,7 +159,12 @@ def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
 
 
 def _collect(manager: pluggy.PluginManager, installed: Mapping[str, str], broken: dict[str, str]) -> Registry:
-    """Call the hooks. What is wrong with an installed plugin, which nobody may have asked for, goes into `broken`."""
+    """Call the hooks and return their classes.
+
+    Errors of an installed plugin go into `broken`, since the user may not have asked for it.
+
+    Raises PluginError: another plugin is wrong, or two plugins claim a name.
+    """
     classes: dict[str, dict[str, type[Any]]] = {}
     sources: dict[type[Any], str] = {}
     for kind, base in KINDS.items():
@@ -194,7 +206,7 @@ def _brought(hook: pluggy.HookImpl, base: type, kind: str) -> list[tuple[str, ty
 
 
 def _check_class(cls: Any, base: type, kind: str, source: str) -> str:
-    """Return the name of a class that a plugin brought."""
+    """Return the name of a plugin's class. Raises PluginError: the class is wrong."""
     wrong = None
     if not isinstance(cls, type) or not issubclass(cls, base):
         wrong = f"expected a subclass of gserve.{base.__name__}"
@@ -213,7 +225,7 @@ def _check_class(cls: Any, base: type, kind: str, source: str) -> str:
 
 
 def _lost_options(cls: Any) -> list[str]:
-    """Return the annotated names of a class that are no fields, since it lacks the decorator @dataclass."""
+    """Return the annotated names of a class that are not fields, because it lacks the decorator @dataclass."""
     try:
         hints = get_type_hints(cls)
     except Exception as error:
@@ -230,7 +242,7 @@ def _path(cls: type) -> str:
 class Parts:
     """A launcher, a transport and an engine, and where a server process finds the last two.
 
-    `folder` is where the modules of `plugins` lie: a server has neither our working directory nor our search path.
+    `folder`: the folder with the modules of `plugins`. A server has neither our working directory nor our search path.
     """
 
     launcher: Launcher
@@ -249,9 +261,10 @@ def assemble(
     transport: Transport | None = None,
     engine: Engine | None = None,
 ) -> Parts:
-    """Make the parts that a config describes; an instance that is given goes before the config's section.
+    """Make the parts that a config describes. An instance replaces the config's section.
 
-    Raises ConfigError or PluginError.
+    Raises ConfigError: a section or an instance is wrong.
+    Raises PluginError: a plugin is missing or broken, or claims a name that is taken.
     """
     registry = load(config.plugins, folder)
     given = {"launcher": launcher, "transport": transport, "engine": engine}
@@ -270,7 +283,7 @@ def assemble(
 
 
 def _home(modules: Sequence[str]) -> Path | None:
-    """Return the folder that the first of some loaded modules was imported from."""
+    """Return the folder from which the first of the loaded modules was imported."""
     for name in modules:
         top = sys.modules[name.partition(".")[0]]
         for below in getattr(top, "__path__", ()) or filter(None, [top.__file__]):

@@ -1,8 +1,8 @@
-"""The one gate for sampling parameters: nothing untyped reaches an engine.
+"""The only gate for sampling parameters: no unchecked value reaches an engine.
 
-In vLLM 0.32.0 `SamplingParams(detokenize="no")` is accepted, and kills the engine's input thread where it is decoded:
-every later request hangs while health stays green. So parameters from outside are read strictly by their types, known
-names only, within bounds that no use needs to pass.
+vLLM 0.32.0 accepts `SamplingParams(detokenize="no")`. Decoding it kills the engine's input thread. Every later request
+then hangs, while the health check still succeeds. So parameters from outside are read strictly by their types. Only
+known names are allowed, and only values within bounds that no real use exceeds.
 """
 
 import math
@@ -18,10 +18,10 @@ from .schema import Params
 NOT_FROM_OUTSIDE = frozenset({
     "output_kind", "stream_interval", "skip_clone",  # the server's own business
     "output_text_buffer_length", "skip_reading_prefix_cache",  # derived by vLLM
-    "prompt_logprob_token_ids",  # an array: does not survive the way to the engine
+    "prompt_logprob_token_ids",  # an array, which cannot be sent to the engine
     "trace_decode_token_ids", "routed_experts_prompt_start",  # vLLM's own debugging
 })  # fmt: skip
-"""Public fields of `vllm.SamplingParams` that a request may not set, besides those with a leading underscore."""
+"""Public fields of `vllm.SamplingParams` that a request may not set, in addition to names with a leading underscore."""
 
 _STRUCTURED = "write structured_outputs={{'{}': …}}".format
 _NO_BEAMS = "there is no beam search: sample several completions with 'n', and choose by their 'cumulative_logprob'"
@@ -64,8 +64,8 @@ OTHER_NAMES = {
     "grammar": ("structured_outputs", _STRUCTURED("grammar")),
     "response_format": ("structured_outputs", _STRUCTURED("json") + " with the schema, or {'json_object': True}"),
 }
-"""Names that other APIs (OpenAI, transformers, vLLM before 0.12, ollama) have: ours, and what to write where that needs
-more than the name."""
+"""Names of other APIs (OpenAI, transformers, vLLM before 0.12, ollama).
+Each maps to our name, and to a hint if more than the name must change."""
 
 BOUNDS = {
     "n": (1, 128),
@@ -74,9 +74,9 @@ BOUNDS = {
     "seed": (-(1 << 63), (1 << 63) - 1),
 }
 WHEN_ABOVE = {"n": " (an item is retried as a whole): for more completions, send the prompt several times"}
-"""What to do where an upper bound is too low."""
+"""Hint for values above an upper bound."""
 MAX_TEXTS, MAX_TEXT = 64, 256
-"""How many stop strings and bad words there may be, and how many characters each."""
+"""Maximum number of stop strings or of bad words, and maximum length of each, in characters."""
 MAX_DEPTH = 32
 MAX_MESSAGE = 500
 
@@ -88,9 +88,9 @@ def public_fields(cls: type) -> list[str]:
 
 
 def read_params[T](params: Mapping[str, Any], cls: type[T]) -> T:
-    """Make a `cls` (a `msgspec.Struct` such as `vllm.SamplingParams`) from parameters that came from outside.
+    """Make a `cls` from parameters that came from outside. It is a `msgspec.Struct` such as `vllm.SamplingParams`.
 
-    Raises ItemError: an unknown name, a wrong type, a value out of range, or parameters that leave no token to choose.
+    Raises ItemError: a name is unknown, a type is wrong, a value is out of range, or no token may be chosen.
     """
     known = public_fields(cls)
     for name, value in params.items():
@@ -104,9 +104,9 @@ def read_params[T](params: Mapping[str, Any], cls: type[T]) -> T:
             _check_names(name, value, cls)
     try:
         made = msgspec.convert(params, cls, str_keys=True)
-        # What the engine's process will read is decoded here once, so that it cannot fail there.
+        # decode here what the engine's process will decode, so that it cannot fail there
         msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=cls)
-    except Exception as error:  # vLLM's own validation errors are of several kinds, not all of them ValueErrors
+    except Exception as error:  # vLLM's validation errors have several types, not only ValueError
         text, place = reworded(error) if isinstance(error, msgspec.ValidationError) else (str(error), "$")
         text = " ".join(text.split())[:MAX_MESSAGE] or type(error).__name__
         at = "" if place == "$" else f" - at {place}"
@@ -116,7 +116,7 @@ def read_params[T](params: Mapping[str, Any], cls: type[T]) -> T:
 
 
 def _hint(name: str, known: list[str]) -> str:
-    """Return what to write in place of an unknown name."""
+    """Return the hint for an unknown name."""
     ours, sentence = OTHER_NAMES.get(name, ("", ""))
     if ours not in known:
         return did_you_mean(name, known)
@@ -124,7 +124,7 @@ def _hint(name: str, known: list[str]) -> str:
 
 
 def _check_together(made: Any) -> None:
-    """Refuse parameters that exclude every token. vLLM 0.32 then answers with any token, and reports no error."""
+    """Refuse parameters that exclude every token. vLLM 0.32 then returns any token, and reports no error."""
     allowed = getattr(made, "allowed_token_ids", None)
     if not allowed:
         return
@@ -153,7 +153,7 @@ def _check_bounds(name: str, value: Any) -> None:
 
 
 def _check_names(name: str, value: Mapping[str, Any], cls: Any) -> None:
-    """Refuse unknown and private names in a parameter that is a dataclass, where msgspec would not."""
+    """Refuse unknown and private names in a parameter that is a dataclass. msgspec would accept them."""
     for info in msgspec.structs.fields(cls):
         for kind in get_args(info.type) if info.name == name else ():
             if is_dataclass(kind):
@@ -181,15 +181,17 @@ def _check_value(name: str, value: Any, depth: int) -> None:
 
 
 def params_from(given: Any) -> Params | None:
-    """Return what a caller gave as `sampling_params` as a mapping: None, a mapping, or a `vllm.SamplingParams`.
+    """Return the `sampling_params` of a caller as a mapping. They are None, a mapping, or a `vllm.SamplingParams`.
 
-    Never imports vLLM. Raises ItemError: something else was given, or it cannot travel.
+    Never imports vLLM.
+
+    Raises ItemError: they are something else, or cannot be sent.
     """
     if given is None:
         return None
     if not isinstance(given, (Mapping, msgspec.Struct)):
         raise ItemError(f"expected sampling_params as vllm.SamplingParams or a mapping, got {type(given).__name__}")
-    if getattr(given, "prompt_logprob_token_ids", None) is not None:  # left out, the results would be others
+    if getattr(given, "prompt_logprob_token_ids", None) is not None:  # without it, the results would differ
         raise ItemError("the sampling parameter 'prompt_logprob_token_ids' cannot travel to a server: leave it out")
     try:
         if isinstance(given, msgspec.Struct):

@@ -1,7 +1,7 @@
-"""What travels between a client and a server, as msgspec types. Unknown fields are refused everywhere.
+"""The messages between a client and a server, as msgspec types. Unknown fields are refused everywhere.
 
-The JSON bodies of `/chat` and `/generate` are `ChatRequest`, `GenerateRequest` and lists of lists of `ResponseOutput`.
-Between gserve's own client and server travels a `RunRequest`, answered by a stream of lists of `Event`.
+The JSON bodies of `/chat` and `/generate` are `ChatRequest` and `GenerateRequest`. Their answers are lists of lists of
+`ResponseOutput`. gserve's own client sends a `RunRequest`, and its server answers with a stream of lists of `Event`.
 """
 
 import itertools
@@ -20,7 +20,7 @@ class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One turn of a conversation, in the form of OpenAI's chat API."""
+    """One turn of a conversation, as in OpenAI's chat API."""
 
     role: str
     content: str | list[TextPart]
@@ -28,7 +28,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 class Conversation(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A conversation to be continued. The two flags are those of `vllm.LLM.chat`."""
+    """A conversation to continue. The two flags mean the same as in `vllm.LLM.chat`."""
 
     messages: list[Message]
     add_generation_prompt: bool = True
@@ -36,14 +36,14 @@ class Conversation(Struct, frozen=True, forbid_unknown_fields=True, omit_default
 
 
 type Prompt = str | list[int] | Conversation
-"""What one item asks: a text, a list of token ids, or a conversation."""
+"""The prompt of one item: a text, a list of token ids, or a conversation."""
 
 type Params = dict[str, Any]
-"""Public fields of `vllm.SamplingParams` by name."""
+"""Public fields of `vllm.SamplingParams`, by name."""
 
 
 class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Body of `POST /chat`. `params` None means the model's own defaults, as in `vllm.LLM.chat`."""
+    """Body of `POST /chat`. `params` None: the model's own defaults, as in `vllm.LLM.chat`."""
 
     conversations: list[list[Message]]
     params: Params | None = None
@@ -67,13 +67,14 @@ class Logprob(Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 type Logprobs = list[dict[int, Logprob] | None]
-"""One entry a token: by token id. The first entry of prompt log probabilities is None."""
+"""One entry per token: its log probabilities, by token id. The first entry for a prompt is None."""
 
 
 class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
     """One completion: the fields of `vllm.CompletionOutput`, and the prompt's log probabilities.
 
-    `finish_reason` is "stop", "length" or "repetition"; `stop_reason` the stop string or token id that ended it.
+    `finish_reason`: "stop", "length" or "repetition".
+    `stop_reason`: the stop string or token id that ended the completion.
     """
 
     text: str
@@ -86,9 +87,10 @@ class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
 
 
 class FlatLogprobs(Struct, frozen=True, array_like=True, gc=False):
-    """Log probabilities in few objects: as vLLM makes them, and as they travel.
+    """Log probabilities in few objects, as vLLM makes them, and as they are sent.
 
-    `counts` says how many entries each token has, 0 where `Logprobs` have None; the rest has an item for each entry.
+    `counts`: number of entries of each token; 0 where `Logprobs` has None.
+    The other fields have one item per entry.
     """
 
     counts: list[int]
@@ -98,13 +100,13 @@ class FlatLogprobs(Struct, frozen=True, array_like=True, gc=False):
     decoded_tokens: list[str | None]
 
     def unfold(self) -> Logprobs:
-        """Return them by token and token id. Of a token id that a token has twice, the second entry counts."""
+        """Return them by token and token id. If a token has a token id twice, the second entry counts."""
         entries = zip(self.token_ids, map(Logprob, self.logprobs, self.ranks, self.decoded_tokens), strict=True)
         return [dict(itertools.islice(entries, count)) or None for count in self.counts]
 
 
 class FlatOutput(ResponseOutput, frozen=True, omit_defaults=True, gc=False):
-    """A completion whose log probabilities are flat: what an engine may return. What users see is unfolded."""
+    """A completion with flat log probabilities. An engine may return it; users see it unfolded."""
 
     flat_logprobs: FlatLogprobs | None = None
     flat_prompt_logprobs: FlatLogprobs | None = None
@@ -128,7 +130,7 @@ def unfolded(outputs: list[ResponseOutput]) -> list[ResponseOutput]:
 
 
 class Group(Struct, frozen=True, forbid_unknown_fields=True):
-    """Prompts that share their sampling parameters; `seeds` has one for each prompt, where `params` name none."""
+    """Prompts that share their sampling parameters. `seeds` has one seed per prompt if `params` have none."""
 
     prompts: list[str | list[int] | Conversation]
     params: Params | None = None
@@ -136,10 +138,11 @@ class Group(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RunRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A piece of work. Its items are counted through all groups from 0; `heartbeat` is in seconds.
+    """A piece of work. Its items are numbered through all groups, from 0.
 
-    `id`: the name by which a `CancelRequest` knows it; "" for none. `alone`: the server is to work on nothing else
-    meanwhile, so that it is known what it dies of.
+    `heartbeat`: time between two heartbeats, in seconds.
+    `id`: the id for a `CancelRequest`; "" for none.
+    `alone`: the server must work on nothing else, so that the cause of its death is clear.
     """
 
     groups: list[Group]
@@ -149,21 +152,21 @@ class RunRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
 
 
 class CancelRequest(Struct, frozen=True, forbid_unknown_fields=True):
-    """Cancels some items of the `RunRequest` with this id. Each one ends as a `Failure`, unless it has ended before."""
+    """Cancels items of the `RunRequest` with this id. Each item that has not ended then ends as a `Failure`."""
 
     id: str
     items: list[int]
 
 
 class Result(Struct, frozen=True, tag="result", array_like=True, gc=False):
-    """Item `index` is done: its outputs, one per completion asked for."""
+    """Item `index` is finished. `outputs` has one output per requested completion."""
 
     index: int
     outputs: list[ResponseOutput]
 
 
 class FlatResult(Result, frozen=True, tag="flat", array_like=True, gc=False):
-    """A result with flat outputs, which would lose their log probabilities as others."""
+    """A result with flat outputs. As a plain `Result`, they would lose their log probabilities."""
 
     outputs: list[FlatOutput]  # type: ignore[assignment]
 
@@ -177,7 +180,7 @@ class Failure(Struct, frozen=True, tag="failure", array_like=True):
 
 
 class Heartbeat(Struct, frozen=True, tag="heartbeat", array_like=True):
-    """The server is alive and at work: `running` items of this request remain."""
+    """The server is alive and working. `running` items of this request remain."""
 
     running: int
 
@@ -186,11 +189,11 @@ type Event = Result | FlatResult | Failure | Heartbeat
 
 
 ITEM_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 500, 36, 150
-"""About how much memory a result takes without its text, one of its token ids, and one log probability."""
+"""Estimated memory in bytes: of a result without its text, of one token id, and of one log probability."""
 
 
 def weight(outputs: Sequence[ResponseOutput]) -> int:
-    """Return about how many bytes of memory a result with these outputs takes."""
+    """Return the estimated memory of a result with these outputs, in bytes."""
     size = ITEM_BYTES
     for output in outputs:
         size += 2 * len(output.text) + TOKEN_BYTES * len(output.token_ids)
@@ -204,18 +207,18 @@ def weight(outputs: Sequence[ResponseOutput]) -> int:
 
 
 class Health(Struct, frozen=True, omit_defaults=True):
-    """What `GET /health` says: status "ok", or the state and the phase that the server is in."""
+    """The answer of `GET /health`. `status` is "ok", or else the server's state. `phase` is the phase of that state."""
 
     status: str
     phase: str | None = None
 
 
 LOWEST_LOGPROB = -9999.0
-"""Stands for minus infinity in JSON, which cannot say it (the value that vLLM's own server uses)."""
+"""Replaces minus infinity, which JSON does not have. vLLM's own server uses the same value."""
 
 
 def json_safe(output: ResponseOutput) -> ResponseOutput:
-    """Return `output` with every log probability that JSON cannot say raised to `LOWEST_LOGPROB`."""
+    """Return `output` with every log probability that JSON does not have replaced by `LOWEST_LOGPROB`."""
 
     def finite(value: float) -> float:
         return value if math.isfinite(value) else LOWEST_LOGPROB

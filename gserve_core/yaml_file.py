@@ -1,4 +1,4 @@
-"""YAML files, read with care: safe, bounded, no key twice, and the line of every path at hand for an error."""
+"""YAML files: read safely and within limits, without duplicate keys. Errors have the line of their path."""
 
 import re
 from collections.abc import Iterable, Iterator
@@ -12,13 +12,13 @@ from .errors import ConfigError
 
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000
-"""How many values a file may have, its aliases written out."""
+"""Maximum number of values in a file, after its aliases are expanded."""
 MAX_YAML_WRITTEN = 20_000
-"""How many values and keys may stand in a file: to read these takes about a second."""
+"""Maximum number of values and keys in the text of a file. Reading so many takes about a second."""
 
 
 class Document:
-    """A YAML file read with care: the data, and the line of every path in it."""
+    """A YAML file, read safely: its data, and the line of every path in it."""
 
     def __init__(self, path: Path | str, overrides: Iterable[str] = ()) -> None:
         self.file = Path(path)
@@ -33,7 +33,7 @@ class Document:
 
     @contextmanager
     def located(self) -> Iterator[None]:
-        """Add file and line to a `ConfigError` raised inside."""
+        """Add file and line to a `ConfigError` that is raised inside."""
         try:
             yield
         except ConfigError as error:
@@ -81,16 +81,16 @@ class Document:
                 self._overridden[at] = override
             target = holder.setdefault(key, {})
         holder[keys[-1]] = value
-        for known in (self._lines, self._overridden):  # what stood here before says nothing of the new value
+        for known in (self._lines, self._overridden):  # the lines of the old value do not apply to the new one
             for below in [it for it in known if it.startswith((f"$.{path}.", f"$.{path}["))]:
                 del known[below]
         self._overridden[f"$.{path}"] = override
 
 
 def _parse(text: str, at: str = "$") -> tuple[Any, dict[str, int]]:
-    """Read YAML; return the data, and the line of every path in it: none where there is no data.
+    """Return the data of YAML text, and the line of every path in it. There are no lines if there is no data.
 
-    Raises ConfigError with the line.
+    Raises ConfigError: the text is wrong. The error has the line.
     """
     lines: dict[str, int] = {}
     try:
@@ -114,7 +114,10 @@ def _parse(text: str, at: str = "$") -> tuple[Any, dict[str, int]]:
 
 
 def _walk(node: yaml.Node, path: str, lines: dict[str, int], count: list[int], above: tuple[int, ...]) -> None:
-    """Note the line of every path; refuse odd tags and keys, duplicate keys, and aliases that grow without end."""
+    """Record the line of every path.
+
+    Raises ConfigError: a tag or key is not allowed, a key is duplicate, or aliases expand to too much.
+    """
     count[0] += 1
     line = node.start_mark.line + 1
     lines.setdefault(path, line)
@@ -150,13 +153,13 @@ _TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int"
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's plain values: `on`, `no` and `12:30:00` are texts, `1e-3` is a number.
 
-    Digits that begin with 0 stay a text, for they are more often a name than a number.
+    Digits that begin with 0 stay a text, since they are more often a name than a number.
     """
 
     _written = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """Compose a node, unless there have been too many. Raises ConfigError."""
+        """Compose a node. Raises ConfigError: there have been too many nodes."""
         self._written += 1
         if self._written > MAX_YAML_WRITTEN:
             line = self.line + 1
@@ -178,5 +181,5 @@ for _tag, _pattern, _first in (
 
 
 def type_name(value: object) -> str:
-    """Return what kind of value stands in a file, as an error names it."""
+    """Return the type of a value, as error messages name it."""
     return "null" if value is None else type(value).__name__

@@ -1,7 +1,7 @@
-"""The transports that are built in: HTTP.
+"""The built-in transport: HTTP.
 
-JSON for people and other languages (`/health`, `/chat`, `/generate`, `/shutdown`); between gserve's own client and
-server msgpack, streamed (`/run`).
+People and other languages use JSON (`/health`, `/chat`, `/generate`, `/shutdown`). gserve's own client and server use
+streamed msgpack (`/run`).
 """
 
 from contextlib import AbstractAsyncContextManager
@@ -14,7 +14,7 @@ from gserve_core.interfaces import Access, Address, Connection, ServerApi, Trans
 
 @dataclass(frozen=True, kw_only=True)
 class HttpTransport(Transport):
-    """HTTP/1.1. `max_body_mib`: the largest request body that a server takes, in MiB."""
+    """HTTP/1.1. `max_body_mib`: maximum size of a request body, in MiB."""
 
     name: ClassVar[str] = "http"
     max_body_mib: int = 64
@@ -25,18 +25,18 @@ class HttpTransport(Transport):
 
     def serve(self, api: ServerApi, host: str, port: int) -> AbstractAsyncContextManager[Address]:
         """Listen and answer until the context ends."""
-        from .http_server import serve  # brings in fastapi and uvicorn, which a client does not need
+        from .http_server import serve  # imports fastapi and uvicorn, which a client does not need
 
         return serve(api, host, port, max_body=self.max_body_mib << 20)
 
     def connect(self, address: Address, access: Access) -> Connection:
         """Return a connection to a server."""
-        from .http_client import HttpConnection  # brings in httpx, which a server does not need
+        from .http_client import HttpConnection  # imports httpx, which a server does not need
 
         return HttpConnection(address, access)
 
 
 @hookimpl
 def gserve_register_transports() -> list[type[Transport]]:
-    """Bring the HTTP transport."""
+    """Return the HTTP transport."""
     return [HttpTransport]

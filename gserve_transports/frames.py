@@ -1,6 +1,6 @@
-"""What both halves agree on, and how events travel over HTTP.
+"""The constants that both halves share, and the format of events over HTTP.
 
-As frames of msgpack, each behind its length as four bytes, big-endian.
+Events are sent as frames of msgpack. Before each frame stands its length, as four bytes, big-endian.
 """
 
 import socket
@@ -20,26 +20,29 @@ KEEPALIVE = (
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 3),
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
 )
-"""Socket options by which either end notices within 14 s that the other is out of reach."""
+"""Socket options that let each end notice within 14 s that the other is unreachable."""
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: "msgspec.msgpack.Decoder[list[Event]]" = msgspec.msgpack.Decoder(list[Event])
 
 
 def pack(events: list[Event]) -> bytes:
-    """Return the frame that holds `events`."""
+    """Return the frame of `events`."""
     body = _encoder.encode(events)
     return len(body).to_bytes(4, "big") + body
 
 
 class Unpacker:
-    """Cuts a stream of bytes into frames."""
+    """Splits a stream of bytes into frames."""
 
     def __init__(self) -> None:
         self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> Iterator[list[Event]]:
-        """Yield the events of every frame that `chunk` completes. Raises TransportError: not our frames."""
+        """Yield the events of every frame that `chunk` completes.
+
+        Raises TransportError: the frames are not gserve's.
+        """
         self._rest += chunk
         while len(self._rest) >= 4:
             length = int.from_bytes(self._rest[:4], "big")

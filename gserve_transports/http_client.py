@@ -16,11 +16,12 @@ from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, Unpacker
 
 CONNECT_SECONDS = 5.0
 IMPORTED = sniffio
-"""What httpx imports only with its first request. A process that is forked meanwhile would wait for that for ever."""
+"""A module that httpx imports only with its first request.
+If the process were forked during that import, the child would wait for it forever."""
 
 
 class HttpConnection(Connection):
-    """Talks to one server. Proxy variables are ignored: the server is ours, not the internet's."""
+    """A connection to one server. Proxy variables are ignored: the server is ours, not on the internet."""
 
     def __init__(self, address: Address, access: Access) -> None:
         self._access = access
@@ -28,7 +29,7 @@ class HttpConnection(Connection):
         self._place = self._places[0] if len(self._places) == 1 else None
         self._finding = asyncio.Lock()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
-        # there is no TLS to verify, and to read the certificates takes 100 ms and a descriptor
+        # there is no TLS to verify, and loading the certificates takes 100 ms and a descriptor
         self._client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE, verify=False),
             timeout=httpx.Timeout(access.timeout, connect=CONNECT_SECONDS, pool=None),
@@ -71,7 +72,7 @@ class HttpConnection(Connection):
     async def shut_down(self) -> None:
         """Ask the server to end."""
         place = await self._find()
-        await self._ask(place)  # a stranger is not ours to end
+        await self._ask(place)  # checks that it is the expected server
         secret = self._access.token if self._access.control is None else self._access.control
         with self._errors(place, self._access.timeout):
             reply = await self._client.post(f"http://{place}/shutdown", headers=_bearer(secret))
@@ -83,7 +84,10 @@ class HttpConnection(Connection):
         await self._client.aclose()
 
     async def _find(self) -> Address:
-        """Return the first place where the server answers; remembered once it is known. Raises TransportError."""
+        """Return the first address at which the server answers, and remember it.
+
+        Raises TransportError: it answers at none.
+        """
         async with self._finding:
             tried: list[TransportError] = []
             for place in self._places if self._place is None else ():
@@ -102,7 +106,10 @@ class HttpConnection(Connection):
             return self._place
 
     async def _ask(self, place: Address) -> Health:
-        """Return the state of the server at `place`."""
+        """Return the state of the server at `place`.
+
+        Raises TransportError: it cannot be reached, or is not the expected server.
+        """
         with self._errors(place, CONNECT_SECONDS):
             reply = await self._client.get(f"http://{place}/health", timeout=CONNECT_SECONDS)
             self._check_instance(reply, place)
@@ -118,7 +125,7 @@ class HttpConnection(Connection):
 
     @contextmanager
     def _errors(self, place: Address, timeout: float | None) -> Iterator[None]:
-        """Turn httpx's errors into ours: the one edge where that happens."""
+        """Turn httpx's errors into ours. This is the only place that does."""
         try:
             yield
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
@@ -134,7 +141,7 @@ class HttpConnection(Connection):
 
 
 def _is_refused(error: BaseException) -> bool:
-    """Return whether nobody listens at the port of a server."""
+    """Return whether an error means that nothing listens at the server's port."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, ConnectionRefusedError):
         cause = cause.__cause__ or cause.__context__
@@ -146,7 +153,7 @@ def _bearer(secret: str | None) -> dict[str, str]:
 
 
 def _error(reply: httpx.Response) -> RemoteError:
-    """Return what the server says is wrong."""
+    """Return the error that the server's reply describes."""
     try:
         sentence = str(msgspec.json.decode(reply.content)["error"]["message"])
     except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):

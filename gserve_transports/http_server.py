@@ -40,29 +40,32 @@ from gserve_core.schema import (
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, pack
 
 OPEN_ROUTES = {("GET", "/health")}
-"""What may be asked without the token."""
+"""Routes that need no token."""
 CONTROL_PATH = "/shutdown"
-"""What is asked with the control secret, where there is one."""
+"""Route that needs the control secret, if the server has one."""
 HEARTBEATS = 0.01, 3600.0
-"""The shortest and the longest time between two signs of life that a client may ask for, in seconds."""
+"""Minimum and maximum heartbeat interval that a client may request, in seconds."""
 PATIENCE, SLOWEST = 20.0, 16 << 10
-"""A request must arrive within so many seconds, and a second more for so many bytes of it."""
+"""A request must arrive within `PATIENCE` seconds, plus one second for each `SLOWEST` bytes of it."""
 UNREAD = 12, 5.0
-"""A client that takes no byte of an answer at so many looks, with so many seconds between them, is cut off."""
+"""Number of checks, and seconds between them, for a client that reads nothing of its answer.
+A client that has read nothing at any of these checks is disconnected."""
 LATE = 5.0
-"""A timer that comes so many seconds late says that this process was stopped: its clients may have been stopped too."""
+"""Delay of a timer, in seconds, that means that this process was suspended.
+Its clients may have been suspended too, so the time limit of a request is extended by the delay."""
 MAX_HEAD = 64 << 10
-"""The most bytes of a request that are not its body: the head, and what follows the last chunk."""
+"""Maximum size of a request without its body, in bytes: the head, and everything after the last chunk."""
 CHUNKING = 8
-"""So many bytes more for each byte of the body: to send it in chunks of one byte each takes 5."""
+"""Additional bytes that are allowed per byte of the body. Chunks of one byte each need 5."""
 MAX_LEFTOVER = 256 << 20
-"""How much is read of a body after the answer. Cut off at once, a client that still sends would not see the answer."""
+"""Maximum part of a body that is read after the answer, in bytes.
+If the connection were closed at once, a client that still sends would not see the answer."""
 BODIES = 16
-"""The bodies of all requests that are being worked on may take as much memory as so many of the largest."""
+"""Maximum memory for the bodies of all requests in progress, as a multiple of the largest body allowed."""
 BUSY_SECONDS = 1.0
-"""Seconds until a client asks again that was refused because of that."""
+"""Retry delay for a client that is refused because of `BODIES`, in seconds."""
 MAX_PIPELINED = 16
-"""How many requests may wait on one connection behind the one that is worked on."""
+"""Maximum number of requests that wait on one connection behind the request in progress."""
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::[0-9]{1,5})?")
 
 
@@ -89,7 +92,7 @@ async def serve(api: ServerApi, host: str, port: int, *, max_body: int) -> Async
 
 
 class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: they would end the process before the engine has been stopped."""
+    """uvicorn without its signal handlers, which would end the process before the engine has stopped."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -97,9 +100,10 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """uvicorn's protocol, within bounds: by itself it would wait for the rest of a request for ever, and keep any head.
+    """uvicorn's protocol with limits on a request.
 
-    What is out of bounds is cut off; an honest client does not come near.
+    uvicorn itself would wait forever for the rest of a request, and accept a head of any size. A connection that
+    exceeds a limit is closed. Honest clients do not come near the limits.
     """
 
     _timer: asyncio.TimerHandle | None = None
@@ -115,13 +119,13 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Expect the client to take something of its answer, of which there is more than enough."""
+        """Begin to check whether the client reads its answer, since the write buffer is full."""
         super().pause_writing()
         self._end_reading()
         self._expect_reading(self.transport.get_write_buffer_size(), UNREAD[0])
 
     def resume_writing(self) -> None:
-        """Expect nothing more: it has."""
+        """Stop these checks, since the client has read enough."""
         self._end_reading()
         super().resume_writing()
 
@@ -160,21 +164,21 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def _begin(self) -> None:
-        """Expect a request."""
+        """Start the time limit of a request."""
         self._received = self._body = self._leftover = 0
         self._began = self.loop.time()
         self._look_due = self._began + PATIENCE
         self._timer = self.loop.call_later(PATIENCE, self._look)
 
     def _end(self) -> None:
-        """Expect nothing more: the request is there."""
+        """Stop the time limit: the request has arrived."""
         self._received = self._body = self._leftover = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _look(self) -> None:
-        if self.pipeline:  # until those before it are answered, nothing of it is read
+        if self.pipeline:  # it is not read until earlier requests are answered
             self._began = self.loop.time()
         elif (late := self.loop.time() - self._look_due) > LATE:
             self._began += late
@@ -188,7 +192,7 @@ class _Protocol(HttpToolsProtocol):
     def _cut(self, why: str) -> None:
         if self.transport.is_closing():
             return
-        if self.cycle is not None and self.cycle.response_started:  # no place for an answer
+        if self.cycle is not None and self.cycle.response_started:  # too late for another answer
             self.transport.abort()
         else:
             self.send_400_response(why)
@@ -203,10 +207,10 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
             listening = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             for option in KEEPALIVE:
-                listening.setsockopt(*option)  # connections inherit it
+                listening.setsockopt(*option)  # accepted connections inherit it
             listening.bind(target)
             listening.listen(2048)
-            forget = weakref.WeakMethod(listening.close)  # a fork, as an engine may be, would keep the port
+            forget = weakref.WeakMethod(listening.close)  # a forked process, such as an engine's, would keep the port
             os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
         except (OSError, OverflowError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or error
@@ -215,7 +219,7 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _reachable_as(host: str) -> list[str]:
-    """Return the hosts by which a server that listens on `host` may be reached."""
+    """Return the hosts under which clients can reach a server that listens on `host`."""
     try:
         everywhere = ipaddress.ip_address(host).is_unspecified
     except ValueError:
@@ -227,7 +231,10 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     async def read(request: Request) -> bytearray:
-        """Return the body, unless it is too large."""
+        """Return the body of a request.
+
+        Raises RemoteError: it is too large (413), or the client has disconnected (499).
+        """
         body = bytearray()
         size = request.headers.get("content-length", "0")
         try:
@@ -244,7 +251,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     async def whole(request: Request, run: RunRequest) -> Response:
         outputs = await _unless_gone(request, api.run_whole(run))
-        return await asyncio.to_thread(_outputs, outputs)  # others are answered while a large one is written
+        return await asyncio.to_thread(_outputs, outputs)  # in a thread, so that other requests go on
 
     @app.exception_handler(RemoteError)
     async def refuse(_: Request, error: RemoteError) -> Response:
@@ -284,7 +291,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
         if not HEARTBEATS[0] <= asked.heartbeat <= HEARTBEATS[1]:
             raise RemoteError("expected a heartbeat from {} to {} s".format(*HEARTBEATS), status=400)
         events = api.run(asked)
-        first = await _unless_gone(request, anext(events, []))  # an error is a status here; later, a broken stream
+        first = await _unless_gone(request, anext(events, []))  # here an error is a status; later, a broken stream
         return _Frames(first, events)
 
     @app.post("/cancel")
@@ -306,7 +313,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
 
 class _Frames(StreamingResponse):
-    """Events as they happen. However the response ends, so does the work."""
+    """A stream of events as they happen. However the response ends, the work ends with it."""
 
     def __init__(self, first: list[Event], rest: AsyncGenerator[list[Event]]) -> None:
         self._rest = rest
@@ -324,7 +331,11 @@ class _Frames(StreamingResponse):
 
 
 async def _unless_gone[T](request: Request, work: Awaitable[T]) -> T:
-    """Return what `work` returns; cancel it when the client goes away."""
+    """Return the result of `work`, and cancel it if the client disconnects.
+
+    Raises what `work` raises.
+    Raises RemoteError: the client has disconnected (499).
+    """
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -342,7 +353,10 @@ async def _unless_gone[T](request: Request, work: Awaitable[T]) -> T:
 
 
 class _Bodies:
-    """Counts the bytes of the bodies of all requests, until they are answered; of more than `most` the last waits."""
+    """Limits the memory for the bodies of all unanswered requests to `most` bytes.
+
+    A request that exceeds the limit is refused (429), and may be sent again later.
+    """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app = app
@@ -370,7 +384,10 @@ class _Bodies:
 
 
 class _Guard:
-    """Stands before every route: the Host header, then the token. Decides by the path that will be routed."""
+    """Checks each request before it is routed: its Host header, then its token or control secret.
+
+    It decides by the same path as the router.
+    """
 
     def __init__(self, app: ASGIApp, api: ServerApi, hosts: set[str]) -> None:
         self._app = app
@@ -395,7 +412,7 @@ class _Guard:
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1 or _hostname(hosts[0].decode("latin-1")) not in self._hosts:
             return _refusal(400, "the Host header names no address of this server")
-        if not scope["path"].isprintable():  # routing takes a path with a newline behind it for the path without
+        if not scope["path"].isprintable():  # the router ignores a newline at the end of a path
             return _refusal(404, "no path has control characters")
         api, path = self._api, scope["path"]
         if (scope["method"], path) in OPEN_ROUTES:
@@ -411,13 +428,13 @@ class _Guard:
 
 
 def _shows(headers: list[tuple[bytes, bytes]], secret: str) -> bool:
-    """Say whether a request shows `secret`, in a time that does not tell how much of it was right."""
+    """Return whether a request carries `secret`. The time taken does not reveal how much of it is right."""
     given = [value for name, value in headers if name == b"authorization"]
     return len(given) == 1 and hmac.compare_digest(given[0], f"Bearer {secret}".encode())
 
 
 def _hostname(header: str) -> str | None:
-    """Return the host of a Host header, without its port; None where the header is nothing like one."""
+    """Return the host of a Host header, without its port; None if the header is malformed."""
     found = _HOST.fullmatch(header.lower())
     return None if found is None else found[1] or found[2]
 
@@ -432,7 +449,7 @@ def _decode_msgpack[T](body: bytearray, type_: type[T]) -> T:
 def _decode_json[T](body: bytearray, type_: type[T]) -> T:
     try:
         made = msgspec.json.decode(body, type=type_)
-        json.loads(body, object_pairs_hook=_refuse_duplicates)  # msgspec would take the last of them
+        json.loads(body, object_pairs_hook=_refuse_duplicates)  # msgspec would use the last value
         return made
     except UnicodeDecodeError as error:
         raise RemoteError(f"the body is not UTF-8: {error.reason} at byte {error.start}", status=400) from error

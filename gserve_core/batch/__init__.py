@@ -1,1 +1,1 @@
-"""What a call is: its items, the queue that they wait in, and the dispatcher that sends them to servers."""
+"""A call and its parts: its items, their queue, and the dispatcher that sends them to servers."""

@@ -1,4 +1,4 @@
-"""One call under way: its items are read as others end, and their outcomes come back."""
+"""A call in progress: its items are read as earlier ones end, and their outcomes come back."""
 
 import asyncio
 import contextvars
@@ -17,30 +17,34 @@ from .item_queue import Call, Item, Outcome, size_of
 from .items import Items
 
 AHEAD = 1 << 16
-"""Maximum number of items of a call that are read and not yet handed to the caller, unless the servers hold more."""
+"""Maximum number of items of a call that are read and not yet handed to the caller.
+If the servers have room for more than half of it, twice their room applies instead."""
 AHEAD_SIZE = 64 << 20, 8 << 10
-"""Maximum size of the items of a call that are read and have not ended, in bytes: altogether, or for each item that the
-servers hold, if that is more."""
+"""Maximum size of the items of a call that are read and have not ended, in bytes.
+The first number holds in total, the second for each item that the servers have room for. The larger limit applies."""
 FEED = 1 << 12
-"""Number of items that are read in one go from a sequence, for `FEED_SECONDS` at most."""
+"""Maximum number of items that are read in one step."""
 FEED_SECONDS = 0.05
+"""Maximum time of one step on a list or tuple, in seconds."""
 FULL_SECONDS = 1.0
-"""Maximum time between two looks of the reader at whether there is room, in seconds."""
+"""Maximum time between two checks of the reader for room, in seconds."""
 CLOSED_SECONDS = 1.0
-"""Maximum time between two looks of a call, whose source gives nothing, at whether the dispatcher is closed."""
+"""Time between two checks whether the dispatcher is closed, in seconds, while the source gives nothing."""
 
 type OnError = Literal["raise", "return"]
 
 
 class Batch:
-    """A call under way.
+    """A call in progress.
 
-    The caller's thread calls `feed`, waits `patience` seconds for outcomes, hands them to `count`, and so on.
+    The caller's thread repeats these steps: call `feed`, wait at most `patience` seconds for outcomes, pass them to
+    `count`.
 
-    `feed` reads a list or tuple itself. Any other iterable may block, or wait for an earlier outcome of this call: a
-    thread of its own reads it, and submits each item at once. `deliver` is called from any thread and must not block.
+    `feed` itself reads a list or tuple. Any other iterable may block, or wait for an earlier outcome of this call. A
+    separate thread reads such an iterable, and submits each item at once.
 
-    finishes: where reading or sending fails, what was sent before ends first.
+    `deliver`: receives outcomes. It is called from any thread and must not block.
+    `finishes`: whether items that were already sent end before an error of reading or sending is raised.
     """
 
     def __init__(
@@ -63,7 +67,7 @@ class Batch:
         self._open: set[int] | None = None if deadline is None else set()
         self._reader: threading.Thread | None = None
         self._reading = threading.Lock()
-        """Held while an item is submitted, so that none comes after the deadline."""
+        """Held while an item is submitted, so that no item is submitted after the deadline."""
         self._failure: BaseException | None = None
         self._room = threading.Event()
         self._read = 0
@@ -72,10 +76,13 @@ class Batch:
         self._is_read = False
 
     def feed(self) -> bool:
-        """Submit some items, where there is room; return whether outcomes are to come.
+        """Submit some items if there is room. Return whether more outcomes will come.
 
-        Raises what the source raises, and TransportError: the dispatcher was closed. After the deadline it cancels what
-        is not finished, however many outcomes wait to be taken: what comes after them is `expire`.
+        After the deadline, it cancels all unfinished items, even while outcomes wait. The caller takes those outcomes,
+        then calls `expire`.
+
+        Raises what the source raises.
+        Raises TransportError: the dispatcher was closed.
         """
         if self.is_late:
             if not self._call.is_cancelled:
@@ -93,11 +100,11 @@ class Batch:
         if self._failure is not None and not (self._finishes and self._counted < self._read):
             raise self._failure
         if self._counted >= self._read and not self._is_read:
-            self._dispatcher.check()  # the source may give nothing for as long as it likes
+            self._dispatcher.check()  # the source may give nothing for any length of time
         return self._counted < self._read or not self._is_read
 
     def _read_some(self) -> None:
-        """Read and submit items, until there are enough."""
+        """Read and submit items while there is room, in one step."""
         good: list[Item] = []
         bad: list[tuple[int, Outcome]] = []
         now = time.monotonic
@@ -124,7 +131,7 @@ class Batch:
             self._open.update([item.index for item in good], [index for index, _ in bad])
 
     def _read_all(self) -> None:
-        """Be the reader: submit each item as soon as it is read, and wait where there are enough."""
+        """Submit each item as soon as it is read, and wait while there is no room. This is the reader's thread."""
         try:
             while not self._is_read and not self._call.is_cancelled:
                 if self._is_full:
@@ -138,7 +145,10 @@ class Batch:
             self._deliver([])
 
     def _submit_one_by_one(self, room: int) -> bool:
-        """Submit up to `FEED` items, or about `room` bytes, each as soon as it is read; return whether all is read."""
+        """Submit up to `FEED` items, or about `room` bytes, each as soon as it is read.
+
+        Return whether all items have been read.
+        """
         call, before = self._call, room
         submit = self._submit if self._open is None else self._submit_in_time
         count = min(FEED, self._places)
@@ -153,14 +163,14 @@ class Batch:
         return self._read < last
 
     def _submit(self, item: Item | ItemError) -> int:
-        """Submit an item, or deliver its error; return its size in bytes."""
+        """Submit an item, or deliver its error. Return its size in bytes."""
         self._read += 1
         if isinstance(item, ItemError):
             self._deliver([(item.index, item)])
             return 0
         try:
             self._dispatcher.submit((item,))
-        except BaseException:  # there will be no outcome to count
+        except BaseException:  # no outcome will come for it
             self._read -= 1
             raise
         return item.size
@@ -182,23 +192,23 @@ class Batch:
 
     @property
     def _ahead(self) -> int:
-        """How many items may be read and not yet handed to the caller."""
+        """Maximum number of items that are read and not yet handed to the caller."""
         return max(AHEAD, 2 * self._dispatcher.room)
 
     @property
     def _places(self) -> int:
-        """How many items may be read now."""
+        """Number of items that may be read now."""
         return max(0, self._ahead - (self._read - self._counted))
 
     @property
     def _size_ahead(self) -> int:
-        """How many bytes may be read now."""
+        """Number of bytes that may be read now."""
         most = max(AHEAD_SIZE[0], AHEAD_SIZE[1] * self._dispatcher.room)
         return most - (self._read_size - self._call.ended_size)
 
     @property
     def patience(self) -> float | None:
-        """How many seconds to wait for outcomes, before `feed` or the deadline; None: as long as it takes."""
+        """Maximum time to wait for outcomes before the next `feed`, in seconds; None: no limit."""
         if self._reader is None and not self._is_full:
             return 0.0
         most = CLOSED_SECONDS if self._reader is not None and not self._is_read else None
@@ -213,7 +223,7 @@ class Batch:
         return self._ends is not None and time.monotonic() >= self._ends
 
     def count(self, outcomes: list[tuple[int, Outcome]]) -> list[tuple[int, Outcome]]:
-        """Take note of outcomes that have come; return them."""
+        """Count outcomes that have come, and return them."""
         self._counted += len(outcomes)
         self._call.taken_size += size_of(outcomes)
         if self._call.is_paused:
@@ -224,10 +234,12 @@ class Batch:
         return outcomes
 
     def expire(self) -> Iterator[list[tuple[int, Outcome]]]:
-        """End the call at its deadline; yield the errors of what is not finished.
+        """End the call at its deadline. Yield an error for each unfinished item.
 
-        Of an iterator, whose end nobody knows, that is what has been read, and one more error. Raises what it raised.
-        What may block is not read any further.
+        For an iterator, these are the items that have been read, and one more error, since its length is unknown. A
+        source that may block is not read any further.
+
+        Raises what the source raised.
         """
         with self._reading:
             self.cancel()
@@ -249,7 +261,7 @@ class Batch:
             yield [(self._read, error(self._read, "all items had been read"))]
 
     def cancel(self) -> None:
-        """Drop what is not finished, also on the servers."""
+        """Cancel all unfinished items, including items in flight."""
         self._call.is_cancelled = True
         self._room.set()
         with suppress(Exception):
@@ -259,9 +271,11 @@ class Batch:
 def outcome_lists(
     dispatcher: Dispatcher, items: Items, deadline: float | None, *, finishes: bool = True
 ) -> Iterator[list[tuple[int, Outcome]]]:
-    """Yield the outcomes of all items as they come, as many at once as there are. Nothing is sent before the first.
+    """Yield the outcomes of all items as they come, in lists. Nothing is sent before the first list is requested.
 
-    Where a deadline ends the reading of an iterator, the last outcome says so. finishes: see `Batch`.
+    If a deadline ends the reading of an iterator, the last outcome is an error that says so.
+
+    `finishes`: see `Batch`.
     """
     news: queue.SimpleQueue[list[tuple[int, Outcome]]] = queue.SimpleQueue()
     batch = Batch(dispatcher, items, deadline, news.put, finishes=finishes)
@@ -275,7 +289,7 @@ def outcome_lists(
                     return
                 continue
             yield batch.count(come)
-    except BaseException:  # Ctrl-C, or the caller wants no more: the servers need not go on
+    except BaseException:  # Ctrl-C, or the caller stops early: the servers need not continue
         batch.cancel()
         raise
 
@@ -283,7 +297,7 @@ def outcome_lists(
 async def collect_async(
     dispatcher: Dispatcher, items: Items, deadline: float | None, return_extra: bool, on_error: OnError
 ) -> list[Any]:
-    """Return what `collect` returns."""
+    """Return the same as `collect`, without blocking the event loop. Raises BatchError."""
     found = _Found(items, return_extra, on_error)
     loop = asyncio.get_running_loop()
     news: asyncio.Queue[list[tuple[int, Outcome]]] = asyncio.Queue()
@@ -314,7 +328,11 @@ async def collect_async(
 def collect(
     dispatcher: Dispatcher, items: Items, deadline: float | None, return_extra: bool, on_error: OnError
 ) -> list[Any]:
-    """Return all outcomes in the order of the call. Raises BatchError, BatchInterrupted."""
+    """Return all outcomes in the order of the call.
+
+    Raises BatchError: some items failed, and `on_error` is "raise".
+    Raises BatchInterrupted: Ctrl-C.
+    """
     found = _Found(items, return_extra, on_error)
     try:
         for outcomes in outcome_lists(dispatcher, items, deadline, finishes=False):
@@ -325,7 +343,7 @@ def collect(
 
 
 class _Found:
-    """The outcomes of a call so far, in its order; None where there is none yet."""
+    """The outcomes of a call so far, in its order. Items without an outcome have None."""
 
     def __init__(self, items: Items, return_extra: bool, on_error: OnError) -> None:
         if on_error not in ("raise", "return"):

@@ -29,18 +29,20 @@ from ..schema import Group, Prompt, RunRequest
 from .item_queue import Call, Item, ItemQueue, Piece, Server
 
 IMPORTED = anyio._backends._asyncio
-"""What anyio imports only with its first scope. A process that is forked meanwhile would wait for that for ever."""
+"""A module that anyio imports only with its first scope.
+If the process were forked during that import, the child would wait for it forever."""
 HEARTBEAT = 5.0
-"""Seconds between two signs of life of a server at work; less where `client_timeout` is short."""
+"""Time between two heartbeats of a server that works, in seconds. It is shorter if `client_timeout` is short."""
 PROBE = 1.0
-"""Seconds between two questions to a server whose connection broke."""
+"""Time between two health requests to a server whose connection broke, in seconds."""
 DOUBT = 10.0
-"""Seconds until a server that does not answer is given up, beyond twice the time after which its owner ends one that
-hangs: a server that has not been ended by then lives, and cannot be reached."""
+"""Time until an unresponsive server is given up, in seconds, in addition to twice its stall timeout.
+By then its owner would have ended a hung server, so this one is alive but unreachable."""
 STALL = 60.0
-"""The time that is taken for that, in seconds, where the owner ends none that hangs."""
+"""Stall timeout, in seconds, that is assumed if the owner does not end hung servers."""
 MOST_SILENCE = 6.0
-"""Maximum time that one question without an answer counts, in seconds: meanwhile this process may have been stopped."""
+"""Maximum time counted for one health request without an answer, in seconds.
+This process may have been suspended during the request."""
 CLOSE_SECONDS = 10.0
 """Maximum time for closing all connections, in seconds."""
 
@@ -54,7 +56,7 @@ logger = logging.getLogger("gserve.batch")
 
 @dataclass(frozen=True)
 class _Known:
-    """How to reach a server: what a forked process needs to use it too."""
+    """The data that a forked process needs to use a server too."""
 
     connect: Callable[[], Connection]
     capacity: int
@@ -62,20 +64,21 @@ class _Known:
     is_watched: bool
     stall_timeout: float | None
     has_answered: bool = False
-    """Whether there has been an answer from it, in the process that this one was forked from."""
+    """Whether the process that forked this one has had an answer from it."""
 
     @property
     def patience(self) -> float:
-        """Seconds until the server is given up if it does not answer."""
+        """Time until a server that does not answer is given up, in seconds."""
         if not self.is_watched and self.timeout is not None:
             return self.timeout
         return DOUBT + 2 * (STALL if self.stall_timeout is None else self.stall_timeout)
 
 
 class _Work:
-    """Runs something that uses a connection. It is cancelled by a scope of anyio.
+    """One use of a connection, cancelled by an anyio scope.
 
-    httpx closes its sockets where no such scope interrupts it; `Task.cancel` would, and leave some of them open.
+    httpx closes its sockets even in a cancelled anyio scope. `Task.cancel` would interrupt the closing, and leave some
+    sockets open.
     """
 
     def __init__(self) -> None:
@@ -83,13 +86,13 @@ class _Work:
         self._is_cancelled = False
 
     def cancel(self) -> None:
-        """Cancel it; it may not have begun, or be over. Idempotent."""
+        """Cancel the use. It may not have begun, or may have ended. Idempotent."""
         self._is_cancelled = True
         if self._scope is not None:
             self._scope.cancel()
 
     async def run(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run it. Returns early where it is cancelled; raises what it raises."""
+        """Run `work`. Returns early if it is cancelled. Raises what `work` raises."""
         with anyio.CancelScope() as self._scope:
             if not self._is_cancelled:
                 await work()
@@ -106,33 +109,34 @@ class _Link:
         self.heartbeat = HEARTBEAT if known.timeout is None else min(HEARTBEAT, known.timeout / 3)
         self.is_probed = False
         self.work: dict[asyncio.Task[None], _Work] = {}
-        """What uses the connection."""
+        """The current uses of the connection."""
 
 
 class Dispatcher:
-    """One queue of items and the servers that empty it. Its methods may be called from any thread and signal handler.
+    """One queue of items, and the servers that work on it.
 
-    A forked process may go on using it: there it has a thread and connections of its own, and the servers that there
-    were at the fork.
+    Its methods may be called from any thread and from signal handlers.
+
+    A forked process may go on using it. There it has its own thread and connections, to the servers known at the fork.
     """
 
     def __init__(self) -> None:
         check_not_patched()
-        open_missing_descriptors()  # an event loop breaks with one below 3
+        open_missing_descriptors()  # an event loop breaks if one of its descriptors is below 3
         self._known: dict[str, _Known] = {}
         self.room = 0
-        """Number of items that all servers together have in flight, when there are enough."""
+        """Number of items that all servers have in flight together if there are enough items."""
         self._lock = threading.RLock()
         self._closed = False
         self._is_forked = False
-        """Whether this is a forked process, in which there is no thread yet."""
+        """Whether this is a forked process that has no thread yet."""
         self._inherited: list[object] = []
         self._begin()
         forked = weakref.WeakMethod(self._on_fork)
         os.register_at_fork(after_in_child=lambda: (method := forked()) and method())
 
     def _begin(self) -> None:
-        """Start the thread, with all known servers."""
+        """Start the thread, and add all known servers."""
         self._loop = uvloop.new_event_loop()
         self._links: dict[Server, _Link] = {}
         self._sent: dict[Piece, _Work] = {}
@@ -140,9 +144,9 @@ class Dispatcher:
         self._requests = map("{}-{}".format, itertools.repeat(uuid.uuid4().hex[:12]), itertools.count())
         self._incoming: deque[Item] = deque()
         self._looks = 0
-        """Number of times that the thread has looked at what has come."""
+        """Number of runs of `_take_incoming`."""
         self._asked_for = -1
-        """The value of `_looks` when another look was asked for last: while it is the same, that look is to come."""
+        """Value of `_looks` when `_take_incoming` was last scheduled. If they are equal, that run has not started."""
         self._is_closing = False
         self._queue = ItemQueue(
             start=self._start, stop=self._stop, cancel=self._cancel_items, probe=self._probe,
@@ -155,16 +159,19 @@ class Dispatcher:
         self._is_forked = False
 
     def _on_fork(self) -> None:
-        """Prepare for a first use in a forked process. Another thread of the parent may have had the lock."""
+        """Prepare for the first use in a forked process."""
         self._is_forked = True
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # another thread of the parent may have held the old one
         self._known = {key: replace(known, is_watched=False, has_answered=True) for key, known in self._known.items()}
-        self._inherited.append((self._loop, self._queue, self._links, self._sent, self._closing))  # never collected
+        self._inherited.append((self._loop, self._queue, self._links, self._sent, self._closing))  # never freed
 
     # -------------------------------------------------------------------------------------------------- from any thread
 
     def expect(self, key: str, comes: bool = True) -> None:
-        """Keep items waiting, where there is no other server, for one that is starting; no more, where none `comes`."""
+        """Keep items waiting for a server that is starting, even if there is no other server.
+
+        `comes`: whether it is still starting. False: stop waiting for it.
+        """
         self._soon(self._queue.expect if comes else self._queue.expect_no_more, key)
 
     def add(
@@ -177,23 +184,25 @@ class Dispatcher:
         is_watched: bool,
         stall_timeout: float | None = 60.0,
     ) -> None:
-        """Add a server that works on `capacity` items at once; `connect` makes a connection to it.
+        """Add a server that works on `capacity` items at once.
 
-        timeout: seconds without any sign of life; None: no limit. is_watched: the caller will call `remove` once the
-        server has died; else, it has died where nobody listens any more at its port, and is given up where it does not
-        answer for `timeout` seconds. stall_timeout: the caller will call `remove` also where the server hangs for so
-        many seconds; None: it will not.
+        `connect`: returns a new connection to it.
+        `timeout`: maximum time without a heartbeat or result, in seconds; None: no limit.
+        `is_watched`: whether the caller will call `remove` once the server has died. If not, the server counts as dead
+        when nothing listens at its port. It is given up if it does not answer for `timeout` seconds.
+        `stall_timeout`: time after which the caller calls `remove` for a hung server, in seconds; None: never.
         """
-        connection = connect()  # here: what it imports must not be half imported when the caller forks
+        connection = connect()  # here, so that its imports are complete when the caller forks
         self.check()
         known = self._known[key] = _Known(connect, capacity, timeout, is_watched, stall_timeout)
         self._count_room()
         self._soon(self._add, key, known, connection)
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
-        """Remove a server; its unfinished items go to the others, or wait for its restart where it `returns`.
+        """Remove a server and return its unfinished items to the queue.
 
-        died: whether it died while it worked, so that one of its items may be the reason.
+        `returns`: whether the items may wait for its restart. Other servers may take them before.
+        `died`: whether it died while it worked, so that one of its items may be the reason.
         """
         self.check()
         self._known.pop(key, None)
@@ -204,32 +213,34 @@ class Dispatcher:
         self.room = sum(2 * known.capacity for known in list(self._known.values()))
 
     def drain(self, why: str) -> None:
-        """Send nothing any more: what the servers have goes on, all else is lost because of `why`, now and later."""
+        """Send no more items. Items in flight go on; all others, present and future, are lost because of `why`."""
         self._soon(lambda: self._queue.drain(why))
 
     def submit(self, items: Sequence[Item]) -> None:
-        """Put items into the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
-        if self._closed or self._is_forked or sys.is_finalizing():  # looked at here: this is called for single items
+        """Add items to the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
+        if self._closed or self._is_forked or sys.is_finalizing():  # first: this runs for single items
             self.check()
         self._incoming.extend(items)
         if self._asked_for != (looks := self._looks):
             self._schedule(self._take_incoming)
-            self._asked_for = looks  # last: an exception of a signal handler may come before any line
+            self._asked_for = looks  # last: a signal handler may raise before any line
 
     def cancel(self, call: Call) -> None:
-        """Drop what is left of a call, also on the servers."""
+        """Cancel the unfinished items of a call, including items in flight."""
         call.is_cancelled = True
         self._soon(lambda: self._queue.cancel(call))
 
     def resume(self, call: Call) -> None:
-        """Send items of a call again that was paused: its caller has taken some of what was delivered."""
-        with contextlib.suppress(TransportError):  # closed: what waits has ended
+        """Send items of a paused call again. Call this when its caller has taken some results."""
+        with contextlib.suppress(TransportError):  # closed: all waiting items have ended
             self._soon(self._queue.resume, call)
 
     def ask[T](self, work: Coroutine[Any, Any, T], timeout: float) -> T:
-        """Run a coroutine in the event loop; return what it returns. Raises what it raises.
+        """Run a coroutine in the event loop and return its result.
 
+        Raises what the coroutine raises.
         Raises StallTimeout: it takes longer than `timeout` seconds.
+        Raises GserveError: the dispatcher is closed, or the interpreter is ending.
         """
         try:
             self.check()
@@ -246,7 +257,11 @@ class Dispatcher:
             raise StallTimeout(f"no answer within {timeout:g} s") from error
 
     def ask_server[T](self, key: str, question: Callable[[Connection], Coroutine[Any, Any, T]]) -> T:
-        """Run a coroutine function with the connection to a server; return what it returns. Raises what it raises."""
+        """Run a coroutine function with the connection to a server and return its result.
+
+        Raises what the coroutine raises, and what `ask` raises.
+        Raises TransportError: there is no connection to the server, or it was closed.
+        """
 
         async def asked() -> T:
             link = next((link for server, link in self._links.items() if server.key == key), None)
@@ -259,7 +274,7 @@ class Dispatcher:
                     answer.append(await question(link.connection))
 
             await self._use(link, ask)
-            if not answer:  # the connection was closed meanwhile
+            if not answer:  # the connection was closed during the question
                 raise TransportError(CLOSED)
             return answer[0]
 
@@ -271,15 +286,15 @@ class Dispatcher:
             self._thread.join(CLOSE_SECONDS)
 
     def ask_to_close(self) -> bool:
-        """Begin what `close` does; return whether the thread is about to end. A finalizer may call this too."""
-        if sys.is_finalizing() or self._closed:  # the thread is gone already, or another call closes this
+        """Begin to close, without waiting. Return whether the thread is about to end. A finalizer may call this too."""
+        if sys.is_finalizing() or self._closed:  # the thread has ended, or another call closes this
             return False
-        if self._is_forked:  # nothing of this process has used it
+        if self._is_forked:  # this process has not used it
             self._closed = True
             return False
         with contextlib.suppress(TransportError):
             self._schedule(self._begin_close)
-        self._closed = True  # last: an exception of a signal handler may come before any line
+        self._closed = True  # last: a signal handler may raise before any line
         return True
 
     def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
@@ -287,7 +302,10 @@ class Dispatcher:
         self._schedule(function, *arguments)
 
     def check(self) -> None:
-        """Begin anew in a forked process. Raises GserveError: this cannot be used any more."""
+        """Check that this can be used. In a forked process, start the thread and connections if necessary.
+
+        Raises GserveError: the dispatcher is closed, or the interpreter is ending.
+        """
         if sys.is_finalizing():
             raise GserveError("the interpreter is ending: call the service before, not in __del__ or a late exit hook")
         if self._closed:
@@ -298,25 +316,25 @@ class Dispatcher:
                     self._begin()
 
     def _schedule(self, function: Callable[..., object], *arguments: Any) -> None:
-        """Have a function called in the event loop. Takes no lock, so that a signal handler may do it at any moment."""
+        """Schedule a function in the event loop. Takes no lock, so a signal handler may call this at any moment."""
         try:
             self._loop.call_soon_threadsafe(function, *arguments)
         except RuntimeError as error:  # the loop is closed
             raise TransportError(CLOSED) from error
 
     def _run(self) -> None:
-        """Be the thread."""
+        """Run the event loop until it is stopped; this is the thread's function."""
         keep_logging_from_waiting()
         try:
             self._loop.run_forever()
         finally:
             self._loop.close()
-            self._take_incoming()  # what came when it had run for the last time
+            self._take_incoming()  # end items that came after its last run
 
     # --------------------------------------------------------------------------------- from here on: in the event loop
 
     def _add(self, key: str, known: _Known, connection: Connection) -> None:
-        keep_logging_from_waiting()  # again: the first connection has brought a transport's loggers
+        keep_logging_from_waiting()  # again: the first connection has imported the transport's loggers
         self._remove(key, "it was replaced", True, False)
         server = Server(key, known.capacity, known.is_watched, ends_hung=known.stall_timeout is not None)
         self._links[server] = _Link(server, connection, known)
@@ -341,8 +359,8 @@ class Dispatcher:
         closing.add_done_callback(self._closing.discard)
 
     def _take_incoming(self) -> None:
-        """Take in all that came until now: what comes at the same time travels together."""
-        self._looks += 1  # first: who comes after it asks for another look
+        """Move all new items into the queue. Items that come at the same time travel together."""
+        self._looks += 1  # first: a `submit` from now on must schedule another run
         if not self._incoming:
             return
         items = [self._incoming.popleft() for _ in range(len(self._incoming))]
@@ -359,7 +377,7 @@ class Dispatcher:
         task.add_done_callback(functools.partial(self._ended, piece))
 
     def _use(self, link: _Link, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
-        """Begin something that uses a connection, and that ends before the connection is closed."""
+        """Begin a use of a connection. The connection is closed only after its uses have ended."""
         begun = _Work()
         task = self._loop.create_task(begun.run(work))
         link.work[task] = begun
@@ -367,7 +385,7 @@ class Dispatcher:
         return task
 
     async def _send(self, piece: Piece, link: _Link) -> None:
-        """Send a piece, and pass on what comes of it."""
+        """Send a piece, and pass its events to the queue."""
         request = RunRequest(_groups(piece.sent), link.heartbeat, piece.request, piece.is_narrowing)
         async with contextlib.aclosing(link.connection.run(request)) as stream:
             async for events in stream:
@@ -375,7 +393,7 @@ class Dispatcher:
                 self._queue.happened(piece, events)
 
     def _ended(self, piece: Piece, task: asyncio.Task[None]) -> None:
-        """Take note of the end of a piece."""
+        """Handle the end of a piece."""
         del self._sent[piece]
         error: Any = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, TransportError):
@@ -386,18 +404,18 @@ class Dispatcher:
         self._sent[piece].cancel()
 
     def _cancel_items(self, piece: Piece, indexes: list[int]) -> None:
-        """Have a server stop working on some items of a piece."""
+        """Cancel some items of a piece on its server."""
         assert piece.server is not None
         link = self._links[piece.server]
 
         async def cancel() -> None:
-            with contextlib.suppress(TransportError):  # the line broke: the server drops the whole piece
+            with contextlib.suppress(TransportError):  # the connection broke, so the server drops the whole piece
                 await link.connection.cancel(piece.request, indexes)
 
         self._use(link, cancel)
 
     def _probe(self, server: Server) -> None:
-        """Find out whether a server answers whose connection broke."""
+        """Start to ask a server whose connection broke whether it answers."""
         link = self._links[server]
         if not link.is_probed:
             link.is_probed = True
@@ -420,7 +438,7 @@ class Dispatcher:
             except Exception as error:
                 logger.exception("cannot ask %s for its state", server.key)
                 why = str(error)
-            if silence >= link.patience or (is_gone and not server.is_watched):  # nobody would tell us its death
+            if silence >= link.patience or (is_gone and not server.is_watched):  # no owner reports this
                 logger.warning("lost %s: %s", server.key, why)
                 link.is_probed = False
                 self._queue.lose_sight(server, why)
@@ -452,7 +470,7 @@ class Dispatcher:
 
 
 def _groups(items: Sequence[Item]) -> list[Group]:
-    """Return the items of a piece as they travel: those that share their parameters together."""
+    """Return the items of a piece as groups. Neighbours with equal parameters share a group."""
     encoded: dict[int, bytes] = {}
     groups: list[Group] = []
     last: Item | None = None
@@ -463,7 +481,7 @@ def _groups(items: Sequence[Item]) -> list[Group]:
         params, seed = item.params, item.seed
         if last is None or params is not last.params or (seed is None) is not (last.seed is None):
             last = item
-            if id(params) not in encoded:  # of equal parameters each call has an object of its own
+            if id(params) not in encoded:  # equal parameters of two calls are separate objects
                 encoded[id(params)] = msgspec.msgpack.encode(params)
             if kind != (kind := (encoded[id(params)], seed is None)):
                 prompts, seeds = [], None if seed is None else []

@@ -1,4 +1,4 @@
-"""Files of items and of their answers: read and checked whole, written line by line, and completed by another run."""
+"""Files of items and of their answers: read and checked as a whole, written line by line, completed by later runs."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ type Outcomes = Iterator[tuple[int, list[ResponseOutput] | ItemError]]
 
 
 class Line(Struct, kw_only=True, forbid_unknown_fields=True):
-    """One item of the input, as a line of JSON may have it."""
+    """One item of the input, as a line of JSON."""
 
     field: ClassVar[str]
     id: int | str
@@ -34,7 +34,7 @@ class Line(Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def content(self) -> Any:
-        """What the model is asked."""
+        """The prompt or the messages."""
         return getattr(self, self.field)
 
 
@@ -53,7 +53,7 @@ class ConversationLine(Line):
 
 
 class Record(Struct, kw_only=True, omit_defaults=True):
-    """One line of the output: what came of an item, under its id."""
+    """One line of the output: the outcome of an item, under its id."""
 
     id: int | str
     prompt: str | list[int] | None = None
@@ -67,12 +67,15 @@ class Record(Struct, kw_only=True, omit_defaults=True):
 
     @property
     def content(self) -> Any:
-        """What the model was asked."""
+        """The prompt or the messages."""
         return self.prompt if self.messages is None else self.messages
 
 
 def numbered[T: Line](values: Iterable[Any], kind: type[T]) -> list[T]:
-    """Return items without ids of their own, by their places. Raises ConfigError."""
+    """Return items without ids of their own. Their ids are their places.
+
+    Raises ConfigError: they are not UTF-8 text.
+    """
     try:
         lines = [kind(**{"id": index, kind.field: value}) for index, value in enumerate(values)]
         msgspec.json.encode(lines)
@@ -82,7 +85,10 @@ def numbered[T: Line](values: Iterable[Any], kind: type[T]) -> list[T]:
 
 
 def read_items[T: Line](path: Path, kind: type[T]) -> list[T]:
-    """Read all items of an input, so that what is wrong with it is known before a server starts."""
+    """Read all items of an input, so that its errors are known before a server starts.
+
+    Raises ConfigError: the input cannot be read, a line is wrong, or an id is repeated.
+    """
     try:
         text = (sys.stdin.buffer.read() if path == STDIO else path.read_bytes()).decode("utf-8-sig")
     except OSError as error:
@@ -107,7 +113,7 @@ def read_items[T: Line](path: Path, kind: type[T]) -> list[T]:
 
 
 def _has_json(path: Path, rows: Sequence[tuple[int, str]]) -> bool:
-    """Say whether an input is JSON lines: its name tells, or, for stdin, its first line."""
+    """Return whether an input is JSON lines. The file name decides, or for stdin the first line."""
     if path != STDIO or not rows:
         return path.suffix == ".jsonl"
     try:
@@ -122,7 +128,7 @@ def has_system(messages: Sequence[Any]) -> bool:
 
 
 def read_params(text: str | None) -> Params | None:
-    """Read sampling parameters. Raises ConfigError."""
+    """Return sampling parameters from JSON text. Raises ConfigError: it is not a JSON object."""
     if text is None:
         return None
     try:
@@ -132,7 +138,7 @@ def read_params(text: str | None) -> Params | None:
 
 
 def encode(line: Line, outcome: list[ResponseOutput] | ItemError) -> bytes:
-    """Return the line of the output for an item."""
+    """Return the output line of an item."""
     if isinstance(outcome, ItemError):
         record = Record(id=line.id, error=str(outcome))
     else:
@@ -153,9 +159,11 @@ def in_order(outcomes: Outcomes) -> Outcomes:
 
 
 def finished_ids(path: Path, lines: Sequence[Line]) -> set[int | str]:
-    """Return the ids that an earlier run has finished, and take out of the file what it has not.
+    """Return the ids that an earlier run has finished, and remove its unfinished lines from the file.
 
-    That is, its errors, and a last line that it was killed in. Raises ConfigError: the file holds something else.
+    Unfinished lines are errors, and a last line that was cut off when the run was killed.
+
+    Raises ConfigError: the file holds something else, or another prompt for an id.
     """
     asked = {line.id: line.content for line in lines}
     finished: set[int | str] = set()
@@ -182,7 +190,7 @@ def finished_ids(path: Path, lines: Sequence[Line]) -> set[int | str]:
 
 
 def _rewrite(path: Path, without: set[int]) -> None:
-    """Write a file anew without some of its lines; it is whole at every moment."""
+    """Rewrite a file without some of its lines. It is complete at every moment."""
     descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as new, path.open("rb") as old:
@@ -196,7 +204,7 @@ def _rewrite(path: Path, without: set[int]) -> None:
 
 @contextmanager
 def open_output(path: Path | None) -> Iterator[BinaryIO]:
-    """Open the file that results are added to; None: stdout. Raises ConfigError."""
+    """Open the file for results, to append to it; None: stdout. Raises ConfigError: it cannot be opened."""
     if path is None:
         yield sys.stdout.buffer
         return

@@ -1,15 +1,17 @@
-"""The queue of one pool: where every item is, and which server gets what next.
+"""The queue of one pool: it records where every item is, and decides which server gets what next.
 
-This is plain state without threads, sockets or a clock of its own. The dispatcher drives it, and so do its tests.
+The queue is plain state without threads, sockets or a clock of its own. The dispatcher drives it, and so do its tests.
 
-Every item is in exactly one place: it waits in its call, it waits among the suspects, or it is in flight in one piece.
+Every item is in exactly one place. It waits in its call, waits among the suspects, or is in flight in one piece.
 `submitted == waiting + in_flight + ended` holds after every method.
 
-A broken connection is no loss. Its piece is held until the owner of the servers gives a verdict: the server answers
-again, or it has died. Suspects are held as long as that takes, other items for `HOLD_SECONDS`. Only a confirmed death
-is a loss of the items that were in flight. Items with `MAX_LOSSES` losses are suspects. They run on a server of their
-own: first together, then, after another death, in ever smaller groups. An item that is alone on its server when that
-dies is lost. Of suspects that the server has not begun by then nothing is said: others may have been at work there.
+A broken connection is not a loss. Its piece is held until the owner of the servers gives a verdict: the server answers
+again, or it has died. Suspects are held until the verdict, other items for at most `HOLD_SECONDS`. Only a confirmed
+death counts as a loss for the items in flight.
+
+Items with `MAX_LOSSES` losses are suspects. They run on a server of their own: first together, then, after each further
+death, in smaller groups. An item that is alone on its server when the server dies is lost. If the server has not
+started a group of suspects, its death is no loss for them: it may have been working on other items.
 """
 
 import logging
@@ -25,27 +27,27 @@ from ..schema import Event, Heartbeat, Params, Prompt, ResponseOutput, Result, w
 MAX_PIECE_ITEMS = 256
 """Maximum number of items in one request."""
 MAX_PIECE_SIZE = 4 << 20
-"""Maximum size of one request, in bytes, unless it holds a single item."""
+"""Maximum size of one request, in bytes. A request with a single item may be larger."""
 MAX_SIZE_IN_FLIGHT = 64 << 20
-"""Maximum size of the items in flight on one server, in bytes, unless it is a single piece."""
+"""Maximum size of the items in flight on one server, in bytes. A single piece may be larger."""
 GROWTH = 1.1
-"""Factor by which the size limit of a server's pieces recovers with each piece that it accepts."""
+"""Growth factor of a server's piece size limit after each accepted piece."""
 MAX_LOSSES = 2
-"""Number of deaths after which the items in flight are suspects."""
+"""Number of server deaths after which the items in flight become suspects."""
 WAYS = 16
-"""Number of groups that a group of suspects is split into when its server dies; one of up to twice as many items is
-split into single items."""
+"""Number of groups into which a group of suspects is split when its server dies.
+A group of at most twice as many items is split into single items."""
 MAX_RETURNS = 100
-"""Number of times that the connection of an item may break, on servers that live, before the item is lost."""
+"""Number of broken connections, without a confirmed death of the server, after which an item is lost."""
 HOLD_SECONDS = 2.0
-"""How long the items of a broken connection wait for a verdict on their server, in seconds, before others get them."""
+"""Maximum time that items of a broken connection wait for a verdict, in seconds. Then other servers get them."""
 BUSY_SECONDS = 1.0
-"""Seconds until a server that refused a piece is tried again, where it does not say when."""
+"""Retry delay after a server has refused a piece, in seconds. Applies if the server names no delay."""
 SETTLE_SECONDS = 2.0
-"""How long a server that was told to drop items may still work on them, in seconds. No suspects are begun meanwhile."""
+"""Time a server may still spend on cancelled items, in seconds. It gets no suspects during this time."""
 RESULTS_SIZE = 64 << 20
-"""Maximum size of the results of a call that wait for its caller, in bytes of memory: beyond it, no more of its items
-are sent. The results of items in flight come on top."""
+"""Maximum memory for the results of a call that wait for its caller, in bytes.
+Above it, no more items of the call are sent. The results of its items in flight come on top."""
 AHEAD = 1.25
 """Keep at least this multiple of a server's capacity in flight, so that it never runs dry."""
 
@@ -55,29 +57,30 @@ type Outcome = list[ResponseOutput] | ItemError
 
 
 class Call:
-    """What the items of one call share. `deliver` receives their outcomes, in the order in which they come."""
+    """The state that the items of one call share. `deliver` receives their outcomes in the order in which they come."""
 
     def __init__(self, deliver: Callable[[list[tuple[int, Outcome]]], object]) -> None:
         self.deliver = deliver
         self.waiting: deque[Item] = deque()
         self.is_cancelled = False
         self.ended_size = 0
-        """Size of its items that have ended, in bytes."""
+        """Total size of its items that have ended, in bytes."""
         self.made_size = 0
-        """About how much memory the outcomes take that were delivered, in bytes."""
+        """Estimated memory of the outcomes that were delivered, in bytes."""
         self.taken_size = 0
-        """The same of those that the caller has taken. Its own thread sets this, and calls `ItemQueue.resume` then."""
+        """Estimated memory of the outcomes that the caller has taken, in bytes.
+        The caller's thread sets this, then calls `ItemQueue.resume`."""
         self.is_paused = False
-        """Whether nothing of it is sent, since the caller takes too little."""
+        """Whether its items are held back because the caller takes its results too slowly."""
 
     @property
     def untaken(self) -> int:
-        """About how much memory the outcomes take that the caller has not taken, in bytes."""
+        """Estimated memory of the outcomes that the caller has not taken, in bytes."""
         return self.made_size - self.taken_size
 
 
 class Item(Struct, eq=False, gc=False):
-    """One prompt or conversation. `size` is in bytes; `seed` is used where its parameters name none."""
+    """One prompt or conversation. `size` is in bytes. `seed` is used if the sampling parameters have none."""
 
     call: Call
     index: int
@@ -91,14 +94,14 @@ class Item(Struct, eq=False, gc=False):
 
 
 class Server:
-    """A server, as the queue sees it: it works on `capacity` items at once."""
+    """A server as the queue knows it. It works on `capacity` items at once."""
 
     def __init__(self, key: str, capacity: int, is_watched: bool, *, ends_hung: bool = True) -> None:
         self.key = key
         self.is_watched = is_watched
         """Whether an owner confirms its death."""
         self.ends_hung = is_watched and ends_hung
-        """Whether the owner ends it too where it hangs. Else, `ItemQueue.lose_sight` ends what only it could do."""
+        """Whether the owner also ends it if it hangs. If not, `ItemQueue.lose_sight` ends the wait for a verdict."""
         self.window = 2 * capacity
         self.least = int(AHEAD * capacity)
         self.piece_size = float(MAX_PIECE_SIZE)
@@ -107,33 +110,36 @@ class Server:
         self.size_in_flight = 0
         self.busy_until = 0.0
         self.settled_at = 0.0
-        """When it works on nothing any more of what it was told to drop."""
+        """Time from which it works on no cancelled item any more, in seconds of the queue's clock."""
         self.is_broken = False
         self.is_out_of_sight = False
         self.stalled_at: float | None = None
-        """When a piece last ended without a sign of life, unless one has come since. A piece that was begun after that,
-        and gives none either, means that the server hangs, whatever else it answers."""
+        """Time at which a piece last timed out without an event; None once an event has come.
+        If a piece that began later times out too, the server hangs. That holds even if it answers other requests."""
         self.is_narrowing = False
-        """Whether it works on suspects, and on nothing else: it refuses what other clients send meanwhile."""
+        """Whether it works on suspects, and on nothing else. It then refuses requests of other clients."""
         self.accused: list[Item] = []
-        """Items that left before the verdict on a broken connection: a loss of theirs if the server has died."""
+        """Items that left before the verdict on a broken connection. If the server died, each of them counts a loss."""
 
     def is_usable(self, now: float) -> bool:
-        """Return whether it may be sent a piece."""
+        """Return whether a piece may be sent to it."""
         return not self.is_broken and self.busy_until <= now and not self.is_narrowing
 
     def limit(self, outstanding: int, servers: int) -> int:
-        """Return the maximum number of items in flight here, given all items and the number of servers.
+        """Return the maximum number of items in flight on this server.
 
-        A share that the server can work on at once is sent whole. Of a larger share it gets no more than half ahead:
-        another server may turn out to be faster.
+        `outstanding`: number of items that wait or are in flight.
+        `servers`: number of servers that share them.
+
+        A server may have its whole share if the share is at most `least`. It gets half of a larger share if there are
+        several servers, but at least `least` items: another server may be faster. The limit never exceeds `window`.
         """
         share = -(-outstanding // servers)
         return min(share, self.window, max(share // min(servers, 2), self.least))
 
 
 class Piece:
-    """Items that travel in one request. `items` has None in the place of one that has ended."""
+    """The items of one request. `items` has None in the place of each item that has ended."""
 
     def __init__(self, server: Server, items: list[Item], is_narrowing: bool, begun_at: float) -> None:
         self.server: Server | None = server
@@ -142,12 +148,12 @@ class Piece:
         self.items: list[Item | None] = [*items]
         self.size = sum(item.size for item in items)
         self.request = ""
-        """The id of its request, which `start` sets."""
+        """The id of its request. The `start` callback sets it."""
         self.is_narrowing = is_narrowing
         self.is_begun = False
-        """Whether the server has said anything of it: suspects it begins when it has nothing else."""
+        """Whether any event of it has come. A server starts suspects only when it has no other work."""
         self.held_until: float | None = None
-        """Set while its connection is broken and the verdict is open."""
+        """Time until which it waits for a verdict, on the queue's clock; None unless its connection is broken."""
 
     @property
     def left(self) -> list[Item]:
@@ -158,9 +164,13 @@ class Piece:
 class ItemQueue:
     """All items of a pool, and its servers.
 
-    start(piece): send it, then call `happened` and at last `ended`. stop(piece): abort it; nothing of it is wanted.
-    cancel(piece, indexes): these items of it are not wanted. probe(server): ask it until it answers, then call
-    `answered`. wake(time): call `pump` then. clock() returns the time in seconds.
+    The queue acts through these callbacks:
+    `start(piece)`: send it, then call `happened` for its events and finally `ended`.
+    `stop(piece)`: abort it. Its events are ignored from then on.
+    `cancel(piece, indexes)`: cancel these items of it.
+    `probe(server)`: ask it until it answers, then call `answered`.
+    `wake(time)`: call `pump` at this time.
+    `clock()`: return the time, in seconds.
     """
 
     def __init__(
@@ -187,7 +197,7 @@ class ItemQueue:
         self._suspects: deque[list[Item]] = deque()
         self._held: deque[Piece] = deque()
         self._reserved: Server | None = None
-        """The server that receives nothing, until it is idle and can take the next suspects."""
+        """The server that receives nothing until it is idle and can take the next suspects."""
         self._is_turn_of_calls = False
         """Whether waiting items come before the next suspects."""
         self._no_server = "there is no server"
@@ -196,45 +206,46 @@ class ItemQueue:
         self.submitted = 0
         self.ended_items = 0
 
-    # --------------------------------------------------------------------------------------------------------- looking
+    # --------------------------------------------------------------------------------------------------------- reading
 
     @property
     def waiting(self) -> int:
-        """Number of items that wait, suspects included."""
+        """Number of items that wait, including suspects."""
         return self._waiting_in_calls + sum(map(len, self._suspects)) + sum(len(call.waiting) for call in self._paused)
 
     @property
     def in_flight(self) -> int:
-        """Number of items in flight, those of broken connections included."""
+        """Number of items in flight, including items of broken connections."""
         return sum(server.in_flight for server in self._servers.values())
 
     @property
     def servers(self) -> Iterable[Server]:
-        """The servers that take part."""
+        """The servers in use."""
         return self._servers.values()
 
     # --------------------------------------------------------------------------------------------------------- servers
 
     def expect(self, key: str) -> None:
-        """Keep items waiting, where there is no server, for one that is starting."""
+        """Keep items waiting for a server that is starting, even if there is no other server."""
         self._expected.add(key)
 
     def expect_no_more(self, key: str) -> None:
-        """Do not wait for what was expected."""
+        """Stop waiting for an expected server."""
         self._expected.discard(key)
         self.pump()
 
     def add(self, server: Server) -> None:
-        """Add a server, of whose key there must be none."""
+        """Add a server. There must be no other server with its key."""
         assert server.key not in self._servers
         self._expected.discard(server.key)
         self._servers[server.key] = server
         self.pump()
 
     def remove(self, key: str, why: str, *, returns: bool, died: bool) -> None:
-        """Remove a server; what it had in flight waits again, for the others or for its restart where it `returns`.
+        """Remove a server and return its items in flight to the queue.
 
-        died: whether it has died while it worked. Only then is it a loss of the items in flight.
+        `returns`: whether the items may wait for its restart. Other servers may take them before.
+        `died`: whether it died while it worked. Only then do the items in flight count a loss.
         """
         (self._expected.add if returns else self._expected.discard)(key)
         self._no_server = f"no server is left: {why}"
@@ -247,7 +258,7 @@ class ItemQueue:
         suspects: list[Item] = []
         for item in server.accused if died else ():
             item.losses += not item.is_over
-        for piece in reversed([*server.pieces]):  # the oldest items come to the head of the queue
+        for piece in reversed([*server.pieces]):  # the oldest items return to the head of the queue
             if piece.held_until is None:
                 self._stop(piece)
             self._is_turn_of_calls = self._is_turn_of_calls or piece.is_narrowing
@@ -273,7 +284,7 @@ class ItemQueue:
         self.pump()
 
     def answered(self, server: Server) -> None:
-        """Use a server again: its connection was broken, and it lives."""
+        """Use a server again that answers after a broken connection."""
         server.is_broken = server.is_out_of_sight = False
         server.accused.clear()
         for piece in reversed([piece for piece in server.pieces if piece.held_until is not None]):
@@ -281,7 +292,10 @@ class ItemQueue:
         self.pump()
 
     def lose_sight(self, server: Server, why: str) -> None:
-        """Give up a server that does not answer and that nobody ends, until the next item is submitted."""
+        """Give up a server that does not answer and that no owner ends.
+
+        The next submitted item makes the queue probe it again.
+        """
         server.is_out_of_sight = True
         for piece in [piece for piece in server.pieces if piece.held_until == math.inf]:
             self._return_without_verdict(piece)
@@ -291,7 +305,7 @@ class ItemQueue:
     # ----------------------------------------------------------------------------------------------------------- items
 
     def submit(self, items: Sequence[Item]) -> None:
-        """Have items of one call wait. `pump` follows."""
+        """Add items of one call to the queue. The caller must call `pump` afterwards."""
         self.submitted += len(items)
         call = items[0].call
         if call.is_cancelled:
@@ -309,7 +323,7 @@ class ItemQueue:
                 self._probe(server)
 
     def cancel(self, call: Call) -> None:
-        """End all items of a call without outcomes, those on servers too."""
+        """End all items of a call without outcomes, including items in flight."""
         call.is_cancelled = True
         self._go_on(call)
         if call.waiting:
@@ -342,12 +356,12 @@ class ItemQueue:
         self.pump()
 
     def drain(self, why: str) -> None:
-        """Send nothing any more: what is in flight goes on, everything else is lost because of `why`."""
+        """Send no more items. Items in flight go on; all others are lost because of `why`."""
         self._ending = why
         self.pump()
 
     def close(self, why: str) -> None:
-        """End every item, with an error."""
+        """End every item with the error `why`."""
         self._ending = why
         for server in self._servers.values():
             for piece in [*server.pieces]:
@@ -360,7 +374,7 @@ class ItemQueue:
     # ---------------------------------------------------------------------------------------------------------- pieces
 
     def happened(self, piece: Piece, events: Sequence[Event]) -> None:
-        """Deliver the results among the events of a piece. Ignores what comes twice, or too late."""
+        """Deliver the outcomes among the events of a piece. Ignores duplicate and late events."""
         server = piece.server
         if server is None:
             return
@@ -388,14 +402,17 @@ class ItemQueue:
         for call, batch in outcomes.items():
             call.made_size += size_of(batch)
             if call.untaken > RESULTS_SIZE:
-                self._pause(call)  # first: the caller looks at that when it has taken these
+                self._pause(call)  # before delivery: the caller checks `is_paused` once it has taken these
             call.deliver(batch)
-        is_whole = len(finished) == count  # then the end of the piece follows at once
+        is_whole = len(finished) == count  # if so, `ended` follows at once
         if finished and not is_whole and (self._waiting_in_calls or self._suspects):
             self.pump()
 
     def ended(self, piece: Piece, error: Exception | None) -> None:
-        """Take note that nothing more comes of a piece, and why."""
+        """Handle the end of a piece: no more events of it will come.
+
+        `error`: the reason it broke off; None if its response ended normally.
+        """
         server = piece.server
         if server is None:
             return
@@ -428,7 +445,7 @@ class ItemQueue:
             if isinstance(error, StallTimeout) and not server.ends_hung:
                 before, server.stalled_at = server.stalled_at, self._clock()
                 server.is_out_of_sight = before is not None and piece.begun_at >= before
-            if not server.is_out_of_sight:  # the first time, it may be this process that was stopped
+            if not server.is_out_of_sight:  # after a first stall, ask: this process itself may have been suspended
                 self._probe(server)
         if server.is_watched and piece.is_narrowing and not server.is_out_of_sight:
             piece.held_until = math.inf
@@ -440,7 +457,7 @@ class ItemQueue:
             self._return(piece)
 
     def _release_held(self) -> None:
-        """Give the items to others where the verdict takes too long."""
+        """Return held items to the queue if the verdict takes too long."""
         now = self._clock()
         while self._held and (self._held[0].server is None or (self._held[0].held_until or 0.0) <= now):
             piece = self._held.popleft()
@@ -452,7 +469,7 @@ class ItemQueue:
             self._return(piece)
 
     def _return(self, piece: Piece) -> None:
-        """Have the items of a broken connection wait again, though no death of their server is known."""
+        """Return the items of a broken connection to the queue without a loss: no death of the server is known."""
         items = self._detach(piece)
         for item in items:
             item.returns += 1
@@ -463,7 +480,7 @@ class ItemQueue:
         self._wait_again(piece, [[item for item in items if not item.is_over]])
 
     def _wait_again(self, piece: Piece, groups: list[list[Item]]) -> None:
-        """Have the items of a detached piece wait again, suspects in these groups."""
+        """Return the items of a detached piece to the queue. Suspects keep these groups."""
         for group in reversed(groups):
             if not piece.is_narrowing:
                 self._put_back(group)
@@ -471,7 +488,7 @@ class ItemQueue:
                 self._suspects.appendleft(group)
 
     def _put_back(self, items: list[Item]) -> None:
-        """Have items wait again, at the head of their calls."""
+        """Return items to the head of the queues of their calls."""
         for item in reversed(items):
             call = item.call
             if not call.is_paused:
@@ -481,7 +498,7 @@ class ItemQueue:
             call.waiting.appendleft(item)
 
     def _detach(self, piece: Piece) -> list[Item]:
-        """Take a piece from its server; return what is left of it. Whatever still comes of it is ignored."""
+        """Remove a piece from its server and return its unfinished items. Later events of the piece are ignored."""
         server, items = piece.server, piece.left
         assert server is not None
         piece.server = None
@@ -492,7 +509,7 @@ class ItemQueue:
         return items
 
     def _finish(self, server: Server, items: list[Item]) -> None:
-        """End items that have left their piece."""
+        """Mark items as ended that have left their piece."""
         total = 0
         for item in items:
             size = item.size
@@ -518,10 +535,10 @@ class ItemQueue:
         item.call.ended_size += item.size
         self.ended_items += 1
 
-    # ---------------------------------------------------------------------------------------------------- who gets what
+    # ---------------------------------------------------------------------------------------------------- sending items
 
     def resume(self, call: Call) -> None:
-        """Send items of a call again, where its caller has taken enough of what was delivered."""
+        """Send items of a paused call again if its caller has taken enough results."""
         if call.untaken <= RESULTS_SIZE // 2:
             self._go_on(call)
             self.pump()
@@ -543,7 +560,7 @@ class ItemQueue:
                 self._waiting_in_calls += len(call.waiting)
 
     def pump(self) -> None:
-        """Give every server as many items as it should have now."""
+        """Send every server as many items as it should have now."""
         if self._held:
             self._release_held()
         if not self._waiting_in_calls and not self._suspects and not self._paused:
@@ -559,11 +576,11 @@ class ItemQueue:
             self._share_out([server for server in usable if server is not self._reserved and not server.is_narrowing])
 
     def _is_deserted(self) -> bool:
-        """Return whether there is no server, and none will come."""
+        """Return whether every server is gone or given up, and none is expected."""
         return not self._expected and all(server.is_out_of_sight for server in self._servers.values())
 
     def _narrow_down(self, usable: list[Server]) -> None:
-        """Start groups of suspects on idle servers. Where none is idle, reserve one, in turn with the calls."""
+        """Start groups of suspects on idle servers. If none is idle, reserve one, in turn with the calls."""
         must_wait = self._waiting_in_calls and (self._is_turn_of_calls or any(it.is_narrowing for it in self.servers))
         if not self._suspects or must_wait or not usable:
             self._reserved = None
@@ -599,7 +616,7 @@ class ItemQueue:
                 self._begin(server, items, is_narrowing=False)
 
     def _take(self, count: int, most: float) -> list[Item]:
-        """Take up to `count` items and `most` bytes, at least one item, from the calls in turn."""
+        """Take up to `count` items and `most` bytes from the calls in turn, but at least one item."""
         taken: list[Item] = []
         size = 0
         while self._calls and len(taken) < count:
@@ -619,7 +636,7 @@ class ItemQueue:
                 self._calls.pop()
         self._waiting_in_calls -= len(taken)
         accused = [item for item in taken if item.losses >= MAX_LOSSES]
-        if accused:  # the verdict came while they waited
+        if accused:  # a verdict while they waited made them suspects
             self._suspects.append(accused)
             self._wake(self._clock())
             return [item for item in taken if item.losses < MAX_LOSSES]
@@ -634,7 +651,7 @@ class ItemQueue:
         self._start(piece)
 
     def _lose_all(self, message: str) -> None:
-        """End everything that waits."""
+        """End every waiting item with the error `message`."""
         for call in [*self._paused]:
             self._go_on(call)
         calls, self._calls = self._calls, deque()
@@ -649,12 +666,15 @@ class ItemQueue:
 
 
 def size_of(outcomes: list[tuple[int, Outcome]]) -> int:
-    """Return about how much memory outcomes take that came together, in bytes: the last one stands for all."""
+    """Return the estimated memory of outcomes that came together, in bytes.
+
+    The last outcome is taken as typical of all.
+    """
     outputs = outcomes[-1][1] if outcomes else None
     return len(outcomes) * weight(outputs) if isinstance(outputs, list) else 0
 
 
 def _split(items: list[Item], parts: int) -> list[list[Item]]:
-    """Split suspects into groups of about the same number of items."""
+    """Split suspects into about `parts` groups of about equal size."""
     size = -(-len(items) // parts)
     return [items[start : start + size] for start in range(0, len(items), size)]

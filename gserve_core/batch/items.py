@@ -1,4 +1,4 @@
-"""Items: what users hand over, read, checked and sized one by one."""
+"""Items: the input of users, which is read, checked and measured item by item."""
 
 import hashlib
 import itertools
@@ -15,22 +15,22 @@ from ..schema import Conversation, Message, Params, Prompt
 from .item_queue import Call, Item
 
 TOKEN_SIZE = 5
-"""Size of a token id in a request, in bytes, at most."""
+"""Maximum size of a token id in a request, in bytes."""
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 type Read = Callable[[Any], tuple[Prompt, int]]
-"""Reads an item as it was given; returns it with its size in bytes. Raises ItemError, or what encoding raises."""
+"""Reads an item as the user gave it, and returns it with its size in bytes. Raises ItemError, or an encoding error."""
 
-_chance = random.Random()  # noqa: S311 - our own: the program's global one stays as its user has seeded it
+_chance = random.Random()  # noqa: S311 - our own generator, so that the program's global one keeps its seed
 os.register_at_fork(after_in_child=_chance.seed)
 
 
 class Seeds:
-    """The seeds of items whose parameters name none, so that an item that is sent again samples the same.
+    """The seeds of items whose parameters have none, so that a retry samples the same.
 
-    They are random, unless the model has a seed other than 0: then they follow from it, from the number of the call and
-    from the index of the item, and two runs of a program are alike.
+    They are random if the model's seed is 0. Otherwise they follow from the model's seed, the number of the call and
+    the index of the item. Then two runs of a program give the same results.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -38,7 +38,7 @@ class Seeds:
         self._calls = itertools.count()
 
     def of_next_call(self) -> Callable[[int], int]:
-        """Return a function that returns the seed of an item, by its index."""
+        """Return a function that returns the seed of an item by its index."""
         call = next(self._calls)
         if not self._seed:
             return lambda index: _chance.getrandbits(31)
@@ -51,10 +51,13 @@ class Seeds:
 
 
 class Items:
-    """The items of a call as they were given, with their parameters.
+    """The items of a call as the user gave them, with their parameters.
 
-    size: how many; None where nobody knows. is_at_hand: whether to read one cannot block. Raises ConfigError: the
-    parameters are wrong, or there is not one for each item; of an iterator, `read` finds that at its end.
+    `size`: number of items; None if unknown.
+    `is_at_hand`: whether reading an item never blocks.
+
+    Raises ConfigError: the parameters are wrong, or their number differs from the number of items. For an iterator,
+    `read` raises this error at its end.
     """
 
     def __init__(self, given: Iterable[Any], sampling_params: Any, read: Read, seed: Callable[[int], int]) -> None:
@@ -62,7 +65,7 @@ class Items:
         self._seed = seed
         self._params: Iterable[tuple[Params | ItemError | None, int]]
         self._count: int | None = None
-        """How many items an iterator must have, because there are so many parameters."""
+        """Number of items that an iterator must have, because there are so many parameters."""
         self.is_at_hand = isinstance(given, (list, tuple))
         self.size = len(given) if isinstance(given, Sequence) else None
         if isinstance(sampling_params, (list, tuple)):
@@ -82,7 +85,7 @@ class Items:
     def read(self, call: Call) -> Iterator[Item | ItemError]:
         """Yield each item, or its error. Raises what the source raises."""
         read, seed = self._read, self._seed
-        known: object = self  # parameters of which it is known whether they need a seed: mostly all items share them
+        known: object = self  # the parameters that `needs_seed` is for: most items share them
         needs_seed = True
         index = -1
         for (index, given), (params, params_size) in zip(enumerate(self._given), self._params, strict=False):
@@ -113,13 +116,13 @@ def _one_each(params: int, items: str) -> ConfigError:
 
 
 def _too_few(params: int) -> Iterator[NoReturn]:
-    """Raise ConfigError to who asks for the parameters of one more item."""
+    """Raise ConfigError when the parameters of one more item are requested."""
     raise _one_each(params, f"more than {params}")
     yield
 
 
 def _each_params(given: Sequence[Any]) -> list[tuple[Params | ItemError | None, int]]:
-    """Read sampling parameters, one per item, and their sizes in bytes; equal ones once."""
+    """Return the sampling parameters of each item, and their sizes in bytes. Equal objects are read once."""
     known: dict[int, tuple[Params | ItemError | None, int]] = {}
     for one in given:
         if id(one) not in known:
@@ -132,9 +135,9 @@ def _each_params(given: Sequence[Any]) -> list[tuple[Params | ItemError | None, 
 
 
 def read_prompt(given: Any) -> tuple[str | list[int], int]:
-    """Return a text or a list of token ids, and its size in bytes."""
+    """Return a text or a list of token ids, and its size in bytes. Raises ItemError: it is neither."""
     if isinstance(given, str):
-        text = given if type(given) is str else str.__str__(given)  # one of a subclass, as NumPy's, cannot travel
+        text = given if type(given) is str else str.__str__(given)  # subclasses, such as NumPy's, cannot be sent
         return text, len(text) if text.isascii() else len(text.encode())
     if isinstance(given, (list, tuple)):
         return msgspec.convert(given, list[TokenId]), TOKEN_SIZE * len(given)
@@ -142,7 +145,7 @@ def read_prompt(given: Any) -> tuple[str | list[int], int]:
 
 
 def conversation_reader(*, add_generation_prompt: bool, continue_final_message: bool) -> Read:
-    """Return what reads lists of messages. The flags are those of `vllm.LLM.chat`."""
+    """Return a function that reads lists of messages. The flags mean the same as in `vllm.LLM.chat`."""
 
     def read(given: Any) -> tuple[Conversation, int]:
         messages = msgspec.convert(given, list[Message])
@@ -156,13 +159,13 @@ def conversation_reader(*, add_generation_prompt: bool, continue_final_message: 
 
 
 def check_list(given: Any, what: str, example: str) -> None:
-    """Raise ConfigError where items were not given as a list, or any other iterable but a text or mapping."""
+    """Raise ConfigError if items are not a list or another iterable, or if they are a text or mapping."""
     if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
         raise ConfigError(f"expected a list of {what} like {example}, got {type(given).__name__}")
 
 
 def _plain_text(given: Any) -> str:
-    """Return the text that an instance of a subclass of `str` holds, such as one of NumPy's."""
+    """Return the text of an instance of a subclass of `str`, such as NumPy's."""
     if isinstance(given, str):
         return str.__str__(given)
     raise TypeError(f"expected a text, got {type(given).__name__}")

@@ -1,8 +1,8 @@
-"""One writer for a file of results, also where several machines share its file system.
+"""A lock that allows one writer per results file, also if several machines share the file system.
 
-The lock is a file beside the output, `.NAME.lock`: the output itself may be replaced. It exists while somebody writes,
-says who that is, and has a lock of the kernel (flock), which ends with its holder however that ends. Where a file
-system has no such locks, or none that other machines see, what is written in it decides.
+The lock is a file beside the output, `.NAME.lock`, since the output itself may be replaced. It exists while a process
+writes, and names that process. It holds a kernel lock (flock), which ends with its process, however that ends. If a
+file system has no such locks, or other machines cannot see them, the content of the file decides.
 """
 
 import contextlib
@@ -22,17 +22,24 @@ from ..errors import ConfigError
 from ..host import processes
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
-"""What a file system without flock answers."""
+"""Error numbers of a file system without flock."""
 NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES}
-"""What a file system without hard links answers."""
+"""Error numbers of a file system without hard links."""
 ATTEMPTS = 10
-"""How often the lock is tried: its holder may be about to release it, or only have looked whether it is free."""
+"""Number of attempts to take the lock.
+Its holder may be about to release it, or may only be checking whether it is free."""
 PAUSE = 0.02
-"""Seconds between two attempts."""
+"""Time between two attempts, in seconds."""
 
 
 class Holder(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Who writes an output. `restarts`: how often SLURM has run its job again."""
+    """The process that writes an output.
+
+    `mark`: identifies the process on its machine, see `processes.owner_mark`.
+    `namespace`: its PID namespace.
+    `job`: its SLURM job; "" if none.
+    `restarts`: number of times that SLURM has requeued the job.
+    """
 
     host: str
     pid: int
@@ -47,7 +54,7 @@ class Holder(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def this_process() -> Holder:
-    """Return what another process is told of this one."""
+    """Return the description of this process for other processes."""
     return Holder(
         host=socket.gethostname(), pid=os.getpid(), mark=processes.owner_mark(), namespace=_namespace(),
         job=os.environ.get("SLURM_JOB_ID", ""), restarts=_restarts(),
@@ -58,8 +65,9 @@ def this_process() -> Holder:
 def only_writer(output: Path, is_over: Callable[[str], bool] = lambda _job: False) -> Iterator[None]:
     """Be the only writer of `output` within the context. Devices and pipes have no lock.
 
-    `is_over` returns whether a SLURM job is known to have ended. Raises ConfigError: another process writes the file
-    (the message names it), or the lock cannot be written.
+    `is_over`: returns whether a SLURM job is known to have ended.
+
+    Raises ConfigError: another process writes the file (the message names it), or the lock cannot be written.
     """
     if (path := _lock_path(output)) is None:
         yield
@@ -77,7 +85,7 @@ def only_writer(output: Path, is_over: Callable[[str], bool] = lambda _job: Fals
 
 
 def check_free(output: Path, is_over: Callable[[str], bool] = lambda _job: False) -> None:
-    """Check that nobody writes `output` now. Raises ConfigError."""
+    """Check that no process writes `output` now. Raises ConfigError: one does, or the lock cannot be written."""
     path = _lock_path(output)
     if path is not None and path.exists():
         with only_writer(output, is_over):
@@ -90,7 +98,11 @@ def _lock_path(output: Path) -> Path | None:
 
 
 def _take(path: Path, output: Path, is_over: Callable[[str], bool]) -> int:
-    """Take the lock; return its descriptor. Raises ConfigError: another process has it. Raises OSError."""
+    """Take the lock and return its descriptor.
+
+    Raises ConfigError: another process has it.
+    Raises OSError: it cannot be written.
+    """
     for attempt in range(1, ATTEMPTS + 1):
         if (descriptor := _create(path)) is not None:
             return descriptor
@@ -102,7 +114,7 @@ def _take(path: Path, output: Path, is_over: Callable[[str], bool]) -> int:
                     raise _refusal(output, holder)
             elif holder is not None and _is_alive(holder, is_locked, is_over):
                 raise _refusal(output, holder, f" (if that has ended, remove {path})")
-            elif _is_file(found.fileno(), path):  # nobody else removes it: we have its lock
+            elif _is_file(found.fileno(), path):  # only we remove it, since we have its lock
                 path.unlink(missing_ok=True)
         time.sleep(PAUSE)
     raise _refusal(output, None)
@@ -116,12 +128,15 @@ def _refusal(output: Path, holder: Holder | None, hint: str = "") -> ConfigError
 
 
 def _create(path: Path) -> int | None:
-    """Create the lock, complete and locked from its first moment; return its descriptor, None where there is one."""
+    """Create the lock and return its descriptor; None if there already is one.
+
+    The lock is complete and locked from its first moment.
+    """
     content = msgspec.json.encode(this_process())
     descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.")
     try:
         os.write(descriptor, content)
-        os.fchmod(descriptor, 0o644)  # other users of the folder may read who it is
+        os.fchmod(descriptor, 0o644)  # other users of the folder may read who holds it
         os.fsync(descriptor)
         _flock(descriptor)
         os.link(scratch, path)
@@ -147,14 +162,14 @@ def _create_plainly(path: Path, content: bytes) -> int | None:
         return None
     is_locked = _flock(descriptor)
     os.write(descriptor, content)
-    if is_locked is False or not _is_file(descriptor, path):  # somebody found it empty, and took its lock first
+    if is_locked is False or not _is_file(descriptor, path):  # another process found it empty, and locked it first
         os.close(descriptor)
         return None
     return descriptor
 
 
 def _flock(descriptor: int) -> bool | None:
-    """Return whether the kernel's lock of a file was free, and is ours now; None: its file system has none."""
+    """Lock a file and return whether its kernel lock was free; None if its file system has no such locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -174,11 +189,14 @@ def _read(content: bytes) -> Holder | None:
 
 
 def _is_alive(holder: Holder, is_locked: bool | None, is_over: Callable[[str], bool]) -> bool:
-    """Return whether a holder may still write, although its kernel's lock is free (True) or there is none (None)."""
+    """Return whether a holder may still write.
+
+    `is_locked`: True: the kernel lock was free, and is ours now. None: the file system has no such locks.
+    """
     own = this_process()
-    if holder.mark.rpartition(":")[2] == own.mark.rpartition(":")[2]:  # the same machine, since the same start of it
+    if holder.mark.rpartition(":")[2] == own.mark.rpartition(":")[2]:  # the same machine, not rebooted since
         return is_locked is None and (holder.namespace != own.namespace or not processes.is_orphan(holder.mark))
-    if holder.host == own.host:  # the machine was started again
+    if holder.host == own.host:  # the machine was rebooted
         return False
     if holder.job and holder.job == own.job:
         return holder.restarts >= own.restarts
@@ -186,7 +204,7 @@ def _is_alive(holder: Holder, is_locked: bool | None, is_over: Callable[[str], b
 
 
 def _is_file(descriptor: int, path: Path) -> bool:
-    """Return whether `path` is still the file that is open."""
+    """Return whether `path` is still the open file."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:

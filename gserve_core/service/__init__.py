@@ -1,1 +1,1 @@
-"""What runs servers: the service, its pool with the supervisor, and what a client talks to."""
+"""Running servers: the service, its pool with the supervisor, and the clients."""

@@ -1,4 +1,4 @@
-"""The servers of a service that another process has launched: they are followed by its name."""
+"""The servers of a service that another process launched. They are followed by the name of the service."""
 
 import logging
 import os
@@ -19,24 +19,27 @@ from ..service.records import ServerRecord, ServiceRecord
 from .state import ServerState, State
 
 FOLLOW_SECONDS = 1.0
-"""Time between two looks at the record of the service, in seconds."""
+"""Time between two reads of the service's record, in seconds."""
 DOUBT_SECONDS = 3.0
-"""Time in which a record that is missing or unreadable changes nothing, in seconds."""
+"""Time before a missing or unreadable record has an effect, in seconds."""
 GONE_SECONDS = 60.0
-"""Time in which a service that is gone may come back under its name, in seconds. Then its items are lost."""
+"""Maximum time that items wait for a missing service to return under its name, in seconds. Then they are lost."""
 CLOSE_SECONDS = 30.0
 """Maximum time for `close`, in seconds."""
 PLACE = "the service"
-"""What the queue waits for while no server is known."""
+"""Key of the server that the queue expects while no server is known."""
 
 logger = logging.getLogger("gserve.attached")
 
 
 class Attached:
-    """What a process knows of a service that another one has launched, and the queue of its items.
+    """The servers of a service that another process launched, and the queue of items for them.
 
-    A thread follows the record of that name: it knows servers that are restarted, and a service that is, too. What is
-    gone for now is waited for, for `GONE_SECONDS`. connect: makes a connection to a server.
+    A thread follows the record with the service's name. It notices restarted servers, and a restarted service. Items
+    wait up to `GONE_SECONDS` for a missing service.
+
+    `connect`: makes a connection to a server.
+    `timeout`: see `Dispatcher.add`.
     """
 
     def __init__(self, name: str, connect: Callable[[ServerRecord], Connection], timeout: float | None) -> None:
@@ -48,20 +51,23 @@ class Attached:
 
     @property
     def states(self) -> Mapping[str, ServerState]:
-        """The latest states of the servers, as their owner has written them. Never waits."""
+        """The latest states of the servers, by name, as their owner has written them. Never waits."""
         session = self._session
         return self._last if session is None else session.states
 
     @property
     def dispatcher(self) -> Dispatcher | None:
-        """What sends items to the servers; None if this is closed."""
+        """The dispatcher of the servers; None if this is closed."""
         session = self._session
         if session is None or session.is_closing:
             return None
         return session.dispatcher
 
     def start(self) -> None:
-        """Begin to follow the service; does nothing if this has begun. Raises ConfigError: there is no such service."""
+        """Begin to follow the service. Does nothing if this has begun.
+
+        Raises ConfigError: there is no such service.
+        """
         if self._session is None:
             session = _Following(self._name, self._connect, self._timeout, records.find_service(self._name))
             if self._session is None:
@@ -70,18 +76,21 @@ class Attached:
                 session.ask_to_close()
 
     def drain(self, why: str) -> None:
-        """Take no more items here. The service goes on."""
+        """Accept no more items in this process. The service continues."""
         if (session := self._session) is not None and not session.is_closing:
-            with suppress(TransportError):  # closed meanwhile
+            with suppress(TransportError):  # the dispatcher was closed
                 session.dispatcher.drain(why)
 
     def ask_to_close(self) -> None:
-        """End the connections, and do not wait. May be called from anywhere, a finalizer too."""
+        """Begin to close the connections, without waiting. May be called from any thread and from a finalizer."""
         if (session := self._session) is not None and session.pid == os.getpid():
             session.ask_to_close()
 
     def close(self, drain: float | None = None) -> None:
-        """End calls that are left, and the connections. Idempotent. The service goes on."""
+        """End the open calls, and close the connections. Idempotent. The service continues.
+
+        `drain` is ignored.
+        """
         session, self._session = self._session, None
         if session is None:
             return
@@ -93,7 +102,7 @@ class Attached:
 
 
 class _Following:
-    """One time that a service is followed."""
+    """One period of following a service, in its own thread."""
 
     def __init__(
         self, name: str, connect: Callable[[ServerRecord], Connection], timeout: float | None, first: ServiceRecord
@@ -119,7 +128,7 @@ class _Following:
 
     def close(self) -> None:
         self.ask_to_close()
-        self.dispatcher.close()  # here: an interrupted call of this thread may hold what it needs
+        self.dispatcher.close()  # here: an interrupted call of this thread may hold resources that it needs
         if self._thread is not threading.current_thread():
             self._thread.join(CLOSE_SECONDS)
 
@@ -133,13 +142,13 @@ class _Following:
             try:
                 self._look()
             except TransportError:
-                break  # the queue is closed: nobody wants to know any more
+                break  # the queue is closed, so the states are not needed any more
             except Exception:
                 logger.exception("cannot follow the service '%s'", self._name)
         self.dispatcher.close()
 
     def _look(self) -> None:
-        """Take in what has become of the service."""
+        """Read the record of the service, and apply its changes."""
         now = time.monotonic()
         try:
             record = records.read_service(self._name)
@@ -150,8 +159,8 @@ class _Following:
         except GserveError as error:
             if isinstance(error, TransportError):
                 raise
-            logger.debug("cannot read the record of '%s': %s", self._name, error)  # it is read again
-        except OSError as error:  # no descriptors, for one
+            logger.debug("cannot read the record of '%s': %s", self._name, error)  # the next look retries
+        except OSError as error:  # too few descriptors, for example
             logger.debug("cannot read the record of '%s': %s", self._name, error)
         if self._gone_since is None:
             self._gone_since = now
@@ -164,7 +173,7 @@ class _Following:
             self._lose(f"the service '{self._name}' is gone for now", returns=True)
 
     def _take(self, record: ServiceRecord) -> None:
-        """Follow what the living owner has written."""
+        """Apply the record of a living owner to the queue and the states."""
         if record.status == "draining":
             self.dispatcher.drain(ending(self._name))
             self._is_drained = True
@@ -191,7 +200,7 @@ class _Following:
         known = {name: state for name, state in self.states.items() if name not in now}
         if record.status == "failed":
             self.dispatcher.remove(PLACE, given_up, died=False)
-        elif now and not known:  # else those may come back
+        elif now and not known:  # else the missing servers may return
             self.dispatcher.expect(PLACE, comes=False)
         lost = State.FAILED if record.status == "failed" else State.QUEUED
         states = {
@@ -201,7 +210,7 @@ class _Following:
         self.states = MappingProxyType({name: states[name] for name in sorted(states, key=_number)})
 
     def _begin_anew(self) -> None:
-        """Have another queue in the place of one that was drained, which takes nothing any more."""
+        """Replace the queue if it was drained. A drained queue accepts no items."""
         if not self._is_drained:
             return
         self._lose(ending(self._name), returns=False)
@@ -211,7 +220,7 @@ class _Following:
             self.dispatcher.close()
 
     def _lose(self, why: str, *, returns: bool) -> None:
-        """Have the items wait for the service, or end, now that all its servers are gone."""
+        """Remove all servers. Their items wait for the service if it `returns`; otherwise they end."""
         if returns:
             self.dispatcher.expect(PLACE)
         for name in self.servers:
@@ -232,7 +241,7 @@ class _Following:
 
 
 def _ready(record: ServerRecord) -> ServerState:
-    """Return the state of a server whose owner says that it is ready."""
+    """Return the state of a server that its owner reports as ready."""
     return ServerState(
         name=record.name, state=State.READY, host=record.address.hosts[0], port=record.address.port,
         gpu_ids=None if record.gpu_ids is None else tuple(record.gpu_ids), address=record.address,
@@ -247,5 +256,5 @@ def _number(name: str) -> tuple[int, str]:
 
 
 def ending(name: str) -> str:
-    """Return why a service that drains takes no items."""
+    """Return the message that explains why a draining service accepts no items."""
     return f"the service '{name}' is ending: it finishes what it has, and takes no more"

@@ -1,4 +1,4 @@
-"""`VLLMClient`, and the two calls that clients and services share: `chat` and `generate`."""
+"""`VLLMClient`, and the calls that clients and services share: `chat`, `generate` and their variants."""
 
 import math
 import weakref
@@ -18,18 +18,18 @@ from ..interfaces import Access, Address, Connection, Transport
 from ..schema import Health, ResponseOutput, unfolded
 
 UNKNOWN_CAPACITY = 1024
-"""Items that a server works on at once, where nobody has told."""
+"""Assumed number of items that a server works on at once, if its capacity is unknown."""
 
 
 class Inference:
-    """The calls that send batches. A subclass says through which dispatcher they go.
+    """The calls that send batches. A subclass provides the dispatcher.
 
-    Calls may come from any thread, from within a running event loop (where the twins that end in `_async` do not block
-    it), and from a process that was forked: it talks to the same servers, over connections of its own.
+    You may call them from any thread, and from a running event loop: the variants ending in `_async` do not block it.
+    You may also call them from a forked process. It uses the same servers, over its own connections.
     """
 
     _seeds = Seeds()
-    """The seeds of items; a subclass that knows the seed of its model has its own."""
+    """The seeds of items. A subclass that knows the seed of its model replaces them."""
 
     def _dispatcher(self) -> Dispatcher:
         raise NotImplementedError
@@ -57,15 +57,20 @@ class Inference:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> Any:
-        """Continue conversations; return for each, in order, its completions.
+        """Continue conversations. Return a list with the completions of each conversation, in order.
 
-        conversations: lists of messages `{"role": …, "content": …}`. sampling_params: a `vllm.SamplingParams`, a
-        mapping of its fields, a list with one of these per item, or None for the model's defaults. A completion is a
-        text, or a `ResponseOutput` with `return_extra`. The last two flags are those of `vllm.LLM.chat`.
+        `conversations`: lists of messages `{"role": …, "content": …}`.
+        `sampling_params`: a `vllm.SamplingParams`, a mapping of its fields, or a list with one of these per item. None
+        uses the model's defaults.
+        `return_extra`: whether a completion is a `ResponseOutput` instead of a text.
+        `on_error`: "raise" raises BatchError once all items have finished; it contains every result. "return" returns
+        an ItemError in the place of each failed item.
+        `deadline`: time after which unfinished items are cancelled, in seconds. They fail with DeadlineExceeded.
+        `add_generation_prompt`, `continue_final_message`: see `vllm.LLM.chat`.
 
-        on_error: "raise" raises BatchError once all items have finished; it carries every result. "return" returns an
-        ItemError in the place of an item that failed. deadline: seconds after which what is not finished is cancelled,
-        and its error is DeadlineExceeded. Raises ConfigError: an argument is wrong; BatchInterrupted: Ctrl-C.
+        Raises BatchError: items failed, and `on_error` is "raise".
+        Raises ConfigError: an argument is wrong.
+        Raises BatchInterrupted: Ctrl-C was pressed.
         """
         flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         items = self._conversations(conversations, sampling_params, **flags)
@@ -90,9 +95,9 @@ class Inference:
         on_error: OnError = "raise",
         deadline: float | None = None,
     ) -> Any:
-        """Complete prompts (texts, or lists of token ids); return for each, in order, its completions.
+        """Complete prompts. Return a list with the completions of each prompt, in order.
 
-        Arguments, results and errors are those of `chat`.
+        `prompts`: texts, or lists of token ids. For the other arguments, the results and the errors see `chat`.
         """
         items = self._prompts(prompts, sampling_params)
         return collect(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
@@ -106,10 +111,10 @@ class Inference:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> Iterator[tuple[int, Outcome]]:
-        """Like `chat`, but yield the index and the outcome of each item the moment it is ready.
+        """Like `chat`, but yield the index and the outcome of each item as soon as it is ready.
 
-        Conversations are read as they are worked off, so that they may come from an iterator without end. Closing the
-        iterator early cancels the rest.
+        Conversations are read lazily, so an infinite iterator works. Closing the returned iterator early cancels the
+        unfinished items.
         """
         flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         items = self._conversations(conversations, sampling_params, **flags)
@@ -118,15 +123,15 @@ class Inference:
     def generate_iter(
         self, prompts: Iterable[Any], sampling_params: Any = None, *, deadline: float | None = None
     ) -> Iterator[tuple[int, Outcome]]:
-        """Like `generate`, but yield the index and the outcome of each item the moment it is ready.
+        """Like `generate`, but yield the index and the outcome of each item as soon as it is ready.
 
-        Prompts are read as they are worked off. Closing the iterator early cancels the rest.
+        Prompts are read lazily. Closing the returned iterator early cancels the unfinished items.
         """
         items = self._prompts(prompts, sampling_params)
         return self._kept(_outcomes(self._dispatcher(), items, _checked(deadline)))
 
     def _kept(self, outcomes: Iterator[tuple[int, Outcome]]) -> Iterator[tuple[int, Outcome]]:
-        """Yield what there is: who iterates keeps this object alive, and its servers with it."""
+        """Yield the outcomes. The iterator keeps this object and its servers alive."""
         yield from outcomes
 
     async def chat_async(
@@ -140,7 +145,7 @@ class Inference:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[Any]:
-        """Like `chat`, without blocking the event loop. Cancelling the call cancels what is not finished."""
+        """Like `chat`, without blocking the event loop. Cancelling the call cancels its unfinished items."""
         flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
         items = self._conversations(conversations, sampling_params, **flags)
         return await collect_async(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
@@ -154,7 +159,7 @@ class Inference:
         on_error: OnError = "raise",
         deadline: float | None = None,
     ) -> list[Any]:
-        """Like `generate`, without blocking the event loop. Cancelling the call cancels what is not finished."""
+        """Like `generate`, without blocking the event loop. Cancelling the call cancels its unfinished items."""
         items = self._prompts(prompts, sampling_params)
         return await collect_async(self._dispatcher(), items, _checked(deadline), return_extra, on_error)
 
@@ -176,7 +181,7 @@ def _checked(deadline: float | None) -> float | None:
 
 
 def _outcomes(dispatcher: Dispatcher, items: Items, deadline: float | None) -> Iterator[tuple[int, Outcome]]:
-    """Yield the outcomes of all items as they come. Nothing is sent before the first is asked for."""
+    """Yield the outcomes of all items as they come. Sends nothing before the first `next`."""
     for outcomes in outcome_lists(dispatcher, items, deadline):
         for index, outcome in outcomes:
             yield index, outcome if isinstance(outcome, ItemError) else unfolded(outcome)
@@ -185,9 +190,13 @@ def _outcomes(dispatcher: Dispatcher, items: Items, deadline: float | None) -> I
 class VLLMClient(Inference):
     """Sends batches to one server, at `host` and `port`.
 
-    timeout: seconds without any sign of life from a server that has work; None: no limit. token: None takes that of a
-    server of this user on this machine, where there is one. Use it as a context manager, or call `close`; what is
-    collected is closed too.
+    Use it as a context manager, or call `close`. A garbage-collected client is closed too.
+
+    `timeout`: maximum time without a heartbeat or result from a server that has work, in seconds; None: no limit.
+    `token`: None: use the token that a server of this user on this machine has published for the address, if any.
+    `control`: the control secret. If `token` is None, the published one is used.
+    `instance`: see `Access`.
+    `capacity`: number of items that the server works on at once.
     """
 
     def __init__(
@@ -225,15 +234,15 @@ class VLLMClient(Inference):
         return self._only
 
     def health(self) -> Health:
-        """Return the server's state. Raises `TransportError`."""
+        """Return the server's health. Raises TransportError."""
         return self._only.ask_server(self._key, lambda connection: connection.health())
 
     def shutdown(self) -> None:
-        """Ask the server to end. Raises `TransportError`."""
+        """Ask the server to stop. Raises TransportError."""
         self._only.ask_server(self._key, lambda connection: connection.shut_down())
 
     def close(self) -> None:
-        """End calls that are left, and close the connection. Idempotent."""
+        """End the open calls, and close the connection. Idempotent."""
         self._only.close()
 
     def __enter__(self) -> Self:

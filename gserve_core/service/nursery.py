@@ -1,6 +1,6 @@
-"""The owner's end of the nursery: starts it, has servers forked by it, and does without it where it dies or hangs.
+"""The owner's end of the nursery: starts it, and requests forked servers. If it dies or hangs, servers start directly.
 
-What a nursery is, and its other end, stands in `gserve_core.process.nursery`.
+`gserve_core.process.nursery` explains nurseries, and contains the other end.
 """
 
 import contextlib
@@ -28,25 +28,26 @@ from ..host.processes import readable
 from ..interfaces import Job
 
 IMPORT_SECONDS = 600.0
-"""How long a nursery may import: from a slow network file system that takes minutes."""
+"""Maximum time for the imports of a nursery, in seconds. From a slow network file system they take minutes."""
 FORK_SECONDS = 10.0
-"""How long one that has forked before may take to do it again."""
+"""Maximum time for a fork by a nursery that has forked before, in seconds."""
 END_SECONDS = 1.0
-"""How long it may take to end by itself."""
+"""Maximum time for a nursery to end after its socket was closed, in seconds. Then it is killed."""
 REAP_SECONDS = 1.0
-"""How long a nursery may take to say with what exit code a server has ended."""
+"""Maximum time for a nursery to report the exit code of an ended server, in seconds."""
 IMPORTING = "importing, once for all servers"
-"""The phase of a server whose nursery imports."""
+"""Phase of a server whose nursery imports."""
 PINNING = "CUDA_VISIBLE_DEVICES"
-"""What a nursery must not have of its first server's environment: libraries would count the GPUs in it."""
+"""Environment variable that a nursery must not inherit from its first server."""
+# Libraries would count the GPUs in it.
 
 
 type Popen = Callable[..., subprocess.Popen[bytes]]
-"""Starts a job as a process of this machine; takes `stdin` and `stdout` too. Raises LaunchError."""
+"""Starts a job as a local process. Accepts `stdin` and `stdout` too. Raises LaunchError."""
 
 
 def _is_possible() -> bool:
-    """Say whether this system tells how a process fares that is not our child (Linux 5.3)."""
+    """Return whether this system can report the end of a process that is not our child (Linux 5.3)."""
     try:
         os.close(os.pidfd_open(os.getpid()))
     except OSError:
@@ -55,7 +56,7 @@ def _is_possible() -> bool:
 
 
 class Nursery:
-    """The nursery of a service: started when it is first needed, and again when it has died."""
+    """The nursery of a service. It is started when first needed, and again after it has died."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -63,13 +64,15 @@ class Nursery:
         self._id = ""
         self._lock = threading.Lock()
         self.has_forked = False
-        forget = weakref.WeakMethod(self._close_line)  # while a fork of ours held it open, our end would not be noticed
+        forget = weakref.WeakMethod(self._close_line)  # a fork that kept it open would hide our end from the nursery
         os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
 
     def fork(self, job: Job, popen: Popen) -> LocalProcess:
-        """Have a server forked as soon as what it needs is imported. Does not wait for it. Raises LaunchError.
+        """Request a forked server, and return it. It is forked as soon as its imports are done. Does not wait for it.
 
-        `popen` starts the nursery itself, from the job's own command, and the server where it is not to be forked.
+        `popen`: starts the nursery, with the job's own command. It also starts the server if it cannot be forked.
+
+        Raises LaunchError.
         """
         if not _is_possible():
             return LocalProcess(popen(job))
@@ -77,14 +80,14 @@ class Nursery:
             if self._line is None or self._process is None or self._process.poll() is not None:
                 self._start(job, popen)
             assert self._line is not None
-            with contextlib.ExitStack() as failed:  # closes all where there are too few descriptors
+            with contextlib.ExitStack() as failed:  # closes all if there are too few descriptors
                 stdin, write = _opened(failed, os.pipe())
                 read, stdout = _opened(failed, os.pipe())
                 talk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
                 failed.callback(talk.close)
                 with theirs, os.fdopen(os.memfd_create("order"), "wb", 0) as order, job.log.open("ab") as log:
                     order.write(json.dumps([list(job.command), dict(job.env), _folder()]).encode())
-                    with contextlib.suppress(OSError):  # it has died just now: the server notices
+                    with contextlib.suppress(OSError):  # it has just died: `ForkedServer.poll` notices that
                         descriptors = [order.fileno(), stdin, stdout, log.fileno(), theirs.fileno()]
                         socket.send_fds(self._line, [b"fork"], descriptors)
                 failed.pop_all()
@@ -106,14 +109,14 @@ class Nursery:
             self._process = popen(job, stdin=theirs, stdout=subprocess.DEVNULL)
 
     def kill(self) -> None:
-        """End a nursery that does not answer: who waits for it goes on without it."""
+        """Kill a nursery that does not answer. The servers that wait for it are then started directly."""
         process, own = self._process, self._id
         if process is not None:
             process.kill()
             _kill_processes_of(own)
 
     def close(self) -> None:
-        """End the nursery; what it has forked goes on. Idempotent; may be used again."""
+        """End the nursery. The servers that it has forked continue. Idempotent. The nursery may be used again."""
         with self._lock:
             self._release()
 
@@ -137,30 +140,37 @@ class Nursery:
 
 
 def _opened(stack: contextlib.ExitStack, descriptors: tuple[int, int]) -> tuple[int, int]:
-    """Have the descriptors of a pipe closed with `stack`; return them."""
+    """Make `stack` close the descriptors of a pipe, and return them."""
     for descriptor in descriptors:
         stack.callback(os.close, descriptor)
     return descriptors
 
 
 def log_of(job: Job) -> Path:
-    """Return the log of the nursery of a job."""
+    """Return the path of the log of a job's nursery."""
     return job.log.with_name("nursery.log")
 
 
 def _kill_processes_of(nursery: str) -> None:
-    """Kill what carries the id of a nursery: what its imports have started, and forks that are no server yet."""
+    """Kill all processes with the id of a nursery.
+
+    Its imports started them, or they are forks that have not become a server.
+    """
     for pid in processes.processes_of(nursery):
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
 
 
 class _Fork:
-    """A process that a nursery forks, like a `subprocess.Popen`. `pid`: 0 until it is a server.
+    """A process that a nursery forks, like a `subprocess.Popen`. `pid` is 0 until it is a server.
 
-    `talk` brings from the nursery "fork" with a descriptor of the process, and "ended" with its exit code; from the
-    process itself "is" with its id, and a descriptor too, once it is a server. It ends with the nursery: if nobody has
-    said a word by then, nobody will, and the fork `is_lost`.
+    `talk` is a socket that receives these messages:
+    "fork", from the nursery, with a descriptor of the process.
+    "is", from the process once it is a server, with its id and a descriptor.
+    "ended", from the nursery, with the exit code of the process.
+
+    The socket closes when the nursery has ended. If neither "is" nor "ended" has come by then, the fork `is_lost`: it
+    will never become a server.
     """
 
     def __init__(self, talk: socket.socket, stdin: io.FileIO, stdout: io.FileIO) -> None:
@@ -187,12 +197,12 @@ class _Fork:
         return self.returncode
 
     def terminate(self) -> None:
-        """Ask the process to end; one whose descriptor found no room here ends without its lease."""
+        """Ask the process to end. A process without a descriptor here ends when its lease is closed."""
         if self._process >= 0:
             signal.pidfd_send_signal(self._process, signal.SIGTERM)
 
     def kill(self) -> None:
-        """Kill the process where it is there, and wait until it is gone."""
+        """Kill the process if it exists, and wait until it has ended."""
         if self.returncode is None:
             self._hear(0.0)
         if self.returncode is None and self._process >= 0:
@@ -202,14 +212,14 @@ class _Fork:
                 self.wait(GONE)
 
     def forget(self) -> None:
-        """Listen no more. A process that is not there yet ends at once when it finds nobody to talk to."""
+        """Close the socket and the descriptor. A process forked later ends at once, since the socket is closed."""
         self._talk.close()
         if self._process >= 0:
             os.close(self._process)
             self._process = -1
 
     def _hear(self, seconds: float) -> None:
-        """Take in what is said within so many seconds, and whether the process ends."""
+        """Receive one message within `seconds`, and record whether the process has ended."""
         talk = self._talk.fileno()
         ready = readable(seconds, talk, self._process)
         if talk not in ready and self._process in ready:
@@ -239,8 +249,11 @@ class _Fork:
 
 
 class ForkedServer(LocalProcess):
-    """A server that a nursery forks, or that is started plainly where that dies first. Implements `interfaces.Process`.
+    """A server that a nursery forks. If the nursery dies first, it is started directly.
 
+    Implements `interfaces.Process`.
+
+    `start`: starts the server directly.
     `pipes`: the server's ends of its stdin and stdout.
     """
 
@@ -258,7 +271,7 @@ class ForkedServer(LocalProcess):
         self._is_late = False
 
     def poll(self) -> int | None:
-        """Return the exit code once the server has ended, else None. Starts it where its nursery has died."""
+        """Return the exit code once the server has ended, else None. Starts it directly if its nursery has died."""
         code = super().poll()
         if self._fork.is_lost and self._popen is cast(object, self._fork):
             self._popen = self._start()
@@ -268,9 +281,9 @@ class ForkedServer(LocalProcess):
         return code
 
     def waiting(self) -> str | None:
-        """Return that what servers need is imported; None once the server is there.
+        """Return the phase `IMPORTING`; None once the server runs.
 
-        Raises StartupTimeout: there was no sign of progress for too long.
+        Raises StartupTimeout: there was no progress for `startup_timeout`.
         """
         if self.pid:
             return None
@@ -292,13 +305,13 @@ class ForkedServer(LocalProcess):
         return IMPORTING
 
     def why(self) -> str | None:
-        """Return that nobody can say how it has ended, where that is so; its exit code says nothing then."""
+        """Return why the exit code is unknown, if it is. The exit code is meaningless then."""
         if self._fork.returncode == UNKNOWN:
             return "its process has ended, and the nursery that had forked it did not say how"
         return super().why()
 
     def stop(self, grace: float) -> int:
-        """End the whole group, by force after `grace` seconds; return the exit code."""
+        """End the process group, and return the exit code. Kills the group after `grace` seconds."""
         self._close_pipes()
         if self.pid:
             code = super().stop(grace)
@@ -319,7 +332,7 @@ class ForkedServer(LocalProcess):
 
 
 def _folder() -> str:
-    """Return the working directory, which may have been removed."""
+    """Return the working directory, or "." if it was removed."""
     try:
         return str(Path.cwd())
     except OSError:

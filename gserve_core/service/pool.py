@@ -25,20 +25,24 @@ from .state import BEGINNING, Published, ServerState, State
 from .supervisor import CLEANING_UP, END_SECONDS, Program, Supervisor
 
 MARGIN = 10.0
-"""Maximum time that `close` waits for the supervisor beyond the time that the servers may take, in seconds."""
+"""Time that `close` waits for the supervisor in addition to the time limit of the servers, in seconds."""
 
 logger = logging.getLogger("gserve.pool")
 
 
 class Closable(Protocol):
-    """What a pool closes when its servers have ended."""
+    """A resource that a pool closes after its servers have ended."""
 
     def close(self) -> None:
-        """Release it. Idempotent."""
+        """Release the resource. Idempotent."""
 
 
 class Queue:
-    """The dispatcher of a pool, which follows the states of its servers."""
+    """The dispatcher of a pool, kept up to date with the states of its servers.
+
+    `connect`: makes a connection to a server.
+    `timeout`, `stall_timeout`: see `Dispatcher.add`.
+    """
 
     def __init__(
         self, connect: Callable[[ServerState], Connection], timeout: float | None, stall_timeout: float | None
@@ -53,19 +57,19 @@ class Queue:
     def close(self) -> None:
         """Close the dispatcher. Idempotent.
 
-        Who waits for the supervisor does this before: in a signal handler, the call that it has interrupted may have
-        what another thread would need for it.
+        Call this before you wait for the supervisor. In a signal handler, the interrupted call may hold resources that
+        another thread needs to close the dispatcher.
         """
         self._is_closed = True
         self.dispatcher.close()
 
     def follow(self, state: ServerState) -> None:
-        """Pass a server's new state on to the dispatcher; does nothing with one that it knows. Raises OSError."""
+        """Pass a server's new state to the dispatcher. Does nothing if the state is known. Raises OSError."""
         if self._is_closed:
             return
         instance, returns = self._known.get(state.name, ("", False))
         now = (state.instance if state.works else "", state.works or state.returns)
-        with suppress(TransportError):  # closed meanwhile
+        with suppress(TransportError):  # the dispatcher was closed
             if instance and instance != now[0]:
                 self.dispatcher.remove(state.name, _why(state), returns=state.returns, died=state.died)
             elif returns and not now[1]:
@@ -82,7 +86,7 @@ class Queue:
 
 
 def _why(state: ServerState) -> str:
-    """Return in a line why a server takes no items."""
+    """Return in one line why a server accepts no items."""
     if state.state == State.STOPPED or (state.state == State.DRAINING and not state.returns):
         return f"{state.name} was stopped"
     if state.failure is None:
@@ -92,30 +96,35 @@ def _why(state: ServerState) -> str:
 
 
 class Record:
-    """The copy of a pool's states for other processes: the record of a service.
+    """The record of a service: a copy of a pool's states for other processes.
 
-    make: makes the record of ready servers, in a status: "starting", "ready", "draining" or "failed".
-    All that concerns records on disk stands here.
+    Only this class of the module accesses records on disk.
+
+    `make`: returns the record for the ready servers and a status: "starting", "ready", "draining" or "failed".
     """
 
     def __init__(self, name: str, make: Callable[[Sequence[ServerState], str], ServiceRecord]) -> None:
         self._name = name
         self._make = make
         self._run = ""
-        """Tells one start of the service from the others."""
+        """Identifies this start of the service."""
         self._last: ServiceRecord | None = None
         self._is_written = False
         self._deaths: deque[str] = deque(maxlen=records.DEATHS)
 
     def reserve(self) -> None:
-        """Take the name. Raises ConfigError: it cannot be one, or a living service has it. Raises GserveError."""
+        """Reserve the name.
+
+        Raises ConfigError: the name is invalid, or a living service has it.
+        Raises GserveError: see `records.reserve_service`.
+        """
         self._run = uuid.uuid4().hex
         record = structs.replace(self._make([], "starting"), id=self._run)
         records.reserve_service(record)
         self._last, self._is_written = record, True
 
     def write(self, states: Sequence[ServerState], *, is_draining: bool) -> None:
-        """Write what has changed."""
+        """Write the record if it has changed."""
         ready = [state for state in states if state.usable]
         status = (
             "draining" if is_draining else "ready" if ready
@@ -133,7 +142,7 @@ class Record:
             self._is_written = True
 
     def keep(self) -> None:
-        """Write the record again if somebody has removed it, or it could not be written."""
+        """Write the record again if it was removed, or if the last write failed."""
         if self._last is not None:
             if self._is_written:
                 records.keep_service(self._last)
@@ -149,7 +158,7 @@ class Record:
 
 
 class _Session:
-    """One time that a pool runs, from `Pool.begin` to its end. Implements `supervisor.Hooks`."""
+    """One run of a pool, from `Pool.begin` to its end. Implements `supervisor.Hooks`."""
 
     def __init__(
         self,
@@ -212,7 +221,7 @@ class _Session:
 
     def keep(self) -> None:
         for state in self._published.states.values():
-            self._tell_queue(state)  # again, where there were no descriptors, for one
+            self._tell_queue(state)  # retry: there may have been too few descriptors
         if self._record is not None and not self._is_closing:
             with suppress(OSError, GserveError):
                 self._record.keep()
@@ -220,7 +229,7 @@ class _Session:
     def closing(self, drain: float | None) -> None:
         if drain is not None:
             self.draining()
-        self._is_closing = True  # to other processes the servers stay what they were, until the record is removed
+        self._is_closing = True  # the record keeps its last states until it is removed
         if self.queue is not None and drain is None:
             self.queue.close()
 
@@ -239,11 +248,14 @@ class _Session:
 class Pool:
     """The servers of one model, their supervisor and their queue. May be started again after `close`.
 
-    None of its methods holds a lock while it waits, so that all may be called from a signal handler. A process that was
-    forked from its owner can read the states, and cannot end the servers.
+    No method holds a lock while it waits, so a signal handler may call any method. A process forked from the owner can
+    read the states, but cannot stop the servers.
 
-    logs: makes and returns the folder for the logs of a start. queue: makes the queue of a start; None: there is none.
-    max_restarts, min_ready, keeps_places: see `Supervisor`. what: how messages name the pool.
+    `logs`: creates and returns the folder for the logs of a start.
+    `max_restarts`: see `ServeConfig`.
+    `min_ready`, `keeps_places`: see `Supervisor`.
+    `queue`: creates the queue of a start; None: no queue.
+    `what`: name of the pool in messages.
     """
 
     def __init__(
@@ -273,7 +285,7 @@ class Pool:
 
     @property
     def states(self) -> Mapping[str, ServerState]:
-        """The latest states of all servers. Takes no lock, and never waits."""
+        """The latest states of all servers, by name. Takes no lock and never waits."""
         return self._published.states
 
     @property
@@ -283,14 +295,14 @@ class Pool:
 
     @property
     def dispatcher(self) -> Dispatcher | None:
-        """What sends items to the servers; None if the pool is not started."""
+        """The dispatcher of the servers; None if the pool is not started."""
         session = self._session
         if session is None or session.queue is None or session.supervisor.is_closing or self._make_queue is None:
             return None
         return session.queue.dispatcher
 
     def begin(self) -> None:
-        """Start all servers that do not run, and do not wait for them. Waits for a `close` that is under way.
+        """Start all servers that do not run, without waiting for them. Waits for a `close` in progress.
 
         Raises GserveError.
         """
@@ -299,7 +311,7 @@ class Pool:
             supervisor.begin()
 
     def _begin(self) -> tuple[Supervisor, bool]:
-        """Have a session; return its supervisor, and whether it is a new one."""
+        """Begin a session, unless one runs. Return its supervisor, and whether it is new."""
         if self.is_foreign:
             raise GserveError(f"this process was forked from the one that started {self._what}: make a new one here")
         while True:
@@ -309,13 +321,13 @@ class Pool:
             if seen is not None and not seen.supervisor.wait_ended(END_SECONDS + MARGIN):
                 raise LaunchError(f"{self._what} has not ended yet: it cannot be started again")
             session = self._new_session()
-            with self._lock:  # nothing in here can wait, or be interrupted by a signal handler
+            with self._lock:  # this block cannot wait, or be interrupted by a signal handler
                 has_won = self._session is seen
                 if has_won:
                     self._session = session
             if not has_won:
                 session.supervisor.close()
-                session.supervisor.wait_ended(END_SECONDS + MARGIN)  # so that nothing of it is left when this returns
+                session.supervisor.wait_ended(END_SECONDS + MARGIN)  # so that nothing of it remains afterwards
                 continue
             try:
                 session.supervisor.begin()
@@ -338,15 +350,17 @@ class Pool:
     def start(self) -> None:
         """Start all servers unless they run, and wait until `min_ready` of them are ready.
 
-        Where they were, does nothing, unless all have been given up since: then starts them again.
+        Does nothing if they have been ready before. If all have ended since, starts them again.
 
-        Raises LaunchError with the cause of every server that failed; nothing is left then. Raises ConfigError: the
-        name is taken. Raises GserveError.
+        Raises LaunchError: too many servers failed. It contains the cause of each failure. No server remains.
+        Raises ConfigError: the name is taken.
+        Raises GserveError.
         """
         supervisor, is_ours = self._begin()
         if supervisor.has_started and not all(state.is_over for state in self.states.values()):
             return
-        if supervisor.has_started or not supervisor.was_asked:  # or a signal handler interrupts who is about to ask
+        # A signal handler may run this before the call that it interrupted has asked.
+        if supervisor.has_started or not supervisor.was_asked:
             supervisor.begin()
         try:
             supervisor.wait_ready()
@@ -357,16 +371,16 @@ class Pool:
             raise
 
     def wait_ready(self, names: Sequence[str], seconds: float) -> bool:
-        """Wait until some servers are ready; return False if they are not within some seconds.
+        """Wait until all servers in `names` are ready. Return False if they are not ready after `seconds`.
 
-        Raises LaunchError: one is not going to be.
+        Raises LaunchError: one of them cannot become ready.
         """
         if (session := self._session) is None:
             raise LaunchError(f"{', '.join(names)} is not started")
         return session.supervisor.wait_ready(seconds, names)
 
     def wait_stopped(self, name: str) -> None:
-        """Wait until a server that was told to end has ended, for a limited time."""
+        """Wait, for a limited time, until a server that was asked to stop has ended."""
         if (session := self._session) is None or self.is_foreign:
             return
         supervisor = session.supervisor
@@ -376,34 +390,37 @@ class Pool:
         )
 
     def begin_one(self, name: str) -> None:
-        """Start one server, unless it runs. Raises GserveError: the pool is not started."""
+        """Start one server unless it runs. Raises GserveError: the pool is not started."""
         session = self._session
         if session is None or session.supervisor.is_closing:
             raise GserveError(f"{name} belongs to {self._what}, which is not started: start that")
         session.supervisor.begin([name])
 
     def stop_one(self, name: str) -> None:
-        """End one server, which is not restarted. Does not wait."""
+        """Stop one server, without waiting for its end. It is not restarted."""
         if (session := self._session) is not None and not self.is_foreign:
             session.supervisor.stop(name)
 
     def drain(self, why: str) -> None:
-        """Take no more items, and restart nothing. What the servers have goes on."""
+        """Accept no more items, and restart no server. Items in flight continue."""
         session = self._session
         if session is None or session.supervisor.is_closing or self.is_foreign:
             return
         if session.queue is not None:
-            with suppress(TransportError):  # closed meanwhile
+            with suppress(TransportError):  # the dispatcher was closed
                 session.queue.dispatcher.drain(f"the service is ending: {why}")
         session.supervisor.drain()
 
     def ask_to_close(self) -> None:
-        """End all servers, and do not wait. May be called from anywhere, a finalizer too."""
+        """Stop all servers, without waiting for their end. May be called from any thread and from a finalizer."""
         if (session := self._session) is not None and not self.is_foreign:
             session.supervisor.close()
 
     def close(self, drain: float | None = None) -> None:
-        """End all servers: at once, or when they have finished what they have, within `drain` seconds. Idempotent."""
+        """Stop all servers. Idempotent.
+
+        `drain`: maximum time to finish the items in flight, in seconds; None: stop at once.
+        """
         session = self._session
         if session is None:
             return
@@ -419,7 +436,7 @@ class Pool:
     def _close(self, supervisor: Supervisor, drain: float | None) -> None:
         session = self._session
         try:
-            supervisor.is_closing = True  # now: who starts it while the queue ends waits for the end of all
+            supervisor.is_closing = True  # first: from now on, `begin` waits until everything has ended
             if drain is None and session is not None and session.supervisor is supervisor and session.queue is not None:
                 session.queue.close()
         finally:

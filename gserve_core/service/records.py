@@ -1,6 +1,6 @@
-"""The records of launched services: what other processes of their user know of them.
+"""The records of launched services. Other processes of the user find the services through them.
 
-A record is a copy of what the owner knows, replaced as a whole, and never the truth.
+A record is a copy of the owner's state, which alone is authoritative. A record is always replaced completely.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ from ..interfaces import Address
 LOCK_SECONDS = 10.0
 """Maximum wait for another process that reserves a name, in seconds."""
 UPDATE_SECONDS = 1.0
-"""The same of an owner that writes what has become of its service: it has other things to do, and tries it again."""
+"""Maximum wait for such a process when an owner updates its record, in seconds. The owner retries later."""
+# It is short, since the owner has other work to do.
 DEATHS = 256
-"""Number of deaths that a record tells of."""
+"""Maximum number of deaths in a record."""
 
 
 class ServerRecord(Struct, frozen=True):
@@ -43,12 +44,15 @@ class ServerRecord(Struct, frozen=True):
 
 
 class ServiceRecord(Struct, frozen=True):
-    """A launched service: its owner's process id and that process's start time in clock ticks, and its servers.
+    """A launched service with its ready servers. Another version of gserve may write more fields.
 
-    Another version of gserve may write more fields. status: "starting", "ready", "draining", or "failed" if all servers
-    are given up. id: tells services of one process apart. machine: where the process id counts; None in records of
-    older versions. stall_timeout: after how many seconds the owner ends a server that hangs; None: never. deaths: the
-    instances of servers that have died while they worked, the last `DEATHS` of them. seed: see `LLMConfig.item_seed`.
+    `pid`, `started`: process id of the owner, and the start time of that process, in clock ticks.
+    `status`: "starting", "ready", "draining", or "failed" if all servers were given up.
+    `id`: distinguishes services of one process.
+    `machine`: the machine on which `pid` is valid; None in records of older versions.
+    `stall_timeout`: time after which the owner kills a hung server, in seconds; None: never.
+    `deaths`: instances of the servers that died while they worked, at most the last `DEATHS`.
+    `seed`: see `LLMConfig.item_seed`.
     """
 
     name: str
@@ -68,29 +72,29 @@ class ServiceRecord(Struct, frozen=True):
 
     @property
     def is_alive(self) -> bool:
-        """Say whether the owner is alive: the same process, not another one with its id."""
+        """Whether the owner is alive: the same process, not another one with its id."""
         return self.machine in (None, processes.machine()) and processes.process_start(self.pid) == self.started
 
     @property
     def is_dead(self) -> bool:
-        """Say whether the owner is known to be dead; not so if it is in another container of this machine."""
+        """Whether the owner is known to be dead. False if it is in another container of this machine."""
         here, there = processes.machine(), self.machine or processes.machine()
         is_elsewhere = there != here and there.partition(" ")[0] == here.partition(" ")[0]
         return not is_elsewhere and not self.is_alive
 
     @property
     def is_ours(self) -> bool:
-        """Say whether this process is the owner."""
+        """Whether this process is the owner."""
         return self.pid == os.getpid() and self.is_alive
 
     def is_same(self, other: "ServiceRecord") -> bool:
-        """Say whether two records are of one run of a service."""
+        """Return whether two records belong to the same run of a service."""
         return (self.pid, self.started, self.id) == (other.pid, other.started, other.id)
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A file that stands in the place of a service's record, and why it cannot be read."""
+    """A file in the place of a service's record, and why it cannot be read."""
 
     path: Path
     why: str
@@ -100,24 +104,25 @@ class Unreadable:
 
 
 def reserve_service(record: ServiceRecord) -> None:
-    """Make a service known by its name before it starts: of several that try at once, one gets the name.
+    """Write the record of a service before its start, to reserve its name. If several try at once, one succeeds.
 
-    Raises ConfigError: the name is taken, or cannot be one. Raises GserveError: its record cannot be read or written.
+    Raises ConfigError: the name is taken or invalid.
+    Raises GserveError: its record cannot be read or written.
     """
     _check_text(record.name)
     _update(record, may_be_same=False)
 
 
 def write_service(record: ServiceRecord) -> None:
-    """Make known what has become of a service; its name needs not be reserved. Raises as `reserve_service`."""
+    """Write the record of a service. Its name need not be reserved. Raises the errors of `reserve_service`."""
     _check_text(record.name)
     _update(record, may_be_same=True)
 
 
 def keep_service(record: ServiceRecord) -> bool:
-    """Write a service's record and its servers' tokens again if somebody has removed them.
+    """Write a service's record and its servers' tokens again if they were removed.
 
-    Cheap enough for every second. Return False if another service has the name now. Raises GserveError.
+    Return False if another service has the name now. Cheap enough to be called every second. Raises GserveError.
     """
     for server in record.servers:
         tokens.keep_token(server.address, server.token, server.control)
@@ -136,7 +141,7 @@ def keep_service(record: ServiceRecord) -> bool:
 
 
 def check_name(name: str) -> None:
-    """Raise ConfigError where a service cannot have this name, or a living one has it."""
+    """Raise ConfigError if the name is invalid, or if a living service has it."""
     _check_text(name)
     other = read_service(name)
     if other is not None and other.is_alive:
@@ -157,7 +162,7 @@ def _taken(other: ServiceRecord) -> ConfigError:
 
 
 def _update(record: ServiceRecord, *, may_be_same: bool) -> None:
-    """Write a record unless a living service has the name."""
+    """Write a record. Raises ConfigError: a living service has the name; GserveError: it cannot be written."""
     if record.machine is None:
         record = structs.replace(record, machine=processes.machine())
     try:
@@ -171,7 +176,10 @@ def _update(record: ServiceRecord, *, may_be_same: bool) -> None:
 
 
 def remove_service(name: str, run: str | None = None) -> None:
-    """Remove the record of a service of this process: if `run` is given, only if it has this id. Idempotent."""
+    """Remove the record of a service of this process. Idempotent.
+
+    `run`: remove only a record with this id; None: any.
+    """
     for place in run_files.places():
         path = place / _service_name(name)
         record = _read_service(path)
@@ -180,7 +188,7 @@ def remove_service(name: str, run: str | None = None) -> None:
 
 
 def services() -> list[ServiceRecord]:
-    """Return the launched services that are alive, by name; forget those that are dead."""
+    """Return the records of living services, sorted by name. Remove the files of dead ones."""
     alive: dict[str, ServiceRecord] = {}
     for path, record in _service_files():
         if not isinstance(record, ServiceRecord):
@@ -193,19 +201,19 @@ def services() -> list[ServiceRecord]:
 
 
 def unreadable() -> list[Unreadable]:
-    """Return the files in place of records that cannot be read. They are left alone: a service may need them."""
+    """Return the unreadable files in the place of records. They are not removed, since a service may need them."""
     return [record for _, record in _service_files() if isinstance(record, Unreadable)]
 
 
 def _service_files() -> list[tuple[Path, ServiceRecord | Unreadable]]:
-    """Return all records, the newest first."""
+    """Return all records with their paths, newest first."""
     paths = [path for place in run_files.places() for path in place.glob("service-*")]
     read = [(path, _read_service(path)) for path in sorted(paths, key=run_files.changed, reverse=True)]
     return [(path, record) for path, record in read if record is not None]
 
 
 def _forget(path: Path, record: ServiceRecord) -> None:
-    """Remove what a dead service has left, unless its name is taken again just now."""
+    """Remove the record and the tokens of a dead service, unless another service is taking its name."""
     with contextlib.suppress(OSError), run_files.locked([path.parent], 0):
         if _read_service(path) == record:
             path.unlink(missing_ok=True)
@@ -214,22 +222,23 @@ def _forget(path: Path, record: ServiceRecord) -> None:
 
 
 def find_service(name: str) -> ServiceRecord:
-    """Return a launched service, which may be starting still. Raises ConfigError: none has this name.
+    """Return the record of a living service. The service may still be starting.
 
+    Raises ConfigError: no service has this name.
     Raises GserveError: its record cannot be read.
     """
     found = {record.name: record for record in services()}
     if name not in found:
-        read_service(name)  # an unreadable one is an error of its own
+        read_service(name)  # raises a clearer error if it is unreadable
         hint = did_you_mean(name, list(found)) or "; none is running: start one with: gserve launch CONFIG"
         raise ConfigError(f"no service named '{name}' is running here{hint}")
     return found[name]
 
 
 def wait_service(name: str, seconds: float) -> ServiceRecord:
-    """Return a launched service once it is no longer starting. Raises as `find_service`.
+    """Wait until a service is no longer starting, and return its record. Raises the errors of `find_service`.
 
-    Raises GserveError: it has ended meanwhile, or is starting even after `seconds`.
+    Raises GserveError: the service ended while it started, or is still starting after `seconds`.
     """
     record = first = find_service(name)
     deadline = time.monotonic() + seconds
@@ -240,7 +249,7 @@ def wait_service(name: str, seconds: float) -> ServiceRecord:
                 " try again later"
             )
         time.sleep(run_files.LOOK_SECONDS)
-        with contextlib.suppress(GserveError):  # unreadable for now: its owner writes it again
+        with contextlib.suppress(GserveError):  # temporarily unreadable: its owner writes it again
             record = read_service(name) or record
         if not first.is_alive or not record.is_same(first):
             raise GserveError(f"the service '{name}' (process {first.pid}) ended while it started")
@@ -248,19 +257,26 @@ def wait_service(name: str, seconds: float) -> ServiceRecord:
 
 
 class _Stop(Struct, frozen=True):
-    """What `gserve stop` asks of an owner: see `ServiceRecord.started`."""
+    """The request of `gserve stop` to an owner.
+
+    `started`: see `ServiceRecord`.
+    `seconds`: maximum time to finish the items in flight.
+    """
 
     started: int
     seconds: float
 
 
 def write_stop(record: ServiceRecord, seconds: float) -> None:
-    """Tell the owner of a service how long its servers may finish what they have, once a SIGTERM ends it."""
+    """Write the drain time for the owner of a service, in seconds. The owner applies it when SIGTERM ends it.
+
+    The drain time is the maximum time for the servers to finish their items in flight.
+    """
     run_files.write(f"stop-{record.pid}", _Stop(record.started, seconds))
 
 
 def take_stop() -> float | None:
-    """Return what `write_stop` wrote for this process, and remove it; None: nothing."""
+    """Return and remove the drain time written for this process, in seconds; None: there is none."""
     found = None
     for place in run_files.places():
         with contextlib.suppress(OSError, msgspec.MsgspecError):
@@ -273,14 +289,14 @@ def take_stop() -> float | None:
 
 
 def remove_stop(pid: int) -> None:
-    """Remove what `write_stop` wrote for a process."""
+    """Remove the drain time that `write_stop` wrote for a process."""
     for place in run_files.places():
         with contextlib.suppress(OSError):
             (place / f"stop-{pid}").unlink(missing_ok=True)
 
 
 def stale_files() -> list[Path]:
-    """Return the files of services whose owner is dead, and of servers at whose address nobody listens."""
+    """Return the files of services with a dead owner, and the tokens of servers whose address refuses connections."""
     found = []
     for path in sorted(path for place in run_files.places() for path in place.iterdir()):
         kind, _, of = path.name.partition("-")
@@ -299,16 +315,19 @@ def _service_name(name: str) -> str:
 
 
 def read_service(name: str) -> ServiceRecord | None:
-    """Return what a service's owner has written; None where there is no such service. It may be dead.
+    """Return the record of a service, which may be dead. None: no service has this name.
 
-    Raises GserveError: it cannot be read, for now or for ever.
+    Raises GserveError: the record cannot be read, temporarily or permanently.
     """
     found = _named(name)
     return next((record for record in found if record.is_alive), found[0] if found else None)
 
 
 def _named(name: str) -> list[ServiceRecord]:
-    """Return the records of one name, the newest first. Raises GserveError: one cannot be read, and none is alive."""
+    """Return the records with this name, newest first.
+
+    Raises GserveError: one cannot be read, and none belongs to a living service.
+    """
     paths = [place / _service_name(name) for place in run_files.places()]
     found = [_read_service(path) for path in sorted(paths, key=run_files.changed, reverse=True)]
     records = [record for record in found if isinstance(record, ServiceRecord)]
@@ -319,7 +338,7 @@ def _named(name: str) -> list[ServiceRecord]:
 
 
 def _read_service(path: Path) -> ServiceRecord | Unreadable | None:
-    """Return what a file holds; None if there is none."""
+    """Return the record in a file; None if there is no file."""
     try:
         record = msgspec.json.decode(run_files.read(path), type=ServiceRecord)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""`VLLMServer`: one server, seen by its owner; and one generation of it: its process, its lease, its log."""
+"""`VLLMServer`, one server as its owner sees it, and `ServerRun`, one generation of it."""
 
 import itertools
 import logging
@@ -53,13 +53,14 @@ from .state import State as State
 from .supervisor import Run
 
 PROGRAM = Path(__file__).resolve().parents[2] / "gserve" / "vllm_server.py"
-"""The server program. It is run by its path, so that the server needs nothing of the owner's module search path."""
+"""Path of the server program."""
+# It is run by its path, so that the server does not depend on the owner's module search path.
 STOP_SECONDS = 10.0
-"""How long a server may take to end after it was told to stop."""
+"""Maximum time for a server to end after it was asked to stop, in seconds."""
 WHY_SECONDS = 5.0
-"""Maximum time for a process elsewhere to end after its lease, in seconds, before its scheduler is asked why."""
+"""Maximum time for a remote process to end after its lease, in seconds, before its scheduler is asked why."""
 MAX_LOG_READ = 1 << 20
-"""Bytes of a log that are looked at in one go."""
+"""Maximum size of one read of a log, in bytes."""
 
 logger = logging.getLogger("gserve.server")
 
@@ -67,7 +68,10 @@ logger = logging.getLogger("gserve.server")
 def greeting(
     llm: LLMConfig, serve: ServeConfig, parts: Parts, origin: Surroundings, instance: str, token: str, control: str
 ) -> lease.Hello:
-    """Return the first message to a server, which holds its whole config; the owner's limits where it runs here."""
+    """Return the hello message for a server, with its complete config.
+
+    It includes the owner's umask and resource limits only if the server runs on this machine.
+    """
     is_here = parts.launcher.owner_variable is None
     return lease.Hello(
         instance, token, control,
@@ -83,9 +87,10 @@ def greeting(
 
 
 def server_command(llm: LLMConfig, parts: Parts, host: str, port: int) -> list[str]:
-    """Return the command that runs a server under a lease: what a nursery must know before the hello, and who it is.
+    """Return the command that runs a server under a lease.
 
-    All else comes over the lease.
+    It identifies the server, and contains the settings that a nursery needs before the hello message. All other
+    settings come over the lease.
     """
     command = [sys.executable, str(PROGRAM), "--serve", "--model", llm.model_name]
     variable = parts.launcher.owner_variable
@@ -104,9 +109,11 @@ def server_command(llm: LLMConfig, parts: Parts, host: str, port: int) -> list[s
 
 
 def pinning(gpu_ids: Sequence[int] | None, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment that shows a server its GPUs only.
+    """Return the environment variables that restrict a server to its GPUs.
 
-    Where CUDA_VISIBLE_DEVICES is set, the ids count the devices in it. Raises ConfigError: it has fewer.
+    If CUDA_VISIBLE_DEVICES is set, `gpu_ids` are positions in its list of devices, from 0.
+
+    Raises ConfigError: the list is too short.
     """
     if gpu_ids is None:
         return {}
@@ -128,11 +135,15 @@ def _json(value: object) -> str:
 
 @dataclass
 class _End:
-    """What is known of the end of a server: the cause that it told, and how much of its log has been looked at.
+    """Findings about the end of a server.
 
-    `since`: where in the log begins what it said once it was ready. `is_hung`: it is to be killed at once. `error`:
-    what to raise in place of ServerExited. `kills`: how often the system had killed a process for its memory before.
-    `is_ours`: it ended as it was told to, or because of us, so that its items are not the reason.
+    `cause`: the reported reason.
+    `position`: number of bytes of its log that were read.
+    `since`: position in the log at which its output as a ready server begins, in bytes.
+    `is_hung`: whether to kill it at once.
+    `error`: the error to raise instead of ServerExited.
+    `is_ours`: whether it ended on request or because of its owner, so that its items are not the reason.
+    `kills`: number of processes that the system had killed for lack of memory before.
     """
 
     cause: str | None = None
@@ -145,8 +156,8 @@ class _End:
 
 
 def _new_log(folder: Path, name: str) -> Path:
-    """Make and return the log of a server: one file for each of its generations. Raises OSError."""
-    folders.keep_logs(folder)  # somebody may have removed it meanwhile
+    """Create and return the log of a server: one file for each of its generations. Raises OSError."""
+    folders.keep_logs(folder)  # the folder may have been removed
     for life in itertools.count(1):
         path = folder / (f"{name}.log" if life == 1 else f"{name}.{life}.log")
         with suppress(FileExistsError):
@@ -157,7 +168,7 @@ def _new_log(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerProgram:
-    """What is started as a server: one of several of a service. Implements `supervisor.Program`."""
+    """The program of one of the servers of a service. Implements `supervisor.Program`."""
 
     llm: LLMConfig
     serve: ServeConfig
@@ -169,17 +180,17 @@ class ServerProgram:
 
     @property
     def name(self) -> str:
-        """The server's name, which others of its service do not have."""
+        """The server's name, unique in its service."""
         return f"server-{self.index}"
 
     @property
     def host(self) -> str:
-        """The host that the server is told to listen on."""
+        """The configured host to listen on."""
         return self.serve.host
 
     @property
     def port(self) -> int | None:
-        """The port that the server is told to listen on; None: any that is free."""
+        """The configured port to listen on; None: any free port."""
         return self.serve.port
 
     @property
@@ -188,7 +199,7 @@ class ServerProgram:
         return ServerState(name=self.name, host=self.host, port=self.port, gpu_ids=self.gpu_ids)
 
     def job(self, log: Path, instance: str = "", environ: Mapping[str, str] = os.environ) -> Job:
-        """Return what the launcher is asked to start, in an environment. Raises ConfigError or PluginError."""
+        """Return the job for the launcher, in the environment `environ`. Raises ConfigError or PluginError."""
         wanted = self.llm.gpus_per_server if self.parts.engine.uses_gpus else 0
         return Job(
             name=self.name,
@@ -208,7 +219,7 @@ class ServerProgram:
         )
 
     def begin(self, logs: Path, report: Callable[[Report], object], previous: Run | None) -> "ServerRun":
-        """Begin another generation of the server, in a thread of its own."""
+        """Begin another generation of the server, in its own thread."""
         assert previous is None or isinstance(previous, ServerRun)
         run = ServerRun(self, logs, report, previous)
         run.begin()
@@ -216,9 +227,9 @@ class ServerProgram:
 
 
 class ServerRun:
-    """One generation of a server: its launch, its lease, its log, and the cleanup after it.
+    """One generation of a server: its launch, its lease, its log, and the cleanup afterwards.
 
-    All of that happens in a thread of its own, which reports what happens. The other methods only tell it something.
+    Its own thread does all of this, and reports each event. The methods for other threads only send requests.
     """
 
     def __init__(
@@ -231,13 +242,13 @@ class ServerRun:
         self._report = report
         self._previous = None if previous is None else previous.place
         self.origin: Surroundings = surroundings() if previous is None else previous.origin
-        """What the owner had at the first start: every restart takes over the same."""
+        """The owner's environment and limits at the first start. Every restart uses the same."""
         self.start = Start(uuid.uuid4().hex, secrets.token_urlsafe(32), secrets.token_urlsafe(32))
         self.process: Process | None = None
         self._owner: lease.OwnerEnd | None = None
         self._asked_to_stop = False
         self._patience_ends = self._drain_ends = math.inf
-        # from here on: the thread's own
+        # the attributes below belong to the thread
         self._bounded: BoundedLog | None = None
         self._log: Path | None = None
         self._address: Address | None = None
@@ -249,7 +260,7 @@ class ServerRun:
 
     @property
     def place(self) -> Process | None:
-        """What the launcher keeps for the next generation: of this one, or of the last one that was launched."""
+        """The process that the launcher may keep for the next generation: this one, or the last launched one."""
         return self.process or self._previous
 
     def begin(self) -> None:
@@ -260,7 +271,10 @@ class ServerRun:
     # --------------------------------------------------------------------------------------- from the supervisor
 
     def stop(self, drain: float | None = None) -> None:
-        """End the server: at once, or when it has finished what it has, within `drain` seconds. Does not wait."""
+        """Stop the server, without waiting for its end.
+
+        `drain`: maximum time to finish its items in flight, in seconds; None: stop at once.
+        """
         now = time.monotonic()
         self._drain_ends = math.inf if drain is None else now + drain
         self._patience_ends = min(self._patience_ends if drain is None else math.inf, now + STOP_SECONDS + (drain or 0))
@@ -274,10 +288,10 @@ class ServerRun:
             self._owner.send(lease.Stop() if drain is None else lease.Drain(drain))
 
     def release(self) -> None:
-        """Have the launcher keep nothing of the ended server; report Released once that is so. Does not wait."""
+        """Make the launcher free what it keeps of the ended server, and report Released afterwards. Does not wait."""
         try:
             threading.Thread(target=self._release, name=f"{self._program.name}-release", daemon=True).start()
-        except RuntimeError:  # the interpreter is about to end: there are no more threads
+        except RuntimeError:  # the interpreter is ending, and starts no more threads
             self._report(Released())
 
     def _release(self) -> None:
@@ -294,7 +308,7 @@ class ServerRun:
     # ------------------------------------------------------------------------------------- in its own thread
 
     def _run(self) -> None:
-        """Be the thread: launch the server, follow it to its end, and clean up after it."""
+        """Launch the server, follow it to its end, and clean up; this is the thread's function."""
         keep_logging_from_waiting()
         failure: GserveError | None = None
         left: tuple[int, ...] = ()
@@ -311,13 +325,13 @@ class ServerRun:
             self._report(Gone(None if self._asked_to_stop else failure, left))
 
     def _launch(self) -> None:
-        """Start the process, and hand it its lease. Raises OSError, LaunchError, ConfigError, PluginError."""
-        run_files.folder()  # where it cannot be used, this is the time to say so
+        """Start the process and open its lease. Raises OSError, LaunchError, ConfigError or PluginError."""
+        run_files.folder()  # raises now if it cannot be used
         self._log = log = _new_log(self._logs, self._program.name)
         self._report(Logging(log))
         instance, token, control = self.start.instance, self.start.token, self.start.control
         job = self._program.job(log, instance, self.origin.environ)
-        marked = {  # what ours are found by, even renamed
+        marked = {  # identifies our processes, even renamed ones
             **job.env, processes.ID_VARIABLE: instance, processes.OWNER_VARIABLE: processes.owner_mark(),
             processes.SERVER_VARIABLE: "", "SPT_NOENV": "1",
         }  # fmt: skip
@@ -332,11 +346,14 @@ class ServerRun:
             self._parts.launcher.release(process)
             process.stop(1.0)
             raise
-        if self._asked_to_stop:  # meanwhile
+        if self._asked_to_stop:  # during the launch
             self._tell_to_stop(None)
 
     def _watch(self) -> tuple[GserveError, tuple[int, ...]]:
-        """Follow a server to its end, and clean up after it; return why it ended, and what could not be killed."""
+        """Follow a server to its end, and clean up.
+
+        Return why it ended, and the ids of processes that could not be killed.
+        """
         process, owner, log = self.process, self._owner, self._log
         assert process is not None
         assert owner is not None
@@ -346,14 +363,14 @@ class ServerRun:
         self._bounded = None if is_here else BoundedLog(log)
         try:
             self._listen(process, owner, log, end)
-        except Exception as error:  # a full disk, for one: without a watcher there can be no server
+        except Exception as error:  # a full disk, for example: a server must not run unwatched
             logger.exception("cannot follow %s", self._program.name)
             end.cause, end.is_ours = f"cannot follow it: {error}", True
         is_told, why = False, None
         if not is_here and not end.is_hung:
             is_told, why = _why_elsewhere(process)
         elif not is_here and not end.error and not self._asked_to_stop:
-            why = process.why()  # before it is ended: it may have been suspended
+            why = process.why()  # before it is stopped: it may have been suspended
         died = not (self._asked_to_stop or end.is_ours or end.error or (why and "memory" not in why))
         cause = why or end.cause or (str(end.error) if end.error else "its process ended")
         self._report(Ended(cause, died, self._pulse.finished, self._pulse.alone))
@@ -361,14 +378,15 @@ class ServerRun:
         owner.silence()
         try:
             returncode = process.stop(grace)
-        except Exception:  # no descriptors, for one: without its lease it ends by itself
+        except Exception:  # too few descriptors, for example: the server ends when its lease is closed
             logger.exception("cannot end the processes of %s", self._program.name)
             returncode = UNKNOWN
         finally:
             owner.close()
         left = processes.end_processes_of(self.start.instance) if is_here else []
         temporary = self._serve.env.get("TMPDIR", "")
-        folders.remove_scratch(folders.scratch_folder(self.start.instance, temporary))  # a killed server left it
+        # A killed server does not remove its scratch folder.
+        folders.remove_scratch(folders.scratch_folder(self.start.instance, temporary))
         self._follow(log, end.position)
         if self._bounded is not None:
             self._bounded.close()
@@ -383,7 +401,7 @@ class ServerRun:
         ), tuple(left)  # fmt: skip
 
     def _listen(self, process: Process, owner: lease.OwnerEnd, log: Path, end: "_End") -> None:
-        """Follow a server to its end, or until it is to be ended by force; note in `end` what is known of that."""
+        """Follow a server until it has ended or must be killed. Record the findings in `end`."""
         stall, startup = self._serve.stall_timeout, self._serve.startup_timeout
         silence = lease.Silence(TICK)
         runs = False
@@ -396,7 +414,7 @@ class ServerRun:
                     end.is_hung, end.error = True, error
                     return
                 if self._asked_to_stop and not runs:
-                    end.is_hung = True  # there is nobody yet who could end in order
+                    end.is_hung = True  # no process runs that could stop cleanly
                     return
             if time.monotonic() > self._drain_ends:
                 self._drain_ends = math.inf
@@ -412,7 +430,7 @@ class ServerRun:
                 elif isinstance(message, lease.Stopped):
                     end.is_ours = True
                 elif isinstance(message, lease.Ready):
-                    end.since = end.position  # what was said before is not why it dies
+                    end.since = end.position  # earlier output does not explain a later death
                 self._hear(message)
                 silence.end()
             end.position = self._follow(log, end.position)
@@ -435,11 +453,11 @@ class ServerRun:
         end.is_hung = True
 
     def _doing(self) -> str | None:
-        """Return the phase that the server told, with the step that its log tells."""
+        """Return the phase that the server reported, with the step found in its log."""
         return f"{self._phase}: {self._step}" if self._phase and self._step else self._phase
 
     def _wait_in_queue(self, process: Process) -> bool:
-        """Say whether the process runs; while it waits to, the clock of its start stands. Raises LaunchError."""
+        """Return whether the process runs. Time in a queue does not count towards a timeout. Raises LaunchError."""
         waiting = process.waiting()
         if waiting is not None:
             self._progress.end()
@@ -449,7 +467,7 @@ class ServerRun:
         return waiting is None
 
     def _hear(self, message: lease.Up) -> None:
-        """Report what the server said."""
+        """Report a message from the server."""
         self._progress.end()
         match message:
             case lease.Listening(address):
@@ -466,12 +484,15 @@ class ServerRun:
                 self._pulse = message
 
     def _follow(self, log: Path, position: int) -> int:
-        """Look at what has come to the log: it is progress, and shown where asked for. Returns its length."""
+        """Read new output in the log, and return the position after it, in bytes.
+
+        New output counts as progress. It is forwarded if the config says `verbose`.
+        """
         try:
             if self._bounded is not None:
                 self._bounded.look()
             size = log.stat().st_size
-            position = min(position, size)  # the middle of a log that grows too large is dropped
+            position = min(position, size)  # a log that grew too large has lost its middle
             if size == position:
                 return position
             self._progress.end()
@@ -490,7 +511,10 @@ class ServerRun:
 
 
 def _why_elsewhere(process: Process) -> tuple[bool, str | None]:
-    """Return whether a job whose lease has ended has ended too, and why, if its scheduler knows that."""
+    """Wait for the end of a remote process whose lease has ended.
+
+    Return whether it has ended, and the reason if its scheduler knows one.
+    """
     deadline = time.monotonic() + WHY_SECONDS
     while process.poll() is None:
         if time.monotonic() > deadline:
@@ -500,11 +524,15 @@ def _why_elsewhere(process: Process) -> tuple[bool, str | None]:
 
 
 class VLLMServer:
-    """One vLLM server: its process, from start to shutdown. A context manager; may be started again.
+    """One vLLM server, from its start to its shutdown.
 
-    gpu_ids: the GPUs that it sees (None: all that this process sees). port: None takes a free one. startup_timeout,
-    client_timeout, stall_timeout, share_gpu and env: see `ServeConfig`. launcher, transport and engine: instances;
-    plugins: modules to look for more. A server that dies is FAILED: `start` starts it again.
+    A context manager. It may be started again. A server that dies becomes FAILED; `start` starts it again.
+
+    `gpu_ids`: the GPUs that it sees; None: all GPUs that this process sees.
+    `port`: the port to listen on; None: any free port.
+    `startup_timeout`, `client_timeout`, `stall_timeout`, `share_gpu`, `env`: see `ServeConfig`.
+    `launcher`, `transport`, `engine`: instances to use.
+    `plugins`: modules that provide more of these.
     """
 
     def __init__(
@@ -559,16 +587,16 @@ class VLLMServer:
         if is_alone:
             weakref.finalize(self, pool.ask_to_close)
 
-    # --------------------------------------------------------------------------------------------------------- looking
+    # ---------------------------------------------------------------------------------------------------------- status
 
     @property
     def host(self) -> str:
-        """The host by which the server is reached."""
+        """The host to connect to."""
         return self.status().host
 
     @property
     def port(self) -> int | None:
-        """The server's port; None while it is not known."""
+        """The server's port; None while it is unknown."""
         return self.status().port
 
     @property
@@ -577,23 +605,23 @@ class VLLMServer:
         return self.status().failure
 
     def is_running(self) -> bool:
-        """Say whether the server is ready for requests."""
+        """Return whether the server is ready for requests."""
         return self.status().usable
 
     def status(self) -> ServerState:
-        """Return what is known of the server now. Never waits."""
+        """Return the server's current state. Never waits."""
         return self._pool.states[self.name]
 
     def job(self, log: Path, instance: str = "") -> Job:
-        """Return what the launcher is asked to start. Raises ConfigError or PluginError."""
+        """Return the job for the launcher. Raises ConfigError or PluginError."""
         return self._program.job(log, instance)
 
     def record(self) -> records.ServerRecord:
-        """Return what another process needs to use this server. It must be ready."""
+        """Return the record with which another process can use this server. The server must be ready."""
         return record_of(self.status())
 
     def client(self) -> VLLMClient:
-        """Return a client of this server, which must be ready. Raises GserveError: it is not."""
+        """Return a client of this server. Raises GserveError: the server is not ready."""
         state = self.status()
         if state.address is None or state.info is None or not state.usable:
             raise GserveError(f"{self.name} is {state.state}, not ready: start it first")
@@ -605,12 +633,13 @@ class VLLMServer:
         client._seeds = self._seeds
         return client
 
-    # ----------------------------------------------------------------------------------------------------------- doing
+    # --------------------------------------------------------------------------------------------------------- control
 
     def start(self) -> None:
-        """Start the server and wait until it is ready; does nothing where it is.
+        """Start the server and wait until it is ready. Does nothing if it is ready.
 
-        Raises ServerExited, StartupTimeout or another LaunchError, ConfigError, PluginError. Nothing is left then.
+        Raises ServerExited, StartupTimeout or another LaunchError, ConfigError, PluginError. After an error, no process
+        of the server remains.
         """
         try:
             self.begin()
@@ -620,22 +649,22 @@ class VLLMServer:
             raise
 
     def begin(self) -> None:
-        """Start the server, and do not wait for it. Raises GserveError."""
+        """Start the server, without waiting until it is ready. Raises GserveError."""
         if self._is_alone:
             self._pool.begin()
         else:
             self._pool.begin_one(self.name)
 
     def wait_ready(self, seconds: float = math.inf) -> bool:
-        """Wait until a server that has begun is ready; return False where it is not yet after `seconds`.
+        """Wait until a started server is ready. Return False if it is not ready after `seconds`.
 
-        Raises LaunchError: it is not going to be.
+        Raises LaunchError: it cannot become ready.
         """
         return self._pool.wait_ready([self.name], seconds)
 
     def shutdown(self) -> None:
-        """End the server and everything below it. Idempotent; from any thread."""
-        if sys.is_finalizing():  # there are no threads any more that could do it: the lease ends the server
+        """Stop the server and all its child processes. Idempotent. May be called from any thread."""
+        if sys.is_finalizing():  # no thread runs any more that could do this: the end of the lease stops the server
             return
         if self._is_alone:
             self._pool.close()
@@ -644,14 +673,17 @@ class VLLMServer:
             self.wait_stopped()
 
     def ask_to_stop(self) -> None:
-        """Tell the server to end, and do not wait for it. In a process that was forked off: nothing, it is not ours."""
+        """Ask the server to stop, without waiting for its end.
+
+        Does nothing in a forked process, which is not the owner.
+        """
         if self._is_alone:
             self._pool.ask_to_close()
         else:
             self._pool.stop_one(self.name)
 
     def wait_stopped(self) -> None:
-        """Wait until a server that was told to end has ended. The wait has a limit: see `supervisor.END_SECONDS`."""
+        """Wait until a server that was asked to stop has ended. For the time limit see `supervisor.END_SECONDS`."""
         self._pool.wait_stopped(self.name)
 
     def __enter__(self) -> Self:
@@ -665,7 +697,7 @@ class VLLMServer:
 
 
 def record_of(state: ServerState) -> records.ServerRecord:
-    """Return what another process needs to use a server, which must be ready."""
+    """Return the record with which another process can use a server. The server must be ready."""
     assert state.address is not None
     assert state.info is not None
     return records.ServerRecord(

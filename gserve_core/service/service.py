@@ -28,17 +28,20 @@ from .server import ServerProgram, VLLMServer, record_of
 from .state import ServerState
 
 ATTACH_SECONDS = 180.0
-"""Maximum wait of `attach` for a service that is starting, in seconds."""
+"""Maximum wait of `attach` for a starting service, in seconds."""
 
 
 class VLLMService(Inference):
-    """Starts the servers that the configs describe, keeps them running, and spreads batches over them.
+    """Starts the servers of a config, keeps them running, and spreads batches over them.
 
-    A context manager. A server that dies or hangs is started again, and its unfinished items go to the others. The
-    servers end at the latest when the service is collected, or the interpreter ends.
+    A context manager. It may be started again after `shutdown`. A server that dies or hangs is restarted, and its
+    unfinished items move to the other servers. The servers end at the latest when the service is garbage-collected, or
+    when the interpreter ends.
 
-    launcher, transport and engine: instances, in place of those of this machine, HTTP and vLLM. plugins: modules to
-    look for more. name: makes the service known to `attach` and `gserve ps`. May be started again after `shutdown`.
+    `launcher`, `transport`, `engine`: instances to use. By default: this machine, HTTP and vLLM.
+    `plugins`: modules that provide more of these.
+    `name`: makes the service visible to `attach` and `gserve ps`.
+
     Raises ConfigError or PluginError.
     """
 
@@ -67,7 +70,10 @@ class VLLMService(Inference):
         engine: Engine | None = None,
         name: str | None = None,
     ) -> Self:
-        """Make a service from a YAML file; overrides are `"key.key=value"`. Raises ConfigError or PluginError."""
+        """Return a service that is configured by a YAML file. Raises ConfigError or PluginError.
+
+        `overrides`: texts of the form `"key.key=value"`. For the other arguments see the class.
+        """
         config, document = load(path, overrides)
         self = cls.__new__(cls)
         with document.located():
@@ -80,13 +86,16 @@ class VLLMService(Inference):
 
     @classmethod
     def attach(cls, name: str | None = None) -> Self:
-        """Return a service that was launched elsewhere on this machine under `name` (default: $GSERVE_ATTACH).
+        """Return a service that another process on this machine has launched. Waits while it is starting.
 
-        Waits for one that is starting. It follows that name: if the service is gone, its items wait a minute for it to
-        be started again. Shutting it down ends the connections, not the servers.
+        The result follows the name. If the service is gone, its items wait a minute for another start under the name.
+        `shutdown` closes the connections, and does not stop the servers.
 
-        Raises ConfigError: there is none. Raises GserveError: it is ending, is not ready in time, or its record cannot
-        be read.
+        `name`: the name of the service; None: the value of $GSERVE_ATTACH.
+
+        Raises ConfigError: there is no such service.
+        Raises GserveError: it is ending, has failed, or is not ready in time. Or its record cannot be read, or no name
+        is given.
         """
         name = name or os.environ.get(ATTACH_VARIABLE)
         if not name:
@@ -141,13 +150,15 @@ class VLLMService(Inference):
         self._servers = tuple(VLLMServer.part_of(self._pool, program) for program in programs)
         weakref.finalize(self, self._pool.ask_to_close)
 
-    # ----------------------------------------------------------------------------------------------------------- doing
+    # --------------------------------------------------------------------------------------------------------- control
 
     def start(self) -> None:
-        """Start all servers at once, and wait until `min_ready` of them are ready; does nothing where they are.
+        """Start all servers at once, and wait until `min_ready` of them are ready. Does nothing if they are ready.
 
-        Waits for a `shutdown` that is under way. Raises LaunchError with the cause of every server that failed; nothing
-        is left then. Raises ConfigError: the name is taken, or what the config names is not there.
+        Waits for a `shutdown` in progress.
+
+        Raises LaunchError: too many servers failed. It contains the cause of each failure. No server remains.
+        Raises ConfigError: the name is taken, or the config names something that does not exist.
         """
         if sys.is_finalizing():
             raise GserveError("the interpreter is ending: no service can be started any more")
@@ -156,22 +167,24 @@ class VLLMService(Inference):
         self._pool.start()
 
     def drain(self, why: str = "it was told to") -> None:
-        """Take no more items and start no server again; what the servers have goes on until `shutdown`, which follows.
+        """Accept no more items, and restart no server. Call `shutdown` afterwards.
 
-        What they do not have ends as ItemLost with `why`: here at once, in a process that is attached within seconds.
-        Does nothing where the service does not run.
+        Items in flight continue until `shutdown`. All other items end as ItemLost: here at once, in an attached process
+        within seconds. Does nothing if the service does not run.
+
+        `why`: the reason in ItemLost.
         """
         self._pool.drain(why)
 
     def shutdown(self, drain: float | None = None) -> None:
-        """End all servers and connections. Idempotent; from any thread.
+        """Stop all servers, and close all connections. Idempotent. May be called from any thread.
 
-        drain: seconds in which the servers may finish the items they have; they take no more. None: they end at once,
-        and the calls that are left with errors.
+        The servers of an attached service continue. In a forked process, the servers of the parent continue.
 
-        The servers of an attached service go on, and so do those of the process that this one was forked from.
+        `drain`: maximum time to finish the items in flight, in seconds; no more items are accepted. None: the servers
+        stop at once, and open calls end with errors.
         """
-        if sys.is_finalizing():  # there are no threads any more that could do it: the leases end the servers
+        if sys.is_finalizing():  # no thread runs any more that could do this: the end of the leases stops the servers
             return
         self._pool.close(drain)
 
@@ -184,28 +197,28 @@ class VLLMService(Inference):
     ) -> None:
         self.shutdown()
 
-    # --------------------------------------------------------------------------------------------------------- looking
+    # ---------------------------------------------------------------------------------------------------------- status
 
     @property
     def servers(self) -> Sequence[VLLMServer]:
-        """The servers, in order; none where the service is attached."""
+        """The servers, in order. Empty for an attached service."""
         return self._servers
 
     @property
     def launcher(self) -> Launcher:
-        """What starts the servers."""
+        """The launcher of the servers."""
         return self._parts.launcher
 
     def is_running(self) -> bool:
-        """Say whether at least one server is ready for requests."""
+        """Return whether at least one server is ready for requests."""
         return any(state.usable for state in self.status())
 
     def status(self) -> list[ServerState]:
-        """Return what is known of each server now. Never waits; may be called from a signal handler."""
+        """Return the current state of each server. Never waits. May be called from a signal handler."""
         return list(self._pool.states.values())
 
     def jobs(self) -> list[tuple[Job, list[str]]]:
-        """Return what would be started: for each server its job, and the command that the launcher makes of it."""
+        """Return the job of each server, with the command line of the launcher. Starts nothing."""
         jobs = [server.job(Path(os.devnull)) for server in self._servers]
         return [(job, self._parts.launcher.command(job)) for job in jobs]
 
@@ -222,7 +235,7 @@ def _connect(parts: Parts, server: ServerRecord, timeout: float | None) -> Conne
 
 
 def _record(name: str, config: Config, parts: Parts, ready: Sequence[ServerState], status: str) -> ServiceRecord:
-    """Return what other processes need to use a service."""
+    """Return the record with which other processes can use a service."""
     pid = os.getpid()
     return ServiceRecord(
         name=name, pid=pid, started=processes.process_start(pid) or 0, servers=[record_of(state) for state in ready],

@@ -1,7 +1,7 @@
-"""What is known of a server: one frozen value, and who reads it.
+"""The state of a server as one frozen value, and the access to the latest states.
 
-A pool's supervisor alone makes new states, in one thread. All others read the latest one, or wait for one, and never
-hold a lock: so a signal handler may do the same in the middle of it.
+Only the supervisor of a pool creates new states, in one thread. All other threads read the latest state, or wait for a
+state. They never hold a lock, so a signal handler that interrupts them may do the same.
 """
 
 import math
@@ -20,13 +20,13 @@ from ..errors import GserveError
 from ..interfaces import Address, EngineInfo
 
 TICK = 0.2
-"""Maximum time between two looks at a state that is waited for, in seconds."""
+"""Maximum time between two checks of a state that a thread waits for, in seconds."""
 BEGINNING = "starting the process"
-"""The phase of a server that has not reported one."""
+"""Phase of a server that has not reported one."""
 
 
 class State(StrEnum):
-    """What a server is doing: queued → starting → ready → draining → stopped, or failed."""
+    """The status of a server: queued → starting → ready → draining → stopped, or failed."""
 
     QUEUED = "queued"
     STARTING = "starting"
@@ -38,15 +38,17 @@ class State(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerState:
-    """All that is known of a server.
+    """The state of a server.
 
-    phase: what it does while it is not ready; if it failed, why it is not restarted. failure: why its last generation
-    ended, until the next one is ready; error is its text. log: the path of its log. restarts: how often it was
-    restarted in the last ten minutes.
-
-    generation: how often it has been started. returns: it is on its way to ready, now or after its cleanup. finishing:
-    it takes no more items, and finishes those it has. died: its process died, or hung, by itself; the items it was
-    working on may be the reason. left: processes that could not be killed, which may hold its GPUs.
+    `generation`: number of its starts.
+    `phase`: its activity while it is not ready; if it failed, why it is not restarted.
+    `failure`: why its last generation ended, until the next one is ready. `error` is its text.
+    `log`: path of its log.
+    `restarts`: number of its restarts in the last ten minutes.
+    `returns`: whether it will become ready, now or after its cleanup.
+    `finishing`: whether it accepts no more items, and finishes its items in flight.
+    `died`: whether its process died or hung, and not on request. Its items in flight may be the reason.
+    `left`: ids of processes that could not be killed. They may occupy its GPUs.
     """
 
     name: str
@@ -72,17 +74,17 @@ class ServerState:
 
     @property
     def usable(self) -> bool:
-        """Whether the server takes items."""
+        """Whether the server accepts items."""
         return self.state == State.READY
 
     @property
     def works(self) -> bool:
-        """Whether the server may have items: it takes them, or finishes those it has."""
+        """Whether the server may have items in flight: it accepts them, or finishes them."""
         return self.usable or self.finishing
 
     @property
     def is_over(self) -> bool:
-        """Whether the server has ended, and is not started again."""
+        """Whether the server has ended and is not restarted."""
         return self.state in (State.STOPPED, State.FAILED) and not self.returns
 
     @property
@@ -106,7 +108,7 @@ class ServerState:
         return self
 
     def begun(self, start: "Start", host: str, port: int | None) -> Self:
-        """Return the state at the start of another generation, with the address that it is told to listen on."""
+        """Return the state at the start of another generation, with its configured host and port."""
         return replace(
             self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=host, port=port,
             info=None, address=None, finishing=False, returns=True, left=(), log=None, instance=start.instance,
@@ -114,19 +116,19 @@ class ServerState:
         )  # fmt: skip
 
     def queued(self, phase: str) -> Self:
-        """Return the state of a server that is to be started."""
+        """Return the state of a server that waits for its start."""
         return replace(self, state=State.QUEUED, phase=phase, returns=True, finishing=False)
 
     def draining(self, phase: str, *, finishing: bool = False, returns: bool = False, died: bool = False) -> Self:
-        """Return the state of a server that is about to end, or has ended and is being cleaned up after."""
+        """Return the state of a server that is about to end, or that has ended and is being cleaned up."""
         return replace(self, state=State.DRAINING, phase=phase, finishing=finishing, returns=returns, died=died)
 
     def stopped(self) -> Self:
-        """Return the state of a server that has ended as it was told to."""
+        """Return the state of a server that has ended on request."""
         return replace(self, state=State.STOPPED, phase=None, returns=False, finishing=False)
 
     def failed(self, failure: GserveError, why: str | None = None) -> Self:
-        """Return the state of a server that has failed, and why it is not started again."""
+        """Return the state of a failed server. `why`: why it is not restarted."""
         return replace(self, state=State.FAILED, phase=why, failure=failure, returns=False, finishing=False)
 
 
@@ -134,7 +136,7 @@ class ServerState:
 
 
 class Start(Struct, frozen=True):
-    """What identifies a new generation of a server."""
+    """The id and the secrets of a new generation of a server."""
 
     instance: str = ""
     token: str = ""
@@ -152,13 +154,13 @@ class Logging(Struct, frozen=True):
 
 
 class Queued(Struct, frozen=True):
-    """The server waits before it runs, as in a scheduler's queue."""
+    """The server waits before it runs, in a scheduler's queue for example."""
 
     phase: str
 
 
 class Phase(Struct, frozen=True):
-    """What the starting server does."""
+    """The starting server has entered a phase."""
 
     text: str
 
@@ -170,7 +172,7 @@ class Listening(Struct, frozen=True):
 
 
 class Ready(Struct, frozen=True):
-    """The engine has made its first token."""
+    """The engine has generated its first token."""
 
     info: EngineInfo
 
@@ -178,8 +180,9 @@ class Ready(Struct, frozen=True):
 class Ended(Struct, frozen=True):
     """The server has ended, or is about to be killed. Its cleanup follows, and may take seconds.
 
-    died: it did so by itself, without having been told to. finished: how many items it had finished. alone: it worked
-    on nothing but items of which one may kill servers.
+    `died`: whether this happened without a request.
+    `finished`: number of items that it had finished.
+    `alone`: whether it worked on suspects only. One of these items may kill servers.
     """
 
     why: str
@@ -189,14 +192,18 @@ class Ended(Struct, frozen=True):
 
 
 class Gone(Struct, frozen=True):
-    """The cleanup is done. failure: why the server ended; None: it was told to. left: what could not be killed."""
+    """The cleanup is done.
+
+    `failure`: why the server ended; None: it ended on request.
+    `left`: ids of processes that could not be killed.
+    """
 
     failure: GserveError | None = None
     left: tuple[int, ...] = ()
 
 
 class Released(Struct, frozen=True):
-    """Nothing is kept of the server any more."""
+    """The launcher keeps nothing of the server any more."""
 
 
 type Report = Logging | Queued | Phase | Listening | Ready | Ended | Gone | Released
@@ -206,7 +213,7 @@ type Report = Logging | Queued | Phase | Listening | Ready | Ended | Gone | Rele
 
 
 class Published:
-    """The latest states of some servers. One thread writes them; reading and waiting take no lock."""
+    """The latest states of some servers. One thread writes them. Reading and waiting take no lock."""
 
     def __init__(self, states: Iterable[ServerState]) -> None:
         self._states: Mapping[str, ServerState] = MappingProxyType({state.name: state for state in states})
@@ -214,21 +221,21 @@ class Published:
 
     @property
     def states(self) -> Mapping[str, ServerState]:
-        """The latest states, by the names of the servers. Never changes: the next state stands in another mapping."""
+        """The latest states, by server name. The mapping never changes: a new state comes in a new mapping."""
         return self._states
 
     def publish(self, state: ServerState) -> None:
-        """Put a state in place of the server's last one."""
+        """Replace the state of a server."""
         self._states = MappingProxyType({**self._states, state.name: state})
         self.wake()
 
     def wake(self) -> None:
-        """Let those who wait look again."""
+        """Make all waiting threads check their conditions again."""
         for waiting in list(self._waiting):
             waiting.put(None)
 
     def wait[T](self, condition: Callable[[], T], seconds: float = math.inf) -> T:
-        """Wait until a condition holds, or some seconds have passed; return what it returned last."""
+        """Wait until `condition` returns a true value, or `seconds` have passed. Return its last result."""
         deadline = time.monotonic() + seconds
         news: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._waiting.append(news)

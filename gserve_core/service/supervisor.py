@@ -1,7 +1,8 @@
-"""The supervisor: it alone writes the states of a pool's servers. It starts them, and restarts those that die.
+"""The supervisor: it starts the servers of a pool, and restarts those that die. Only it writes their states.
 
-Everybody else sends it messages: the threads of the servers report, callers ask for a start or an end. It works them
-off in order, in one thread, and publishes each new state before the next. It never waits for a server.
+All other threads send it messages. The servers' threads report events; callers request a start or a stop. One thread
+handles the messages in order. It publishes each new state before it handles the next message. It never waits for a
+server.
 """
 
 import copy
@@ -22,41 +23,45 @@ from ..host.logs import keep_logging_from_waiting
 from .state import BEGINNING, Ended, Gone, Phase, Published, Queued, Ready, Released, Report, ServerState, Start
 
 WINDOW = 600.0
-"""Time in which `max_restarts` are counted, in seconds."""
+"""Time during which a restart counts towards `max_restarts`, in seconds."""
 BACK_OFF = 0.5, 30.0
 """First and maximum restart delay, in seconds.
 
-Applies from the second death in a row without a finished item, and from the first start that fails; doubles each time.
+Applies from the second death in a row without a finished item, and from the first failed start. Doubles each time.
 """
 END_SECONDS = 90.0
-"""Maximum time for all servers to end, cleanup included, in seconds. It is counted after the time for a drain."""
+"""Maximum time for all servers to end, cleanup included, in seconds. The time for a drain comes on top."""
 KEEP_SECONDS = 2.0
 """Time between two calls of `Hooks.keep`, in seconds."""
 AGAIN = "waiting to be started again"
-"""The phase of a server that is to be restarted."""
+"""Phase of a server that waits for its restart."""
 
 CLEANING_UP = "cleaning up: "
-"""Begins the phase of a server that has ended, before the reason."""
+"""Prefix of the phase of a server that has ended. The reason follows it."""
 FRUITLESS = 10
-"""Number of deaths in a row, without a finished item, that may be expected. A broken engine exceeds it."""
+"""Maximum number of deaths in a row, without a finished item, that count as expected."""
+# A broken engine exceeds it.
 
 logger = logging.getLogger("gserve.supervisor")
 
 
 class Run(Protocol):
-    """One generation of a server. Its thread reports how it fares; none of the methods waits."""
+    """One generation of a server. Its thread reports events. Its methods never wait."""
 
     start: Start
 
     def stop(self, drain: float | None = None) -> None:
-        """End the server: at once, or when it has finished what it has, within `drain` seconds."""
+        """Stop the server.
+
+        `drain`: maximum time to finish its items in flight, in seconds; None: stop at once.
+        """
 
     def release(self) -> None:
-        """Keep nothing of the ended server for its next generation; report Released once that is so."""
+        """Free the resources kept for the next generation of the ended server. Report Released afterwards."""
 
 
 class Program(Protocol):
-    """What can be started again and again."""
+    """The program of a server, which can be started repeatedly."""
 
     @property
     def name(self) -> str:
@@ -64,71 +69,72 @@ class Program(Protocol):
 
     @property
     def host(self) -> str:
-        """The host that the server is told to listen on."""
+        """The configured host to listen on."""
 
     @property
     def port(self) -> int | None:
-        """The port that the server is told to listen on; None: any that is free."""
+        """The configured port to listen on; None: any free port."""
 
     def begin(self, logs: Path, report: Callable[[Report], object], previous: Run | None) -> Run:
-        """Begin another generation in a thread of its own, which launches it. Does not wait."""
+        """Begin another generation. Its own thread launches it. Does not wait."""
 
 
 class Hooks(Protocol):
-    """What a pool does besides. Called from the supervisor's thread, so none of these may wait for long."""
+    """Callbacks of a pool. The supervisor's thread calls them, so none may wait for long."""
 
     def open(self) -> Path:
-        """Prepare for the first start; return the folder for logs. Raises GserveError: there can be no start."""
+        """Prepare for the first start. Return the folder for logs. Raises GserveError: no server can be started."""
 
     def changed(self, old: ServerState, new: ServerState) -> None:
-        """Take note of a server's new state, which is published next."""
+        """Handle a server's new state, which is published next."""
 
     def draining(self) -> None:
-        """Take note that no server is restarted from now on."""
+        """Handle the start of a drain: no server is restarted any more."""
 
     def keep(self) -> None:
-        """Repair what others may have removed, and do what could not be done."""
+        """Restore files that others may have removed, and retry actions that failed."""
 
     def closing(self, drain: float | None) -> None:
-        """Take note that all servers are about to end."""
+        """Handle the request to stop all servers. `drain` is in seconds."""
 
     def ended(self) -> None:
-        """Release the rest, now that all servers have ended."""
+        """Release all other resources after all servers have ended."""
 
 
 class _Server:
-    """What the supervisor needs to know of a server, besides its state."""
+    """The supervisor's data about a server, besides its state."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.run: Run | None = None
         self.is_gone = False
-        """Whether the run has ended and is cleaned up after; what its launcher keeps is not released yet."""
+        """Whether the run has ended and is cleaned up. The launcher may still keep resources for a restart."""
         self.is_releasing = False
         self.is_stopping = False
         self.is_wanted = False
-        """Whether it is to be started once its end is over."""
+        """Whether to start it as soon as it has stopped."""
         self.was_ready = False
         self.is_ready = False
         self.was_expected = False
-        """Whether it has died while its items were narrowed down to the one that servers die of."""
+        """Whether it died while it worked on suspects only, so that its death was expected."""
         self.due: float | None = None
         self.restarts: deque[tuple[float, bool]] = deque()
-        """When it was restarted, and whether that counts for `max_restarts`."""
+        """The time of each restart, and whether the restart counts towards `max_restarts`."""
         self.useless = 0
-        """How often in a row it has ended without having finished an item."""
+        """Number of ends in a row without a finished item. Expected deaths do not count."""
         self.fruitless = 0
-        """The same, deaths included that were expected."""
+        """Number of ends in a row without a finished item, including expected deaths."""
         self.failed_starts = 0
 
 
 class Supervisor:
-    """Looks after servers in a thread of its own, from its making to `close`. Its methods may be called from anywhere.
+    """Manages servers in its own thread, from its creation to `close`.
 
-    They only send a message, and so take no lock: from a signal handler and a finalizer too.
+    Its methods may be called from any thread, signal handler or finalizer. They only send a message, and take no lock.
 
-    keeps_places: whether a dead server that is not restarted keeps its place, such as a job of SLURM, until `begin`
-    starts it there, or it is ended.
+    `min_ready`: number of servers that must be ready; None: all.
+    `keeps_places`: whether a dead server that is not restarted keeps its place, such as a SLURM job. `begin` restarts
+    the server there; a stop gives the place up.
     """
 
     def __init__(
@@ -157,18 +163,18 @@ class Supervisor:
         self.is_closing = False
         """Whether `close` was called, or is about to be."""
         self.has_ended = False
-        """Whether all is over."""
+        """Whether the supervisor is done: all servers have ended or were given up, and the hooks have released all."""
         self.has_started = False
         """Whether `min_ready` servers have been ready."""
         self.failure: Exception | None = None
-        """Why no server could be started at all."""
+        """Why no server could be started."""
         self._numbers = itertools.count(1)
         self._asked = self._answered = 0
-        """The last order to start servers, and the last one that was carried out."""
+        """Number of the last request to start servers, and of the last one that was handled."""
         self._thread = threading.Thread(target=self._run, name="gserve-supervisor", daemon=True)
         self._thread.start()
 
-    # --------------------------------------------------------------------------------------------- from anywhere
+    # --------------------------------------------------------------------------------------------- from any thread
 
     @property
     def was_asked(self) -> bool:
@@ -176,36 +182,39 @@ class Supervisor:
         return self._asked > 0
 
     def begin(self, names: Iterable[str] | None = None) -> None:
-        """Start servers, or some of them; does nothing with those that run."""
+        """Start the named servers, or all of them. Does nothing with servers that run."""
         chosen = list(self._servers) if names is None else list(names)
         self._asked = number = next(self._numbers)
         self._inbox.put(lambda: self._begin(chosen, number))
 
     def stop(self, name: str) -> None:
-        """End one server, which is not restarted."""
+        """Stop one server. It is not restarted."""
         self._inbox.put(lambda: self._stop(self._servers[name], None))
 
     def drain(self) -> None:
-        """Restart nothing from now on."""
+        """Restart no server from now on."""
         self._inbox.put(self._drain)
 
     def close(self, drain: float | None = None) -> None:
-        """End all servers, at once or when they have finished what they have, within `drain` seconds; then the thread.
+        """Stop all servers, then the thread. Idempotent.
 
-        Idempotent; the earlier end counts.
+        `drain`: maximum time to finish the items in flight, in seconds; None: stop at once. The earliest end of all
+        calls counts.
         """
         self.is_closing = True
         self._inbox.put(lambda: self._close(drain))
 
     def wait_ended(self, seconds: float) -> bool:
-        """Wait until all is over, after `close`; return False if it is not within some seconds."""
+        """Wait after `close` until everything has ended. Return False if it has not ended after `seconds`."""
         return self._published.wait(lambda: self.has_ended, seconds)
 
     def wait_ready(self, seconds: float = math.inf, names: Sequence[str] | None = None) -> bool:
-        """Wait until `min_ready` servers, or those that are named, are ready; return False if not within some seconds.
+        """Wait until `min_ready` servers are ready, or all servers in `names`.
 
-        Raises LaunchError with the cause of every server that failed, if too many did to go on. Raises the failure of
-        `Hooks.open`.
+        Return False if they are not ready after `seconds`.
+
+        Raises LaunchError: too many servers failed. It contains the cause of each failure.
+        Raises the error of `Hooks.open`.
         """
         asked = max(1, self._asked)
         min_ready = self._min_ready if names is None else len(names)
@@ -241,7 +250,7 @@ class Supervisor:
                     self._try(self._do_due)
                 else:
                     self._try(act)
-                    self._try(self._do_due)  # also while messages never cease
+                    self._try(self._do_due)  # even if messages keep coming
         finally:
             self._try(self._give_up_waiting)
             self._try(self._hooks.ended)
@@ -280,7 +289,7 @@ class Supervisor:
             self._hooks.changed(old, new)
         except Exception:
             logger.exception("cannot pass on the state of %s", new.name)
-        self._published.publish(new)  # last: who has waited for a state finds that all others know it
+        self._published.publish(new)  # last: when a waiting thread sees the state, the hooks have handled it
 
     def _begin(self, names: list[str], number: int) -> None:
         try:
@@ -321,14 +330,14 @@ class Supervisor:
 
         try:
             server.run = program.begin(self._logs, report, previous)
-        except Exception as error:  # there can be no more threads, for one
+        except Exception as error:  # too many threads, for example
             self._publish(state.begun(Start(), program.host, program.port))
             self._gone(server, Gone(LaunchError(f"cannot start {program.name}: {error}")))
             return
         self._publish(state.begun(server.run.start, program.host, program.port))
 
     def _take(self, server: _Server, generation: int, report: Report) -> None:
-        """Take in what a server's thread has reported."""
+        """Handle a report from a server's thread."""
         state = self._state(server)
         if generation != state.generation and not isinstance(report, Released):
             return  # late: another generation has begun
@@ -340,7 +349,7 @@ class Supervisor:
             case Released():
                 self._released(server)
             case Queued() | Phase() | Ready() if server.is_stopping:
-                pass  # late: it ends, though it may be wanted again
+                pass  # late: it is stopping, even if it will be started again
             case _:
                 self._publish(state.after(report))
                 if isinstance(report, Ready) and self._state(server).usable:
@@ -348,7 +357,7 @@ class Supervisor:
                     server.failed_starts = 0
 
     def _ended(self, server: _Server, state: ServerState, report: Ended) -> None:
-        """Publish an end at once, so that the items go to other servers; the cleanup follows."""
+        """Publish the end of a server before its cleanup, so that its items move to other servers at once."""
         if server.is_stopping:
             self._publish(state.draining("ending", returns=server.is_wanted))
             return
@@ -361,14 +370,14 @@ class Supervisor:
         self._publish(state.draining(f"{CLEANING_UP}{report.why}", returns=True, died=died))
 
     def _gone(self, server: _Server, report: Gone) -> None:
-        """Decide what becomes of a server that has ended, and has been cleaned up after."""
+        """Restart, release or give up a server that has ended and is cleaned up."""
         server.is_gone = True
         if server.is_stopping or report.failure is None:
             self._release(server)
             return
         name, failure = server.program.name, report.failure
         self._publish(replace(self._state(server), left=report.left, failure=failure))
-        if server.is_ready and self._state(server).usable:  # no end was reported before
+        if server.is_ready and self._state(server).usable:  # its thread did not report `Ended`
             self._ended(server, self._state(server), Ended(_first_line(failure)))
         if server.is_ready:
             logger.error("%s", failure)
@@ -400,7 +409,7 @@ class Supervisor:
     def _give_up(
         self, server: _Server, failure: GserveError | None, why: str | None, *, keeps_place: bool = False
     ) -> None:
-        """Publish that a server has ended for good, and have nothing kept of it but, where wanted, its place."""
+        """Publish that a server has failed and is not restarted. Release it, unless `keeps_place`."""
         state = self._state(server)
         failure = failure or state.failure or LaunchError(why or f"{server.program.name} has ended")
         if why:
@@ -419,7 +428,7 @@ class Supervisor:
             server.run.release()
 
     def _released(self, server: _Server) -> None:
-        """Take note that nothing is left of a server's generation."""
+        """Handle the release of a server: nothing of its generation remains."""
         is_wanted, was_stopped = server.is_wanted, server.is_stopping
         server.run = None
         server.is_gone = server.is_releasing = server.is_stopping = server.is_wanted = False
@@ -429,11 +438,11 @@ class Supervisor:
             self._launch(server)
 
     def _stop(self, server: _Server, drain: float | None) -> None:
-        """End a server, which is not restarted."""
+        """Stop a server. It is not restarted."""
         server.due, server.is_wanted = None, False
         state = self._state(server)
         if server.run is None:
-            if self._logs is not None:  # else nothing was started: the states are those of another supervisor
+            if self._logs is not None:  # else nothing was started: another supervisor may own the states
                 self._publish(state.stopped())
             return
         server.is_stopping = True
@@ -472,7 +481,7 @@ class Supervisor:
 
 
 def _delay(server: _Server) -> float:
-    """Return for how many seconds a restart is put off."""
+    """Return the restart delay of a server, in seconds."""
     steps = max(server.useless - 1, server.failed_starts)
     return 0.0 if steps < 1 else min(BACK_OFF[0] * 2.0 ** min(steps - 1, 30), BACK_OFF[1])
 
@@ -482,7 +491,11 @@ def _first_line(error: Exception) -> str:
 
 
 def failure_of(states: Sequence[ServerState]) -> Exception:
-    """Return one error with the causes of all servers that have ended: of their class, where all have the same one."""
+    """Return one error with the causes of all servers that have ended.
+
+    It has the class of the errors if all have the same class; else it is a LaunchError. An error that is no LaunchError
+    is returned alone.
+    """
     errors: list[GserveError] = [
         state.failure or LaunchError(f"{state.name} was stopped while it started", log=state.log) for state in states
     ]
