@@ -530,34 +530,40 @@ class VLLMServer:
 
     `gpu_ids`: the GPUs that it sees; None: all GPUs that this process sees.
     `port`: the port to listen on; None: any free port.
-    `startup_timeout`, `client_timeout`, `stall_timeout`, `share_gpu`, `env`: see `ServeConfig`.
+    `startup_timeout`, `verbose`: see `ServeConfig`.
+    `serve_config`: all of these, and more, in place of the arguments before it; for one server.
     `launcher`, `transport`, `engine`: instances to use.
     `plugins`: modules that provide more of these.
+
+    Raises ConfigError: `serve_config` is given beside an argument that belongs there, or asks for several servers.
     """
 
     def __init__(
         self,
         llm_config: LLMConfig,
         gpu_ids: Sequence[int] | None = None,
-        host: str = "127.0.0.1",
+        host: str = ServeConfig.host,
         port: int | None = None,
-        startup_timeout: float | None = 180.0,
+        startup_timeout: float | None = ServeConfig.startup_timeout,
         verbose: bool = False,
         *,
-        client_timeout: float | None = 30.0,
-        stall_timeout: float | None = 60.0,
-        share_gpu: bool = False,
-        env: Mapping[str, str] | None = None,
+        serve_config: ServeConfig | None = None,
         launcher: Launcher | None = None,
         transport: Transport | None = None,
         engine: Engine | None = None,
         plugins: Sequence[str] = (),
     ) -> None:
-        ids = None if gpu_ids is None else list(gpu_ids)
-        serve = ServeConfig(
-            ids, host, port, startup_timeout, client_timeout, verbose,
-            stall_timeout=stall_timeout, share_gpu=share_gpu, env=dict(env or {}),
-        )  # fmt: skip
+        given = ServeConfig(None if gpu_ids is None else list(gpu_ids), host, port, startup_timeout, verbose=verbose)
+        if serve_config is not None and given != ServeConfig():
+            raise ConfigError(
+                "expected gpu_ids, host, port, startup_timeout and verbose inside serve_config, not beside it"
+            )
+        serve = serve_config or given
+        if serve.servers not in (None, 1):
+            raise ConfigError(
+                f"a VLLMServer is one server, and serve_config asks for {serve.servers}: use a VLLMService"
+            )
+        ids = serve.gpu_ids
         parts = assemble(
             Config(llm_config, plugins=list(plugins)), launcher=launcher, transport=transport, engine=engine
         )
@@ -570,13 +576,6 @@ class VLLMServer:
             keeps_places=True, what=program.name,
         )  # fmt: skip
         self._set_up(program, pool, is_alone=True)
-
-    @classmethod
-    def part_of(cls, pool: Pool, program: ServerProgram) -> Self:
-        """Return one of the servers of a pool."""
-        self = cls.__new__(cls)
-        self._set_up(program, pool, is_alone=False)
-        return self
 
     def _set_up(self, program: ServerProgram, pool: Pool, *, is_alone: bool) -> None:
         self.name = program.name
@@ -704,3 +703,10 @@ def record_of(state: ServerState) -> records.ServerRecord:
         state.name, state.address, state.instance, state.token, state.info.capacity, state.info.model,
         None if state.gpu_ids is None else list(state.gpu_ids), state.control,
     )  # fmt: skip
+
+
+def member_of(pool: Pool, program: ServerProgram) -> VLLMServer:
+    """Return one of the servers of a pool."""
+    server = VLLMServer.__new__(VLLMServer)
+    server._set_up(program, pool, is_alone=False)
+    return server

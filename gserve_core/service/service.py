@@ -24,7 +24,7 @@ from .attached import Attached, ending
 from .client import Inference
 from .nursery import Nursery
 from .pool import Pool, Queue, Record
-from .server import ServerProgram, VLLMServer, record_of
+from .server import ServerProgram, VLLMServer, member_of, record_of
 from .state import ServerState
 
 ATTACH_SECONDS = 180.0
@@ -147,7 +147,7 @@ class VLLMService(Inference):
             record=None if name is None else Record(name, lambda *of: _record(name, config, parts, *of)),
             nursery=nursery,
         )
-        self._servers = tuple(VLLMServer.part_of(self._pool, program) for program in programs)
+        self._servers = tuple(member_of(self._pool, program) for program in programs)
         weakref.finalize(self, self._pool.ask_to_close)
 
     # --------------------------------------------------------------------------------------------------------- control
