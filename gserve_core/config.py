@@ -11,11 +11,13 @@ import math
 import re
 import socket
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from .errors import ConfigError, did_you_mean, reworded
 from .host.environment import RESERVED
@@ -24,6 +26,12 @@ from .yaml_file import Document, type_name
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
 """Allowed values of `dtype` (vLLM's `ModelDType`)."""
+Fraction = Annotated[float, Meta(gt=0, le=1, description="a fraction above 0 and up to 1")]
+Tokens = Annotated[int, Meta(ge=1, description="a number of tokens")]
+Servers = Annotated[int, Meta(ge=1, le=65535, description="1 to 65535 servers")]
+Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
+Count = Annotated[int, Meta(ge=0, description="a number from 0 up")]
+Timeout = Annotated[float, Meta(gt=0, le=1e9, description="seconds above 0, or null for no limit")]
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _HOST = re.compile(r"(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*\.?")
 
@@ -81,9 +89,9 @@ class LLMConfig:
     revision: str | None = None
     tokenizer_revision: str | None = None
     seed: int = 0
-    gpu_memory_utilization: float | None = None
+    gpu_memory_utilization: Fraction | None = None
     enforce_eager: bool = False
-    max_model_len: int | None = None
+    max_model_len: Tokens | None = None
     download_dir: str | None = None
     lora_path: str | None = None
     llm_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -103,13 +111,6 @@ class LLMConfig:
             if dtype not in (None, *DTYPES):
                 raise ConfigError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}", at=f"$.{place}")
         _convert(self.llm_kwargs.get("seed"), int | None, "$.llm_kwargs.seed")
-        if self.gpu_memory_utilization is not None and not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"expected a fraction above 0 and up to 1, got {self.gpu_memory_utilization}",
-                at="$.gpu_memory_utilization",
-            )
-        if self.max_model_len is not None and self.max_model_len < 1:
-            raise ConfigError(f"expected a number of tokens, got {self.max_model_len}", at="$.max_model_len")
         for name, instead in (("model", "model_name"), ("lora_path", "lora_path")):
             if name in self.llm_kwargs:
                 raise ConfigError(f"'{name}' does not belong here: set {instead}", at="$.llm_kwargs")
@@ -174,13 +175,13 @@ class ServeConfig:
 
     gpu_ids: list[int] | None = None
     host: str = "127.0.0.1"
-    port: int | None = None
-    startup_timeout: float | None = 180.0
-    client_timeout: float | None = 30.0
+    port: Port | None = None
+    startup_timeout: Timeout | None = 180.0
+    client_timeout: Timeout | None = 30.0
     verbose: bool = False
-    servers: int | None = None
-    stall_timeout: float | None = 60.0
-    max_restarts: int = 10
+    servers: Servers | None = None
+    stall_timeout: Timeout | None = 60.0
+    max_restarts: Count = 10
     min_ready: int | None = None
     share_gpu: bool = False
     env: dict[str, str] = field(default_factory=dict)
@@ -197,25 +198,15 @@ class ServeConfig:
                 )
             if self.servers is not None:
                 raise ConfigError("gpu_ids and servers are both set: the ids say how many servers", at="$.servers")
-        if self.servers is not None and not 1 <= self.servers <= 65535:
-            raise ConfigError(f"expected 1 to 65535 servers, got {self.servers}", at="$.servers")
-        if self.port is not None and not 1 <= self.port <= 65535:
-            raise ConfigError(f"expected a port from 1 to 65535, got {self.port}", at="$.port")
         if not self.host:
             raise ConfigError("host is empty: expected an address to listen on", at="$.host")
         if wrong := _wrong_host(self.host):
             raise ConfigError(f"'{self.host}' is no host: {wrong}", at="$.host")
-        if self.max_restarts < 0:
-            raise ConfigError(f"expected a number from 0 up, got {self.max_restarts}", at="$.max_restarts")
         for name, value in self.env.items():
             if not name or not name.isascii() or "=" in name or not (name + value).replace("\t", "").isprintable():
                 raise ConfigError(f"{name!r} and its value cannot stand in an environment", at="$.env")
             if name in RESERVED:
                 raise ConfigError(f"{name} cannot be set for servers: {RESERVED[name]}; remove it", at="$.env")
-        for name in ("startup_timeout", "client_timeout", "stall_timeout"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ConfigError(f"expected seconds above 0, or null for no limit, got {value}", at=f"$.{name}")
 
     def __repr__(self) -> str:
         """Show the fields, without secrets."""
@@ -310,7 +301,7 @@ def _instead(cls: Any, name: str, known: Sequence[str]) -> str:
 
 
 def _hints(cls: Any) -> dict[str, Any]:
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     return {item.name: hints[item.name] for item in fields(cls) if item.init}
 
 
@@ -356,7 +347,17 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
         text, place = reworded(error)
+        if bounds := _bounds(hint):
+            with suppress(msgspec.ValidationError):  # the type is right: it is the bounds that it breaks
+                msgspec.convert(value, bounds.__origin__)
+                text = f"expected {bounds.__metadata__[0].description}, got {value!r}"
         raise ConfigError(text, at=at + place.removeprefix("$")) from error
+
+
+def _bounds(hint: Any) -> Any:
+    """Return the bounded type in the type of a field; None if there is none."""
+    types = (hint, *get_args(hint)) if get_origin(hint) is not Annotated else (hint,)
+    return next((it for it in types if get_origin(it) is Annotated), None)
 
 
 def _check_sayable(value: Any, at: str) -> None:

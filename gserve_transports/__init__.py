@@ -6,7 +6,9 @@ streamed msgpack (`/run`).
 
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
 
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Access, Address, Connection, ServerApi, Transport
@@ -17,7 +19,7 @@ class HttpTransport(Transport):
     """HTTP/1.1. `max_body_mib`: maximum size of a request body, in MiB."""
 
     name: ClassVar[str] = "http"
-    max_body_mib: int = 64
+    max_body_mib: Annotated[int, Meta(ge=1, le=65536, description="1 to 65536 MiB")] = 64
 
     def preload(self) -> None:
         """Import the server's half."""

@@ -532,11 +532,11 @@ WRONG = {
     ),
     "a negative timeout": (
         LLM + "serve: {startup_timeout: -1}\n",
-        ":3: expected seconds above 0, or null for no limit, got -1.0 - at $.serve.startup_timeout",
+        ":3: expected seconds above 0, or null for no limit, got -1 - at $.serve.startup_timeout",
     ),
     "no time": (
         LLM + "serve: {client_timeout: 0}\n",
-        ":3: expected seconds above 0, or null for no limit, got 0.0 - at $.serve.client_timeout",
+        ":3: expected seconds above 0, or null for no limit, got 0 - at $.serve.client_timeout",
     ),
     "a timeout that is no number": (
         LLM + "serve: {client_timeout: .nan}\n",
@@ -548,7 +548,7 @@ WRONG = {
     ),
     "a fraction above 1": (
         LLM + "  gpu_memory_utilization: 90\n",
-        ":3: expected a fraction above 0 and up to 1, got 90.0 - at $.llm.gpu_memory_utilization",
+        ":3: expected a fraction above 0 and up to 1, got 90 - at $.llm.gpu_memory_utilization",
     ),
     "NaN for vLLM": (
         LLM + "  llm_kwargs:\n    a: {b: [1, .nan]}\n",
