@@ -1,1 +1,1 @@
-"""The benchmarks: what gserve costs and what it gains, measured."""
+"""Benchmarks of gserve's costs and gains."""

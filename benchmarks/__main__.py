@@ -16,7 +16,7 @@ from .rounds import Benchmark, say
 USUAL_CPU = ("short", "long", "chat", "logprobs", "sampled", "skewed", "stream", "calls")
 USUAL_GPU = ("short", "long", "chat", "logprobs", "sampled", "skewed", "stream", "calls")
 USUAL_LARGE = ("short", "long", "chat")
-"""What a model as large as `8b` has the time for."""
+"""Workloads by default for the model `8b`: there is no time for more."""
 
 
 def _demo(bench: Benchmark, options: argparse.Namespace) -> None:
@@ -35,12 +35,13 @@ MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
     "lora": lambda bench, options: gpus.lora(bench, options.model),
     "memory": lambda bench, options: gpus.memory(bench, options.model),
 }
-"""What is measured besides the workloads, by name."""
+"""The measurements besides the workloads, by name."""
 NAMES = (*USUAL_GPU, *MEASURES)
+"""All values of the argument WHAT."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what is asked for, print the table and write it; return 1 where a result was wrong."""
+    """Run the requested measurements, print the table and write it; return 1 if a result was wrong, else 0."""
     options = _options(arguments)
     folder = options.output or models.folder() / f"last-{options.where}-{Path(options.model).name}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     say("\n".join(head))
     try:
         _measure(bench, options)
-    except (RuntimeError, GserveError) as error:  # what was measured before is worth to be seen
+    except (RuntimeError, GserveError) as error:  # earlier results are still shown
         bench.problems.append(str(error))
     if bench.figures:
         table.write(folder, [*head, *bench.notes], bench.figures)
@@ -99,5 +100,5 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # leaves nothing running, as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # shuts everything down, as after Ctrl-C
     sys.exit(main())

@@ -1,8 +1,8 @@
-"""Balance: one queue over two servers, against a static split of the same batch over the same two servers.
+"""Balance: one queue for two servers, against a static split of the same batch over the same two servers.
 
-Both work with answers of very different lengths; then both again while one server gets half of its time: its processes
-are stopped and continued in turn. That is how a server looks whose machine or GPU is shared, and it needs no setting of
-gserve's or vLLM's.
+The answers differ widely in length. Both ways are measured again while one server has only half of its time, because
+its processes are stopped and continued in turn. This simulates a shared machine or GPU, and needs no setting of gserve
+or vLLM.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ from .workloads import Work
 
 SPLIT = "static split"
 TIMES = 64
-"""How many times `max_num_seqs` there are items: of fewer the longest answer decides alone, wherever it is made."""
+"""Number of items, as a multiple of `max_num_seqs`. With fewer items, the time depends only on the longest answer."""
 STOPPED_SECONDS = 0.05
-"""How long the slow server is stopped, and then runs, in turn."""
+"""Length of each stop of the slow server, and of each run between them, in seconds."""
 
 
 def measure(bench: Benchmark, model: str, scale: float) -> None:
-    """Measure the queue and the split in turn, with two equal servers and with one slowed by half."""
+    """Measure the queue and the split in turn, first with two equal servers, then with one of them slowed by half."""
     here = machine.gpus()
     serve = ServeConfig(
         gpu_ids=[0, 1] if len(here) > 1 else None, servers=None if len(here) > 1 else 2, startup_timeout=READY_SECONDS
@@ -40,7 +40,7 @@ def measure(bench: Benchmark, model: str, scale: float) -> None:
     workload = replace(workloads.skewed(4096 if here else 1024, {}), name="balance").scaled(scale)
     arguments = machine.engine_arguments(model, 1) | {
         "max_num_seqs": max(1, workload.items // TIMES),
-        "enable_prefix_caching": False,  # both ways ask the same
+        "enable_prefix_caching": False,  # both ways send the same prompts
     }
     with VLLMService(llm_config(arguments), serve) as service, contextlib.ExitStack() as stack:
         clients = [stack.enter_context(server.client()) for server in service.servers]
@@ -68,7 +68,7 @@ def measure(bench: Benchmark, model: str, scale: float) -> None:
 
 
 def split(clients: Sequence[VLLMClient], work: Work) -> Answer:
-    """Do a work in equal parts, one a server, each by a client of its own at the same time."""
+    """Split work into equal parts, one per client, and do them at the same time; return the combined answer."""
     count = len(clients)
     parts = [
         replace(work, prompts=work.prompts[at::count], max_tokens=work.max_tokens[at::count]) for at in range(count)
@@ -82,10 +82,10 @@ def split(clients: Sequence[VLLMClient], work: Work) -> Answer:
 
 
 def processes(server: VLLMServer) -> list[psutil.Process]:
-    """Return the processes of a server: the one that listens on its port, and all below that."""
+    """Return the processes of a server: the one that listens on its port, and all its descendants."""
     ours = psutil.Process().children(recursive=True)
     listening = [process for process in ours if server.port in _ports(process)]
-    first = next(it for it in listening if it.parent() not in listening)  # those below it may have its socket too
+    first = next(it for it in listening if it.parent() not in listening)  # its children may have inherited the socket
     return [first, *first.children(recursive=True)]
 
 
@@ -96,7 +96,8 @@ def _ports(process: psutil.Process) -> set[int]:
 
 
 def bind(server: VLLMServer, index: int) -> None:
-    """Give a server a core of its own: on few cores a slow one would else leave its time to the other."""
+    """Bind a server to a core of its own."""
+    # On few cores, a slowed server would otherwise leave its CPU time to the other server.
     cores = sorted(os.sched_getaffinity(0))
     for process in processes(server):
         for thread in process.threads():
@@ -106,7 +107,7 @@ def bind(server: VLLMServer, index: int) -> None:
 
 @contextlib.contextmanager
 def slowed(server: VLLMServer) -> Iterator[None]:
-    """Give a server half of the time, until the context ends."""
+    """Give a server only half of the time, until the context ends."""
     ended = threading.Event()
     pids = [process.pid for process in processes(server)]
 

@@ -1,4 +1,4 @@
-"""What only GPUs show: more of them, one server over two, an adapter, and what a killed server leaves of its memory."""
+"""Benchmarks for GPUs: scaling, sharing, tensor parallelism, a LoRA adapter, and the memory of a killed server."""
 
 import os
 import signal
@@ -23,28 +23,31 @@ from .table import GSERVE, no_figures
 from .workloads import Work, Workload, of_gpu
 
 FREE = 0.05
-"""The part of a server's memory that may still be in use where that memory is called free."""
+"""Maximum part of a server's GPU memory that may be in use when the memory counts as free."""
 SHARERS = 2
-"""How many servers share a GPU."""
+"""Number of servers that share a GPU."""
 PROMPT, PARAMS = "Once upon a time there was", {"temperature": 0, "max_tokens": 4}
 
 
 class Memory:
-    """Looks at the memory of all GPUs, ten times a second. A context manager."""
+    """A monitor of the memory of all GPUs, ten times a second. A context manager.
+
+    Raises SystemExit on entry: there is no GPU.
+    """
 
     def __init__(self) -> None:
         self._seen: list[tuple[float, tuple[int, ...]]] = []
         self._process: subprocess.Popen[str] | None = None
 
     def now(self) -> tuple[int, ...]:
-        """Return the MiB in use on each GPU, as seen from now on."""
+        """Return the MiB in use on each GPU, from the next measurement."""
         began = time.monotonic()
         while not (seen := self.since(began)):
             time.sleep(0.05)
         return seen[0][1]
 
     def since(self, began: float) -> list[tuple[float, tuple[int, ...]]]:
-        """Return what was seen since a time of the monotonic clock, each with its time."""
+        """Return the measurements since a time of the monotonic clock, each with its time."""
         return [(at, used) for at, used in list(self._seen) if at >= began]
 
     def _look(self, lines: Any, count: int) -> None:
@@ -73,7 +76,7 @@ class Memory:
 
 
 def scaling(bench: Benchmark, model: str, counts: Sequence[int], scale: float) -> None:
-    """Measure the workload `long` on so many GPUs, one count after the other, with as much work for each GPU."""
+    """Measure the workload `long` on each of these numbers of GPUs. The work per GPU is always the same."""
     one = next(it for it in of_gpu() if it.name == "long").scaled(scale)
     config = llm_config(machine.engine_arguments(model, 1))
     base: list[float] = []
@@ -94,9 +97,9 @@ def scaling(bench: Benchmark, model: str, counts: Sequence[int], scale: float) -
 
 
 def sharing(bench: Benchmark, model: str, scale: float) -> None:
-    """Measure *short* and *long* on two servers that share a GPU, against one of them alone and `vllm.LLM` beside them.
+    """Measure *short* and *long* on two servers that share a GPU, against one of them and against `vllm.LLM`.
 
-    Where vLLM's own Python is slower than the GPU, two have more of it.
+    All three engines are on the same GPU. If vLLM's Python code is slower than the GPU, two servers help: each runs it.
     """
     arguments = machine.engine_arguments(model, 3)
     serve = ServeConfig(servers=SHARERS, share_gpu=True, startup_timeout=READY_SECONDS)
@@ -111,7 +114,7 @@ def sharing(bench: Benchmark, model: str, scale: float) -> None:
 
 
 def tensor_parallel(bench: Benchmark, model: str, scale: float) -> None:
-    """Run one server over two GPUs: it answers, uses both, and leaves neither in use."""
+    """Measure one server over two GPUs, and check that it answers, uses both, and frees both."""
     workload = of_gpu()[0].scaled(scale)
     made = no_figures("tensor-parallel", f"one server on 2 GPUs, {workload.title}", GSERVE, model, "tokens/s")
     arguments = machine.engine_arguments(model, 1) | {"tensor_parallel_size": 2}
@@ -135,10 +138,8 @@ def tensor_parallel(bench: Benchmark, model: str, scale: float) -> None:
 
 
 def lora(bench: Benchmark, model: str) -> None:
-    """Ask with and without a random adapter of rank 16: it changes the answers, to those of `vllm.LLM` with it.
-
-    One prompt at a time, as on a GPU answers depend on what else is in the batch.
-    """
+    """Check a random adapter of rank 16: it must change the answers, to the answers of `vllm.LLM` with the adapter."""
+    # One prompt at a time, since on a GPU an answer depends on the rest of the batch.
     arguments = machine.engine_arguments(model, 1)
     adapted = arguments | {"lora_path": str(models.adapter(arguments["model"]))}
     work = Workload("lora", 8, 30, 16, {}).work(0)
@@ -159,7 +160,10 @@ def lora(bench: Benchmark, model: str) -> None:
 
 
 def memory(bench: Benchmark, model: str) -> None:
-    """Kill a server with SIGKILL: its memory is free before the next one takes any, and it is ready again."""
+    """Kill a server with SIGKILL; measure the times until its GPU memory is free, and until it answers again.
+
+    The memory must be free before the restarted server uses any.
+    """
     config = llm_config(machine.engine_arguments(model, 1) | {"enforce_eager": True})
     free_after = no_figures("freed", "GPU memory free after kill -9", GSERVE, model, "s")
     token_after = no_figures("restart", "token again after kill -9", GSERVE, model, "s")
@@ -184,14 +188,14 @@ def memory(bench: Benchmark, model: str) -> None:
 
 
 def _service(config: LLMConfig, gpus: int) -> VLLMService:
-    """Return a service on so many GPUs; on a machine without any, with so many servers."""
+    """Return a service on this number of GPUs; on a machine without GPUs, with this number of servers."""
     has_gpus = bool(machine.gpus())
     ids, servers = (list(range(gpus)), None) if has_gpus else (None, gpus)
     return VLLMService(config, ServeConfig(gpu_ids=ids, servers=servers, startup_timeout=READY_SECONDS))
 
 
 def _rate(bench: Benchmark, title: str, side: Side, work: Work) -> float:
-    """Have a side do a work, look at its answer, and return tokens a second."""
+    """Send work to a side, check its answer, and return its tokens per second."""
     answer = side.do(work, "")
     bench.problems += [f"{title}: {problem}" for problem in wrong(work, answer)]
     say(f"{title}: {answer.seconds:.2f} s")
@@ -199,7 +203,7 @@ def _rate(bench: Benchmark, title: str, side: Side, work: Work) -> float:
 
 
 def _one_by_one(side: Side, work: Work) -> Answer:
-    """Have a side do a work, one item after the other."""
+    """Send work to a side one item at a time, and return the combined answer."""
     alone = [
         replace(work, prompts=[prompt], max_tokens=[tokens])
         for prompt, tokens in zip(work.prompts, work.max_tokens, strict=True)

@@ -1,4 +1,4 @@
-"""What is measured on: the machine, the versions, the commit; and what every engine is given on such a machine."""
+"""The measured system: machine, versions and commit, and the arguments of every engine on this machine."""
 
 import os
 import platform
@@ -15,8 +15,9 @@ from . import models
 
 ROOT = Path(__file__).parent.parent
 SHARED, OVERHEAD = 0.9, 4 << 30
-"""How much of a GPU engines that are up together share, and what each needs beside its weights and KV cache."""
+"""The part of a GPU's memory for all engines, and each engine's memory besides weights and KV cache, in bytes."""
 CPU_KV_CACHE = 1 << 30
+"""Size of the KV cache of an engine without a GPU, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class GPU:
 
 
 def gpus() -> list[GPU]:
-    """Return the GPUs of this machine; none where there is no nvidia-smi, or it finds none."""
+    """Return the GPUs of this machine; an empty list if nvidia-smi is missing, or finds none."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -39,11 +40,12 @@ def gpus() -> list[GPU]:
 
 
 def engine_arguments(model: str, engines: int) -> dict[str, Any]:
-    """Return the keyword arguments of `vllm.LLM` that all sides get, where so many engines share a GPU.
+    """Return the keyword arguments of `vllm.LLM` for all sides, if `engines` engines share a GPU.
 
-    The limits of the scheduler are those that `vllm.LLM` has by default, on a CPU and on an H100; `vllm serve` alone
-    would take half as much, which is no difference that a benchmark should be won by. One engine alone has all memory.
+    A single engine gets all memory of the GPU. Raises SystemExit: the engines do not fit on the GPU.
     """
+    # The scheduler limits are the defaults of `vllm.LLM` on a CPU and on an H100. `vllm serve` has half of them by
+    # default, a difference that should not decide a benchmark.
     folder, here = models.find(model), gpus()
     dtype = "float32" if models.is_exact(folder) else "bfloat16"
     given = {"model": folder, "dtype": dtype, "max_model_len": 4096, "seed": 0}
@@ -58,11 +60,11 @@ def engine_arguments(model: str, engines: int) -> dict[str, Any]:
     cache = int(here[0].memory * SHARED / engines) - models.weight_bytes(folder) - OVERHEAD
     if cache <= 0:
         raise SystemExit(f"{model}: {engines} engines do not fit on a {here[0].name}: name fewer --sides")
-    return given | {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache}  # the fraction then says nothing
+    return given | {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache}  # the size replaces the fraction
 
 
 def header(module: str = "benchmarks") -> list[str]:
-    """Return what stands above a table: date, machine, versions, commit and command, which ran this module."""
+    """Return the lines above a table: date, machine, versions, commit, and the command that ran `module`."""
     cores = len(os.sched_getaffinity(0))
     graphics = ", ".join(f"{gpu.name} ({gpu.memory / 2**30:.0f} GiB)" for gpu in gpus()) or "no GPU"
     command = shlex.join(["python", "-m", module, *sys.argv[1:]])

@@ -1,6 +1,6 @@
-"""The models of the benchmarks, made here: Llama shapes with a tokenizer of their own. Nothing is downloaded.
+"""The models of the benchmarks, created here: Llama shapes with a tokenizer of their own. Nothing is downloaded.
 
-`tiny` has random weights, `1b` and `8b` have none: vLLM makes some up (`load_format: dummy`).
+`tiny` has random weights. `1b` and `8b` have no weights: vLLM generates some (`load_format: dummy`).
 """
 
 import json
@@ -27,7 +27,7 @@ state still stop story study such take talk tell thing think three time together
 use very walk want watch water way well went white while why wood word work world would write year young
 """
 WORDS = tuple(_TEXT.split())
-"""What all prompts are made of: each is one token, here and in about any tokenizer of English."""
+"""The words of all prompts. Each word is one token, here and in nearly every tokenizer for English."""
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -38,7 +38,7 @@ DEMO = "demo:smollm2-135m"
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama."""
+    """The shape of a Llama model. `has_weights`: whether random float32 weights are created for it."""
 
     hidden: int
     intermediate: int
@@ -51,7 +51,7 @@ class Shape:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The arguments of transformers' LlamaConfig."""
+        """The arguments of LlamaConfig in transformers."""
         return {
             "hidden_size": self.hidden, "intermediate_size": self.intermediate, "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads,
@@ -69,24 +69,28 @@ SHAPES = {
 
 
 def folder() -> Path:
-    """Return where the benchmarks keep what they make: in gserve's cache."""
+    """Return the folder in gserve's cache for the files of the benchmarks."""
     return demo_model.cache_folder() / "benchmarks"
 
 
 def find(name: str) -> str:
-    """Return the folder of a model: `tiny`, `1b`, `8b` or the demo model, made now where it is not there yet."""
+    """Return the folder of a model: `tiny`, `1b`, `8b` or the demo model. Creates it if it is missing.
+
+    Any other name is returned unchanged.
+    """
     if name not in SHAPES:
         return demo_model.resolve(name, report=lambda phase: None)
     return str(_made(folder() / name, lambda scratch: _make(SHAPES[name], scratch)))
 
 
 def is_exact(model: str) -> bool:
-    """Say whether the greedy answers of a model are the same on every side: in float32, where no two tokens tie."""
+    """Return whether a model's greedy answers are the same on every side, which is so in float32."""
+    # In float32, no two tokens tie.
     return bool(json.loads((Path(model) / "config.json").read_text()).get("dtype") == "float32")
 
 
 def weight_bytes(model: str) -> int:
-    """Return the size of a Llama's weights in bfloat16, from the config in its folder."""
+    """Return the size of a Llama's weights in bfloat16, in bytes, from the config in its folder."""
     it = json.loads((Path(model) / "config.json").read_text())
     hidden, heads = it["hidden_size"], it["num_attention_heads"] + it["num_key_value_heads"]
     layer = 2 * hidden * heads * it["head_dim"] + 3 * hidden * it["intermediate_size"]
@@ -95,8 +99,8 @@ def weight_bytes(model: str) -> int:
 
 
 def adapter(model: str, rank: int = 16) -> Path:
-    """Return the folder of a LoRA adapter for a Llama, random and strong enough to change its answers."""
-    import torch  # all three take seconds, and are needed once
+    """Return the folder of a random LoRA adapter for a Llama, strong enough to change its answers."""
+    import torch  # a slow import, needed only once
     from safetensors.torch import save_file
 
     it = json.loads((Path(model) / "config.json").read_text())
@@ -121,7 +125,7 @@ def adapter(model: str, rank: int = 16) -> Path:
 
 
 def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    """Return a folder that appears whole or not at all; `make` fills it where it is not there yet."""
+    """Return `target`; if it is missing, create it with `make`. The folder appears only when it is complete."""
     if not target.is_dir():
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -146,7 +150,7 @@ def _make(shape: Shape, target: Path) -> None:
 
 
 def _make_tokenizer(size: int, target: Path) -> None:
-    """Train a tokenizer on our words, and on as many made-up ones as its vocabulary then has room for."""
+    """Train a tokenizer on our words, and on enough generated words to fill its vocabulary."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -166,7 +170,7 @@ def _make_tokenizer(size: int, target: Path) -> None:
 
 
 def _text(size: int) -> Iterator[str]:
-    """Yield our words often enough for each to become a token, and made-up words."""
+    """Yield our words, each often enough to become a token, and generated words."""
     for word in WORDS:
         yield f" {word}" * 1000
     chance = random.Random(0)

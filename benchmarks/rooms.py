@@ -1,6 +1,6 @@
-"""Rooms: the processes in which the sides live, each with an engine of its own.
+"""Rooms: the processes in which the sides run, each with an engine of its own.
 
-All are up together and one works at a time: an idle engine takes next to nothing of the machine.
+All rooms run at the same time, and one works at a time: an idle engine uses almost nothing of the machine.
 """
 
 import contextlib
@@ -28,14 +28,18 @@ KINDS: Mapping[str, Callable[[Arguments, Path], contextlib.AbstractContextManage
     "serve": served.served,
 }
 BEFORE = "before"
-"""The kind that is gserve as another checkout has it."""
+"""The kind that runs gserve from another checkout."""
 
 
 class Room:
-    """A process in which a side lives. A context manager; starts at once, and is ready after `wait`.
+    """A process in which a side runs. A context manager; it starts at once, and is ready after `wait`.
 
-    Each has a cache of vLLM's of its own, so that none finds, or waits for, what another compiles. before: the checkout
-    whose code the kind "before" runs.
+    Each room has its own cache of vLLM: it neither uses nor waits for code that another room compiles.
+
+    `kind`: a key of `KINDS`, or `BEFORE`.
+    `arguments`: the keyword arguments of `vllm.LLM`.
+    `folder`: the folder for the room's log.
+    `before`: the checkout from which the kind "before" runs gserve.
     """
 
     def __init__(self, kind: str, arguments: Arguments, folder: Path, before: Path | None = None) -> None:
@@ -51,11 +55,11 @@ class Room:
         theirs.close()
 
     def wait(self) -> float:
-        """Wait until the side is ready; return how many seconds that took it."""
+        """Wait until the side is ready; return the seconds that its start took. Raises RuntimeError: it failed."""
         return self._hear(float)
 
     def do(self, work: Work, way: str) -> Answer:
-        """Have the side do a work."""
+        """Send work to the side, and return its answer. Raises RuntimeError: it failed."""
         self._line.send((work, way))
         return self._hear(Answer)
 
@@ -77,7 +81,7 @@ class Room:
         below = psutil.Process(self._process.pid).children(recursive=True) if self._process.is_alive() else []
         self._line.close()
         self._process.join(60)
-        for process in (self._process, *below):  # those of `vllm.LLM` may stay
+        for process in (self._process, *below):  # the processes of `vllm.LLM` may still run
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.join()
@@ -85,7 +89,7 @@ class Room:
 
 @contextlib.contextmanager
 def _importing_from(checkout: Path | None) -> Iterator[None]:
-    """Have a process that is started meanwhile import the code of another checkout."""
+    """Make a process that starts inside the context import the code of another checkout; None changes nothing."""
     if checkout is None:
         yield
         return
@@ -97,11 +101,11 @@ def _importing_from(checkout: Path | None) -> Iterator[None]:
 
 
 def _live(line: Connection, kind: str, arguments: Arguments, log: Path) -> None:
-    """Be a side: take work until there is nobody any more who could bring some."""
+    """Run a side: do work until the other end of `line` is closed."""
     with log.open("ab") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` tells us too: what is begun is to be ended
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` signals this process too: shut down cleanly
     os.environ["VLLM_CACHE_ROOT"] = str(models.folder() / "vllm" / kind)
     try:
         began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Runs each workload on all its sides in turn, round after round, and holds the answers to what they must be."""
+"""Rounds: each workload runs on all its sides in turn, and the answers are checked."""
 
 import contextlib
 import os
@@ -14,18 +14,23 @@ from .table import GSERVE, Figures, no_figures
 from .workloads import Work, Workload
 
 WARM_UP = 0.25
-"""The part of a workload that is done once before the rounds that count."""
+"""The part of a workload that runs once, without being measured, before the rounds."""
 QUIET_SECONDS, MANY_CORES = 1.5, 8
-"""vLLM's processes spin for a second after their last work: on few cores the next side waits until that is over."""
+"""Pause between two sides, in seconds, and the number of cores from which there is none.
+
+vLLM's processes spin for a second after their last work. On few cores, that would slow the next side.
+"""
 SINGLE = ("serve httpx", "serve openai")
-"""Sides that ask one request a prompt: what fails there is counted."""
+"""Sides that send one request per prompt. Their failed requests are counted, and are not problems."""
 
 
 class Benchmark:
-    """What one command measures: it collects figures, and problems, which fail it.
+    """The measurements of one command: figures, notes, and problems, which make the command fail.
 
-    rounds: how often each side does each workload. deadline: on the monotonic clock, after which no round begins.
-    folder: for the logs. before: another checkout of gserve, which is a side too.
+    `rounds`: how often each side does each workload.
+    `deadline`: the time on the monotonic clock, in seconds, after which no round begins.
+    `folder`: the folder for the logs.
+    `before`: another checkout of gserve, which is a side too.
     """
 
     def __init__(self, rounds: int, deadline: float, folder: Path, before: Path | None = None) -> None:
@@ -38,7 +43,7 @@ class Benchmark:
         self._deadline = deadline
 
     def turns(self, what: str) -> Iterable[int]:
-        """Yield the numbers of the rounds, from 1; fewer where the time is up, which is noted."""
+        """Yield the numbers of the rounds, from 1. Stops at the deadline, with a note about `what`."""
         for turn in range(1, self.rounds + 1):
             if time.monotonic() > self._deadline:
                 self.notes.append(f"{what}: {turn - 1} rounds of {self.rounds}, then the time was up")
@@ -46,7 +51,7 @@ class Benchmark:
             yield turn
 
     def compare(self, model: str, workloads: Sequence[Workload], kinds: Sequence[str] = tuple(KINDS)) -> None:
-        """Measure workloads on the sides of these kinds, all on engines of their own that are up together."""
+        """Measure workloads on the sides of these kinds. Each kind has its own engine; all run at the same time."""
         kinds = [*kinds, *([BEFORE] if self._before is not None else [])]
         arguments = engine_arguments(model, len(kinds))
         given = ", ".join(f"{name}={value}" for name, value in arguments.items() if name != "model")
@@ -59,7 +64,7 @@ class Benchmark:
                 self.measure(model, workload, rooms)
 
     def measure(self, model: str, workload: Workload, rooms: Mapping[str, Side]) -> None:
-        """Measure a workload on gserve and on its other sides, as far as there is a room for their kinds."""
+        """Measure a workload on gserve and on its other sides that have a room."""
         is_exact = models.is_exact(models.find(model))
         sides = [side for side in (GSERVE, BEFORE, *workload.sides) if _kind(side) in rooms]
         made = {side: no_figures(workload.name, workload.title, side, model, workload.unit) for side in sides}
@@ -78,7 +83,7 @@ class Benchmark:
     def _round(
         self, workload: Workload, turn: int, rooms: Mapping[str, Side], sides: Sequence[str], is_exact: bool
     ) -> dict[str, Answer]:
-        """Have each side do the work of a round, and look at what it answered. Each time another one begins."""
+        """Run one round on each side, and check the answers. The first side differs from round to round."""
         work = workload.work(turn)
         answers: dict[str, Answer] = {}
         first = turn % len(sides)
@@ -97,7 +102,10 @@ class Benchmark:
 
 
 def wrong(work: Work, answer: Answer, *, errors_count: bool = False) -> list[str]:
-    """Return what is wrong with an answer, in sentences: too few, too many tokens, or errors unless these count."""
+    """Return the problems of an answer, in sentences: missing items, wrong numbers of tokens, errors.
+
+    `errors_count`: errors are counted elsewhere, and are not problems.
+    """
     if len(answer.outcomes) != len(work.prompts):
         return [f"{len(answer.outcomes)} answers to {len(work.prompts)} prompts"]
     problems = []
@@ -115,7 +123,7 @@ def wrong(work: Work, answer: Answer, *, errors_count: bool = False) -> list[str
 
 
 def different(own: Answer, other: Answer) -> list[str]:
-    """Return a sentence where two sides say different things to the same prompts, as far as both have answers."""
+    """Return a sentence if two sides answer the same prompts differently, else none. Items with errors are skipped."""
     pairs = [
         (at, ours[0], theirs[0])
         for at, (ours, theirs) in enumerate(zip(own.outcomes, other.outcomes, strict=False))
@@ -130,10 +138,10 @@ def different(own: Answer, other: Answer) -> list[str]:
 
 
 def say(text: str) -> None:
-    """Tell how it goes."""
+    """Print a line about the progress."""
     print(text, flush=True)
 
 
 def _kind(side: str) -> str:
-    """Return the kind of engine that a side talks to."""
+    """Return the kind of engine that a side uses."""
     return "serve" if side.startswith("serve ") else side

@@ -1,8 +1,8 @@
-"""What an item costs a client and its servers, and from where on the client is the limit: `make scale`.
+"""The cost of an item for a client and its servers, and the rate at which the client is the limit: `make scale`.
 
-1 to 64 servers of the engine `echo` (no model: it answers with the prompt), and batches of 10,000 to 1,000,000 items
-through a `VLLMService` as anybody has it. Writes a table to `scale.md` and a chart to `scale.png`, beside this file.
-An answer that is wrong, missing or comes twice ends the run with an error.
+Runs 1 to 64 servers of the engine `echo`, which answers with the prompt, without a model. Sends batches of 10,000 to
+1,000,000 items through an ordinary `VLLMService`. Writes a table to `scale.md` and a chart to `scale.png`, beside this
+file. A wrong, missing or repeated answer ends the run with an error.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SIZES = (10_000, 100_000, 1_000_000)
 CALLS = ("generate", "generate_iter")
 ROUNDS = 3
 LONG = 8.0
-"""A measurement that takes longer than so many seconds is made once; a shorter one `ROUNDS` times."""
+"""Duration in seconds from which a measurement is made only once. A shorter one is made `ROUNDS` times."""
 PARAMS = {"max_tokens": 16}
 ANSWER = "of a batch about which a model would have a little more to say"
 PROMPT = f"{ANSWER} than the words with which somebody has asked it for that here"
@@ -40,32 +40,33 @@ PROMPT = f"{ANSWER} than the words with which somebody has asked it for that her
 
 @dataclass(frozen=True)
 class Costs:
-    """What a call cost. CPU times are user and system time, in microseconds an item; `memory` is in MiB."""
+    """The cost of a call. CPU times are user plus system time, in microseconds per item; `memory` is in MiB."""
 
     servers: int
     items: int
     call: str
     rounds: int
     rate: float
-    """Items a second."""
+    """Items per second."""
     client: float
+    """CPU time of the client."""
     below: float
-    """What all servers and the processes of their engines took together."""
+    """CPU time of all servers and their engines' processes."""
     memory: float
-    """How far the client's resident memory rose during the call."""
+    """Growth of the client's resident memory during the call."""
 
     @property
     def total(self) -> float:
-        """What the client and all servers took together."""
+        """The CPU time of the client and all servers."""
         return self.client + self.below
 
 
 def measure(servers: int, sizes: Sequence[int]) -> Iterator[Costs]:
-    """Start some servers; yield what each call costs with each size of a batch. Raises AssertionError."""
+    """Start servers; yield the cost of each call with each size of a batch. Raises AssertionError: a wrong answer."""
     serve = ServeConfig(servers=servers, startup_timeout=600.0)
     with VLLMService(LLMConfig("echo"), serve, engine=EchoEngine()) as service:
         processes = [process.pid for process in psutil.Process().children(recursive=True)]
-        _once(service, processes, "generate", min(sizes))  # all connections are made
+        _once(service, processes, "generate", min(sizes))  # warm up: opens all connections
         for items in sizes:
             for call in CALLS:
                 rounds = [_once(service, processes, call, items)]
@@ -81,7 +82,7 @@ def measure(servers: int, sizes: Sequence[int]) -> Iterator[Costs]:
 def _once(service: VLLMService, processes: list[int], call: str, items: int) -> tuple[float, float, float, int]:
     """Make a call; return its seconds, the CPU seconds of the client and of `processes`, and its memory in bytes."""
     prompts = (f"item {index} {PROMPT}" for index in range(items))
-    given = list(prompts) if call == "generate" else prompts  # a list is the caller's, and is there before the call
+    given = list(prompts) if call == "generate" else prompts  # a list belongs to the caller, so it is built before
     _give_back_memory()
     memory = _memory("VmRSS")
     cpu, own, began = sum(map(_cpu_seconds, processes)), time.process_time(), time.perf_counter()
@@ -98,7 +99,7 @@ def _once(service: VLLMService, processes: list[int], call: str, items: int) -> 
 
 
 def _right(service: VLLMService, prompts: Iterator[str], items: int) -> list[bool]:
-    """Say of each prompt whether it is answered right, and once."""
+    """Return for each prompt whether its answer is right. Raises AssertionError: an item failed, or came twice."""
     right = [False] * items
     for index, outputs in service.generate_iter(prompts, PARAMS):
         assert isinstance(outputs, list), outputs
@@ -108,18 +109,18 @@ def _right(service: VLLMService, prompts: Iterator[str], items: int) -> list[boo
 
 
 def _cpu_seconds(pid: int) -> float:
-    """Return how long a process has computed until now, in all its threads, to the nanosecond."""
-    return time.clock_gettime(~pid << 3 | 2)  # what clock_getcpuclockid(3) returns; /proc knows hundredths of a second
+    """Return the CPU time of a process so far, in all its threads, in seconds with nanosecond resolution."""
+    return time.clock_gettime(~pid << 3 | 2)  # the id from clock_getcpuclockid(3); /proc has only hundredths of seconds
 
 
 def _memory(name: str) -> int:
-    """Return a line of `/proc/self/status`, in bytes."""
+    """Return the value of a line in `/proc/self/status`, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
 def _give_back_memory() -> None:
-    """Give back what earlier calls have left, and let the high-water mark of this process start anew."""
+    """Free the memory of earlier calls, and reset the memory high-water mark of this process."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -140,7 +141,7 @@ def table(costs: Sequence[Costs]) -> str:
 
 
 def limits(costs: Sequence[Costs]) -> str:
-    """Return what follows from the costs, in sentences."""
+    """Return the conclusions from the costs, in sentences."""
     most = max(it.servers for it in costs)
     rows = [it for it in costs if it.servers == most and it.call == "generate"]
     first, last = rows[0], rows[-1]
@@ -155,7 +156,7 @@ def limits(costs: Sequence[Costs]) -> str:
 
 
 def compared(before: Path, rounds: int, servers: Sequence[int], sizes: Sequence[int]) -> str:
-    """Measure this checkout and another one in turn; return a table of how many times as fast this one is."""
+    """Measure this checkout and the one in `before` in turn; return a table of the ratios of their rates."""
     rates: dict[tuple[str, str, str], tuple[list[float], list[float]]] = {}
     for turn in range(rounds):
         sides = [(0, HERE.parent), (1, before.resolve())]
@@ -180,7 +181,7 @@ def compared(before: Path, rounds: int, servers: Sequence[int], sizes: Sequence[
 
 
 def chart(costs: Sequence[Costs], path: Path) -> None:
-    """Draw the costs."""
+    """Draw the costs to the file `path`."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     rate, cpu, memory = figure.subplots(1, 3)
     generate = [it for it in costs if it.call == "generate"]
@@ -207,7 +208,7 @@ def chart(costs: Sequence[Costs], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, show each measurement as it comes, and write the table and the chart."""
+    """Measure, print each measurement when it is made, and write the table and the chart."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
     parser.add_argument("--servers", type=int, nargs="+", default=SERVERS, help="how many servers, one after the other")
     parser.add_argument("--items", type=int, nargs="+", default=SIZES, help="how many items in a call")

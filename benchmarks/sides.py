@@ -1,4 +1,4 @@
-"""The sides: what takes a work, does it, and tells the time: gserve and `vllm.LLM` here, `vllm serve` in `served`."""
+"""The sides, which do work and measure its time: gserve and `vllm.LLM` here, `vllm serve` in `served`."""
 
 import asyncio
 import contextlib
@@ -15,16 +15,20 @@ from gserve import LLMConfig, ServeConfig, VLLMClient, VLLMService
 from .workloads import THREADS, Manner, Work
 
 READY_SECONDS = 600.0
+"""Timeout of a side's start, in seconds."""
 
 type Arguments = Mapping[str, Any]
 """Keyword arguments of `vllm.LLM`."""
 type Outcome = tuple[str, int, int]
-"""The answer to one item: its text, its tokens, and how many of them have log probabilities."""
+"""The answer to one item: its text, its number of tokens, and the number of tokens with log probabilities."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a side did: how long it took, and what came of each item: None is an error, `error` the first of them."""
+    """A side's answer to some work: its duration in seconds, and the outcome of each item (None: an error).
+
+    `error`: the text of the first error.
+    """
 
     seconds: float
     outcomes: Sequence[Outcome | None]
@@ -32,38 +36,38 @@ class Answer:
 
     @property
     def errors(self) -> int:
-        """How many items have no answer."""
+        """The number of items without an answer."""
         return sum(outcome is None for outcome in self.outcomes)
 
     @property
     def tokens(self) -> int:
-        """How many tokens were made."""
+        """The number of generated tokens."""
         return sum(outcome[1] for outcome in self.outcomes if outcome is not None)
 
 
 class Side(Protocol):
-    """What takes work; opened in a process of its own."""
+    """A system under test, opened in a process of its own."""
 
     def do(self, work: Work, way: str) -> Answer:
-        """Do a work."""
+        """Do the work, and return the answer. `way`: how to ask, for sides that have several ways."""
 
 
 def answered(seconds: float, found: Sequence[Any], read: Callable[[Any], Outcome]) -> Answer:
-    """Make an answer of what was found for each item: an exception, or what `read` reads."""
+    """Build an answer from the result of each item: an exception, or a value that `read` converts to an outcome."""
     errors = [it for it in found if isinstance(it, BaseException)]
     outcomes = [None if isinstance(it, BaseException) else read(it) for it in found]
     return Answer(seconds, outcomes, f"{type(errors[0]).__name__}: {errors[0]}"[:300] if errors else None)
 
 
 async def at_once(one: Callable[[int], Any], work: Work, read: Callable[[Any], Outcome]) -> Answer:
-    """Ask for each item by its number, all at the same time."""
+    """Call `one` with the number of each item, all at the same time; return the answer."""
     began = time.perf_counter()
     found = await asyncio.gather(*map(one, range(len(work.prompts))), return_exceptions=True)
     return answered(time.perf_counter() - began, found, read)
 
 
 def by_threads(one: Callable[[int], Any], work: Work, read: Callable[[Any], Outcome]) -> Answer:
-    """Ask for each item by its number, from many threads."""
+    """Call `one` with the number of each item, from `THREADS` threads; return the answer."""
 
     def caught(at: int) -> Any:
         try:
@@ -78,7 +82,7 @@ def by_threads(one: Callable[[int], Any], work: Work, read: Callable[[Any], Outc
 
 
 def llm_config(arguments: Arguments) -> LLMConfig:
-    """Return the config of gserve that says what the keyword arguments say to `vllm.LLM`."""
+    """Return gserve's config for keyword arguments of `vllm.LLM`."""
     known = {field.name for field in fields(LLMConfig)}
     named = {name: value for name, value in arguments.items() if name in known}
     rest = {name: value for name, value in arguments.items() if name not in known and name != "model"}
@@ -86,18 +90,18 @@ def llm_config(arguments: Arguments) -> LLMConfig:
 
 
 def gserve_params(work: Work) -> Any:
-    """Return the sampling parameters of a work as lists of prompts have them: one for all, or one for each."""
+    """Return the sampling parameters for the prompts of some work: one for all, or a list with one for each."""
     return work.params(0) if work.is_even else [work.params(at) for at in range(len(work.prompts))]
 
 
 class Gserve:
-    """A `VLLMService`, or a client of one of its servers."""
+    """The side `gserve`: a `VLLMService`, or a client of one of its servers."""
 
     def __init__(self, service: VLLMService | VLLMClient) -> None:
         self._service = service
 
     def do(self, work: Work, way: str) -> Answer:
-        """Do a work by the calls of the service."""
+        """Do the work by calls of the service."""
         service, params = self._service, gserve_params(work)
         if work.manner is Manner.THREADS:
             return by_threads(
@@ -118,21 +122,21 @@ class Gserve:
 
 @contextlib.contextmanager
 def gserve(arguments: Arguments, log: Path) -> Iterator[Side]:
-    """Start a service, and be its user."""
+    """Start a service; yield a side that uses it."""
     with VLLMService(llm_config(arguments), ServeConfig(startup_timeout=READY_SECONDS)) as service:
         yield Gserve(service)
 
 
 def _of_output(output: Any) -> Outcome:
-    """Read a completion, of gserve's and of vLLM's own type."""
+    """Return the outcome in a completion, of gserve's or of vLLM's own type."""
     return output.text, len(output.token_ids), len(output.logprobs or ())
 
 
 class InProcess:
-    """`vllm.LLM`."""
+    """The side `vllm.LLM`."""
 
     def __init__(self, arguments: Arguments) -> None:
-        import vllm  # takes 10 s, and only the process of this side needs it
+        import vllm  # takes 10 s, and only this side needs it
         from vllm.lora.request import LoRARequest
 
         own = dict(arguments)
@@ -144,7 +148,7 @@ class InProcess:
         self._params_type = vllm.SamplingParams
 
     def do(self, work: Work, way: str) -> Answer:
-        """Do a work in one call."""
+        """Do the work in one call."""
         params = [self._params_type(**work.params(at)) for at in range(1 if work.is_even else len(work.prompts))]
         call = self._llm.chat if work.is_chat else self._llm.generate
         began = time.perf_counter()
@@ -154,9 +158,9 @@ class InProcess:
 
 @contextlib.contextmanager
 def in_process(arguments: Arguments, log: Path) -> Iterator[Side]:
-    """Load the model into this process."""
+    """Load the model in this process; yield a side that uses it."""
     try:
         yield InProcess(arguments)
     finally:
-        for process in multiprocessing.active_children():  # the engine: Python would wait for it for ever
+        for process in multiprocessing.active_children():  # the engine; Python would wait forever for it to end
             process.terminate()

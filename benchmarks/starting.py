@@ -1,7 +1,7 @@
 """Starting: the time from `start()` to the first token, against `vllm serve` from its command to its first token.
 
-Each step is a process of its own, where nothing is warm: a service is started there, and its server is killed with
-SIGKILL and comes back; or two servers are started, at once or, on one GPU, one after the other.
+Each step runs in a new process, without anything warm. One step starts a service, kills its server with SIGKILL, and
+waits for the restart. Other steps start two servers: at once, or one after the other on one GPU.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from .table import GSERVE, Figures, no_figures
 
 BARE = "vllm serve"
 AGAIN = {True: ("second server", "restart"), False: ("restart",)}
-"""What is held against the start of one `vllm serve` too, with a GPU and without."""
+"""Further measurements that are compared with the start of one `vllm serve`, with a GPU (True) and without."""
 PROMPT, PARAMS = "Once upon a time there was", {"temperature": 0, "max_tokens": 1}
 MARKS = {
     "engine begins": "Initializing a V1 LLM engine",
@@ -36,12 +36,12 @@ MARKS = {
     "loaded": "Loading weights took",
     "listens": "Application startup complete",
 }
-"""Lines of vLLM's log that begin a phase."""
+"""The phases of a start, and the text in vLLM's log that begins each."""
 
 
 @dataclass
 class Starts:
-    """What was measured in one process: seconds by kind of start, and the phases of the first, in words."""
+    """The measurements of one process: seconds by kind of start, and the phases of the first start, in words."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     phases: str = ""
@@ -49,7 +49,7 @@ class Starts:
 
 
 def measure(bench: Benchmark, model: str) -> None:
-    """Measure all kinds of start in turn, without compilation (`enforce_eager`)."""
+    """Measure all kinds of start in turn. Nothing is compiled (`enforce_eager`)."""
     here = machine.gpus()
     arguments = machine.engine_arguments(model, 1 if here else 2) | {"enforce_eager": True}
     steps: list[tuple[str, Callable[[], Starts]]] = [
@@ -81,7 +81,7 @@ def measure(bench: Benchmark, model: str) -> None:
 
 
 def bare(arguments: Arguments, servers: int, folder: Path) -> Starts:
-    """Start so many `vllm serve` at once; return the time until each has answered."""
+    """Start this number of `vllm serve` at once; return the time until all have answered."""
     with contextlib.ExitStack() as stack:
         logs = [folder / f"bare-{index}-{time.time_ns()}.log" for index in range(servers)]
         began, clock = time.perf_counter(), datetime.now()  # noqa: DTZ005 (vLLM's log has local times)
@@ -96,7 +96,7 @@ def bare(arguments: Arguments, servers: int, folder: Path) -> Starts:
 
 
 def one_server(arguments: Arguments) -> Starts:
-    """Start a service, and kill its server."""
+    """Measure the start of a service, and the restart of its server after SIGKILL."""
     starts = Starts()
     with service(arguments, 1) as first:
         starts.seconds["start"], answer, starts.phases = _first(first)
@@ -112,7 +112,7 @@ def one_server(arguments: Arguments) -> Starts:
 
 
 def one_gpu(arguments: Arguments) -> Starts:
-    """Start a service of two servers that share a GPU, and so start one after the other."""
+    """Measure the start of the second of two servers that share a GPU, and so start one after the other."""
     serve = ServeConfig(servers=2, share_gpu=True, min_ready=1, startup_timeout=READY_SECONDS)
     with VLLMService(llm_config(arguments), serve) as shared:
         began = time.perf_counter()
@@ -122,7 +122,7 @@ def one_gpu(arguments: Arguments) -> Starts:
 
 
 def two_servers(arguments: Arguments) -> Starts:
-    """Start a service of two servers."""
+    """Measure the start of a service with two servers."""
     with service(arguments, 2) as two:
         seconds, _, phases = _first(two)
     return Starts({"start of two": seconds}, phases)
@@ -130,7 +130,7 @@ def two_servers(arguments: Arguments) -> Starts:
 
 @contextlib.contextmanager
 def service(arguments: Arguments, servers: int) -> Iterator[VLLMService]:
-    """Make a service that is not started, and end it."""
+    """Yield a service that is not started yet; shut it down at the end."""
     ids = list(range(servers)) if machine.gpus() else None
     serve = ServeConfig(gpu_ids=ids, servers=None if ids else servers, startup_timeout=READY_SECONDS)
     made = VLLMService(llm_config(arguments), serve)
@@ -164,7 +164,7 @@ def _first(made: VLLMService) -> tuple[float, list[list[str]], str]:
 
 
 def _marks(log: str, began: datetime) -> str:
-    """Return when the phases of `vllm serve` began, to a second, by the times in its log."""
+    """Return when the phases of `vllm serve` began, in words. The times are from its log, which has full seconds."""
     found = {}
     for name, text in MARKS.items():
         match = re.search(rf"(\d\d-\d\d \d\d:\d\d:\d\d) .*{re.escape(text)}", log)
@@ -175,6 +175,6 @@ def _marks(log: str, began: datetime) -> str:
 
 
 def _apart(step: Callable[[Arguments], Starts], arguments: Arguments) -> Starts:
-    """Run a step in a fresh process."""
+    """Run a step in a new process; return its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(step, arguments).result()

@@ -1,4 +1,4 @@
-"""What was measured, as a table: median, least, most, and the ratio of gserve to each other side with its target."""
+"""The table of results: median, minimum, maximum, and the ratio of gserve to each other side, with its target."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -8,12 +8,16 @@ import msgspec
 from msgspec import Struct
 
 GSERVE = "gserve"
+"""The name of gserve's own side."""
 
 
 class Figures(Struct, kw_only=True):
-    """What one side did of a workload: a figure for each round, in `unit`; seconds are better the fewer they are.
+    """The results of one side for a workload.
 
-    `errors`: items without an answer, in all rounds. `note`: what else is to be known.
+    `unit`: the unit of the figures; a lower figure is better only for "s".
+    `figures`: one figure for each round.
+    `errors`: number of items without an answer, in all rounds.
+    `note`: a remark for the table.
     """
 
     workload: str
@@ -27,12 +31,12 @@ class Figures(Struct, kw_only=True):
 
 
 def no_figures(workload: str, title: str, side: str, model: str, unit: str) -> Figures:
-    """Return the figures of a side that has not done anything yet; of `model` the last part of its path is told."""
+    """Return a side's results before its first round. Of `model`, they keep only the last part of its path."""
     return Figures(workload=workload, title=title, side=side, model=Path(model).name, unit=unit, figures=[])
 
 
 class Target(Struct, frozen=True):
-    """A ratio that gserve must reach, and the one that it aims at."""
+    """The ratio that gserve must reach, and the ratio that it aims at."""
 
     least: float
     aim: float | None = None
@@ -62,7 +66,7 @@ TARGETS: Mapping[tuple[str, str, str], Target] = {  # by workload, model (the en
 
 
 def target(workload: str, model: str, side: str) -> Target | None:
-    """Return what gserve must reach against a side, where that is laid down."""
+    """Return gserve's target against a side; None if there is none."""
     for (name, kind, other), found in TARGETS.items():
         if (name, other) == (workload, side) and model.endswith(kind):
             return found
@@ -70,12 +74,12 @@ def target(workload: str, model: str, side: str) -> Target | None:
 
 
 def ratio(own: Figures, other: Figures) -> float:
-    """Return the median of one side as a multiple of that of another."""
+    """Return the ratio of the medians of two sides."""
     return median(own.figures) / median(other.figures)
 
 
 def verdict(reached: float, wanted: Target | None, unit: str) -> tuple[str, str]:
-    """Return a target in words, and whether it is reached: at least so much, or of seconds at most."""
+    """Return a target in words, and whether it is reached. The target is a minimum; for seconds, a maximum."""
     if wanted is None:
         return "", ""
     is_time = unit == "s"
@@ -84,7 +88,7 @@ def verdict(reached: float, wanted: Target | None, unit: str) -> tuple[str, str]
 
 
 def rows(found: Sequence[Figures]) -> Iterator[list[str]]:
-    """Yield the rows of the table; gserve is the first of its workload."""
+    """Yield the header and the rows of the table. `found` has gserve's results first in each workload."""
     yield [
         "model",
         "workload",
@@ -112,7 +116,7 @@ def rows(found: Sequence[Figures]) -> Iterator[list[str]]:
 
 
 def markdown(lines: Sequence[str], found: Sequence[Figures]) -> str:
-    """Return the whole table, with `lines` above it."""
+    """Return the table as Markdown, with `lines` above it."""
     table = [f"| {' | '.join(row)} |" for row in rows(found)]
     table.insert(1, "|---" * table[0].count(" | ") + "|---|")
     return "\n".join([*(f"{line}  " for line in lines), "", *table]) + "\n"

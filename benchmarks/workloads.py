@@ -1,8 +1,8 @@
-"""The workloads: what is asked, in what manner, of which sides. Generated from seeds, different in every round.
+"""The workloads: prompts, the manner of asking, and the sides. Generated from seeds, different in every round.
 
-No prompt is like an earlier one, so that the prefix cache, which is on as users have it, helps only where conversations
-of one round share their system message. All goes on to its last token, so that it is known how many tokens there must
-be, and is greedy but for what is called sampled.
+Prompts do not repeat. So the prefix cache, which is on by default, helps only if conversations of one round share their
+system message. Each answer continues to its last token, so the expected number of tokens is known. All workloads are
+greedy, except `sampled`.
 """
 
 import random
@@ -15,24 +15,29 @@ from .models import WORDS
 
 
 class Manner(StrEnum):
-    """How prompts are asked."""
+    """The way in which prompts are sent."""
 
     LIST = "list"
     """All in one call."""
     THREADS = "threads"
-    """One a call, from `THREADS` threads, each of which waits for its answer before it asks again."""
+    """One prompt per call, from `THREADS` threads. Each thread waits for its answer before the next call."""
     AT_ONCE = "at once"
-    """One a call, all calls at the same time in one event loop."""
+    """One prompt per call, all calls at the same time in one event loop."""
 
 
 THREADS = 64
+"""Number of threads that send prompts."""
 SHORTEST, LONGEST = 16, 2048
-"""Tokens of an answer in a workload whose answers differ in length."""
+"""Minimum and maximum length of an answer in a workload with varying lengths, in tokens."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one side does in one round. `max_tokens` has a number for each prompt (a text) or conversation."""
+    """The work of one side in one round.
+
+    `prompts`: texts, or conversations if `is_chat`.
+    `max_tokens`: a number for each prompt.
+    """
 
     prompts: Sequence[Any]
     max_tokens: Sequence[int]
@@ -42,7 +47,7 @@ class Work:
     temperature: float = 0.0
 
     def params(self, at: int) -> dict[str, Any]:
-        """Return the sampling parameters of an item, by the names that all sides know."""
+        """Return the sampling parameters of an item, with names that all sides accept."""
         params = {"temperature": self.temperature, "ignore_eos": True, "max_tokens": self.max_tokens[at]}
         return params if self.logprobs is None else params | {"logprobs": self.logprobs}
 
@@ -52,16 +57,18 @@ class Work:
 
     @property
     def is_even(self) -> bool:
-        """Whether all answers are equally long."""
+        """Whether all answers have the same length."""
         return len(set(self.max_tokens)) == 1
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A kind of work. `words` and `tokens` go in and come out of each item; no `tokens`: log-normal lengths.
+    """A kind of work.
 
-    `sides`: who does it besides gserve, and of how many items (None: all) where one is too slow. `system`: words of a
-    system message that all share, which makes conversations of the prompts.
+    `words`: number of words in each prompt.
+    `tokens`: number of tokens in each answer; None: log-normal lengths.
+    `sides`: the sides besides gserve, each with its number of items, fewer if it is too slow; None: all items.
+    `system`: number of words in a shared system message; 0: none, and the prompts are texts, not conversations.
     """
 
     name: str
@@ -76,18 +83,18 @@ class Workload:
     temperature: float = 0.0
 
     def scaled(self, scale: float) -> "Workload":
-        """Return the same with more or fewer items."""
+        """Return the same workload with more or fewer items."""
         sides = {name: None if part is None else max(1, round(part * scale)) for name, part in self.sides.items()}
         return replace(self, items=max(1, round(self.items * scale)), sides=sides)
 
     @property
     def title(self) -> str:
-        """What it is, in a few words."""
+        """A short description for the table."""
         lengths = f"log-normal {SHORTEST} to {LONGEST}" if self.tokens is None else str(self.tokens)
         return f"{self.name}: {self.items:,} x {self.system + self.words} in, {lengths} out"
 
     def work(self, turn: int) -> Work:
-        """Return the work of a round, which is the same each time it is asked for."""
+        """Return the work of a round. It is the same in every call."""
         chance = random.Random(f"{self.name} {turn}")
         prompts: list[Any] = [_text(chance, self.words) for _ in range(self.items)]
         if self.system:
@@ -106,12 +113,12 @@ def _length(chance: random.Random) -> int:
 
 
 def skewed(items: int, sides: Mapping[str, int | None]) -> Workload:
-    """Return the workload whose answers differ in length."""
+    """Return the workload with answers of different lengths."""
     return Workload("skewed", items, 30, None, sides, "tokens/s")
 
 
 def of_gpu() -> list[Workload]:
-    """Return the workloads of a GPU."""
+    """Return the workloads for a GPU."""
     both: dict[str, int | None] = {"vllm.LLM": None, "serve list": None}
     return [
         Workload("short", 4096, 30, 16, both | {"serve httpx": 256, "serve openai": 1024}),
@@ -126,7 +133,7 @@ def of_gpu() -> list[Workload]:
 
 
 def of_cpu() -> list[Workload]:
-    """Return the workloads of a CPU with the tiny model, by which everything but the model shows."""
+    """Return the workloads for a CPU with the tiny model, which show the cost of everything but the model."""
     both: dict[str, int | None] = {"vllm.LLM": None, "serve list": None}
     return [
         Workload("short", 1024, 30, 16, both | {"serve httpx": 256, "serve openai": 256}),
@@ -141,5 +148,5 @@ def of_cpu() -> list[Workload]:
 
 
 def of_demo() -> list[Workload]:
-    """Return the workload of a CPU with a real model."""
+    """Return the workload for a CPU with a real model."""
     return [Workload("demo", 128, 30, 16, {"vllm.LLM": None, "serve list": None}, "prompts/s")]

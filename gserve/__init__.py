@@ -1,6 +1,6 @@
 """gserve: run vLLM on the GPUs you hold.
 
-Everything public is here, imported when it is first asked for: `import gserve` brings in neither vLLM nor torch.
+This module has all public names. Each is imported on first use: `import gserve` imports neither vLLM nor torch.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Logging. It lives in `gserve_core.host.logs`."""
+"""Logging, from `gserve_core.host.logs`."""
 
 from gserve_core.host.logs import setup_logging
 

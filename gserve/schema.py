@@ -1,4 +1,4 @@
-"""The bodies of requests and replies. They live in `gserve_core.schema`."""
+"""The bodies of requests and replies, from `gserve_core.schema`."""
 
 from gserve_core.schema import ChatRequest, GenerateRequest, Message, ResponseOutput
 

@@ -4,12 +4,12 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Run by its path, this file would have its own folder searched for modules, where `schema` and `cli` lie.
+    # Python puts this file's folder on the search path, where `schema` and `cli` would be found. Use its parent.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
     from gserve_core.host.environment import ignore_notices
 
-    ignore_notices()  # first: imports take a while
+    ignore_notices()  # before the other imports, which are slow
 
     from gserve_core.process.main import main
 

@@ -1,6 +1,6 @@
-"""Why a server did not start, or died: from what it said, how its process ended, and its log.
+"""The cause of a server's failure, from its own message, the exit of its process, and its log.
 
-A log explains; it never decides what state a server is in.
+A log explains a failure; it never decides the state of a server.
 """
 
 import pwd
@@ -14,9 +14,11 @@ from typing import NamedTuple
 from .errors import ServerExited
 
 TAIL_LINES = 50
+"""Number of lines from the end of a log that an error shows."""
 TAIL_BYTES = 256 << 10
+"""Maximum size of the end of a log that is read for these lines, in bytes."""
 LONGEST = 400
-"""Characters of one line, or of an exception's text, that are shown."""
+"""Maximum length of a shown log line or exception text, in characters."""
 STEPS = (
     (re.compile(r"checkpoint shards:.*\| *(\d+/\d+)"), "loading weights {}"),
     (re.compile(r"Starting to load model"), "loading weights"),
@@ -24,11 +26,11 @@ STEPS = (
     (re.compile(r"Dynamo bytecode transform time|Compiling a graph"), "compiling"),
     (re.compile(r"KV cache size"), "warming up"),
 )
-"""Lines of vLLM's log that tell a step of the start of its engine."""
+"""Patterns of lines in vLLM's log that mark a step of its engine's start, and a name for the step."""
 
 
 def step(text: str) -> str | None:
-    """Return the step of vLLM's start that the end of a piece of its log tells; None where it tells none."""
+    """Return the last step of vLLM's start in a piece of its log; None if it has none."""
     for line in reversed(re.split(r"[\r\n]", text)):
         for pattern, name in STEPS:
             if match := pattern.search(line):
@@ -50,13 +52,15 @@ def exited(
     since: int = 0,
     kills: int | None = None,
 ) -> ServerExited:
-    """Return the error about a server that has failed: its first line is the cause, and cause and hint come last.
+    """Return the error for a failed server. Its first line is the cause; the message ends with cause and hint.
 
-    The end of the log is part of the message only where the cause is not a known one; it always is the error's `tail`.
+    The message includes the end of the log only if the cause is unknown. The error's `tail` always has it.
 
-    `phase` is what it was doing, `cause` what it said itself before it ended, `returncode` that of its process
-    (negative: a signal's number). `since` is where in the log, in bytes, this life of the server begins; `kills` what
-    `memory_kills` returned then.
+    `phase`: the step in which the server failed.
+    `cause`: the error that the server reported before it ended; None: it reported none.
+    `returncode`: the exit code of its process (negative: a signal's number); None: not known.
+    `since`: the offset in the log, in bytes, at which this generation of the server begins.
+    `kills`: the result of `memory_kills` at that time.
     """
     lines = _lines(log, since)
     evidence = _evidence(cause, returncode, lines)
@@ -75,7 +79,7 @@ def exited(
         message.append(f"it said: {said}")
     if not known and ended not in sentence:
         message.append(ended)
-    if not known and tail:  # the log may explain it: then the cause comes again below, where it is seen
+    if not known and tail:  # the log may explain it; the headline is repeated below it, where the user sees it
         message += ["last lines of the log:", *(f"  | {line}" for line in tail), headline]
     if hint:
         message.append(f"what to try: {hint}")
@@ -85,7 +89,7 @@ def exited(
 
 
 def _known(evidence: Sequence[str]) -> tuple[str, str] | None:
-    """Return the sentence and the hint for the first text that is known."""
+    """Return the sentence and the hint for the first text that matches a known cause; None if none does."""
     for text in evidence:
         for pattern, sentence, hint in KNOWN:
             if match := re.search(pattern, text):
@@ -95,7 +99,7 @@ def _known(evidence: Sequence[str]) -> tuple[str, str] | None:
 
 
 def _unsaid(end: str, kills: int | None) -> tuple[str, str]:
-    """Return the sentence and the hint where nobody has said why a process ended, but only how: `end`."""
+    """Return the sentence and the hint for a process that gave no cause. `end`: how it ended, in words."""
     if not end.endswith((signal.SIGKILL.name, SILENT)):
         return end, ""
     now = memory_kills()
@@ -132,22 +136,22 @@ TAGGED = re.compile(r"\((?P<process>\S+ pid=\d+)\) (?:(?P<level>[A-Z]+) \S+ \S+ 
 FATAL = re.compile(
     r"(?:WorkerProc|EngineCore) (?:failed|hit an exception|encountered a fatal error)|Invocation of \w+ method failed"
 )
-"""How vLLM heads the traceback of what ends its engine; others that it logs are harmless."""
+"""The line above a traceback that ends vLLM's engine. Other tracebacks in vLLM's log are harmless."""
 OURS = re.compile(r"ERROR gserve\.serving: failed: ")
-"""How `serving` heads the traceback of what ends the server."""
+"""The line above the traceback that ends the server, written by the logger `gserve.serving`."""
 KILLED = re.compile(r"(?:died unexpectedly \(exit code: |Failed core proc\(s\): \{.*?: )-(\d+)")
-"""How vLLM tells that a process of its engine was killed, and by which signal."""
+"""The message of vLLM that one of its engine's processes was killed, with the number of the signal."""
 ELSEWHERE = re.compile(r"root cause above|stack trace|background process", re.IGNORECASE)
-"""What vLLM's errors say where another process, whose words are in the log only, has failed first."""
+"""Words of a vLLM error whose cause is another process that failed first. Only the log has that process's message."""
 TRACEBACK = "Traceback (most recent call last):"
 CAUSED = "The above exception was the direct cause of the following exception:"
 HANDLED = "During handling of the above exception, another exception occurred:"
 AFTER = re.compile(r"\S+: |\d{4}-\d\d-\d\d |\(\w")
-"""A line that is no part of the exception's text before it: another program's, a warning, a record of a log."""
+"""A line that does not continue an exception's text: output of another program, a warning, or a log record."""
 
 
 def _evidence(cause: str | None, returncode: int | None, lines: Sequence[str]) -> list[str]:
-    """Return what tells why a server failed, as "type: text": what ended it, what had caused that, and so on."""
+    """Return the exceptions that explain a failure, as "type: text": the one that ended the server, then its causes."""
     if cause is not None and not ELSEWHERE.search(cause):
         return [cause, *_last_chain(_ours(lines))[1:]]
     for record in _fatal_records(lines):
@@ -156,7 +160,7 @@ def _evidence(cause: str | None, returncode: int | None, lines: Sequence[str]) -
                 return [*chain, *([cause] if cause else [])]
     if cause is not None:
         return [cause]
-    if returncode is not None and 0 < returncode < 128:  # nothing was said: Python itself ended it, and tells why
+    if returncode is not None and 0 < returncode < 128:  # no report: Python ended the process with a traceback
         return _last_chain([line for line in lines[-TAIL_LINES:] if not TAGGED.match(line)])
     return []
 
@@ -171,7 +175,7 @@ def _lines(log: Path, since: int) -> list[str]:
 
 
 def _ours(lines: Sequence[str]) -> Sequence[str]:
-    """Return what stands below the last line in which the server says that it failed."""
+    """Return the lines below the last one in which the server reports its failure."""
     for place in reversed(range(len(lines))):
         if OURS.search(lines[place]):
             return lines[place + 1 :]
@@ -179,9 +183,10 @@ def _ours(lines: Sequence[str]) -> Sequence[str]:
 
 
 def _fatal_records(lines: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the records of vLLM's log that tell what ended a process of its engine, in order of their beginnings.
+    """Yield the records in vLLM's log about fatal errors of its engine's processes, in order of their first lines.
 
-    A record is what one process says at one place of its program; lines of other processes may stand between.
+    A record holds the lines that one process logs from one place of its code. Lines of other processes may come between
+    them.
     """
     records: dict[tuple[str, str], list[str]] = {}
     for line in lines:
@@ -200,7 +205,7 @@ def _last_chain(lines: Sequence[str]) -> list[str]:
 
 
 def _chains(lines: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the exceptions that the tracebacks in some lines tell, as "type: text", each with its causes after it."""
+    """Yield the exceptions in the tracebacks of some lines, as "type: text", each with its causes after it."""
     chain: list[str] = []
     is_cause = in_frames = in_text = False
     for line in lines:
@@ -211,7 +216,7 @@ def _chains(lines: Sequence[str]) -> Iterator[list[str]]:
             in_frames, in_text, is_cause = True, False, False
         elif line == CAUSED:
             is_cause, in_text = True, False
-        elif line == HANDLED:  # what was handled is no cause
+        elif line == HANDLED:  # a handled exception is no cause
             chain, in_text = [], False
         elif in_frames and line.strip() and not line[0].isspace():
             chain.insert(0, re.sub(r"^[\w.]+\.(?=\w+(?::|$))", "", line))
@@ -225,7 +230,7 @@ def _chains(lines: Sequence[str]) -> Iterator[list[str]]:
 
 
 def last_lines(log: Path, count: int = TAIL_LINES) -> list[str]:
-    """Return the last lines of a log, without empty ones; none where it cannot be read."""
+    """Return the last lines of a log, without empty ones; an empty list if it cannot be read."""
     try:
         with log.open("rb") as stream:
             stream.seek(max(0, log.stat().st_size - TAIL_BYTES))
@@ -243,7 +248,10 @@ def _cut(text: str) -> str:
 
 
 def memory_kills() -> int | None:
-    """Return how many processes the system has killed for want of memory in this control group; None: unknown."""
+    """Return the number of processes that the kernel has killed in this control group for lack of memory.
+
+    None: unknown.
+    """
     with suppress(OSError, ValueError, LookupError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, group = line.split(":", 2)
@@ -256,7 +264,10 @@ def memory_kills() -> int | None:
 
 
 def port_holder(port: int) -> str | None:
-    """Return who listens on a TCP port of this machine: "process 12 (python server.py)"; None: nobody to be seen."""
+    """Return the process that listens on a TCP port of this machine, as "process 12 (python server.py)".
+
+    A process of another user is named by that user. None: no listener was found.
+    """
     sockets = dict(_listening(port))
     if not sockets:
         return None
@@ -267,14 +278,14 @@ def port_holder(port: int) -> str | None:
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
                 program = " ".join(Path(word).name for word in words[:2] if word and not word.startswith("-"))
                 return f"process {process.name} ({program})"
-    user = next(iter(sockets.values()))  # whose processes are not ours to look into
+    user = next(iter(sockets.values()))  # another user's process: /proc does not show us its sockets
     with suppress(KeyError):
         return f"a process of the user {pwd.getpwuid(user).pw_name}"
     return f"a process of the user {user}"
 
 
 def _listening(port: int) -> Iterator[tuple[str, int]]:
-    """Yield the sockets that listen on a port, named as below /proc/PID/fd, each with its user's id."""
+    """Yield the sockets that listen on a port: the name as in /proc/PID/fd, and the id of the user."""
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
@@ -287,10 +298,10 @@ def _listening(port: int) -> Iterator[tuple[str, int]]:
 
 
 class Known(NamedTuple):
-    """A known cause: what an exception says, in one sentence what that means, and what to try.
+    """A known cause: a pattern of the exception's text, its meaning in one sentence, and a hint.
 
-    `{0}`, `{1}` … in the sentence and the hint are the groups of the pattern. An empty sentence: the exception's own
-    words are one already.
+    `{0}`, `{1}` … in the sentence and the hint are the groups of the pattern.
+    If the sentence is empty, the exception's own text is shown.
     """
 
     pattern: str
@@ -604,4 +615,4 @@ KNOWN = (
         "correct it under llm or llm_kwargs",
     ),
 )
-"""What is known, the first match counts. Every pattern is the wording of an installed source or of a real run."""
+"""All known causes; the first match counts. Every pattern comes from installed source code or from a real run."""

@@ -1,7 +1,7 @@
-"""What `gserve doctor` finds out: whether there is what servers need, here and on a node, before the first is started.
+"""The checks of `gserve doctor`: whether this machine, and a node, have everything that servers need.
 
-A node is looked at by `answer`, a program that the launcher starts there as it would start a server: it gets its errand
-over stdin, says on stdout where it listens, and once it is told to go on, what it finds.
+On a node, the program `answer` does the checks. The launcher starts it there as it would start a server. It reads its
+errand from stdin, and writes to stdout where it listens. After the owner's next line it writes its findings.
 """
 
 import os
@@ -40,31 +40,35 @@ from .service.service import VLLMService
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = "import sys; sys.path[0] = sys.argv[1]; from gserve_core import doctor; doctor.answer()"
-"""What runs on a node. Its modules lie where ours do, as the server program does."""
+"""The program that runs on a node. Its modules have the same path there as here, as for the server program."""
 QUERY = ("--query-gpu=name,memory.total", "--format=csv,noheader")
 ASK_SECONDS = 20.0
-"""How long nvidia-smi may take: without its persistence daemon it first wakes every GPU."""
+"""Timeout of nvidia-smi, in seconds. Without its persistence daemon it first wakes every GPU."""
 REACH_SECONDS = 10.0
-"""How long a connection to a node may take."""
+"""Timeout of a connection to a node, in seconds."""
 SILENCE = 60.0
-"""Seconds in which a program that runs on a node must have said something: Python may come from a slow file system."""
+"""Maximum time without output from a running program on a node, in seconds. Python may load from a slow file system."""
 LIFETIME = 180
-"""Seconds after which the program on a node ends, whatever it does."""
+"""Maximum run time of the program on a node, in seconds."""
 STOP_SECONDS = 2.0
+"""Time for the program on a node to end before it is killed, in seconds."""
 TICK = 0.1
+"""Interval of the checks whether a job still waits, in seconds."""
 OVER = b"null"
-"""The last line of `answer`."""
+"""The last line that `answer` writes."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 LAST_WORDS = 3
-"""Lines of the log that a message has."""
+"""Number of log lines in an error message."""
 
 
 class Errand(Struct, frozen=True):
-    """What `answer` is to do: listen where a server of `config` would, and where `look` says so, look around.
+    """The task of `answer`: listen where a server of `config` would listen.
 
-    `token`: what it says to whoever connects. `variable`: the launcher's `owner_variable`. `folder`: where the plugins
-    of `config` lie.
+    `folder`: the config's folder, in which its plugin modules are looked for.
+    `variable`: the launcher's `owner_variable`.
+    `token`: the text that `answer` sends to every client that connects.
+    `look`: whether `answer` also checks the machine.
     """
 
     config: Config
@@ -75,7 +79,7 @@ class Errand(Struct, frozen=True):
 
 
 class Arrival(Struct, frozen=True):
-    """The first line of `answer`: the machine that it runs on, and where it listens or why it cannot."""
+    """The first line of `answer`: its machine, and its address, or the `trouble` that keeps it from listening."""
 
     node: str
     address: Address | None
@@ -89,10 +93,15 @@ def examine(
     on_node: bool = False,
     waiting: Callable[[str], object] = lambda _: None,
 ) -> Generator[Finding]:
-    """Yield what is found out of this machine, and of what `config` needs, the moment it is known.
+    """Yield findings about this machine, and about what `config` needs, as soon as each is known.
 
-    Where servers start on other machines, a job like a server's is started on one, and ends at once; `on_node` has it
-    look around there. `waiting` is told what that job waits for. Closing the iterator ends the job.
+    If servers start on other machines, a job like a server's is started on one of them, and ends at once.
+    Closing the iterator ends that job.
+
+    `overrides`: changes to the config, as "KEY.KEY=VALUE".
+    `on_node`: start such a job in any case, and check the machine on which it runs.
+    `waiting`: called with the reason why the job waits, whenever it changes.
+
     Raises ConfigError or PluginError.
     """
     if config is None:
@@ -126,7 +135,7 @@ def examine(
 
 
 def check_config(config: Path, overrides: Sequence[str] = ()) -> list[tuple[Job, list[str]]]:
-    """Check a config as far as files of this machine tell; return what would be started, as `VLLMService.jobs`.
+    """Check a config with the files of this machine; return the jobs that would start, as `VLLMService.jobs` does.
 
     Raises ConfigError or PluginError.
     """
@@ -139,7 +148,7 @@ def check_config(config: Path, overrides: Sequence[str] = ()) -> list[tuple[Job,
 
 
 def check_arguments(config: Config, engine: Engine) -> None:
-    """Raise ConfigError where `llm_kwargs` have a name that the engine does not know."""
+    """Raise ConfigError if `llm_kwargs` has a name that the engine does not know."""
     known = engine.known_arguments() if config.llm.llm_kwargs else None
     if known is None:
         return
@@ -154,7 +163,7 @@ def check_arguments(config: Config, engine: Engine) -> None:
 
 
 def _look(config: Config | None, engine: Engine | None, *, runs_here: bool) -> Iterator[Finding]:
-    """Yield what there is on this machine; what is missing is a problem where servers run here."""
+    """Yield findings about this machine. Something missing is a problem only if servers run here."""
     yield Finding("Python", "ok", f"{sys.version.split()[0]} ({sys.executable})")
     yield Finding("gserve", "ok", f"{version('gserve')} ({ROOT})")
     package = _package_of("vllm")
@@ -175,7 +184,7 @@ def _look(config: Config | None, engine: Engine | None, *, runs_here: bool) -> I
 
 
 def _weighed(finding: Finding, runs_here: bool) -> Finding:
-    """Return a finding as it is, but a problem of this machine as a note where servers run on others."""
+    """Return the finding; if it is a problem, and servers run on other machines, as a note."""
     if runs_here or finding.state != "problem":
         return finding
     hint = f"{finding.hint}; gserve doctor CONFIG --on-node looks where servers run".removeprefix("; ")
@@ -183,7 +192,8 @@ def _weighed(finding: Finding, runs_here: bool) -> Finding:
 
 
 def _package_of(module: str) -> tuple[str, str] | None:
-    """Return the name and the version of the package that brings a module, which importing may take ten seconds."""
+    """Return the name and version of the package that provides a module, without importing it; None: not installed."""
+    # Importing vllm may take ten seconds.
     if find_spec(module) is None:
         return None
     packages = packages_distributions().get(module)
@@ -211,7 +221,8 @@ def _examine_arguments(config: Config, engine: Engine) -> Finding:
 
 
 def _examine_gpus(is_needed: bool) -> Finding:
-    """Ask nvidia-smi, which knows nothing of what CUDA_VISIBLE_DEVICES hides."""
+    """Return the GPUs that nvidia-smi lists, and the value of CUDA_VISIBLE_DEVICES."""
+    # nvidia-smi ignores CUDA_VISIBLE_DEVICES.
     shown = os.environ.get("CUDA_VISIBLE_DEVICES")
     limits = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown})"
     state: Literal["problem", "note"] = "problem" if is_needed else "note"
@@ -237,7 +248,7 @@ def _examine_gpus(is_needed: bool) -> Finding:
 
 
 def _examine_pinning(jobs: Sequence[Job]) -> Iterator[Finding]:
-    """Yield a problem for each server that is to have a GPU that is not there."""
+    """Yield a problem for each server whose GPUs are missing."""
     for job in jobs:
         try:
             gpus.visible(os.environ | job.env, job.gpus)
@@ -249,7 +260,7 @@ def _examine_pinning(jobs: Sequence[Job]) -> Iterator[Finding]:
 
 
 def _examine_model(config: Config, environ: Mapping[str, str]) -> Finding:
-    """Say what kind of name the model's is, and whether what it names is there."""
+    """Return which kind of name the model has, and whether its files are here."""
     name = config.llm.model_name
     path = Path(name)
     if name.startswith(demo_model.PREFIX):
@@ -284,7 +295,7 @@ def _examine_demo(name: str) -> Finding:
 
 
 def _examine_hub(name: str, config: Config, environ: Mapping[str, str]) -> Finding:
-    """Look for a model id in the cache of Hugging Face, as its own library would."""
+    """Return whether a model is in the cache of Hugging Face. Looks where Hugging Face's library would look."""
     llm = config.llm
     home = Path(environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
     cache = folders.expanded(llm.download_dir or environ.get("HF_HUB_CACHE") or str(home / "hub"))
@@ -320,10 +331,11 @@ def _examine_adapter(path: Path) -> Finding:
 
 
 def _examine_launchers() -> Iterator[Finding]:
-    """Yield what there is of each launcher. Of one that has nothing here nobody has said that it is needed."""
+    """Yield the findings of each launcher. If a launcher has only problems, they become notes."""
+    # Without a config, no launcher is known to be needed.
     registry = plugins.load()
     for name in registry.classes["launcher"]:
-        with suppress(ConfigError):  # it has options without a default
+        with suppress(ConfigError):  # it has an option without a default
             found = list(registry.build("launcher", {"type": name}).examine())
             if all(finding.state == "problem" for finding in found):
                 found = [Finding(it.subject, "note", it.text, it.hint) for it in found]
@@ -336,7 +348,7 @@ def _examine_launchers() -> Iterator[Finding]:
 
 
 def _visit(parts: Parts, job: Job, errand: Errand, waiting: Callable[[str], object]) -> Iterator[Finding]:
-    """Have `answer` run in the place of a server; yield whether it is reached, and what it finds."""
+    """Run `answer` in place of a server; yield whether it can be reached, and its findings."""
     instance = uuid.uuid4().hex
     log = log_folder(instance[:8]) / "doctor.log"
     log.touch(mode=0o600)
@@ -352,12 +364,12 @@ def _visit(parts: Parts, job: Job, errand: Errand, waiting: Callable[[str], obje
 
 def _end(process: Process) -> None:
     with suppress(OSError):
-        process.stdin.close()  # the sign for it to end by itself
+        process.stdin.close()  # this asks it to end
     process.stop(STOP_SECONDS)
 
 
 def _talk(process: Process, errand: Errand, log: Path, waiting: Callable[[str], object]) -> Iterator[Finding]:
-    """Give `answer` its errand and yield what comes of it. Raises LaunchError: it does not run to its end."""
+    """Send `answer` its errand, and yield its findings. Raises LaunchError: it ended too early."""
     _say(process, msgspec.json.encode(errand))
     node = None
     for line in _lines(process, waiting):
@@ -376,12 +388,12 @@ def _talk(process: Process, errand: Errand, log: Path, waiting: Callable[[str], 
 
 
 def _say(process: Process, line: bytes) -> None:
-    with suppress(OSError):  # it has ended, which is seen where it is listened to
+    with suppress(OSError):  # it has ended, which `_lines` notices
         process.stdin.write(line + b"\n")
 
 
 def _lines(process: Process, waiting: Callable[[str], object]) -> Iterator[bytes]:
-    """Yield the lines that a job says, once it runs, to its end. Raises LaunchError: none comes."""
+    """Yield the lines that a job writes, until it ends. Raises LaunchError: it wrote nothing for `SILENCE` seconds."""
     said = select.poll()
     said.register(process.stdout, select.POLLIN)
     rest, shown, heard, runs = b"", None, time.monotonic(), False
@@ -405,7 +417,7 @@ def _lines(process: Process, waiting: Callable[[str], object]) -> Iterator[bytes
 
 
 def _decoded[T](line: bytes, kind: type[T]) -> T | None:
-    """Return what a line says; None where it is something else, as a login script's greeting."""
+    """Return the message in a line; None for any other text, such as the greeting of a login script."""
     try:
         return msgspec.json.decode(line, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -413,7 +425,7 @@ def _decoded[T](line: bytes, kind: type[T]) -> T | None:
 
 
 def _reach(arrival: Arrival, token: str) -> Finding:
-    """Connect to the node, as to a server there, and see that it is this one that answers."""
+    """Connect to the node as to a server there, and check the token that it sends."""
     hint = (
         "servers there cannot be used from here: set serve.host to an address, and serve.port to a port, that are open"
     )
@@ -436,10 +448,10 @@ def _reach(arrival: Arrival, token: str) -> Finding:
 
 
 def answer() -> None:
-    """Be the program on a node. Ends when its owner does, and after `LIFETIME` seconds whatever happens."""
+    """Run as the program on a node. Ends when its owner ends, and after `LIFETIME` seconds at the latest."""
     signal.alarm(LIFETIME)
     with os.fdopen(os.dup(1), "wb", buffering=0) as up:
-        os.dup2(2, 1)  # what plugins print
+        os.dup2(2, 1)  # output of plugins goes to the log
         errand = msgspec.json.decode(sys.stdin.buffer.readline(), type=Errand)
         with ExitStack() as stack:
             try:
@@ -461,7 +473,7 @@ def answer() -> None:
 
 
 def _listen(errand: Errand) -> socket.socket:
-    """Listen where a server of this config would. Raises OSError or LaunchError."""
+    """Listen where a server of this config would listen. Raises OSError or LaunchError."""
     host = errand.config.serve.host
     if errand.variable is not None and is_loopback(host):
         host = own_address(errand.variable)
@@ -470,7 +482,7 @@ def _listen(errand: Errand) -> socket.socket:
 
 
 def _show_token(listening: socket.socket, token: str) -> None:
-    """Say the token to whoever connects, until the owner speaks on stdin or ends."""
+    """Send the token to every client that connects, until the owner writes to stdin or ends."""
     news = select.poll()
     news.register(listening, select.POLLIN)
     news.register(0, select.POLLIN)

@@ -1,1 +1,1 @@
-"""The launchers that are built in."""
+"""The built-in launchers."""

@@ -1,4 +1,4 @@
-"""The launcher `subprocess`: servers are processes of this machine."""
+"""The launcher `subprocess`: it starts servers as processes on this machine."""
 
 import os
 from collections.abc import Sequence
@@ -11,15 +11,16 @@ from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Job, Launcher, Process
 
 CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
-"""vLLM's own setting: the cores that each rank computes on, where it computes on the CPU."""
+"""vLLM's own setting for the cores of each rank, when vLLM computes on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubprocessLauncher(CommandLauncher):
-    """Starts servers on this machine. `nice`: how much they yield to other processes, 0 to 19.
+    """A launcher that starts servers on this machine.
 
-    `nursery`: fork servers from one process that has imported vLLM, so that all but the first start in a fraction of
-    the time; false starts each as a program of its own.
+    `nice`: the niceness of the servers, 0 to 19.
+    `nursery`: fork the servers from one process that has imported vLLM. All but the first then start in a fraction of
+    the time. If false, each server is a program of its own.
     """
 
     name: ClassVar[str] = "subprocess"
@@ -31,11 +32,14 @@ class SubprocessLauncher(CommandLauncher):
             raise ConfigError(f"expected 0 to 19, got {self.nice}", at="$.nice")
 
     def command(self, job: Job) -> list[str]:
-        """Return the job's own command."""
+        """Return the job's command, with `nice` before it if that is set."""
         return ["nice", "-n", str(self.nice), *job.command] if self.nice else list(job.command)
 
     def launch(self, job: Job) -> Process:
-        """Start `job`. Without GPUs servers, and ranks, share this machine's cores, unless the environment says how."""
+        """Start `job`. Raises LaunchError: it could not be started.
+
+        Without GPUs, servers and ranks get equal shares of this machine's cores, unless `CORES_VARIABLE` is set.
+        """
         if job.gpu_ids is None and max(job.servers, job.gpus) > 1 and CORES_VARIABLE not in os.environ:
             job = replace(job, env={**job.env, CORES_VARIABLE: share(job, sorted(os.sched_getaffinity(0)))})
         if self.nursery and job.nursery is not None:
@@ -44,11 +48,11 @@ class SubprocessLauncher(CommandLauncher):
 
 
 def share(job: Job, cores: Sequence[int]) -> str:
-    """Return the cores of one of several servers: for each of its ranks a list "0,1", ranks divided by "|"."""
+    """Return a server's share of `cores`: for each of its ranks a list as "0,1", with "|" between ranks."""
     size = max(1, job.gpus)
     ranks = job.servers * size
     own = range(job.index * size, (job.index + 1) * size)
-    if ranks > len(cores):  # more ranks than cores: some compute on the same one
+    if ranks > len(cores):  # some ranks share a core
         return "|".join(str(cores[rank % len(cores)]) for rank in own)
     return "|".join(
         ",".join(map(str, cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks])) for rank in own
@@ -57,5 +61,5 @@ def share(job: Job, cores: Sequence[int]) -> str:
 
 @hookimpl
 def gserve_register_launchers() -> list[type[Launcher]]:
-    """Bring the launcher for this machine."""
+    """Register the launcher `subprocess`."""
     return [SubprocessLauncher]

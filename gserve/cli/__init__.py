@@ -1,4 +1,4 @@
-"""The command line `gserve`. `python -m gserve.cli` is the same program.
+"""The command line `gserve`, also `python -m gserve.cli`.
 
-Imports inside functions are those of rich and of the core's larger modules: `gserve --help` needs none of them.
+Rich and the larger modules of the core are imported inside functions: `gserve --help` does not need them.
 """

@@ -1,7 +1,7 @@
 """The command line: `launch`, `generate`, `chat`, `run`, `sbatch`, `check`, `doctor`, `plugins`, `ps`, `stop`, `reap`.
 
-What goes wrong is told on stderr after "error:", and by the exit code: 2 for a config, a plugin or an argument, 1 for
-anything else, 128 and its number for a signal.
+An error is written to stderr after "error:". The exit code is 2 for a config, a plugin or an argument, and 1 for other
+errors. For a signal it is 128 plus the signal's number.
 """
 
 import logging
@@ -28,9 +28,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 def main() -> None:
     """Run the command line, and exit."""
     open_missing_descriptors()
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how a command has ended
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, the exit codes of commands are lost
     on_signals(raise_signalled)
-    signal.signal(signal.SIGUSR1, ignore)  # SLURM's notice may come to all processes of a job
+    signal.signal(signal.SIGUSR1, ignore)  # SLURM may send its notice to all processes of a job
     try:
         app(prog_name="gserve")
     except Signalled as signalled:
@@ -54,7 +54,7 @@ def _prepare(
     ] = False,
 ) -> None:
     """Run vLLM on the GPUs you hold: servers, their whole life, and batched requests to them."""
-    if LEVEL_VARIABLE in os.environ:  # else Python shows warnings and errors, and the servers log from INFO on
+    if LEVEL_VARIABLE in os.environ:  # else Python shows warnings and errors, and the servers log at level INFO
         setup_logging()
 
 

@@ -128,7 +128,10 @@ def run(
 def _answer(
     service: "VLLMService", lines: Sequence[Line], params: Params | None, output: Path | None, *, as_text: bool
 ) -> None:
-    """Send items, and put out what comes of each the moment it is ready: texts in order, or JSON lines as they come."""
+    """Send items, and write each result as soon as possible: texts in order, JSON lines as they arrive.
+
+    Raises GserveError: at least one item failed.
+    """
     from gserve_core.batch.output_lock import only_writer
     from gserve_launchers.slurm.batch import is_over
 
@@ -170,7 +173,7 @@ def _answer_into(
 
 
 def _converse(service: "VLLMService", opening: Sequence[Mapping[str, str]], params: Params | None) -> None:
-    """Hold a conversation at the terminal. What fails or is interrupted leaves no trace in it."""
+    """Hold a conversation at the terminal. A message that fails or is cancelled is not kept in it."""
     prompt = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     history = [*opening]
     with serving(service):
@@ -191,7 +194,7 @@ def _converse(service: "VLLMService", opening: Sequence[Mapping[str, str]], para
             except Signalled as signalled:
                 if signalled.number != signal.SIGINT:
                     raise
-                on_signals(raise_signalled)  # this one was for the answer alone
+                on_signals(raise_signalled)  # this signal cancels only the answer
                 say("cancelled")
                 continue
             if isinstance(outcome, ItemError):

@@ -1,10 +1,11 @@
 """A command and the service that it uses, from start to end: `gserve run`, and each job of `gserve sbatch`.
 
-Both may have to end early: SIGUSR1 says that a job's time is nearly over, SIGTERM that it is. The service takes no
-more items then; what it has may finish; the command is given the rest back as errors, and ends by itself.
+Both may have to end early. SIGUSR1 means that a job's time is nearly over; SIGTERM means that it is over. From then on
+the service takes no more items, and finishes those in flight. The command gets the others back as errors, and should
+end on its own.
 
-The command leads a process group, which ends with it. At a terminal it stays in ours, as the shell's job control and
-Ctrl-C want it, and what it leaves behind is the shell's.
+The command leads a process group, which ends with it. At a terminal the command stays in our group, as the shell's job
+control and Ctrl-C require. Processes that it leaves are then not ended.
 """
 
 import contextlib
@@ -33,17 +34,20 @@ from gserve_core.service.service import VLLMService
 from gserve_launchers.slurm import batch
 
 TICK = 0.1
-"""Seconds between two looks at the command."""
+"""Interval between two checks of the command, in seconds."""
 PATIENCE = 80.0
-"""Seconds that a command may take to end once its time is nearly over, unless it is said how long that is."""
+"""Default time for a command to end after SIGUSR1, in seconds."""
 SHARE = 2 / 3
-"""Largest part of the time that is left which a command may take; the rest is for the end of the servers."""
+"""Maximum part of the remaining time in which the command may end. The servers end in the rest."""
 LAST_SECONDS = 10.0
-"""The same once its time is over: SLURM kills all 30 s (its KillWait) after SIGTERM, or sooner."""
+"""Time for a command to end after any other signal, in seconds, unless `gserve stop` has set one.
+
+SLURM kills everything 30 s (its KillWait) after SIGTERM, or sooner.
+"""
 FAREWELL = 5.0
-"""Seconds between SIGTERM and SIGKILL for a command that does not end, and for what it has left."""
+"""Time between SIGTERM and SIGKILL for a command that does not end, and for its other processes, in seconds."""
 REQUEUES = 10
-"""How often a job is run again: one that gets nowhere ends."""
+"""Maximum number of times that a job is requeued. A job without progress ends then."""
 NOTICES = {
     signal.SIGUSR1: "its job's time is nearly over",
     signal.SIGTERM: "it was told to, or its job's time is over",
@@ -52,24 +56,33 @@ NOTICES = {
 }
 """The signals that end a command early, and why."""
 FORWARDED = signal.SIGINT, signal.SIGHUP
-"""Those of them that a terminal sends to all. Of the others a command would die, which is to end in order."""
+"""Signals that are forwarded to the command's process group, as a terminal would send them to all processes.
+
+The others are not forwarded: they would kill the command, which should end in order.
+"""
 
 logger = logging.getLogger("gserve.job")
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command has ended: with an exit code, 128 and its number for a signal; `notice` had cut it short."""
+    """The end of a command.
+
+    `code`: its exit code, or 128 plus the number of the signal that killed it.
+    `notice`: the first signal that asked it to end early; None: no signal did.
+    """
 
     code: int
     notice: int | None = None
 
 
 class Notices:
-    """The signals that end a command early, from when on they count.
+    """A collector of the signals that end a command early; SIGUSR1 may be delayed until it is due.
 
-    SLURM sends SIGUSR1 too early where it did not know the time of the job, or rounds it. `asked`: how many seconds
-    before the end it was asked for; 0: it counts at once. So does one that comes much earlier, or twice.
+    SLURM sends SIGUSR1 too early if it did not know the job's time limit, or rounds it. A SIGUSR1 that comes much too
+    early, or a second time, counts at once.
+
+    `asked`: the requested number of seconds between SIGUSR1 and the time limit; 0: SIGUSR1 counts at once.
     """
 
     def __init__(self, asked: int = 0) -> None:
@@ -80,11 +93,11 @@ class Notices:
         self._due: float | None = None
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        """Be the handler of a signal."""
+        """Handle a signal: record its number."""
         self._came.append(number)
 
     def take(self) -> list[int]:
-        """Return the signals that count from now on."""
+        """Return the numbers of the signals that have begun to count since the last call."""
         new = []
         while self._came:
             number = self._came.pop(0)
@@ -97,7 +110,7 @@ class Notices:
                 self._due = None
             new.append(number)
         if self._due is not None and time.monotonic() >= self._due:
-            wait = self._seconds_until_due()  # the job may have been given more time, or was suspended
+            wait = self._seconds_until_due()  # the job may have got more time, or been suspended
             self._due = time.monotonic() + wait if wait > 1.0 else None
             if self._due is None:
                 new.append(signal.SIGUSR1)
@@ -105,7 +118,7 @@ class Notices:
         return new
 
     def _seconds_until_due(self) -> float:
-        """Ask SLURM for the time that is left; return for how long the job may go on as it is."""
+        """Ask SLURM for the remaining time; return the seconds until SIGUSR1 is due, 0 if SLURM does not know."""
         job = os.environ.get("SLURM_JOB_ID")
         times = batch.time_left(job) if job else None
         if times is None:
@@ -119,9 +132,12 @@ def run(
 ) -> Ended:
     """Start the service of a config, run `command` with $GSERVE_ATTACH set, and end both.
 
-    `patience`: seconds that it may take to end after SIGUSR1; None: `PATIENCE`, or what is left of the job's time.
-    `asked`: how many seconds before the job's end SLURM was asked to send that; 0: unknown, as `batch.NOTICE` where
-    `patience` is None.
+    `overrides`: changes to the config, as "KEY.KEY=VALUE".
+    `patience`: time for the command to end after SIGUSR1, in seconds; None: `PATIENCE`, or less if the job's remaining
+    time is shorter.
+    `asked`: the requested number of seconds between SIGUSR1 and the job's time limit; 0: unknown. SIGUSR1 then counts
+    at once, unless `patience` is None: in that case `batch.NOTICE` is assumed.
+
     Raises LaunchError, ConfigError, PluginError: the service or the command cannot be started.
     """
     setup_logging()
@@ -129,7 +145,7 @@ def run(
         raise ConfigError(f"cannot run '{command[0]}': there is no such program here")
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None:
-        os.environ.pop("XDG_RUNTIME_DIR", None)  # a login has it, here or elsewhere, and it goes when that ends
+        os.environ.pop("XDG_RUNTIME_DIR", None)  # it belongs to a login, maybe on another machine, and ends with it
     name = "-".join(filter(None, ("run", job, str(os.getpid()))))
     service = VLLMService.from_yaml(config, overrides=overrides, name=name)
     notices = Notices(asked or (batch.NOTICE if patience is None else 0))
@@ -150,7 +166,7 @@ def run(
 
 
 def _start(service: VLLMService, notices: Notices) -> None:
-    """Start a service and say how that goes, unless a notice comes first."""
+    """Start a service and log its phases; shut it down if a notice comes first."""
     said: dict[str, str] = {}
     with ThreadPoolExecutor(1) as threads:
         starting = threads.submit(service.start)
@@ -160,7 +176,7 @@ def _start(service: VLLMService, notices: Notices) -> None:
                     said[server.name] = server.phase
                     logger.info("%s: %s", server.name, server.phase)
             notices.take()
-            if notices.counted:  # again and again: the service may not have begun to start
+            if notices.counted:  # repeated, since the service may not have begun to start
                 service.shutdown()
         if not notices.counted:
             starting.result()
@@ -169,7 +185,7 @@ def _start(service: VLLMService, notices: Notices) -> None:
 def _accompany(
     service: VLLMService, name: str, command: Sequence[str], patience: float | None, notices: Notices
 ) -> Ended:
-    """Run a command to its end; once a notice comes, have the service drain, and wait no longer than there is time."""
+    """Run a command to its end. After a notice, drain the service, and end the command when its time is over."""
     logger.info("%d servers are ready: running the command", sum(it.state == State.READY for it in service.status()))
     deadline = math.inf
     own_group = not _is_at_terminal()
@@ -193,7 +209,7 @@ def _accompany(
 
 
 def _end(process: "subprocess.Popen[bytes]", own_group: bool) -> int:
-    """End a command that does not end by itself, and what is left of its group; return its exit code."""
+    """End a command that is still running, and the rest of its group if that is its own; return its exit code."""
     if process.poll() is None:
         logger.warning("the command does not end: it is ended")
         if own_group:
@@ -205,7 +221,7 @@ def _end(process: "subprocess.Popen[bytes]", own_group: bool) -> int:
         process.kill()
     try:
         code = process.wait(GONE)
-    except subprocess.TimeoutExpired:  # killed, and not gone: the kernel has it
+    except subprocess.TimeoutExpired:  # killed, but the kernel has not ended it yet
         code = -signal.SIGKILL
     if own_group:
         _signal_group(process.pid, signal.SIGTERM)
@@ -214,7 +230,7 @@ def _end(process: "subprocess.Popen[bytes]", own_group: bool) -> int:
 
 
 def _seconds(number: int, patience: float | None, notices: Notices) -> float:
-    """Return how many seconds a command may take to end after a notice."""
+    """Return the time for a command to end after the signal `number`, in seconds."""
     if number == signal.SIGUSR1:
         return _patience(patience, notices)
     asked = None
@@ -225,7 +241,7 @@ def _seconds(number: int, patience: float | None, notices: Notices) -> float:
 
 
 def _is_at_terminal() -> bool:
-    """Return whether a command would read from a terminal that is ours now."""
+    """Return whether stdin is a terminal and our process group is in its foreground."""
     try:
         return os.tcgetpgrp(0) == os.getpgrp()
     except OSError:
@@ -238,15 +254,15 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def _patience(patience: float | None, notices: Notices) -> float:
-    """Return how many seconds a command may take to end, as its job's time is nearly over."""
+    """Return the time for a command to end after SIGUSR1, in seconds."""
     seconds = PATIENCE if patience is None else patience
-    if notices.left is None or not (patience is None or notices.asked):  # somebody has chosen it
+    if notices.left is None or not (patience is None or notices.asked):  # unknown remaining time, or a user's choice
         return seconds
     return min(seconds, SHARE * notices.left)
 
 
 def _do(file: Path) -> int:
-    """Do what the file of a job says; return the exit code. The file stays while the job may be run again."""
+    """Run the task in the file of a job; return the exit code. The file remains while the job may be run again."""
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     order = batch.read(file, is_again=restarts > 0)
     job = os.environ["SLURM_JOB_ID"]
@@ -268,10 +284,8 @@ def _do(file: Path) -> int:
 
 
 def _is_ended_by_slurm(job: str) -> bool:
-    """Return whether SLURM ends a job, and may run it again, or does not answer.
-
-    Its state says so before a signal is sent, of which a command may die sooner than we are told.
-    """
+    """Return whether SLURM is ending a job, and may run it again, or does not answer."""
+    # SLURM changes the state before it sends a signal. A command may die of that signal before it reaches us.
     return batch.state(job) != "RUNNING"
 
 
@@ -284,8 +298,8 @@ def _requeue(job: str, times: int) -> None:
 
 
 def main() -> None:
-    """Be the program of a job of `gserve sbatch`."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, nobody learns how the command has ended
+    """Run as the program of a job of `gserve sbatch`, and exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, the exit code of the command is lost
     try:
         sys.exit(_do(Path(sys.argv[1])))
     except (GserveError, OSError) as error:

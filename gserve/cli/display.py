@@ -1,4 +1,4 @@
-"""What commands show at a terminal, and to another program. Results go to stdout, all else to stderr."""
+"""The output of commands, for a terminal or another program. Results go to stdout, everything else to stderr."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
 
 
 TICK = 0.1
-"""Seconds between two looks at servers or processes."""
+"""Interval between two checks of servers or processes, in seconds."""
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
 def say(text: str) -> None:
     """Write a line to stderr."""
-    flush()  # the log goes before
-    with suppress(OSError):  # after a SIGHUP the terminal may be gone
+    flush()  # the log comes first
+    with suppress(OSError):  # after SIGHUP the terminal may be closed
         print(text, file=sys.stderr, flush=True)
 
 
 def show_phases(service: "VLLMService", starting: Future[None]) -> None:
-    """Show what the servers do until they have started: on a terminal in place, else a line for each change."""
+    """Show the phases of the servers until they have started: in place on a terminal, else one line per change."""
     from rich.console import Console
     from rich.text import Text
 
@@ -55,13 +55,16 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(*header, box=None, pad_edge=False)
     for row in rows:
         table.add_row(*row)
-    wide = None if sys.stdout.isatty() else 10_000  # another program wants whole lines
+    wide = None if sys.stdout.isatty() else 10_000  # another program needs unwrapped lines
     Console(markup=False, highlight=False, emoji=False, width=wide).print(table)
 
 
 @contextmanager
 def progress(total: int, stream: BinaryIO) -> Iterator[Callable[[], object]]:
-    """Show a bar on a terminal that the results do not go to; hand out what to call for each item that is done."""
+    """Show a progress bar, if stderr is a terminal and the results do not go to it.
+
+    Yields a function to call once for each finished item.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 

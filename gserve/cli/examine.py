@@ -1,4 +1,4 @@
-"""The commands that look around, and start no server: `check`, `doctor`, `plugins`."""
+"""The commands that inspect and start no server: `check`, `doctor`, `plugins`."""
 
 import shlex
 from contextlib import closing

@@ -17,7 +17,7 @@ from .service import changes, drain_service, names_down, serving
 from .signals import Signalled
 
 END_SECONDS = 30.0
-"""How long `gserve stop` waits for the end of a service whose servers may finish nothing more, in seconds."""
+"""Maximum time for a service to end after the time for its items in flight is over, in seconds."""
 
 
 def launch(
@@ -48,10 +48,10 @@ def launch(
                 ],
             )
             while len(down := names_down(service)) < len(service.servers):
-                died |= down  # the log has said why
+                died |= down  # the log has the cause
                 time.sleep(TICK)
             raise GserveError("no server is running any more")
-        except Signalled as signalled:  # the way to end it
+        except Signalled as signalled:  # a signal is the normal way to end it
             if signalled.number == signal.SIGTERM:
                 drain_service(service)
         say("shutting down")
@@ -100,7 +100,7 @@ def stop(
         while record.is_alive and time.monotonic() < deadline:
             time.sleep(TICK)
         if record.is_alive and not now:
-            _terminate(record.pid)  # the second one ends it at once
+            _terminate(record.pid)  # a second SIGTERM ends it at once
         deadline = time.monotonic() + END_SECONDS
         while record.is_alive:
             if time.monotonic() > deadline:
@@ -129,7 +129,7 @@ def reap(
     from gserve_launchers.slurm.batch import stale_orders
 
     orphans = left_behind.orphans()
-    shown = [str(process) for process in orphans]  # their commands go with them
+    shown = [str(process) for process in orphans]  # before they end: then their commands cannot be read
     stuck = [] if dry_run else left_behind.end(orphans)
     for process, text in zip(orphans, shown, strict=True):
         print(f"{'left' if dry_run else 'stuck' if process in stuck else 'ended'}: {text}")

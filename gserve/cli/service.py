@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 DRAIN_SECONDS = 30.0
-"""How long servers may finish what they have, in seconds, after a SIGTERM that `gserve stop` did not send."""
+"""Time for servers to finish items in flight after a SIGTERM that `gserve stop` did not send, in seconds."""
 SHOWN = 60
-"""Characters of a word that a message repeats."""
+"""Maximum length of a word in a message, in characters."""
 
 
 def split_words(
@@ -30,7 +30,8 @@ def split_words(
 ) -> tuple[Path | None, Sequence[str]]:
     """Return the config, and the texts after it.
 
-    A service that is attached to, by --attach or $GSERVE_ATTACH, has no config: then the first word is a text too.
+    With --attach or $GSERVE_ATTACH there is no config, and the first word is a text too.
+    Raises ConfigError: a config is expected, and the first word is none.
     """
     if attach is None and config is not None and _is_config(config):
         return Path(config), texts
@@ -48,20 +49,24 @@ def split_words(
 
 
 def _is_config(word: str) -> bool:
-    """Say whether a word is a config rather than a text: it is a file, or has the name of a YAML file."""
-    with suppress(OSError):  # a long text cannot be a file's name
+    """Return whether a word is a config rather than a text: it is a file, or has the name of a YAML file."""
+    with suppress(OSError):  # the text is too long for a file's name
         if Path(word).is_file():
             return True
     return word.endswith((".yaml", ".yml")) and len(word.split()) == 1
 
 
 def changes(overrides: Sequence[str] | None, verbose: bool) -> list[str]:
-    """Return what the options of a command change in its config."""
+    """Return the changes to a config that the options of a command ask for."""
     return [*(overrides or ()), *(["serve.verbose=true"] if verbose else ())]
 
 
 def open_service(config: Path | None, attach: str | None, overrides: Sequence[str]) -> "VLLMService":
-    """Return the service of a config, or the launched one of a name. Raises ConfigError."""
+    """Return the service of a config, or attach to a launched one.
+
+    `attach`: the service's name; None: the name in $GSERVE_ATTACH.
+    Raises ConfigError: the config is invalid, or an attached service has overrides.
+    """
     if config is not None:
         return gserve.VLLMService.from_yaml(config, overrides=overrides)
     if overrides:
@@ -74,14 +79,14 @@ def open_service(config: Path | None, attach: str | None, overrides: Sequence[st
 
 @contextmanager
 def serving(service: "VLLMService") -> Iterator[None]:
-    """Start a service and show how that goes; shut it down in the end, whichever way that comes."""
+    """Start a service and show its phases; shut it down when the context ends, also after an error."""
     try:
         with ThreadPoolExecutor(1) as threads:
             starting = threads.submit(service.start)
             try:
                 show_phases(service, starting)
             except BaseException:
-                while not starting.done():  # it undoes all when a server of its is told to stop
+                while not starting.done():  # the start is undone once one of its servers is asked to stop
                     for server in service.servers:
                         server.ask_to_stop()
                     wait([starting], TICK)
@@ -94,14 +99,14 @@ def serving(service: "VLLMService") -> Iterator[None]:
 
 
 def drain_service(service: "VLLMService") -> None:
-    """Shut a service down once its servers have finished what they have, or the time for that is over."""
+    """Shut a service down after its servers have finished the items in flight, or after a timeout."""
     from gserve_core.service import records
 
     asked = records.take_stop()
     seconds = DRAIN_SECONDS if asked is None else asked
     if seconds <= 0:
         return
-    with suppress(Signalled):  # a second one, which ends it at once
+    with suppress(Signalled):  # a second signal ends the drain at once
         on_signals(raise_signalled)
         say(f"finishing what the servers have, for {seconds:g} s at most")
         service.shutdown(drain=seconds)
@@ -109,5 +114,5 @@ def drain_service(service: "VLLMService") -> None:
 
 
 def names_down(service: "VLLMService") -> set[str]:
-    """Return the names of the servers that are stopped, or given up."""
+    """Return the names of the servers that are stopped or have failed."""
     return {server.name for server in service.status() if server.state in ("failed", "stopped")}

@@ -8,7 +8,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signalled(BaseException):
-    """A signal asked this process to end."""
+    """Raised when a signal asks this process to end. `number`: the number of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -16,17 +16,17 @@ class Signalled(BaseException):
 
 
 def on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Let `handler` take the signals that end a process, but for those that our parent had us ignore, as nohup does."""
+    """Install `handler` for the signals that end a process, except those that are ignored, as nohup arranges."""
     for number in ENDING:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
 
 
 def raise_signalled(number: int, _frame: FrameType | None) -> None:
-    """Raise Signalled; further signals are ignored from then on."""
+    """Raise Signalled, and ignore further signals."""
     on_signals(ignore)
     raise Signalled(number)
 
 
 def ignore(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing: at SIGUSR1; or the end has begun, takes seconds, and must not be left half done."""
+    """Do nothing: for SIGUSR1, and during a shutdown, which takes seconds and must run to its end."""

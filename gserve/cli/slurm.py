@@ -83,12 +83,15 @@ def sbatch(
 
 
 def _answering(source: Path, output: Path | None, params: str | None, kind: "type[Line]") -> list[str]:
-    """Return the command that does what `generate` and `chat` do, with the service that $GSERVE_ATTACH names."""
+    """Return the command that runs `generate` or `chat` with the service in $GSERVE_ATTACH.
+
+    Raises ConfigError: the files or parameters are invalid.
+    """
     if output is None or STDIO in (source, output):
         raise ConfigError("a job has no stdin and nobody to read its stdout: expected --output, and both as files")
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"cannot write the results: there is no folder {output.absolute().parent}")
-    read_items(source, kind)  # what is wrong is to be known before the job waits in the queue
+    read_items(source, kind)  # report errors now, before the job waits in the queue
     read_params(params)
     command = [sys.executable, "-P", "-m", "gserve.cli", "chat" if kind is ConversationLine else "generate"]
     command += ["--input", str(source.absolute()), "--output", str(output.absolute())]

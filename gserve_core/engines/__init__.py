@@ -1,1 +1,1 @@
-"""The engines that are built in."""
+"""The built-in engines."""

@@ -1,9 +1,11 @@
-"""The engine `echo`: no model and no vLLM. It answers with its prompt, for testing programs and faults.
+"""The engine `echo`: it answers with the prompt, without a model or vLLM, to test programs and faults.
 
-A token is a word. The answer to a prompt is its own words, as many as `max_tokens` allows, over and over when
-`ignore_eos` is set; to a conversation, those of its last message. As in vLLM the work is done in a process below the
-server, which can be made slow, and told to fail: `-m gserve_core.engines.echo engine OPTIONS` in its arguments. With
-`processes: 2` that one only passes work on, to another below it: `-m gserve_core.engines.echo worker OPTIONS`.
+A token is a word. The answer repeats the words of the prompt, up to `max_tokens` of them. With `ignore_eos` it repeats
+them until it has `max_tokens`. For a conversation, it repeats the last message.
+
+As in vLLM, a child process of the server does the work: `-m gserve_core.engines.echo engine OPTIONS`. Options make it
+slow, or make it fail. With `processes: 2` it passes the work on to a child of its own:
+`-m gserve_core.engines.echo worker OPTIONS`.
 """
 
 import asyncio
@@ -37,22 +39,26 @@ from . import orphans
 
 FAULTS = ("die", "hang", "wedge", "error")
 STEP_SECONDS = 0.2
-"""How often a process that has work says that it moves."""
+"""Interval at which a process with work reports progress, in seconds."""
 WORKER_DIED = 70
 """The exit code of an engine process whose worker has died."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EchoEngine(Engine):
-    """Answers with the prompt. Times are in seconds: `latency` for each token, `load_time` for the start.
+    """An engine that answers with the prompt. `max_model_len` of the LLM config limits prompt plus answer, in words.
 
-    `capacity`: items worked on at once. `processes`: below the server, 1 or 2. `sample`: where the temperature is above
-    0, one more word comes after the prompt's own: "seed-" and the seed. `max_model_len` of the LLM config bounds prompt
-    and answer, in words.
+    `latency`: time for each token, in seconds.
+    `load_time`: time for the start, in seconds.
+    `capacity`: maximum number of items processed at once.
+    `processes`: number of processes below the server, 1 or 2.
+    `sample`: if the temperature is above 0, the word "seed-" plus the seed follows the words of the prompt.
+    `fail_start`: if not empty, the start fails with this message.
+    `die_on`, `hang_on`, `wedge_on`, `error_on`: an item that contains this text triggers the fault.
+    `die_at`, `hang_at`, `wedge_at`, `error_at`: the n-th item, counted from 1, triggers the fault.
 
-    Faults on order: `fail_start` (the message of a start that fails), and `die`, `hang`, `wedge` (take no more work;
-    what has been begun is finished) and `error` for an item that holds the marker `die_on`, `hang_on`, `wedge_on`,
-    `error_on`, or for the n-th item, from 1: `die_at`, `hang_at`, `wedge_at`, `error_at`.
+    The faults: `die` kills the process. `hang` stops all work. `wedge` accepts no more work, and finishes the work in
+    progress. `error` makes that one item fail.
     """
 
     name: ClassVar[str] = "echo"
@@ -83,13 +89,13 @@ class EchoEngine(Engine):
             raise ConfigError(f"expected 1 or 2, got {self.processes}", at="$.processes")
 
     def command(self, role: str) -> list[str]:
-        """Return the command line of a process below the server: an "engine", or the "worker" below that."""
+        """Return the command line of a process below the server. `role`: "engine", or "worker" for its child."""
         options = {item.name: getattr(self, item.name) for item in fields(EchoEngine)}
         module = "gserve_core.engines.echo"
         return [sys.executable, "-P", "-m", module, role, msgspec.json.encode(options).decode()]
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
-        """Start the processes below, and wait until they have "loaded"."""
+        """Start the processes below the server, and wait until they have "loaded"."""
         report("starting the engine")
         child = await asyncio.create_subprocess_exec(
             *self.command("engine"),
@@ -106,7 +112,7 @@ class EchoEngine(Engine):
 
 
 class EchoParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The sampling parameters that `echo` knows: fields of `vllm.SamplingParams`; most change nothing."""
+    """The sampling parameters that `echo` accepts, a subset of `vllm.SamplingParams`. Most have no effect."""
 
     n: int = 1
     max_tokens: int | None = 16
@@ -129,7 +135,7 @@ class EchoParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 class RunningEcho(RunningEngine):
-    """The server's side of the process below."""
+    """The server's side of the engine process."""
 
     def __init__(self, child: asyncio.subprocess.Process, engine: EchoEngine, llm: LLMConfig) -> None:
         self._child = child
@@ -151,7 +157,7 @@ class RunningEcho(RunningEngine):
         self._stopping = False
 
     async def loaded(self, report: Report) -> None:
-        """Wait for the phases of the process below, until it is ready. Raises GserveError: it is not going to be."""
+        """Report the phases of the engine process until it is ready. Raises GserveError: its start failed."""
         assert self._child.stdout is not None
         while line := await self._child.stdout.readline():
             kind, _, text = line.decode().strip().partition(" ")
@@ -168,7 +174,7 @@ class RunningEcho(RunningEngine):
         raise GserveError(f"the echo process ended while it loaded, exit code {await self._child.wait()}")
 
     async def _read(self) -> None:
-        """Take answers until there are no more; what waits then is not going to get one."""
+        """Read answers until the engine process closes its stdout; then fail all items that still wait."""
         assert self._child.stdout is not None
         try:
             while True:
@@ -187,13 +193,13 @@ class RunningEcho(RunningEngine):
                     future.set_exception(GserveError("the echo process has died"))
 
     def progress(self) -> int:
-        """Return how often the process below has answered, or has said that it moves."""
+        """Return the number of answers and progress reports from the engine process."""
         return self._steps
 
     async def prepare(
         self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
     ) -> Sequence[Any]:
-        """Split prompts into words."""
+        """Split prompts into words, and choose the words of each answer."""
         sampling = read_params(params or {}, EchoParams)
         if not self._engine.sample or sampling.temperature == 0:
             return [self._prepare(prompt, sampling) for prompt in prompts]
@@ -223,7 +229,7 @@ class RunningEcho(RunningEngine):
         return text, list(itertools.islice(source, wanted)), params
 
     async def run(self, prepared: "tuple[str, list[str], EchoParams]") -> list[ResponseOutput]:
-        """Have the process below answer one prompt."""
+        """Return the answer to one prepared prompt, after the engine process has done its work."""
         text, words, params = prepared
         error = await self._ask(len(words), self._fault(text))
         if error:
@@ -239,11 +245,11 @@ class RunningEcho(RunningEngine):
         return [output] * params.n
 
     def _fault(self, text: str) -> str:
-        """Return the fault that was ordered for an item with this text."""
+        """Return the fault that an item with this text triggers; "" if none."""
         return next((fault for marker, fault in self._orders if marker in text), "") if self._orders else ""
 
     async def _ask(self, tokens: int, order: str) -> str:
-        """Have the process below take its time over some tokens; return the error it makes, if it does."""
+        """Send work on `tokens` tokens to the engine process, and wait for it; return its error, "" if none."""
         assert self._reader is not None
         if self._reader.done():
             raise GserveError("the echo process has died")
@@ -260,18 +266,18 @@ class RunningEcho(RunningEngine):
             self._flush_soon()
 
     def _flush_soon(self) -> None:
-        """Send work to the process below, with all else that is to be sent in this turn of the loop."""
+        """Schedule `_flush`, so that all work of this turn of the event loop is sent together."""
         if (self._queue or self._checks) and not self._is_flushing:
             self._is_flushing = True
             asyncio.get_running_loop().call_soon(self._flush)
 
     def _flush(self) -> None:
-        """Send as much work as there is room for; a check needs none."""
+        """Send work up to the engine's capacity. Checks do not count."""
         self._is_flushing = False
         works = []
         while self._queue and len(self._at_work) < self._engine.capacity:
             work = self._queue.popleft()
-            if work[0] in self._waiting:  # else it was cancelled meanwhile
+            if work[0] in self._waiting:  # else it was cancelled
                 self._at_work.add(work[0])
                 works.append(work)
         works += self._checks
@@ -283,11 +289,11 @@ class RunningEcho(RunningEngine):
                 self._child.stdin.write(len(frame).to_bytes(4, "big") + frame)
 
     async def check(self) -> None:
-        """Send one word through the process below."""
+        """Send one token through the engine process."""
         await self._ask(1, "check")
 
     async def died(self) -> str:
-        """Return why the process below has ended."""
+        """Return the cause once the engine process has ended; wait forever after `stop`."""
         code = await self._child.wait()
         if self._stopping:
             await asyncio.Event().wait()
@@ -297,10 +303,11 @@ class RunningEcho(RunningEngine):
         return f"the echo process {ended}"
 
     async def stop(self) -> None:
-        """Kill the processes below."""
+        """Kill the engine process and its worker."""
         self._stopping = True
         if self._child.returncode is None:
-            for pid in (self._worker, self._child.pid):  # the engine process lives, and so its worker is still its own
+            # The engine process has not ended, so the worker's id still belongs to its child.
+            for pid in (self._worker, self._child.pid):
                 with contextlib.suppress(ProcessLookupError):
                     if pid is not None:
                         os.kill(pid, signal.SIGKILL)
@@ -310,7 +317,7 @@ class RunningEcho(RunningEngine):
 
 
 def _text(prompt: Prompt) -> str:
-    """Return what the answer to `prompt` repeats."""
+    """Return the text that the answer to `prompt` repeats."""
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list):
@@ -321,16 +328,16 @@ def _text(prompt: Prompt) -> str:
     return content if isinstance(content, str) else " ".join(part.text for part in content)
 
 
-# ------------------------------------------------------------------------------------------ in the processes below
+# ------------------------------------------------------------------------------------ in the engine and worker process
 
 
 def _say(line: str) -> None:
-    """Tell the server something while it still waits for the load."""
+    """Send a line to the server, which reads lines until the engine has loaded."""
     os.write(1, line.encode() + b"\n")
 
 
 def _work(engine: EchoEngine) -> None:
-    """Do the work: read it from stdin, answer on stdout when its time has come."""
+    """Read work from stdin, and answer each item on stdout when its time is over."""
     _say("phase loading")
     time.sleep(engine.load_time)
     if engine.fail_start:
@@ -368,7 +375,7 @@ def _work(engine: EchoEngine) -> None:
         done = []
         while due and due[0][0] <= now:
             done.append(heapq.heappop(due)[1:])
-        if done or (due and now >= answered + STEP_SECONDS):  # an empty frame says that it moves
+        if done or (due and now >= answered + STEP_SECONDS):  # an empty frame reports progress
             answered = now
             frame = msgspec.msgpack.encode(done)
             frame = len(frame).to_bytes(4, "big") + frame
@@ -377,7 +384,7 @@ def _work(engine: EchoEngine) -> None:
 
 
 def _cut(text: bytes) -> tuple[list[tuple[int, int, str]], bytes]:
-    """Return the work in the whole frames at the start of `text`, and the rest."""
+    """Return the work in the complete frames at the start of `text`, and the rest of `text`."""
     works: list[tuple[int, int, str]] = []
     while len(text) >= 4 and len(text) >= (end := 4 + int.from_bytes(text[:4], "big")):
         works += msgspec.msgpack.decode(text[4:end], type=list[tuple[int, int, str]])
@@ -386,7 +393,7 @@ def _cut(text: bytes) -> tuple[list[tuple[int, int, str]], bytes]:
 
 
 def _hang() -> None:
-    """Do nothing any more until the other end of stdin is gone."""
+    """Do nothing until the other end of stdin is closed; then exit."""
     end = select.poll()
     end.register(0, 0)
     end.poll()
@@ -394,7 +401,7 @@ def _hang() -> None:
 
 
 def _pass_on(engine: EchoEngine) -> None:
-    """Be the engine process above a worker: pass work down and answers up, and end when the worker does."""
+    """Run as the engine process above a worker: pass work down and answers up, and end when the worker ends."""
     worker = subprocess.Popen(engine.command("worker"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert worker.stdin is not None
     assert worker.stdout is not None
@@ -406,7 +413,7 @@ def _pass_on(engine: EchoEngine) -> None:
 
 
 def _copy(source: int, sink: IO[bytes]) -> None:
-    """Pass on what comes from `source` until it ends, then close `sink`."""
+    """Copy everything from `source` to `sink` until `source` ends; then close `sink`."""
     with contextlib.suppress(BrokenPipeError), sink:
         while chunk := os.read(source, 1 << 16):
             sink.write(chunk)
@@ -415,12 +422,12 @@ def _copy(source: int, sink: IO[bytes]) -> None:
 
 @hookimpl
 def gserve_register_engines() -> list[type[Engine]]:
-    """Bring the engine without a model."""
+    """Register the engine `echo`."""
     return [EchoEngine]
 
 
 def _main(role: str, options: str) -> None:
-    """Be one of the processes below the server."""
+    """Run as the engine process, or as its worker."""
     orphans.watch()
     engine = EchoEngine(**msgspec.json.decode(options))
     if role == "engine" and engine.processes == 2:

@@ -1,6 +1,7 @@
-"""The end of an engine's processes when its server and the server's owner die at the same instant.
+"""A watchdog that ends an engine's processes when their server dies.
 
-Nobody else is left to end them then: they notice by themselves. An engine calls `watch` in each of its processes.
+It is needed if the server and its owner die at the same instant: no other process could end the engine then.
+An engine calls `watch` in each of its processes.
 """
 
 import contextlib
@@ -15,17 +16,17 @@ from ..host import processes, sweep
 from ..host.environment import ignore_notices
 
 GRACE = 2.0
-"""Seconds that the engine's own way to end gets, which may be the more orderly one."""
+"""Time for the engine to end in its own, more orderly way, in seconds."""
 LOOK_SECONDS = 0.05
-"""Interval between two looks at the owner, in seconds."""
+"""Interval between two checks of the owner, in seconds."""
 THREAD = "gserve-orphans"
 
 
 def watch() -> None:
-    """Have this process, and those that it forks, end when the server does. Does nothing where there is no server.
+    """End this process, and the processes that it forks, when the server ends. Idempotent.
 
-    Nothing in the server itself, either, except that its forks are watched. Idempotent. The notices that a scheduler
-    sends to all processes of a job do not end this one, too.
+    The process then also ignores the signals that a scheduler sends to all processes of a job as a notice.
+    Without a server, this does nothing. In the server itself, only its forks are watched.
     """
     server = os.environ.get(processes.SERVER_VARIABLE)
     if not server:
@@ -39,29 +40,31 @@ def watch() -> None:
 
 @functools.cache
 def _watch_forks() -> None:
-    """Call `watch` in every forked child: threads do not go along, and vLLM takes its plugins there for loaded."""
+    """Call `watch` in every forked child."""
+    # A fork has none of its parent's threads, and vLLM does not load its plugins again there.
     os.register_at_fork(after_in_child=watch)
 
 
 def _end_with(pid: int, started: int) -> None:
-    """Wait for the end of the server; then end this process, and have the server's temporary files removed."""
+    """Wait for the end of the server; then remove its temporary files, and end this process."""
     end = select.poll()
-    with contextlib.suppress(OSError):  # gone already; or a kernel that cannot say so: then we look every second
+    # On OSError the server has ended, or the kernel has no pidfds: then it is checked every second.
+    with contextlib.suppress(OSError):
         end.register(os.pidfd_open(pid), select.POLLIN)
     while not (processes.has_ended(pid, started) or end.poll(1000)):
         pass
     try:
         deadline = time.monotonic() + GRACE
-        while _is_owner_here() and time.monotonic() < deadline:  # it ends this process first
+        while _is_owner_here() and time.monotonic() < deadline:  # a living owner ends this process first
             time.sleep(LOOK_SECONDS)
-        sweep.start(os.environ.get(processes.ID_VARIABLE, ""))  # also where the owner is stopped: it may never go on
+        sweep.start(os.environ.get(processes.ID_VARIABLE, ""))  # also if the owner is suspended: it may never continue
         time.sleep(max(0.0, deadline - time.monotonic()))
     finally:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _is_owner_here() -> bool:
-    """Say whether the server's owner is alive, and on this machine; not where that cannot be read for now."""
+    """Return whether the server's owner is alive and on this machine; False if that cannot be read."""
     mark = os.environ.get(processes.OWNER_VARIABLE, "")
     try:
         return mark.endswith(f":{processes.boot()}") and not processes.is_orphan(mark)

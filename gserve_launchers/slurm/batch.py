@@ -1,7 +1,7 @@
-"""Batch jobs: what `gserve sbatch` submits. What runs inside such a job is `gserve.cli.batch_job`.
+"""The batch jobs that `gserve sbatch` submits. `gserve.cli.batch_job` runs inside such a job.
 
-The script of a job is a constant. All else travels in a file of mode 0600 that the job's node sees, too: no value
-becomes a part of a script, and neither SLURM nor a list of processes shows it.
+The script of a job is constant. Everything else travels in a file of mode 0600, which the job's node can read too.
+So no value becomes part of a script, and neither SLURM nor a list of processes shows any.
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from .query import SQUEUE, ask, environment_for_slurm
 
 SCRIPT = Path(__file__).with_name("batch.sh")
 NOTICE = 120
-"""Seconds before the end of its time at which a job is told of it."""
+"""Maximum time between the notice (SIGUSR1) and a job's time limit, in seconds."""
 EARLY = 65
-"""Seconds by which SLURM may tell it too early: 60, and a few more for its answer."""
+"""Maximum number of seconds that SLURM may send the notice too early: 60, and a margin for its answer."""
 SEEN_SECONDS = 90.0
-"""How long a file may take to be seen on another machine: network file systems remember what was not there."""
+"""Maximum time until another machine sees a new file, in seconds. Network file systems cache that it was missing."""
 SUBMIT_SECONDS = 60.0
-"""How long SLURM may take to answer."""
+"""Timeout of SLURM's commands that submit or requeue a job, in seconds."""
 NEW_SECONDS = 2 * SUBMIT_SECONDS
-"""Age at which the file of a job that SLURM does not list is left over: before, it may be on its way to SLURM."""
+"""Age in seconds from which the file of a job that SLURM does not list is stale. A newer one may still be submitted."""
 PREFERENCES = {
     f"SBATCH_{name}"
     for name in (
@@ -44,15 +44,18 @@ PREFERENCES = {
         "THREAD_SPEC", "REQ_SWITCH", "WAIT4SWITCH", "DEBUG",
     )
 }  # fmt: skip
-"""Variables that say where a user's jobs run. Others would make another kind of job (SBATCH_WAIT, SBATCH_ARRAY_INX)."""
+"""Variables with a user's defaults for where jobs run. Others would change the kind of job (SBATCH_WAIT, for one)."""
 
 
 class Order(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a job is to do: start the service of a config, and run a command that uses it.
+    """The task of a job: start the service of `config`, and run `command`, which uses it.
 
-    `patience`: seconds that the command may take to end once the job is told that its time is nearly over. `requeue`:
-    whether it goes on in another run of the job then. `notice`: how many seconds before its end SLURM was asked to tell
-    the job; 0: whenever it does. `output`: the file that the command writes its results to; "": unknown.
+    `config`: the path of the config file.
+    `overrides`: changes to the config, as "KEY.KEY=VALUE".
+    `patience`: time for the command to end after the notice that the job's time is nearly over, in seconds.
+    `requeue`: whether the work continues in another run of the job after that.
+    `notice`: the requested time between notice and time limit, in seconds; 0: the notice counts whenever it comes.
+    `output`: the file to which the command writes its results; "": unknown.
     """
 
     config: str
@@ -65,9 +68,9 @@ class Order(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 
 def configured(launcher: Launcher, options: Mapping[str, Any]) -> SlurmLauncher:
-    """Return the options of a job: those of a config's launcher where that is SLURM's, and over them `options`.
+    """Return the options of a job: `options`, and below them the options of the config's launcher, if that is SLURM's.
 
-    Raises ConfigError: one of them is wrong.
+    Raises ConfigError: an option is invalid.
     """
     own = isinstance(launcher, SlurmLauncher)
     try:
@@ -81,9 +84,10 @@ def configured(launcher: Launcher, options: Mapping[str, Any]) -> SlurmLauncher:
 
 
 def sbatch(launcher: SlurmLauncher, jobs: Sequence[Job], *script: str) -> list[str]:
-    """Return the command line that submits `script`, a path and its arguments, as a job with room for all of `jobs`.
+    """Return the command line that submits `script` as a job with room for all of `jobs`.
 
-    Raises ConfigError.
+    `script`: a path and its arguments.
+    Raises ConfigError: more nodes than servers, or a folder that SLURM cannot write to.
     """
     nodes = launcher.nodes or 1
     if nodes > len(jobs):
@@ -107,7 +111,8 @@ def sbatch(launcher: SlurmLauncher, jobs: Sequence[Job], *script: str) -> list[s
 
 
 def _gpus(launcher: SlurmLauncher, jobs: Sequence[Job], on_a_node: int) -> int:
-    """Return how many GPUs a node of the job needs; ids count all that the job has, which then is on one, from 0 on."""
+    """Return the number of GPUs that each node of the job needs."""
+    # GPU ids count all GPUs of the job from 0. With ids, the job is on one node.
     ids = [gpu for job in jobs for gpu in job.gpu_ids or ()]
     if ids:
         return max(ids) + 1
@@ -115,8 +120,11 @@ def _gpus(launcher: SlurmLauncher, jobs: Sequence[Job], on_a_node: int) -> int:
 
 
 def _output(folder: Path) -> str:
-    """Return the file for a job's output in `folder`, as SLURM wants it written. Raises ConfigError: it cannot be."""
-    if "\\" in str(folder):  # SLURM takes it out of a path, and then no % for the job's number
+    """Return the path of a job's output in `folder`, escaped for SLURM.
+
+    Raises ConfigError: SLURM cannot write there.
+    """
+    if "\\" in str(folder):  # SLURM removes backslashes from a path, and then does not expand %j
         raise ConfigError(
             f"SLURM cannot write a job's output to a folder with a backslash in its path: {folder}; submit from another"
         )
@@ -124,7 +132,7 @@ def _output(folder: Path) -> str:
 
 
 def notice(launcher: SlurmLauncher) -> int:
-    """Return how many seconds before its end SLURM is to tell a job, as far as its time is known."""
+    """Return how many seconds before its time limit a job gets its notice; `NOTICE` if the limit is not known."""
     if launcher.time is None:
         return NOTICE
     text = str(launcher.time)
@@ -133,12 +141,15 @@ def notice(launcher: SlurmLauncher) -> int:
 
 
 def ahead(limit: float) -> int:
-    """Return how many seconds before its end a job of so much time is told: at most a quarter of it."""
-    return min(NOTICE, int(limit) // 4) or NOTICE  # a time of 0 is no limit
+    """Return how many seconds before its time limit, in seconds, a job gets its notice: at most a quarter of it."""
+    return min(NOTICE, int(limit) // 4) or NOTICE  # 0 means no limit
 
 
 def seconds(text: str) -> int:
-    """Return how long "minutes:seconds", "hours:minutes:seconds" or "days-hours[:minutes[:seconds]]" is."""
+    """Return the seconds in "minutes:seconds", "hours:minutes:seconds" or "days-hours[:minutes[:seconds]]".
+
+    Raises ValueError: any other text.
+    """
     days, _, rest = text.rpartition("-")
     numbers = [int(number) for number in rest.split(":")]
     units = (3600, 60, 1) if days or len(numbers) == 3 else (60, 1)
@@ -146,7 +157,10 @@ def seconds(text: str) -> int:
 
 
 def time_left(job: str) -> tuple[int, int] | None:
-    """Return the seconds that a running job has left, and in all; None: it has no limit, or SLURM does not answer."""
+    """Return a running job's remaining time and its time limit, in seconds.
+
+    None: it has no limit, or SLURM does not answer.
+    """
     (left, limit), *_ = ask(*SQUEUE, f"--jobs={job}", "--format=%L|%l") or [["", ""]]
     try:
         return seconds(left), seconds(limit)
@@ -155,7 +169,10 @@ def time_left(job: str) -> tuple[int, int] | None:
 
 
 def folder() -> Path:
-    """Return where the files of jobs lie: a folder that the nodes see, as they do homes. Raises GserveError."""
+    """Return the folder for the files of jobs. The nodes must share it, as they share homes.
+
+    Raises GserveError: there is no home folder.
+    """
     try:
         return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "gserve" / "jobs"
     except RuntimeError as error:
@@ -163,7 +180,10 @@ def folder() -> Path:
 
 
 def write(order: Order) -> Path:
-    """Write the file of a job, which nobody else can read; return its path. Raises GserveError."""
+    """Write the file of a job, readable only by its user; return its path.
+
+    Raises GserveError: it cannot be written. Raises ConfigError: an argument is not UTF-8 text.
+    """
     try:
         text = msgspec.json.encode(order)
     except UnicodeEncodeError as error:
@@ -175,7 +195,7 @@ def write(order: Order) -> Path:
         descriptor, path = tempfile.mkstemp(dir=folder(), prefix=f"job-{_cluster()}-", suffix=".json")
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(text)
-            os.fsync(stream.fileno())  # another machine reads it
+            os.fsync(stream.fileno())  # another machine will read it
     except OSError as error:
         if path:
             Path(path).unlink(missing_ok=True)
@@ -184,15 +204,16 @@ def write(order: Order) -> Path:
 
 
 def read(path: Path, *, is_again: bool = False) -> Order:
-    """Read the file of a job, as soon as this machine sees it. Raises GserveError.
+    """Read the file of a job, as soon as this machine sees it.
 
-    `is_again`: this is not the job's first run. If the file is gone then, an earlier run has removed it.
+    `is_again`: this is not the job's first run. If the file is missing, an earlier run has removed it.
+    Raises GserveError: the file cannot be read.
     """
     deadline = time.monotonic() + SEEN_SECONDS
     while not path.exists() and not is_again and time.monotonic() < deadline:
         time.sleep(1.0)
         with contextlib.suppress(OSError):
-            list(path.parent.iterdir())  # has a network file system look anew
+            list(path.parent.iterdir())  # makes a network file system refresh its cache
     try:
         return msgspec.json.decode(path.read_bytes(), type=Order)
     except FileNotFoundError as error:
@@ -207,10 +228,10 @@ def read(path: Path, *, is_again: bool = False) -> Order:
 
 
 def stale_orders() -> list[Path]:
-    """Return the files of jobs that SLURM does not have any more: they were cancelled, or never got there."""
+    """Return the files of jobs that SLURM no longer has, or never had: cancelled, or not submitted."""
     try:
         place = folder()
-    except GserveError:  # without a home folder there are no files of jobs
+    except GserveError:  # no home folder, so no files of jobs
         return []
     old = [path for path in place.glob("job-*.json") if _age(path) > NEW_SECONDS]
     cluster = _cluster() if old else ""
@@ -219,60 +240,61 @@ def stale_orders() -> list[Path]:
     if commands is None:  # SLURM does not answer
         return []
     text = "\n".join("|".join(words) for words in commands)
-    return sorted(path for path in found if path.name not in text)  # the way there may have another name now
+    return sorted(path for path in found if path.name not in text)  # compare names: the folder's path may have changed
 
 
 def _age(path: Path) -> float:
     try:
         return time.time() - path.stat().st_mtime
-    except OSError:  # its job has removed it
+    except OSError:  # its job has removed it by now
         return 0.0
 
 
 def _cluster() -> str:
-    """Return the name of SLURM's cluster, as several may share a home; "" where there is none."""
+    """Return the name of SLURM's cluster; "" if it is not known."""
+    # Several clusters may share a home folder.
     rows = ask("scontrol", "show", "config") or ()
     return next((line.split()[-1] for line, *_ in rows if line.startswith("ClusterName ")), "")
 
 
 def submit(launcher: SlurmLauncher, jobs: Sequence[Job], order: Order) -> str:
-    """Submit a job; return its number. Raises GserveError: SLURM does not take it."""
+    """Submit a job; return its id. Raises GserveError: the file cannot be written, or SLURM refuses the job."""
     for old in stale_orders():
         old.unlink(missing_ok=True)
     path = write(order)
     try:
         told = _told(sbatch(launcher, jobs, str(SCRIPT), sys.executable, str(path)), _environment())
     except BaseException as error:
-        if not isinstance(error.__cause__, subprocess.TimeoutExpired):  # else it may have reached SLURM
+        if not isinstance(error.__cause__, subprocess.TimeoutExpired):  # after a timeout, SLURM may have the job
             path.unlink(missing_ok=True)
         raise
     return told.partition(";")[0]
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of sbatch: of a job that we may be in, nothing is meant for another."""
+    """Return the environment of sbatch, without the variables of a job that this process may run in."""
     kept = {name: value for name, value in os.environ.items() if name in PREFERENCES or name == "SLURM_CONF"}
     return kept | {name: value for name, value in environment_for_slurm().items() if not name.startswith("SLURM_")}
 
 
 def is_over(job: str) -> bool:
-    """Return whether SLURM knows that a job has ended, or knows it no more; False where SLURM does not answer."""
+    """Return whether a job has ended, or is unknown to SLURM; False if SLURM does not answer."""
     return state(job) == ""
 
 
 def state(job: str) -> str | None:
-    """Return SLURM's state of a job, as "RUNNING"; "": it has ended; None: SLURM does not answer."""
-    rows = ask(*SQUEUE, f"--jobs={job},{job}", "--format=%T")  # of one alone, no row is an error
+    """Return SLURM's state of a job, such as "RUNNING"; "": it has ended; None: SLURM does not answer."""
+    rows = ask(*SQUEUE, f"--jobs={job},{job}", "--format=%T")  # twice: for a single unknown job, squeue fails
     return None if rows is None else rows[0][0] if rows else ""
 
 
 def requeue(job: str) -> None:
-    """Have SLURM run a job again from its beginning, and end this run of it. Raises GserveError: it refuses."""
+    """Make SLURM end this run of a job, and run it again from the start. Raises GserveError: SLURM refuses."""
     _told(["scontrol", "requeue", job], environment_for_slurm())
 
 
 def _told(command: Sequence[str], environ: Mapping[str, str]) -> str:
-    """Return what a command of SLURM prints. Raises GserveError: it fails."""
+    """Return the output of a command of SLURM. Raises GserveError: it cannot run, it fails, or it times out."""
     try:
         return output_of(command, environ, SUBMIT_SECONDS).strip()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""SLURM's command line for a server: what srun is told, and what it must not read of our environment."""
+"""The command line of srun for a server."""
 
 import re
 import sys
@@ -14,35 +14,35 @@ if TYPE_CHECKING:
 
 
 JOB_OPTIONS = ("partition", "account", "qos", "time", "constraint", "reservation", "nodelist", "exclude", "comment")
-"""What a job is asked for with. Of a step in an allocation it is decided already."""
+"""Options that shape a new job. For a step, its allocation has decided them already."""
 OURS = (
     "ntasks", "nodes", "job-name", "jobid", "input", "output", "error", "label", "pty", "export", "multi-prog",
     "kill-on-bad-exit", "het-group", "pack-group", "ntasks-per-node", "parsable", "test-only", "no-allocate", "help",
     "version", "usage", "chdir", "open-mode", "attach", "clusters", "prolog", "epilog", "task-prolog", "task-epilog",
 )  # fmt: skip
-"""Options of srun on which a server and its lease depend, or that run other programs."""
+"""Options of srun that gserve sets for a server and its lease, or that run other programs."""
 
 
 def check_argument(word: str, at: str) -> None:
-    """Raise ConfigError where `word` cannot be an option of srun beside ours."""
-    option = re.fullmatch(r"--([a-z][a-z0-9-]*)(=.*)?", word)  # short ones may hide others: -uJx is -u -J x
+    """Raise ConfigError, with `at` as its place, if `word` is no option of srun, or conflicts with ours."""
+    option = re.fullmatch(r"--([a-z][a-z0-9-]*)(=.*)?", word)  # short options may hide others: -uJx is -u -J x
     if option is None or not word.isprintable():
         raise ConfigError(f'expected a long option of srun as one word, as "--switches=1", got {word!r}', at=at)
-    if any(ours.startswith(option[1]) for ours in OURS):  # srun takes the beginning of an option for it
+    if any(ours.startswith(option[1]) for ours in OURS):  # srun accepts abbreviated options
         raise ConfigError(
             f"'--{option[1]}' is not for srun_args: gserve sets that itself, or it would run another program", at=at
         )
 
 
 def job_title(launcher: "SlurmLauncher", job: Job) -> str:
-    """Return the name by which SLURM knows `job`: no other has it, once it is started."""
+    """Return SLURM's name for `job`. It is unique if the job has an instance, as every started job has."""
     return "-".join([launcher.job_name, job.name, *([job.instance[:12]] if job.instance else [])])
 
 
 def srun(launcher: "SlurmLauncher", job: Job, environ: Mapping[str, str]) -> list[str]:
-    """Return the command line that starts `job`: in the allocation that `environ` tells of, else as a job of its own.
+    """Return the command line that starts `job`, in the allocation named in `environ`, or else as a job of its own.
 
-    Raises ConfigError.
+    Raises ConfigError: the job has GPU ids or a lone ":", or needs more GPUs than `gpus_per_server`.
     """
     if job.gpu_ids is not None:
         raise ConfigError(
@@ -63,38 +63,39 @@ def srun(launcher: "SlurmLauncher", job: Job, environ: Mapping[str, str]) -> lis
     words = ["srun", "--nodes=1", "--ntasks=1", f"--job-name={job_title(launcher, job)}"]
     cpus, mem = launcher.cpus_per_server, launcher.mem
     if "SLURM_JOB_ID" in environ:
-        words += ["--exact"]  # a step takes what it asks for, and no more: others run beside it
-        cpus, mem = cpus or _share_of_cpus(job, environ), mem or "0"  # 0: the job's, without keeping others from it
+        words += ["--exact"]  # a step takes only what it requests, so that other steps can run beside it
+        cpus, mem = cpus or _share_of_cpus(job, environ), mem or "0"  # 0: the memory of the job, shared with its steps
     else:
         options = [(option, getattr(launcher, option)) for option in JOB_OPTIONS]
         words += [f"--{option}={value}" for option, value in options if value is not None]
     if gpus:
         words.append(f"--gres=gpu:{launcher.gpu_type}:{gpus}" if launcher.gpu_type else f"--gres=gpu:{gpus}")
     elif "SLURM_JOB_ID" in environ:
-        words.append("--gres=none")  # a step that asks for none takes all GPUs of the job
+        words.append("--gres=none")  # without --gres, a step takes all GPUs of the job
     if cpus is not None:
         words.append(f"--cpus-per-task={cpus}")
     if mem is not None:
         words.append(f"--mem={mem}")
-    # ALL: the environment travels as such, in no command line; none: PMI is not for a program that knows nothing of MPI
+    # ALL: the environment is passed on, and no command line shows it. none: the server does not use MPI, so no PMI.
     words += ["--export=ALL", "--kill-on-bad-exit=1", "--mpi=none", *launcher.srun_args]
-    task = [] if "SLURM_JOB_ID" in environ else program("task.py")  # an allocation is not ours to end
+    task = [] if "SLURM_JOB_ID" in environ else program("task.py")  # `task` may cancel our own job, never an allocation
     command = [*job.command[:-1], "--again", "--lease"] if launcher.nursery and is_server(job) else job.command
     return [*words, "--", *task, *command]
 
 
 def is_server(job: Job) -> bool:
-    """Say whether a job is the server program under a lease, and not another that a test or `doctor` runs."""
+    """Return whether a job runs the server program under a lease, and not a program of a test or `doctor`."""
     return job.command[-1] == "--lease"
 
 
 def program(name: str) -> list[str]:
-    """Return the command of a program beside this one that needs nothing but Python."""
+    """Return the command of a program in this folder that needs nothing but Python."""
     return [sys.executable, "-I", "-S", str(Path(__file__).with_name(name))]
 
 
 def _share_of_cpus(job: Job, environ: Mapping[str, str]) -> int:
-    """Return a server's share of the CPUs of the smallest node: SLURM says "8(x3),4"."""
+    """Return a server's share of the CPUs on the smallest node of the allocation."""
+    # SLURM writes "8(x3),4" for three nodes with 8 CPUs and one with 4.
     counts = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
     servers_on_a_node = -(-job.servers // int(environ.get("SLURM_JOB_NUM_NODES") or 1))
     return max(1, min(map(int, counts)) // servers_on_a_node)

@@ -1,4 +1,4 @@
-"""What `gserve doctor` finds out about SLURM before the first server is started."""
+"""The checks of `gserve doctor` for SLURM."""
 
 import re
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from gserve_core.interfaces import Finding
 from .query import SQUEUE, ask
 
 UNUSABLE = re.compile(r"down|drain|fail|maint|unk|inval|.*\*$")
-"""States of nodes that take no jobs, as sinfo has them; a star means that SLURM does not hear of the node."""
+"""States of nodes that take no jobs, as sinfo prints them. A star means that the node does not respond to SLURM."""
 
 
 def examine_allocation(job: str) -> Finding:
-    """Return what SLURM says of the job that we are in, unless that is over."""
+    """Return the nodes and the time left of our allocation, or a problem if it does not run any more."""
     (state, left, nodes), *_ = ask(*SQUEUE, f"--jobs={job}", "--format=%T|%L|%N") or [["", "", ""]]
     if state != "RUNNING":
         hint = "leave this shell, or unset SLURM_JOB_ID: else servers are to be steps of that job"
@@ -22,7 +22,7 @@ def examine_allocation(job: str) -> Finding:
 
 
 def examine_nodes(nodelist: str) -> Finding:
-    """Return whether the nodes that jobs are to run on take any."""
+    """Return whether the nodes in `nodelist` take jobs."""
     rows = ask("sinfo", "--noheader", "--Node", f"--nodes={nodelist}", "--format=%N|%T|%E") or ()
     unusable = {
         name: f"{name} is {state} ({'|'.join(reason)})" for name, state, *reason in rows if UNUSABLE.match(state)
@@ -38,9 +38,10 @@ def examine_nodes(nodelist: str) -> Finding:
 
 
 def examine_partitions(rows: list[list[str]], chosen: list[str] | None) -> Iterator[Finding]:
-    """Yield what there is of each partition that has GPUs or is chosen; sinfo has a row for each state of its nodes.
+    """Yield a finding for each partition that has GPUs or is chosen.
 
-    Where none is chosen, a job goes to the default one. `chosen` is None where no job is made.
+    `rows`: the output of sinfo, one row for each partition and state of nodes.
+    `chosen`: names of partitions; empty: the default partition; None: no job will be created.
     """
     partitions: dict[str, list[list[str]]] = {}
     for name, *row in rows:

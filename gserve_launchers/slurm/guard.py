@@ -1,8 +1,8 @@
-"""Ends an srun whose owner is gone: `python guard.py PID`, which is srun's, and with the same stdin as srun.
+"""A guard that ends an srun whose owner is gone: `python guard.py PID`, with srun's process id and srun's stdin.
 
-A job that waits in SLURM's queue has no server yet that could notice the end of the lease: it would wait on, and take
-a place in the cluster for nothing. This process lives as long as srun does, and reads nothing: that the owner is gone
-is told by the pipe itself. It is started by its path, and needs nothing but Python.
+A job in SLURM's queue has no server yet that could notice the end of the lease. Without a guard it would keep waiting,
+and then take a place in the cluster for nothing. The guard runs as long as srun. It reads nothing from stdin: the
+closed pipe shows that the owner is gone. It is started by its path, and needs nothing but Python.
 """
 
 import os
@@ -13,17 +13,17 @@ import time
 from pathlib import Path
 
 GRACE = 10.0
-"""Seconds that a server has to end by itself, and srun with it."""
+"""Time for the server and srun to end on their own, in seconds."""
 LOOK = 1.0
-"""Seconds between two looks at srun."""
+"""Interval between two checks of srun, in seconds."""
 
 
 def guard(srun: int) -> None:
-    """Wait for the end of srun; where that of the owner comes first, terminate srun, which takes its job along."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # may come to all processes of a batch job
+    """Wait for the end of srun. If the owner ends first, terminate srun, which also ends its job."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM may send it to all processes of a batch job
     began = start(srun)
     line = select.poll()
-    line.register(sys.stdin.fileno(), 0)  # tells no more than that it is closed at the other end
+    line.register(sys.stdin.fileno(), 0)  # reports only that the other end is closed
     while start(srun) == began and not line.poll(LOOK * 1000):
         pass
     deadline = time.monotonic() + GRACE
@@ -34,7 +34,8 @@ def guard(srun: int) -> None:
 
 
 def start(pid: int) -> str | None:
-    """Return when a process began, which tells it from another that has its id later; None where it has ended."""
+    """Return the start time of a process, in clock ticks since boot; None if it has ended."""
+    # The time distinguishes it from a later process with the same id.
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

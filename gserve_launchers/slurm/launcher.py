@@ -1,12 +1,12 @@
-"""The launcher `slurm`: a server is one `srun`, a step of the allocation that we are in, else a job of its own.
+"""The launcher `slurm`: it starts each server by one `srun`, as a step of our allocation, or else as a job of its own.
 
-The lease of a server goes through srun's stdin and stdout, its log through srun's stderr. That srun lives does not mean
-that the server does, and a SIGTERM to srun is a SIGKILL for the server: so what a server is told, and how it fares,
-goes over the lease. SLURM is asked why a job does not run yet, why it has ended, and whether it is gone. Where the
-owner has died, `guard` ends a job that has no server yet, and `task` one that has no srun any more.
+The lease of a server uses srun's stdin and stdout; its log uses srun's stderr. A running srun does not mean a running
+server, and SIGTERM to srun kills the server with SIGKILL. So commands and state always travel over the lease. SLURM is
+asked only why a job waits, why it has ended, and whether it has ended. If the owner has died, `guard` ends a job
+without a server, and `task` ends a job without an srun.
 
-What srun runs is the server's nursery (`gserve_core.process.nursery.stay`), which forks it, and again when it has died:
-a step then has many lives of a server, one after the other, and asks SLURM for its place once.
+srun runs the server's nursery (`gserve_core.process.nursery.stay`), which forks the server, and forks it again when it
+dies. So one step runs several generations of a server, and waits only once in SLURM's queue.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from .process import Life, SlurmProcess
 from .query import COMMANDS_OPTIONS, ask
 
 COMMANDS = ("srun", "sbatch", "squeue", "sinfo", "scontrol", "scancel")
-"""What gserve uses of SLURM."""
+"""The commands of SLURM that gserve uses."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAMES = rf"{NAME}(,{NAME})*"
 NODES = r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]{0,1023}"
-FORMS = {  # the form of each option that is a text, and an example of it
+FORMS = {  # the pattern of each text option, and an example
     "partition": (NAMES, "gpu"),
     "account": (NAME, "my-project"),
     "qos": (NAME, "normal"),
@@ -52,23 +52,25 @@ SHAPING = re.compile(
     r"|OVERCOMMIT|OPEN_MODE|LABELIO|STD\w+MODE|UNBUFFEREDIO|WAIT|EXPORT_ENV|STEP_.*|STEPID|IMMEDIATE|KILL_BAD_EXIT|MPI_TYPE"
     r"|PROCID|LOCALID|NODEID|TASK_.*|PROLOG|EPILOG|SPREAD_JOB|NO_KILL|WHOLE|JOB_NAME|JOB_NUM_NODES|TIMELIMIT)"
 )
-"""What srun would read as options: in a batch job they are those of the job, not of a server."""
+"""Variables that srun would read as options. In a batch job they describe the job, not a server."""
 DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL")
-"""What SLURM sets in a step to the GPUs that it has bound; ours are not those of another machine."""
+"""Variables that SLURM sets in a step to the GPUs that it has bound. Their values here are wrong on other machines."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmLauncher(CommandLauncher):
-    """Starts each server by `srun`: inside an allocation as a step of it, elsewhere as a job of its own.
+    """A launcher that starts each server by `srun`: inside an allocation as a step, elsewhere as a job of its own.
 
-    `gpus_per_server`: None asks for as many as the engine wants, 0 for none. `cpus_per_server` and `mem` (as "64G"):
-    None takes, of an allocation, a server's share of the CPUs and what memory it needs, else SLURM's default.
-    `queue_timeout`: seconds that a server may wait in the queue; None: no limit. `nursery`: have a server that has died
-    forked again in the same step or job, by a process there that has imported vLLM; false gives each life an srun of
-    its own, which imports it anew. `srun_args`: more options, each as one
-    word ("--switches=1"). `nodes` and `requeue` are for `gserve sbatch`: how many nodes its job has, and whether SLURM
-    runs it again where it was preempted or did not finish in its time. All other options are srun's own; those about
-    jobs say nothing inside an allocation.
+    `gpus_per_server`: number of GPUs to request; None: as many as the engine needs; 0: none.
+    `cpus_per_server`: number of CPUs; None: the server's share of the allocation, or SLURM's default for a new job.
+    `mem`: memory, as "64G"; None: any memory of the allocation, or SLURM's default for a new job.
+    `queue_timeout`: maximum wait in the queue, in seconds; None: no limit, but 120 s for a step.
+    `nursery`: restart a server in the same step or job, forked from a process there that has imported vLLM. If false,
+    each generation has an srun of its own, and imports vLLM again.
+    `srun_args`: more options of srun, each as one word ("--switches=1").
+    `nodes`: number of nodes of a job of `gserve sbatch`.
+    `requeue`: whether SLURM runs a job of `gserve sbatch` again after preemption or its time limit.
+    All other options are srun's own. Options about jobs are ignored inside an allocation.
     """
 
     name: ClassVar[str] = "slurm"
@@ -77,7 +79,7 @@ class SlurmLauncher(CommandLauncher):
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    time: str | int | None = None  # of a number, which is refused, SLURM would think in minutes
+    time: str | int | None = None  # a number is refused: SLURM would read it as minutes
     gpus_per_server: int | None = None
     gpu_type: str | None = None
     cpus_per_server: int | None = None
@@ -107,11 +109,11 @@ class SlurmLauncher(CommandLauncher):
             check_argument(word, f"$.srun_args[{place}]")
 
     def command(self, job: Job) -> list[str]:
-        """Return the command line of srun for `job`. Raises ConfigError: SLURM cannot give it what it wants."""
+        """Return the command line of srun for `job`. Raises ConfigError: the job does not fit SLURM or the options."""
         return srun(self, job, os.environ)
 
     def environment(self, job: Job) -> dict[str, str]:
-        """Return our environment without what srun would read as options, and without the GPUs of this machine."""
+        """Return the environment of srun, without variables that are srun's options or name this machine's GPUs."""
         return {
             name: value
             for name, value in super().environment(job).items()
@@ -119,7 +121,10 @@ class SlurmLauncher(CommandLauncher):
         }
 
     def launch(self, job: Job) -> Process:
-        """Begin another life in the step of `job.previous`, or start srun: that may wait in SLURM's queue then."""
+        """Start the next generation in the step of `job.previous`, or start srun, which may wait in SLURM's queue.
+
+        Raises LaunchError: srun could not be started.
+        """
         if isinstance(job.previous, Life):
             with contextlib.suppress(OSError):
                 if job.previous.is_kept:
@@ -128,12 +133,12 @@ class SlurmLauncher(CommandLauncher):
             job.previous.stop(0.0)
         if not (self.nursery and is_server(job)):
             return self._srun(job)
-        own = uuid.uuid4().hex  # what stays is found by an id of its own, not by that of one life
+        own = uuid.uuid4().hex  # the nursery outlives a generation, so its processes have an id of their own
         env = {name: own if value == job.instance else value for name, value in job.env.items()}
         return Life(self._srun(replace(job, env=env)), job.instance)
 
     def release(self, process: Process) -> None:
-        """Have the step of an ended server end, or that of a living one with it."""
+        """End the step of `process` once its server has ended."""
         if isinstance(process, Life):
             process.release()
 
@@ -143,7 +148,7 @@ class SlurmLauncher(CommandLauncher):
         )
 
     def examine(self) -> Iterator[Finding]:
-        """Yield what there is of SLURM: its commands, the allocation that we are in, and the partitions with GPUs."""
+        """Yield findings about SLURM: its commands, our allocation, the partitions with GPUs, and the chosen nodes."""
         missing = [command for command in COMMANDS if shutil.which(command) is None]
         if missing:
             hint = "log in where SLURM's commands are, or load the module that brings them"
@@ -169,5 +174,5 @@ class SlurmLauncher(CommandLauncher):
 
 @hookimpl
 def gserve_register_launchers() -> list[type[Launcher]]:
-    """Bring the launcher for SLURM."""
+    """Register the launcher `slurm`."""
     return [SlurmLauncher]

@@ -1,4 +1,4 @@
-"""An srun and the server behind it, while both run and when they end."""
+"""An srun and the server that it runs, from start to end."""
 
 import contextlib
 import logging
@@ -22,26 +22,26 @@ from .command_line import program
 from .query import SQUEUE, ask
 
 LOOK_SECONDS = 1.0, 15.0
-"""Seconds between two questions about a job that waits: doubled from the first to the second."""
+"""First and maximum interval between two queries about a waiting job, in seconds. The interval doubles each time."""
 STEP_SECONDS = 120.0
-"""How long a step may wait for its place in the allocation, unless `queue_timeout` says so."""
+"""Maximum wait of a step for its place in the allocation, in seconds, unless `queue_timeout` is set."""
 FORCE_SECONDS = 10.0
-"""How long srun may take to end its job by force."""
+"""Maximum time for srun to kill its job, in seconds."""
 SETTLE_SECONDS = 3.0
-"""How long SLURM may take to see that a job has ended whose srun has."""
+"""Maximum time for SLURM to notice that a job has ended after its srun has ended, in seconds."""
 GONE_SECONDS = 60.0
-"""How long SLURM may take to end a job that was cancelled: its KillWait, 30 s by default, and some more."""
+"""Maximum time for SLURM to end a cancelled job, in seconds: its KillWait, 30 s by default, and a margin."""
 LOOK_AT_LIFE = 0.02
-"""Seconds between two looks at a server that is to end."""
+"""Interval between two checks of a server that should end, in seconds."""
 CHUNK = 1 << 16
-"""Bytes that are read at once."""
+"""Maximum size of one read, in bytes."""
 END = b"end\n"
-"""What tells the nursery of a step to kill its server."""
+"""The line that makes the nursery of a step kill its server."""
 TAIL = 1 << 16
-"""Bytes at the end of a log in which srun's last words are looked for."""
+"""Size of the end of a log that is searched for messages of srun, in bytes."""
 SUSPENDED = "SUSPENDED", "STOPPED"
 """SLURM's states of a job whose processes are stopped."""
-ENDINGS = {  # SLURM's states of a job that has not ended by itself, in words
+ENDINGS = {  # SLURM's states of a job that SLURM has ended or suspended, in words
     "BOOT_FAIL": "its node did not boot",
     "CANCELLED": "it was cancelled",
     "DEADLINE": "its deadline came",
@@ -52,7 +52,7 @@ ENDINGS = {  # SLURM's states of a job that has not ended by itself, in words
     "SUSPENDED": "it was suspended",
     "TIMEOUT": "its time was over (time)",
 }
-LAST_WORDS = (  # what srun and slurmstepd say of a step, and the state that it means
+LAST_WORDS = (  # messages of srun and slurmstepd about a step, and the state that each means
     (r"CANCELLED AT \S+ DUE TO TIME LIMIT", "TIMEOUT"),
     (r"CANCELLED AT \S+ DUE TO PREEMPTION", "PREEMPTED"),
     (r"CANCELLED AT \S+ DUE TO NODE FAILURE|Node failure on", "NODE_FAIL"),
@@ -63,7 +63,13 @@ logger = logging.getLogger("gserve.slurm")
 
 
 class SlurmProcess(LocalProcess):
-    """An srun, and the job or step that it has made. `title` is its name, `allocation` the job that it is a step of."""
+    """An srun, and the job or step that it has created. Implements `interfaces.Process`.
+
+    `title`: the name of the job or step.
+    `allocation`: the id of the job that the step belongs to; None: srun creates a job of its own.
+    `limit`: maximum wait in the queue, in seconds; None: `STEP_SECONDS` for a step, else no limit.
+    `log`: the file to which srun writes its stderr.
+    """
 
     def __init__(
         self, popen: "subprocess.Popen[bytes]", title: str, allocation: str | None, limit: float | None, log: Path
@@ -80,17 +86,20 @@ class SlurmProcess(LocalProcess):
         self._was_forced = False
         self._was_suspended = False
         self._is_gone = False
-        forget = weakref.WeakMethod(self.leave)  # while a fork of ours held the line open, our end would not be noticed
+        forget = weakref.WeakMethod(self.leave)  # a fork that keeps the line open would hide the end of this process
         os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
         threading.Thread(target=self._look, name=title, daemon=True).start()
 
     def poll(self) -> int | None:
         """Return the exit code of the server once srun has ended (negative: a signal's number), else None."""
         code = super().poll()
-        return code if code is None or not 128 < code <= 192 else 128 - code  # srun's way to tell of a signal
+        return code if code is None or not 128 < code <= 192 else 128 - code  # srun returns 128 plus a signal's number
 
     def waiting(self) -> str | None:
-        """Return what the job waits for, in SLURM's words; None once it runs. Raises StartupTimeout: for too long."""
+        """Return the reason why the job waits, in SLURM's words; None once it runs.
+
+        Raises StartupTimeout: it has waited too long.
+        """
         if self._runs:
             return None
         if self._limit is not None and self._waited.look() > self._limit:
@@ -104,9 +113,10 @@ class SlurmProcess(LocalProcess):
         return f"waiting for {self._place}"
 
     def why(self) -> str | None:
-        """Return how SLURM has ended the job; None where it ended by itself, or was ended by us.
+        """Return how SLURM has ended the job; None if it ended on its own, or if `stop` has ended it.
 
-        One that does not move, or that we ended because of that, may have been suspended: that is SLURM's act, too.
+        A job that runs without progress, or that `stop` has ended because of that, may have been suspended by SLURM.
+        Then this returns that.
         """
         has_ended = self._popen.poll() is not None
         if self._was_suspended or (not has_ended and self._is_suspended()):
@@ -126,14 +136,14 @@ class SlurmProcess(LocalProcess):
         return f"SLURM says {state} of {what}: {ENDINGS[state]}"
 
     def stop(self, grace: float) -> int:
-        """Wait `grace` seconds for the end that the server was told; then end it by force. Returns the exit code."""
+        """Wait `grace` seconds for the server to end as it was asked to; then kill it. Returns the exit code."""
         if not self._is_gone:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._popen.wait(grace)
             if self._popen.poll() is None:
                 self._was_forced = True
                 self._was_suspended = self._is_suspended()
-                self._popen.terminate()  # srun kills the server, and ends its job
+                self._popen.terminate()  # makes srun kill the server and end its job
                 try:
                     self._popen.wait(FORCE_SECONDS)
                 except subprocess.TimeoutExpired:
@@ -144,7 +154,7 @@ class SlurmProcess(LocalProcess):
         self.stdout.close()
         self._guard.kill()
         for process in (self._popen, self._guard):
-            with contextlib.suppress(subprocess.TimeoutExpired):  # killed, and not gone: the kernel has it
+            with contextlib.suppress(subprocess.TimeoutExpired):  # killed, but the kernel has not ended it yet
                 process.wait(GONE)
         code = self.poll()
         return UNKNOWN if code is None else code
@@ -153,14 +163,15 @@ class SlurmProcess(LocalProcess):
         return any(state in SUSPENDED for _, state, *_ in self._told() or ())
 
     def leave(self) -> None:
-        """Close srun's stdin: what it runs ends by itself."""
+        """Close srun's stdin, which makes the server, or its nursery, end."""
         with contextlib.suppress(OSError):
             self.stdin.close()
 
     def write_to(self, log: Path) -> None:
-        """Have srun, which holds its log open, write to another file from now on. Raises OSError."""
+        """Make srun write its stderr to the file `log` from now on. Raises OSError."""
+        # srun keeps its log open: so the old text moves to another file, and the open file gets the new name.
         shutil.copyfile(self._log, log)
-        os.truncate(self._log, 0)  # srun appends: what comes next stands at the beginning
+        os.truncate(self._log, 0)  # srun appends, so its next line is the first one
         between = log.with_name(f"{log.name}.new")
         self._log.rename(between)
         log.rename(self._log)
@@ -168,14 +179,12 @@ class SlurmProcess(LocalProcess):
         self._log = log
 
     def _end_job(self) -> None:
-        """Wait until SLURM has no such job any more; cancel one that goes on although its srun has ended.
-
-        One that has ended by itself is given the time to be seen as ended: it would count as cancelled.
-        """
+        """Wait until SLURM no longer lists the job; cancel it if it continues although its srun has ended."""
         began = time.monotonic()
+        # A job that ended on its own is not cancelled at once: SLURM would record it as cancelled.
         patience = 0.0 if self._was_forced or self._popen.returncode < 0 else SETTLE_SECONDS
         while (rows := self._active()) != []:
-            # a step that is cancelled is killed at once: one that stays has lost its slurmstepd, and stays for ever
+            # A cancelled step is killed at once. One that remains has lost its slurmstepd, and remains forever.
             if time.monotonic() - began > (FORCE_SECONDS if rows is None or self._allocation else GONE_SECONDS):
                 logger.warning("SLURM may not have ended %s: see squeue --name=%s", self._title, self._title)
                 break
@@ -185,7 +194,7 @@ class SlurmProcess(LocalProcess):
             time.sleep(LOOK_SECONDS[0] / 2)
 
     def _look(self) -> None:
-        """Be the thread that asks what the job waits for, until it runs."""
+        """Ask SLURM why the job waits, until it runs. Runs in a thread of its own."""
         pause = LOOK_SECONDS[0]
         while not self._runs and self._popen.poll() is None:
             for number, state, reason in self._active() or ():
@@ -195,27 +204,27 @@ class SlurmProcess(LocalProcess):
             pause = min(2 * pause, LOOK_SECONDS[1])
 
     def _active(self) -> list[list[str]] | None:
-        """Return the number, the state and the reason for it of our job or step, while there is one; None: unknown."""
+        """Return a row with id, state and reason for our job or step; no row if SLURM has none; None: unknown."""
         if self._allocation is None:
             return self._told()
         steps = ask(*SQUEUE, "--steps", f"--jobs={self._allocation}", "--format=%i|%j")
-        if steps is None:  # the allocation may be gone, and the step with it
+        if steps is None:  # the allocation may have ended, and the step with it
             return [] if ask(*SQUEUE, "--jobs=1,1", "--format=%i") is not None else None
         return [[number, "RUNNING", ""] for number, title in steps if title == self._title]
 
     def _told(self, *options: str) -> list[list[str]] | None:
-        """Return the number, the state and the reason for it of our job, or of that which we are a step of."""
+        """Return rows with id, state and reason for our job, or for the job of our step; None: unknown."""
         which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
         return ask(*SQUEUE, which, "--format=%i|%T|%r", *options)
 
     def _accounted(self) -> str | None:
-        """Return the state with which the job or step ended, where SLURM keeps accounts."""
+        """Return the final state of the job or step from SLURM's accounting; None if it has none."""
         which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
         rows = ask("sacct", "--noheader", "--parsable2", "--delimiter=|", which, "--format=JobName,State") or ()
         return next((state.split()[0] for name, state in rows if name == self._title and state), None)
 
     def _last_words(self) -> str | None:
-        """Return the state that srun's last words in the log mean."""
+        """Return the state that the last messages of srun in the log mean; None if they mean none."""
         try:
             with self._log.open("rb") as stream:
                 stream.seek(max(0, self._log.stat().st_size - TAIL))
@@ -227,9 +236,9 @@ class SlurmProcess(LocalProcess):
 
 
 class Life:
-    """One life of a server in a step that may have more of them. Implements `interfaces.Process`.
+    """One generation of a server, in a step that may run several. Implements `interfaces.Process`.
 
-    Its stdin is srun's. What comes from srun is the server's, but for the nursery's word that the server has ended.
+    Its stdin is srun's stdin. Its stdout is srun's stdout, without the nursery's line that the server has ended.
     """
 
     def __init__(self, step: SlurmProcess, instance: str) -> None:
@@ -251,22 +260,22 @@ class Life:
 
     @property
     def is_kept(self) -> bool:
-        """Say whether the step may begin another life: this one has ended, and the step has not."""
+        """Return whether the step may start another generation: this one has ended, and the step has not."""
         return self._has_ended and not self._is_last and self._step.poll() is None
 
     def next(self, job: Job) -> "Life":
-        """Begin another life, that of `job`. Raises OSError: it cannot have a log of its own."""
+        """Start the next generation, for `job`. Raises OSError: the log cannot be switched to `job.log`."""
         self._step.write_to(job.log)
         return Life(self._step, job.instance)
 
     def release(self) -> None:
-        """Have the step end with this life."""
+        """Make the step end with this generation."""
         self._is_last = True
         if self._is_stopped:
             self._step.leave()
 
     def poll(self) -> int | None:
-        """Return the exit code of the server once it or srun has ended, else None. Hands on what has come from it."""
+        """Return the exit code of the server once it or srun has ended, else None. Also forwards output to `stdout`."""
         self._look()
         if self._unread:
             with contextlib.suppress(BlockingIOError):
@@ -274,15 +283,21 @@ class Life:
         return None if self._unread else self._code
 
     def waiting(self) -> str | None:
-        """Return what the job waits for, in SLURM's words; None once it runs. Raises StartupTimeout: for too long."""
+        """Return the reason why the job waits, in SLURM's words; None once it runs.
+
+        Raises StartupTimeout: it has waited too long.
+        """
         return self._step.waiting()
 
     def why(self) -> str | None:
-        """Return how SLURM has ended the job; None where only the server has ended."""
+        """Return how SLURM has ended the job; None if only the server has ended."""
         return None if self._has_ended else self._step.why()
 
     def stop(self, grace: float) -> int:
-        """Wait `grace` seconds for the end of the server, then end it by force; and its step, if there is no other."""
+        """Wait `grace` seconds for the server to end, then kill it. Returns the exit code.
+
+        Also ends the step, if this is its last generation, or if the server cannot be killed alone.
+        """
         if self._wait(grace) is None and self._has_spoken and not self._is_last:
             with contextlib.suppress(OSError):
                 os.write(self._step.stdin.fileno(), END)
@@ -308,10 +323,10 @@ class Life:
         return self._code
 
     def _look(self) -> None:
-        """Divide what has come from srun; see whether the server has ended, or srun has."""
+        """Read srun's output, and set the exit code if the server or srun has ended."""
         if self._code is not None:
             return
-        code = self._step.poll()  # first: what has come until then is read after
+        code = self._step.poll()  # before the read, so that all output until the end is read
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self._step.stdout.fileno(), CHUNK):
                 self._has_spoken = True
@@ -325,7 +340,7 @@ class Life:
 
 
 def _guard(srun: "subprocess.Popen[bytes]") -> "subprocess.Popen[bytes]":
-    """Start what ends an srun when this process is gone."""
+    """Start a process that ends srun when this process has ended."""
     assert srun.stdin is not None
     with Path(f"/proc/self/fd/{srun.stdin.fileno()}").open("rb", buffering=0) as line:  # srun's end of the pipe
         return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Questions to SLURM, by its own commands."""
+"""Queries to SLURM, through its own commands."""
 
 import os
 import subprocess
@@ -6,15 +6,15 @@ import subprocess
 from gserve_core.commands import output_of
 
 ASK_SECONDS = 10.0
-"""How long an answer of SLURM is waited for."""
+"""Timeout of a query, in seconds."""
 SQUEUE = "squeue", "--noheader", "--all"
-"""How SLURM is asked for jobs: also for those in partitions that it hides."""
+"""The command that lists jobs, also in hidden partitions."""
 COMMANDS_OPTIONS = ("SQUEUE_", "SCANCEL_", "SINFO_", "SACCT_", "SCONTROL_", "SALLOC_", "SRUN_", "SBATCH_")
-"""Beginnings of variables that SLURM's commands read as options: of a user's own calls, not of ours."""
+"""Prefixes of variables that SLURM's commands read as options. Users set them for their own calls, not for ours."""
 
 
 def ask(*command: str) -> list[list[str]] | None:
-    """Return the lines that a command of SLURM prints, cut at "|"; None where there is no answer."""
+    """Return the output lines of a command of SLURM, each split at "|"; None if it fails or does not answer."""
     try:
         told = output_of(command, environment_for_slurm(), ASK_SECONDS)
     except (OSError, subprocess.SubprocessError):
@@ -23,5 +23,5 @@ def ask(*command: str) -> list[list[str]] | None:
 
 
 def environment_for_slurm() -> dict[str, str]:
-    """Return our environment without options that a user has set for calls of their own."""
+    """Return our environment, without the options that a user has set for their own calls of SLURM."""
     return {name: value for name, value in os.environ.items() if not name.startswith(COMMANDS_OPTIONS)}

@@ -1,9 +1,9 @@
-"""Runs a server as the task of a job of its own, and ends the job where nobody else does: `task.py COMMAND …`.
+"""The task of a server's own job, which cancels the job if its owner is gone: `task.py COMMAND …`.
 
-A job ends when its srun does, which ends when the server has. Where srun was killed, and its owner with it, as on a
-machine that dies, SLURM keeps the job although nothing is in it, and its GPUs with it. This process hears what the
-server hears: once that has ended because its owner is gone, it cancels the job. It is started by its path, and needs
-nothing but Python.
+A job ends when its srun ends, and srun ends when the server has ended. If srun and its owner are killed, for example
+when their machine fails, SLURM keeps the empty job and its GPUs. This process reads all that the owner sends to the
+server. If the server ends because the owner is gone, this process cancels the job. It is started by its path, and
+needs nothing but Python.
 """
 
 import os
@@ -14,16 +14,19 @@ import threading
 import time
 
 SILENCE = 40.0
-"""Seconds of silence that say that srun is gone: more than some beats of the lease, less than the time of the lease."""
+"""Time without input after which srun counts as gone, in seconds.
+
+It is longer than several heartbeats of the lease, and shorter than the lease's time limit.
+"""
 
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-"""Signals that tell a server to end."""
+"""Signals that make a server end."""
 AGAIN = "--again"
-"""The option of a server whose nursery stands in its place."""
+"""The option of a server whose nursery runs in its step."""
 
 
 class Line:
-    """What comes from srun, passed on to a server."""
+    """The input from srun, which is passed on to a server."""
 
     def __init__(self, server: int) -> None:
         self._server = server
@@ -32,11 +35,11 @@ class Line:
 
     @property
     def is_over(self) -> bool:
-        """Say whether the owner is gone: it has closed the line before the server ended, or is silent."""
+        """Return whether the owner is gone: it closed the line before the server ended, or sends nothing."""
         return self._is_closed or time.monotonic() - self._heard > SILENCE
 
     def forward(self) -> None:
-        """Pass on all that comes, and its end."""
+        """Pass on all input, and its end."""
         try:
             while chunk := os.read(0, 1 << 16):
                 self._heard = time.monotonic()
@@ -49,12 +52,13 @@ class Line:
 
 
 def main(command: list[str]) -> int:
-    """Run a server, and do what is to be done at its end; return its exit code, as a shell would."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # of `scancel --signal=USR1`; the server ignores it from its start
+    """Run a server, and cancel the job afterwards if the owner is gone. Returns the exit code, as a shell would."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # from `scancel --signal=USR1`; the server ignores it from its start
     for number in ENDING:
         signal.signal(number, lambda *_: None)  # SLURM sends it to all processes of the job: the server decides
     with subprocess.Popen(command, stdin=subprocess.PIPE) as server:
-        if AGAIN in command:  # or to this one alone, where it has control groups; a nursery may be told twice
+        # With control groups, SLURM may signal only this process. A nursery may get the same signal twice.
+        if AGAIN in command:
             for number in ENDING:
                 signal.signal(number, lambda number, _: server.send_signal(number))
         assert server.stdin is not None

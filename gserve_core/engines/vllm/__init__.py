@@ -1,1 +1,1 @@
-"""The engine `vllm`, and all that gserve knows of vLLM."""
+"""The engine `vllm`, and everything in gserve that is specific to vLLM."""

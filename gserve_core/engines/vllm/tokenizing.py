@@ -1,24 +1,26 @@
-"""A tokenizer that is quicker at what vLLM asks of it: one text, one token, the end token, again and again."""
+"""A faster tokenizer for vLLM's repeated requests: encode one text, decode one token, get the end token."""
 
 import functools
 from typing import Any
 
 REMEMBERED, FEW = 1 << 16, 8
-"""How many decoded texts are remembered, and the most tokens of each."""
+"""Maximum number of cached decodings, and maximum number of tokens in each."""
 PLAIN_OPTIONS = {"truncation", "max_length", "add_special_tokens"}
-"""Options with which a text becomes the same tokens, whatever others are given with it."""
+"""Options with which the tokens of a text do not depend on the other texts in the same call."""
 
 type Ahead = dict[str, list[int] | None]
-"""Texts that will be asked for soon, and their token ids, None at first."""
+"""Texts that will soon be encoded, and their token ids; None: not encoded yet."""
 
 
 def quicken(tokenizer: Any) -> Ahead:
-    """Make a tokenizer of transformers quicker, in place, as vLLM itself does: by a class of its own.
+    """Make a tokenizer of transformers faster, in place; return a dictionary for texts that will soon be encoded.
 
-    vLLM asks for the end token with each request, and decodes the tokens of each log probability one by one: both are
-    remembered. It encodes text by text, which costs most for what is around each: so the texts that stand in what is
-    returned are encoded together when the first of them is asked for.
+    Like vLLM itself, it gives the tokenizer a class of its own. The end token and the decodings of short token lists
+    are cached. Put texts into the returned dictionary, with None as value, before vLLM encodes them: they are all
+    encoded together when the first one is requested.
     """
+    # vLLM gets the end token with each request, and decodes the tokens of log probabilities one by one. It also encodes
+    # text by text, and most of that cost is per call.
     kind = type(tokenizer)
     ahead: Ahead = {}
 
