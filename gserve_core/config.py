@@ -348,9 +348,11 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
     except msgspec.ValidationError as error:
         text, place = reworded(error)
         if bounds := _bounds(hint):
-            with suppress(msgspec.ValidationError):  # the type is right: it is the bounds that it breaks
-                msgspec.convert(value, bounds.__origin__)
-                text = f"expected {bounds.__metadata__[0].description}, got {value!r}"
+            (meta,) = bounds.__metadata__
+            with suppress(msgspec.ValidationError):  # the type is right: the value breaks its bounds
+                if meta.pattern is None:
+                    msgspec.convert(value, bounds.__origin__)
+                text = f"expected {meta.description}, got {value!r}"
         raise ConfigError(text, at=at + place.removeprefix("$")) from error
 
 

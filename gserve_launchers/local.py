@@ -3,10 +3,12 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
 
 from gserve_core.commands import CommandLauncher
-from gserve_core.errors import ConfigError
+from gserve_core.config import check
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Job, Launcher, Process
 
@@ -24,12 +26,11 @@ class SubprocessLauncher(CommandLauncher):
     """
 
     name: ClassVar[str] = "subprocess"
-    nice: int = 0
+    nice: Annotated[int, Meta(ge=0, le=19, description="0 to 19")] = 0
     nursery: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.nice <= 19:
-            raise ConfigError(f"expected 0 to 19, got {self.nice}", at="$.nice")
+        check(self)
 
     def command(self, job: Job) -> list[str]:
         """Return the job's command, with `nice` before it if that is set."""
@@ -40,7 +41,7 @@ class SubprocessLauncher(CommandLauncher):
 
         Without GPUs, servers and ranks get equal shares of this machine's cores, unless `CORES_VARIABLE` is set.
         """
-        if job.gpu_ids is None and max(job.servers, job.gpus) > 1 and CORES_VARIABLE not in os.environ:
+        if job.gpu_ids is None and max(job.servers, job.gpus) > 1 and CORES_VARIABLE not in {**os.environ, **job.env}:
             job = replace(job, env={**job.env, CORES_VARIABLE: share(job, sorted(os.sched_getaffinity(0)))})
         if self.nursery and job.nursery is not None:
             return job.nursery.fork(job, self.popen)

@@ -7,4 +7,4 @@ from taskset_launcher import TasksetLauncher
 
 testing.check_engine(ReverseEngine(load=0.2), LLMConfig("any"))
 testing.check_launcher(TasksetLauncher())
-print("both plugins keep the contracts")  # noqa: T201
+print("both plugins keep the contracts")

@@ -27,37 +27,19 @@ def sbatch(
     only_print: Annotated[bool, typer.Option("--print", help="Show what would be submitted, and leave it.")] = False,
     partition: SlurmText = None,
     account: SlurmText = None,
-    qos: SlurmText = None,
     time: SlurmText = None,
     nodes: SlurmNumber = None,
-    gpus_per_server: SlurmNumber = None,
-    gpu_type: SlurmText = None,
-    cpus_per_server: SlurmNumber = None,
-    mem: Annotated[str | None, typer.Option(help="Memory of a server, as in 64G.")] = None,
-    constraint: SlurmText = None,
-    reservation: SlurmText = None,
-    nodelist: SlurmText = None,
-    exclude: SlurmText = None,
-    job_name: SlurmText = None,
-    comment: SlurmText = None,
-    requeue: Annotated[
-        bool | None, typer.Option(help="Run the job again where it was preempted, or its time was too short.")
-    ] = None,
 ) -> None:
     """Submit a job to SLURM that starts the servers of CONFIG and runs COMMAND, with $GSERVE_ATTACH set, to its end.
 
-    Options about the job go before those of the launcher slurm in CONFIG. COMMAND stands after --.
+    The launcher slurm in CONFIG describes the job. --partition, --account, --time and --nodes win over it, and --set
+    changes all else, as in launcher.mem=64G. COMMAND stands after --.
     """
     from gserve_core.host.redaction import secret_values
     from gserve_core.yaml_file import Document
     from gserve_launchers.slurm import batch
 
-    given = {
-        "partition": partition, "account": account, "qos": qos, "time": time, "nodes": nodes,
-        "gpus_per_server": gpus_per_server, "gpu_type": gpu_type, "cpus_per_server": cpus_per_server, "mem": mem,
-        "constraint": constraint, "reservation": reservation, "nodelist": nodelist, "exclude": exclude,
-        "job_name": job_name, "comment": comment, "requeue": requeue,
-    }  # fmt: skip
+    given = {"partition": partition, "account": account, "time": time, "nodes": nodes}
     if bool(command) == (source is not None):
         raise ConfigError("expected either a COMMAND after -- or an --input")
     if source is not None:

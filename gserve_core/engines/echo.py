@@ -24,13 +24,13 @@ import zlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import IO, Any, ClassVar
+from typing import IO, Annotated, Any, ClassVar
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
-from ..config import LLMConfig
-from ..errors import ConfigError, GserveError, ItemError
+from ..config import LLMConfig, check
+from ..errors import GserveError, ItemError
 from ..hookspecs import hookimpl
 from ..interfaces import Engine, EngineInfo, Report, RunningEngine
 from ..sampling import read_params
@@ -42,6 +42,9 @@ STEP_SECONDS = 0.2
 """Interval at which a process with work reports progress, in seconds."""
 WORKER_DIED = 70
 """The exit code of an engine process whose worker has died."""
+
+Seconds = Annotated[float, Meta(ge=0, le=1e9, description="seconds from 0 up")]
+Count = Annotated[int, Meta(ge=1, description="a number from 1 up")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,30 +66,23 @@ class EchoEngine(Engine):
 
     name: ClassVar[str] = "echo"
     uses_gpus: ClassVar[bool] = False
-    latency: float = 0.0
-    load_time: float = 0.0
-    capacity: int = 256
-    processes: int = 1
+    latency: Seconds = 0.0
+    load_time: Seconds = 0.0
+    capacity: Count = 256
+    processes: Annotated[int, Meta(ge=1, le=2, description="1 or 2")] = 1
     sample: bool = False
     fail_start: str = ""
     die_on: str = ""
     hang_on: str = ""
     wedge_on: str = ""
     error_on: str = ""
-    die_at: int | None = None
-    hang_at: int | None = None
-    wedge_at: int | None = None
-    error_at: int | None = None
+    die_at: Count | None = None
+    hang_at: Count | None = None
+    wedge_at: Count | None = None
+    error_at: Count | None = None
 
     def __post_init__(self) -> None:
-        for name in ("latency", "load_time"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"expected seconds from 0 up, got {getattr(self, name)}", at=f"$.{name}")
-        for name in ("capacity", *(f"{fault}_at" for fault in FAULTS)):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"expected a number from 1 up, got {value}", at=f"$.{name}")
-        if self.processes not in (1, 2):
-            raise ConfigError(f"expected 1 or 2, got {self.processes}", at="$.processes")
+        check(self)
 
     def command(self, role: str) -> list[str]:
         """Return the command line of a process below the server. `role`: "engine", or "worker" for its child."""

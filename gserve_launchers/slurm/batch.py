@@ -220,7 +220,7 @@ def read(path: Path, *, is_again: bool = False) -> Order:
         if not is_again:
             raise GserveError(f"cannot read what this job is to do: {error}") from error
         raise GserveError(
-            "SLURM runs this job again, but an earlier run has done all, or was not to be repeated (--requeue):"
+            "SLURM runs this job again, but an earlier run has done all, or was not to be repeated (launcher.requeue):"
             " submit the command again"
         ) from error
     except (OSError, msgspec.MsgspecError) as error:

@@ -16,10 +16,12 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
 
 from gserve_core.commands import CommandLauncher
-from gserve_core.errors import ConfigError
+from gserve_core.config import check
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Finding, Job, Launcher, Process
 
@@ -33,20 +35,27 @@ COMMANDS = ("srun", "sbatch", "squeue", "sinfo", "scontrol", "scancel")
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAMES = rf"{NAME}(,{NAME})*"
 NODES = r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]{0,1023}"
-FORMS = {  # the pattern of each text option, and an example
-    "partition": (NAMES, "gpu"),
-    "account": (NAME, "my-project"),
-    "qos": (NAME, "normal"),
-    "time": (r"([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}", "02:00:00 (hours, minutes, seconds)"),
-    "gpu_type": (NAME, "a100"),
-    "mem": (r"[1-9][0-9]*[KMGT]", "64G"),
-    "constraint": (r"[A-Za-z0-9(\[][A-Za-z0-9._()\[\]&|*,:-]{0,255}", "a100&nvlink"),
-    "reservation": (NAMES, "course"),
-    "nodelist": (NODES, "n[1-4]"),
-    "exclude": (NODES, "n7"),
-    "job_name": (r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}", "gserve"),
-    "comment": (r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}", "evaluation of Monday"),
-}
+Name = Annotated[str, Meta(pattern=rf"\A{NAME}\Z", description="something like normal")]
+Names = Annotated[str, Meta(pattern=rf"\A{NAMES}\Z", description="something like gpu")]
+Time = Annotated[
+    str,
+    Meta(
+        pattern=r"\A([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}\Z", description="something like 02:00:00 (hours, minutes, seconds)"
+    ),
+]
+Memory = Annotated[str, Meta(pattern=r"\A[1-9][0-9]*[KMGT]\Z", description="something like 64G")]
+Constraint = Annotated[
+    str, Meta(pattern=r"\A[A-Za-z0-9(\[][A-Za-z0-9._()\[\]&|*,:-]{0,255}\Z", description="something like a100&nvlink")
+]
+Nodes = Annotated[str, Meta(pattern=rf"\A{NODES}\Z", description="something like n[1-4]")]
+Title = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,31}\Z", description="something like gserve")]
+Comment = Annotated[
+    str,
+    Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}\Z", description="something like evaluation of Monday"),
+]
+Number = Annotated[int, Meta(ge=0, lt=1 << 31, description="a number from 0 up")]
+Positive = Annotated[int, Meta(ge=1, lt=1 << 31, description="a number from 1 up")]
+Seconds = Annotated[float, Meta(ge=0, lt=1 << 31, description="seconds from 0 up, or null for no limit")]
 SHAPING = re.compile(
     r"SLURM_(CPUS?_.*|GPUS?_?.*|GRES.*|TRES_.*|MEM_.*|NNODES|N?TASKS.*|NPROCS|DIST.*|HINT|THREADS.*|EXACT|EXCLUSIVE|OVERLAP"
     r"|OVERCOMMIT|OPEN_MODE|LABELIO|STD\w+MODE|UNBUFFEREDIO|WAIT|EXPORT_ENV|STEP_.*|STEPID|IMMEDIATE|KILL_BAD_EXIT|MPI_TYPE"
@@ -76,35 +85,28 @@ class SlurmLauncher(CommandLauncher):
     name: ClassVar[str] = "slurm"
     owner_variable: ClassVar[str | None] = "SLURM_LAUNCH_NODE_IPADDR"
 
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str | int | None = None  # a number is refused: SLURM would read it as minutes
-    gpus_per_server: int | None = None
-    gpu_type: str | None = None
-    cpus_per_server: int | None = None
-    mem: str | None = None
-    nodes: int | None = None
+    partition: Names | None = None
+    account: Name | None = None
+    qos: Name | None = None
+    time: Time | None = None
+    gpus_per_server: Number | None = None
+    gpu_type: Name | None = None
+    cpus_per_server: Positive | None = None
+    mem: Memory | None = None
+    nodes: Positive | None = None
     requeue: bool = False
-    constraint: str | None = None
-    reservation: str | None = None
-    nodelist: str | None = None
-    exclude: str | None = None
-    job_name: str = "gserve"
-    comment: str | None = None
+    constraint: Constraint | None = None
+    reservation: Names | None = None
+    nodelist: Nodes | None = None
+    exclude: Nodes | None = None
+    job_name: Title = "gserve"
+    comment: Comment | None = None
     srun_args: list[str] = field(default_factory=list)
-    queue_timeout: float | None = None
+    queue_timeout: Seconds | None = None
     nursery: bool = True
 
     def __post_init__(self) -> None:
-        for option, (form, example) in FORMS.items():
-            value = getattr(self, option)
-            if value is not None and not (isinstance(value, str) and re.fullmatch(form, value)):
-                raise ConfigError(f"expected something like {example}, got {value!r}", at=f"$.{option}")
-        for option, least in (("gpus_per_server", 0), ("cpus_per_server", 1), ("nodes", 1), ("queue_timeout", 0)):
-            value = getattr(self, option)
-            if value is not None and not least <= value < 1 << 31:
-                raise ConfigError(f"expected a number from {least} up, got {value}", at=f"$.{option}")
+        check(self)
         for place, word in enumerate(self.srun_args):
             check_argument(word, f"$.srun_args[{place}]")
 

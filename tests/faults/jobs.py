@@ -796,12 +796,12 @@ def of_batch(scale: Scale) -> list[Outcome]:
     return outcomes
 
 
-def config(folder: Path) -> str:
-    """Write the config of a batch job with one server, which is a process of the job's node."""
+def config(folder: Path, launcher: str = "subprocess") -> str:
+    """Write the config of a batch job with one server."""
     sections = {
         "llm": {"model_name": "m"},
         "engine": {"type": "echo", "latency": ECHO.latency, "capacity": ECHO.capacity},
-        "launcher": {"type": "subprocess"},
+        "launcher": {"type": launcher},
     }
     (folder / "config.yaml").write_text(json.dumps(sections))
     return str(folder / "config.yaml")
@@ -813,9 +813,11 @@ def run_again(on: SlurmCluster, outcome: Outcome, node: str, ends: Sequence[tupl
     results, items = folder / "results", 20 + 10 * len(ends)
     results.touch()
     program = [sys.executable, "-c", PROGRAM, str(results), str(items)]
-    where = ["--requeue", "--partition=low", f"--nodelist={node}", "--mem=100M"]
+    where = ["--partition=low"]
+    for option in ("requeue=true", f"nodelist={node}", "mem=100M"):
+        where += ["--set", f"launcher.{option}"]
     told = subprocess.run(
-        [sys.executable, "-m", "gserve.cli", "sbatch", config(folder), *where, "--", *program],
+        [sys.executable, "-m", "gserve.cli", "sbatch", config(folder, "slurm"), *where, "--", *program],
         cwd=folder, check=True, capture_output=True, text=True,
     )  # fmt: skip
     job = told.stdout.split()[1].rstrip(":")

@@ -363,7 +363,7 @@ def test_print_shows_the_script_and_the_command_line_and_submits_nothing(tmp_pat
     canary = "canary-0123456789"
     code, said = run(
         tmp_path, "sbatch", config(tmp_path), "-i", "-i n.txt", "-o", "out.jsonl", "--time", "1",
-        "--gpus-per-server", "2", "--comment", "a 'b' $(c)", "--print",
+        "--set", "launcher={type: slurm, gpus_per_server: 2, comment: a 'b' $(c)}", "--print",
         PATH="/nowhere", XDG_STATE_HOME=str(tmp_path / "state"), HF_TOKEN=canary,
     )  # fmt: skip
     assert code == 0, said

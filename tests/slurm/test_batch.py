@@ -20,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("slurm_cluster")
 ROOT = Path(__file__).parent.parent.parent
 SLOW = {"latency": 0.25, "capacity": 4}
 """Three quarters of a second for each of the items below; two servers have 16 of them at once."""
+REQUEUE = "--set", "launcher.requeue=true"
 SECRET = "canary-0123456789"
 PROGRAM = """
 import json, sys
@@ -174,7 +175,7 @@ def test_the_exit_code_of_a_job_is_that_of_its_command(place: Place) -> None:
 def test_no_secret_is_seen_in_a_job(place: Place) -> None:
     listing = "from gserve_core.service.records import *; [print(it.token) for s in services() for it in s.servers]"
     script = f'{sys.executable} -c "{listing}" > tokens; touch ready; sleep 99'
-    job = place.submit(place.config(), "--requeue", "--", "sh", "-c", script)
+    job = place.submit(place.config(), *REQUEUE, "--", "sh", "-c", script)
     until(lambda: (place.folder / "ready").exists())
     tokens = (place.folder / "tokens").read_text().split()
     assert len(tokens) == 2
@@ -208,7 +209,7 @@ def test_a_program_whose_job_has_no_time_left_has_its_results_and_does_the_rest_
 
 def test_a_job_that_is_to_be_run_again_goes_on_where_it_stopped(place: Place) -> None:
     """SLURM's notice is given by hand, so that it comes in the midst of the work."""
-    job = place.submit(place.config(**SLOW), *place.items(200), "--requeue")
+    job = place.submit(place.config(**SLOW), *place.items(200), *REQUEUE)
     until(lambda: len(place.lines("out.jsonl")) >= 16)
     place.cluster.run("scancel", "--batch", "--signal=USR1", job)
     until(lambda: place.state(job)["Restarts"] == "1")
@@ -223,10 +224,12 @@ def test_a_job_that_is_to_be_run_again_goes_on_where_it_stopped(place: Place) ->
 
 
 def test_a_job_that_was_preempted_goes_on_where_it_stopped(place: Place) -> None:
-    where = ("--nodelist=n2", "--time=10")
-    job = place.submit(place.config(**SLOW), *place.items(150), "--requeue", "--partition=low", *where)
+    where = ("--partition=low", "--time=10", "--set", "launcher.nodelist=n2")
+    job = place.submit(place.config(**SLOW), *place.items(150), *REQUEUE, *where)
     until(lambda: len(place.lines("out.jsonl")) >= 16)
-    other = place.cluster.run("sbatch", "--parsable", "--partition=high", *where, "--exclusive", "--wrap=sleep 1")
+    other = place.cluster.run(
+        "sbatch", "--parsable", "--partition=high", "--nodelist=n2", "--time=10", "--exclusive", "--wrap=sleep 1"
+    )
     until(lambda: place.state(job)["Restarts"] == "1")
     assert len(place.lines("out.jsonl")) < 150
     assert place.ended(other.strip())[0] == "COMPLETED"
@@ -236,8 +239,8 @@ def test_a_job_that_was_preempted_goes_on_where_it_stopped(place: Place) -> None
 
 def test_what_a_job_is_to_do_is_kept_while_it_waits_to_run_again_and_is_reaped_once_it_is_gone(place: Place) -> None:
     """Its command dies of the SIGTERM of a requeue before anything else hears of that."""
-    config = place.config(launcher={"type": "subprocess"}, serve={"servers": 1})
-    job = place.submit(config, "--requeue", "--", "sh", "-c", "touch begun; exec sleep 99")
+    config = place.config(serve={"servers": 1})
+    job = place.submit(config, *REQUEUE, "--", "sh", "-c", "touch begun; exec sleep 99")
     until((place.folder / "begun").exists)
     place.cluster.run("scontrol", "requeue", job)
     until(lambda: place.state(job)["JobState"] == "PENDING")

@@ -168,9 +168,7 @@ def test_a_server_that_never_started_can_be_shut_down_and_asked() -> None:
 def test_a_serve_config_is_taken_whole_or_not_at_all() -> None:
     with VLLMServer(LLM, serve_config=ServeConfig(env={"MINE": "1"}), engine=EchoEngine()) as server:
         assert server.client().generate(["a b"]) == [["a b"]]
-    with pytest.raises(
-        ConfigError, match="and verbose inside serve_config, not beside it"
-    ):
+    with pytest.raises(ConfigError, match="and verbose inside serve_config, not beside it"):
         VLLMServer(LLM, port=8000, serve_config=ServeConfig(), engine=EchoEngine())
     with pytest.raises(ConfigError, match="a VLLMServer is one server, and serve_config asks for 2: use a VLLMService"):
         VLLMServer(LLM, serve_config=ServeConfig(servers=2), engine=EchoEngine())

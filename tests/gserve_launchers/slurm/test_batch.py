@@ -114,8 +114,8 @@ def test_nodes_without_a_server_are_refused() -> None:
 
 
 def test_options_of_the_command_line_go_before_those_of_the_config() -> None:
-    chosen = batch.configured(SlurmLauncher(partition="a", qos="q"), {"partition": "b", "requeue": True})
-    assert (chosen.partition, chosen.qos, chosen.requeue) == ("b", "q", True)
+    chosen = batch.configured(SlurmLauncher(partition="a", qos="q"), {"partition": "b"})
+    assert (chosen.partition, chosen.qos) == ("b", "q")
     chosen = batch.configured(SubprocessLauncher(), {"partition": "b", "nodes": 1})
     assert chosen == SlurmLauncher(partition="b", nodes=1)
     with pytest.raises(ConfigError, match="'subprocess' starts all servers on one node"):
@@ -125,8 +125,7 @@ def test_options_of_the_command_line_go_before_those_of_the_config() -> None:
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("partition", "a b"), ("partition", "--wrap=x"), ("time", "soon"), ("mem", "64"), ("nodes", 0),
-        ("comment", "a\nb"), ("job_name", "-J"), ("nodelist", "$(x)"), ("cpus_per_server", -1),
+        ("partition", "a b"), ("partition", "--wrap=x"), ("time", "soon"), ("nodes", 0), ("account", "$(x)"),
     ],
 )  # fmt: skip
 def test_a_wrong_option_is_refused_by_its_name(option: str, value: Any) -> None:
@@ -276,7 +275,9 @@ def test_the_time_that_is_left_is_what_slurm_says(slurm: Path, said: str, expect
 
 
 def test_a_second_run_of_a_job_does_not_wait_for_a_file_that_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(GserveError, match=r"SLURM runs this job again, .* \(--requeue\): submit the command again"):
+    with pytest.raises(
+        GserveError, match=r"SLURM runs this job again, .* \(launcher.requeue\): submit the command again"
+    ):
         batch.read(tmp_path / "none.json", is_again=True)
 
 

@@ -21,7 +21,7 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.engines.vllm.engine import VLLMEngine
 from gserve_core.interfaces import Job
 from gserve_launchers.slurm.command_line import JOB_OPTIONS, OURS, srun
-from gserve_launchers.slurm.launcher import FORMS, SlurmLauncher
+from gserve_launchers.slurm.launcher import SlurmLauncher
 
 COMMAND = ["/usr/bin/python3", "server.py", "--port", "0"]
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_CPUS_PER_NODE": "8(x2)"}
@@ -341,6 +341,10 @@ def test_other_options_of_srun_are_taken_as_they_are() -> None:
 # ---------------------------------------------------------------------------------------------------- hostile settings
 
 
+TEXTS = (
+    "partition", "account", "qos", "time", "gpu_type", "mem", "constraint", "reservation", "nodelist", "exclude",
+    "job_name", "comment",
+)  # fmt: skip
 HOSTILE = [
     "$(touch canary)", "`touch canary`", "--wrap=touch canary", "--wrap", "--job-name=x", "-", "--", "\n", "\r", "\0",
     "\u2028", "\ud800", "é", "'", '"', "\\", ";", "&&", "|", " ", ":", "=", "%j", "~", "*", "!", "{}", "../", "/tmp/x",
@@ -352,8 +356,8 @@ arguments = st.one_of(
     st.tuples(st.sampled_from(["--switches=", "--", "--x=", "-", "--mem-bind", "--o", "--pro"]), texts).map("".join),
 )
 options = st.one_of(
-    st.tuples(st.sampled_from(sorted(FORMS)), texts),
-    st.tuples(st.sampled_from(sorted(FORMS)), texts.map("gpu{}".format)),
+    st.tuples(st.sampled_from(TEXTS), texts),
+    st.tuples(st.sampled_from(TEXTS), texts.map("gpu{}".format)),
     st.tuples(st.just("srun_args"), st.lists(arguments, min_size=1, max_size=3)),
 )
 PLAIN = {False: words(SlurmLauncher()), True: words(SlurmLauncher(), ALLOCATION)}
