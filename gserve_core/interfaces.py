@@ -7,12 +7,13 @@ All three are values: frozen, keyword-only dataclasses with a `name`. Their fiel
 that they return are resources with few methods.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import IO, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from msgspec import Struct
 
@@ -292,15 +293,53 @@ type Report = Callable[[str], object]
 """Reports the phase of a start, such as "loading weights". May be called from any thread."""
 
 
+class KnownError(NamedTuple):
+    """A known error of an engine: a pattern of the exception's text, its meaning in one sentence, and a hint.
+
+    `{0}`, `{1}` … in the sentence and the hint are the groups of the pattern.
+    If the sentence is empty, the exception's own text is shown.
+    """
+
+    pattern: str
+    sentence: str
+    hint: str
+
+
+NEVER = re.compile(r"(?!)")
+"""Matches nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogForm:
+    """The form of the lines that an engine's processes log. A log explains a failure, and shows steps of a start.
+
+    `steps`: patterns of lines that mark a step of the start, each with the step's name; `{}` is the pattern's group.
+    `record`: a line of a process, with the groups `process`, `level`, `place` and `text`.
+    `fatal`: the text above a traceback that ends the engine. Other tracebacks are harmless.
+    `killed`: the message that a process was killed. Its group is the number of the signal.
+    `elsewhere`: words of an error whose cause is another process that failed first.
+    """
+
+    steps: Sequence[tuple[re.Pattern[str], str]] = ()
+    record: re.Pattern[str] = NEVER
+    fatal: re.Pattern[str] = NEVER
+    killed: re.Pattern[str] = NEVER
+    elsewhere: re.Pattern[str] = NEVER
+
+
 @dataclass(frozen=True, kw_only=True)
 class Engine(ABC):
     """Turns prompts into outputs inside a server. The value holds the YAML options; `start` returns the running engine.
 
     `uses_gpus`: whether servers with this engine need GPUs of their own.
+    `known_errors`: errors that need an explanation and a hint. The first match counts.
+    `log_form`: the form of the lines that its processes log.
     """
 
     name: ClassVar[str]
     uses_gpus: ClassVar[bool] = True
+    known_errors: ClassVar[Sequence[KnownError]] = ()
+    log_form: ClassVar[LogForm] = LogForm()
 
     def preload(self) -> None:  # noqa: B027
         """Import what a server needs for this engine, before a fork. Does nothing unless overridden.

@@ -15,6 +15,7 @@ import gserve
 from gserve import LLMConfig, ServeConfig
 from gserve.cli import app
 from gserve_core import config, diagnosis, errors, hookspecs, interfaces, plugins, schema
+from gserve_core.engines.vllm.known_errors import KNOWN_ERRORS
 from gserve_core.service.service import VLLMService
 from gserve_launchers.slurm import process as slurm
 
@@ -158,7 +159,7 @@ def test_the_plugins_in_it_keep_the_contracts() -> None:
 
 def test_every_cause_and_every_hint_is_in_it() -> None:
     text = page("guides/troubleshooting.md")
-    for known in diagnosis.KNOWN:
+    for known in (*diagnosis.KNOWN, *KNOWN_ERRORS):
         for part in (known.sentence, known.hint):
             assert re.sub(r"\{\d\}", "…", part) in text, part
 

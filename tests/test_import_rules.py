@@ -24,7 +24,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"schema", "yaml_file", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
-    {"host.processes"},
+    {"host.processes", "host.memory", "host.ports"},
     {"host.folders"},
     {
         "hookspecs",
@@ -35,9 +35,8 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "host.run_files",
         "host.logs",
         "host.gpus", "host.gpu_locks",
-        "diagnosis",
     },
-    {"host.tokens"},
+    {"host.tokens", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
     {"service.state"},
     {"service.supervisor"},
@@ -53,9 +52,9 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "errors", "config", "interfaces", "lease", "plugins", "host.addresses", "host.environment", "host.folders",
         "host.gpus", "host.logs", "host.processes", "host.redaction", "host.sweep", "process.nursery", "process.server",
     },
-    "process.nursery": {"lease", "diagnosis", "commands", "host.folders", "host.processes"},
+    "process.nursery": {"lease", "commands", "host.folders", "host.memory", "host.processes"},
     "process.server": {
-        "errors", "schema", "config", "interfaces", "lease", "diagnosis", "host.gpu_locks", "host.gpus",
+        "errors", "schema", "config", "interfaces", "lease", "host.gpu_locks", "host.gpus", "host.ports",
         "host.redaction", "host.tokens", "process.requests",
     },
     "process.requests": {"errors", "schema", "interfaces"},
@@ -70,13 +69,15 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "engines.echo": {"errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines.orphans"},
     "engines.vllm.engine": {
         "errors", "schema", "config", "host.folders", "interfaces", "hookspecs", "sampling",
-        "engines.vllm.compile_turn", "engines.vllm.demo_model", "engines.orphans", "engines.vllm.tokenizing",
+        "engines.orphans", "engines.vllm.compile_turn", "engines.vllm.demo_model", "engines.vllm.known_errors",
+        "engines.vllm.tokenizing",
     },
 }  # fmt: skip
 OF_AN_ENGINE = {
     "engines.vllm.compile_turn": {"interfaces", "host.redaction"},
     "engines.vllm.demo_model": {"errors", "host.folders", "interfaces"},
     "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep"},
+    "engines.vllm.known_errors": {"interfaces"},
     "engines.vllm.tokenizing": set(),
 }
 ROOMS = {"batch", "engines", "engines.vllm", "host", "process", "service"}

@@ -32,7 +32,7 @@ from msgspec import Meta, Struct
 from ..config import LLMConfig, check
 from ..errors import GserveError, ItemError
 from ..hookspecs import hookimpl
-from ..interfaces import Engine, EngineInfo, Report, RunningEngine
+from ..interfaces import Engine, EngineInfo, KnownError, Report, RunningEngine
 from ..sampling import read_params
 from ..schema import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from . import orphans
@@ -66,6 +66,9 @@ class EchoEngine(Engine):
 
     name: ClassVar[str] = "echo"
     uses_gpus: ClassVar[bool] = False
+    known_errors: ClassVar[Sequence[KnownError]] = (
+        KnownError(r"out of words", "the engine ran out of words", "remove fail_start under engine"),
+    )
     latency: Seconds = 0.0
     load_time: Seconds = 0.0
     capacity: Count = 256

@@ -27,6 +27,7 @@ from ..errors import ConfigError, GserveError, LaunchError, StartupTimeout
 from ..host import addresses, folders, processes, run_files, tokens
 from ..host.environment import Surroundings, open_missing_descriptors, surroundings, weakening
 from ..host.logs import LEVEL_VARIABLE, BoundedLog, forward, keep_logging_from_waiting, log_level
+from ..host.memory import memory_kills
 from ..host.redaction import divided
 from ..interfaces import Address, Engine, Job, Launcher, Process, Transport
 from ..plugins import Parts, assemble
@@ -359,7 +360,7 @@ class ServerRun:
         assert owner is not None
         assert log is not None
         is_here = self._parts.launcher.owner_variable is None
-        end = _End(kills=diagnosis.memory_kills() if is_here else None)
+        end = _End(kills=memory_kills() if is_here else None)
         self._bounded = None if is_here else BoundedLog(log)
         try:
             self._listen(process, owner, log, end)
@@ -397,7 +398,7 @@ class ServerRun:
             why = process.why()
         return end.error or diagnosis.exited(
             self._program.name, phase=self._doing() or "serving", cause=why or end.cause, returncode=returncode,
-            log=log, since=end.since, kills=end.kills,
+            log=log, since=end.since, kills=end.kills, engine=type(self._parts.engine),
         ), tuple(left)  # fmt: skip
 
     def _listen(self, process: Process, owner: lease.OwnerEnd, log: Path, end: "_End") -> None:
@@ -500,7 +501,7 @@ class ServerRun:
                 stream.seek(position)
                 text = stream.read(MAX_LOG_READ).decode(errors="replace")
                 size = stream.tell()
-            if not self._is_ready and (step := diagnosis.step(text)):
+            if not self._is_ready and (step := diagnosis.step(text, self._parts.engine.log_form)):
                 self._step = step
                 self._report(Phase(self._doing() or step))
             if self._serve.verbose:

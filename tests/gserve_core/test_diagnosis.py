@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 from gserve_core import diagnosis
+from gserve_core.engines.vllm.engine import VLLMEngine
+from gserve_core.engines.vllm.known_errors import KNOWN_ERRORS, LOG_FORM
 from gserve_core.errors import ServerExited
+from gserve_core.host import memory, ports
 
 LAST = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
 PLUGIN = """\
@@ -79,8 +82,9 @@ Traceback (most recent call last):
 
 def exited(log: Path, cause: str | None, returncode: int | None = 1, kills: int | None = None) -> ServerExited:
     return diagnosis.exited(
-        "server-0", phase="starting the engine", cause=cause, returncode=returncode, log=log, kills=kills
-    )
+        "server-0", phase="starting the engine", cause=cause, returncode=returncode, log=log, kills=kills,
+        engine=VLLMEngine,
+    )  # fmt: skip
 
 
 def written(folder: Path, text: str) -> Path:
@@ -119,7 +123,9 @@ def test_what_an_earlier_life_said_in_the_same_log_does_not_count(tmp_path: Path
     since = log.stat().st_size
     with log.open("a") as stream:
         stream.write(WORKER_FAILED)
-    error = diagnosis.exited("server-0", phase="serving", cause=LAST, returncode=1, log=log, since=since)
+    error = diagnosis.exited(
+        "server-0", phase="serving", cause=LAST, returncode=1, log=log, since=since, engine=VLLMEngine
+    )
     assert error.cause == "RuntimeError: aot_compile is not supported"
 
 
@@ -200,14 +206,14 @@ def test_a_program_that_python_ended_tells_why_in_its_log(tmp_path: Path) -> Non
 def test_an_engine_that_ended_without_a_word_is_said_to_have(tmp_path: Path) -> None:
     log = written(tmp_path, PLUGIN + WORKER_KILLED)
     error = exited(log, LAST)
-    assert error.cause == "a process of vLLM's engine ended without an error message"
+    assert error.cause == "a process of the engine ended without an error message"
     assert "memory" in error.hint
     killed = WORKER_KILLED.replace("proc(s): {}", "proc(s): {'EngineCore': -9}")
-    assert exited(written(tmp_path, killed), LAST).cause == "a process of vLLM's engine was killed by SIGKILL"
+    assert exited(written(tmp_path, killed), LAST).cause == "a process of the engine was killed by SIGKILL"
 
 
 def test_the_systems_count_of_kills_for_memory_is_named_where_it_has_risen(tmp_path: Path) -> None:
-    kills = diagnosis.memory_kills()
+    kills = memory.memory_kills()
     if kills is None:
         pytest.skip("the memory controller of the control group cannot be read here")
     assert exited(tmp_path / "none", None, -9, kills).cause == "its process was killed by SIGKILL"
@@ -220,9 +226,10 @@ OUT_OF_MEMORY = """
 import os, subprocess, sys
 from pathlib import Path
 from gserve_core import diagnosis
+from gserve_core.host import memory
 
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
-kills = diagnosis.memory_kills()
+kills = memory.memory_kills()
 child = subprocess.run([sys.executable, "-c", "b'x' * (1 << 30)"])
 how = {"phase": "loading", "cause": None, "returncode": child.returncode, "log": Path(sys.argv[1], "none")}
 print(diagnosis.exited("server-0", **how, kills=kills).cause)
@@ -262,15 +269,15 @@ def test_what_is_known_is_said_in_a_sentence_with_a_hint(tmp_path: Path, said: s
 
 
 def test_every_known_cause_has_been_tried() -> None:
-    for pattern, _, _ in diagnosis.KNOWN:
+    for pattern, _, _ in (*diagnosis.KNOWN, *KNOWN_ERRORS):
         assert any(re.search(pattern, said) for said, _, _ in SAID), pattern
 
 
 def test_who_holds_a_port_is_named_by_process_and_program() -> None:
     with socket.create_server(("127.0.0.1", 0)) as ours:
         port = ours.getsockname()[1]
-        assert (diagnosis.port_holder(port) or "").startswith(f"process {os.getpid()} (")
-    assert diagnosis.port_holder(port) is None
+        assert (ports.port_holder(port) or "").startswith(f"process {os.getpid()} (")
+    assert ports.port_holder(port) is None
     program = (
         "import socket,sys; s = socket.create_server(('::1', 0), family=socket.AF_INET6); print(s.getsockname()[1],"
     )
@@ -281,7 +288,7 @@ def test_who_holds_a_port_is_named_by_process_and_program() -> None:
     )
     try:
         assert child.stdout is not None
-        holder = diagnosis.port_holder(int(child.stdout.readline()))
+        holder = ports.port_holder(int(child.stdout.readline()))
         assert holder == f"process {child.pid} ({Path(sys.executable).name})"
     finally:
         child.communicate()
@@ -301,4 +308,4 @@ def test_who_holds_a_port_is_named_by_process_and_program() -> None:
     ],
 )
 def test_steps_of_a_start_are_read_from_its_log(text: str, step: str | None) -> None:
-    assert diagnosis.step(text) == step
+    assert diagnosis.step(text, LOG_FORM) == step

@@ -29,11 +29,12 @@ from ...config import LLMConfig
 from ...errors import ConfigError, GserveError, ItemError
 from ...hookspecs import hookimpl
 from ...host.folders import expanded
-from ...interfaces import Engine, EngineInfo, Report, RunningEngine
+from ...interfaces import Engine, EngineInfo, KnownError, LogForm, Report, RunningEngine
 from ...sampling import read_params
 from ...schema import Conversation, FlatLogprobs, FlatOutput, Logprob, Logprobs, Params, Prompt, ResponseOutput
 from .. import orphans
 from . import compile_turn, demo_model
+from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .tokenizing import quicken
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -78,6 +79,8 @@ class VLLMEngine(Engine):
     """
 
     name: ClassVar[str] = "vllm"
+    known_errors: ClassVar[Sequence[KnownError]] = KNOWN_ERRORS
+    log_form: ClassVar[LogForm] = LOG_FORM
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     allow_insecure_vllm: bool = False
 
