@@ -1,4 +1,4 @@
-"""Launchers that are a command line: a job's own, or one with a prefix that forwards stdin and stdout."""
+"""Launchers that run a command: the job's own, or one with a prefix that forwards stdin and stdout."""
 
 import contextlib
 import os
@@ -16,17 +16,17 @@ from .host import processes
 from .interfaces import Job, Launcher, Process
 
 FAREWELL = 1.0
-"""Seconds that processes below a server have to end by themselves after it: some free shared memory."""
+"""Time for processes below a server to end after it, in seconds. Some of them free shared memory."""
 GONE = 10.0
-"""Seconds that killed processes may take to be gone."""
+"""Maximum time for killed processes to disappear, in seconds."""
 UNKNOWN = 255
-"""The exit code of a process of which nobody knows it."""
+"""Exit code of a process whose real exit code is unknown."""
 POLL_SECONDS = 0.01
-"""Seconds between two looks at a process that is to end."""
+"""Interval between two checks of a process that must end, in seconds."""
 
 
 class Child(subprocess.Popen[bytes]):
-    """A `Popen` whose exit code is `UNKNOWN`, not 0, where another has taken it: SIGCHLD is ignored, for one."""
+    """A `Popen` whose exit code is `UNKNOWN`, not 0, if other code reaped it, as when SIGCHLD is ignored."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._polling = threading.Lock()
@@ -34,7 +34,7 @@ class Child(subprocess.Popen[bytes]):
 
     def poll(self) -> int | None:
         """Return the exit code once the process has ended, else None."""
-        if self.returncode is None and self._polling.acquire(blocking=False):  # else another thread is taking it
+        if self.returncode is None and self._polling.acquire(blocking=False):  # otherwise another thread is taking it
             try:
                 os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
@@ -57,10 +57,12 @@ class Child(subprocess.Popen[bytes]):
 
 
 def output_of(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> str:
-    """Run a command to its end; return what it prints. Raises OSError, subprocess.TimeoutExpired.
+    """Run a command to its end; return its output.
 
-    Raises subprocess.CalledProcessError: it fails. Where nobody knows that, since SIGCHLD is ignored, it has failed if
-    it only wrote to stderr.
+    Raises OSError: it cannot be started.
+    Raises subprocess.TimeoutExpired: it takes longer than `seconds`.
+    Raises subprocess.CalledProcessError: it fails. If its exit code is unknown because SIGCHLD is ignored, it has
+    failed if it wrote only to stderr.
     """
     with Child(
         command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -78,10 +80,13 @@ def output_of(command: Sequence[str], environ: Mapping[str, str], seconds: float
 
 @dataclass(frozen=True, kw_only=True)
 class CommandLauncher(Launcher):
-    """A launcher that is a command prefix (srun, ssh, nice, numactl, a container runtime): override `command`."""
+    """A launcher with a command prefix (srun, ssh, nice, numactl, a container runtime).
+
+    Subclasses override `command`.
+    """
 
     def environment(self, job: Job) -> dict[str, str]:
-        """Return the environment that `launch` gives the command."""
+        """Return the environment in which `launch` runs the command."""
         return {**(os.environ if job.inherited is None else job.inherited), **job.env}
 
     def launch(self, job: Job) -> Process:
@@ -91,7 +96,7 @@ class CommandLauncher(Launcher):
     def popen(
         self, job: Job, *, stdin: int | IO[Any] = subprocess.PIPE, stdout: int | IO[Any] = subprocess.PIPE
     ) -> "subprocess.Popen[bytes]":
-        """Start `command(job)`; stdin and stdout are pipes unless others are given. Raises LaunchError."""
+        """Start `command(job)`. Stdin and stdout are pipes unless given. Raises LaunchError: it cannot be started."""
         command = self.command(job)
         try:
             with job.log.open("ab") as log:
@@ -121,7 +126,7 @@ class LocalProcess:
 
     @property
     def pid(self) -> int:
-        """The process id, which is that of the group too."""
+        """The process id, which is also the id of its group."""
         return self._popen.pid
 
     def poll(self) -> int | None:
@@ -129,7 +134,10 @@ class LocalProcess:
         return self._popen.poll()
 
     def stop(self, grace: float) -> int:
-        """End the whole group: TERM to the process, KILL to the group after `grace` seconds. Returns the exit code."""
+        """End the whole group: SIGTERM to the process, SIGKILL to the group after `grace` seconds.
+
+        Return the exit code.
+        """
         if self._popen.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 self._popen.terminate()
@@ -145,7 +153,7 @@ class LocalProcess:
         self.stdout.close()
         try:
             code = self._popen.wait(GONE)
-        except subprocess.TimeoutExpired:  # killed, and not gone: the kernel has it
+        except subprocess.TimeoutExpired:  # killed, but stuck in the kernel
             code = UNKNOWN
         reap_group(self.pid)
         return code
@@ -155,7 +163,7 @@ class LocalProcess:
         return None
 
     def why(self) -> str | None:
-        """Return that nobody knows its exit code, where that is so."""
+        """Return a sentence if the exit code is unknown because SIGCHLD is ignored, else None."""
         if self._popen.poll() == UNKNOWN and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
             return "its process has ended, and the system did not say how, since SIGCHLD is ignored in this program"
         return None
@@ -165,7 +173,10 @@ class LocalProcess:
 
 
 def end_group(group: int, grace: float) -> None:
-    """See a group of processes end, by force after `grace` seconds; return once it has, or `GONE` seconds later."""
+    """Wait until a process group has ended; kill it after `grace` seconds.
+
+    Returns at most `GONE` seconds after that, even if a process remains.
+    """
     _wait_for_group(group, grace)
     kill_group(group)
     _wait_for_group(group, GONE)  # a killed process holds its GPU's memory until it is gone
@@ -184,12 +195,12 @@ def _wait_for_group(group: int, seconds: float) -> None:
 
 
 def group_is_alive(group: int) -> bool:
-    """Say whether a process of the group is alive; zombies, which only wait to be reaped, are not."""
+    """Return whether a process of the group is alive. Zombies, which only wait to be reaped, do not count."""
     return any(state not in "ZX" for _, state in _members(group))
 
 
 def reap_group(group: int) -> None:
-    """Reap what has ended of a group, and has become our child."""
+    """Reap the processes of a group that have ended and are children of this process."""
     processes.reap([pid for pid, _ in _members(group)])
 
 

@@ -1,11 +1,14 @@
-"""The lease: one line between a server and its owner, over the server process's own stdin and stdout.
+"""The lease: a connection between a server and its owner, over the stdin and stdout of the server's process.
 
-Both directions carry JSON, a message a line. Down: first the config with its secrets, then a heartbeat every few
-seconds, at last `stop` or `drain`. Up: where the server listens, its phases, that it is ready, that it failed and why,
-that it has stopped. This works alike through a pipe, `srun`, or any other prefix that forwards stdin and stdout.
+Both directions carry JSON, one message a line. It works over a pipe, `srun`, or any other prefix that forwards stdin
+and stdout.
 
-When the line ends, the owner is gone, and the server ends itself with every process of its group. A line to another
-machine can be cut without an end: there, and only there, the server also ends when no heartbeat comes for `Hello.ttl`.
+- Down, to the server: first the config with its secrets, then regular heartbeats, at last `stop` or `drain`.
+- Up, to the owner: the server's address, its phases, that it is ready, that it failed and why, that it stopped.
+
+The end of the connection means that the owner is gone. The server then ends itself and every process of its group. A
+connection to another machine can be cut without an end. Only there, the server also ends when no heartbeat comes for
+`Hello.ttl` seconds.
 """
 
 import contextlib
@@ -28,29 +31,33 @@ from .config import LLMConfig
 from .interfaces import Address, EngineInfo
 
 BEAT = 5.0
-"""Seconds between two heartbeats of the owner."""
+"""Interval between two heartbeats of the owner, in seconds."""
 TTL = 60.0
-"""`Hello.ttl` of a line that can be cut without an end, in seconds."""
+"""`Hello.ttl` of a connection that can be cut without an end, in seconds."""
 GREETING_SECONDS = 600.0
-"""Seconds that a server waits for its hello. The owner may be stopped; its end is noticed at once."""
+"""Maximum wait of a server for its hello, in seconds. The owner may be suspended; its end is noticed at once."""
 GRACE = 3.0
-"""Seconds that a server whose owner is dead gives its engine to end by itself."""
+"""Time for the engine to stop after the owner is gone, in seconds. Then the server's group is killed."""
 LAST_WILL_SECONDS = 1.0
-"""Seconds for which the group's end waits for what is to be done before."""
+"""Maximum wait for `ServerEnd.last_will` before the group is killed, in seconds."""
 PULSE = 2.0
-"""Seconds between two signs that the event loop of a ready server turns; less where `stall_timeout` is short."""
+"""Maximum interval between two `Pulse` of a ready server, in seconds. It is shorter if `stall_timeout` is short."""
 LOOK = 1.0
-"""Seconds between two looks of a watchdog, and between two tries to send what did not fit into a pipe."""
+"""Interval between two checks of a watchdog, and between two retries of a write to a full pipe, in seconds."""
 _LONGEST_LINE = 1 << 20
 
 
 class Hello(Struct, frozen=True, tag="hello"):
-    """The first line down: who the server is, what it asks for, and its whole config, secrets included.
+    """The first message to a server: its id, the secrets that it asks for, and its complete config with secrets.
 
-    `control`: see `interfaces.Access`. `ttl`: seconds without a heartbeat after which the owner counts as dead; None:
-    only the end of the line says so. `llm`, `engine`, `transport` (sections of a config), `plugins` and `folder` (where
-    they lie): None means that they stand in the server's command. `stall_timeout`, `share_gpu`: see `ServeConfig`.
-    `umask` and `limits` (soft and hard, by the number of the resource): what the process is to have.
+    control: see `interfaces.Access`.
+    ttl: maximum time without a heartbeat, in seconds. After it the owner counts as dead. None: no limit; only the end
+    of the connection counts.
+    llm, engine, transport: sections of a config. None: the server's command has it.
+    plugins, folder: modules with plugins, and their folder. None: the server's command has it.
+    stall_timeout, share_gpu: see `ServeConfig`.
+    umask: the umask that the process must set.
+    limits: the soft and hard limits that the process must set, by the number of the resource.
     """
 
     instance: str
@@ -73,9 +80,9 @@ class Beat(Struct, frozen=True, tag="beat"):
 
 
 class Drain(Struct, frozen=True, tag="drain"):
-    """Finish what you have within `seconds`, take no more, then stop. None: a time that the server chooses.
+    """Finish the admitted requests within `seconds`, accept no more, then stop.
 
-    A second one changes the time of the first.
+    None: the server chooses the time. A second `Drain` changes the time of the first.
     """
 
     seconds: float | None = None
@@ -86,27 +93,28 @@ class Stop(Struct, frozen=True, tag="stop"):
 
 
 class Listening(Struct, frozen=True, tag="listening"):
-    """The server's socket is open there."""
+    """The server listens at `address`."""
 
     address: Address
 
 
 class Phase(Struct, frozen=True, tag="phase"):
-    """What a starting server is doing."""
+    """The phase of a starting server."""
 
     text: str
 
 
 class Ready(Struct, frozen=True, tag="ready"):
-    """The engine has made its first token."""
+    """The server is ready: its engine has made the first token."""
 
     info: EngineInfo
 
 
 class Pulse(Struct, frozen=True, tag="pulse"):
-    """The server's event loop turns.
+    """The server's event loop runs.
 
-    finished: how many items it has finished. alone: it works on nothing but items of which one may kill servers.
+    finished: number of items that the server has finished.
+    alone: whether the server works only on a request that must run alone. One of its items may crash servers.
     """
 
     finished: int = 0
@@ -114,13 +122,13 @@ class Pulse(Struct, frozen=True, tag="pulse"):
 
 
 class Failed(Struct, frozen=True, tag="failed"):
-    """The server ends because of this."""
+    """The server ends because of `cause`."""
 
     cause: str
 
 
 class Stopped(Struct, frozen=True, tag="stopped"):
-    """The server ends as it was asked to."""
+    """The server ends as ordered."""
 
 
 type Down = Hello | Beat | Drain | Stop
@@ -131,10 +139,10 @@ _up: "msgspec.json.Decoder[Up]" = msgspec.json.Decoder(Up)
 
 
 class Silence:
-    """Seconds without a sign of life, as a watchdog counts them that looks every `pause` seconds.
+    """Seconds without a sign of life, counted by a watchdog that checks every `pause` seconds.
 
-    They count only while the watchdog runs. A process may be stopped for minutes (a signal, a suspended job, a laptop
-    that is closed), and its clock goes on: so each look adds at most two pauses.
+    Time counts only while the watchdog runs. A process may be suspended for minutes: by a signal, with its job, or with
+    a closed laptop. Its clock goes on, so each check adds at most two pauses.
     """
 
     def __init__(self, pause: float) -> None:
@@ -143,28 +151,28 @@ class Silence:
         self.seconds = 0.0
 
     def look(self) -> float:
-        """Return the seconds until now."""
+        """Return the seconds without a sign of life until now."""
         now = time.monotonic()
         self.seconds += min(now - self._looked, self._most)
         self._looked = now
         return self.seconds
 
     def end(self) -> None:
-        """Begin to count again: there was a sign."""
+        """Restart the count after a sign of life."""
         self._looked = time.monotonic()
         self.seconds = 0.0
 
 
 class Lines:
-    """Cuts what comes from a descriptor into lines."""
+    """Splits the data of a descriptor into lines."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._rest = b""
 
     def read(self, timeout: float) -> list[bytes] | None:
-        """Return the lines that came within `timeout` seconds; None at the end of the stream."""
-        waiting = select.poll()  # `select.select` knows no descriptor above 1023
+        """Return the lines that arrive within `timeout` seconds; None at the end of the stream."""
+        waiting = select.poll()  # `select.select` does not support descriptors above 1023
         waiting.register(self.fd, select.POLLIN)
         if not waiting.poll(math.ceil(max(0.0, timeout) * 1000)):
             return []
@@ -183,31 +191,32 @@ class Lines:
 
 
 class OwnerEnd:
-    """The owner's end. The heartbeats are sent by a thread of this process that does nothing else."""
+    """The owner's end of the lease. A dedicated thread of this process sends the heartbeats."""
 
     def __init__(self, stdin: IO[bytes], stdout: IO[bytes], hello: Hello) -> None:
         self._stdin = stdin
         self._lines = Lines(stdout.fileno())
         self._outgoing: deque[bytes] = deque()
         self._next_beat = time.monotonic() + BEAT
-        self._sending = threading.Lock()  # held over a write that cannot block
+        self._sending = threading.Lock()  # held during a write that cannot block
         self._is_silent = False
-        os.set_blocking(stdin.fileno(), False)  # a server that does not read must not hold us up
+        os.set_blocking(stdin.fileno(), False)  # a server that does not read must not block the owner
         forget = weakref.WeakMethod(self._forget)
         os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
         self.send(hello)
         _HEART.add(self)
 
     def send(self, message: Down) -> None:
-        """Send a message, or as much as fits now; the rest follows. Never blocks, never raises; from any thread.
+        """Queue a message, and send as much as fits now; the rest follows later.
 
-        A signal handler may call it too: so a send never waits for another one, which sends on its behalf.
+        Never blocks or raises. Any thread may call it, and a signal handler too. So a send never waits for another
+        send, which sends this message as well.
         """
         self._outgoing.append(encoded(message))
         self._flush()
 
     def beat(self) -> bool:
-        """Send what has not fitted yet, and a heartbeat when it is time; return False where nobody listens any more."""
+        """Send the queued data, and a heartbeat if it is due; return False if the server no longer reads."""
         if time.monotonic() >= self._next_beat:
             self._next_beat = time.monotonic() + BEAT
             if not self._outgoing:
@@ -224,7 +233,7 @@ class OwnerEnd:
                 self._sending.release()
 
     def _write(self) -> bool:
-        """Write all that is to be sent; return False where not all of it fits now."""
+        """Write the queued data; return False if not all of it fits now."""
         try:
             while self._outgoing and not self._is_silent:
                 written = os.write(self._stdin.fileno(), self._outgoing[0])
@@ -241,58 +250,58 @@ class OwnerEnd:
         return True
 
     def receive(self, timeout: float) -> list[Up] | None:
-        """Return what the server said within `timeout` seconds; None when it has closed its end."""
+        """Return the server's messages that arrive within `timeout` seconds; None if it has closed its end."""
         lines = self._lines.read(timeout)
         if lines is None:
             return None
         messages = []
         for line in lines:
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # a login script's greeting, and such
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):  # such as a login script's greeting
                 messages.append(_up.decode(line))
         return messages
 
     def silence(self) -> None:
-        """Send nothing more. To be called before anybody else closes the pipe, whose number may be another's then."""
+        """Send nothing more. Call it before other code closes the pipe: its number may then belong to another file."""
         with self._sending:
             self._is_silent = True
         _HEART.remove(self)
 
     def close(self) -> None:
-        """Give the lease up: a server that still runs ends itself. Idempotent."""
+        """Give up the lease: a server that still runs ends itself. Idempotent."""
         self.silence()
         with contextlib.suppress(OSError, ValueError):
             self._stdin.close()
 
     def _forget(self) -> None:
-        """Close the line in a forked child: while it held the line open, the end of the owner would not be noticed."""
-        self._is_silent = True  # without the lock, which another thread may have held for ever
+        """Close the connection in a forked child. An open copy there would hide the owner's end."""
+        self._is_silent = True  # without the lock, which another thread may have held at the fork
         with contextlib.suppress(OSError, ValueError):
             self._stdin.close()
 
 
 class _Heart:
-    """The thread that sends the heartbeats of all leases of this process, and does nothing else."""
+    """A thread that sends the heartbeats of all leases of this process, and does nothing else."""
 
     def __init__(self) -> None:
         os.register_at_fork(after_in_child=self._reset)
         self._reset()
 
     def _reset(self) -> None:
-        self._lock = threading.Lock()  # held for a moment, over nothing that waits
+        self._lock = threading.Lock()  # held briefly, never during a wait
         self._ends: set[OwnerEnd] = set()
         self._thread: threading.Thread | None = None
 
     def add(self, end: OwnerEnd) -> None:
-        """Keep a lease alive until `remove`."""
+        """Send heartbeats for a lease until `remove`."""
         with self._lock:
             if self._thread is None:
                 thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
-                thread.start()  # raises where there can be no more threads: the next one tries it again
+                thread.start()  # raises if no thread can start: the next `add` tries again
                 self._thread = thread
             self._ends.add(end)
 
     def remove(self, end: OwnerEnd) -> None:
-        """Send nothing more for a lease."""
+        """Send no more heartbeats for a lease."""
         with self._lock:
             self._ends.discard(end)
 
@@ -314,23 +323,23 @@ _HEART = _Heart()
 
 
 class ServerEnd:
-    """The server's end. Takes over stdin and stdout: what prints to stdout goes to stderr from then on.
+    """The server's end of the lease. It takes over stdin and stdout: from then on, output to stdout goes to stderr.
 
-    Two threads serve it, which do nothing else: one reads, and one writes, since the owner may have stopped reading.
+    It has two dedicated threads. One reads and one writes, since the owner may have stopped reading.
     """
 
     def __init__(self) -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
         is_terminal = os.isatty(0)
-        self._lines = Lines(os.dup(0))  # both are private: `dup` makes them close when a program is executed
+        self._lines = Lines(os.dup(0))  # `dup` makes both close-on-exec
         self._up = os.dup(1)
         nothing = os.open(os.devnull, os.O_RDONLY)
         os.dup2(nothing, 0)
         os.close(nothing)
         os.dup2(2, 1)
         if os.getpgrp() != os.getpid():
-            os.setpgid(0, 0)  # so that the whole group is ours to end
+            os.setpgid(0, 0)  # so that `end_group` kills only this server's processes
         self._sent = threading.Condition()
         self._outgoing: deque[Up] = deque()
         self._is_sending = False
@@ -340,15 +349,15 @@ class ServerEnd:
         self._handlers: tuple[Callable[[Down], object], Callable[[], object]] | None = None
         self._hearing = threading.Lock()
         self.last_will: Callable[[], object] = lambda: None
-        """What is done as soon as the owner is gone: it may be that this process is killed next."""
+        """Called as soon as the owner is gone. This process may be killed next."""
         self.hello = self._greeting(0.0 if is_terminal else GREETING_SECONDS)
         threading.Thread(target=self._watch, name="lease", daemon=True).start()
         threading.Thread(target=self._send, name="lease-sender", daemon=True).start()
 
     def _forget(self) -> None:
-        """Close the line in a forked child: while it held the line open, its end would not be noticed.
+        """Close the connection in a forked child. An open copy there would hide its end.
 
-        Once: to what the child itself forks, these numbers are files of the child's own.
+        Close it only once: in the children of that child, these numbers belong to other files.
         """
         while self._inherited:
             os.close(self._inherited.pop())
@@ -367,20 +376,20 @@ class ServerEnd:
         sys.exit("gserve: --lease was given, but no owner speaks on stdin; leave it out to start a server by hand")
 
     def tell(self, message: Up) -> None:
-        """Have the owner told. Never waits, never raises: an owner that is gone is noticed by `watch`."""
+        """Queue a message for the owner. Never waits or raises: `watch` notices an owner that is gone."""
         with self._sent:
             if isinstance(message, Pulse) and self._outgoing and isinstance(self._outgoing[-1], Pulse):
-                self._outgoing.pop()  # the latest says all
+                self._outgoing.pop()  # the latest one is enough
             self._outgoing.append(message)
             self._sent.notify_all()
 
     def flush(self, seconds: float) -> None:
-        """Wait until the owner has been told all, so many seconds at most."""
+        """Wait until the owner has all messages, at most `seconds` seconds."""
         with self._sent:
             self._sent.wait_for(lambda: not self._outgoing and not self._is_sending, seconds)
 
     def _send(self) -> None:
-        """Be the thread that writes."""
+        """Run the thread that writes."""
         while True:
             with self._sent:
                 self._is_sending = False
@@ -392,21 +401,22 @@ class ServerEnd:
             try:
                 while data:
                     data = data[os.write(self._up, data) :]
-            except OSError:  # nobody reads any more
+            except OSError:  # the owner no longer reads
                 continue
 
     def watch(self, on_message: Callable[[Down], object], on_lost: Callable[[], object]) -> None:
-        """Have what the owner says passed on, from the thread of the lease, and first what it has said so far.
+        """Pass the owner's messages to `on_message`: first those received so far, then others, from the lease's thread.
 
-        When the owner is gone, `on_lost` is called; the group is killed `GRACE` seconds later, whatever it does. An
-        owner that is gone before `watch` is noticed too: there is nothing to end in order yet, so the group is killed.
+        When the owner is gone, `on_lost` is called. The group is killed `GRACE` seconds later in any case. An owner
+        that is gone before `watch` is noticed too. Nothing has to stop in order then, so the group is killed without
+        that wait.
         """
         with self._hearing:
             self._handlers = on_message, on_lost
             self._pass_on([])
 
     def _watch(self) -> None:
-        """Be the thread that reads."""
+        """Run the thread that reads."""
         ttl = self.hello.ttl
         silence = Silence(LOOK)
         while (lines := self._lines.read(LOOK)) is not None:
@@ -417,7 +427,7 @@ class ServerEnd:
             elif ttl is not None and silence.look() > ttl:
                 break
         will = threading.Thread(target=self.last_will, daemon=True)
-        with contextlib.suppress(RuntimeError):  # there can be no more threads: the end matters more
+        with contextlib.suppress(RuntimeError):  # no thread can start: the end matters more
             will.start()
         if self._handlers is not None:
             with contextlib.suppress(Exception):
@@ -432,17 +442,17 @@ class ServerEnd:
         if self._handlers is not None:
             unheard, self._unheard = self._unheard, []
             for message in unheard:
-                with contextlib.suppress(RuntimeError):  # the server's event loop is closed: it is at its end
+                with contextlib.suppress(RuntimeError):  # the server is ending: its event loop is closed
                     self._handlers[0](message)
 
 
 def encoded(message: Down | Up) -> bytes:
-    """Return the line that is sent for a message."""
+    """Return a message as the line to send."""
     return msgspec.json.encode(message) + b"\n"
 
 
 def decoded(lines: list[bytes]) -> list[Down]:
-    """Return the messages to a server that the lines hold; what is none is passed over."""
+    """Return the messages to a server in these lines. Other lines are skipped."""
     messages = []
     for line in lines:
         with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
@@ -451,5 +461,5 @@ def decoded(lines: list[bytes]) -> list[Down]:
 
 
 def end_group() -> None:
-    """Kill this process and every other one of its group, at once."""
+    """Kill this process and every other process of its group, at once."""
     os.killpg(os.getpgrp(), signal.SIGKILL)

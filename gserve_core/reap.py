@@ -1,7 +1,7 @@
-"""What dead services have left behind on this machine, and its end.
+"""The processes and files that dead services have left behind on this machine, and their removal.
 
-A server ends by itself when its owner does. Something is left only where it could not: it was stopped, or stuck in the
-kernel, or killed together with its owner.
+A server ends itself when its owner ends. It leaves something behind only if it could not: it was suspended, stuck in
+the kernel, or killed together with its owner.
 """
 
 import contextlib
@@ -18,21 +18,22 @@ from .host import folders, processes
 from .service import records
 
 GRACE = 5.0
-"""Seconds that a process has to end by itself, before it is killed; and then, to be gone."""
+"""Time for a process to end after SIGTERM, and again to disappear after SIGKILL, in seconds."""
 SHOWN = 100
-"""Characters of a command that are shown."""
+"""Maximum number of characters of a command in a message."""
 PROGRAM = b"/vllm_server.py"
-"""The end of the server program's path, in the command of every server."""
+"""End of the server program's path, which is in the command of every server."""
 NURSERY = [b"gserve", b"nursery"]
-"""The beginning of a nursery's command."""
+"""Beginning of a nursery's command."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Process:
-    """A live process that carries the marks of a server. `started` is in clock ticks since boot.
+    """A live process with the marks of a server. It may have inherited all of them: see `orphans`.
 
-    instance, owner and server: the values of ID_VARIABLE, OWNER_VARIABLE and SERVER_VARIABLE in its environment; the
-    last one is empty in the server itself. It may have inherited them all: see `orphans`.
+    started: start of the process, in clock ticks since boot.
+    instance, owner, server: values of ID_VARIABLE, OWNER_VARIABLE and SERVER_VARIABLE in its environment. `server` is
+    empty in the server itself.
     """
 
     pid: int
@@ -52,12 +53,12 @@ class Process:
 
 
 def orphans() -> list[Process]:
-    """Return the processes of servers whose owner is dead: those of this user, for root of all.
+    """Return this user's server processes whose owner is dead; for root, the processes of all users.
 
-    A process that only inherited a server's environment is none of these: it must be the server, or be in a session of
-    the server, or descend from one that is.
+    A process that only inherited a server's environment is left out. It must be the server, be in a session of the
+    server, or descend from such a process.
     """
-    ours = processes.namespace()  # in a container, the ids of owners stand for other processes
+    ours = processes.namespace()  # in a container, the owners' process ids mean other processes
     marked: dict[int, Process] = {}
     for process in _processes():
         with contextlib.suppress(OSError, ValueError):
@@ -72,7 +73,7 @@ def orphans() -> list[Process]:
 
 
 def _is_server(process: Process) -> bool:
-    """Say whether a process is a server or a nursery, or what a launcher has put in front of one."""
+    """Return whether a process is a server, a nursery, or a launcher's process in front of one."""
     if process.server:
         return False
     owner = folders.find_scratch(process.instance, process.temporary)
@@ -85,10 +86,10 @@ def _is_server(process: Process) -> bool:
 
 
 def _is_in_session(process: Process) -> bool:
-    """Say whether a process is in the session of a server that may have ended."""
+    """Return whether a process is in the session of a server, which may have ended."""
     leader, _, started = process.server.partition(":")
     if leader == str(process.session) and started.isdecimal() and process.started >= int(started):
-        return True  # a session keeps its id from being another's
+        return True  # an id is not reused while its session exists
     owner = folders.find_scratch(process.instance, process.temporary)
     return owner is not None and owner.session == process.session and process.started >= owner.started
 
@@ -116,14 +117,14 @@ def _processes() -> Iterator[Process]:
 
 
 def end(left: Collection[Process]) -> list[Process]:
-    """End processes, by force after `GRACE` seconds; return those that live on even so."""
+    """End processes, by force after `GRACE` seconds; return those still alive after that."""
     with contextlib.ExitStack() as stack:
         alive: dict[int, Process] = {}
         for process in left:
             with contextlib.suppress(OSError):
                 descriptor = os.pidfd_open(process.pid)
                 stack.callback(os.close, descriptor)
-                if processes.process_start(process.pid) == process.started:  # else another one has the id now
+                if processes.process_start(process.pid) == process.started:  # otherwise its id was reused
                     alive[descriptor] = process
         for number in (signal.SIGTERM, signal.SIGKILL):
             for descriptor in alive:
@@ -140,17 +141,17 @@ def end(left: Collection[Process]) -> list[Process]:
 
 
 def unused_files() -> list[Path]:
-    """Return the temporary folders and the state files of this user that no living server or service uses."""
+    """Return this user's temporary folders and state files that no live server or service uses."""
     return folders.unused_scratch_folders({process.instance for process in _processes()}) + records.stale_files()
 
 
 def unreadable() -> list[records.Unreadable]:
-    """Return the files in place of services' records that cannot be read; they are not removed."""
+    """Return the unreadable files among the services' records. They are not removed."""
     return records.unreadable()
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it and the link to it."""
+    """Remove a file, or a folder with its content and the link to it."""
     if path.is_dir() and not path.is_symlink():
         folders.remove_scratch(path)
     else:

@@ -1,1 +1,1 @@
-"""What belongs to the machine: processes, folders, files that processes share, GPUs, logs, the environment."""
+"""The machine: processes, folders, files that processes share, GPUs, logs, and the environment."""

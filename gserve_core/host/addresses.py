@@ -8,7 +8,7 @@ from ..errors import LaunchError
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether an address can be reached from this machine only."""
+    """Return whether an address can be reached only from this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -16,9 +16,9 @@ def is_loopback(host: str) -> bool:
 
 
 def own_address(variable: str) -> str:
-    """Return the address of this machine by which that one reaches it which an environment variable names.
+    """Return our address on the route to the host named in `$variable`.
 
-    Raises LaunchError: it names none, or there is no way to it.
+    Raises LaunchError: the variable names no host, or there is no route to it.
     """
     peer = os.environ.get(variable, "").partition(" ")[0]
     try:
@@ -26,7 +26,7 @@ def own_address(variable: str) -> str:
             raise OSError("it is empty")
         family, kind, _, _, place = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
-            probe.connect(place)  # sends nothing, but chooses the way
+            probe.connect(place)  # sends nothing, but selects the route
             return str(probe.getsockname()[0])
     except (OSError, UnicodeError) as error:
         raise LaunchError(

@@ -1,4 +1,4 @@
-"""What a process inherits: what a server takes over from the one that starts it, and what gserve cannot work with."""
+"""Inherited settings of a process: those that a server takes over from its parent, and those that break gserve."""
 
 import contextlib
 import os
@@ -12,14 +12,14 @@ from pathlib import Path
 from ..errors import GserveError
 
 ATTACH_VARIABLE = "GSERVE_ATTACH"
-"""The name of the launched service that a program uses, where it names none itself."""
+"""Variable with the name of the launched service that a program uses, unless the program names one itself."""
 WEAKENING = {
-    "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any method of it
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # clients load adapters from any path
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # pickle, which runs what it reads
-    "PYTHONOPTIMIZE": "",  # takes out assert statements, some of which are vLLM's checks (CVE-2026-41523)
+    "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any of its methods
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # clients may load adapters from any path
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # pickle, which runs code from its input
+    "PYTHONOPTIMIZE": "",  # removes assert statements, and some of vLLM's checks are asserts (CVE-2026-41523)
 }
-"""Variables that open vLLM to attacks, and the values that do not."""
+"""Variables that open vLLM to attacks, and their harmless values."""
 
 
 RESERVED = {
@@ -29,11 +29,11 @@ RESERVED = {
     "GSERVE_SERVER": "gserve finds a server's processes by it",
     "GSERVE_ATTACH": "it names a launched service for clients, not for servers",
 }
-"""Variables that gserve itself sets for servers, or that mean nothing to them, and why a config cannot set them."""
+"""Variables that a config cannot set, and why. gserve sets them for servers, or servers do not use them."""
 
 
 def weakening(environ: Mapping[str, str], chosen: Collection[str]) -> dict[str, str]:
-    """Return the variables to set over those of `environ` that weaken vLLM, but for those that a config has chosen."""
+    """Return harmless values for variables in `environ` that weaken vLLM, except those that a config has chosen."""
     return {
         name: harmless
         for name, harmless in WEAKENING.items()
@@ -43,9 +43,9 @@ def weakening(environ: Mapping[str, str], chosen: Collection[str]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a process takes over from the one that starts it.
+    """Settings that a process inherits from the process that starts it.
 
-    `limits`: soft and hard limit of each resource, by its number (see the module `resource`).
+    limits: soft and hard limit of each resource, by its number (see the module `resource`).
     """
 
     environ: Mapping[str, str] = field(repr=False)
@@ -54,13 +54,13 @@ class Surroundings:
 
 
 def surroundings() -> Surroundings:
-    """Return what a process that was started now would take over."""
+    """Return the settings that a process started now would inherit."""
     numbers = {value for name, value in vars(resource).items() if name.startswith("RLIMIT_")}
     return Surroundings(dict(os.environ), _umask(), {number: resource.getrlimit(number) for number in numbers})
 
 
 def _umask() -> int:
-    """Return the umask, without the moment in which it would be another one that `os.umask` has."""
+    """Return the umask. Unlike `os.umask`, this does not change it for a moment."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("Umask:"):
             return int(line.split()[1], 8)
@@ -68,39 +68,39 @@ def _umask() -> int:
 
 
 def ignore_notices() -> None:
-    """Ignore what a scheduler tells all processes of a job before its end, which would end those that do not know it.
+    """Ignore SIGUSR1 and SIGUSR2: with them, a scheduler announces a job's end to all its processes.
 
-    What a program has set for these signals stays.
+    By default they end a process. A handler that the program has set for them stays.
     """
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) is signal.SIG_DFL:
-            with contextlib.suppress(ValueError):  # only the main thread may
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
                 signal.signal(number, signal.SIG_IGN)
 
 
 def open_missing_descriptors() -> None:
-    """Open those of the descriptors 0 to 2 that are closed on /dev/null, as `sys.stdin`, `stdout` and `stderr` too.
+    """Open each closed descriptor from 0 to 2 on /dev/null, also as `sys.stdin`, `sys.stdout` and `sys.stderr`.
 
-    Otherwise the next file or socket to be opened would take their numbers, and be read or written by mistake. Call it
-    before anything else is opened.
+    Otherwise the next opened file or socket would get its number, and be read or written by mistake. Call it before
+    anything else is opened.
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             opened = os.open(os.devnull, os.O_RDWR)
-            if opened != number:  # the lowest free number, unless another thread has just freed one
+            if opened != number:  # the lowest free number, unless another thread has just closed a lower one
                 os.dup2(opened, number)
                 os.close(opened)
             os.set_inheritable(number, True)
-        if getattr(sys, name) is None:  # how Python says that it was closed when Python started
+        if getattr(sys, name) is None:  # None: it was closed when Python started
             setattr(sys, name, open(number, mode, encoding="utf-8", errors="replace", closefd=False))  # noqa: SIM115
 
 
 def check_not_patched() -> None:
-    """Raise GserveError where gevent or eventlet has replaced the threads, sockets or queues of this process.
+    """Raise GserveError if gevent or eventlet has replaced the threads, sockets or queues of this process.
 
-    What gserve's threads wait for would then never come. Imports neither of the two.
+    gserve's threads would then wait for ever. Imports neither library.
     """
     gevent = getattr(sys.modules.get("gevent.monkey"), "is_module_patched", None)
     eventlet = getattr(sys.modules.get("eventlet.patcher"), "is_monkey_patched", None)

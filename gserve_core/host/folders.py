@@ -21,15 +21,15 @@ from ..errors import GserveError
 from . import processes
 
 LONGEST = 50
-"""Maximum length of a temporary folder's path, in bytes: that of a socket of vLLM below it must fit into 107."""
-SHORT = Path("/tmp")  # noqa: S108 - what is made in it is private
-"""Where a link stands for a server's temporary folder whose path is too long."""
+"""Maximum length of a temporary folder's path, in bytes. The path of a vLLM socket below it must fit into 107."""
+SHORT = Path("/tmp")  # noqa: S108 - everything made in it is private
+"""Folder for links to servers' temporary folders whose paths are too long."""
 KEPT_RUNS = 50
 """Number of runs whose logs are kept."""
 RUN = re.compile(r"\d{8}-\d{6}-.+")
-"""Names of the folders for the logs of a run."""
+"""Pattern of the names of runs' log folders."""
 OWNER_FILE = ".gserve"
-"""Name of the file in a folder of ours that proves whose it is; its owner keeps the logs' one locked."""
+"""Name of the file that proves who owns a folder. In a log folder, the owner keeps it locked."""
 HOMES = {"state": ("XDG_STATE_HOME", ".local/state"), "cache": ("XDG_CACHE_HOME", ".cache")}
 
 logger = logging.getLogger("gserve.folders")
@@ -39,9 +39,9 @@ logger = logging.getLogger("gserve.folders")
 
 
 def private(path: Path) -> Path:
-    """Make a folder of this user alone if it is missing; return it.
+    """Make a private folder of this user if it is missing; return it.
 
-    Raises GserveError: it belongs to somebody else, is open to others, or is a link. Raises OSError: it cannot be made.
+    Raises GserveError: it belongs to another user, is open to others, or is a link. Raises OSError: it cannot be made.
     """
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
@@ -52,7 +52,10 @@ def private(path: Path) -> Path:
 
 
 def temporary() -> Path:
-    """Return this user's private folder in the folder for temporary files. Raises GserveError."""
+    """Return this user's private folder in the temporary folder.
+
+    Raises GserveError: it cannot be made or is not private.
+    """
     path = None
     try:
         path = Path(tempfile.gettempdir()) / f"gserve-{os.getuid()}"
@@ -65,7 +68,10 @@ def temporary() -> Path:
 
 
 def home(kind: Literal["state", "cache"], environ: Mapping[str, str] = os.environ) -> Path:
-    """Return the user's folder for state or caches. It may not exist. Raises GserveError: there is no home folder."""
+    """Return the user's folder for state or caches, which may not exist.
+
+    Raises GserveError: there is no home folder.
+    """
     variable, below = HOMES[kind]
     if (given := environ.get(variable, "")).startswith("/"):
         return Path(given)
@@ -87,9 +93,10 @@ def expanded(path: str) -> Path:
 
 
 def writable(kind: Literal["state", "cache"], below: str) -> Path:
-    """Return a folder below the user's folder for state or caches, made if it is missing.
+    """Return a folder below the user's folder for state or caches. It is made if it is missing.
 
-    Falls back to a private folder in the temporary folder, with one note in the log. Raises GserveError.
+    The fallback is a private folder in the temporary folder, with one warning in the log.
+    Raises GserveError: neither can be made.
     """
     try:
         path = home(kind) / below
@@ -108,9 +115,9 @@ def writable(kind: Literal["state", "cache"], below: str) -> Path:
 
 
 def cache_environment() -> dict[str, str]:
-    """Return what the environment of libraries needs where the user's folder for caches cannot be used.
+    """Return environment variables for libraries, if the user's cache folder cannot be used, else none.
 
-    Models that Hugging Face has in it are still found. Raises GserveError.
+    Libraries still find the models that Hugging Face has stored there. Raises GserveError: no cache folder can be made.
     """
     path = writable("cache", "")
     found = {HOMES["cache"][0]: str(path)}
@@ -125,7 +132,7 @@ def cache_environment() -> dict[str, str]:
 
 @functools.cache
 def note(text: str) -> None:
-    """Log a warning once in this process."""
+    """Log a warning, once per text in this process."""
     logger.warning("%s", text)
 
 
@@ -133,14 +140,14 @@ def note(text: str) -> None:
 
 
 _HELD: dict[Path, int] = {}
-"""The locked files of the log folders that this process uses."""
+"""Descriptors of the locked files in the log folders that this process uses."""
 
 
 def log_folder(run: str) -> Path:
-    """Make and return the folder for the logs of one run; the oldest runs beyond `KEPT_RUNS` are removed.
+    """Make a folder for the logs of one run; return it. The oldest runs beyond `KEPT_RUNS` are removed.
 
-    It lies below `$XDG_STATE_HOME/gserve/logs`, by default `~/.local/state/gserve/logs`. It stays while this process
-    lives, or until `release_logs`. Raises GserveError.
+    It lies below `$XDG_STATE_HOME/gserve/logs`, by default `~/.local/state/gserve/logs`. It is kept until this process
+    ends or calls `release_logs`. Raises GserveError: it cannot be made.
     """
     base = writable("state", "gserve/logs")
     try:
@@ -154,7 +161,10 @@ def log_folder(run: str) -> Path:
 
 
 def keep_logs(path: Path) -> None:
-    """Make a log folder again if it is missing, and keep other runs from removing it. Raises GserveError."""
+    """Make a log folder again if it is missing, and prevent other runs from removing it.
+
+    Raises GserveError: it cannot be made.
+    """
     file = path / OWNER_FILE
     with contextlib.suppress(OSError, KeyError):
         if os.path.samestat(os.fstat(_HELD[path]), file.lstat()):
@@ -167,21 +177,21 @@ def keep_logs(path: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         os.write(descriptor, f"{processes.owner_mark()}\n".encode())
-    except OSError:  # locks are not supported there, or the disk is full: the logs are made even so
+    except OSError:  # locks are not supported there, or the disk is full: log without a lock
         logger.debug("cannot lock %s", file, exc_info=True)
     release_logs(path)
     _HELD[path] = descriptor
 
 
 def release_logs(path: Path) -> None:
-    """Let other runs remove a log folder when its time has come. Idempotent."""
+    """Allow other runs to remove a log folder when it is old enough. Idempotent."""
     descriptor = _HELD.pop(path, None)
     if descriptor is not None:
         _unlock(descriptor)
 
 
 def _unlock(descriptor: int) -> None:
-    """Free the lock of a file, and close it: closing is not enough where a fork has the file too."""
+    """Unlock and close a file. Closing alone keeps the lock if a forked process has the file too."""
     with contextlib.suppress(OSError):  # locks are not supported there
         fcntl.flock(descriptor, fcntl.LOCK_UN)
     os.close(descriptor)
@@ -200,7 +210,10 @@ def _remove_logs(path: Path) -> None:
 
 @contextlib.contextmanager
 def _unlocked(file: Path) -> Iterator[None]:
-    """Lock a file for the block; nobody can use its folder then. Raises OSError: somebody does, or nobody can know."""
+    """Lock a file for the block, so that no other process can use its folder.
+
+    Raises OSError: the folder is in use, or its state is unknown.
+    """
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW)
     except FileNotFoundError:  # made by an older version of gserve
@@ -217,7 +230,7 @@ def _unlocked(file: Path) -> Iterator[None]:
 
 
 class ScratchOwner(Struct, frozen=True):
-    """Whose a temporary folder is: an instance of a server, and its process, which leads or is in a session."""
+    """The owner of a temporary folder: a server's instance, and its process, which leads or is in a session."""
 
     instance: str
     pid: int
@@ -227,15 +240,15 @@ class ScratchOwner(Struct, frozen=True):
 
 
 def scratch_folder(instance: str, temporary: str = "") -> Path:
-    """Return where a server keeps its temporary files: it makes the folder, and its owner sees to it that it goes.
+    """Return the path of a server's folder for temporary files. The server makes it; its owner ensures its removal.
 
-    temporary: the server's folder for temporary files; "": it is ours.
+    temporary: the server's temporary folder; "": the same as in this process.
     """
     return (Path(temporary) if temporary else _temporary()) / f"gserve-{instance[:12]}"
 
 
 def _temporary() -> Path:
-    """Return the folder for temporary files; if no such folder can be written, the usual one."""
+    """Return the temporary folder, or the usual one if none is writable."""
     try:
         return Path(tempfile.gettempdir())
     except FileNotFoundError:
@@ -243,7 +256,7 @@ def _temporary() -> Path:
 
 
 def short_path(folder: Path) -> Path:
-    """Return a path of a scratch folder below which sockets fit: a link to it if its own path is too long."""
+    """Return a path to a scratch folder that is short enough for sockets: a link if its own path is too long."""
     if len(os.fsencode(folder.parent)) <= LONGEST:
         return folder
     for base in _short_bases():
@@ -262,7 +275,7 @@ def _short_bases() -> list[Path]:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove a scratch folder, and the link to it. Nothing is raised."""
+    """Remove a scratch folder and the link to it. Never raises."""
     shutil.rmtree(folder, ignore_errors=True)
     for base in _short_bases():
         with contextlib.suppress(OSError):
@@ -271,7 +284,7 @@ def remove_scratch(folder: Path) -> None:
 
 
 def make_scratch_folder(instance: str) -> Path:
-    """Make that folder, which counts as used while this process lives. Raises OSError, GserveError."""
+    """Make the scratch folder of a server. It counts as used until this process ends. Raises OSError, GserveError."""
     path = private(scratch_folder(instance))
     me = os.getpid()
     owner = ScratchOwner(instance, me, processes.process_start(me) or 0, os.getsid(0), processes.boot())
@@ -283,7 +296,7 @@ def make_scratch_folder(instance: str) -> Path:
 
 
 def scratch_owner(path: Path) -> ScratchOwner | None:
-    """Return whose temporary folder it is; None if it is not proved to be one of this user's servers."""
+    """Return the owner of a temporary folder; None if it is not proved to be a server of this user."""
     try:
         found = path.lstat()
         if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
@@ -297,7 +310,10 @@ def scratch_owner(path: Path) -> ScratchOwner | None:
 
 
 def find_scratch(instance: str, *more: Path) -> ScratchOwner | None:
-    """Return the owner of a server's temporary folder, which may lie below other folders too; None: there is none."""
+    """Return the owner of a server's temporary folder; None if there is none.
+
+    more: other folders that may contain it.
+    """
     name = f"gserve-{instance[:12]}"
     for base in (_temporary(), *_short_bases(), *more):
         path = base if base.name == name else base / name
@@ -310,9 +326,10 @@ def find_scratch(instance: str, *more: Path) -> ScratchOwner | None:
 
 
 def unused_scratch_folders(instances: Collection[str]) -> list[Path]:
-    """Return the scratch folders of this user that no living server uses, and links to folders that are gone.
+    """Return this user's scratch folders that no live server uses, and links to folders that are gone.
 
-    `instances` are known to live. Only what is proved to be a server's is returned.
+    Only folders proved to be a server's are returned.
+    instances: servers known to be alive.
     """
     temporary = _temporary()
     pattern = "gserve-" + "[0-9a-f]" * 12

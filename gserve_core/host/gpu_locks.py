@@ -1,7 +1,7 @@
-"""One GPU, one owner: a server locks its GPUs on this machine, against other services and other users too.
+"""GPU locks: each server locks its GPUs on this machine, also against other services and other users.
 
-The kernel frees a lock when all processes have ended that share it, however they end: the server, and those that it has
-forked.
+The kernel frees a lock when all processes that share it have ended, however they end. These are the server and the
+processes that it has forked.
 """
 
 import asyncio
@@ -17,19 +17,19 @@ from pathlib import Path
 from ..errors import LaunchError
 from ..interfaces import Report
 
-FOLDER = Path("/tmp")  # noqa: S108 - whatever TMPDIR says: users must meet
+FOLDER = Path("/tmp")  # noqa: S108 - not TMPDIR: all users must use the same folder
 REPORT_SECONDS = 10.0
-"""How often a server that waits says so: it must not be taken for one that hangs in its start."""
+"""Interval between two reports of a server that waits, in seconds. Otherwise its start would seem to hang."""
 LOOK_SECONDS = 0.1
 SHOWN = 100
-"""Characters of another process's command that a message has."""
+"""Maximum number of characters of another process's command in a message."""
 
 
 class Hold:
-    """Locked GPUs, for the life of this process or until `release`."""
+    """Locked GPUs, until `release` or the end of this process."""
 
     def __init__(self, devices: Sequence[str]) -> None:
-        self._devices = sorted(set(devices))  # one order for all: else two could wait for each other
+        self._devices = sorted(set(devices))  # the same order for all prevents a deadlock
         self._locks: list[int] = []
         self._turns: list[int] = []
 
@@ -46,7 +46,7 @@ class Hold:
                 self._turns.append(_open(device, "start.lock"))
 
     async def turn(self, report: Report) -> None:
-        """Wait until no other server starts on one of these GPUs; at once where they are not shared."""
+        """Wait until no other server starts on one of these GPUs. Returns at once if they are not shared."""
         for device, descriptor in zip(self._devices, self._turns, strict=False):
             next_report = time.monotonic()
             while not _lock(descriptor, fcntl.LOCK_EX):
@@ -56,20 +56,21 @@ class Hold:
                 await asyncio.sleep(LOOK_SECONDS)
 
     def started(self) -> None:
-        """Let the next server start that shares these GPUs. Idempotent."""
+        """Allow the next server that shares these GPUs to start. Idempotent."""
         _free(self._turns)
 
     def release(self) -> None:
-        """Give the GPUs free, also where forked processes live on. Idempotent."""
+        """Unlock the GPUs, even if forked processes are still alive. Idempotent."""
         _free(self._turns)
         _free(self._locks)
 
 
 def hold(devices: Sequence[str], *, share: bool) -> Hold:
-    """Lock GPUs for this process: alone, or among others that share them.
+    """Lock GPUs for this process.
 
-    Those that share them start one after the other: await `turn` before the engine starts, and call `started` when it
-    is ready. Raises LaunchError: somebody else holds one.
+    share: whether other processes that share them may lock them too. They start one after the other: await `turn`
+    before the engine starts, and call `started` when it is ready.
+    Raises LaunchError: another process has locked a GPU, or its lock cannot be used.
     """
     held = Hold(devices)
     try:
@@ -81,13 +82,13 @@ def hold(devices: Sequence[str], *, share: bool) -> Hold:
 
 
 def _open(device: str, kind: str) -> int:
-    """Open the file that stands for a GPU, which may be another user's: locking needs no right to write."""
+    """Open the lock file of a GPU. It may be another user's: locking needs no write permission."""
     path = FOLDER / f"gserve-gpu-{re.sub(r'[^A-Za-z0-9._-]', '_', device)}.{kind}"
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK
     try:
         with contextlib.suppress(FileExistsError):
             descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o644)
-            os.fchmod(descriptor, 0o644)  # whatever the umask: others must be able to open it
+            os.fchmod(descriptor, 0o644)  # whatever the umask: other users must be able to open it
             return descriptor
         return os.open(path, flags)
     except OSError as error:
@@ -108,7 +109,7 @@ def _lock(descriptor: int, kind: int) -> bool:
 def _free(descriptors: list[int]) -> None:
     while descriptors:
         descriptor = descriptors.pop()
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing is not enough where a fork has the file too
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone keeps the lock if a forked process has the file too
         os.close(descriptor)
 
 
@@ -117,19 +118,19 @@ def _name(device: str) -> str:
 
 
 def _holder(descriptor: int) -> int | None:
-    """Return the id of the process that has locked a file; None where the kernel does not say."""
+    """Return the id of the process that has locked a file; None if the kernel does not show it."""
     found = os.fstat(descriptor)
     place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with contextlib.suppress(OSError):
         for line in Path("/proc/locks").read_text().splitlines():
-            _, kind, _, _, pid, where, *_ = line.split()  # in one of a process that waits, these are others
-            if (kind, where) == ("FLOCK", place) and int(pid) > 0:  # else it is in a container, and has no id here
+            _, kind, _, _, pid, where, *_ = line.split()  # the line of a waiting process has other fields
+            if (kind, where) == ("FLOCK", place) and int(pid) > 0:  # otherwise it is in a container, and has no id here
                 return int(pid)
     return None
 
 
 def _describe(pid: int | None) -> str:
-    """Return whose process it is, and its command."""
+    """Return a description of a process: its id, user and command."""
     if pid is None:
         return "another process"
     try:
@@ -137,7 +138,7 @@ def _describe(pid: int | None) -> str:
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         command = b""
-    if not command:  # it has ended, and what it has forked has not
+    if not command:  # it has ended, but a process that it forked has not
         return f"what process {pid} has left behind (see: gserve reap)"
     user = int(status.partition("\nUid:")[2].split()[0])
     try:

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, and which of them a process sees."""
+"""The GPUs of this machine, and those that a process sees."""
 
 import itertools
 import re
@@ -9,31 +9,32 @@ from collections.abc import Mapping
 from ..errors import LaunchError
 
 NO_DEVICE = ("", "-1", "NoDevFiles")
-"""What hides the GPUs from there on in CUDA_VISIBLE_DEVICES."""
+"""Entries of CUDA_VISIBLE_DEVICES that hide all GPUs from there on."""
 QUERY = ("--query-gpu=index,uuid", "--format=csv,noheader")
 ROW = re.compile(r"^(\d+), (GPU-\S+)\s*$", re.MULTILINE)
-"""What it then says of each GPU."""
+"""Pattern of a line of nvidia-smi's answer to `QUERY`: number and UUID of a GPU."""
 NO_DRIVER = (9, 12)
-"""Exit codes of nvidia-smi on a machine that has no NVIDIA driver: vLLM may use other devices there."""
+"""Exit codes of nvidia-smi on a machine without an NVIDIA driver. vLLM may use other devices there."""
 NO_GPU = 6
-"""Exit code of nvidia-smi where there is a driver, and no GPU that this process may see."""
+"""Exit code of nvidia-smi with a driver, but no GPU that this process may see."""
 SHOWN = 100
-"""Characters of its output that a message has."""
+"""Maximum number of characters of nvidia-smi's output in a message."""
 QUERY_SECONDS = 60.0
-"""Maximum wait for nvidia-smi, in seconds: without persistence mode it may load the driver first."""
+"""Maximum wait for nvidia-smi, in seconds. Without persistence mode it may load the driver first."""
 ORDER = "CUDA_DEVICE_ORDER"
 PCI_ORDER = "PCI_BUS_ID"
-"""The order of GPUs in nvidia-smi. CUDA's own default is another one: the fastest GPU first."""
+"""The order of GPUs in nvidia-smi. CUDA's own default differs: the fastest GPU first."""
 UUID = re.compile(r"(GPU|MIG)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""A whole identity, which needs no nvidia-smi to be known."""
+"""Pattern of a complete UUID, which is known without nvidia-smi."""
 
 
 def visible(environ: Mapping[str, str], wanted: int) -> list[str]:
-    """Return the identities of the first `wanted` GPUs that a process with this environment sees.
+    """Return the ids of the first `wanted` GPUs that a process with this environment sees.
 
-    They are UUIDs if the machine has nvidia-smi, since in two containers or SLURM steps the same number may stand for
-    different GPUs; else what stands in CUDA_VISIBLE_DEVICES. Raises LaunchError: there is no GPU of that number, or
-    nvidia-smi does not answer, or CUDA counts the GPUs in another order.
+    With nvidia-smi, they are UUIDs: in two containers or SLURM steps, the same number may mean different GPUs. Without
+    it, they are the entries of CUDA_VISIBLE_DEVICES.
+
+    Raises LaunchError: no GPU has that number, nvidia-smi fails, or CUDA numbers the GPUs in another order.
     """
     listed = environ.get("CUDA_VISIBLE_DEVICES")
     if listed is None:
@@ -51,7 +52,7 @@ def visible(environ: Mapping[str, str], wanted: int) -> list[str]:
 
 
 def _check_order(environ: Mapping[str, str], uuids: Mapping[str, str]) -> None:
-    """Raise LaunchError if the numbers of GPUs are not those of nvidia-smi."""
+    """Raise LaunchError if CUDA does not number the GPUs as nvidia-smi does."""
     order = environ.get(ORDER, PCI_ORDER)
     if order != PCI_ORDER and len(uuids) > 1:
         raise LaunchError(
@@ -61,7 +62,10 @@ def _check_order(environ: Mapping[str, str], uuids: Mapping[str, str]) -> None:
 
 
 def _identity(entry: str, uuids: Mapping[str, str]) -> str:
-    """Return the UUID for an index, or for the beginning of one, as CUDA takes both."""
+    """Return the UUID for an index or for the beginning of a UUID. CUDA accepts both.
+
+    Raises LaunchError: no GPU has that index.
+    """
     if uuids and entry.isdecimal() and entry not in uuids:
         raise LaunchError(f"there is no GPU {entry} here, only {', '.join(uuids)}: choose other gpu_ids")
     found = [uuid for index, uuid in uuids.items() if index == entry or uuid.startswith(entry)]
@@ -69,10 +73,10 @@ def _identity(entry: str, uuids: Mapping[str, str]) -> str:
 
 
 def _uuids(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the UUIDs of this machine's GPUs by their numbers; none if there is no nvidia-smi, no driver, or no GPU.
+    """Return the UUIDs of this machine's GPUs by number; none without nvidia-smi, a driver or a GPU.
 
-    Raises LaunchError: nvidia-smi fails, or names none of the GPUs in CUDA_VISIBLE_DEVICES. What it did not name must
-    not be locked by its number: others know it by its UUID.
+    Raises LaunchError: nvidia-smi fails, or reports none of the GPUs in CUDA_VISIBLE_DEVICES. A GPU that it does not
+    report must not be locked by number: other servers know it by its UUID.
     """
     program = shutil.which("nvidia-smi", path=environ.get("PATH"))
     if program is None:

@@ -1,4 +1,7 @@
-"""Logging: loggers below "gserve", the level by `GSERVE_LOG_LEVEL`, which servers inherit; and the log of a server."""
+"""Logging: the loggers below "gserve", and the log of a server.
+
+`GSERVE_LOG_LEVEL` sets the level. Servers inherit it.
+"""
 
 import atexit
 import contextlib
@@ -23,27 +26,28 @@ from .redaction import redact
 LEVEL_VARIABLE = "GSERVE_LOG_LEVEL"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 LIMIT = 50 << 20
-"""Bytes that the log of a server may have."""
+"""Maximum size of a server's log, in bytes."""
 HEAD = 1 << 20
-"""Bytes from its beginning, which tells how the server started, that it never loses."""
+"""Size of the beginning of a log that is never dropped, in bytes. It shows how the server started."""
 LONGEST_LINE = 64 << 10
-"""Bytes of a line that are kept."""
+"""Maximum length of a line, in bytes. The rest is cut."""
 TAIL_LINES = 50
 CLOSE_SECONDS = 1.0
-"""How long a server that ends waits for its last words to be written."""
+"""Maximum time for a server that ends to write its last lines, in seconds."""
 PATIENCE = 1.0
-"""Seconds that a log which is no file may take to make room before lines are lost."""
+"""Maximum wait for a pipe or a terminal to accept data, in seconds. Then lines are lost."""
 BACKLOG_LINES = 10_000
-"""Lines that may wait to be written to a stderr that nobody reads; of more, the oldest are dropped."""
+"""Maximum number of lines queued for a stderr without a reader. Beyond it, the oldest lines are dropped."""
 _CHUNK = 1 << 20
 
 
 def setup_logging(level: str | int | None = None, *, waits: bool = False) -> logging.Logger:
-    """Write gserve's log to stderr, from `level` on (default: `GSERVE_LOG_LEVEL`, else INFO); return its logger.
+    """Write gserve's log to stderr; return its logger.
 
-    The level reaches the servers that are started afterwards. `waits`: the thread that logs writes by itself, and waits
-    where stderr takes nothing; else another thread writes, which drops and counts lines then. Raises ConfigError: no
-    such level.
+    level: the lowest level to log (default: `GSERVE_LOG_LEVEL`, else INFO). Servers started later use it too.
+    waits: whether the thread that logs writes itself, and waits while stderr accepts nothing. Otherwise another thread
+    writes; it then drops lines and counts them.
+    Raises ConfigError: the level is unknown.
     """
     name = logging.getLevelName(level) if isinstance(level, int) else (level or log_level())
     if name.upper() not in _LEVELS:
@@ -59,18 +63,19 @@ def setup_logging(level: str | int | None = None, *, waits: bool = False) -> log
 
 
 def log_level() -> str:
-    """Return the level by name: that of the logger "gserve" where it is set, else the environment's, else INFO."""
+    """Return the level's name: from the logger "gserve" if it is set there, else from the environment, else INFO."""
     own = logging.getLogger("gserve").level
     return logging.getLevelName(own) if own else os.environ.get(LEVEL_VARIABLE, "INFO")
 
 
 def keep_logging_from_waiting() -> None:
-    """Have another thread write what this one logs: it may wait for the handlers of the program, or stderr. Idempotent.
+    """Let another thread write the log records of this thread, which must not wait for a handler or stderr. Idempotent.
 
-    Each thread that keeps something alive calls it at its beginning, and again when a library has come that logs.
+    Each thread that keeps something alive calls it at its start. It calls it again after the import of a library that
+    logs.
     """
     _THREAD.must_not_wait = True
-    for it in list(logging.root.manager.loggerDict.values()):  # also those of libraries, such as a transport's
+    for it in list(logging.root.manager.loggerDict.values()):  # also the loggers of libraries, such as a transport's
         if isinstance(it, logging.Logger):
             it.addFilter(_hand_over)
     logger = logging.getLogger("gserve")
@@ -79,23 +84,24 @@ def keep_logging_from_waiting() -> None:
 
 
 def forward(lines: Iterable[str]) -> None:
-    """Have lines written to stderr by a thread. Never waits: lines that stderr does not take are dropped, and counted.
+    """Queue lines for the thread that writes to stderr.
 
-    They are in order with those of our log.
+    Never waits: lines that stderr does not accept are dropped, and counted. The lines stay in order with the lines of
+    gserve's log.
     """
     _STDERR.put(lines)
 
 
 def flush(seconds: float = CLOSE_SECONDS) -> None:
-    """Wait until all that is to be handed over and forwarded is written, so many seconds at most for each."""
+    """Wait until all queued records and lines are written, at most `seconds` seconds for each kind."""
     _RECORDS.flush(seconds)
     _STDERR.flush(seconds)
 
 
 class _Backlog[T]:
-    """A thread that writes, and what it has not written yet.
+    """A queue of entries, and the thread that writes them.
 
-    write: writes some entries, and says how many were dropped before them. It may wait.
+    write: writes entries, and reports how many were dropped before them. It may wait.
     """
 
     def __init__(self, name: str, write: Callable[[Sequence[T], int], object]) -> None:
@@ -105,7 +111,7 @@ class _Backlog[T]:
         self._reset()
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()  # a signal handler may log while its thread has the lock: it is an RLock
+        self._changed = threading.Condition()  # an RLock inside: a signal handler may log while its thread holds it
         self._entries: deque[T] = deque()
         self._dropped = 0
         self._is_writing = False
@@ -120,7 +126,7 @@ class _Backlog[T]:
                 self._entries.append(entry)
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-                thread.start()  # raises where there can be no more threads: the next entry tries it again
+                thread.start()  # raises if no thread can start: the next entry tries again
                 self._thread = thread
                 atexit.unregister(flush)
                 atexit.register(flush)
@@ -148,10 +154,13 @@ def _write_lines(lines: Sequence[str], dropped: int) -> None:
 
 
 def _write_to_stderr(text: str) -> None:
-    """Write a text, and wait as long as it takes. Holds no lock of `sys.stderr` while it waits: others need it."""
+    """Write a text to stderr, however long it takes.
+
+    It holds no lock of `sys.stderr` while it waits: others need it.
+    """
     stream = sys.stderr
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # it is closed, or there is none
-        if type(stream) is not io.TextIOWrapper:  # a notebook's, or a test's
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed or missing
+        if type(stream) is not io.TextIOWrapper:  # a stream of a notebook or a test
             stream.write(text)
             stream.flush()
             return
@@ -167,7 +176,7 @@ _STDERR = _Backlog("stderr", _write_lines)
 
 
 def _handle(records: Sequence[logging.LogRecord], dropped: int) -> None:
-    """Pass records on to the program's own handlers."""
+    """Pass records to the program's own handlers."""
     if dropped:
         logging.getLogger("gserve").warning("%d records were dropped here: a log handler takes none", dropped)
     for record in records:
@@ -180,18 +189,18 @@ _THREAD = threading.local()
 
 
 def _hand_over(record: logging.LogRecord) -> bool:
-    """Be the filter of a logger: say whether this thread may pass a record on; else another one does that."""
+    """Filter a logger's records: return whether this thread may handle the record. If not, another thread does."""
     if not getattr(_THREAD, "must_not_wait", False) or all(
         isinstance(it, _StderrHandler) for it in _handlers(record.name)
     ):
         return True
-    with contextlib.suppress(RuntimeError):  # there can be no more threads
+    with contextlib.suppress(RuntimeError):  # no thread can start
         _RECORDS.put([record])
     return False
 
 
 def _handlers(name: str) -> list[logging.Handler]:
-    """Return all handlers that get what a logger is told."""
+    """Return all handlers that receive the records of a logger."""
     found, logger = [], logging.getLogger(name)
     while True:
         found += logger.handlers
@@ -201,7 +210,7 @@ def _handlers(name: str) -> list[logging.Handler]:
 
 
 class _StderrHandler(logging.Handler):
-    """Has a thread write to stderr."""
+    """A handler whose lines are written to stderr by another thread."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -214,7 +223,7 @@ class _StderrHandler(logging.Handler):
 
 
 class _LastResort(_StderrHandler):
-    """Does what `logging` does itself where a program has no handler, but does not wait."""
+    """The fallback of `logging` for a program without handlers, but without waiting."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if all(isinstance(handler, _LastResort) for handler in _handlers("gserve")):
@@ -222,21 +231,21 @@ class _LastResort(_StderrHandler):
 
 
 class ServerLog:
-    """The log of this process and all below it: what they write to descriptors 1 and 2, which it takes over.
+    """The log of this process and all processes below it: their output to descriptors 1 and 2, which it takes over.
 
-    A thread reads that from a pipe and writes it to what was descriptor 2, line by line and without the values of
-    `secrets`. A log that cannot be written never stops a server: lines are lost, and counted. A file is kept below
-    `limit` bytes: of a larger log it has the beginning and the newest part.
+    A thread reads the output from a pipe and writes it to the former descriptor 2. It works line by line and redacts
+    the values of `secrets`. A log that cannot be written never stops a server: lines are lost, and counted. A file is
+    kept below `limit` bytes. A larger log keeps its beginning and its newest part.
     """
 
     def __init__(self, secrets: Collection[str] = (), limit: int = LIMIT) -> None:
         self._secrets = secrets
-        self._raw = os.dup(2)  # as all descriptors here it is closed when a program is executed
+        self._raw = os.dup(2)  # close-on-exec, as all descriptors here
         self._sink = _Sink(self._raw, limit)
         self._rest = b""
         self._tail: deque[bytes] = deque(maxlen=TAIL_LINES)
         self._pipe, ours = os.pipe()
-        with contextlib.suppress(OSError):  # more than a user may have in pipes: it stays smaller
+        with contextlib.suppress(OSError):  # the user's limit for pipes is reached: it stays smaller
             fcntl.fcntl(ours, fcntl.F_SETPIPE_SZ, _CHUNK)
         self._closing = os.eventfd(0)
         for number in (1, 2):
@@ -249,16 +258,19 @@ class ServerLog:
         self._thread.start()
 
     def _forget(self) -> None:
-        """Close the pipe in a forked child, so that it breaks when we are gone; once, see `lease.ServerEnd._forget`."""
+        """Close the pipe in a forked child, so that it breaks when the parent is gone.
+
+        Close it only once: see `lease.ServerEnd._forget`.
+        """
         while self._inherited:
             os.close(self._inherited.pop())
 
     def tail(self) -> list[str]:
-        """Return the last lines, 50 at most, also where they could not be written."""
+        """Return the last lines, at most 50, even those that could not be written."""
         return [line.decode(errors="replace") for line in list(self._tail)]
 
     def close(self) -> None:
-        """Write what has come so far, in a second at most; what comes later goes by us. Idempotent."""
+        """Write the output so far, within a second. Later output goes directly to the log. Idempotent."""
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -266,7 +278,7 @@ class ServerLog:
         self._thread.join(CLOSE_SECONDS)
 
     def _pump(self) -> None:
-        """Be the thread: pass on what comes until `close`, and then what is still there."""
+        """Run the thread: copy the output until `close`, then the rest."""
         waiting = select.poll()
         for descriptor in (self._pipe, self._closing):
             waiting.register(descriptor, select.POLLIN)
@@ -280,13 +292,16 @@ class ServerLog:
                     self._take(chunk)
             if self._rest:
                 self._take(b"\n")
-        finally:  # whatever happens: nobody may wait for a pipe that nobody reads
+        finally:  # always: no process may wait for a pipe without a reader
             for number in (1, 2):
                 os.dup2(self._raw, number)
             os.close(self._pipe)
 
     def _take(self, chunk: bytes) -> None:
-        """Write the whole lines that there are with `chunk`; the last one waits for its end."""
+        """Write the complete lines of the output so far, including `chunk`.
+
+        An incomplete last line waits for its end.
+        """
         data = self._rest + chunk
         end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1  # a progress bar has only the latter
         self._rest = data[end : end + 2 * LONGEST_LINE]
@@ -298,9 +313,9 @@ class ServerLog:
 
 
 class BoundedLog:
-    """A file to which a process appends that cannot keep it below `limit` bytes, as srun: its owner does, by `look`.
+    """A log kept below `limit` bytes for a process that cannot do so, such as srun. Its owner calls `look` for it.
 
-    What is appended in the very moment in which lines are dropped may be lost.
+    Lines appended at the very moment of a drop may be lost.
     """
 
     def __init__(self, path: Path, limit: int = LIMIT) -> None:
@@ -308,7 +323,7 @@ class BoundedLog:
             self._sink = _Sink(stream.fileno(), limit)
 
     def look(self) -> None:
-        """Drop lines from the middle where the file has grown too large. Raises OSError."""
+        """Drop lines from the middle of the file if it is too large. Raises OSError."""
         self._sink.keep_below(0)
 
     def close(self) -> None:
@@ -317,14 +332,14 @@ class BoundedLog:
 
 
 class _Sink:
-    """Where a log goes: a file, which it keeps below `limit` bytes, or what cannot be cut, a pipe or a terminal."""
+    """The target of a log: a file, kept below `limit` bytes, or a pipe or terminal, which cannot be shortened."""
 
     def __init__(self, descriptor: int, limit: int) -> None:
         self._descriptor = descriptor
         self._limit = limit
         self._is_file = False
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
-            with contextlib.suppress(OSError):  # it was opened for appending only
+            with contextlib.suppress(OSError):  # reopened, since it was opened for appending only
                 self._descriptor = os.open(f"/proc/self/fd/{descriptor}", os.O_RDWR)
                 self._is_file = True
         self._head: int | None = None
@@ -340,7 +355,10 @@ class _Sink:
             os.close(self._descriptor)
 
     def put(self, lines: bytes) -> None:
-        """Write lines. Never raises: what cannot be written is lost, which is told when writing works again."""
+        """Write lines. Never raises: lines that cannot be written are lost.
+
+        A note gives their number once writing works again.
+        """
         if self._lost:
             note = f"[gserve: {self._lost} lines could not be written here: {self._why}]\n"
             if self._write(("\n" * self._is_torn + note).encode()):
@@ -351,7 +369,7 @@ class _Sink:
             self._lost = max(1, unwritten.count(b"\n"))
 
     def _write(self, data: bytes) -> bytes:
-        """Write as much as can be; return the rest."""
+        """Write as much of the data as possible; return the rest."""
         done = 0
         try:
             while done < len(data):
@@ -363,22 +381,22 @@ class _Sink:
         return data[done:]
 
     def _append(self, data: memoryview) -> int:
-        """Write some of `data`; return how many bytes."""
+        """Write a part of `data`; return its number of bytes."""
         if self._is_file:
             return os.pwrite(self._descriptor, data, self.keep_below(len(data)))
         room = select.poll()
         room.register(self._descriptor, select.POLLOUT)
         if not room.poll(0 if self._lost else PATIENCE * 1000):
             raise BlockingIOError(errno.EAGAIN, "nobody reads it")
-        return os.write(self._descriptor, data[: select.PIPE_BUF])  # so much never has to wait then
+        return os.write(self._descriptor, data[: select.PIPE_BUF])  # after `poll`, a write of this size never waits
 
     def keep_below(self, more: int) -> int:
-        """See to it that the file stays below the limit with `more` bytes behind it; return its size then."""
+        """Shrink the file if `more` bytes would exceed the limit; return its size."""
         size = os.fstat(self._descriptor).st_size
         return size if size + more <= self._limit else self._shrink(size)
 
     def _shrink(self, size: int) -> int:
-        """Drop lines from the middle of the file, so that half of it is free; return its size then."""
+        """Drop lines from the middle of the file, so that half of it is free; return its new size."""
         if self._head is None:
             self._head = os.pread(self._descriptor, HEAD, 0).rfind(b"\n") + 1
         source = size - (self._limit - self._head) // 2

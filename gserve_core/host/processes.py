@@ -1,4 +1,4 @@
-"""The processes of this machine: when one started, whether an owner is alive, and what belongs to a server."""
+"""The processes of this machine: when one started, whether an owner is alive, and which ones belong to a server."""
 
 import contextlib
 import functools
@@ -11,25 +11,31 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ID_VARIABLE = "GSERVE_ID"
-"""The instance of a server, in the environment of all its processes: what they are found by, even renamed."""
+"""Variable with the instance of a server, in the environment of all its processes.
+
+They are found by it, even when they are renamed.
+"""
 OWNER_VARIABLE = "GSERVE_OWNER"
-"""Who has started it, beside that: see `owner_mark`."""
+"""Variable with the owner of the server, beside `ID_VARIABLE`: see `owner_mark`."""
 SERVER_VARIABLE = "GSERVE_SERVER"
-"""The server itself, for the processes below it: a process's id and its start in clock ticks, as "4711:98765"."""
+"""Variable with the server itself, in the environment of the processes below it.
+
+Its value is the server's process id and its start in clock ticks, as "4711:98765".
+"""
 GONE_SECONDS = 10.0
-"""How long killed processes may take to be gone: they free a GPU's memory before."""
+"""Maximum time for killed processes to disappear, in seconds. They free GPU memory before that."""
 REAP_SECONDS = 1.0
-"""Maximum time until a process that has ended can be reaped, in seconds."""
+"""Maximum time until an ended process can be reaped, in seconds."""
 
 
 def process_start(pid: int) -> int | None:
-    """Return when a process started, in clock ticks since boot; None if it does not exist or is a zombie."""
+    """Return the start of a process, in clock ticks since boot; None if it does not exist or is a zombie."""
     fields = stat_fields(pid)
     return None if fields is None or fields[0] in "ZX" else int(fields[19])
 
 
 def has_ended(pid: int, started: int) -> bool:
-    """Say whether a process has ended; not where that cannot be read for now, as without descriptors."""
+    """Return whether a process has ended; False if that cannot be read now, as without free descriptors."""
     try:
         fields = _read_stat(pid)
     except (FileNotFoundError, ProcessLookupError):
@@ -55,29 +61,29 @@ def _read_stat(pid: int) -> list[str]:
 
 
 def owner_mark() -> str:
-    """Return what the processes of a server have as OWNER_VARIABLE when this process owns it."""
+    """Return the value of OWNER_VARIABLE for the servers that this process owns."""
     return f"{os.getpid()}:{process_start(os.getpid())}:{boot()}"
 
 
 def is_orphan(mark: str) -> bool:
-    """Say whether the owner that a process has as OWNER_VARIABLE is dead; one on another machine counts as alive."""
+    """Return whether the owner in a process's OWNER_VARIABLE is dead. One on another machine counts as alive."""
     pid, started, *where = mark.split(":")
     return where in ([], [boot()]) and process_start(int(pid)) != int(started)
 
 
 @functools.cache
 def boot() -> str:
-    """Return an id of this machine since its last start."""
+    """Return the id of this machine's current boot."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
 def namespace(pid: int | str = "self") -> str:
-    """Return the namespace in which the process ids of a process count. Raises OSError."""
+    """Return the namespace of a process's process ids. Raises OSError: it cannot be read."""
     return str(Path(f"/proc/{pid}/ns/pid").readlink())
 
 
 def processes_of(instance: str) -> list[int]:
-    """Return the live processes of this machine that carry the id of a server's instance in their environment."""
+    """Return the live processes of this machine with this server instance in their environment."""
     mark = f"{ID_VARIABLE}={instance}".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -89,7 +95,7 @@ def processes_of(instance: str) -> list[int]:
 
 
 def end_processes_of(instance: str) -> list[int]:
-    """Kill what is left of a server on this machine; return what is still there after `GONE_SECONDS`."""
+    """Kill the remaining processes of a server on this machine; return those still alive after `GONE_SECONDS`."""
     deadline = time.monotonic() + GONE_SECONDS
     killed: set[int] = set()
     while (left := processes_of(instance)) and time.monotonic() < deadline:
@@ -103,10 +109,10 @@ def end_processes_of(instance: str) -> list[int]:
 
 
 def reap(pids: Iterable[int]) -> None:
-    """Reap those that have ended and have become our children: of process 1 all do whose parents have ended."""
+    """Reap ended children of this process among `pids`. Process 1 gets all children whose parents have ended."""
     deadline = time.monotonic() + REAP_SECONDS
     while ended := [pid for pid in pids if (it := stat_fields(pid)) and it[:2] == ["Z", str(os.getpid())]]:
-        for pid in ended:  # while a thread of it still ends, there is nothing to reap
+        for pid in ended:  # it cannot be reaped while one of its threads still ends
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         if time.monotonic() >= deadline:
@@ -115,7 +121,7 @@ def reap(pids: Iterable[int]) -> None:
 
 
 def machine() -> str:
-    """Return where process ids of ours count: the machine since its last start, and the namespace of this process."""
+    """Return the scope of this process's ids: the machine's current boot, and the namespace of this process."""
     try:
         return f"{boot()} {namespace()}"
     except OSError:
@@ -123,7 +129,10 @@ def machine() -> str:
 
 
 def readable(seconds: float, *descriptors: int, writable: int = -1) -> list[int]:
-    """Return those of some descriptors, of which -1 is none, that are readable, or `writable`, within `seconds`."""
+    """Wait at most `seconds` seconds; return the descriptors that are readable, or `writable` if it is writable.
+
+    -1 stands for no descriptor.
+    """
     waiting = select.poll()
     if writable >= 0:
         waiting.register(writable, select.POLLOUT)

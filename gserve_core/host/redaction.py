@@ -1,6 +1,6 @@
-"""What is secret among arguments and environment variables, and how it is kept out of what people read.
+"""Secrets among arguments and environment variables, and their redaction.
 
-A secret is known by its name; in a text, where there are no names, by its value.
+A secret is recognised by its name; in a text, which has no names, by its value.
 """
 
 import re
@@ -8,16 +8,16 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 SECRET = re.compile(r"(^|_)(token|(api)?key|secret|password|passwd|credentials)$", re.IGNORECASE)
-"""What the names of secrets end with: `hf_token`, `OPENAI_API_KEY`."""
+"""Pattern of the end of secrets' names, as in `hf_token` and `OPENAI_API_KEY`."""
 SHORTEST = 8
-"""Characters of the shortest value that is looked for in texts: a shorter one stands in many by chance."""
+"""Minimum length of a value to redact in texts, in characters. Shorter values occur in many texts by chance."""
 HIDDEN = "***"
 
 
 def secret_values(mapping: Mapping[str, Any]) -> set[str]:
-    """Return the lines of the texts under secret names, at any depth of environment variables or arguments.
+    """Return the lines of all texts under secret names, at any depth of environment variables or arguments.
 
-    Short ones are left out.
+    Lines shorter than `SHORTEST` are left out.
     """
     lines = (line for value in _secrets(mapping, is_secret=False) for line in value.splitlines())
     return {line for line in lines if len(line) >= SHORTEST}
@@ -40,20 +40,20 @@ def _is_name(name: object) -> bool:
 
 
 def redact(text: str, values: Collection[str]) -> str:
-    """Return a text without these values."""
-    for value in sorted(values, key=len, reverse=True):  # one may be the beginning of another
+    """Return a text with these values redacted."""
+    for value in sorted(values, key=len, reverse=True):  # one value may be the beginning of another
         text = text.replace(value, HIDDEN)
     return text
 
 
 def divided(mapping: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return those of the arguments that may be seen, and those that are secrets or hold some."""
+    """Split arguments into those that may be shown, and those that are secrets or contain some."""
     shown = {name: value for name, value in mapping.items() if hidden({name: value}) == {name: value}}
     return shown, {name: value for name, value in mapping.items() if name not in shown}
 
 
 def hidden(mapping: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of environment variables or arguments in which the values of secrets, at any depth, are hidden."""
+    """Return a copy of environment variables or arguments, with the values of secrets redacted at any depth."""
     return {
         name: HIDDEN if _is_name(name) and below not in (None, "") else _hidden(below)
         for name, below in mapping.items()

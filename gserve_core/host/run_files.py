@@ -1,7 +1,8 @@
-"""The files by which processes of one user on one machine find each other: tokens, and records of services.
+"""Run files: tokens, and records of services.
 
-Files of mode 0600, written by the owner of a server or service and removed with it. They lie in two places: in
-`$XDG_RUNTIME_DIR/gserve`, and in one that every session of the user knows, whatever its environment is.
+With them, processes of one user on one machine find each other. They have mode 0600. The owner of a server or service
+writes them, and removes them with it. They are kept in two
+folders: `$XDG_RUNTIME_DIR/gserve`, and one that every session of the user knows, whatever its environment.
 """
 
 import contextlib
@@ -19,27 +20,27 @@ from ..errors import GserveError
 from . import folders
 
 PLACE_VARIABLE = "_GSERVE_PLACE"
-"""For tests: the second place for records and tokens; empty for none. By default it is `PLACE`/gserve-UID."""
-PLACE = Path("/tmp")  # noqa: S108 - whatever TMPDIR says: all sessions of a user must meet
+"""Variable with the second folder for records and tokens, for tests. Empty: none. Default: `PLACE`/gserve-UID."""
+PLACE = Path("/tmp")  # noqa: S108 - not TMPDIR: all sessions of a user must use the same folder
 LOOK_SECONDS = 0.05
-"""Interval between two looks at a lock or a record, in seconds."""
+"""Interval between two checks of a lock or a record, in seconds."""
 LARGEST = 16 << 20
 """Maximum size of a record, in bytes."""
 
 
 def folder() -> Path:
-    """Return the user's own folder for these files, made if it is missing: the first of `places`.
+    """Return the user's own folder for run files, the first of `places`. It is made if it is missing.
 
-    Raises GserveError: the folder is somebody else's, or open to others, or cannot be made.
+    Raises GserveError: the folder belongs to another user, is open to others, or cannot be made.
     """
     return places()[0]
 
 
 def places() -> list[Path]:
-    """Return the folders in which these files are kept: all have the same content, unless somebody has emptied one.
+    """Return the folders of the run files. All have the same content, unless somebody has emptied one.
 
-    `$XDG_RUNTIME_DIR/gserve`, and `/tmp/gserve-UID`. If neither can be used: `gserve-UID` in the folder for temporary
-    files. Raises GserveError: one is somebody else's or open to others, or none can be made.
+    They are `$XDG_RUNTIME_DIR/gserve` and `/tmp/gserve-UID`. If neither can be used, `gserve-UID` in the temporary
+    folder is returned. Raises GserveError: one belongs to another user or is open to others, or none can be made.
     """
     found = []
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or "/nowhere")
@@ -58,7 +59,7 @@ def places() -> list[Path]:
 
 
 def _is_usable(base: Path) -> bool:
-    """Say whether a folder of ours may be made there: not where only another user may, though root could."""
+    """Return whether we may make a folder in `base`. False if only another user may, even where root could."""
     try:
         found = base.stat()
     except OSError:
@@ -67,7 +68,7 @@ def _is_usable(base: Path) -> bool:
 
 
 def write(name: str, value: object) -> None:
-    """Write a file of mode 0600 in all places; it appears whole. Raises GserveError: in none it can be written."""
+    """Write a file of mode 0600 to all folders, atomically. Raises GserveError: it cannot be written to any of them."""
     failed: OSError | None = None
     written, text = 0, ""
     content = msgspec.json.encode(value)
@@ -95,7 +96,7 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def read(path: Path) -> bytes:
-    """Return the content of a file; a folder, a link or a pipe in its place is an OSError."""
+    """Return the content of a file. Raises OSError: it cannot be read, or is a folder, a link or a pipe."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as stream:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -105,16 +106,19 @@ def read(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def locked(places: Sequence[Path], seconds: float) -> Iterator[None]:
-    """Change records alone, against all processes of this user. Raises TimeoutError."""
+    """Lock the records for the block, against all processes of this user.
+
+    Raises TimeoutError: another process keeps them locked for `seconds` seconds.
+    """
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
-        for place in sorted(places):  # one order for all: else two could wait for each other
+        for place in sorted(places):  # the same order for all prevents a deadlock
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(os.close, descriptor)
             while True:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a fork may have the file too
+                    stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a forked process may have the file too
                     break
                 except BlockingIOError as error:
                     if time.monotonic() >= deadline:
@@ -124,7 +128,7 @@ def locked(places: Sequence[Path], seconds: float) -> Iterator[None]:
 
 
 def changed(path: Path) -> int:
-    """Return when a file was last changed, in nanoseconds; 0 if it is not there."""
+    """Return the time of a file's last change, in nanoseconds; 0 if it does not exist."""
     try:
         return path.lstat().st_mtime_ns
     except OSError:

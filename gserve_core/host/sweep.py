@@ -1,7 +1,7 @@
-"""Removes the temporary files of a server that dies without an owner: `sweep.py INSTANCE FOLDER TMPDIR`.
+"""A program that removes the temporary files of a server that dies without an owner: `sweep.py INSTANCE FOLDER TMPDIR`.
 
-A program of its own, which needs nothing but Python: whoever notices that the owner is gone may end at any moment, and
-so may the processes that write these files. It waits for the end of all of them.
+It is a separate program, and needs only Python. The process that notices the owner's end may itself end at any moment.
+So may the processes that write these files. The program waits until all of them have ended.
 """
 
 import os
@@ -17,16 +17,16 @@ SECONDS = 20.0
 """Maximum wait for the end of the server's processes, in seconds."""
 LOOK_SECONDS = 0.1
 SCRATCH = re.compile("gserve-[0-9a-f]{12}")
-"""The name of a server's folder of temporary files."""
+"""Pattern of the name of a server's scratch folder."""
 
 
 def start(instance: str) -> None:
-    """Start this program for the folder that TMPDIR leads to, where that is the server's own. Nothing is raised."""
+    """Start this program for the folder to which TMPDIR leads, if that is the server's own. Never raises."""
     link = Path(os.environ.get("TMPDIR", ""))
     if not SCRATCH.fullmatch(link.name):
         return
     folder = link
-    with suppress(OSError):  # it is no link
+    with suppress(OSError):  # it is not a link
         folder = link.readlink()
     try:
         subprocess.Popen(
@@ -39,7 +39,7 @@ def start(instance: str) -> None:
 
 
 def main(instance: str, folder: Path, link: Path) -> None:
-    """Wait, and remove `folder`, and `link` if that leads to it."""
+    """Wait for the server's processes, then remove `folder`, and `link` if it leads to `folder`."""
     deadline = time.monotonic() + SECONDS
     while _is_any_left(f"GSERVE_ID={instance}".encode()) and time.monotonic() < deadline:
         time.sleep(LOOK_SECONDS)
@@ -54,7 +54,10 @@ def _remove(folder: Path, link: Path) -> None:
 
 
 def _is_any_left(mark: bytes) -> bool:
-    """Say whether a process has this mark in its environment, other than those that do the same as this one."""
+    """Return whether a process has this mark in its environment.
+
+    Processes with the same command as this one do not count.
+    """
     own = Path("/proc/self/cmdline").read_bytes()
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():

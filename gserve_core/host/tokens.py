@@ -1,4 +1,4 @@
-"""The tokens of servers: clients of the same user on the same machine find them by themselves."""
+"""The tokens of servers: clients of the same user on the same machine find them automatically."""
 
 import os
 import socket
@@ -15,23 +15,23 @@ def _token_name(host: str, port: int) -> str:
 
 
 def write_token(address: Address, token: str, control: str | None = None) -> None:
-    """Let clients of this user on this machine find the token, and the control secret, of the server at `address`.
+    """Write the token and the control secret of the server at `address`, for clients of this user on this machine.
 
-    Raises GserveError.
+    Raises GserveError: they cannot be written.
     """
     for host in address.hosts:
         run_files.write(_token_name(host, address.port), Access(token=token, control=control))
 
 
 def keep_token(address: Address, token: str, control: str | None = None) -> None:
-    """Write the token of a living server again if somebody has removed it. Raises GserveError."""
+    """Write the token of a live server again if it was removed. Raises GserveError: it cannot be written."""
     names = [_token_name(host, address.port) for host in address.hosts]
     if not all(os.path.lexists(place / name) for place in run_files.places() for name in names):
         write_token(address, token, control)
 
 
 def remove_token(address: Address, token: str) -> None:
-    """Remove what `write_token` wrote, unless another server has the address now."""
+    """Remove the files of `write_token`, unless another server has the address now."""
     for place in run_files.places():
         for host in address.hosts:
             path = place / _token_name(host, address.port)
@@ -40,11 +40,14 @@ def remove_token(address: Address, token: str) -> None:
 
 
 def find_access(host: str, port: int) -> Access:
-    """Return the token and the control secret of the server at an address; each None where its owner left none here."""
+    """Return the token and the control secret of the server at an address.
+
+    Each is None if its owner wrote none here.
+    """
     aliases = [host, "127.0.0.1"] if host == "localhost" else [host]
     for alias in aliases:
         paths = [place / _token_name(alias, port) for place in run_files.places()]
-        for path in sorted(paths, key=run_files.changed, reverse=True):  # what is older may be left of another server
+        for path in sorted(paths, key=run_files.changed, reverse=True):  # an older file may belong to another server
             access = _read_access(path)
             if access is not None:
                 return access
@@ -59,12 +62,12 @@ def _read_access(path: Path) -> Access | None:
 
 
 def find_token(host: str, port: int) -> str | None:
-    """Return the token of the server at an address, where its owner has left it here."""
+    """Return the token of the server at an address; None if its owner has not written it here."""
     return find_access(host, port).token
 
 
 def may_listen(address: str) -> bool:
-    """Say whether somebody listens at "host-port"; it counts as yes where we cannot know."""
+    """Return whether a process listens at "host-port"; True if that is unknown."""
     host, _, port = address.rpartition("-")
     try:
         socket.create_connection((host, int(port)), timeout=1.0).close()

@@ -1,1 +1,1 @@
-"""What runs inside a server's process, and the nursery that forks such processes."""
+"""The parts that run inside a server's process, and the nursery that forks such processes."""

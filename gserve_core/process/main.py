@@ -1,6 +1,6 @@
 """The server program: from its command line to its exit code.
 
-`gserve/vllm_server.py` runs `main`: by hand, or under a lease when a service starts it.
+`gserve/vllm_server.py` runs `main`. A user starts it by hand; a service starts it under a lease.
 """
 
 import argparse
@@ -37,7 +37,7 @@ logger = logging.getLogger("gserve.serving")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run a server, and end the process with its exit code. See `--help` for the arguments."""
+    """Run a server; end the process with its exit code. See `--help` for the arguments."""
     _prepare_process()
     options = _parser().parse_args(arguments)
     if options.forks or (options.lease and options.again):
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     line = lease.ServerEnd() if options.lease else None
     instance = line.hello.instance if line else uuid.uuid4().hex
     _mark_children(instance)
-    scratch = folders.scratch_folder(instance)  # now: later, it is the temporary folder itself
+    scratch = folders.scratch_folder(instance)  # before `_use_scratch` changes the temporary folder
     secrets, log = secret_values(os.environ), None
     if line is not None:
         line.last_will = functools.partial(sweep.start, instance)
@@ -73,13 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         log.close()
     if line is not None:
         line.flush(FLUSH_SECONDS)
-    os._exit(code)  # a load that was interrupted has threads that nothing else would end
+    os._exit(code)  # only this ends the threads of an interrupted load
 
 
 def _prepare_process() -> None:
-    """Undo what a process may inherit that a server cannot bear, and ignore what must not end it.
+    """Reset inherited settings that a server cannot work with, and ignore signals that must not end it.
 
-    With SIGCHLD ignored nobody would learn how a process below has ended.
+    With SIGCHLD ignored, exit codes of child processes would be lost.
     """
     open_missing_descriptors()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -88,7 +88,7 @@ def _prepare_process() -> None:
 
 
 def _take_over(hello: lease.Hello) -> None:
-    """Set the umask and the limits that the owner had at its first start, as far as they are allowed."""
+    """Set the umask and the resource limits that the owner had at its first start, within the allowed limits."""
     if hello.umask is not None:
         os.umask(hello.umask)
     for number, (soft, hard) in hello.limits.items():
@@ -100,7 +100,7 @@ def _take_over(hello: lease.Hello) -> None:
 
 
 def _preload(options: argparse.Namespace) -> None:
-    """Import what servers with these options need. What is wrong with the options, they say themselves."""
+    """Import the modules that servers with these options need. Servers report wrong options themselves."""
     began = time.monotonic()
     try:
         registry = plugins.load(options.plugins, Path(options.plugin_folder) if options.plugin_folder else None)
@@ -112,31 +112,33 @@ def _preload(options: argparse.Namespace) -> None:
 
 
 def _mark_children(instance: str) -> None:
-    """Have the processes below this one know whom they belong to, and be found by it, even when they are renamed."""
+    """Mark the processes below this one in their environment. They can then be found even when they are renamed."""
     me = f"{os.getpid()}:{processes.process_start(os.getpid())}"
     os.environ |= {processes.ID_VARIABLE: instance, processes.SERVER_VARIABLE: me, "SPT_NOENV": "1"}
     os.environ.setdefault(processes.OWNER_VARIABLE, processes.owner_mark())
 
 
 def _use_scratch(instance: str) -> None:
-    """Have the temporary files of the engine's processes in one folder: vLLM removes neither its sockets nor its files.
+    """Put the temporary files of the engine's processes into one folder.
 
-    torch's cache of what it has compiled, which is to last, stays beside it.
+    vLLM removes neither its sockets nor its files. torch's cache of compiled code must last, so it stays beside that
+    folder.
+    Raises GserveError: it cannot be made.
     """
     try:
         scratch = folders.make_scratch_folder(instance)
     except OSError as error:
         raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
-    os.environ |= folders.cache_environment()  # before the temporary folder is another one
+    os.environ |= folders.cache_environment()  # before the temporary folder changes
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
     os.environ["TMPDIR"] = str(folders.short_path(scratch))
-    tempfile.tempdir = None  # what Python has settled on before, processes that are forked would use
+    tempfile.tempdir = None  # forked processes would use the path that Python has cached
 
 
 def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
-    os.environ.setdefault(gpus.ORDER, gpus.PCI_ORDER)  # the GPUs that are used are those that are locked
+    os.environ.setdefault(gpus.ORDER, gpus.PCI_ORDER)  # CUDA must number the GPUs in the order in which they are locked
     token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
     host = addresses.own_address(options.reachable_from) if options.reachable_from else options.host
     if token is None and not addresses.is_loopback(host):
@@ -164,7 +166,7 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
 
 
 def _end_children() -> None:
-    """Kill every process below this one: a load that was interrupted leaves some."""
+    """Kill every process below this one. An interrupted load leaves some."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (fields := processes.stat_fields(int(entry.name))) is not None:

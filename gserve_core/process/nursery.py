@@ -1,17 +1,18 @@
-"""The nursery: a process that has imported what servers need, and forks one whenever it is wanted.
+"""The nursery: a process that imports the modules that servers need, and forks a server on each request.
 
-Importing vLLM is most of a server's start. A nursery does it once for all servers of a service, and for every restart.
-What it forks is a server like any other: it leads a session of its own, and has its own environment, log, lease and
-GPUs. It goes on when the nursery dies; a server that is wanted then, or while the nursery hangs, is started plainly.
+Importing vLLM takes most of a server's start. A nursery does it once for all servers of a service, and for every
+restart. A forked server is a server like any other. It leads a session of its own, and has its own environment, log,
+lease and GPUs. It continues when the nursery dies. A server requested while the nursery is dead or hangs is started
+without it.
 
-A process that has threads is forked with care, since a lock that one of them holds stays locked in the child for ever.
-So when a nursery forks it has no other thread of Python's; it has no event loop and has touched no GPU. The threads of
-the libraries that it has imported, a pool or two, have had no work yet, and so hold no lock.
+A process with threads must be forked with care: a lock that a thread holds stays locked in the child for ever. So a
+nursery has no other Python thread when it forks. It has no event loop and has touched no GPU. The imported libraries
+have a thread pool or two. These threads have had no work yet, and so hold no lock.
 
-Where a server has a place of its own, as a step of a SLURM job, a nursery stands in that place (`stay`): it forks the
-server there, and forks it again when it has died, so that the place is not given up.
+A server may have a place of its own, such as a step of a SLURM job. A nursery then runs in that place (`stay`). It
+forks the server there, and forks it again after it has died, so that the place is kept.
 
-The owner's end stands in `gserve_core.service.nursery`.
+The owner's end is in `gserve_core.service.nursery`.
 """
 
 import contextlib
@@ -30,31 +31,32 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
-from .. import diagnosis, lease
+from .. import lease
 from ..commands import FAREWELL, end_group, kill_group
 from ..host import folders, processes
+from ..host.memory import memory_kills
 from ..host.processes import readable
 
 END = b"end"
-"""What the owner says to a nursery in a server's place: kill the server."""
+"""Order of the owner to a nursery in a server's place: kill the server."""
 SHARE = 2 / 3
-"""Part of the lease's time limit after which a nursery without a server takes its owner for gone."""
+"""Part of the lease's timeout after which a nursery without a server treats its owner as gone."""
 PARTING = 10.0
-"""Seconds that a server has to end by itself when its owner is gone, or the owner to take a line."""
+"""Maximum time for a server to end after its owner is gone, or for the owner to accept a line, in seconds."""
 LONGEST_BACKLOG = 8 << 20
-"""Bytes that may wait for a server that does not read; heartbeats beyond them are dropped."""
+"""Maximum size of the data queued for a server that does not read, in bytes. Heartbeats beyond it are dropped."""
 ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
-"""Signals that tell a server to end."""
+"""Signals that order a server to end."""
 
 
 def tend(prepare: Callable[[], object]) -> list[str]:
-    """Be the nursery whose owner is at the other end of stdin: run `prepare`, then fork whenever it is asked to.
+    """Run the nursery of the owner at the other end of stdin: run `prepare`, then fork a server on each request.
 
-    Returns in every server that it forks, with the arguments of its command. In the nursery it does not return: that
-    ends when its owner does.
+    Returns only in the forked servers, with the arguments of their command. The nursery itself ends when its owner
+    ends.
     """
     _show(["gserve", "nursery", *sys.argv[1:]])
-    line = socket.socket(fileno=os.dup(0))  # the dup is not for programs that are executed, as imports do
+    line = socket.socket(fileno=os.dup(0))  # `dup` makes it close-on-exec: imports execute programs
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -93,16 +95,22 @@ def tend(prepare: Callable[[], object]) -> list[str]:
 
 
 def stay(prepare: Callable[[], object]) -> list[str]:
-    """Be the nursery that stands in a server's place: run `prepare`, then fork the server for whoever says hello.
+    """Run a nursery in a server's place: run `prepare`, then fork a server for each hello.
 
-    Stdin and stdout are the lease of each of these servers in turn. When one has died, and nothing is left of it,
-    "ended INSTANCE CODE" goes up, and another may be greeted. This process ends, with the server's exit code, where
-    there is to be no other: the server has ended in order, a signal has told it to, the owner is gone; or the system
-    has killed it for want of memory, of which a scheduler is to hear. Returns in every server, with the arguments of
-    its command.
+    Stdin and stdout are the lease of each of these servers in turn. When a server has died and nothing remains of it,
+    "ended INSTANCE CODE" is sent up, and the next hello is accepted. The nursery ends with the server's exit code if no
+    other server may follow:
+
+    - The server ended in order.
+    - A signal ordered the end.
+    - The owner is gone.
+    - Processes of the server remain although they were killed.
+    - The system killed the server for lack of memory. The scheduler must learn of that.
+
+    Returns only in the servers, with the arguments of their command.
     """
     _show(["gserve", "nursery", *sys.argv[1:]])
-    down, up = os.dup(0), os.dup(1)  # neither is for programs that are executed, as imports do
+    down, up = os.dup(0), os.dup(1)  # `dup` makes both close-on-exec: imports execute programs
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
@@ -113,7 +121,7 @@ def stay(prepare: Callable[[], object]) -> list[str]:
 
 
 class _Place:
-    """The place of a server, which `hold` keeps when that dies. `down` and `up` are the line to the owner."""
+    """The place of a server, kept by `hold` when the server dies. `down` and `up` are the connection to the owner."""
 
     def __init__(self, down: int, up: int) -> None:
         self._down = down
@@ -126,7 +134,7 @@ class _Place:
         self._instance = ""
         self._stdin = -1
         self._outgoing = b""
-        """What the server is to be told, and does not read yet."""
+        """Data for the server that it has not read yet."""
         self._kills: int | None = None
         self._code = 0
         self._signals, self._signalled = os.pipe()
@@ -134,10 +142,10 @@ class _Place:
         os.set_blocking(self._signalled, False)
         signal.set_wakeup_fd(self._signalled)
         for number in (signal.SIGCHLD, *ENDING):
-            signal.signal(number, lambda *_: None)  # what comes is read from the pipe
+            signal.signal(number, lambda *_: None)  # signals are read from the pipe
 
     def hold(self) -> list[str]:
-        """Do what the owner says, and see to the servers. Returns in every server: the arguments of its command."""
+        """Follow the owner's orders and watch the servers. Returns only in a server: the arguments of its command."""
         while True:
             ready = readable(lease.LOOK, self._signals, self._down, writable=self._stdin if self._outgoing else -1)
             if self._signals in ready:
@@ -155,20 +163,23 @@ class _Place:
             if self._is_last or silent > ttl * SHARE:
                 self._end()
         elif silent > (PARTING if self._down < 0 else ttl + PARTING):
-            kill_group(self._pid)  # it was to end by itself
+            kill_group(self._pid)  # it should have ended by now
 
     def _take_signals(self) -> None:
         numbers = os.read(self._signals, 64)
         if any(number in ENDING for number in numbers):
             self._is_last = True
-            self._tell(lease.encoded(lease.Drain()))  # a scheduler may have told us alone, or the server too
+            self._tell(lease.encoded(lease.Drain()))  # a scheduler may signal only this process, or the server too
         if self._pid and signal.SIGCHLD in numbers:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:
                 self._bury(os.waitstatus_to_exitcode(status))
 
     def _hear(self) -> list[bytes]:
-        """Return the lines that the owner has said. At its end the server ends, too, by itself."""
+        """Return the lines from the owner.
+
+        At the end of the connection, close the server's stdin, so that it ends itself.
+        """
         self._silence.end()
         lines = self._lines.read(0)
         if lines is None:
@@ -179,7 +190,7 @@ class _Place:
         return lines
 
     def _obey(self, line: bytes) -> bool:
-        """Do what a line says, or pass it on to the server; return True in a server that it begins."""
+        """Follow a line from the owner, or pass it to the server; return True in a server that it forks."""
         if not self._pid:
             hello = next((it for it in lease.decoded([line]) if isinstance(it, lease.Hello)), None)
             return hello is not None and self._begin(hello, line)
@@ -190,7 +201,7 @@ class _Place:
         return False
 
     def _begin(self, hello: lease.Hello, line: bytes) -> bool:
-        """Fork a server, and pass the hello on to it; return True in the server."""
+        """Fork a server and pass the hello to it; return True in the server."""
         stdin, self._stdin = os.pipe()
         if not (pid := _fork()):
             signal.set_wakeup_fd(-1)
@@ -201,14 +212,14 @@ class _Place:
             _become([sys.executable, *sys.argv], {processes.ID_VARIABLE: hello.instance}, [stdin, self._up, os.dup(2)])
             return True
         os.close(stdin)
-        os.set_blocking(self._stdin, False)  # a server that does not read must not hold us up
-        self._pid, self._instance, self._kills = pid, hello.instance, diagnosis.memory_kills()
+        os.set_blocking(self._stdin, False)  # a server that does not read must not block the nursery
+        self._pid, self._instance, self._kills = pid, hello.instance, memory_kills()
         self._ttl = hello.ttl
         self._tell(line + b"\n")
         return False
 
     def _tell(self, line: bytes) -> None:
-        """Say something to the server, where there is one, as soon as it reads."""
+        """Send a line to the server, if there is one, as soon as it reads."""
         if self._stdin >= 0 and len(self._outgoing) < LONGEST_BACKLOG:
             self._outgoing += line
             self._flush()
@@ -219,7 +230,7 @@ class _Place:
                 self._outgoing = self._outgoing[os.write(self._stdin, self._outgoing) :]
             except BlockingIOError:
                 pass
-            except OSError:  # it does not listen any more
+            except OSError:  # it no longer reads
                 self._outgoing = b""
 
     def _close_stdin(self) -> None:
@@ -229,13 +240,16 @@ class _Place:
             self._stdin = -1
 
     def _bury(self, code: int) -> None:
-        """See that nothing is left of a server that has ended; tell the owner, where there may be another."""
+        """Remove everything that a server left when it ended, and report its end to the owner.
+
+        Ends this process if no other server may follow.
+        """
         self._close_stdin()
         end_group(self._pid, FAREWELL)
         left = processes.end_processes_of(self._instance)
         folders.remove_scratch(folders.scratch_folder(self._instance))
         self._pid, self._code = 0, code
-        if not code or left or diagnosis.memory_kills() != self._kills:
+        if not code or left or memory_kills() != self._kills:
             self._end()
         if not self._is_last:
             try:
@@ -247,32 +261,35 @@ class _Place:
             self._silence.end()
 
     def _end(self) -> NoReturn:
-        """End this process as the last server has ended."""
+        """End this process with the exit code of the last server."""
         os._exit(self._code if self._code >= 0 else 128 - self._code)
 
 
 def _import(prepare: Callable[[], object], line: int) -> None:
-    """Run `prepare`, unless the owner at the other end of `line` is gone meanwhile: then end this process."""
+    """Run `prepare`. If the owner at the other end of `line` goes away during it, end this process."""
     with _ending_with(line):
         prepare()
     gc.collect()
-    gc.freeze()  # no collection touches it any more, so that servers share the memory that it is in
+    gc.freeze()  # collections skip these objects, so that servers share their memory
 
 
 def _fork() -> int:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: see the top
+        warnings.simplefilter("ignore", DeprecationWarning)  # about threads: see the module's docstring
         return os.fork()
 
 
 @contextlib.contextmanager
 def _ending_with(line: int) -> Iterator[None]:
-    """End this process when the other end of `line` is closed, by a thread that is gone after the block."""
+    """End this process if the other end of `line` is closed during the block.
+
+    The thread that watches it is gone after the block.
+    """
     over, end = os.pipe()
 
     def watch() -> None:
         waiting = select.poll()
-        waiting.register(line, 0)  # a line that breaks is always told
+        waiting.register(line, 0)  # `poll` always reports a broken connection
         waiting.register(over, 0)
         if line in dict(waiting.poll()):
             os._exit(0)
@@ -288,9 +305,9 @@ def _ending_with(line: int) -> Iterator[None]:
 
 
 def _become_server(received: Sequence[int], talk: socket.socket) -> list[str]:
-    """Make this process what it would be had it been started by its command; return the arguments of that.
+    """Turn this process into the one that its command would have started; return the arguments of the command.
 
-    received: descriptors of the order, of stdin, stdout and the log.
+    received: descriptors of the order, stdin, stdout and the log.
     """
     order, *streams = received
     with os.fdopen(order, "rb") as file:
@@ -303,13 +320,17 @@ def _become_server(received: Sequence[int], talk: socket.socket) -> list[str]:
     with talk:
         try:
             socket.send_fds(talk, [f"is {me}".encode()], [os.pidfd_open(me)])
-        except OSError:  # nobody wants it any more
+        except OSError:  # its requester is gone
             os._exit(1)
     return sys.argv[1:]
 
 
 def _become(command: Sequence[str], env: Mapping[str, str], streams: Sequence[int]) -> None:
-    """Give this process a command, more environment, a session and other streams: stdin, stdout and stderr."""
+    """Give this process a command, a session, more environment and other streams.
+
+    env: variables to add to the environment.
+    streams: descriptors of stdin, stdout and stderr.
+    """
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -321,9 +342,9 @@ def _become(command: Sequence[str], env: Mapping[str, str], streams: Sequence[in
 
 
 def _show(command: Sequence[str]) -> None:
-    """Let `ps` show another command for this process; one that is longer than that of its start is cut.
+    """Make `ps` show another command for this process. A command longer than the original one is cut.
 
-    A shorter one has spaces behind: where all is as it was, vLLM can name its processes in the same place.
+    A shorter one is padded with spaces. The size stays the same, so that vLLM can name its processes in this memory.
     """
     start, end = _memory("arguments")
     size = end - start - 1
@@ -332,7 +353,7 @@ def _show(command: Sequence[str]) -> None:
 
 
 def _mark(instance: str) -> None:
-    """Let /proc show the id of this process in place of the nursery's, which is as long."""
+    """Make /proc show the id of this process in place of the nursery's, which has the same length."""
     start, end = _memory("environment")
     mark = f"{processes.ID_VARIABLE}=".encode()
     place = ctypes.string_at(start, end - start).index(mark) + len(mark)
@@ -340,9 +361,9 @@ def _mark(instance: str) -> None:
 
 
 def _memory(what: Literal["arguments", "environment"]) -> tuple[int, int]:
-    """Return where in memory begins and ends what /proc shows of this process: where the kernel laid it at its start.
+    """Return the start and end address of the arguments or environment that /proc shows of this process.
 
-    These are `arg_start` to `env_end` in proc(5), /proc/PID/stat.
+    The kernel put them there at the start of the process. They are `arg_start` to `env_end` in proc(5), /proc/PID/stat.
     """
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     place = {"arguments": 45, "environment": 47}[what]

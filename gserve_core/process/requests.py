@@ -1,4 +1,4 @@
-"""A request that a server has taken in: its items as the engine prepares them, and its results until they are sent."""
+"""An admitted request: its items as the engine prepares them, and its results until they are sent."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -9,15 +9,15 @@ from ..interfaces import RunningEngine
 from ..schema import Conversation, Event, Failure, FlatOutput, FlatResult, Group, Prompt, ResponseOutput, Result, weight
 
 BACKLOG_BYTES = 1 << 20
-"""Bytes of results that may wait for a client. While there are more, none of its items is begun."""
+"""Maximum size of the results that wait for a client, in bytes. Beyond it, none of its items is begun."""
 SLICE, SLICE_BYTES = 1024, 128 << 10
-"""How many items, and about how many bytes of them, are dealt with in one turn of the event loop."""
+"""Maximum number of items, and their approximate maximum size in bytes, for one turn of the event loop."""
 
 
 async def prepared_items(engine: RunningEngine, group: Group) -> AsyncIterator[tuple[int, Sequence[Any]]]:
-    """Yield the prompts of a group as the engine prepares them, some at a time, with the place of the first.
+    """Prepare the prompts of a group, some at a time; yield the position of the first one and the prepared items.
 
-    One that is wrong is an ItemError. In between the event loop answers others.
+    An invalid prompt becomes an ItemError. In between, the event loop serves other requests.
     """
     for part in _slices(group.prompts):
         prompts, seeds = group.prompts[part], group.seeds and group.seeds[part]
@@ -30,7 +30,7 @@ async def prepared_items(engine: RunningEngine, group: Group) -> AsyncIterator[t
 
 
 def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:
-    """Yield slices of prompts that are not too many, and not too large together."""
+    """Yield slices of prompts, limited in number and in total size."""
     start = size = 0
     for place, prompt in enumerate(prompts):
         size += len(prompt) if isinstance(prompt, str) else _size(prompt)
@@ -42,7 +42,7 @@ def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:
 
 
 def _size(prompt: list[int] | Conversation) -> int:
-    """Return about how many bytes a prompt has that is not a text."""
+    """Return the approximate size of a prompt that is not a text, in bytes."""
     if isinstance(prompt, list):
         return 4 * len(prompt)
     contents = (message.content for message in prompt.messages)
@@ -50,7 +50,7 @@ def _size(prompt: list[int] | Conversation) -> int:
 
 
 def result_of(index: int, outputs: list[ResponseOutput]) -> Result:
-    """Return the event of an item that was answered."""
+    """Return the event for an answered item."""
     for output in outputs:
         if isinstance(output, FlatOutput):
             return FlatResult(index, outputs)  # type: ignore[arg-type]
@@ -58,14 +58,15 @@ def result_of(index: int, outputs: list[ResponseOutput]) -> Result:
 
 
 def cancelled_item(index: int) -> Failure:
-    """Return the event of an item that was cancelled."""
+    """Return the event for a cancelled item."""
     return Failure(index, "cancelled", invalid=False)
 
 
 class Piece:
-    """A request that was taken in: `left` of its `size` items have not ended. It keeps what its client has not taken.
+    """An admitted request, with the events that its client has not taken.
 
-    While that takes more than `BACKLOG_BYTES`, it is full: no more items are begun.
+    `left` of its `size` items have not ended. While its results exceed `BACKLOG_BYTES`, it is full: no more items are
+    begun.
     """
 
     def __init__(self, request_id: str, engine: RunningEngine, size: int) -> None:
@@ -75,28 +76,28 @@ class Piece:
         self.news = asyncio.Event()
         self._taken = asyncio.Event()
         self.begun = 0
-        """How many items the engine has had, or would have: they are begun in order."""
+        """Number of items passed to the engine, cancelled ones included. Items are begun in order."""
         self.cancelled: set[int] = set()
         self.tasks: dict[int, asyncio.Task[None]] = {}
-        """Of the items that the engine has."""
+        """Tasks of the items in the engine, by index."""
         self._events: list[Event] = []
         self._weighed = self._bytes = 0
-        """How many of the events have been weighed, and their weight. It matters only while items are to be begun."""
+        """Number of events weighed, and their weight in bytes. It matters only while items remain to be begun."""
 
     def put(self, event: Event) -> None:
-        """Add what has happened."""
+        """Add an event."""
         self._events.append(event)
         self.news.set()
 
     def take(self) -> list[Event]:
-        """Return what has happened since the last time."""
+        """Return the events since the last call."""
         batch, self._events, self._weighed, self._bytes = self._events, [], 0, 0
         self.news.clear()
         self._taken.set()
         return batch
 
     def is_full(self) -> bool:
-        """Return whether the client has not taken more than enough."""
+        """Return whether the results that wait for the client exceed `BACKLOG_BYTES`."""
         while self._weighed < len(self._events):
             event = self._events[self._weighed]
             self._bytes += weight(event.outputs if isinstance(event, Result) else ())
@@ -104,12 +105,12 @@ class Piece:
         return self._bytes > BACKLOG_BYTES
 
     async def wait_taken(self) -> None:
-        """Wait until the client takes what has happened."""
+        """Wait until the client takes the events."""
         self._taken.clear()
         await self._taken.wait()
 
     def cancel(self, items: Sequence[int]) -> list[int]:
-        """Cancel items; return those of them that have not been begun, for which nobody else says so."""
+        """Cancel items; return those not begun. The caller must report their cancellation."""
         fresh = {index for index in items if 0 <= index < self.size} - self.cancelled
         self.cancelled |= fresh
         for index in fresh:

@@ -1,4 +1,4 @@
-"""A server: an engine behind a transport, from start to end, and the lease of an owner where there is one."""
+"""A server: it runs an engine and serves it over a transport. A lease connects it to its owner, if it has one."""
 
 import asyncio
 import contextlib
@@ -16,44 +16,50 @@ from typing import Any
 
 from .. import lease
 from ..config import LLMConfig
-from ..diagnosis import port_holder
 from ..errors import GserveError, ItemError, LaunchError, RemoteError
 from ..host import gpu_locks, gpus, tokens
+from ..host.ports import port_holder
 from ..host.redaction import redact
 from ..interfaces import Address, Engine, RunningEngine, Transport
 from ..schema import Event, Failure, Group, Health, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
 from .requests import Piece, cancelled_item, prepared_items, result_of
 
 DRAIN_SECONDS = 30.0
-"""How long a server that is to drain may finish what it has, in seconds, unless its owner says how long."""
+"""Default drain time, in seconds, unless the owner gives one. Requests in flight may finish within it."""
 ENGINE_STOP_SECONDS = 10.0
-"""How long an engine may take to end, in seconds, before its processes are killed."""
+"""Maximum time for an engine to stop, in seconds. Then its processes are killed."""
 FLUSH_SECONDS = 1.0
-"""How long a server that ends waits for its owner to take its last words, in seconds."""
+"""Maximum wait of a server that ends until its owner has its last messages, in seconds."""
 DEATH_SECONDS = 1.0
-"""How long an engine that dies may take to say so, after the items that it had have failed."""
+"""Maximum time from the failure of an item to the report that the engine died, in seconds."""
 ADMISSION = 16
-"""How many times its capacity a server takes of items before it says that it has enough to do."""
+"""Maximum number of admitted items, as a multiple of the engine's capacity. Beyond it, requests are refused as busy."""
 MOST_ITEMS = 1 << 17
-"""Items that one request may always have, however small the engine's capacity is."""
+"""A request may always have this many items, however small the engine's capacity is."""
 AHEAD = 2
-"""The engine has up to this many times its capacity of items, so that it never runs dry."""
+"""Maximum number of items in the engine, as a multiple of its capacity, so that it never runs dry."""
 EARLY = 256
-"""Number of requests of which it is remembered that items were cancelled before they came."""
+"""Number of requests with kept early cancellations. A cancellation is early if it arrives before its request."""
 BUSY_SECONDS = 1.0
-"""After how long a client that was told so may ask again."""
+"""Retry delay for a client that is refused because the server is busy, in seconds."""
 RESERVED_SECONDS = 5.0
-"""How long nothing is begun after a request has asked to be alone; it asks again sooner than that."""
+"""After a request that must run alone is refused, no other request is begun for this time, in seconds.
+
+Its client retries sooner than that.
+"""
 YOUNG = 10_000
-"""How many more objects there are before the garbage collector looks: each item at work is some 20, and none of them
-garbage. With Python's 700 a third of a server's time may go into looking."""
+"""Number of new objects that starts a garbage collection.
+
+An item in flight has about 20 objects, and none of them is garbage. With Python's default of 700, a server may spend a
+third of its time on collections.
+"""
 LOOK_SECONDS = 1.0
-"""Seconds between two looks at whether the engine moves; less where `stall_timeout` is short."""
+"""Interval between two checks of the engine's progress, in seconds. It is shorter if `stall_timeout` is short."""
 logger = logging.getLogger("gserve.serving")
 
 
 class Server:
-    """An engine behind a transport, from start to end. Implements `interfaces.ServerApi`."""
+    """A server: an engine behind a transport, from start to end. Implements `interfaces.ServerApi`."""
 
     def __init__(
         self,
@@ -75,19 +81,19 @@ class Server:
         self._phase: str | None = None
         self._engine: RunningEngine | None = None
         self._running = self._most_running = 0
-        """Items that the engine has, and how many it may have."""
+        """Number of items in the engine, and its maximum."""
         self._ended = self._finished = 0
-        """Those that the engine has no more, and those of them that it has answered."""
+        """Number of items that have left the engine, and number of those that it answered."""
         self._turn, self._waiting = asyncio.Lock(), 0
-        """Held by the request that gets the next place in the engine, and how many wait for one."""
+        """Lock of the request that gets the engine's next free slot, and number of requests that wait for one."""
         self._has_place = asyncio.Event()
         self._over = asyncio.Event()
         self._pieces: set[Piece] = set()
-        """The requests that were taken in."""
+        """The admitted requests."""
         self._is_alone = False
-        """Whether the request that runs is to be alone."""
+        """Whether the request in flight must run alone."""
         self._reserved_until = 0.0
-        """Until when nothing else is begun, for one that is to be alone."""
+        """Until this time, no other request is begun, for one that must run alone."""
         self._is_doubtful = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,23 +101,23 @@ class Server:
         self._drain_ends = math.inf
         self._drain_changed = asyncio.Event()
         self._is_drain_a_signal = False
-        """Whether the lease told to drain because of a signal, which may come to this process too."""
+        """Whether the lease ordered the drain because of a signal. The same signal may reach this process too."""
         self._early: OrderedDict[str, list[int]] = OrderedDict()
-        """Items that were cancelled before their requests came, by the ids of these: the latest `EARLY`."""
+        """Items cancelled before their requests arrived, by request id. Only the latest `EARLY` requests are kept."""
         self._stop = asyncio.Event()
         self._lease: lease.ServerEnd | None = None
         self._address: Address | None = None
 
-    # -------------------------------------------------------------------------------------------- the face (ServerApi)
+    # ----------------------------------------------------------------------------------------- the methods of ServerApi
 
     def health(self) -> Health:
-        """Return the state now."""
+        """Return the current state."""
         return Health("ok") if self._state == "ready" else Health(self._state, self._phase)
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
-        """Work on a request; yield its events in batches as they happen."""
+        """Run a request; yield its events in batches as they happen. Raises RemoteError: the request is refused."""
         with self._admit(request) as piece:
-            if request.alone:  # from here on its items may be the reason for an end of this server: say so first
+            if request.alone:  # its items may crash this server: report that first
                 yield [Heartbeat(piece.left)]
                 self._tell_pulse()
                 if self._lease is not None:
@@ -121,11 +127,14 @@ class Server:
                     yield events
 
     async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
-        """Work on a request; return the outputs of each item, in order."""
+        """Run a request; return the outputs of each item, in order.
+
+        Raises RemoteError: the request is refused, an item failed, or the server ended too early.
+        """
         with self._admit(request) as piece:
             for group in request.groups:
                 try:
-                    await piece.engine.prepare([], group.params)  # what is wrong with them is no item's fault
+                    await piece.engine.prepare([], group.params)  # invalid params are not an item's fault
                 except ItemError as error:
                     raise RemoteError(str(error), status=400) from error
             found: dict[int, list[ResponseOutput]] = {}
@@ -142,7 +151,7 @@ class Server:
             return [found[index] for index in range(piece.size)]
 
     async def _events(self, piece: "Piece", request: RunRequest) -> AsyncGenerator[list[Event]]:
-        """Have the engine work on a request that was taken in; yield what happens. Where the server ends, some miss."""
+        """Run the items of an admitted request; yield their events. If the server ends, some items get no event."""
         feeding = asyncio.create_task(self._feed(piece, request.groups))
         feeding.add_done_callback(lambda _: piece.news.set())
         left = piece.size
@@ -160,7 +169,7 @@ class Server:
                     left -= len(batch)
                     yield batch
                 if self._over.is_set():
-                    return  # the client sees what is missing, and takes it elsewhere
+                    return  # the client sees which items are missing, and sends them to another server
         finally:
             unfinished = [feeding, *piece.tasks.values()]
             for task in unfinished:
@@ -168,7 +177,7 @@ class Server:
             await asyncio.gather(*unfinished, return_exceptions=True)
 
     async def _feed(self, piece: "Piece", groups: Sequence[Group]) -> None:
-        """Give the engine the items of a piece, as many as it and the piece's backlog have room for."""
+        """Pass the items of a piece to the engine, as the engine and the piece's backlog have room."""
         loop, first = asyncio.get_running_loop(), 0
         for group in groups:
             async for start, items in prepared_items(piece.engine, group):
@@ -185,7 +194,7 @@ class Server:
             first += len(group.prompts)
 
     async def _wait_for_room(self, piece: "Piece") -> None:
-        """Wait until a piece's backlog has room, and the engine a place for an item: requests take turns."""
+        """Wait until a piece's backlog has room and the engine has a free slot. Requests take turns."""
         while piece.is_full():
             await piece.wait_taken()
         if not self._waiting and self._running < self._most_running:
@@ -200,7 +209,7 @@ class Server:
             self._waiting -= 1
 
     async def _work(self, piece: "Piece", index: int, prepared: Any) -> None:
-        """Have the engine work on one item, and put what happens to it into its piece."""
+        """Run one item in the engine; add its event to its piece."""
         event: Event
         self._running += 1
         try:
@@ -213,12 +222,12 @@ class Server:
         except ItemError as error:
             event = Failure(index, str(error), error.invalid)
         except asyncio.CancelledError:
-            self._is_doubtful = True  # it was cancelled, perhaps since nothing came
+            self._is_doubtful = True  # it may have been cancelled because no answer came
             if index not in piece.cancelled:
                 raise
             event = cancelled_item(index)
         except Exception as error:
-            self._is_doubtful = True  # it failed for no reason of its own
+            self._is_doubtful = True  # the item is not at fault
             if await self._is_over():
                 return
             logger.exception("item %d failed", index)
@@ -233,7 +242,7 @@ class Server:
         piece.put(event)
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
-        """Cancel items of the request with this id: it runs, or is still on its way here by another connection."""
+        """Cancel items of the request with this id. The request may still be on its way, over another connection."""
         if not request_id:
             return
         for piece in self._pieces:
@@ -250,7 +259,7 @@ class Server:
             piece.put(cancelled_item(index))
 
     def shut_down(self) -> None:
-        """Begin to end: finish what there is, take no more."""
+        """Start to drain: finish the admitted requests, accept no more."""
         self._begin_drain(DRAIN_SECONDS)
 
     def _begin_drain(self, seconds: float) -> None:
@@ -260,7 +269,7 @@ class Server:
 
     @contextlib.contextmanager
     def _admit(self, request: RunRequest) -> Iterator["Piece"]:
-        """Take a request in, if the server is ready for it. Raises RemoteError: it is not."""
+        """Admit a request for the block; yield its piece. Raises RemoteError: the request is refused."""
         if self._state != "ready" or self._engine is None:
             phase = f" ({self._phase})" if self._phase else ""
             raise RemoteError(f"the server is {self._state}{phase}", status=503)
@@ -274,7 +283,7 @@ class Server:
             )
         self._check_turn(request)
         items = sum(piece.left for piece in self._pieces)
-        if items and items + size > most:  # one alone may be larger: else it could never be served
+        if items and items + size > most:  # a single request may be larger, or it could never be served
             raise RemoteError(
                 f"the server has {items} items to do and takes {most} at a time: ask again in a moment",
                 status=429, retry_after=BUSY_SECONDS,
@@ -290,15 +299,16 @@ class Server:
             self._pieces.discard(piece)
             if request.alone:
                 self._is_alone = False
-                if not self._over.is_set():  # else they may be why it ends
+                if not self._over.is_set():  # otherwise its items may be why the server ends
                     self._tell_pulse()
             if not self._pieces:
                 self._idle.set()
 
     def _check_turn(self, request: RunRequest) -> None:
-        """Let a request that is to be alone wait until there is no other, and others until it is over.
+        """Refuse a request that must run alone while others are in flight, and others while it is in flight.
 
-        While it waits, nothing else is begun. Raises RemoteError.
+        After each refusal of such a request, no other request is begun for `RESERVED_SECONDS`.
+        Raises RemoteError: the request must wait.
         """
         now = time.monotonic()
         if request.alone:
@@ -310,17 +320,23 @@ class Server:
             )  # fmt: skip
 
     async def _is_over(self) -> bool:
-        """Say whether the engine is gone, or about to be: what it fails then is not the fault of the item."""
+        """Return whether this server ends now or within `DEATH_SECONDS`, as when its engine dies.
+
+        If so, a failure is not the item's fault.
+        """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._over.wait(), DEATH_SECONDS)
         return self._over.is_set()
 
-    # -------------------------------------------------------------------------------------------------------- the life
+    # ------------------------------------------------------------------------------------------------ from start to end
 
     async def live(
         self, engine: Engine, transport: Transport, llm: LLMConfig, host: str, port: int, line: lease.ServerEnd | None
     ) -> int:
-        """Serve from start to end; return the exit code. Raises: whatever was wrong before there was an address."""
+        """Run the server to its end; return the exit code.
+
+        Raises any exception from before the server had an address.
+        """
         loop = asyncio.get_running_loop()
         self._lease = line
         if line is not None:
@@ -339,7 +355,7 @@ class Server:
                 if await self._first(starting):
                     await self._until_end()
             except Exception as error:
-                code = fail(error, line, self._secrets)  # told now: an engine that hangs takes its time to end
+                code = fail(error, line, self._secrets)  # report now: an engine that hangs is slow to stop
             finally:
                 self._state = "draining"
                 starting.cancel()
@@ -357,7 +373,7 @@ class Server:
         loop, ours = asyncio.get_running_loop(), threading.get_ident()
 
         def report(text: str) -> None:
-            if threading.get_ident() == ours:  # now: later it might come after "ready"
+            if threading.get_ident() == ours:  # report now: a later report might come after "ready"
                 self._report(text)
             else:
                 loop.call_soon_threadsafe(self._report, text)
@@ -370,7 +386,7 @@ class Server:
         self._engine = running
         self._most_running = AHEAD * running.info.capacity
         gc.collect()
-        gc.freeze()  # a full collection over what torch and transformers leave behind takes a third of a second
+        gc.freeze()  # a full collection of the objects of torch and transformers takes a third of a second
         gc.set_threshold(YOUNG)
         self._report("making the first token")
         await running.check()
@@ -380,7 +396,7 @@ class Server:
         self._tell(lease.Ready(running.info))
 
     async def _first(self, task: "asyncio.Task[Any]") -> bool:
-        """Wait for `task`; return False where the server is to end before it is done. Raises what the task raised."""
+        """Wait for `task`; return False if the server must stop or drain first. Raises the task's exception."""
         ends = [asyncio.create_task(event.wait()) for event in (self._stop, self._drain)]
         await asyncio.wait([task, *ends], return_when=asyncio.FIRST_COMPLETED)
         for end in ends:
@@ -391,7 +407,10 @@ class Server:
         return False
 
     async def _until_end(self) -> None:
-        """Serve until told to end, then let the requests finish that there are."""
+        """Serve until the server must stop or drain, then let the admitted requests finish.
+
+        Raises GserveError: the engine died or hangs.
+        """
         assert self._engine is not None
         died = asyncio.create_task(self._lost(self._engine))
         if await self._first(died):
@@ -407,7 +426,7 @@ class Server:
             end.cancel()
 
     async def _lost(self, engine: RunningEngine) -> str:
-        """Return why, once the engine has died, or hangs."""
+        """Wait until the engine dies or hangs; return the reason."""
         died = asyncio.create_task(engine.died())
         watches = [died]
         if self._stall_timeout is not None:
@@ -422,7 +441,11 @@ class Server:
                 watch.cancel()
 
     async def _hung(self, engine: RunningEngine, limit: float) -> str:
-        """Return how, once the engine hangs: it has work and does not move, or makes no token when it is in doubt."""
+        """Wait until the engine hangs; return a description.
+
+        It hangs if it has items and makes no progress for `limit` seconds. An engine that is idle and in doubt is asked
+        for one token. It hangs if none comes in that time, and is broken if the check fails.
+        """
         pause = min(LOOK_SECONDS, limit / 4)
         seen: object = None
         silence = lease.Silence(pause)
@@ -453,7 +476,7 @@ class Server:
                 checking.cancel()
 
     async def _beat(self) -> str:
-        """Show the owner that this event loop turns."""
+        """Send the owner a regular sign that this event loop runs."""
         while True:
             self._tell_pulse()
             await asyncio.sleep(min(lease.PULSE, (self._stall_timeout or math.inf) / 4))
@@ -471,7 +494,7 @@ class Server:
         self._stop.set()
         if self._address is not None and self.token is not None:
             with contextlib.suppress(GserveError, OSError):
-                tokens.remove_token(self._address, self.token)  # the owner, who has written it, cannot
+                tokens.remove_token(self._address, self.token)  # the owner wrote it, but cannot remove it
 
     def _on_signal(self, number: int) -> None:
         is_second = self._drain.is_set() and not self._is_drain_a_signal
@@ -498,7 +521,7 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def _listening(transport: Transport, server: Server, host: str, port: int) -> AsyncIterator[Address]:
-    """Have `transport` serve. Raises LaunchError: it cannot listen."""
+    """Serve `server` over `transport` for the block; yield its address. Raises LaunchError: it cannot listen."""
     async with contextlib.AsyncExitStack() as stack:
         try:
             address = await stack.enter_async_context(transport.serve(server, host, port))
@@ -509,7 +532,7 @@ async def _listening(transport: Transport, server: Server, host: str, port: int)
 
 
 def fail(error: BaseException, line: lease.ServerEnd | None, secrets: Collection[str]) -> int:
-    """Say why the server ends; return the exit code."""
+    """Report why the server ends, to the log and the owner; return the exit code."""
     cause = redact(sentence_of(error), secrets)
     logger.error("failed: %s", cause, exc_info=None if isinstance(error, GserveError) else error)
     if line is not None:
@@ -518,8 +541,8 @@ def fail(error: BaseException, line: lease.ServerEnd | None, secrets: Collection
 
 
 def sentence_of(error: BaseException) -> str:
-    """Return what an error says, as one line."""
-    text = " ".join(str(error).split())  # some of vLLM's are spread over many lines
+    """Return the text of an error as one line."""
+    text = " ".join(str(error).split())  # some messages of vLLM have many lines
     if isinstance(error, GserveError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,10 +1,13 @@
-"""For authors of plugins: checks that hold for every launcher, transport and engine, and what may be left behind.
+"""Checks for authors of plugins: contracts of launchers, transports and engines, and leftovers of tests.
 
-`check_launcher(MyLauncher())`, `check_transport(MyTransport())` and `check_engine(MyEngine(), llm_config)` raise
-AssertionError where a contract of `gserve_core.interfaces` is broken. gserve's own tests put every registered class
-through them. As pytest fixtures: `pytest_plugins = ["gserve_core.testing"]` in your conftest.py, then
-`nothing_left` for a test after which no process or state file of gserve may be left, and `default_signals` for a
-session whose programs are sent signals.
+`check_launcher(MyLauncher())`, `check_transport(MyTransport())` and `check_engine(MyEngine(), llm_config)` check a
+plugin. They raise AssertionError if it breaks a contract of `gserve_core.interfaces`. gserve's own tests check every
+registered class with them.
+
+For the pytest fixtures, write `pytest_plugins = ["gserve_core.testing"]` into your conftest.py:
+
+- `nothing_left`: the test must leave no process and no state file of gserve behind.
+- `default_signals`: for a session that sends signals to its programs.
 """
 
 import asyncio
@@ -41,9 +44,9 @@ from ..schema import (
 
 RUN_VARIABLE = "GSERVE_TEST_RUN"
 PATIENCE = 20.0
-"""Seconds that a check waits for what should come at once."""
+"""Maximum wait of a check for an immediate event, in seconds."""
 END_SECONDS = 15.0
-"""Seconds that processes have to end after a test; what is alive then is left behind, and killed."""
+"""Maximum time for processes to end after a test, in seconds. Those alive after it are leftovers, and are killed."""
 _INHERITED = (
     signal.SIGINT,
     signal.SIGQUIT,
@@ -53,7 +56,7 @@ _INHERITED = (
     signal.SIGUSR2,
     signal.SIGCHLD,
 )
-"""The signals that gserve or its tests send or need; what a process ignores of them, its children ignore too."""
+"""Signals that gserve or its tests send or need. A child process ignores the signals that its parent ignores."""
 FLAT = FlatLogprobs([1, 0], [1], [float("-inf")], [None], ["é"])
 
 _CHILD = """
@@ -71,7 +74,10 @@ for line in sys.stdin:
 
 
 def check_launcher(launcher: Launcher) -> None:
-    """Start small programs with `launcher`; hold it to the contract of `Launcher` and `Process`."""
+    """Check `launcher` against the contracts of `Launcher` and `Process`: start small programs with it.
+
+    Raises AssertionError: a contract is broken.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         log = Path(scratch) / "log"
 
@@ -106,7 +112,7 @@ def check_launcher(launcher: Launcher) -> None:
             process = launcher.launch(job("/nonexistent/program"))
         except LaunchError:
             pass
-        else:  # a prefix command starts, and then finds no program
+        else:  # the command prefix starts, but does not find the program
             _until(lambda: process.poll() not in (None, 0), "a program that does not exist must not count as started")
             process.stop(1.0)
 
@@ -133,7 +139,7 @@ def _until(condition: Callable[[], bool], otherwise: str) -> None:
 class _Api:
     """A server for checks of transports: outputs are the prompts; "bad" fails, "slow" waits.
 
-    Where it is `busy`, it says so in place of working, and to come again after so many seconds.
+    busy: retry delay in seconds, with which it refuses every request; None: it accepts requests.
     """
 
     def __init__(self) -> None:
@@ -187,7 +193,10 @@ class _Api:
 
 
 def check_transport(transport: Transport) -> None:
-    """Talk through `transport`, both halves in this process; hold it to the contract of `Transport`."""
+    """Check `transport` against the contract of `Transport`: use both halves in this process.
+
+    Raises AssertionError: the contract is broken.
+    """
     asyncio.run(asyncio.wait_for(_check_transport(transport), 3 * PATIENCE))
 
 
@@ -274,7 +283,7 @@ async def _check_transport(transport: Transport) -> None:
 async def _refused(
     transport: Transport, address: Address, access: Access, when: str, status: int | None = None
 ) -> TransportError:
-    """Hold `run` to be refused; return with what error."""
+    """Check that `run` is refused; return the error."""
     connection = transport.connect(address, access)
     try:
         async with aclosing(connection.run(RunRequest([Group(["a"])]))) as stream:
@@ -294,7 +303,7 @@ async def _refused(
 async def _cannot_end(
     transport: Transport, address: Address, api: _Api, token: str | None, control: str | None
 ) -> None:
-    """Hold `shut_down` without the right secret to be refused, and to have no effect."""
+    """Check that `shut_down` without the right secret is refused and has no effect."""
     connection = transport.connect(address, Access(token=token, control=control, timeout=5.0))
     try:
         await connection.shut_down()
@@ -308,7 +317,10 @@ async def _cannot_end(
 
 
 def check_engine(engine: Engine, llm: LLMConfig) -> None:
-    """Start `engine` with `llm` and use it; hold it to the contract of `Engine` and `RunningEngine`."""
+    """Check `engine` against the contracts of `Engine` and `RunningEngine`: start it with `llm` and use it.
+
+    Raises AssertionError: a contract is broken.
+    """
     asyncio.run(_check_engine(engine, llm))
 
 
@@ -327,7 +339,7 @@ async def _check_engine(engine: Engine, llm: LLMConfig) -> None:
     running = await engine.start(llm, phases.append)
     took = time.monotonic() - began
     beating.cancel()
-    assert beats >= took / 0.05 / 20, f"start() must not block the event loop: {beats} beats in {took:.1f} s"
+    assert beats >= int(took / 0.05 / 20), f"start() must not block the event loop: {beats} beats in {took:.1f} s"
     assert all(isinstance(phase, str) for phase in phases)
     try:
         await _check_running(running)
@@ -371,7 +383,7 @@ async def _check_running(running: RunningEngine) -> None:
     cancelled = asyncio.create_task(running.run(long))
     await asyncio.sleep(0.05)
     assert isinstance(running.progress(), int), "progress() must be a number"
-    await running.check()  # also while it works on something else
+    await running.check()  # also while another item is in flight
     cancelled.cancel()
     with suppress(asyncio.CancelledError):
         await cancelled
@@ -387,17 +399,18 @@ async def _check_running(running: RunningEngine) -> None:
 
 @contextmanager
 def signals_by_default() -> Iterator[None]:
-    """Let the programs that are started meanwhile receive every signal, whatever this process ignores or blocks.
+    """Let programs that start in the block receive every signal, even if this process ignores or blocks it.
 
-    A program inherits what its parent ignores, and `nohup` and a shell's `&` ignore SIGINT, SIGQUIT or SIGHUP. This
-    process still ignores them, but for SIGINT, which raises KeyboardInterrupt. Only for the main thread.
+    A program inherits the signals that its parent ignores. `nohup` and a shell's `&` ignore SIGINT, SIGQUIT or SIGHUP.
+    This process still ignores its signals, except SIGINT, which raises KeyboardInterrupt. Use it only in the main
+    thread.
     """
     before = {number: signal.getsignal(number) for number in _INHERITED}
     blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, _INHERITED)
     for number, handler in before.items():
         if (
             handler == signal.SIG_IGN
-        ):  # a handler is not inherited, and one that does nothing is as good for this process
+        ):  # children do not inherit a handler, and one that does nothing has the same effect here
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else _ignore)
     try:
         yield
@@ -412,13 +425,13 @@ def _ignore(number: int, frame: object) -> None:
     """Do nothing."""
 
 
-# ---------------------------------------------------------------------------------------------- what may be left behind
+# ------------------------------------------------------------------------------------------------------------ leftovers
 
 
 def our_processes() -> dict[int, str]:
-    """Return the live processes that gserve has started here: process id, command line.
+    """Return the live processes that gserve has started on this machine: process id, command line.
 
-    Where the environment has `RUN_VARIABLE`, only those that inherited it: two test runs must not see each other.
+    If the environment has `RUN_VARIABLE`, return only those that inherited it. Two test runs must not see each other.
     """
     found = {}
     run = f"\0{RUN_VARIABLE}={os.environ.get(RUN_VARIABLE, '')}".encode()
@@ -434,7 +447,7 @@ def our_processes() -> dict[int, str]:
 
 
 def our_shared_memory() -> set[Path]:
-    """Return the files in /dev/shm that our live processes have mapped; other programs have theirs there too."""
+    """Return the files in /dev/shm that our live processes have mapped. Files of other programs are left out."""
     found = set()
     for pid in our_processes():
         with suppress(OSError):
@@ -446,12 +459,12 @@ def our_shared_memory() -> set[Path]:
 
 
 def our_files() -> set[Path]:
-    """Return the state files of servers and services in the runtime directory, and in the second place for them."""
+    """Return the state files of servers and services, in the runtime directory and in the second folder for them."""
     return {path for place in run_files.places() for path in place.iterdir()}
 
 
 def end_leftovers(before: dict[int, str]) -> dict[int, str]:
-    """Wait until no more of our processes are alive than `before`; kill, and return, those that stay."""
+    """Wait for the end of our processes that are not in `before`; kill and return those still alive then."""
 
     def new() -> dict[int, str]:
         return {pid: command for pid, command in our_processes().items() if pid not in before}
@@ -461,7 +474,7 @@ def end_leftovers(before: dict[int, str]) -> dict[int, str]:
     while (found := new()) and time.monotonic() < deadline:
         time.sleep(0.05)
     deadline += PATIENCE
-    while found and time.monotonic() < deadline:  # what dies may still have started another
+    while found and time.monotonic() < deadline:  # a process may have started another before it died
         left |= found
         for pid in found:
             with suppress(ProcessLookupError):
@@ -479,11 +492,11 @@ else:
 
     @pytest.fixture
     def nothing_left() -> Iterator[None]:
-        """Fail where a test leaves a process or a state file of gserve behind."""
+        """Fail if a test leaves a process or a state file of gserve behind."""
         processes, files = our_processes(), our_files()
         yield
         left: list[object] = [*end_leftovers(processes).items()]
-        for file in our_files() - files:  # what is left is ended and removed: it must fail no other test
+        for file in our_files() - files:  # leftovers are removed, so that they fail no other test
             left.append(file)
             with suppress(OSError):
                 file.unlink()
@@ -491,6 +504,6 @@ else:
 
     @pytest.fixture(scope="session")
     def default_signals() -> Iterator[None]:
-        """Have every program that a test starts receive its signals, also where the tests run under `nohup`."""
+        """Let every program that a test starts receive its signals, even if the tests run under `nohup`."""
         with signals_by_default():
             yield
