@@ -5,6 +5,6 @@ from gserve_core import testing
 from reverse_engine import ReverseEngine
 from taskset_launcher import TasksetLauncher
 
-testing.check_engine(ReverseEngine(load=0.2), LLMConfig("any"))
+testing.check_engine(ReverseEngine(), LLMConfig("any"))
 testing.check_launcher(TasksetLauncher())
 print("both plugins keep the contracts")
