@@ -19,7 +19,6 @@ import signal
 import sys
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import IO, Any
@@ -28,6 +27,7 @@ import msgspec
 from msgspec import Struct
 
 from .config import LLMConfig
+from .host.forks import call_in_child
 from .interfaces import Address, EngineInfo
 
 BEAT = 5.0
@@ -201,8 +201,7 @@ class OwnerEnd:
         self._sending = threading.Lock()  # held during a write that cannot block
         self._is_silent = False
         os.set_blocking(stdin.fileno(), False)  # a server that does not read must not block the owner
-        forget = weakref.WeakMethod(self._forget)
-        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
+        call_in_child(self._forget)
         self.send(hello)
         _HEART.add(self)
 
@@ -283,7 +282,7 @@ class _Heart:
     """A thread that sends the heartbeats of all leases of this process, and does nothing else."""
 
     def __init__(self) -> None:
-        os.register_at_fork(after_in_child=self._reset)
+        call_in_child(self._reset)
         self._reset()
 
     def _reset(self) -> None:
@@ -344,7 +343,7 @@ class ServerEnd:
         self._outgoing: deque[Up] = deque()
         self._is_sending = False
         self._inherited = [self._lines.fd, self._up]
-        os.register_at_fork(after_in_child=self._forget)
+        call_in_child(self._forget)
         self._unheard: list[Down] = []
         self._handlers: tuple[Callable[[Down], object], Callable[[], object]] | None = None
         self._hearing = threading.Lock()

@@ -6,10 +6,8 @@ import hmac
 import ipaddress
 import json
 import math
-import os
 import re
 import socket
-import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
@@ -24,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gserve_core.errors import RemoteError
+from gserve_core.host.forks import call_in_child
 from gserve_core.interfaces import Address, ServerApi
 from gserve_core.schema import (
     CancelRequest,
@@ -210,8 +209,7 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
                 listening.setsockopt(*option)  # accepted connections inherit it
             listening.bind(target)
             listening.listen(2048)
-            forget = weakref.WeakMethod(listening.close)  # a forked process, such as an engine's, would keep the port
-            os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
+            call_in_child(listening.close)  # a forked process, such as an engine's, would keep the port
         except (OSError, OverflowError, UnicodeError) as error:
             why = getattr(error, "strerror", None) or error
             raise OSError(getattr(error, "errno", None), f"cannot listen on {host}:{port}: {why}") from error

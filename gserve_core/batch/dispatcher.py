@@ -5,11 +5,9 @@ import contextlib
 import functools
 import itertools
 import logging
-import os
 import sys
 import threading
 import uuid
-import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ import uvloop
 
 from ..errors import GserveError, StallTimeout, TransportError
 from ..host.environment import check_not_patched, open_missing_descriptors
+from ..host.forks import call_in_child
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Connection
 from ..schema import Group, Prompt, RunRequest
@@ -132,8 +131,7 @@ class Dispatcher:
         """Whether this is a forked process that has no thread yet."""
         self._inherited: list[object] = []
         self._begin()
-        forked = weakref.WeakMethod(self._on_fork)
-        os.register_at_fork(after_in_child=lambda: (method := forked()) and method())
+        call_in_child(self._on_fork)
 
     def _begin(self) -> None:
         """Start the thread, and add all known servers."""

@@ -2,8 +2,7 @@
 
 import hashlib
 import itertools
-import os
-import random
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -22,9 +21,6 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 type Read = Callable[[Any], tuple[Prompt, int]]
 """Reads an item as the user gave it, and returns it with its size in bytes. Raises ItemError, or an encoding error."""
 
-_chance = random.Random()  # noqa: S311 - our own generator, so that the program's global one keeps its seed
-os.register_at_fork(after_in_child=_chance.seed)
-
 
 class Seeds:
     """The seeds of items whose parameters have none, so that a retry samples the same.
@@ -41,7 +37,7 @@ class Seeds:
         """Return a function that returns the seed of an item by its index."""
         call = next(self._calls)
         if not self._seed:
-            return lambda index: _chance.getrandbits(31)
+            return lambda index: secrets.randbits(31)
 
         def seed(index: int) -> int:
             digest = hashlib.blake2b(f"{self._seed} {call} {index}".encode(), digest_size=4).digest()

@@ -7,7 +7,6 @@ file system has no such locks, or other machines cannot see them, the content of
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import tempfile
@@ -20,6 +19,7 @@ from msgspec import Struct
 
 from ..errors import ConfigError
 from ..host import processes
+from ..host.locks import try_lock
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 """Error numbers of a file system without flock."""
@@ -56,7 +56,7 @@ class Holder(Struct, frozen=True, kw_only=True, omit_defaults=True):
 def this_process() -> Holder:
     """Return the description of this process for other processes."""
     return Holder(
-        host=socket.gethostname(), pid=os.getpid(), mark=processes.owner_mark(), namespace=_namespace(),
+        host=socket.gethostname(), pid=os.getpid(), mark=processes.owner_mark(), namespace=processes.namespace(),
         job=os.environ.get("SLURM_JOB_ID", ""), restarts=_restarts(),
     )  # fmt: skip
 
@@ -171,14 +171,11 @@ def _create_plainly(path: Path, content: bytes) -> int | None:
 def _flock(descriptor: int) -> bool | None:
     """Lock a file and return whether its kernel lock was free; None if its file system has no such locks."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(descriptor)
     except OSError as error:
         if error.errno in NO_LOCKS:
             return None
         raise
-    return True
 
 
 def _read(content: bytes) -> Holder | None:
@@ -209,10 +206,6 @@ def _is_file(descriptor: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except OSError:
         return False
-
-
-def _namespace() -> str:
-    return str(Path("/proc/self/ns/pid").readlink())
 
 
 def _restarts() -> int:

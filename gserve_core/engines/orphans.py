@@ -14,6 +14,7 @@ import time
 
 from ..host import processes, sweep
 from ..host.environment import ignore_notices
+from ..host.forks import call_in_child
 
 GRACE = 2.0
 """Time for the engine to end in its own, more orderly way, in seconds."""
@@ -42,7 +43,7 @@ def watch() -> None:
 def _watch_forks() -> None:
     """Call `watch` in every forked child."""
     # A fork has none of its parent's threads, and vLLM does not load its plugins again there.
-    os.register_at_fork(after_in_child=watch)
+    call_in_child(watch)
 
 
 def _end_with(pid: int, started: int) -> None:

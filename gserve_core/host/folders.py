@@ -1,7 +1,6 @@
 """The folders of a user: state, caches, logs of runs, and temporary files of servers."""
 
 import contextlib
-import fcntl
 import functools
 import logging
 import os
@@ -19,6 +18,7 @@ from msgspec import Struct
 
 from ..errors import GserveError
 from . import processes
+from .locks import lock, try_lock, unlock_and_close
 
 LONGEST = 50
 """Maximum length of a temporary folder's path, in bytes. The path of a vLLM socket below it must fit into 107."""
@@ -175,7 +175,7 @@ def keep_logs(path: Path) -> None:
     except OSError as error:
         raise GserveError(f"cannot make the folder for logs {path}: {error.strerror}") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        try_lock(descriptor, shared=True)
         os.write(descriptor, f"{processes.owner_mark()}\n".encode())
     except OSError:  # locks are not supported there, or the disk is full: log without a lock
         logger.debug("cannot lock %s", file, exc_info=True)
@@ -187,14 +187,7 @@ def release_logs(path: Path) -> None:
     """Allow other runs to remove a log folder when it is old enough. Idempotent."""
     descriptor = _HELD.pop(path, None)
     if descriptor is not None:
-        _unlock(descriptor)
-
-
-def _unlock(descriptor: int) -> None:
-    """Unlock and close a file. Closing alone keeps the lock if a forked process has the file too."""
-    with contextlib.suppress(OSError):  # locks are not supported there
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-    os.close(descriptor)
+        unlock_and_close(descriptor)
 
 
 def _remove_logs(path: Path) -> None:
@@ -220,10 +213,11 @@ def _unlocked(file: Path) -> Iterator[None]:
         yield
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not try_lock(descriptor):
+            raise BlockingIOError
         yield
     finally:
-        _unlock(descriptor)
+        unlock_and_close(descriptor)
 
 
 # --------------------------------------------------------------------------------------- temporary folders of servers
@@ -291,7 +285,7 @@ def make_scratch_folder(instance: str) -> Path:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with os.fdopen(os.open(path / OWNER_FILE, flags, 0o600), "wb") as file:
         file.write(msgspec.json.encode(owner))
-    fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_SH)  # stays open until the process ends
+    lock(os.open(path, os.O_RDONLY), shared=True)  # stays open until the process ends
     return path
 
 
@@ -354,9 +348,6 @@ def _is_unused(path: Path, instances: Collection[str]) -> bool:
 def _is_free(folder: Path) -> bool:
     descriptor = os.open(folder, os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
+        return try_lock(descriptor)
     finally:
-        _unlock(descriptor)
-    return True
+        unlock_and_close(descriptor)

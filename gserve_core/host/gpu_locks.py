@@ -6,7 +6,6 @@ processes that it has forked.
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import pwd
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from ..errors import LaunchError
 from ..interfaces import Report
+from .locks import try_lock, unlock_and_close
 
 FOLDER = Path("/tmp")  # noqa: S108 - not TMPDIR: all users must use the same folder
 REPORT_SECONDS = 10.0
@@ -37,7 +37,7 @@ class Hold:
         for device in self._devices:
             descriptor = _open(device, "lock")
             self._locks.append(descriptor)
-            if not _lock(descriptor, fcntl.LOCK_SH if share else fcntl.LOCK_EX):
+            if not try_lock(descriptor, shared=share):
                 raise LaunchError(
                     f"{_name(device)} is held by {_describe(_holder(descriptor))}: stop that, choose other gpu_ids,"
                     " or set share_gpu: true for all that use it"
@@ -49,7 +49,7 @@ class Hold:
         """Wait until no other server starts on one of these GPUs. Returns at once if they are not shared."""
         for device, descriptor in zip(self._devices, self._turns, strict=False):
             next_report = time.monotonic()
-            while not _lock(descriptor, fcntl.LOCK_EX):
+            while not try_lock(descriptor):
                 if time.monotonic() >= next_report:
                     report(f"waiting for process {_holder(descriptor) or '?'}, which starts on {_name(device)}")
                     next_report += REPORT_SECONDS
@@ -98,19 +98,9 @@ def _open(device: str, kind: str) -> int:
         ) from error
 
 
-def _lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _free(descriptors: list[int]) -> None:
     while descriptors:
-        descriptor = descriptors.pop()
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # closing alone keeps the lock if a forked process has the file too
-        os.close(descriptor)
+        unlock_and_close(descriptors.pop())
 
 
 def _name(device: str) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 from ..errors import ConfigError
+from .forks import call_in_child
 from .redaction import redact
 
 LEVEL_VARIABLE = "GSERVE_LOG_LEVEL"
@@ -107,7 +108,7 @@ class _Backlog[T]:
     def __init__(self, name: str, write: Callable[[Sequence[T], int], object]) -> None:
         self._name = name
         self._write = write
-        os.register_at_fork(after_in_child=self._reset)
+        call_in_child(self._reset)
         self._reset()
 
     def _reset(self) -> None:
@@ -253,7 +254,7 @@ class ServerLog:
         os.close(ours)
         faulthandler.enable(self._raw)
         self._inherited = [self._pipe]
-        os.register_at_fork(after_in_child=self._forget)
+        call_in_child(self._forget)
         self._thread = threading.Thread(target=self._pump, name="log", daemon=True)
         self._thread.start()
 

@@ -6,7 +6,6 @@ folders: `$XDG_RUNTIME_DIR/gserve`, and one that every session of the user knows
 """
 
 import contextlib
-import fcntl
 import os
 import stat
 import tempfile
@@ -18,6 +17,7 @@ import msgspec
 
 from ..errors import GserveError
 from . import folders
+from .locks import try_lock, unlock_and_close
 
 PLACE_VARIABLE = "_GSERVE_PLACE"
 """Variable with the second folder for records and tokens, for tests. Empty: none. Default: `PLACE`/gserve-UID."""
@@ -114,16 +114,11 @@ def locked(places: Sequence[Path], seconds: float) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for place in sorted(places):  # the same order for all prevents a deadlock
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
-            stack.callback(os.close, descriptor)
-            while True:
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    stack.callback(fcntl.flock, descriptor, fcntl.LOCK_UN)  # a forked process may have the file too
-                    break
-                except BlockingIOError as error:
-                    if time.monotonic() >= deadline:
-                        raise TimeoutError(f"another process has locked {place} for {seconds:g} s") from error
-                    time.sleep(LOOK_SECONDS)
+            stack.callback(unlock_and_close, descriptor)
+            while not try_lock(descriptor):
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"another process has locked {place} for {seconds:g} s")
+                time.sleep(LOOK_SECONDS)
         yield
 
 

@@ -14,7 +14,6 @@ import subprocess
 import threading
 import time
 import uuid
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from .. import lease
 from ..commands import GONE, UNKNOWN, LocalProcess, reap_group
 from ..errors import StartupTimeout
 from ..host import processes
+from ..host.forks import call_in_child
 from ..host.processes import readable
 from ..interfaces import Job
 
@@ -64,8 +64,7 @@ class Nursery:
         self._id = ""
         self._lock = threading.Lock()
         self.has_forked = False
-        forget = weakref.WeakMethod(self._close_line)  # a fork that kept it open would hide our end from the nursery
-        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
+        call_in_child(self._close_line)  # a fork that kept it open would hide our end from the nursery
 
     def fork(self, job: Job, popen: Popen) -> LocalProcess:
         """Request a forked server, and return it. It is forked as soon as its imports are done. Does not wait for it.

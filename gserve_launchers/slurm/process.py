@@ -9,12 +9,12 @@ import signal
 import subprocess
 import threading
 import time
-import weakref
 from pathlib import Path
 from typing import IO
 
 from gserve_core.commands import GONE, UNKNOWN, LocalProcess
 from gserve_core.errors import StartupTimeout
+from gserve_core.host.forks import call_in_child
 from gserve_core.interfaces import Job
 from gserve_core.lease import Silence
 
@@ -86,8 +86,7 @@ class SlurmProcess(LocalProcess):
         self._was_forced = False
         self._was_suspended = False
         self._is_gone = False
-        forget = weakref.WeakMethod(self.leave)  # a fork that keeps the line open would hide the end of this process
-        os.register_at_fork(after_in_child=lambda: (method := forget()) and method())
+        call_in_child(self.leave)  # a fork that keeps the line open would hide the end of this process
         threading.Thread(target=self._look, name=title, daemon=True).start()
 
     def poll(self) -> int | None:

@@ -5,7 +5,6 @@ cache as warm.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from ...host.locks import try_lock, unlock
 from ...host.redaction import divided
 from ...interfaces import Report
 
@@ -46,7 +46,7 @@ def turn(folder: Path, name: str, report: Report) -> Iterator[None]:
                 folder.mkdir(parents=True, exist_ok=True)
                 lock = held.enter_context((folder / f"{name}.lock").open("a+"))
                 _wait(lock, report)
-                held.callback(fcntl.flock, lock, fcntl.LOCK_UN)  # closing is not enough if a fork has the file open too
+                held.callback(unlock, lock.fileno())
                 if warm.exists():  # release the lock for the other waiting processes
                     held.close()
         except OSError as error:
@@ -59,16 +59,12 @@ def turn(folder: Path, name: str, report: Report) -> Iterator[None]:
 def _wait(lock: IO[str], report: Report) -> None:
     """Lock the file, and write this process's id into it. Reports the process that holds the lock until then."""
     next_report = 0.0
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except BlockingIOError:
-            if time.monotonic() >= next_report:
-                lock.seek(0)
-                report(f"waiting for process {lock.read() or '?'} to compile")
-                next_report = time.monotonic() + REPORT_SECONDS
-            time.sleep(LOOK_SECONDS)
+    while not try_lock(lock.fileno()):
+        if time.monotonic() >= next_report:
+            lock.seek(0)
+            report(f"waiting for process {lock.read() or '?'} to compile")
+            next_report = time.monotonic() + REPORT_SECONDS
+        time.sleep(LOOK_SECONDS)
     lock.truncate(0)
     lock.write(str(os.getpid()))
     lock.flush()

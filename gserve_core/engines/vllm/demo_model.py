@@ -4,7 +4,6 @@ The package contains a GGUF file. It is converted once to a model folder for vLL
 Only this file imports transformers.
 """
 
-import fcntl
 import shutil
 import tempfile
 from contextlib import suppress
@@ -13,6 +12,7 @@ from pathlib import Path
 
 from ...errors import ConfigError, GserveError
 from ...host import folders
+from ...host.locks import lock
 from ...interfaces import Report
 
 PREFIX = "demo:"
@@ -51,9 +51,9 @@ def resolve(model: str, report: Report) -> str:
     folder = cache_folder() / name
     if folder.is_dir():
         return str(folder)
-    with (folder.parent / f"{name}.lock").open("w") as lock:
+    with (folder.parent / f"{name}.lock").open("w") as turn:
         report("waiting for the demo model")
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock(turn.fileno())
         if not folder.is_dir():
             spec = find_spec(package)
             if spec is None or spec.origin is None:
