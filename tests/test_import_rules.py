@@ -24,7 +24,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"schema", "yaml_file", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
-    {"host.processes", "host.memory", "host.ports"},
+    {"host.processes", "host.memory", "host.ports", "host.forks", "host.locks"},
     {"host.folders"},
     {
         "hookspecs",
@@ -60,7 +60,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "process.requests": {"errors", "schema", "interfaces"},
     "reap": {"host.folders", "host.processes", "host.run_files", "service.records"},
     "batch.files": {"errors", "schema"},
-    "batch.output_lock": {"errors", "host.processes", "host.folders"},
+    "batch.output_lock": {"errors", "host.processes", "host.folders", "host.locks"},
     "doctor": {
         "errors", "config", "interfaces", "host.addresses", "host.gpus", "host.gpu_locks", "host.folders", "plugins",
         "service.service", "engines.vllm.demo_model", "engines.vllm.engine",
@@ -74,15 +74,15 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     },
 }  # fmt: skip
 OF_AN_ENGINE = {
-    "engines.vllm.compile_turn": {"interfaces", "host.redaction"},
-    "engines.vllm.demo_model": {"errors", "host.folders", "interfaces"},
-    "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep"},
+    "engines.vllm.compile_turn": {"interfaces", "host.redaction", "host.locks"},
+    "engines.vllm.demo_model": {"errors", "host.folders", "interfaces", "host.locks"},
+    "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep", "host.forks"},
     "engines.vllm.known_errors": {"interfaces"},
     "engines.vllm.tokenizing": set(),
 }
 ROOMS = {"batch", "engines", "engines.vllm", "host", "process", "service"}
 """Packages that hold modules, and nothing themselves."""
-FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs", "lease"}
+FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs", "lease", "host.forks"}
 """What launchers and transports need of the core: no more than a plugin's author."""
 
 HOMES = {  # third parties: the only files that may import them

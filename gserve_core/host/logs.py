@@ -261,7 +261,7 @@ class ServerLog:
     def _forget(self) -> None:
         """Close the pipe in a forked child, so that it breaks when the parent is gone.
 
-        Close it only once: see `lease.ServerEnd._forget`.
+        Close it only once: see `lease.ServerEnd._close_in_child`.
         """
         while self._inherited:
             os.close(self._inherited.pop())

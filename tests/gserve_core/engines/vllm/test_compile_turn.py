@@ -13,7 +13,7 @@ from gserve_core.engines.vllm import compile_turn
 PROGRAM = """
 import sys
 from pathlib import Path
-from gserve_core.engines import compile_turn
+from gserve_core.engines.vllm import compile_turn
 def report(phase):
     print(phase, flush=True)
 with compile_turn.turn(Path(sys.argv[1]), "model", report):
