@@ -81,7 +81,8 @@ class Room:
         below = psutil.Process(self._process.pid).children(recursive=True) if self._process.is_alive() else []
         self._line.close()
         self._process.join(60)
-        for process in (self._process, *below):  # the processes of `vllm.LLM` may still run
+        self._process.kill()
+        for process in below:  # the processes of `vllm.LLM` may still run
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self._process.join()

@@ -6,18 +6,17 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import IO, Any
 
 from .errors import LaunchError
 from .host import processes
 from .interfaces import Job, Launcher, Process
 
-FAREWELL = 1.0
+GROUP_GRACE = 1.0
 """Time for processes below a server to end after it, in seconds. Some of them free shared memory."""
-GONE = 10.0
+KILL_SECONDS = 10.0
 """Maximum time for killed processes to disappear, in seconds."""
 UNKNOWN = 255
 """Exit code of a process whose real exit code is unknown."""
@@ -146,13 +145,13 @@ class LocalProcess:
             except subprocess.TimeoutExpired:
                 self._kill_group()
         if not self._group_ended:
-            end_group(self.pid, min(FAREWELL, grace))
+            end_group(self.pid, min(GROUP_GRACE, grace))
             self._group_ended = True
         with contextlib.suppress(OSError):
             self.stdin.close()
         self.stdout.close()
         try:
-            code = self._popen.wait(GONE)
+            code = self._popen.wait(KILL_SECONDS)
         except subprocess.TimeoutExpired:  # killed, but stuck in the kernel
             code = UNKNOWN
         reap_group(self.pid)
@@ -165,7 +164,7 @@ class LocalProcess:
     def why(self) -> str | None:
         """Return a sentence if the exit code is unknown because SIGCHLD is ignored, else None."""
         if self._popen.poll() == UNKNOWN and signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN:
-            return "its process has ended, and the system did not say how, since SIGCHLD is ignored in this program"
+            return "its process has ended with an unknown exit code, since SIGCHLD is ignored in this program"
         return None
 
     def _kill_group(self) -> None:
@@ -175,11 +174,11 @@ class LocalProcess:
 def end_group(group: int, grace: float) -> None:
     """Wait until a process group has ended; kill it after `grace` seconds.
 
-    Returns at most `GONE` seconds after that, even if a process remains.
+    Returns at most `KILL_SECONDS` seconds after that, even if a process remains.
     """
     _wait_for_group(group, grace)
     kill_group(group)
-    _wait_for_group(group, GONE)  # a killed process holds its GPU's memory until it is gone
+    _wait_for_group(group, KILL_SECONDS)  # a killed process holds its GPU's memory until it is gone
 
 
 def kill_group(group: int) -> None:
@@ -196,18 +195,9 @@ def _wait_for_group(group: int, seconds: float) -> None:
 
 def group_is_alive(group: int) -> bool:
     """Return whether a process of the group is alive. Zombies, which only wait to be reaped, do not count."""
-    return any(state not in "ZX" for _, state in _members(group))
+    return any(processes.process_start(process.pid) is not None for process in processes.group_members(group))
 
 
 def reap_group(group: int) -> None:
     """Reap the processes of a group that have ended and are children of this process."""
-    processes.reap([pid for pid, _ in _members(group)])
-
-
-def _members(group: int) -> Iterator[tuple[int, str]]:
-    """Yield the process id and the state of each process of a group."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (fields := processes.stat_fields(int(entry.name))) is not None:
-            state, _, of, *_ = fields
-            if int(of) == group:
-                yield int(entry.name), state
+    processes.reap([process.pid for process in processes.group_members(group)])

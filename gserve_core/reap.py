@@ -14,6 +14,8 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from .host import folders, processes
 from .service import records
 
@@ -21,9 +23,9 @@ GRACE = 5.0
 """Time for a process to end after SIGTERM, and again to disappear after SIGKILL, in seconds."""
 SHOWN = 100
 """Maximum number of characters of a command in a message."""
-PROGRAM = b"/vllm_server.py"
+PROGRAM = "/vllm_server.py"
 """End of the server program's path, which is in the command of every server."""
-NURSERY = [b"gserve", b"nursery"]
+NURSERY = ["gserve", "nursery"]
 """Beginning of a nursery's command."""
 
 
@@ -46,8 +48,8 @@ class Process:
     temporary: Path
 
     def __str__(self) -> str:
-        with contextlib.suppress(OSError):
-            command = Path(f"/proc/{self.pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(psutil.Process(self.pid).cmdline())
             return f"process {self.pid} ({command.strip()[:SHOWN]})"
         return f"process {self.pid}"
 
@@ -79,8 +81,8 @@ def _is_server(process: Process) -> bool:
     owner = folders.find_scratch(process.instance, process.temporary)
     if owner is not None and (owner.pid, owner.started) == (process.pid, process.started):
         return True
-    with contextlib.suppress(OSError):
-        words = Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")
+    with contextlib.suppress(psutil.Error):
+        words = psutil.Process(process.pid).cmdline()
         return words[:2] == NURSERY or any(word.endswith(PROGRAM) for word in words)
     return False
 
@@ -99,17 +101,12 @@ def _descends(process: Process, found: Collection[int], marked: Mapping[int, Pro
 
 
 def _processes() -> Iterator[Process]:
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        with contextlib.suppress(OSError):
-            pid = int(entry.name)
-            fields = processes.stat_fields(pid)
-            lines = os.fsdecode((entry / "environ").read_bytes()).split("\0")
-            environ = {name: value for name, _, value in (line.partition("=") for line in lines)}
-            if fields is not None and fields[0] not in "ZX" and processes.ID_VARIABLE in environ:
+    for process, environ in processes.environments():
+        with contextlib.suppress(OSError, psutil.Error):
+            started = processes.process_start(process.pid)
+            if started is not None and processes.ID_VARIABLE in environ:
                 yield Process(
-                    pid=pid, started=int(fields[19]), parent=int(fields[1]), session=int(fields[3]),
+                    pid=process.pid, started=started, parent=process.ppid(), session=os.getsid(process.pid),
                     instance=environ[processes.ID_VARIABLE], owner=environ.get(processes.OWNER_VARIABLE, ""),
                     server=environ.get(processes.SERVER_VARIABLE, ""),
                     temporary=Path(environ.get("TMPDIR") or tempfile.gettempdir()),

@@ -96,6 +96,9 @@ HOMES = {  # third parties: the only files that may import them
     "starlette": {"gserve_transports/http_server.py"},
     "uvicorn": {"gserve_transports/http_server.py"},
     "pluggy": {"gserve_core/hookspecs.py", "gserve_core/plugins.py"},
+    "psutil": {
+        f"gserve_core/{name}.py" for name in ("reap", "host/gpu_locks", "host/processes", "process/main")
+    },
     "yaml": {"gserve_core/yaml_file.py"},
     "uvloop": {"gserve_core/batch/dispatcher.py", "gserve_core/process/main.py"},
     "typer": {f"gserve/cli/{name}.py" for name in ("app", "batch", "examine", "options", "serve", "slurm")},

@@ -7,11 +7,12 @@ processes that it has forked.
 import asyncio
 import contextlib
 import os
-import pwd
 import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from ..errors import LaunchError
 from ..interfaces import Report
@@ -124,16 +125,10 @@ def _describe(pid: int | None) -> str:
     if pid is None:
         return "another process"
     try:
-        status = Path(f"/proc/{pid}/status").read_text(errors="replace")
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        command = b""
+        process = psutil.Process(pid)
+        user, command = process.username(), " ".join(process.cmdline()).strip()
+    except psutil.Error:
+        user = command = ""
     if not command:  # it has ended, but a process that it forked has not
         return f"what process {pid} has left behind (see: gserve reap)"
-    user = int(status.partition("\nUid:")[2].split()[0])
-    try:
-        name = pwd.getpwuid(user).pw_name
-    except KeyError:
-        name = f"user {user}"
-    said = command.rstrip(b"\0").replace(b"\0", b" ").decode(errors="replace")
-    return f"process {pid} of {name} ({said[:SHOWN]}{' …' * (len(said) > SHOWN)})"
+    return f"process {pid} of {user} ({command[:SHOWN]}{' …' * (len(command) > SHOWN)})"

@@ -7,8 +7,10 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import psutil
 
 ID_VARIABLE = "GSERVE_ID"
 """Variable with the instance of a server, in the environment of all its processes.
@@ -30,34 +32,31 @@ REAP_SECONDS = 1.0
 
 def process_start(pid: int) -> int | None:
     """Return the start of a process, in clock ticks since boot; None if it does not exist or is a zombie."""
-    fields = stat_fields(pid)
-    return None if fields is None or fields[0] in "ZX" else int(fields[19])
+    try:
+        state, started = _state_and_start(pid)
+    except OSError:
+        return None
+    return None if state in "ZX" else started
 
 
 def has_ended(pid: int, started: int) -> bool:
     """Return whether a process has ended; False if that cannot be read now, as without free descriptors."""
     try:
-        fields = _read_stat(pid)
+        state, found = _state_and_start(pid)
     except (FileNotFoundError, ProcessLookupError):
         return True
     except OSError:
         return False
-    return fields[0] in "ZX" or int(fields[19]) != started
+    return state in "ZX" or found != started
 
 
-def stat_fields(pid: int) -> list[str] | None:
-    """Return the fields of /proc/PID/stat from the state on: state, parent, group, session, …; None if it is gone."""
-    try:
-        return _read_stat(pid)
-    except OSError:
-        return None
-
-
-def _read_stat(pid: int) -> list[str]:
+def _state_and_start(pid: int) -> tuple[str, int]:
+    """Return the state of a process, and its start in clock ticks since boot. Raises OSError: it cannot be read."""
+    # psutil gives the start in seconds by the clock, which differs for two readers if the clock is set between them.
     fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     if len(fields) < 20:
         raise ProcessLookupError
-    return fields
+    return fields[0], int(fields[19])
 
 
 def owner_mark() -> str:
@@ -84,14 +83,22 @@ def namespace(pid: int | str = "self") -> str:
 
 def processes_of(instance: str) -> list[int]:
     """Return the live processes of this machine with this server instance in their environment."""
-    mark = f"{ID_VARIABLE}={instance}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if mark in (entry / "environ").read_bytes().split(b"\0") and process_start(int(entry.name)):
-                    found.append(int(entry.name))
-    return found
+    return [process.pid for process, environ in environments() if environ.get(ID_VARIABLE) == instance]
+
+
+def environments() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
+    """Yield the live processes whose environment this user may read, and their environment at their start."""
+    for process in psutil.process_iter(["environ"]):
+        if process.info["environ"]:  # a zombie has none
+            yield process, process.info["environ"]
+
+
+def group_members(group: int) -> Iterator[psutil.Process]:
+    """Yield the processes of a process group, zombies included."""
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(pid) == group:
+                yield psutil.Process(pid)
 
 
 def end_processes_of(instance: str) -> list[int]:
@@ -111,13 +118,22 @@ def end_processes_of(instance: str) -> list[int]:
 def reap(pids: Iterable[int]) -> None:
     """Reap ended children of this process among `pids`. Process 1 gets all children whose parents have ended."""
     deadline = time.monotonic() + REAP_SECONDS
-    while ended := [pid for pid in pids if (it := stat_fields(pid)) and it[:2] == ["Z", str(os.getpid())]]:
+    while ended := [pid for pid in pids if _can_be_reaped(pid)]:
         for pid in ended:  # it cannot be reaped while one of its threads still ends
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         if time.monotonic() >= deadline:
             return
         time.sleep(0.01)
+
+
+def _can_be_reaped(pid: int) -> bool:
+    """Return whether a process has ended and is a child of this one."""
+    try:
+        process = psutil.Process(pid)
+        return process.ppid() == os.getpid() and process.status() == psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def machine() -> str:

@@ -19,6 +19,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 import uvloop
 
 from .. import lease, plugins
@@ -42,37 +43,37 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     options = _parser().parse_args(arguments)
     if options.forks or (options.lease and options.again):
         setup_logging(waits=True)  # a nursery must have no thread
-        tend = nursery.tend if options.forks else nursery.stay
-        options = _parser().parse_args(tend(functools.partial(_preload, options)))
-    line = lease.ServerEnd() if options.lease else None
-    instance = line.hello.instance if line else uuid.uuid4().hex
+        run_nursery = nursery.run_nursery if options.forks else nursery.run_in_place
+        options = _parser().parse_args(run_nursery(functools.partial(_preload, options)))
+    owner = lease.ServerEnd() if options.lease else None
+    instance = owner.hello.instance if owner else uuid.uuid4().hex
     _mark_children(instance)
     scratch = folders.scratch_folder(instance)  # before `_use_scratch` changes the temporary folder
     secrets, log = secret_values(os.environ), None
-    if line is not None:
-        line.last_will = functools.partial(sweep.start, instance)
-        hello = line.hello
+    if owner is not None:
+        owner.start_cleanup = functools.partial(sweep.start, instance)
+        hello = owner.hello
         sections = {
             "llm": hello.llm.engine_kwargs if hello.llm else {}, "engine": hello.engine, "transport": hello.transport
         }  # fmt: skip
         secrets |= {hello.token, hello.control or hello.token} | secret_values(sections)
-        _take_over(hello)
+        _apply_limits(hello)
         log = ServerLog(secrets)
     try:
         setup_logging(waits=True)
         _use_scratch(instance)
-        code = _serve(options, line, instance, secrets)
+        code = _serve(options, owner, instance, secrets)
     except GserveError as error:
-        code = fail(error, line, secrets)
-    if line is not None and code == 0:
-        line.tell(lease.Stopped())
+        code = fail(error, owner, secrets)
+    if owner is not None and code == 0:
+        owner.send(lease.Stopped())
     _end_children()
     folders.remove_scratch(scratch)
     logging.shutdown()
     if log is not None:
         log.close()
-    if line is not None:
-        line.flush(FLUSH_SECONDS)
+    if owner is not None:
+        owner.flush(FLUSH_SECONDS)
     os._exit(code)  # only this ends the threads of an interrupted load
 
 
@@ -87,7 +88,7 @@ def _prepare_process() -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 
-def _take_over(hello: lease.Hello) -> None:
+def _apply_limits(hello: lease.Hello) -> None:
     """Set the umask and the resource limits that the owner had at its first start, within the allowed limits."""
     if hello.umask is not None:
         os.umask(hello.umask)
@@ -107,8 +108,8 @@ def _preload(options: argparse.Namespace) -> None:
         for kind in ("engine", "transport"):
             registry.build(kind, getattr(options, kind)).preload()
     except Exception:
-        logger.exception("cannot import what servers need: each will try by itself")
-    logger.info("imported what servers need in %.1f s", time.monotonic() - began)
+        logger.exception("cannot import the modules of the servers: each server imports them itself")
+    logger.info("imported the modules of the servers in %.1f s", time.monotonic() - began)
 
 
 def _mark_children(instance: str) -> None:
@@ -135,18 +136,18 @@ def _use_scratch(instance: str) -> None:
     tempfile.tempdir = None  # forked processes would use the path that Python has cached
 
 
-def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
+def _serve(options: argparse.Namespace, owner: lease.ServerEnd | None, instance: str, secrets: Collection[str]) -> int:
     if options.gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
     os.environ.setdefault(gpus.ORDER, gpus.PCI_ORDER)  # CUDA must number the GPUs in the order in which they are locked
-    token = line.hello.token if line else os.environ.pop(TOKEN_VARIABLE, None) or None
+    token = owner.hello.token if owner else os.environ.pop(TOKEN_VARIABLE, None) or None
     host = addresses.own_address(options.reachable_from) if options.reachable_from else options.host
     if token is None and not addresses.is_loopback(host):
         raise ConfigError(
             f"--host {host} can be reached from other machines, and no token is set:"
             f" set {TOKEN_VARIABLE}, or listen on 127.0.0.1"
         )
-    hello = line.hello if line else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
+    hello = owner.hello if owner else lease.Hello(instance, token or "", stall_timeout=ServeConfig.stall_timeout)
     llm = hello.llm or LLMConfig(model_name=options.model, lora_path=options.lora_path, llm_kwargs=options.llm_kwargs)
     registry = plugins.load(
         options.plugins if hello.plugins is None else hello.plugins,
@@ -160,24 +161,17 @@ def _serve(options: argparse.Namespace, line: lease.ServerEnd | None, instance: 
     )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(server.live(engine, transport, llm, host, options.port, line))
+            return runner.run(server.run_to_end(engine, transport, llm, host, options.port, owner))
     except Exception as error:
-        return fail(error, line, secrets)
+        return fail(error, owner, secrets)
 
 
 def _end_children() -> None:
     """Kill every process below this one. An interrupted load leaves some."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (fields := processes.stat_fields(int(entry.name))) is not None:
-            parents[int(entry.name)] = int(fields[1])
-    below = {os.getpid()}
-    while more := {pid for pid, parent in parents.items() if parent in below} - below:
-        below |= more
-    for pid in below - {os.getpid()}:
-        with contextlib.suppress(OSError):
-            if b"resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():  # frees shared memory, then ends
-                os.kill(pid, signal.SIGKILL)
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "resource_tracker" not in " ".join(child.cmdline()):  # frees shared memory, then ends
+                child.kill()
 
 
 def _mapping(text: str) -> Mapping[str, Any]:
@@ -204,7 +198,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", required=True, help="model name or path")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument(
-        "--reachable_from", metavar="NAME", help="listen where the host that this environment variable names reaches us"
+        "--reachable_from",
+        metavar="NAME",
+        help="listen on our address on the route to the host named in this environment variable",
     )
     parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: %(default)s)")
     parser.add_argument("--gpus", help='GPU ids for CUDA_VISIBLE_DEVICES, as "0" or "0,1"')
@@ -214,10 +210,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engine", type=_mapping, default={"type": "vllm"}, help="engine, as JSON")
     parser.add_argument("--transport", type=_mapping, default={"type": "http"}, help="transport, as JSON")
     parser.add_argument("--plugins", type=lambda text: text.split(","), default=[], help="modules with plugins")
-    parser.add_argument("--plugin_folder", help="folder where modules with plugins are looked for too")
-    parser.add_argument("--lease", action="store_true", help="an owner speaks on stdin: gserve itself sets this")
+    parser.add_argument("--plugin_folder", help="additional folder with modules with plugins")
+    parser.add_argument("--lease", action="store_true", help="an owner is connected to stdin; set by gserve itself")
     parser.add_argument(
-        "--again", action="store_true", help="with --lease: a nursery in the server's place, for every life of it"
+        "--again",
+        action="store_true",
+        help="with --lease: run a nursery that forks the server, and forks it again for each restart",
     )
-    parser.add_argument("--forks", action="store_true", help="fork such servers on demand: gserve itself sets this")
+    parser.add_argument(
+        "--forks", action="store_true", help="run a nursery that forks servers on demand; set by gserve itself"
+    )
     return parser
