@@ -42,28 +42,30 @@ def _checks_calls[T](cls: type[T]) -> type[T]:
     signature = inspect.signature(plain)
 
     @functools.wraps(plain)
-    def __init__(self: Any, *places: Any, **named: Any) -> None:
+    def __init__(self: Any, *positional: Any, **named: Any) -> None:
         try:
-            signature.bind(self, *places, **named)
+            signature.bind(self, *positional, **named)
         except TypeError as error:
-            raise ConfigError(_wrong_call(cls, places, named)) from error
-        plain(self, *places, **named)
+            raise ConfigError(_wrong_call(cls, positional, named)) from error
+        plain(self, *positional, **named)
 
     cls.__init__ = __init__  # type: ignore[method-assign]
     return cls
 
 
-def _wrong_call(cls: Any, places: Sequence[Any], named: Mapping[str, Any]) -> str:
+def _wrong_call(cls: Any, positional: Sequence[Any], named: Mapping[str, Any]) -> str:
     """Return the error message for a call of a dataclass with wrong arguments."""
     known = [item.name for item in fields(cls) if item.init]
     for name in named:
         if name not in known:
-            return f"{cls.__name__}: unknown argument {name!r}{_instead(cls, name, known)}"
-    if len(places) > len(known):
-        return f"{cls.__name__}: expected at most {len(known)} arguments, got {len(places)}; name them: {known[0]}=…"
-    for name in known[: len(places)]:
+            return f"{cls.__name__}: unknown argument {name!r}{_hint_for_unknown(cls, name, known)}"
+    if len(positional) > len(known):
+        return (
+            f"{cls.__name__}: expected at most {len(known)} arguments, got {len(positional)}; name them: {known[0]}=…"
+        )
+    for name in known[: len(positional)]:
         if name in named:
-            return f"{cls.__name__}: the argument '{name}' is given twice, once by its place and once by its name"
+            return f"{cls.__name__}: the argument '{name}' is given twice, once by position and once by name"
     return f"{cls.__name__}: missing argument '{known[0]}'"  # no other field of these classes lacks a default
 
 
@@ -106,16 +108,16 @@ class LLMConfig:
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, str) and _CONTROL.search(value):
-                raise ConfigError(f"{value!r} holds a line break or a control character", at=f"$.{item.name}")
+                raise ConfigError(f"{value!r} contains a line break or a control character", at=f"$.{item.name}")
         for place, dtype in (("dtype", self.dtype), ("llm_kwargs.dtype", self.llm_kwargs.get("dtype", "auto"))):
             if dtype not in (None, *DTYPES):
                 raise ConfigError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}", at=f"$.{place}")
         _convert(self.llm_kwargs.get("seed"), int | None, "$.llm_kwargs.seed")
         for name, instead in (("model", "model_name"), ("lora_path", "lora_path")):
             if name in self.llm_kwargs:
-                raise ConfigError(f"'{name}' does not belong here: set {instead}", at="$.llm_kwargs")
+                raise ConfigError(f"'{name}' is not allowed here: set {instead}", at="$.llm_kwargs")
         try:
-            _check_sayable(self.llm_kwargs, "$.llm_kwargs")
+            _check_serialisable(self.llm_kwargs, "$.llm_kwargs")
             msgspec.json.encode(self.llm_kwargs)
         except (TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"expected JSON-serialisable values: {error}", at="$.llm_kwargs") from error
@@ -197,14 +199,16 @@ class ServeConfig:
                     at="$.gpu_ids",
                 )
             if self.servers is not None:
-                raise ConfigError("gpu_ids and servers are both set: the ids say how many servers", at="$.servers")
+                raise ConfigError(
+                    "gpu_ids and servers are both set: remove servers, since the ids set the number", at="$.servers"
+                )
         if not self.host:
             raise ConfigError("host is empty: expected an address to listen on", at="$.host")
         if wrong := _wrong_host(self.host):
-            raise ConfigError(f"'{self.host}' is no host: {wrong}", at="$.host")
+            raise ConfigError(f"'{self.host}' is not a host: {wrong}", at="$.host")
         for name, value in self.env.items():
             if not name or not name.isascii() or "=" in name or not (name + value).replace("\t", "").isprintable():
-                raise ConfigError(f"{name!r} and its value cannot stand in an environment", at="$.env")
+                raise ConfigError(f"{name!r} or its value is not allowed in an environment variable", at="$.env")
             if name in RESERVED:
                 raise ConfigError(f"{name} cannot be set for servers: {RESERVED[name]}; remove it", at="$.env")
 
@@ -221,8 +225,8 @@ class ServeConfig:
             placement: list[tuple[int, ...] | None] = [None] * (self.servers or 1)
         elif len(self.gpu_ids) % gpus_per_server:
             raise ConfigError(
-                f"{len(self.gpu_ids)} GPUs do not split into servers of {gpus_per_server}"
-                " (tensor_parallel_size times pipeline_parallel_size): add or drop ids",
+                f"{len(self.gpu_ids)} GPUs cannot be divided into servers of {gpus_per_server}"
+                " (tensor_parallel_size times pipeline_parallel_size): add or remove ids",
                 at="$.gpu_ids",
             )
         else:
@@ -230,15 +234,21 @@ class ServeConfig:
             placement = list(zip(*[ids] * gpus_per_server, strict=True))
             for group in placement:
                 if group is not None and len(set(group)) < gpus_per_server:
-                    raise ConfigError(f"a server would have a GPU twice: {list(group)}", at="$.gpu_ids")
+                    raise ConfigError(f"a server would get the same GPU twice: {list(group)}", at="$.gpu_ids")
         if self.min_ready is not None and not 1 <= self.min_ready <= len(placement):
             raise ConfigError(
                 f"expected min_ready from 1 to {len(placement)}, the number of servers, got {self.min_ready}",
                 at="$.min_ready",
             )
         if self.port is not None and self.port + len(placement) - 1 > 65535:
-            raise ConfigError(f"{len(placement)} servers from port {self.port} on go past 65535", at="$.port")
+            raise ConfigError(
+                f"{len(placement)} servers from port {self.port} would need ports above 65535", at="$.port"
+            )
         return placement
+
+
+DEFAULT_TYPES = {"launcher": "subprocess", "transport": "http", "engine": "vllm"}
+"""The plugins of a config that names no others."""
 
 
 @dataclass(frozen=True)
@@ -250,9 +260,9 @@ class Config:
 
     llm: LLMConfig
     serve: ServeConfig = field(default_factory=ServeConfig)
-    launcher: dict[str, Any] = field(default_factory=lambda: {"type": "subprocess"})
-    transport: dict[str, Any] = field(default_factory=lambda: {"type": "http"})
-    engine: dict[str, Any] = field(default_factory=lambda: {"type": "vllm"})
+    launcher: dict[str, Any] = field(default_factory=lambda: {"type": DEFAULT_TYPES["launcher"]})
+    transport: dict[str, Any] = field(default_factory=lambda: {"type": DEFAULT_TYPES["transport"]})
+    engine: dict[str, Any] = field(default_factory=lambda: {"type": DEFAULT_TYPES["engine"]})
     plugins: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -288,11 +298,11 @@ def _wrong_host(host: str) -> str | None:
         try:
             socket.inet_aton(host)  # it reads 127.1 as 127.0.0.1
         except OSError:
-            return "it has only numbers like an IP address, and is none"
+            return "it looks like an IP address, but is not a valid one"
     return None
 
 
-def _instead(cls: Any, name: str, known: Sequence[str]) -> str:
+def _hint_for_unknown(cls: Any, name: str, known: Sequence[str]) -> str:
     """Return the hint for an unknown field."""
     hint = did_you_mean(name, known)
     if cls is LLMConfig and "did you mean" not in hint:
@@ -324,7 +334,9 @@ def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
     hints = _hints(cls)
     for key in mapping:
         if key not in hints:
-            raise ConfigError(f"unknown key {str(key)!r}{_instead(cls, str(key), list(hints))}", at=f"{at}.{key}")
+            raise ConfigError(
+                f"unknown key {str(key)!r}{_hint_for_unknown(cls, str(key), list(hints))}", at=f"{at}.{key}"
+            )
     for item in fields(cls):  # type: ignore[arg-type]
         if item.init and item.name not in mapping and item.default is MISSING and item.default_factory is MISSING:
             raise ConfigError(f"missing key '{item.name}'", at=at)
@@ -362,16 +374,16 @@ def _bounds(hint: Any) -> Any:
     return next((it for it in types if get_origin(it) is Annotated), None)
 
 
-def _check_sayable(value: Any, at: str) -> None:
+def _check_serialisable(value: Any, at: str) -> None:
     """Refuse values that a server would read differently after their way through JSON."""
     if isinstance(value, dict):
         for key, below in value.items():
             if not isinstance(key, str):
                 raise ConfigError(f"expected a text as key, got {key!r}", at=at)
-            _check_sayable(below, f"{at}.{key}")
+            _check_serialisable(below, f"{at}.{key}")
     elif isinstance(value, (list, tuple)):
         for index, below in enumerate(value):
-            _check_sayable(below, f"{at}[{index}]")
+            _check_serialisable(below, f"{at}[{index}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"expected a finite number, got {value}", at=at)
     elif value is not None and not isinstance(value, (str, int, float)):

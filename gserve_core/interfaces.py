@@ -334,12 +334,15 @@ class Engine(ABC):
     `uses_gpus`: whether servers with this engine need GPUs of their own.
     `known_errors`: errors that need an explanation and a hint. The first match counts.
     `log_form`: the form of the lines that its processes log.
+    `harmless_environ`: variables that open the engine to attacks, and their harmless values. A server does not inherit
+    other values; a config may set them.
     """
 
     name: ClassVar[str]
     uses_gpus: ClassVar[bool] = True
     known_errors: ClassVar[Sequence[KnownError]] = ()
     log_form: ClassVar[LogForm] = LogForm()
+    harmless_environ: ClassVar[Mapping[str, str]] = {}
 
     def preload(self) -> None:  # noqa: B027
         """Import what a server needs for this engine, before a fork. Does nothing unless overridden.
@@ -356,6 +359,20 @@ class Engine(ABC):
 
         Raises ConfigError: `llm` is wrong. Its place begins with `$.llm`.
         """
+
+    def needs_gpus(self) -> bool:
+        """Return whether the engine, as it is installed on this machine, needs GPUs. Takes less than a second."""
+        return self.uses_gpus
+
+    def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
+        """Return findings of `gserve doctor`: whether this machine has what servers with this engine need.
+
+        Takes a few seconds at most. Nothing is examined unless overridden.
+
+        `llm`: None if there is no config.
+        `environ`: the environment of the servers.
+        """
+        return ()
 
     def known_arguments(self) -> Collection[str] | None:
         """Return the names allowed in `llm.llm_kwargs`; None if unknown here. Takes less than a second."""

@@ -61,33 +61,46 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "reap": {"host.folders", "host.processes", "host.run_files", "service.records"},
     "batch.files": {"errors", "schema"},
     "batch.output_lock": {"errors", "host.processes", "host.folders", "host.locks"},
-    "doctor": {
-        "errors", "config", "interfaces", "host.addresses", "host.gpus", "host.gpu_locks", "host.folders", "plugins",
-        "service.service", "engines.vllm.demo_model", "engines.vllm.engine",
+    "doctor.examination": {"errors", "config", "interfaces", "plugins", "service.service", "doctor.machine", "doctor.node"},
+    "doctor.machine": {"errors", "config", "interfaces", "host.gpus"},
+    "doctor.node": {
+        "errors", "config", "interfaces", "host.addresses", "host.folders", "plugins", "doctor.machine",
     },
     "testing": {"errors", "schema", "config", "interfaces", "host.folders", "host.processes", "host.run_files"},
     "engines.echo": {"errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines.orphans"},
     "engines.vllm.engine": {
-        "errors", "schema", "config", "host.folders", "interfaces", "hookspecs", "sampling",
-        "engines.orphans", "engines.vllm.compile_turn", "engines.vllm.demo_model", "engines.vllm.known_errors",
-        "engines.vllm.tokenizing",
+        "errors", "config", "interfaces", "hookspecs", "sampling", "schema", "engines.vllm.compile_turn",
+        "engines.vllm.demo_model", "engines.vllm.examination", "engines.vllm.files", "engines.vllm.installed",
+        "engines.vllm.known_errors", "engines.vllm.outputs", "engines.vllm.patches", "engines.vllm.tokenizing",
     },
 }  # fmt: skip
 OF_AN_ENGINE = {
     "engines.vllm.compile_turn": {"interfaces", "host.redaction", "host.locks"},
     "engines.vllm.demo_model": {"errors", "host.folders", "interfaces", "host.locks"},
+    "engines.vllm.examination": {
+        "errors",
+        "config",
+        "host.folders",
+        "interfaces",
+        "engines.vllm.demo_model",
+        "engines.vllm.installed",
+    },
+    "engines.vllm.files": {"errors", "host.folders"},
+    "engines.vllm.installed": {"errors"},
+    "engines.vllm.outputs": {"schema"},
+    "engines.vllm.patches": {"engines.orphans"},
     "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep", "host.forks"},
     "engines.vllm.known_errors": {"interfaces"},
     "engines.vllm.tokenizing": set(),
 }
-ROOMS = {"batch", "engines", "engines.vllm", "host", "process", "service"}
+ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "service"}
 """Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs", "lease", "host.forks"}
 """What launchers and transports need of the core: no more than a plugin's author."""
 
 HOMES = {  # third parties: the only files that may import them
-    "vllm": {"gserve_core/engines/vllm/engine.py"},
-    "torch": {"gserve_core/engines/vllm/demo_model.py", "gserve_core/engines/vllm/engine.py"},
+    "vllm": {"gserve_core/engines/vllm/engine.py", "gserve_core/engines/vllm/patches.py"},
+    "torch": {"gserve_core/engines/vllm/demo_model.py", "gserve_core/engines/vllm/patches.py"},
     "transformers": {"gserve_core/engines/vllm/demo_model.py"},
     "httpx": {"gserve_transports/http_client.py"},
     "anyio": {"gserve_core/batch/dispatcher.py"},
@@ -96,9 +109,7 @@ HOMES = {  # third parties: the only files that may import them
     "starlette": {"gserve_transports/http_server.py"},
     "uvicorn": {"gserve_transports/http_server.py"},
     "pluggy": {"gserve_core/hookspecs.py", "gserve_core/plugins.py"},
-    "psutil": {
-        f"gserve_core/{name}.py" for name in ("reap", "host/gpu_locks", "host/processes", "process/main")
-    },
+    "psutil": {f"gserve_core/{name}.py" for name in ("reap", "host/gpu_locks", "host/processes", "process/main")},
     "yaml": {"gserve_core/yaml_file.py"},
     "uvloop": {"gserve_core/batch/dispatcher.py", "gserve_core/process/main.py"},
     "typer": {f"gserve/cli/{name}.py" for name in ("app", "batch", "examine", "options", "serve", "slurm")},
@@ -107,7 +118,8 @@ HOMES = {  # third parties: the only files that may import them
 }
 EVERYWHERE = {"msgspec"}
 LATE = {  # imports that do not stand at the top of their file, and why
-    "gserve_core/engines/vllm/engine.py": {"torch", "vllm"},  # takes 10 s, and health is answered meanwhile
+    "gserve_core/engines/vllm/engine.py": {"vllm"},  # takes 10 s, and health is answered meanwhile
+    "gserve_core/engines/vllm/patches.py": {"torch", "vllm"},  # vLLM is there when they are called
     "gserve_core/engines/vllm/demo_model.py": {"torch", "transformers"},
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used

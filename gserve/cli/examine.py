@@ -10,13 +10,13 @@ import typer
 from gserve_core.errors import GserveError
 from gserve_core.host.redaction import hidden
 
-from .display import COLOURS, print_table, say
+from .display import COLOURS, print_stderr, print_table
 from .options import ConfigFile, Overrides
 
 
 def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Check CONFIG, and print the commands that would run. Starts nothing, and asks no network."""
-    from gserve_core.doctor import check_config
+    """Check CONFIG, and print the commands that would run. Starts nothing, and uses no network."""
+    from gserve_core.doctor.examination import check_config
 
     for job, command in check_config(config, overrides or ()):
         gpus = f" on GPU {','.join(map(str, job.gpu_ids))}" if job.gpu_ids else ""
@@ -26,18 +26,16 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
 
 def doctor(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="Look for what it needs too, and try its launcher.")
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Also check what it needs, and try its launcher.")
     ] = None,
-    on_node: Annotated[
-        bool, typer.Option("--on-node", help="Look around on a node too, where servers would run.")
-    ] = False,
+    on_node: Annotated[bool, typer.Option("--on-node", help="Also check a node on which servers would run.")] = False,
     overrides: Overrides = None,
 ) -> None:
-    """Check that everything the servers need is there: vLLM, GPUs, the model, SLURM, the way to a node."""
-    from gserve_core.doctor import examine
+    """Check that everything the servers need works: vLLM, GPUs, the model, SLURM, the connection to a node."""
+    from gserve_core.doctor.examination import examine
 
     problems = 0
-    with closing(examine(config, overrides or (), on_node=on_node, waiting=say)) as findings:
+    with closing(examine(config, overrides or (), on_node=on_node, waiting=print_stderr)) as findings:
         for finding in findings:
             problems += finding.state == "problem"
             state = typer.style(f"{finding.state:<8}", fg=COLOURS[finding.state])
@@ -50,10 +48,10 @@ def doctor(
 
 def list_plugins(
     config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="Load the plugins that it names too.")
+        Path | None, typer.Argument(metavar="[CONFIG]", help="Also load the plugins that it names.")
     ] = None,
 ) -> None:
-    """List the launchers, transports and engines that there are."""
+    """List all available launchers, transports and engines."""
     from gserve_core import plugins
     from gserve_core.config import load
 

@@ -22,7 +22,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import IO, Annotated, Any, ClassVar
 
@@ -32,7 +32,7 @@ from msgspec import Meta, Struct
 from ..config import LLMConfig, check
 from ..errors import GserveError, ItemError
 from ..hookspecs import hookimpl
-from ..interfaces import Engine, EngineInfo, KnownError, Report, RunningEngine
+from ..interfaces import Engine, EngineInfo, Finding, KnownError, Report, RunningEngine
 from ..sampling import read_params
 from ..schema import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from . import orphans
@@ -87,6 +87,11 @@ class EchoEngine(Engine):
     def __post_init__(self) -> None:
         check(self)
 
+    def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
+        """Report that the model needs no files."""
+        if llm is not None:
+            yield Finding("model", "ok", f"'{llm.model_name}': the engine '{self.name}' needs no files of it")
+
     def command(self, role: str) -> list[str]:
         """Return the command line of a process below the server. `role`: "engine", or "worker" for its child."""
         options = {item.name: getattr(self, item.name) for item in fields(EchoEngine)}
@@ -103,7 +108,7 @@ class EchoEngine(Engine):
         )  # fmt: skip
         engine = RunningEcho(child, self, llm)
         try:
-            await engine.loaded(report)
+            await engine.wait_until_loaded(report)
         except BaseException:
             await engine.stop()
             raise
@@ -140,7 +145,7 @@ class RunningEcho(RunningEngine):
         self._child = child
         self._worker: int | None = None
         self._engine = engine
-        self._orders = [(marker, fault) for fault in FAULTS if (marker := getattr(engine, f"{fault}_on"))]
+        self._markers = [(marker, fault) for fault in FAULTS if (marker := getattr(engine, f"{fault}_on"))]
         self._max_model_len = llm.engine_kwargs.get("max_model_len") or 4096
         self.info = EngineInfo(
             model=llm.model_name, max_model_len=self._max_model_len, capacity=engine.capacity, version="echo"
@@ -149,13 +154,13 @@ class RunningEcho(RunningEngine):
         self._numbers = itertools.count()
         self._queue: deque[tuple[int, int, str]] = deque()
         self._checks: list[tuple[int, int, str]] = []
-        self._at_work: set[int] = set()
+        self._in_flight: set[int] = set()
         self._reader: asyncio.Task[None] | None = None
         self._is_flushing = False
         self._steps = 0
         self._stopping = False
 
-    async def loaded(self, report: Report) -> None:
+    async def wait_until_loaded(self, report: Report) -> None:
         """Report the phases of the engine process until it is ready. Raises GserveError: its start failed."""
         assert self._child.stdout is not None
         while line := await self._child.stdout.readline():
@@ -170,7 +175,7 @@ class RunningEcho(RunningEngine):
                     self._worker = int(text)
                 case _:
                     report(text)
-        raise GserveError(f"the echo process ended while it loaded, exit code {await self._child.wait()}")
+        raise GserveError(f"the echo process ended while loading, with exit code {await self._child.wait()}")
 
     async def _read(self) -> None:
         """Read answers until the engine process closes its stdout; then fail all items that still wait."""
@@ -230,7 +235,7 @@ class RunningEcho(RunningEngine):
     async def run(self, prepared: "tuple[str, list[str], EchoParams]") -> list[ResponseOutput]:
         """Return the answer to one prepared prompt, after the engine process has done its work."""
         text, words, params = prepared
-        error = await self._ask(len(words), self._fault(text))
+        error = await self._request(len(words), self._fault(text))
         if error:
             raise ItemError(error, invalid=False)
         ends = "stop" if params.max_tokens is None or len(words) < params.max_tokens else "length"
@@ -245,9 +250,9 @@ class RunningEcho(RunningEngine):
 
     def _fault(self, text: str) -> str:
         """Return the fault that an item with this text triggers; "" if none."""
-        return next((fault for marker, fault in self._orders if marker in text), "") if self._orders else ""
+        return next((fault for marker, fault in self._markers if marker in text), "") if self._markers else ""
 
-    async def _ask(self, tokens: int, order: str) -> str:
+    async def _request(self, tokens: int, fault: str) -> str:
         """Send work on `tokens` tokens to the engine process, and wait for it; return its error, "" if none."""
         assert self._reader is not None
         if self._reader.done():
@@ -255,13 +260,13 @@ class RunningEcho(RunningEngine):
         number = next(self._numbers)
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        (self._checks if order == "check" else self._queue).append((number, tokens, order))
+        (self._checks if fault == "check" else self._queue).append((number, tokens, fault))
         self._flush_soon()
         try:
             return await future
         finally:
             self._waiting.pop(number, None)
-            self._at_work.discard(number)
+            self._in_flight.discard(number)
             self._flush_soon()
 
     def _flush_soon(self) -> None:
@@ -274,10 +279,10 @@ class RunningEcho(RunningEngine):
         """Send work up to the engine's capacity. Checks do not count."""
         self._is_flushing = False
         works = []
-        while self._queue and len(self._at_work) < self._engine.capacity:
+        while self._queue and len(self._in_flight) < self._engine.capacity:
             work = self._queue.popleft()
             if work[0] in self._waiting:  # else it was cancelled
-                self._at_work.add(work[0])
+                self._in_flight.add(work[0])
                 works.append(work)
         works += self._checks
         self._checks.clear()
@@ -289,7 +294,7 @@ class RunningEcho(RunningEngine):
 
     async def check(self) -> None:
         """Send one token through the engine process."""
-        await self._ask(1, "check")
+        await self._request(1, "check")
 
     async def died(self) -> str:
         """Return the cause once the engine process has ended; wait forever after `stop`."""
@@ -298,7 +303,7 @@ class RunningEcho(RunningEngine):
             await asyncio.Event().wait()
         if code == WORKER_DIED:
             return "the echo worker has died"
-        ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        ended = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         return f"the echo process {ended}"
 
     async def stop(self) -> None:
@@ -330,22 +335,22 @@ def _text(prompt: Prompt) -> str:
 # ------------------------------------------------------------------------------------ in the engine and worker process
 
 
-def _say(line: str) -> None:
+def _send_line(line: str) -> None:
     """Send a line to the server, which reads lines until the engine has loaded."""
     os.write(1, line.encode() + b"\n")
 
 
 def _work(engine: EchoEngine) -> None:
     """Read work from stdin, and answer each item on stdout when its time is over."""
-    _say("phase loading")
+    _send_line("phase loading")
     time.sleep(engine.load_time)
     if engine.fail_start:
-        _say(f"failed {engine.fail_start}")
+        _send_line(f"failed {engine.fail_start}")
         sys.exit(1)
-    _say("ready")
+    _send_line("ready")
     rest = b""
     due: list[tuple[float, int, str]] = []
-    orders = {at: fault for fault in reversed(FAULTS) if (at := getattr(engine, f"{fault}_at")) is not None}
+    faults = {at: fault for fault in reversed(FAULTS) if (at := getattr(engine, f"{fault}_at")) is not None}
     count = 0
     is_wedged = False
     answered = time.monotonic()
@@ -355,12 +360,12 @@ def _work(engine: EchoEngine) -> None:
             chunk = os.read(0, 1 << 20)
             if not chunk:
                 return
-            works, rest = _cut(rest + chunk)
-            for number, tokens, order in works:
-                if order != "check":
+            works, rest = _split_frames(rest + chunk)
+            for number, tokens, fault in works:
+                if fault != "check":
                     count += 1
-                    order = order or orders.get(count, "")
-                match order:
+                    fault = fault or faults.get(count, "")
+                match fault:
                     case "die":
                         os.kill(os.getpid(), signal.SIGKILL)
                     case "hang":
@@ -368,7 +373,7 @@ def _work(engine: EchoEngine) -> None:
                     case "wedge":
                         is_wedged = True
                 if not is_wedged:
-                    answer = "an error, as ordered" if order == "error" else ""
+                    answer = "an error, as requested" if fault == "error" else ""
                     heapq.heappush(due, (time.monotonic() + tokens * engine.latency, number, answer))
         now = time.monotonic()
         done = []
@@ -382,7 +387,7 @@ def _work(engine: EchoEngine) -> None:
                 frame = frame[os.write(1, frame) :]
 
 
-def _cut(text: bytes) -> tuple[list[tuple[int, int, str]], bytes]:
+def _split_frames(text: bytes) -> tuple[list[tuple[int, int, str]], bytes]:
     """Return the work in the complete frames at the start of `text`, and the rest of `text`."""
     works: list[tuple[int, int, str]] = []
     while len(text) >= 4 and len(text) >= (end := 4 + int.from_bytes(text[:4], "big")):
@@ -399,12 +404,12 @@ def _hang() -> None:
     sys.exit(1)
 
 
-def _pass_on(engine: EchoEngine) -> None:
+def _run_above_worker(engine: EchoEngine) -> None:
     """Run as the engine process above a worker: pass work down and answers up, and end when the worker ends."""
     worker = subprocess.Popen(engine.command("worker"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert worker.stdin is not None
     assert worker.stdout is not None
-    _say(f"worker {worker.pid}")
+    _send_line(f"worker {worker.pid}")
     threading.Thread(target=_copy, args=(0, worker.stdin), daemon=True).start()
     _copy(worker.stdout.fileno(), sys.stdout.buffer)
     if worker.wait():
@@ -430,7 +435,7 @@ def _main(role: str, options: str) -> None:
     orphans.watch()
     engine = EchoEngine(**msgspec.json.decode(options))
     if role == "engine" and engine.processes == 2:
-        _pass_on(engine)
+        _run_above_worker(engine)
     else:
         _work(engine)
 

@@ -5,7 +5,7 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,15 +13,6 @@ from ..errors import GserveError
 
 ATTACH_VARIABLE = "GSERVE_ATTACH"
 """Variable with the name of the launched service that a program uses, unless the program names one itself."""
-WEAKENING = {
-    "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any of its methods
-    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # clients may load adapters from any path
-    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # pickle, which runs code from its input
-    "PYTHONOPTIMIZE": "",  # removes assert statements, and some of vLLM's checks are asserts (CVE-2026-41523)
-}
-"""Variables that open vLLM to attacks, and their harmless values."""
-
-
 RESERVED = {
     "GSERVE_TOKEN": "each server has a token of its own, which clients of the same user find by themselves",
     "GSERVE_ID": "gserve finds a server's processes by it",
@@ -30,15 +21,6 @@ RESERVED = {
     "GSERVE_ATTACH": "it names a launched service for clients, not for servers",
 }
 """Variables that a config cannot set, and why. gserve sets them for servers, or servers do not use them."""
-
-
-def weakening(environ: Mapping[str, str], chosen: Collection[str]) -> dict[str, str]:
-    """Return harmless values for variables in `environ` that weaken vLLM, except those that a config has chosen."""
-    return {
-        name: harmless
-        for name, harmless in WEAKENING.items()
-        if name not in chosen and environ.get(name, harmless) != harmless
-    }
 
 
 @dataclass(frozen=True)

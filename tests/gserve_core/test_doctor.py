@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gserve_core import doctor
+from gserve_core.doctor import examination, node
 from gserve_core.config import Config, LLMConfig
 from gserve_core.errors import ConfigError
 from gserve_core.interfaces import Finding
@@ -52,7 +52,7 @@ def examine(tmp_path: Path) -> Examine:
     def run(llm: dict[str, Any] | None = None, *, on_node: bool = False, **sections: Any) -> dict[str, Finding]:
         path = tmp_path / "config.yaml"
         path.write_text(json.dumps({"llm": {"model_name": "demo:smollm2-135m"} | (llm or {})} | sections))
-        findings = list(doctor.examine(path, on_node=on_node))
+        findings = list(examination.examine(path, on_node=on_node))
         assert len({finding.subject for finding in findings}) == len(findings)
         return {finding.subject: finding for finding in findings}
 
@@ -100,7 +100,7 @@ def a_vllm(folder: Path, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_programs")
 def test_without_a_config_nothing_that_is_missing_is_a_problem() -> None:
-    found = {finding.subject: finding for finding in doctor.examine()}
+    found = {finding.subject: finding for finding in examination.examine()}
     assert found["Python"].state == found["gserve"].state == "ok"
     assert sys.executable in found["Python"].text
     assert (found["GPUs"].state, found["GPUs"].text) == ("note", "none seen: there is no nvidia-smi")
@@ -146,7 +146,7 @@ def test_a_missing_vllm_is_a_problem_only_where_servers_run(tmp_path: Path) -> N
         if not entry.name.startswith("vllm"):
             (site / entry.name).symlink_to(entry)
     (tmp_path / "config.yaml").write_text("llm: {model_name: any/model}\n")
-    environ = os.environ | {"PYTHONPATH": f"{site}:{doctor.ROOT}"}
+    environ = os.environ | {"PYTHONPATH": f"{site}:{node.ROOT}"}
     command = [sys.executable, "-S", "-m", "gserve.cli", "doctor"]
     for arguments, state in ((), "note"), (("config.yaml",), "problem"):
         ran = subprocess.run(
@@ -160,7 +160,7 @@ def test_a_missing_vllm_is_a_problem_only_where_servers_run(tmp_path: Path) -> N
 def test_an_engine_that_is_not_vllm_needs_none(examine: Examine) -> None:
     found = examine({"model_name": "any"}, engine={"type": "echo"})
     assert not {"vLLM", "GPUs"} & set(found)
-    assert found["model"].state == "note"
+    assert found["model"].state == "ok"
 
 
 # --------------------------------------------------------------------------------------------------------------- GPUs
@@ -309,7 +309,7 @@ def test_arguments_that_the_installed_vllm_does_not_know_are_a_problem(examine: 
          " ~nosuchuser/x: No such file or directory - at $.llm.llm_kwargs.chat_template"),
         ("model_name: m\n  dtype: float17", 4, "unknown dtype 'float17'; expected one of auto, bfloat16, float16,"
          " float32, float, half - at $.llm.dtype"),
-        ('model_name: "a\\nb"', 3, "'a\\nb' holds a line break or a control character - at $.llm.model_name"),
+        ('model_name: "a\\nb"', 3, "'a\\nb' contains a line break or a control character - at $.llm.model_name"),
         pytest.param("model_name: m\n  llm_kwargs:\n    max_num_seqs: 3\n    max_modle_len: 3", 6, "unknown argument"
          " 'max_modle_len' of the engine; did you mean 'max_model_len'? - at $.llm.llm_kwargs.max_modle_len",
          marks=WITH_VLLM),
@@ -323,7 +323,7 @@ def test_the_check_refuses_what_cannot_be_served_with_file_line_and_path(
     path = tmp_path / "config.yaml"
     path.write_text(f"# a service\nllm:\n  {llm}\n")
     with pytest.raises(ConfigError) as caught:
-        doctor.check_config(path)
+        examination.check_config(path)
     assert str(caught.value) == f"{path}:{line}: {expected}"
 
 
@@ -337,19 +337,19 @@ def test_the_check_refuses_files_that_cannot_be_read(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps({"llm": {"model_name": "m"} | llm}))
         with pytest.raises(ConfigError, match=expected):
-            doctor.check_config(path)
+            examination.check_config(path)
 
 
 def test_the_check_looks_for_no_files_of_other_machines_nor_for_those_of_other_engines(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     llm = {"model_name": "m", "lora_path": "/none", "llm_kwargs": {"chat_template": "/none"}}
     path.write_text(json.dumps({"llm": llm, "launcher": {"type": "slurm"}}))
-    ((job, command),) = doctor.check_config(path)
+    ((job, command),) = examination.check_config(path)
     assert job.name == "server-0"
     assert "--model" in command
     llm |= {"model_name": "demo:foo", "llm_kwargs": {"zzz": 1}}
     path.write_text(json.dumps({"llm": llm, "engine": {"type": "echo"}}))
-    assert len(doctor.check_config(path, ["serve.servers=2"])) == 2
+    assert len(examination.check_config(path, ["serve.servers=2"])) == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- a node
@@ -360,7 +360,7 @@ def test_a_node_is_reached_and_says_what_it_has(examine: Examine, tmp_path: Path
     node = socket.gethostname()
     assert (found["node"].state, found["node"].text) == ("ok", f"{node} runs programs, and is reached at 127.0.0.1")
     assert found[f"Python on {node}"] == Finding(f"Python on {node}", "ok", found["Python"].text)
-    assert found[f"model on {node}"].state == "note"
+    assert found[f"model on {node}"].state == "ok"
 
 
 def test_a_launcher_of_this_machine_starts_nothing_unless_told_to(examine: Examine, tmp_path: Path) -> None:
@@ -412,18 +412,18 @@ def test_a_node_that_is_not_reached_is_a_problem_and_still_says_what_it_has(exam
 
 def test_no_node_without_a_config() -> None:
     with pytest.raises(ConfigError, match="--on-node goes with a CONFIG"):
-        list(doctor.examine(on_node=True))
+        list(examination.examine(on_node=True))
 
 
 def test_the_program_on_a_node_ends_with_its_owner() -> None:
-    errand = doctor.Errand(Config(LLMConfig("any"), engine={"type": "echo"}), "/", None, "token", look=True)
-    command = [sys.executable, "-c", doctor.PROGRAM, str(doctor.ROOT)]
+    errand = node.Errand(Config(LLMConfig("any"), engine={"type": "echo"}), "/", None, "token", look=True)
+    command = [sys.executable, "-c", node.PROGRAM, str(node.ROOT)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout
         process.stdin.write(msgspec.json.encode(errand) + b"\n")
         process.stdin.flush()
-        arrival = msgspec.json.decode(process.stdout.readline(), type=doctor.Arrival)
+        arrival = msgspec.json.decode(process.stdout.readline(), type=node.Arrival)
         assert arrival.address is not None
         for _ in range(2):
             with socket.create_connection((arrival.address.hosts[0], arrival.address.port), 10) as line:
@@ -445,7 +445,7 @@ def test_the_command_prints_a_line_for_each_and_its_exit_code_tells_of_problems(
     ran = run("config.yaml", model=str(tmp_path / "none"))
     assert (ran.returncode, ran.stderr) == (1, "error: 1 problem, see above\n")
     rows = [line for line in ran.stdout.splitlines() if not line.startswith(" ")]
-    assert [row.split()[1] for row in rows] == ["Python", "gserve", "vLLM", "GPUs", "model"]
+    assert [row.split()[1] for row in rows] == ["Python", "gserve", "GPUs", "vLLM", "model"]
     assert rows[-1].split()[0] == "problem"
     assert ran.stdout.splitlines()[-1].strip() == "-> is its file system mounted here?"
     ran = run("config.yaml", "--set", "llm.model_name=demo:smollm2-135m", model="/none")

@@ -4,23 +4,17 @@ Only this file imports vllm, and only when it is needed: clients without vLLM ho
 The engine gives the same answers as `vllm.LLM`. Each step follows vLLM's own `entrypoints/llm.py` and `renderers`.
 """
 
-import ast
 import asyncio
 import contextlib
-import functools
 import importlib
-import json
 import logging
 import multiprocessing
 import os
-import re
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from multiprocessing import resource_tracker
-from pathlib import Path
 from typing import Any, ClassVar
 
 import msgspec
@@ -28,17 +22,16 @@ import msgspec
 from ...config import LLMConfig
 from ...errors import ConfigError, GserveError, ItemError
 from ...hookspecs import hookimpl
-from ...host.folders import expanded
-from ...interfaces import Engine, EngineInfo, KnownError, LogForm, Report, RunningEngine
+from ...interfaces import Engine, EngineInfo, Finding, KnownError, LogForm, Report, RunningEngine
 from ...sampling import read_params
-from ...schema import Conversation, FlatLogprobs, FlatOutput, Logprob, Logprobs, Params, Prompt, ResponseOutput
-from .. import orphans
-from . import compile_turn, demo_model
+from ...schema import Conversation, Params, Prompt, ResponseOutput
+from . import compile_turn, demo_model, examination, installed
+from .files import adapter_folder, adapter_rank, chat_template
 from .known_errors import KNOWN_ERRORS, LOG_FORM
+from .outputs import converted
+from .patches import START_METHOD, fork_on_cpu
 from .tokenizing import quicken
 
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Valid values of `max_lora_rank` (vllm/config/lora.py)."""
 CPU_KV_CACHE = 4 << 30
 """Default size of the KV cache without a GPU, in bytes."""
 _MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
@@ -53,6 +46,13 @@ TURNS, WORKING_SECONDS = 10, 0.25
 
 Without work, a turn takes a few milliseconds.
 """
+HARMLESS_ENVIRON = {
+    "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any of its methods
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # clients may load adapters from any path
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # pickle, which runs code from its input
+    "PYTHONOPTIMIZE": "",  # removes assert statements, and some of vLLM's checks are asserts (CVE-2026-41523)
+}
+"""Variables that open vLLM to attacks, and their harmless values."""
 STOP_SECONDS = 5.0
 """Maximum time for vLLM to shut itself down, in seconds."""
 PRELOADED = (
@@ -62,10 +62,6 @@ PRELOADED = (
 """Modules that an engine's processes import, unless they are forked from a process that has imported them."""
 ON_CPU = "vllm.v1.worker.cpu_worker"
 """Another such module on machines without a GPU. Elsewhere it might touch the GPU, which is forbidden before a fork."""
-START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
-"""vLLM's own setting for how it starts its processes: "fork", or "spawn", which imports everything again."""
-SECURE, TOLERABLE = (0, 32), (0, 22)
-"""First vLLM versions (major, minor) without published vulnerabilities, and without any that strangers can exploit."""
 
 logger = logging.getLogger("gserve.engine")
 
@@ -81,6 +77,7 @@ class VLLMEngine(Engine):
     name: ClassVar[str] = "vllm"
     known_errors: ClassVar[Sequence[KnownError]] = KNOWN_ERRORS
     log_form: ClassVar[LogForm] = LOG_FORM
+    harmless_environ: ClassVar[Mapping[str, str]] = HARMLESS_ENVIRON
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     allow_insecure_vllm: bool = False
 
@@ -103,14 +100,23 @@ class VLLMEngine(Engine):
         demo_model.check_name(llm.model_name, "$.llm.model_name")
         demo_model.check_name(llm.tokenizer or "", "$.llm.tokenizer")
         if runs_here:
-            if (adapter := _adapter(llm.lora_path)) is not None:
-                _rank(adapter)
-            _chat_template(llm.llm_kwargs.get("chat_template"))
+            if (adapter := adapter_folder(llm.lora_path)) is not None:
+                adapter_rank(adapter)
+            chat_template(llm.llm_kwargs.get("chat_template"))
+
+    def needs_gpus(self) -> bool:
+        """Return whether the vLLM installed here computes on GPUs."""
+        package = installed.package()
+        return package is not None and "cpu" not in "".join(package)
+
+    def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
+        """Look for vLLM's package, and for the files of the model and of the adapter."""
+        return examination.examine(llm, environ, allow_insecure=self.allow_insecure_vllm)
 
     def known_arguments(self) -> frozenset[str] | None:
         """Return the argument names from the source of the vLLM installed here; None: they cannot be read."""
         # Importing vLLM instead would take ten seconds.
-        return _known_arguments()
+        return installed.known_arguments()
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Load the model, in a thread that runs until the engine stops."""
@@ -144,10 +150,10 @@ class RunningVLLM(RunningEngine):
         arguments = llm.engine_kwargs
         arguments["model"] = demo_model.resolve(arguments["model"], report)
         arguments["tokenizer"] = demo_model.resolve(arguments.get("tokenizer", arguments["model"]), report)
-        adapter = _adapter(llm.lora_path)
+        adapter = adapter_folder(llm.lora_path)
         if adapter is not None:
-            arguments = {"enable_lora": True, "max_lora_rank": _rank(adapter)} | arguments
-        self._template = _chat_template(arguments.pop("chat_template", None))
+            arguments = {"enable_lora": True, "max_lora_rank": adapter_rank(adapter)} | arguments
+        self._template = chat_template(arguments.pop("chat_template", None))
         self._template_kwargs = dict(options.chat_template_kwargs)
         self._ended = ended
 
@@ -169,7 +175,7 @@ class RunningVLLM(RunningEngine):
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        if warning := insecurity(vllm.__version__, options.allow_insecure_vllm):
+        if warning := installed.insecurity(vllm.__version__, options.allow_insecure_vllm):
             logger.warning("%s", warning)
         if current_platform.is_cuda():
             check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), llm.gpus_per_server, current_platform)
@@ -198,7 +204,7 @@ class RunningVLLM(RunningEngine):
             # Use the usage context of `vllm.LLM`: others get a fraction of its sequences (max_num_seqs).
             config = engine_arguments.create_engine_config(UsageContext.LLM_CLASS)
             if chosen is None and current_platform.is_cpu() and config.parallel_config.world_size == 1:
-                _fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))
+                fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))
             # A tracker that a forked process starts would be killed with it, and free no shared memory.
             resource_tracker.ensure_running()
             self._engine = vllm.AsyncLLMEngine.from_vllm_config(
@@ -382,7 +388,7 @@ class RunningVLLM(RunningEngine):
                 raise ItemError("structured_outputs and the other sampling parameters leave no token to go on with")
             if it.finish_reason in ("abort", "error", None):
                 raise GserveError(f"the engine ended this prompt early ({it.finish_reason})")
-            outputs.append(_output(it, last.prompt_logprobs))
+            outputs.append(converted(it, last.prompt_logprobs))
         return outputs
 
     async def check(self) -> None:
@@ -431,88 +437,6 @@ class RunningVLLM(RunningEngine):
         self._ended.set()
 
 
-def enter() -> None:
-    """Prepare one of vLLM's processes: let it end with the server, and patch vLLM for the CPU.
-
-    vLLM calls this in each of its processes, through the entry point `gserve` of the group `vllm.general_plugins`.
-    """
-    orphans.watch()
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        _spare_generators()
-
-
-@functools.cache
-def _spare_generators() -> None:
-    """Keep seeded items from killing EngineCore on the CPU. Idempotent."""
-    # vLLM may read a prompt in several steps. Each step samples a token, and all but the last are discarded. For those,
-    # vLLM rewinds the generator (`_bookkeeping_sync` in its gpu_model_runner.py). Only CUDA's generators support that:
-    # CPU generators raise RuntimeError. So a step whose token is discarded gets no generator here.
-    try:
-        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-        sample = CPUModelRunner.sample_tokens
-    except (ImportError, AttributeError):  # another version of vLLM, which samples elsewhere
-        return
-
-    @functools.wraps(sample)
-    def sample_tokens(self: Any, *arguments: Any, **options: Any) -> Any:
-        generators = self.input_batch.generators
-        is_thrown_away = self.discard_request_mask.np
-        spared = {place: generators.pop(place) for place in [*generators] if is_thrown_away[place]}
-        try:
-            return sample(self, *arguments, **options)
-        finally:
-            generators.update(spared)
-
-    CPUModelRunner.sample_tokens = sample_tokens
-
-
-def _fork_on_cpu(config: Any, *, is_apart: bool) -> None:
-    """Make vLLM fork its processes on the CPU, although it has chosen to "spawn" them. Forking takes half the time.
-
-    `is_apart`: the config asks for a separate worker process. Otherwise the worker runs inside EngineCore, as on a GPU.
-    If the user has chosen cores, this thread is bound to them, and so are the processes that it forks.
-    """
-    # vLLM spawns processes in order to bind their threads, and leaves one core free. Forked processes inherit the
-    # number of threads set here, so the worker needs no process of its own. Inside EngineCore, no step of the model
-    # waits for messages between the two.
-    import torch
-    from vllm.utils.ompmultiprocessing import OMPProcessManager
-
-    os.environ[START_METHOD] = "fork"
-    told = logging.getLogger(OMPProcessManager.__module__)
-    told.disabled = is_apart  # the worker process logs the same again
-    binding = OMPProcessManager(config)
-    told.disabled = False
-    if binding.cpu_lists:  # empty: "nobind"
-        (cores,) = binding.cpu_lists
-        torch.set_num_threads(len(cores))
-        if not binding.auto_setup:
-            os.sched_setaffinity(0, cores)
-    if not is_apart and config.parallel_config.data_parallel_size == 1:
-        config.parallel_config.distributed_executor_backend = "uni"
-
-
-def insecurity(version: str, is_allowed: bool) -> str | None:
-    """Return a warning about the known vulnerabilities of a vLLM version; None: it has none.
-
-    Raises ConfigError: the version is older than `TOLERABLE`, and `is_allowed` is false.
-    """
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    release = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-    if release >= SECURE:
-        return None
-    if release < TOLERABLE and not is_allowed:
-        raise ConfigError(
-            f"vLLM {version} may run the code of a model that is not trusted (CVE-2026-41523, CVE-2026-47155; fixed in"
-            " 0.22): install 0.32 or newer, or set allow_insecure_vllm: true",
-            at="$.engine.allow_insecure_vllm",
-        )
-    return f"vLLM {version} has security holes that are published, and fixed up to 0.32: install 0.32 or newer"
-
-
 def check_devices(visible: str, wanted: int, platform: Any) -> None:
     """Raise GserveError if vLLM cannot identify one of the first `wanted` GPUs in `visible`.
 
@@ -543,76 +467,6 @@ def _tokens(request: Any) -> int:
     return count() if count is not None else 0
 
 
-@functools.cache
-def _known_arguments() -> frozenset[str] | None:
-    """Return the fields of `vllm.AsyncEngineArgs` and gserve's own arguments; None if they cannot be found."""
-    try:
-        spec = find_spec("vllm")
-        if spec is None or spec.origin is None:
-            return None
-        module = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
-    except (ImportError, OSError, ValueError, SyntaxError):
-        return None
-    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
-    own, base = classes.get("AsyncEngineArgs"), classes.get("EngineArgs")
-    if own is None or base is None or base.bases or [ast.unparse(above) for above in own.bases] != [base.name]:
-        return None  # another version of vLLM, which defines them elsewhere
-    fields = [node.target for node in base.body + own.body if isinstance(node, ast.AnnAssign)]
-    return frozenset({"chat_template"} | {target.id for target in fields if isinstance(target, ast.Name)})
-
-
-def _chat_template(given: Any) -> str | None:
-    """Return the text of a chat template that was given as text or as a file.
-
-    Raises ConfigError: it is neither, or the file cannot be read.
-    """
-    if given is not None and not isinstance(given, str):
-        raise ConfigError("expected a chat template as a text or as a file", at="$.llm.llm_kwargs.chat_template")
-    if given is None or "{" in given:
-        return given
-    try:
-        return expanded(given).read_text()
-    except (OSError, ValueError) as error:  # ValueError: the file is not text
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"cannot read the chat template {given}: {why}", at="$.llm.llm_kwargs.chat_template"
-        ) from error
-
-
-def _adapter(path: str | None) -> Path | None:
-    """Return the folder of a LoRA adapter that was given as its folder or a file in it; None for None.
-
-    Raises ConfigError: no adapter is there.
-    """
-    if path is None:
-        return None
-    given = expanded(path)
-    try:
-        folder = given.parent if given.is_file() else given
-        is_there = (folder / "adapter_config.json").is_file()
-    except OSError as error:
-        raise ConfigError(f"no LoRA adapter in {given}: {error.strerror}", at="$.llm.lora_path") from error
-    if not is_there:
-        raise ConfigError(f"no LoRA adapter in {folder}: expected adapter_config.json there", at="$.llm.lora_path")
-    return folder.resolve()
-
-
-def _rank(adapter: Path) -> int:
-    """Return the smallest `max_lora_rank` that fits the adapter in this folder.
-
-    Raises ConfigError: its rank cannot be read, or is too high for vLLM.
-    """
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"cannot read the rank 'r' in {adapter}/adapter_config.json", at="$.llm.lora_path") from error
-    for allowed in LORA_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise ConfigError(f"the adapter's rank is {rank}; vLLM takes at most {LORA_RANKS[-1]}", at="$.llm.lora_path")
-
-
 def _is_a(value: object, *names: str) -> bool:
     """Return whether the class of `value`, or one of its bases, has one of these names."""
     # By name, since the module of these classes differs between versions of vLLM.
@@ -622,33 +476,6 @@ def _is_a(value: object, *names: str) -> bool:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-def _output(it: Any, prompt_logprobs: Any) -> ResponseOutput:
-    """Convert a completion of vLLM."""
-    plain = it.text, list(it.token_ids), it.finish_reason, it.stop_reason, it.cumulative_logprob
-    if it.logprobs is None and prompt_logprobs is None:
-        return ResponseOutput(*plain)
-    if isinstance(it.logprobs, list) or isinstance(prompt_logprobs, list):  # this vLLM has no flat log probabilities
-        return ResponseOutput(*plain, _logprobs(it.logprobs), _logprobs(prompt_logprobs))
-    return FlatOutput(*plain, flat_logprobs=_flat(it.logprobs), flat_prompt_logprobs=_flat(prompt_logprobs))
-
-
-def _logprobs(given: Any) -> Logprobs | None:
-    if given is None:
-        return None
-    return [
-        entry and {token: Logprob(it.logprob, it.rank, it.decoded_token) for token, it in entry.items()}
-        for entry in given
-    ]
-
-
-def _flat(given: Any) -> FlatLogprobs | None:
-    """Convert a `vllm.logprobs.FlatLogprobs`."""
-    if given is None:
-        return None
-    counts = [end - start for start, end in zip(given.start_indices, given.end_indices, strict=True)]
-    return FlatLogprobs(counts, given.token_ids, given.logprobs, given.ranks, given.decoded_tokens)
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""What a process inherits: variables that weaken vLLM, closed descriptors, and modules that others have patched."""
+"""What a process inherits: closed descriptors, and modules that others have patched."""
 
 import os
 import subprocess
@@ -10,19 +10,7 @@ import pytest
 
 import gserve
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host.environment import check_not_patched, open_missing_descriptors, weakening
-
-
-def test_what_weakens_vllm_is_overridden_unless_the_config_has_chosen_it() -> None:
-    inherited = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONOPTIMIZE": "2", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "A": "b"}
-    assert weakening(inherited, {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}) == {
-        "VLLM_SERVER_DEV_MODE": "0",
-        "PYTHONOPTIMIZE": "",
-    }
-
-
-def test_an_environment_without_them_stays_as_it_is() -> None:
-    assert weakening({"PATH": "/bin", "VLLM_SERVER_DEV_MODE": "0", "PYTHONOPTIMIZE": ""}, ()) == {}
+from gserve_core.host.environment import check_not_patched, open_missing_descriptors
 
 
 CLOSED = """

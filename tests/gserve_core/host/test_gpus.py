@@ -190,7 +190,7 @@ def test_sharers_of_several_gpus_in_another_order_do_not_wait_for_each_other(
     sharers = [holder("share", *order) for order in (ids, ids[::-1], [*ids[1:], ids[0]])]
     for sharer in sharers:
         assert sharer.hear("held")
-    started = []
+    started: list[Holder] = []
     deadline = time.monotonic() + 60
     for sharer in sharers:
         os.set_blocking(sharer.process.stdout.fileno(), False)  # type: ignore[union-attr]

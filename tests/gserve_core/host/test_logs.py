@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,8 +28,10 @@ log = ServerLog({{{SECRET!r}}})
 def start(program: str, log: Path, **options: int) -> "subprocess.Popen[bytes]":
     """Run a program as launchers run servers: its stderr is appended to the log."""
     with log.open("ab") as stream:
-        ends = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stream} | options
-        return subprocess.Popen([sys.executable, "-W", "ignore", "-c", PREAMBLE + program], **ends)  # type: ignore[call-overload]
+        ends: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": stream} | options
+        command = [sys.executable, "-W", "ignore", "-c", PREAMBLE + program]
+        process: subprocess.Popen[bytes] = subprocess.Popen(command, **ends)
+        return process
 
 
 def run(program: str, log: Path, code: int = 0) -> str:

@@ -45,6 +45,7 @@ class Watched(CommandLauncher):
     def launch(self, job: Job) -> LocalProcess:
         """Start the server."""
         process = super().launch(job)
+        assert isinstance(process, LocalProcess)
         handle = os.pidfd_open(process.pid)
 
         def wait() -> None:

@@ -81,17 +81,17 @@ WITHIN = (
         ({"ignore_eos": "x"}, "wrong sampling parameters: expected bool, got str - at $.ignore_eos"),
         ({"max_tokenz": 1}, "unknown sampling parameter 'max_tokenz'; did you mean 'max_tokens'?"),
         ({"_eos_token_id": 1}, "unknown sampling parameter '_eos_token_id'; did you mean 'stop_token_ids'?"),
-        ({"seed": 2**70}, "sampling parameter 'seed': expected integers of 64 bits at most"),
+        ({"seed": 2**70}, "sampling parameter 'seed': expected integers of at most 64 bits"),
         ({"temperature": float("nan")}, "sampling parameter 'temperature': expected a finite number, got nan"),
-        ({"n": 1000}, "sampling parameter 'n': expected 1 to 128, got 1000 (an item is retried as a whole):"
-         " for more completions, send the prompt several times"),
+        ({"n": 1000}, "sampling parameter 'n': expected 1 to 128, got 1000 (a retry repeats all completions of an"
+         " item): for more completions, send the prompt several times"),
         ({"guided_json": {}}, "unknown sampling parameter 'guided_json'; write structured_outputs={'json': …}"),
         ({"guided_regex": "a"}, "unknown sampling parameter 'guided_regex'; write structured_outputs={'regex': …}"),
         ({"response_format": {"type": "json_object"}}, "unknown sampling parameter 'response_format'; write"
          " structured_outputs={'json': …} with the schema, or {'json_object': True}"),
         ({"repeat_penalty": 1.1}, "unknown sampling parameter 'repeat_penalty'; write 'repetition_penalty'"),
         ({"allowed_token_ids": [1], "bad_words": ["a"]}, "the sampling parameters 'allowed_token_ids' and 'bad_words'"
-         " do not go together: bad words may exclude all allowed tokens; leave the unwanted tokens out of"
+         " cannot be combined: bad words may exclude all allowed tokens; leave the unwanted tokens out of"
          " 'allowed_token_ids'"),
         ({"stop": ["x"] * 65}, "sampling parameter 'stop': expected at most 64 texts of 256 characters"),
         ({"bad_words": ["x" * 257]}, "sampling parameter 'bad_words': expected at most 64 texts of 256 characters"),
@@ -183,7 +183,7 @@ def test_what_is_not_for_requests_is_left_out_of_sampling_params() -> None:
 
 def test_what_changes_results_and_cannot_travel_is_refused() -> None:
     with pytest.raises(
-        ItemError, match=r"^the sampling parameter 'prompt_logprob_token_ids' cannot travel to a server"
+        ItemError, match=r"^the sampling parameter 'prompt_logprob_token_ids' cannot be sent to a server"
     ):
         params_from(SamplingParams(prompt_logprob_token_ids=[[1]]))
 

@@ -39,7 +39,7 @@ def test_texts_that_are_said_beforehand_are_encoded_in_one_call() -> None:
     ahead = quicken(tokenizer)
     tokenizer.asked.clear()
     ahead |= dict.fromkeys([*TEXTS, *TEXTS])
-    options = {"truncation": True, "max_length": 9, "add_special_tokens": False}
+    options: dict[str, Any] = {"truncation": True, "max_length": 9, "add_special_tokens": False}
     for text in (*TEXTS, TEXTS[0]):
         assert tokenizer(text, **options)["input_ids"] == plain(text, **options)["input_ids"]
     assert tokenizer.asked == [TEXTS]

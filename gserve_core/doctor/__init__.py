@@ -1,0 +1,1 @@
+"""The checks of `gserve doctor`: whether this machine, and a node, have everything that servers need."""

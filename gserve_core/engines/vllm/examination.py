@@ -1,0 +1,107 @@
+"""The checks of `gserve doctor` that only vLLM needs: its package, its arguments, and the files of a model."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...config import LLMConfig
+from ...errors import ConfigError
+from ...host import folders
+from ...interfaces import Finding
+from . import demo_model, installed
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
+OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+
+
+def examine(llm: LLMConfig | None, environ: Mapping[str, str], *, allow_insecure: bool) -> Iterator[Finding]:
+    """Yield findings about the vLLM installed here, and about the files that `llm` names.
+
+    `environ`: the environment of the servers.
+    """
+    yield _examine_package(allow_insecure)
+    if llm is not None:
+        yield _examine_model(llm, environ)
+        if llm.lora_path is not None:
+            yield _examine_adapter(folders.expanded(llm.lora_path))
+
+
+def _examine_package(allow_insecure: bool) -> Finding:
+    package = installed.package()
+    if package is None:
+        hint = "pip install 'gserve[cuda]', or 'gserve[cpu]' for a machine without GPUs"
+        return Finding("vLLM", "problem", "not installed here", hint)
+    name, release = package
+    try:
+        warning = installed.insecurity(release, allow_insecure)
+    except ConfigError as error:
+        return Finding("vLLM", "problem", str(error))
+    return Finding("vLLM", "note", warning) if warning else Finding("vLLM", "ok", f"{release} ({name})")
+
+
+def _examine_model(llm: LLMConfig, environ: Mapping[str, str]) -> Finding:
+    """Return which kind of name the model has, and whether its files are here."""
+    name = llm.model_name
+    path = Path(name)
+    if name.startswith(demo_model.PREFIX):
+        return _examine_demo(name)
+    if path.is_file():
+        return Finding("model", "ok", f"a file: {path.resolve()}")
+    if path.is_dir():
+        if not any((path / file).is_file() for file in ("config.json", "params.json")):
+            hint = "name the folder that has it; a folder of the cache of Hugging Face has it below snapshots/"
+            return Finding("model", "problem", f"a folder without config.json: {path.resolve()}", hint)
+        return Finding("model", "ok", f"a local folder: {path.resolve()}")
+    if "://" in name:
+        return Finding("model", "note", f"at an address that was not tried: {name}")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        hint = "write ~ out: vLLM does not know it" if name.startswith("~") else "is its file system mounted here?"
+        return Finding("model", "problem", f"there is no such folder here: {name}", hint)
+    return _examine_hub(name, llm, environ)
+
+
+def _examine_demo(name: str) -> Finding:
+    known = demo_model.MODELS.get(name.removeprefix(demo_model.PREFIX))
+    if known is None:
+        names = ", ".join(demo_model.PREFIX + model for model in demo_model.MODELS)
+        return Finding("model", "problem", f"there is no demo model '{name}'; expected {names}")
+    folder = demo_model.cache_folder() / name.removeprefix(demo_model.PREFIX)
+    if folder.is_dir():
+        return Finding("model", "ok", f"a demo model: {folder}")
+    if find_spec(known[0]) is None:
+        hint = "pip install 'gserve[cpu]'"
+        return Finding("model", "problem", f"{name} needs the package {known[0].replace('_', '-')}", hint)
+    return Finding("model", "ok", "a demo model, which the first server makes in half a minute")
+
+
+def _examine_hub(name: str, llm: LLMConfig, environ: Mapping[str, str]) -> Finding:
+    """Return whether a model is in the cache of Hugging Face. Looks where Hugging Face's library would look."""
+    home = Path(environ.get("HF_HOME") or Path(environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface")
+    cache = folders.expanded(llm.download_dir or environ.get("HF_HUB_CACHE") or str(home / "hub"))
+    folder = cache / f"models--{name.replace('/', '--')}"
+    revision = llm.revision or "main"
+    with suppress(OSError):
+        revision = (folder / "refs" / revision).read_text().strip()
+    snapshot = folder / "snapshots" / revision
+    if any(file.exists() for pattern in WEIGHTS for file in snapshot.glob(pattern)):
+        return Finding("model", "ok", f"a model id, whose files are in the cache: {snapshot}")
+    what = f"a model id, not in the cache here ({cache}), or not whole"
+    fetch = f"hf download {name}{f' --revision {llm.revision}' if llm.revision else ''} --cache-dir {cache}"
+    if any(environ.get(variable, "").lower() in ("1", "true", "yes", "on") for variable in OFFLINE):
+        return Finding("model", "problem", f"{what}, and this environment is offline", f"where it is not: {fetch}")
+    return Finding(
+        "model", "note", f"{what}: the first server fetches it", f"nodes may have no way out; before: {fetch}"
+    )
+
+
+def _examine_adapter(path: Path) -> Finding:
+    folder = path
+    try:
+        folder = path.parent if path.is_file() else path
+        if (folder / "adapter_config.json").is_file():
+            return Finding("LoRA adapter", "ok", f"a local folder: {folder.resolve()}")
+        what = "a folder without adapter_config.json" if folder.is_dir() else "there is no such folder here"
+    except OSError as error:
+        what = str(error.strerror)
+    return Finding("LoRA adapter", "problem", f"{what}: {folder}", "set llm.lora_path to the folder of the adapter")

@@ -1,0 +1,57 @@
+"""The vLLM that is installed here, without its import, which takes ten seconds."""
+
+import ast
+import functools
+import re
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from ...errors import ConfigError
+
+SECURE, TOLERABLE = (0, 32), (0, 22)
+"""First vLLM versions (major, minor) without published vulnerabilities, and without any that strangers can exploit."""
+
+
+def package() -> tuple[str, str] | None:
+    """Return the name and version of the package that provides vLLM; None: it is not installed."""
+    if find_spec("vllm") is None:
+        return None
+    names = packages_distributions().get("vllm")
+    return (names[0], version(names[0])) if names else ("vllm", "of an unknown version")
+
+
+def insecurity(release: str, is_allowed: bool) -> str | None:
+    """Return a warning about the known vulnerabilities of a vLLM version; None: it has none.
+
+    Raises ConfigError: the version is older than `TOLERABLE`, and `is_allowed` is false.
+    """
+    numbers = re.match(r"(\d+)\.(\d+)", release)
+    found = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
+    if found >= SECURE:
+        return None
+    if found < TOLERABLE and not is_allowed:
+        raise ConfigError(
+            f"vLLM {release} may run the code of a model that is not trusted (CVE-2026-41523, CVE-2026-47155; fixed in"
+            " 0.22): install 0.32 or newer, or set allow_insecure_vllm: true",
+            at="$.engine.allow_insecure_vllm",
+        )
+    return f"vLLM {release} has security holes that are published, and fixed up to 0.32: install 0.32 or newer"
+
+
+@functools.cache
+def known_arguments() -> frozenset[str] | None:
+    """Return the fields of `vllm.AsyncEngineArgs` and gserve's own arguments; None if they cannot be found."""
+    try:
+        spec = find_spec("vllm")
+        if spec is None or spec.origin is None:
+            return None
+        module = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
+    except (ImportError, OSError, ValueError, SyntaxError):
+        return None
+    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    own, base = classes.get("AsyncEngineArgs"), classes.get("EngineArgs")
+    if own is None or base is None or base.bases or [ast.unparse(above) for above in own.bases] != [base.name]:
+        return None  # another version of vLLM, which defines them elsewhere
+    fields = [node.target for node in base.body + own.body if isinstance(node, ast.AnnAssign)]
+    return frozenset({"chat_template"} | {target.id for target in fields if isinstance(target, ast.Name)})
