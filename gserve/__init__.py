@@ -1,4 +1,4 @@
-"""gserve: run vLLM on the GPUs you hold.
+"""gserve: run vLLM on your GPUs.
 
 This module has all public names. Each is imported on first use: `import gserve` imports neither vLLM nor torch.
 """
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from gserve_core.service.server import VLLMServer
     from gserve_core.service.service import VLLMService
 
-_HOMES = {
+    __version__: str
+
+_MODULES = {
     "service.client": ("VLLMClient",),
     "commands": ("CommandLauncher",),
     "config": ("LLMConfig", "ServeConfig"),
@@ -46,7 +48,7 @@ _HOMES = {
     "service.server": ("VLLMServer",),
     "service.service": ("VLLMService",),
 }  # fmt: skip
-_HOME = {name: home for home, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 __all__ = [
     "BatchError",
@@ -80,9 +82,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name == "__version__":
+        return import_module("importlib.metadata").version("gserve")  # slow to import
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'gserve' has no attribute '{name}'")
-    return getattr(import_module(f"gserve_core.{_HOME[name]}"), name)
+    return getattr(import_module(f"gserve_core.{_MODULE_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -16,7 +16,7 @@ TAIL_LINES = 50
 """Number of lines from the end of a log that an error shows."""
 TAIL_BYTES = 256 << 10
 """Maximum size of the end of a log that is read for these lines, in bytes."""
-LONGEST = 400
+MAX_SHOWN = 400
 """Maximum length of a shown log line or exception text, in characters."""
 
 
@@ -57,19 +57,19 @@ def exited(
     """
     lines, form = _lines(log, since), engine.log_form
     evidence = _evidence(cause, returncode, lines, form)
-    said, ended = _cut(evidence[0]) if evidence else "", _ended(returncode)
+    error, ended = _cut(evidence[0]) if evidence else "", _describe_exit(returncode)
     known = _known(evidence, (*engine.known_errors, *KNOWN))
     if known:
-        sentence, hint = _cut(known[0]) or said, known[1]
-    elif said and not form.elsewhere.search(said):
-        sentence, hint = said, ""
+        sentence, hint = _cut(known[0]) or error, known[1]
+    elif error and not form.elsewhere.search(error):
+        sentence, hint = error, ""
     else:
-        sentence, hint = _unsaid(_engines_end(lines, form) if said else ended, kills)
+        sentence, hint = _explain_exit(_describe_engine_exit(lines, form) if error else ended, kills)
     tail = last_lines(log)
     headline = f"{name} failed while {phase}: {sentence} (log: {log})"
     message = [headline]
-    if said and said != sentence:
-        message.append(f"it said: {said}")
+    if error and error != sentence:
+        message.append(f"original error: {error}")
     if not known and ended not in sentence:
         message.append(ended)
     if not known and tail:  # the log may explain it; the headline is repeated below it, where the user sees it
@@ -91,30 +91,30 @@ def _known(evidence: Sequence[str], errors: Sequence[KnownError]) -> tuple[str, 
     return None
 
 
-def _unsaid(end: str, kills: int | None) -> tuple[str, str]:
+def _explain_exit(end: str, kills: int | None) -> tuple[str, str]:
     """Return the sentence and the hint for a process that gave no cause. `end`: how it ended, in words."""
     if not end.endswith((signal.SIGKILL.name, SILENT)):
         return end, ""
     now = memory_kills()
     if kills is not None and now is not None and now > kills:
-        return f"{end}, when memory had run out", MEMORY_HINT
-    return end, f"most often the system has killed what needed too much memory: {MEMORY_HINT}"
+        return f"{end}, after memory had run out", MEMORY_HINT
+    return end, f"most likely the system killed it because memory ran out: {MEMORY_HINT}"
 
 
-def _engines_end(lines: Sequence[str], form: LogForm) -> str:
+def _describe_engine_exit(lines: Sequence[str], form: LogForm) -> str:
     for line in lines:
         if match := form.killed.search(line):
             return f"a process of the engine was killed by {_signal(int(match[1]))}"
     return SILENT
 
 
-def _ended(returncode: int | None) -> str:
+def _describe_exit(returncode: int | None) -> str:
     if returncode is None:
         return "the server closed its control connection"
     if returncode < 0:
         return f"its process was killed by {_signal(-returncode)}"
     if returncode > 128 and (name := _signal(returncode - 128)).startswith("SIG"):
-        return f"its process exited with code {returncode}, which stands for {name}"
+        return f"its process exited with code {returncode}, which means {name}"
     return f"its process exited unexpectedly with code {returncode}"
 
 
@@ -224,7 +224,7 @@ def last_lines(log: Path, count: int = TAIL_LINES) -> list[str]:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} …"
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} …"
 
 
 # -------------------------------------------------------------------------------------------------------- what is known
@@ -239,17 +239,17 @@ KNOWN = (
     KnownError(
         r"No space left on device",
         "a disk is full",
-        "make room where the model, caches and temporary files lie: download_dir, HF_HOME, ~/.cache, TMPDIR, /dev/shm",
+        "free space where the model, caches and temporary files are: download_dir, HF_HOME, ~/.cache, TMPDIR, /dev/shm",
     ),
     KnownError(
         r"Too many open files",
-        "a process has opened as many files as it may",
+        "a process has reached its limit of open files",
         "raise the limit: 'ulimit -n 65536' before you start",
     ),
     KnownError(
         r"Permission denied: '([^']+)'",
-        "'{0}' may not be read or written",
-        "check who owns it, and download_dir, HF_HOME and TMPDIR",
+        "no permission to read or write '{0}'",
+        "check its owner, and download_dir, HF_HOME and TMPDIR",
     ),
     KnownError(
         r"[Aa]ddress already in use|cannot listen on .*: Permission denied",

@@ -139,7 +139,7 @@ class ItemError(GserveError):
 
 
 class ItemLost(ItemError):
-    """No server could finish the item: none was left, or servers died repeatedly while they worked on it."""
+    """No server could finish the item: none remained, or servers died repeatedly while they worked on it."""
 
 
 class DeadlineExceeded(ItemError):
@@ -167,7 +167,7 @@ class BatchError(GserveError):
         first = self.errors[0]
         super().__init__(
             f"{len(self.errors)} of {len(self.results)} items failed; the first is item {first.index}: {first}"
-            ' (the exception\'s "results" holds every result; on_error="return" returns them instead)'
+            ' (the exception\'s "results" has every result; on_error="return" returns them instead)'
         )
 
 

@@ -153,7 +153,7 @@ def _register(manager: pluggy.PluginManager, plugin: Any, name: str) -> None:
     if not manager.get_hookcallers(plugin):
         where = getattr(plugin, "__file__", None) or repr(plugin)
         raise PluginError(
-            f"the plugin '{name}' ({where}) brings nothing: expected a function named one of {', '.join(known)},"
+            f"the plugin '{name}' ({where}) has no hook: expected a function named one of {', '.join(known)},"
             " decorated with @gserve.hookimpl"
         )
 
@@ -172,13 +172,13 @@ def _collect(manager: pluggy.PluginManager, installed: Mapping[str, str], broken
         for hook in getattr(manager.hook, f"gserve_register_{kind}s").get_hookimpls():
             source = hook.plugin_name
             try:
-                brought = _brought(hook, base, kind)
+                named = _call_hook(hook, base, kind)
             except PluginError as error:
                 if source not in installed:
                     raise
                 broken[installed[source]] = str(error)
                 continue
-            for name, cls in brought:
+            for name, cls in named:
                 if found.get(name, cls) is not cls:
                     raise PluginError(
                         f"two plugins claim the {kind} '{name}': {_path(found[name])} of '{sources[found[name]]}'"
@@ -189,7 +189,7 @@ def _collect(manager: pluggy.PluginManager, installed: Mapping[str, str], broken
     return Registry(classes, sources, broken)
 
 
-def _brought(hook: pluggy.HookImpl, base: type, kind: str) -> list[tuple[str, type[Any]]]:
+def _call_hook(hook: pluggy.HookImpl, base: type, kind: str) -> list[tuple[str, type[Any]]]:
     """Return the classes that one hook of one plugin returns, by name."""
     source = hook.plugin_name
     try:
@@ -213,8 +213,8 @@ def _check_class(cls: Any, base: type, kind: str, source: str) -> str:
     elif missing := sorted(getattr(cls, "__abstractmethods__", ())):
         wrong = f"it lacks the methods {', '.join(missing)}"
     elif not (isinstance(name := getattr(cls, "name", None), str) and name):
-        wrong = 'it lacks its name: expected `name = "…"` in the class'
-    elif lost := _lost_options(cls):
+        wrong = 'it has no name: expected `name = "…"` in the class'
+    elif lost := _find_lost_options(cls):
         wrong = (
             f"its options ({', '.join(lost)}) need a dataclass: decorate it with"
             " @dataclasses.dataclass(frozen=True, kw_only=True)"
@@ -224,7 +224,7 @@ def _check_class(cls: Any, base: type, kind: str, source: str) -> str:
     return str(name)
 
 
-def _lost_options(cls: Any) -> list[str]:
+def _find_lost_options(cls: Any) -> list[str]:
     """Return the annotated names of a class that are not fields, because it lacks the decorator @dataclass."""
     try:
         hints = get_type_hints(cls)
@@ -279,10 +279,12 @@ def assemble(
         else:
             check(instance, f"$.{kind}")
             parts[kind] = instance
-    return Parts(**parts, registry=registry, plugins=tuple(config.plugins), folder=_home(config.plugins) or folder)
+    return Parts(
+        **parts, registry=registry, plugins=tuple(config.plugins), folder=_find_folder(config.plugins) or folder
+    )
 
 
-def _home(modules: Sequence[str]) -> Path | None:
+def _find_folder(modules: Sequence[str]) -> Path | None:
     """Return the folder from which the first of the loaded modules was imported."""
     for name in modules:
         top = sys.modules[name.partition(".")[0]]

@@ -24,7 +24,9 @@ NOT_FROM_OUTSIDE = frozenset({
 """Public fields of `vllm.SamplingParams` that a request may not set, in addition to names with a leading underscore."""
 
 _STRUCTURED = "write structured_outputs={{'{}': …}}".format
-_NO_BEAMS = "there is no beam search: sample several completions with 'n', and choose by their 'cumulative_logprob'"
+_NO_BEAMS = (
+    "beam search is not supported: sample several completions with 'n', and choose by their 'cumulative_logprob'"
+)
 OTHER_NAMES = {
     "max_completion_tokens": ("max_tokens", ""),
     "max_new_tokens": ("max_tokens", ""),
@@ -39,7 +41,7 @@ OTHER_NAMES = {
     "stop_sequences": ("stop", ""),
     "stop_strings": ("stop", ""),
     "eos_token_id": ("stop_token_ids", "write 'stop_token_ids', a list"),
-    "top_logprobs": ("logprobs", "write 'logprobs', the number of tokens to show at each place"),
+    "top_logprobs": ("logprobs", "write 'logprobs', the number of tokens to show at each position"),
     "repeat_penalty": ("repetition_penalty", ""),
     "rep_penalty": ("repetition_penalty", ""),
     "no_repeat_ngram_size": (
@@ -73,7 +75,7 @@ BOUNDS = {
     "prompt_logprobs": (-1, 1 << 20),
     "seed": (-(1 << 63), (1 << 63) - 1),
 }
-WHEN_ABOVE = {"n": " (an item is retried as a whole): for more completions, send the prompt several times"}
+WHEN_ABOVE = {"n": " (a retry repeats all completions of an item): for more completions, send the prompt several times"}
 """Hint for values above an upper bound."""
 MAX_TEXTS, MAX_TEXT = 64, 256
 """Maximum number of stop strings or of bad words, and maximum length of each, in characters."""
@@ -130,13 +132,13 @@ def _check_together(made: Any) -> None:
         return
     if getattr(made, "bad_words", None):
         raise ItemError(
-            "the sampling parameters 'allowed_token_ids' and 'bad_words' do not go together: bad words may exclude all"
+            "the sampling parameters 'allowed_token_ids' and 'bad_words' cannot be combined: bad words may exclude all"
             " allowed tokens; leave the unwanted tokens out of 'allowed_token_ids'"
         )
     if getattr(made, "min_tokens", 0) and set(allowed) <= set(getattr(made, "stop_token_ids", None) or ()):
         raise ItemError(
-            "the sampling parameters 'allowed_token_ids', 'stop_token_ids' and 'min_tokens' do not go together: no"
-            " allowed token is left before 'min_tokens' are reached"
+            "the sampling parameters 'allowed_token_ids', 'stop_token_ids' and 'min_tokens' cannot be combined: no"
+            " allowed token remains until 'min_tokens' is reached"
         )
 
 
@@ -170,7 +172,7 @@ def _check_value(name: str, value: Any, depth: int) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ItemError(f"sampling parameter '{name}': expected a finite number, got {value}")
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
-        raise ItemError(f"sampling parameter '{name}': expected integers of 64 bits at most")
+        raise ItemError(f"sampling parameter '{name}': expected integers of at most 64 bits")
     if isinstance(value, (list, tuple)):
         for below in value:
             _check_value(name, below, depth - 1)
@@ -192,7 +194,7 @@ def params_from(given: Any) -> Params | None:
     if not isinstance(given, (Mapping, msgspec.Struct)):
         raise ItemError(f"expected sampling_params as vllm.SamplingParams or a mapping, got {type(given).__name__}")
     if getattr(given, "prompt_logprob_token_ids", None) is not None:  # without it, the results would differ
-        raise ItemError("the sampling parameter 'prompt_logprob_token_ids' cannot travel to a server: leave it out")
+        raise ItemError("the sampling parameter 'prompt_logprob_token_ids' cannot be sent to a server: leave it out")
     try:
         if isinstance(given, msgspec.Struct):
             public = set(public_fields(type(given)))
@@ -203,5 +205,5 @@ def params_from(given: Any) -> Params | None:
             made = msgspec.to_builtins(dict(given), str_keys=True)
         msgspec.msgpack.encode(made)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ItemError(f"the sampling parameters cannot travel: {error}") from error
+        raise ItemError(f"the sampling parameters cannot be sent to a server: {error}") from error
     return made

@@ -76,11 +76,11 @@ class Document:
         for key in keys:
             if not isinstance(target, dict):
                 raise ConfigError(f"expected a mapping, got {type_name(target)}", at=at, file=f"--set {override}")
-            holder, at = target, f"{at}.{key}"
-            if key not in holder:
+            parent, at = target, f"{at}.{key}"
+            if key not in parent:
                 self._overridden[at] = override
-            target = holder.setdefault(key, {})
-        holder[keys[-1]] = value
+            target = parent.setdefault(key, {})
+        parent[keys[-1]] = value
         for known in (self._lines, self._overridden):  # the lines of the old value do not apply to the new one
             for below in [it for it in known if it.startswith((f"$.{path}.", f"$.{path}["))]:
                 del known[below]
@@ -102,7 +102,7 @@ def _parse(text: str, at: str = "$") -> tuple[Any, dict[str, int]]:
         return loader.construct_document(node), lines
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"not YAML: the character {text[error.position]!r} may not stand here", line=line) from error
+        raise ConfigError(f"not YAML: the character {text[error.position]!r} is not allowed", line=line) from error
     except yaml.MarkedYAMLError as error:
         problem = str(error.problem)
         if problem.startswith("but "):
@@ -122,7 +122,7 @@ def _walk(node: yaml.Node, path: str, lines: dict[str, int], count: list[int], a
     line = node.start_mark.line + 1
     lines.setdefault(path, line)
     if count[0] > MAX_YAML_NODES or id(node) in above:
-        raise ConfigError("the aliases of this YAML expand to too much", line=line)
+        raise ConfigError("the aliases of this YAML expand to too many values", line=line)
     if node.tag not in _TAGS:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
         raise ConfigError(f"unknown tag '{tag}': expected texts, numbers, lists and mappings", at=path, line=line)
@@ -132,7 +132,7 @@ def _walk(node: yaml.Node, path: str, lines: dict[str, int], count: list[int], a
         for key, value in node.value:
             line = key.start_mark.line + 1
             if key.tag == "tag:yaml.org,2002:merge":
-                raise ConfigError("merge keys (<<) are not read: write the keys out", at=path, line=line)
+                raise ConfigError("merge keys (<<) are not supported: write the keys out", at=path, line=line)
             if not isinstance(key, yaml.ScalarNode) or key.tag != "tag:yaml.org,2002:str":
                 given = repr(key.value) if isinstance(key, yaml.ScalarNode) else f"a {key.id}"
                 raise ConfigError(f"expected a text as key, got {given}", at=path, line=line)

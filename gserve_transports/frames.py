@@ -55,4 +55,6 @@ class Unpacker:
             try:
                 yield _decoder.decode(body)
             except msgspec.MsgspecError as error:
-                raise TransportError(f"a frame cannot be read: {error}; do client and server match?") from error
+                raise TransportError(
+                    f"a frame cannot be read: {error}; do the versions of client and server match?"
+                ) from error

@@ -25,8 +25,8 @@ class HttpConnection(Connection):
 
     def __init__(self, address: Address, access: Access) -> None:
         self._access = access
-        self._places = [Address([host], address.port) for host in address.hosts]
-        self._place = self._places[0] if len(self._places) == 1 else None
+        self._addresses = [Address([host], address.port) for host in address.hosts]
+        self._address = self._addresses[0] if len(self._addresses) == 1 else None
         self._finding = asyncio.Lock()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
         # there is no TLS to verify, and loading the certificates takes 100 ms and a descriptor
@@ -38,17 +38,17 @@ class HttpConnection(Connection):
 
     async def health(self) -> Health:
         """Return the server's state."""
-        return await self._ask(await self._find())
+        return await self._request_health(await self._find_address())
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Send a request and yield its events as they come."""
-        place = await self._find()
+        address = await self._find_address()
         body = msgspec.msgpack.encode(request)
         headers = {"content-type": CONTENT_TYPE, **_bearer(self._access.token)}
         unpacker = Unpacker()
-        with self._errors(place, self._access.timeout):
-            async with self._client.stream("POST", f"http://{place}/run", content=body, headers=headers) as reply:
-                self._check_instance(reply, place)
+        with self._errors(address, self._access.timeout):
+            async with self._client.stream("POST", f"http://{address}/run", content=body, headers=headers) as reply:
+                self._check_instance(reply, address)
                 if reply.status_code != 200:
                     await reply.aread()
                     raise _error(reply)
@@ -58,24 +58,24 @@ class HttpConnection(Connection):
 
     async def cancel(self, request_id: str, items: list[int]) -> None:
         """Cancel items of a running request."""
-        place = await self._find()
+        address = await self._find_address()
         body = msgspec.msgpack.encode(CancelRequest(request_id, items))
         headers = {"content-type": CONTENT_TYPE, **_bearer(self._access.token)}
-        with self._errors(place, CONNECT_SECONDS):
+        with self._errors(address, CONNECT_SECONDS):
             reply = await self._client.post(
-                f"http://{place}/cancel", content=body, headers=headers, timeout=CONNECT_SECONDS
+                f"http://{address}/cancel", content=body, headers=headers, timeout=CONNECT_SECONDS
             )
-            self._check_instance(reply, place)
+            self._check_instance(reply, address)
             if reply.status_code != 200:
                 raise _error(reply)
 
     async def shut_down(self) -> None:
         """Ask the server to end."""
-        place = await self._find()
-        await self._ask(place)  # checks that it is the expected server
+        address = await self._find_address()
+        await self._request_health(address)  # checks that it is the expected server
         secret = self._access.token if self._access.control is None else self._access.control
-        with self._errors(place, self._access.timeout):
-            reply = await self._client.post(f"http://{place}/shutdown", headers=_bearer(secret))
+        with self._errors(address, self._access.timeout):
+            reply = await self._client.post(f"http://{address}/shutdown", headers=_bearer(secret))
             if reply.status_code != 200:
                 raise _error(reply)
 
@@ -83,59 +83,58 @@ class HttpConnection(Connection):
         """Release the connection."""
         await self._client.aclose()
 
-    async def _find(self) -> Address:
+    async def _find_address(self) -> Address:
         """Return the first address at which the server answers, and remember it.
 
         Raises TransportError: it answers at none.
         """
         async with self._finding:
             tried: list[TransportError] = []
-            for place in self._places if self._place is None else ():
+            for address in self._addresses if self._address is None else ():
                 try:
-                    await self._ask(place)
+                    await self._request_health(address)
                 except TransportError as error:
                     tried.append(error)
                 else:
-                    self._place = place
+                    self._address = address
                     break
-            if self._place is None:
+            if self._address is None:
                 raise TransportError(
                     f"the server answers at none of its addresses: {'; '.join(map(str, tried))}",
                     is_gone=all(error.is_gone for error in tried),
                 )
-            return self._place
+            return self._address
 
-    async def _ask(self, place: Address) -> Health:
-        """Return the state of the server at `place`.
+    async def _request_health(self, address: Address) -> Health:
+        """Return the state of the server at `address`.
 
         Raises TransportError: it cannot be reached, or is not the expected server.
         """
-        with self._errors(place, CONNECT_SECONDS):
-            reply = await self._client.get(f"http://{place}/health", timeout=CONNECT_SECONDS)
-            self._check_instance(reply, place)
+        with self._errors(address, CONNECT_SECONDS):
+            reply = await self._client.get(f"http://{address}/health", timeout=CONNECT_SECONDS)
+            self._check_instance(reply, address)
             try:
                 return msgspec.json.decode(reply.content, type=Health)
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-                raise TransportError(f"what answers at {place} is no gserve server") from error
+                raise TransportError(f"the program at {address} is not a gserve server") from error
 
-    def _check_instance(self, reply: httpx.Response, place: Address) -> None:
+    def _check_instance(self, reply: httpx.Response, address: Address) -> None:
         expected, found = self._access.instance, reply.headers.get(INSTANCE_HEADER)
         if expected is not None and found != expected:
-            raise TransportError(f"what answers at {place} is not the server that was started there", is_gone=True)
+            raise TransportError(f"the program at {address} is not the server that was started there", is_gone=True)
 
     @contextmanager
-    def _errors(self, place: Address, timeout: float | None) -> Iterator[None]:
+    def _errors(self, address: Address, timeout: float | None) -> Iterator[None]:
         """Turn httpx's errors into ours. This is the only place that does."""
         try:
             yield
         except (httpx.ReadTimeout, httpx.WriteTimeout) as error:
             raise StallTimeout(
-                f"no sign of life from the server at {place} for {timeout:g} s"
-                " (client_timeout); its log says what it does"
+                f"no heartbeat from the server at {address} for {timeout:g} s (client_timeout); see its log"
             ) from error
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
             raise TransportError(
-                f"the line to the server at {place} broke: {type(error).__name__} {error}".rstrip(),
+                f"the connection to the server at {address} broke: {type(error).__name__} {error}".rstrip(),
                 is_gone=_is_refused(error),
             ) from error
 

@@ -106,49 +106,49 @@ class _Protocol(HttpToolsProtocol):
     """
 
     _timer: asyncio.TimerHandle | None = None
-    _reading: asyncio.TimerHandle | None = None
+    _reading_check: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._begin()
+        self._start_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end()
-        self._end_reading()
+        self._stop_timer()
+        self._stop_reading_checks()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         """Begin to check whether the client reads its answer, since the write buffer is full."""
         super().pause_writing()
-        self._end_reading()
-        self._expect_reading(self.transport.get_write_buffer_size(), UNREAD[0])
+        self._stop_reading_checks()
+        self._check_reading(self.transport.get_write_buffer_size(), UNREAD[0])
 
     def resume_writing(self) -> None:
         """Stop these checks, since the client has read enough."""
-        self._end_reading()
+        self._stop_reading_checks()
         super().resume_writing()
 
-    def _expect_reading(self, before: int, looks: int) -> None:
+    def _check_reading(self, before: int, checks: int) -> None:
         size = self.transport.get_write_buffer_size()
         if size < before:
-            looks = UNREAD[0]
-        if looks:
-            self._reading = self.loop.call_later(UNREAD[1], self._expect_reading, size, looks - 1)
+            checks = UNREAD[0]
+        if checks:
+            self._reading_check = self.loop.call_later(UNREAD[1], self._check_reading, size, checks - 1)
         else:
             self.transport.abort()
 
-    def _end_reading(self) -> None:
-        if self._reading is not None:
-            self._reading.cancel()
-            self._reading = None
+    def _stop_reading_checks(self) -> None:
+        if self._reading_check is not None:
+            self._reading_check.cancel()
+            self._reading_check = None
 
     def data_received(self, data: bytes) -> None:
         if self._timer is None:
-            self._begin()
+            self._start_timer()
         self._received += len(data)
         super().data_received(data)
         if self._received - self._body * (1 + CHUNKING) > MAX_HEAD:
-            self._cut("the head of the request is too large")
+            self._refuse("the head of the request is too large")
         elif self._leftover > MAX_LEFTOVER or len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
 
@@ -159,36 +159,36 @@ class _Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._end()
+        self._stop_timer()
         super().on_message_complete()
 
-    def _begin(self) -> None:
+    def _start_timer(self) -> None:
         """Start the time limit of a request."""
         self._received = self._body = self._leftover = 0
         self._began = self.loop.time()
-        self._look_due = self._began + PATIENCE
-        self._timer = self.loop.call_later(PATIENCE, self._look)
+        self._check_due = self._began + PATIENCE
+        self._timer = self.loop.call_later(PATIENCE, self._check_arrival)
 
-    def _end(self) -> None:
+    def _stop_timer(self) -> None:
         """Stop the time limit: the request has arrived."""
         self._received = self._body = self._leftover = 0
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _look(self) -> None:
+    def _check_arrival(self) -> None:
         if self.pipeline:  # it is not read until earlier requests are answered
             self._began = self.loop.time()
-        elif (late := self.loop.time() - self._look_due) > LATE:
+        elif (late := self.loop.time() - self._check_due) > LATE:
             self._began += late
         due = self._began + PATIENCE + self._received / SLOWEST
         if self.loop.time() < due:
-            self._look_due = due
-            self._timer = self.loop.call_at(due, self._look)
+            self._check_due = due
+            self._timer = self.loop.call_at(due, self._check_arrival)
         else:
-            self._cut("the request did not arrive in time")
+            self._refuse("the request did not arrive in time")
 
-    def _cut(self, why: str) -> None:
+    def _refuse(self, why: str) -> None:
         if self.transport.is_closing():
             return
         if self.cycle is not None and self.cycle.response_started:  # too late for another answer
@@ -244,11 +244,11 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
                 else:
                     return body
         except ClientDisconnect as error:
-            raise RemoteError("the client has gone away", status=499) from error
-        raise RemoteError(f"the body is larger than {max_body} bytes: send it in pieces", status=413)
+            raise RemoteError("the client has disconnected", status=499) from error
+        raise RemoteError(f"the body is larger than {max_body} bytes: split the request", status=413)
 
-    async def whole(request: Request, run: RunRequest) -> Response:
-        outputs = await _unless_gone(request, api.run_whole(run))
+    async def answer_request(request: Request, run: RunRequest) -> Response:
+        outputs = await _unless_disconnected(request, api.run_whole(run))
         return await asyncio.to_thread(_outputs, outputs)  # in a thread, so that other requests go on
 
     @app.exception_handler(RemoteError)
@@ -276,12 +276,12 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
             Conversation(messages, asked.add_generation_prompt, asked.continue_final_message)
             for messages in asked.conversations
         ]
-        return await whole(request, RunRequest([Group([*conversations], asked.params)]))
+        return await answer_request(request, RunRequest([Group([*conversations], asked.params)]))
 
     @app.post("/generate")
     async def generate(request: Request) -> Response:
         asked = await asyncio.to_thread(_decode_json, await read(request), GenerateRequest)
-        return await whole(request, RunRequest([Group([*asked.prompts], asked.params)]))
+        return await answer_request(request, RunRequest([Group([*asked.prompts], asked.params)]))
 
     @app.post("/run")
     async def run(request: Request) -> Response:
@@ -289,7 +289,9 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
         if not HEARTBEATS[0] <= asked.heartbeat <= HEARTBEATS[1]:
             raise RemoteError("expected a heartbeat from {} to {} s".format(*HEARTBEATS), status=400)
         events = api.run(asked)
-        first = await _unless_gone(request, anext(events, []))  # here an error is a status; later, a broken stream
+        first = await _unless_disconnected(
+            request, anext(events, [])
+        )  # here an error is a status; later, a broken stream
         return _Frames(first, events)
 
     @app.post("/cancel")
@@ -328,25 +330,25 @@ class _Frames(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _unless_gone[T](request: Request, work: Awaitable[T]) -> T:
+async def _unless_disconnected[T](request: Request, work: Awaitable[T]) -> T:
     """Return the result of `work`, and cancel it if the client disconnects.
 
     Raises what `work` raises.
     Raises RemoteError: the client has disconnected (499).
     """
 
-    async def gone() -> None:
+    async def wait_disconnected() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    working, leaving = asyncio.ensure_future(work), asyncio.create_task(gone())
+    working, disconnected = asyncio.ensure_future(work), asyncio.create_task(wait_disconnected())
     try:
-        await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([working, disconnected], return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
-            raise RemoteError("the client has gone away", status=499)
+            raise RemoteError("the client has disconnected", status=499)
         return working.result()
     finally:
-        leaving.cancel()
+        disconnected.cancel()
         working.cancel()
 
 
@@ -371,7 +373,7 @@ class _Bodies:
             own += size
             self._bytes += size
             if size and self._bytes > self._most:
-                text = f"the server has {self._most} bytes of requests to do: ask again in a moment"
+                text = f"the server has more than {self._most} bytes of unanswered requests: retry later"
                 raise RemoteError(text, status=429, retry_after=BUSY_SECONDS)
             return message
 
@@ -409,23 +411,23 @@ class _Guard:
         headers = scope["headers"]
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1 or _hostname(hosts[0].decode("latin-1")) not in self._hosts:
-            return _refusal(400, "the Host header names no address of this server")
+            return _refusal(400, "the Host header does not name this server")
         if not scope["path"].isprintable():  # the router ignores a newline at the end of a path
-            return _refusal(404, "no path has control characters")
+            return _refusal(404, "the path contains control characters")
         api, path = self._api, scope["path"]
         if (scope["method"], path) in OPEN_ROUTES:
             return None
         if path == CONTROL_PATH and api.control is not None:
-            if _shows(headers, api.control):
+            if _has_secret(headers, api.control):
                 return None
-            if api.token is not None and _shows(headers, api.token):
-                return _refusal(403, "this takes the control secret of the server, not its token")
-        elif api.token is None or _shows(headers, api.token):
+            if api.token is not None and _has_secret(headers, api.token):
+                return _refusal(403, "this route requires the server's control secret, not its token")
+        elif api.token is None or _has_secret(headers, api.token):
             return None
-        return _refusal(401, "this server wants its token: send it as 'Authorization: Bearer TOKEN'")
+        return _refusal(401, "this server requires its token: send it as 'Authorization: Bearer TOKEN'")
 
 
-def _shows(headers: list[tuple[bytes, bytes]], secret: str) -> bool:
+def _has_secret(headers: list[tuple[bytes, bytes]], secret: str) -> bool:
     """Return whether a request carries `secret`. The time taken does not reveal how much of it is right."""
     given = [value for name, value in headers if name == b"authorization"]
     return len(given) == 1 and hmac.compare_digest(given[0], f"Bearer {secret}".encode())
@@ -454,14 +456,14 @@ def _decode_json[T](body: bytearray, type_: type[T]) -> T:
     except RecursionError as error:
         raise RemoteError("the body is nested too deeply", status=400) from error
     except msgspec.ValidationError as error:
-        raise RemoteError(f"the body is not as expected: {error}", status=422) from error
+        raise RemoteError(f"the body is invalid: {error}", status=422) from error
     except msgspec.DecodeError as error:
         raise RemoteError(f"the body is not JSON: {error}", status=400) from error
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
     if len(pairs) > 1 and len({key for key, _ in pairs}) < len(pairs):
-        raise RemoteError("the body has an object in which a key stands twice", status=400)
+        raise RemoteError("the body has an object with a duplicate key", status=400)
 
 
 def _outputs(outputs: list[list[ResponseOutput]]) -> Response:

@@ -165,7 +165,7 @@ def test_every_cause_and_every_hint_is_in_it() -> None:
 
 
 def test_every_end_of_a_job_is_in_it() -> None:
-    for name, words in slurm.ENDINGS.items():
+    for name, words in slurm.STATE_REASONS.items():
         assert f"| `{name}` | {words} |" in page("guides/slurm.md"), name
 
 

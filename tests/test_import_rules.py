@@ -40,6 +40,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"plugins", "service.nursery", "service.records"},
     {"service.state"},
     {"service.supervisor"},
+    {"batch.pieces"},
     {"batch.item_queue"},
     {"batch.items", "batch.dispatcher"},
     {"batch.batch"},
@@ -61,7 +62,9 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "reap": {"host.folders", "host.processes", "host.run_files", "service.records"},
     "batch.files": {"errors", "schema"},
     "batch.output_lock": {"errors", "host.processes", "host.folders", "host.locks"},
-    "doctor.examination": {"errors", "config", "interfaces", "plugins", "service.service", "doctor.machine", "doctor.node"},
+    "doctor.examination": {
+        "errors", "config", "interfaces", "plugins", "service.service", "doctor.machine", "doctor.node",
+    },
     "doctor.machine": {"errors", "config", "interfaces", "host.gpus"},
     "doctor.node": {
         "errors", "config", "interfaces", "host.addresses", "host.folders", "plugins", "doctor.machine",

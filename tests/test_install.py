@@ -30,7 +30,7 @@ def test_uv_takes_the_gpu_lock_as_the_readme_says(tmp_path: Path) -> None:
     """Without installing: it is 10 GB."""
     uv = Path(sys.executable).with_name("uv")
     subprocess.run([uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "venv"], check=True)
-    command = [uv, "pip", "install", "--dry-run", "--python", tmp_path / "venv", "-r", ROOT / "uv.lock"]
+    command = [str(uv), "pip", "install", "--dry-run", "--python", str(tmp_path / "venv"), "-r", str(ROOT / "uv.lock")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.search(r"^ \+ vllm==", done.stderr, flags=re.MULTILINE)

@@ -123,7 +123,7 @@ def test_the_server_runs_by_hand(tmp_path: Path) -> None:
 
 def wait_for_health(client: httpx.Client, shell: "subprocess.Popen[bytes]", log: Path) -> None:
     """Wait until the server is ready; on the way it answers 503, and says its phase."""
-    phases = set()
+    phases: set[str] = set()
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         assert shell.poll() is None, log.read_text()[-3000:]

@@ -18,7 +18,7 @@ from gserve_core.host.environment import open_missing_descriptors
 from gserve_core.host.logs import LEVEL_VARIABLE, setup_logging
 
 from . import batch, examine, serve, slurm
-from .display import say
+from .display import print_stderr
 from .signals import Signalled, ignore, on_signals, raise_signalled
 
 logger = logging.getLogger("gserve.cli")
@@ -37,7 +37,7 @@ def main() -> None:
         sys.exit(128 + signalled.number)
     except (GserveError, OSError) as error:
         logger.debug("the command failed", exc_info=True)
-        say(f"error: {error}")
+        print_stderr(f"error: {error}")
         sys.exit(2 if isinstance(error, (ConfigError, PluginError)) else 1)
 
 
@@ -53,7 +53,7 @@ def _prepare(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Run vLLM on the GPUs you hold: servers, their whole life, and batched requests to them."""
+    """Run vLLM servers on your GPUs, and send batches of requests to them."""
     if LEVEL_VARIABLE in os.environ:  # else Python shows warnings and errors, and the servers log at level INFO
         setup_logging()
 

@@ -20,14 +20,14 @@ from gserve_core.batch.files import (
     finished_ids,
     has_system,
     in_order,
-    numbered,
+    number_items,
     open_output,
     read_items,
     read_params,
 )
 from gserve_core.errors import ConfigError, GserveError, ItemError
 
-from .display import progress, say
+from .display import print_stderr, progress
 from .options import Attach, Command, ConfigFile, ConfigFileOrNot, Output, Overrides, ParamsText, Verbose
 from .service import changes, open_service, serving, split_words
 from .signals import Signalled, on_signals, raise_signalled
@@ -43,8 +43,8 @@ def generate(
         Path | None,
         typer.Option(
             "--input", "-i", metavar="IN",
-            help="Prompts: a text file with one a line, or a .jsonl of texts or"
-            ' {"prompt": …, "id": …, "params": {…}}; - for stdin (either of the two).',
+            help="Prompts: a text file with one prompt per line, or a .jsonl file of texts or"
+            ' {"prompt": …, "id": …, "params": {…}}; - for stdin (either format).',
         ),
     ] = None,
     output: Output = None,
@@ -57,7 +57,7 @@ def generate(
     file, texts = split_words("generate", config, prompts or (), attach)
     if bool(texts) == (source is not None):
         raise ConfigError("expected prompts, either as arguments after CONFIG or in a file (--input)")
-    lines = read_items(source, PromptLine) if source else numbered(texts, PromptLine)
+    lines = read_items(source, PromptLine) if source else number_items(texts, PromptLine)
     shared = read_params(params)
     service = open_service(file, attach, changes(overrides, verbose))
     _answer(service, lines, shared, output, as_text=not source and not output)
@@ -65,12 +65,12 @@ def generate(
 
 def chat(
     config: ConfigFileOrNot = None,
-    message: Annotated[str | None, typer.Argument(metavar="MESSAGE", help="What to say (in quotes).")] = None,
+    message: Annotated[str | None, typer.Argument(metavar="MESSAGE", help="A user message, in quotes.")] = None,
     source: Annotated[
         Path | None,
         typer.Option(
             "--input", "-i", metavar="IN.jsonl",
-            help='Conversations, one a line: [{"role": …, "content": …}, …] or'
+            help='Conversations, one per line: [{"role": …, "content": …}, …] or'
             ' {"messages": […], "id": …, "params": {…}}; - for stdin.',
         ),
     ] = None,
@@ -81,7 +81,7 @@ def chat(
     overrides: Overrides = None,
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Continue conversations; without MESSAGE and --input, hold one here (/exit or Ctrl-D ends it)."""
+    """Continue conversations. Without MESSAGE and --input, chat at the terminal (/exit or Ctrl-D ends it)."""
     file, texts = split_words("chat", config, [message] if message is not None else [], attach)
     if len(texts) + (source is not None) > 1:
         raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
@@ -89,11 +89,11 @@ def chat(
     opening = [{"role": "system", "content": system}] if system else []
     if source is None and not texts:
         if output is not None:
-            raise ConfigError("--output goes with a MESSAGE or --input")
+            raise ConfigError("--output requires a MESSAGE or --input")
         _converse(open_service(file, attach, changes(overrides, verbose)), opening, shared)
         return
     if source is None:
-        lines = numbered([[{"role": "user", "content": texts[0]}]], ConversationLine)
+        lines = number_items([[{"role": "user", "content": texts[0]}]], ConversationLine)
     else:
         lines = read_items(source, ConversationLine)
     for line in lines:
@@ -109,15 +109,16 @@ def run(
     patience: Annotated[
         float | None,
         typer.Option(
-            metavar="SECONDS", help="How long COMMAND may take to end after SIGUSR1 [default: 80, or the job's time]."
+            metavar="SECONDS",
+            help="Time for COMMAND to end after SIGUSR1 [default: 80, or 2/3 of the job's remaining time if less].",
         ),
     ] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Start the servers of CONFIG, run COMMAND with $GSERVE_ATTACH set, and end with its exit code.
+    """Start the servers of CONFIG, run COMMAND with $GSERVE_ATTACH set, and exit with its exit code.
 
-    SIGUSR1 says that the time is nearly over: no more items are taken, those at work finish, and COMMAND is given the
-    rest back as errors.
+    SIGUSR1 means that the job's time limit is near: no more items are accepted, those in flight finish, and COMMAND
+    gets the others back as errors.
     """
     from gserve.cli import batch_job
 
@@ -146,7 +147,7 @@ def _answer_into(
     finished = finished_ids(output, lines) if output is not None and output.is_file() else set()
     todo = [line for line in lines if line.id not in finished]
     if len(todo) < len(lines):
-        say(f"skipped {len(lines) - len(todo)} of {len(lines)} items: {output} has them")
+        print_stderr(f"skipped {len(lines) - len(todo)} of {len(lines)} items: already in {output}")
     if not todo:
         return
     contents = [line.content for line in todo]
@@ -163,7 +164,7 @@ def _answer_into(
             if not as_text:
                 stream.write(encode(todo[index], outcome))
             elif isinstance(outcome, ItemError):
-                say(f"error: item {index}: {outcome}")
+                print_stderr(f"error: item {index}: {outcome}")
             else:
                 stream.writelines(f"{it.text}\n".encode() for it in outcome)
             stream.flush()
@@ -173,7 +174,7 @@ def _answer_into(
 
 
 def _converse(service: "VLLMService", opening: Sequence[Mapping[str, str]], params: Params | None) -> None:
-    """Hold a conversation at the terminal. A message that fails or is cancelled is not kept in it."""
+    """Run a conversation at the terminal. A message that fails or is cancelled is not kept in it."""
     prompt = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     history = [*opening]
     with serving(service):
@@ -195,10 +196,10 @@ def _converse(service: "VLLMService", opening: Sequence[Mapping[str, str]], para
                 if signalled.number != signal.SIGINT:
                     raise
                 on_signals(raise_signalled)  # this signal cancels only the answer
-                say("cancelled")
+                print_stderr("cancelled")
                 continue
             if isinstance(outcome, ItemError):
-                say(f"error: {outcome}")
+                print_stderr(f"error: {outcome}")
                 continue
             print(outcome[0].text, flush=True)
             history = [*asked, {"role": "assistant", "content": outcome[0].text}]

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from gserve_core.batch.output_lock import check_free
-from gserve_core.commands import GONE, end_group
+from gserve_core.commands import KILL_SECONDS, end_group
 from gserve_core.errors import ConfigError, GserveError, PluginError
 from gserve_core.host.environment import ATTACH_VARIABLE
 from gserve_core.host.logs import setup_logging
@@ -37,22 +37,20 @@ TICK = 0.1
 """Interval between two checks of the command, in seconds."""
 PATIENCE = 80.0
 """Default time for a command to end after SIGUSR1, in seconds."""
-SHARE = 2 / 3
-"""Maximum part of the remaining time in which the command may end. The servers end in the rest."""
 LAST_SECONDS = 10.0
 """Time for a command to end after any other signal, in seconds, unless `gserve stop` has set one.
 
 SLURM kills everything 30 s (its KillWait) after SIGTERM, or sooner.
 """
-FAREWELL = 5.0
+TERM_GRACE = 5.0
 """Time between SIGTERM and SIGKILL for a command that does not end, and for its other processes, in seconds."""
 REQUEUES = 10
 """Maximum number of times that a job is requeued. A job without progress ends then."""
 NOTICES = {
     signal.SIGUSR1: "its job's time is nearly over",
-    signal.SIGTERM: "it was told to, or its job's time is over",
+    signal.SIGTERM: "it was asked to stop, or its job's time limit was reached",
     signal.SIGINT: "it was interrupted",
-    signal.SIGHUP: "its terminal is gone",
+    signal.SIGHUP: "its terminal was closed",
 }
 """The signals that end a command early, and why."""
 FORWARDED = signal.SIGINT, signal.SIGHUP
@@ -87,24 +85,24 @@ class Notices:
 
     def __init__(self, asked: int = 0) -> None:
         self.counted: list[int] = []
-        self.left: float | None = None
+        self.remaining: float | None = None
         self.asked = asked
-        self._came: list[int] = []
+        self._received: list[int] = []
         self._due: float | None = None
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
         """Handle a signal: record its number."""
-        self._came.append(number)
+        self._received.append(number)
 
-    def take(self) -> list[int]:
+    def collect_due(self) -> list[int]:
         """Return the numbers of the signals that have begun to count since the last call."""
         new = []
-        while self._came:
-            number = self._came.pop(0)
+        while self._received:
+            number = self._received.pop(0)
             if number == signal.SIGUSR1:
                 wait = 0.0 if self._due is not None else self._seconds_until_due()
-                if wait > 0.0 and self.asked and (self.left or 0) <= self.asked + batch.EARLY:
-                    logger.info("the time of the job is over in %.0f s: going on for %.0f s", self.left, wait)
+                if wait > 0.0 and self.asked and (self.remaining or 0) <= self.asked + batch.EARLY:
+                    logger.info("the job reaches its time limit in %.0f s: continuing for %.0f s", self.remaining, wait)
                     self._due = time.monotonic() + wait
                     continue
                 self._due = None
@@ -120,11 +118,11 @@ class Notices:
     def _seconds_until_due(self) -> float:
         """Ask SLURM for the remaining time; return the seconds until SIGUSR1 is due, 0 if SLURM does not know."""
         job = os.environ.get("SLURM_JOB_ID")
-        times = batch.time_left(job) if job else None
+        times = batch.remaining_time(job) if job else None
         if times is None:
             return 0.0
-        self.left, limit = times
-        return self.left - batch.ahead(limit)
+        self.remaining, limit = times
+        return self.remaining - batch.notice_seconds(limit)
 
 
 def run(
@@ -142,7 +140,7 @@ def run(
     """
     setup_logging()
     if shutil.which(command[0]) is None:
-        raise ConfigError(f"cannot run '{command[0]}': there is no such program here")
+        raise ConfigError(f"cannot run '{command[0]}': no such program on this machine")
     job = os.environ.get("SLURM_JOB_ID")
     if job is not None:
         os.environ.pop("XDG_RUNTIME_DIR", None)  # it belongs to a login, maybe on another machine, and ends with it
@@ -158,7 +156,7 @@ def run(
         _start(service, notices)
         if notices.counted:
             return Ended(128 + notices.counted[0], notices.counted[0])
-        return _accompany(service, name, command, patience, notices)
+        return _run_command(service, name, command, patience, notices)
     finally:
         service.shutdown()
         for number, handler in handlers.items():
@@ -167,22 +165,22 @@ def run(
 
 def _start(service: VLLMService, notices: Notices) -> None:
     """Start a service and log its phases; shut it down if a notice comes first."""
-    said: dict[str, str] = {}
+    shown: dict[str, str] = {}
     with ThreadPoolExecutor(1) as threads:
         starting = threads.submit(service.start)
         while not wait([starting], TICK).done:
             for server in service.status():
-                if server.state == State.STARTING and server.phase and said.get(server.name) != server.phase:
-                    said[server.name] = server.phase
+                if server.state == State.STARTING and server.phase and shown.get(server.name) != server.phase:
+                    shown[server.name] = server.phase
                     logger.info("%s: %s", server.name, server.phase)
-            notices.take()
+            notices.collect_due()
             if notices.counted:  # repeated, since the service may not have begun to start
                 service.shutdown()
         if not notices.counted:
             starting.result()
 
 
-def _accompany(
+def _run_command(
     service: VLLMService, name: str, command: Sequence[str], patience: float | None, notices: Notices
 ) -> Ended:
     """Run a command to its end. After a notice, drain the service, and end the command when its time is over."""
@@ -194,7 +192,7 @@ def _accompany(
     )
     try:
         while process.poll() is None and time.monotonic() < deadline:
-            for number in notices.take():
+            for number in notices.collect_due():
                 seconds = _seconds(number, patience, notices)
                 deadline = min(deadline, time.monotonic() + seconds)
                 why = NOTICES[signal.Signals(number)]
@@ -204,28 +202,28 @@ def _accompany(
                     _signal_group(process.pid, number)
             time.sleep(TICK)
     finally:
-        code = _end(process, own_group)
+        code = _end_command(process, own_group)
     return Ended(128 - code if code < 0 else code, notices.counted[0] if notices.counted else None)
 
 
-def _end(process: "subprocess.Popen[bytes]", own_group: bool) -> int:
+def _end_command(process: "subprocess.Popen[bytes]", own_group: bool) -> int:
     """End a command that is still running, and the rest of its group if that is its own; return its exit code."""
     if process.poll() is None:
-        logger.warning("the command does not end: it is ended")
+        logger.warning("the command did not end in time: terminating it")
         if own_group:
             _signal_group(process.pid, signal.SIGTERM)
         else:
             process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(FAREWELL)
+            process.wait(TERM_GRACE)
         process.kill()
     try:
-        code = process.wait(GONE)
+        code = process.wait(KILL_SECONDS)
     except subprocess.TimeoutExpired:  # killed, but the kernel has not ended it yet
         code = -signal.SIGKILL
     if own_group:
         _signal_group(process.pid, signal.SIGTERM)
-        end_group(process.pid, FAREWELL)
+        end_group(process.pid, TERM_GRACE)
     return code
 
 
@@ -256,12 +254,13 @@ def _signal_group(group: int, number: int) -> None:
 def _patience(patience: float | None, notices: Notices) -> float:
     """Return the time for a command to end after SIGUSR1, in seconds."""
     seconds = PATIENCE if patience is None else patience
-    if notices.left is None or not (patience is None or notices.asked):  # unknown remaining time, or a user's choice
+    # unknown remaining time, or a user's choice
+    if notices.remaining is None or not (patience is None or notices.asked):
         return seconds
-    return min(seconds, SHARE * notices.left)
+    return min(seconds, batch.COMMAND_SHARE * notices.remaining)
 
 
-def _do(file: Path) -> int:
+def _run_task(file: Path) -> int:
     """Run the task in the file of a job; return the exit code. The file remains while the job may be run again."""
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
     order = batch.read(file, is_again=restarts > 0)
@@ -291,9 +290,9 @@ def _is_ended_by_slurm(job: str) -> bool:
 
 def _requeue(job: str, times: int) -> None:
     if times >= REQUEUES:
-        logger.error("job %s was run again %d times, which is enough: it ends unfinished", job, times)
+        logger.error("job %s was requeued %d times, which is the maximum: it ends unfinished", job, times)
         return
-    logger.info("job %s is not finished: it is run again", job)
+    logger.info("job %s is not finished: requeueing it", job)
     batch.requeue(job)
 
 
@@ -301,7 +300,7 @@ def main() -> None:
     """Run as the program of a job of `gserve sbatch`, and exit."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, the exit code of the command is lost
     try:
-        sys.exit(_do(Path(sys.argv[1])))
+        sys.exit(_run_task(Path(sys.argv[1])))
     except (GserveError, OSError) as error:
         logger.error("%s", error)
         sys.exit(2 if isinstance(error, (ConfigError, PluginError)) else 1)

@@ -17,7 +17,7 @@ TICK = 0.1
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
-def say(text: str) -> None:
+def print_stderr(text: str) -> None:
     """Write a line to stderr."""
     flush()  # the log comes first
     with suppress(OSError):  # after SIGHUP the terminal may be closed
@@ -43,7 +43,7 @@ def show_phases(service: "VLLMService", starting: Future[None]) -> None:
             else:
                 for name, phase in doing.items():
                     if shown.get(name) != phase:
-                        say(f"{name}: {phase}")
+                        print_stderr(f"{name}: {phase}")
             shown = doing
 
 

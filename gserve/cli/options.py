@@ -8,9 +8,7 @@ import typer
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file.")]
 ConfigFileOrNot = Annotated[
     str | None,
-    typer.Argument(
-        metavar="CONFIG", help="A YAML file. With --attach or $GSERVE_ATTACH there is none.", show_default=False
-    ),
+    typer.Argument(metavar="CONFIG", help="A YAML file. Not with --attach or $GSERVE_ATTACH.", show_default=False),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -35,6 +33,7 @@ SlurmNumber = Annotated[int | None, typer.Option(help="As under 'launcher' in CO
 Output = Annotated[
     Path | None,
     typer.Option(
-        "--output", "-o", metavar="OUT.jsonl", help="Write JSON lines here; what it holds already is not done again."
+        "--output", "-o", metavar="OUT.jsonl",
+        help="Write JSON lines to this file. Items with results in it are skipped.",
     ),
 ]  # fmt: skip

@@ -11,7 +11,7 @@ import typer
 import gserve
 from gserve_core.errors import GserveError
 
-from .display import TICK, print_table, say
+from .display import TICK, print_stderr, print_table
 from .options import ConfigFile, Overrides, Verbose
 from .service import changes, drain_service, names_down, serving
 from .signals import Signalled
@@ -22,13 +22,13 @@ END_SECONDS = 30.0
 
 def launch(
     config: ConfigFile,
-    name: Annotated[str | None, typer.Option(help="The name for --attach and stop [default: CONFIG's].")] = None,
+    name: Annotated[str | None, typer.Option(help="Name for --attach and stop [default: CONFIG's].")] = None,
     overrides: Overrides = None,
     verbose: Verbose = False,
 ) -> None:
-    """Start the servers of CONFIG, and keep them until Ctrl-C, SIGTERM, SIGHUP or `gserve stop`.
+    """Start the servers of CONFIG, and run them until Ctrl-C, SIGTERM, SIGHUP or `gserve stop`.
 
-    After `stop` and SIGTERM the servers first finish what they have; a second signal ends them at once.
+    After `stop` and SIGTERM the servers first finish their items in flight. A second signal stops them at once.
     """
     service = gserve.VLLMService.from_yaml(config, overrides=changes(overrides, verbose), name=name or config.stem)
     died: set[str] = set()
@@ -54,9 +54,9 @@ def launch(
         except Signalled as signalled:  # a signal is the normal way to end it
             if signalled.number == signal.SIGTERM:
                 drain_service(service)
-        say("shutting down")
+        print_stderr("shutting down")
     if died:
-        raise GserveError(f"ended without having been asked to: {', '.join(sorted(died))}")
+        raise GserveError(f"these servers failed: {', '.join(sorted(died))}")
 
 
 def ps() -> None:
@@ -65,10 +65,10 @@ def ps() -> None:
 
     services, unreadable = records.services(), records.unreadable()
     for file in unreadable:
-        say(f"error: {file}")
+        print_stderr(f"error: {file}")
     if not services:
         if not unreadable:
-            say("no service is running")
+            print_stderr("no service is running")
         return
     rows: list[tuple[str, ...]] = []
     for record in services:
@@ -81,11 +81,11 @@ def ps() -> None:
 def stop(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="How long its servers may finish what they have.")
+        float, typer.Option(metavar="SECONDS", min=0, help="Time for the items in flight to finish.")
     ] = 60.0,
-    now: Annotated[bool, typer.Option("--now", help="End it at once: items that are not finished are lost.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Stop it at once: unfinished items are lost.")] = False,
 ) -> None:
-    """End a launched service once its servers have finished what they have, and wait until it has ended."""
+    """Stop a launched service after its servers have finished the items in flight, and wait until it has ended."""
     from gserve_core.service import records
 
     record = records.find_service(name)
@@ -94,7 +94,7 @@ def stop(
     try:
         records.write_stop(record, seconds)
     except GserveError as error:  # a full disk, for one
-        say(f"{error}; it is told to end all the same, and decides itself how long its servers may finish")
+        print_stderr(f"{error}; stopping it anyway, with its own time limit for the items in flight")
     try:
         _terminate(record.pid)
         while record.is_alive and time.monotonic() < deadline:
@@ -104,13 +104,11 @@ def stop(
         deadline = time.monotonic() + END_SECONDS
         while record.is_alive:
             if time.monotonic() > deadline:
-                raise GserveError(
-                    f"'{name}' (process {record.pid}) was told to end, and has not within {seconds + END_SECONDS:g} s"
-                )
+                raise GserveError(f"'{name}' (process {record.pid}) did not stop within {seconds + END_SECONDS:g} s")
             time.sleep(TICK)
     finally:
         records.remove_stop(record.pid)
-    say(f"stopped '{name}'")
+    print_stderr(f"stopped '{name}'")
 
 
 def _terminate(pid: int) -> None:
@@ -119,27 +117,27 @@ def _terminate(pid: int) -> None:
 
 
 def reap(
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what is there, and leave it.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be ended and removed.")] = False,
 ) -> None:
-    """End and remove what services have left that were killed: processes, temporary folders, state files.
+    """Remove the leftovers of killed services: processes, temporary folders, state files.
 
     Also the files of SLURM jobs that were cancelled before they ran.
     """
-    from gserve_core import reap as left_behind
+    from gserve_core import reap as leftovers
     from gserve_launchers.slurm.batch import stale_orders
 
-    orphans = left_behind.orphans()
+    orphans = leftovers.orphans()
     shown = [str(process) for process in orphans]  # before they end: then their commands cannot be read
-    stuck = [] if dry_run else left_behind.end(orphans)
+    stuck = [] if dry_run else leftovers.end(orphans)
     for process, text in zip(orphans, shown, strict=True):
-        print(f"{'left' if dry_run else 'stuck' if process in stuck else 'ended'}: {text}")
-    files = left_behind.unused_files() + stale_orders()
+        print(f"{'found' if dry_run else 'stuck' if process in stuck else 'ended'}: {text}")
+    files = leftovers.unused_files() + stale_orders()
     for path in files:
         if not dry_run:
-            left_behind.remove(path)
-        print(f"{'left' if dry_run else 'removed'}: {path}")
-    unreadable = left_behind.unreadable()
+            leftovers.remove(path)
+        print(f"{'found' if dry_run else 'removed'}: {path}")
+    unreadable = leftovers.unreadable()
     for file in unreadable:
-        say(f"left alone: {file}")
+        print_stderr(f"skipped: {file}")
     if not orphans and not files and not unreadable:
-        say("nothing to do")
+        print_stderr("nothing to do")

@@ -12,7 +12,7 @@ import gserve
 from gserve_core.errors import ConfigError
 from gserve_core.host.environment import ATTACH_VARIABLE
 
-from .display import TICK, say, show_phases
+from .display import TICK, print_stderr, show_phases
 from .signals import Signalled, ignore, on_signals, raise_signalled
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def split_words(
         (
             "expected a CONFIG (a YAML file)"
             if config is None
-            else f"expected a CONFIG (a YAML file), and {word} is no file"
+            else f"expected a CONFIG (a YAML file), but {word} is not a file"
         )
         + f": write gserve {command} CONFIG {word}, or gserve {command} --attach NAME {word} (see: gserve ps)"
     )
@@ -71,8 +71,8 @@ def open_service(config: Path | None, attach: str | None, overrides: Sequence[st
         return gserve.VLLMService.from_yaml(config, overrides=overrides)
     if overrides:
         raise ConfigError(
-            "--set and --verbose change a config: they cannot go with --attach or $GSERVE_ATTACH, which use a service"
-            " as it is"
+            "--set and --verbose change a config: they cannot be combined with --attach or $GSERVE_ATTACH, which use a"
+            " running service"
         )
     return gserve.VLLMService.attach(attach)
 
@@ -108,7 +108,7 @@ def drain_service(service: "VLLMService") -> None:
         return
     with suppress(Signalled):  # a second signal ends the drain at once
         on_signals(raise_signalled)
-        say(f"finishing what the servers have, for {seconds:g} s at most")
+        print_stderr(f"finishing the items in flight, for at most {seconds:g} s")
         service.shutdown(drain=seconds)
         on_signals(ignore)
 

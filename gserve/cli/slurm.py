@@ -22,9 +22,9 @@ def sbatch(
     ] = None,
     output: Output = None,
     params: ParamsText = None,
-    is_chat: Annotated[bool, typer.Option("--chat", help="IN holds conversations.")] = False,
+    is_chat: Annotated[bool, typer.Option("--chat", help="IN contains conversations.")] = False,
     overrides: Overrides = None,
-    only_print: Annotated[bool, typer.Option("--print", help="Show what would be submitted, and leave it.")] = False,
+    only_print: Annotated[bool, typer.Option("--print", help="Only show what would be submitted.")] = False,
     partition: SlurmText = None,
     account: SlurmText = None,
     time: SlurmText = None,
@@ -32,8 +32,8 @@ def sbatch(
 ) -> None:
     """Submit a job to SLURM that starts the servers of CONFIG and runs COMMAND, with $GSERVE_ATTACH set, to its end.
 
-    The launcher slurm in CONFIG describes the job. --partition, --account, --time and --nodes win over it, and --set
-    changes all else, as in launcher.mem=64G. COMMAND stands after --.
+    The launcher slurm in CONFIG describes the job. --partition, --account, --time and --nodes override it, and --set
+    changes any other option, as in launcher.mem=64G. Write COMMAND after --.
     """
     from gserve_core.host.redaction import secret_values
     from gserve_core.yaml_file import Document
@@ -41,19 +41,19 @@ def sbatch(
 
     given = {"partition": partition, "account": account, "time": time, "nodes": nodes}
     if bool(command) == (source is not None):
-        raise ConfigError("expected either a COMMAND after -- or an --input")
+        raise ConfigError("expected either a COMMAND after -- or --input")
     if source is not None:
         command = _answering(source, output, params, ConversationLine if is_chat else PromptLine)
     elif output is not None or params is not None or is_chat:
-        raise ConfigError("--output, --params and --chat go with --input")
+        raise ConfigError("--output, --params and --chat require --input")
     service = gserve.VLLMService.from_yaml(config, overrides=overrides or ())
     if secret_values(Document(config, overrides or ()).data) - secret_values(Document(config).data):
-        raise ConfigError("--set holds a secret: write it into CONFIG, or into the environment")
+        raise ConfigError("--set contains a secret: write it into CONFIG or the environment")
     launcher = batch.configured(service.launcher, {name: value for name, value in given.items() if value is not None})
     jobs = [job for job, _ in service.jobs()]
     order = batch.Order(
         config=str(config.absolute()), overrides=overrides or [], command=command or [],
-        patience=batch.notice(launcher) * 2 / 3, requeue=launcher.requeue, notice=batch.notice(launcher),
+        patience=batch.notice(launcher) * batch.COMMAND_SHARE, requeue=launcher.requeue, notice=batch.notice(launcher),
         output=str(output.absolute()) if output else "",
     )  # fmt: skip
     if only_print:
@@ -70,9 +70,9 @@ def _answering(source: Path, output: Path | None, params: str | None, kind: "typ
     Raises ConfigError: the files or parameters are invalid.
     """
     if output is None or STDIO in (source, output):
-        raise ConfigError("a job has no stdin and nobody to read its stdout: expected --output, and both as files")
+        raise ConfigError("a job has no stdin, and nobody reads its stdout: expected files as --input and --output")
     if not output.absolute().parent.is_dir():
-        raise ConfigError(f"cannot write the results: there is no folder {output.absolute().parent}")
+        raise ConfigError(f"cannot write the results: the folder {output.absolute().parent} does not exist")
     read_items(source, kind)  # report errors now, before the job waits in the queue
     read_params(params)
     command = [sys.executable, "-P", "-m", "gserve.cli", "chat" if kind is ConversationLine else "generate"]

@@ -13,22 +13,22 @@ from typing import Any, Literal
 from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
 from ..schema import unfolded
 from .dispatcher import Dispatcher
-from .item_queue import Call, Item, Outcome, size_of
 from .items import Items
+from .pieces import Call, Item, Outcome, size_of
 
-AHEAD = 1 << 16
+MAX_READ_AHEAD = 1 << 16
 """Maximum number of items of a call that are read and not yet handed to the caller.
 If the servers have room for more than half of it, twice their room applies instead."""
-AHEAD_SIZE = 64 << 20, 8 << 10
+MAX_READ_AHEAD_SIZE = 64 << 20, 8 << 10
 """Maximum size of the items of a call that are read and have not ended, in bytes.
 The first number holds in total, the second for each item that the servers have room for. The larger limit applies."""
-FEED = 1 << 12
+MAX_STEP_ITEMS = 1 << 12
 """Maximum number of items that are read in one step."""
-FEED_SECONDS = 0.05
+MAX_STEP_SECONDS = 0.05
 """Maximum time of one step on a list or tuple, in seconds."""
-FULL_SECONDS = 1.0
+ROOM_CHECK_SECONDS = 1.0
 """Maximum time between two checks of the reader for room, in seconds."""
-CLOSED_SECONDS = 1.0
+CLOSED_CHECK_SECONDS = 1.0
 """Time between two checks whether the dispatcher is closed, in seconds, while the source gives nothing."""
 
 type OnError = Literal["raise", "return"]
@@ -37,7 +37,7 @@ type OnError = Literal["raise", "return"]
 class Batch:
     """A call in progress.
 
-    The caller's thread repeats these steps: call `feed`, wait at most `patience` seconds for outcomes, pass them to
+    The caller's thread repeats these steps: call `feed`, wait at most `max_wait` seconds for outcomes, pass them to
     `count`.
 
     `feed` itself reads a list or tuple. Any other iterable may block, or wait for an earlier outcome of this call. A
@@ -61,10 +61,10 @@ class Batch:
         self._items = items
         self._deliver = deliver
         self._call = Call(deliver)
-        self._given = items.read(self._call)
+        self._source = items.read(self._call)
         self._deadline = deadline
-        self._ends = None if deadline is None else time.monotonic() + deadline
-        self._open: set[int] | None = None if deadline is None else set()
+        self._deadline_at = None if deadline is None else time.monotonic() + deadline
+        self._unfinished: set[int] | None = None if deadline is None else set()
         self._reader: threading.Thread | None = None
         self._reading = threading.Lock()
         """Held while an item is submitted, so that no item is submitted after the deadline."""
@@ -108,10 +108,10 @@ class Batch:
         good: list[Item] = []
         bad: list[tuple[int, Outcome]] = []
         now = time.monotonic
-        enough = now() + FEED_SECONDS
-        room = before = self._size_ahead
-        count = min(FEED, self._places)
-        for item in islice(self._given, count):
+        enough = now() + MAX_STEP_SECONDS
+        room = before = self._size_room
+        count = min(MAX_STEP_ITEMS, self._item_room)
+        for item in islice(self._source, count):
             if isinstance(item, ItemError):
                 bad.append((item.index, item))
             else:
@@ -127,34 +127,34 @@ class Batch:
             self._deliver(bad)
         self._read += len(good) + len(bad)
         self._read_size += before - room
-        if self._open is not None:
-            self._open.update([item.index for item in good], [index for index, _ in bad])
+        if self._unfinished is not None:
+            self._unfinished.update([item.index for item in good], [index for index, _ in bad])
 
     def _read_all(self) -> None:
         """Submit each item as soon as it is read, and wait while there is no room. This is the reader's thread."""
         try:
             while not self._is_read and not self._call.is_cancelled:
                 if self._is_full:
-                    self._room.wait(FULL_SECONDS)
+                    self._room.wait(ROOM_CHECK_SECONDS)
                     self._room.clear()
                 else:
-                    self._is_read = self._submit_one_by_one(self._size_ahead)
+                    self._is_read = self._submit_one_by_one(self._size_room)
         except BaseException as error:
             self._failure = error
         finally:
             self._deliver([])
 
     def _submit_one_by_one(self, room: int) -> bool:
-        """Submit up to `FEED` items, or about `room` bytes, each as soon as it is read.
+        """Submit up to `MAX_STEP_ITEMS` items, or about `room` bytes, each as soon as it is read.
 
         Return whether all items have been read.
         """
         call, before = self._call, room
-        submit = self._submit if self._open is None else self._submit_in_time
-        count = min(FEED, self._places)
+        submit = self._submit if self._unfinished is None else self._submit_in_time
+        count = min(MAX_STEP_ITEMS, self._item_room)
         last = self._read + count
         try:
-            for item in islice(self._given, count):
+            for item in islice(self._source, count):
                 room -= submit(item)
                 if room < 0 or call.is_cancelled:
                     return False
@@ -177,50 +177,50 @@ class Batch:
 
     def _submit_in_time(self, item: Item | ItemError) -> int:
         """Submit an item as `_submit` does, unless the deadline has come."""
-        assert self._open is not None
+        assert self._unfinished is not None
         with self._reading:
             if self._call.is_cancelled:
                 return 0
-            self._open.add(item.index)
+            self._unfinished.add(item.index)
             return self._submit(item)
 
     @property
     def _is_full(self) -> bool:
         if self._is_read or self._failure is not None or self._call.is_cancelled:
             return True
-        return self._places < max(1, min(FEED, self._ahead // 4)) or self._size_ahead <= 0
+        return self._item_room < max(1, min(MAX_STEP_ITEMS, self._max_ahead // 4)) or self._size_room <= 0
 
     @property
-    def _ahead(self) -> int:
+    def _max_ahead(self) -> int:
         """Maximum number of items that are read and not yet handed to the caller."""
-        return max(AHEAD, 2 * self._dispatcher.room)
+        return max(MAX_READ_AHEAD, 2 * self._dispatcher.room)
 
     @property
-    def _places(self) -> int:
+    def _item_room(self) -> int:
         """Number of items that may be read now."""
-        return max(0, self._ahead - (self._read - self._counted))
+        return max(0, self._max_ahead - (self._read - self._counted))
 
     @property
-    def _size_ahead(self) -> int:
+    def _size_room(self) -> int:
         """Number of bytes that may be read now."""
-        most = max(AHEAD_SIZE[0], AHEAD_SIZE[1] * self._dispatcher.room)
+        most = max(MAX_READ_AHEAD_SIZE[0], MAX_READ_AHEAD_SIZE[1] * self._dispatcher.room)
         return most - (self._read_size - self._call.ended_size)
 
     @property
-    def patience(self) -> float | None:
+    def max_wait(self) -> float | None:
         """Maximum time to wait for outcomes before the next `feed`, in seconds; None: no limit."""
         if self._reader is None and not self._is_full:
             return 0.0
-        most = CLOSED_SECONDS if self._reader is not None and not self._is_read else None
-        if self._ends is None:
+        most = CLOSED_CHECK_SECONDS if self._reader is not None and not self._is_read else None
+        if self._deadline_at is None:
             return most
-        left = max(0.0, self._ends - time.monotonic())
-        return left if most is None else min(left, most)
+        remaining = max(0.0, self._deadline_at - time.monotonic())
+        return remaining if most is None else min(remaining, most)
 
     @property
     def is_late(self) -> bool:
         """Whether the deadline has come."""
-        return self._ends is not None and time.monotonic() >= self._ends
+        return self._deadline_at is not None and time.monotonic() >= self._deadline_at
 
     def count(self, outcomes: list[tuple[int, Outcome]]) -> list[tuple[int, Outcome]]:
         """Count outcomes that have come, and return them."""
@@ -229,8 +229,8 @@ class Batch:
         if self._call.is_paused:
             self._dispatcher.resume(self._call)
         self._room.set()
-        if self._open is not None:
-            self._open.difference_update([index for index, _ in outcomes])
+        if self._unfinished is not None:
+            self._unfinished.difference_update([index for index, _ in outcomes])
         return outcomes
 
     def expire(self) -> Iterator[list[tuple[int, Outcome]]]:
@@ -243,7 +243,7 @@ class Batch:
         """
         with self._reading:
             self.cancel()
-            late = sorted(self._open or ())
+            late = sorted(self._unfinished or ())
 
         def error(index: int, what: str = "this was finished") -> DeadlineExceeded:
             message = f"the deadline of {self._deadline:g} s came before {what}"
@@ -253,7 +253,7 @@ class Batch:
         if self._failure is not None:
             raise self._failure
         if self._items.is_at_hand:
-            while rest := [*islice(self._given, FEED)]:
+            while rest := [*islice(self._source, MAX_STEP_ITEMS)]:
                 yield [(it.index, it if isinstance(it, ItemError) else error(it.index)) for it in rest]
         elif self._items.size is not None:
             yield [(index, error(index)) for index in range(self._read, self._items.size)]
@@ -277,18 +277,18 @@ def outcome_lists(
 
     `finishes`: see `Batch`.
     """
-    news: queue.SimpleQueue[list[tuple[int, Outcome]]] = queue.SimpleQueue()
-    batch = Batch(dispatcher, items, deadline, news.put, finishes=finishes)
+    incoming: queue.SimpleQueue[list[tuple[int, Outcome]]] = queue.SimpleQueue()
+    batch = Batch(dispatcher, items, deadline, incoming.put, finishes=finishes)
     try:
         while batch.feed():
             try:
-                come = news.get(timeout=batch.patience)
+                outcomes = incoming.get(timeout=batch.max_wait)
             except queue.Empty:
                 if batch.is_late:
                     yield from batch.expire()
                     return
                 continue
-            yield batch.count(come)
+            yield batch.count(outcomes)
     except BaseException:  # Ctrl-C, or the caller stops early: the servers need not continue
         batch.cancel()
         raise
@@ -300,25 +300,25 @@ async def collect_async(
     """Return the same as `collect`, without blocking the event loop. Raises BatchError."""
     found = _Found(items, return_extra, on_error)
     loop = asyncio.get_running_loop()
-    news: asyncio.Queue[list[tuple[int, Outcome]]] = asyncio.Queue()
+    incoming: asyncio.Queue[list[tuple[int, Outcome]]] = asyncio.Queue()
 
     def deliver(outcomes: list[tuple[int, Outcome]]) -> None:
         with suppress(RuntimeError):  # the caller's event loop is closed
-            loop.call_soon_threadsafe(news.put_nowait, outcomes)
+            loop.call_soon_threadsafe(incoming.put_nowait, outcomes)
 
     batch = Batch(dispatcher, items, deadline, deliver)
     try:
         while batch.feed():
             try:
-                async with asyncio.timeout(batch.patience):
-                    come = await news.get()
+                async with asyncio.timeout(batch.max_wait):
+                    outcomes = await incoming.get()
             except TimeoutError:
                 if batch.is_late:
                     for outcomes in batch.expire():
                         found.add(outcomes)
                     break
                 continue
-            found.add(batch.count(come))
+            found.add(batch.count(outcomes))
     except BaseException:
         batch.cancel()
         raise

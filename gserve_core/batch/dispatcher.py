@@ -25,21 +25,22 @@ from ..host.forks import call_in_child
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Connection
 from ..schema import Group, Prompt, RunRequest
-from .item_queue import Call, Item, ItemQueue, Piece, Server
+from .item_queue import ItemQueue
+from .pieces import Call, Item, Piece, Server
 
 IMPORTED = anyio._backends._asyncio
 """A module that anyio imports only with its first scope.
 If the process were forked during that import, the child would wait for it forever."""
-HEARTBEAT = 5.0
+HEARTBEAT_SECONDS = 5.0
 """Time between two heartbeats of a server that works, in seconds. It is shorter if `client_timeout` is short."""
-PROBE = 1.0
+PROBE_SECONDS = 1.0
 """Time between two health requests to a server whose connection broke, in seconds."""
-DOUBT = 10.0
+UNRESPONSIVE_SECONDS = 10.0
 """Time until an unresponsive server is given up, in seconds, in addition to twice its stall timeout.
 By then its owner would have ended a hung server, so this one is alive but unreachable."""
-STALL = 60.0
+DEFAULT_STALL_TIMEOUT = 60.0
 """Stall timeout, in seconds, that is assumed if the owner does not end hung servers."""
-MOST_SILENCE = 6.0
+MAX_SILENCE = 6.0
 """Maximum time counted for one health request without an answer, in seconds.
 This process may have been suspended during the request."""
 CLOSE_SECONDS = 10.0
@@ -48,7 +49,7 @@ CLOSE_SECONDS = 10.0
 ASK_SECONDS = 10.0
 """Maximum time for a server's answer to one question, in seconds."""
 
-CLOSED = "this service or client is closed: start it again"
+CLOSED = "this service or client is closed: start the service again, or create a new client"
 
 logger = logging.getLogger("gserve.batch")
 
@@ -66,11 +67,11 @@ class _Known:
     """Whether the process that forked this one has had an answer from it."""
 
     @property
-    def patience(self) -> float:
+    def answer_timeout(self) -> float:
         """Time until a server that does not answer is given up, in seconds."""
         if not self.is_watched and self.timeout is not None:
             return self.timeout
-        return DOUBT + 2 * (STALL if self.stall_timeout is None else self.stall_timeout)
+        return UNRESPONSIVE_SECONDS + 2 * (DEFAULT_STALL_TIMEOUT if self.stall_timeout is None else self.stall_timeout)
 
 
 class _Work:
@@ -103,9 +104,9 @@ class _Link:
     def __init__(self, server: Server, connection: Connection, known: _Known) -> None:
         self.server = server
         self.connection = connection
-        self.patience = known.patience
+        self.answer_timeout = known.answer_timeout
         self.has_answered = known.has_answered
-        self.heartbeat = HEARTBEAT if known.timeout is None else min(HEARTBEAT, known.timeout / 3)
+        self.heartbeat = HEARTBEAT_SECONDS if known.timeout is None else min(HEARTBEAT_SECONDS, known.timeout / 3)
         self.is_probed = False
         self.work: dict[asyncio.Task[None], _Work] = {}
         """The current uses of the connection."""
@@ -130,10 +131,10 @@ class Dispatcher:
         self._is_forked = False
         """Whether this is a forked process that has no thread yet."""
         self._inherited: list[object] = []
-        self._begin()
+        self._start_thread()
         call_in_child(self._on_fork)
 
-    def _begin(self) -> None:
+    def _start_thread(self) -> None:
         """Start the thread, and add all known servers."""
         self._loop = uvloop.new_event_loop()
         self._links: dict[Server, _Link] = {}
@@ -141,10 +142,10 @@ class Dispatcher:
         self._closing: set[asyncio.Task[None]] = set()
         self._requests = map("{}-{}".format, itertools.repeat(uuid.uuid4().hex[:12]), itertools.count())
         self._incoming: deque[Item] = deque()
-        self._looks = 0
-        """Number of runs of `_take_incoming`."""
-        self._asked_for = -1
-        """Value of `_looks` when `_take_incoming` was last scheduled. If they are equal, that run has not started."""
+        self._runs = 0
+        """Number of runs of `_queue_incoming`."""
+        self._scheduled_for = -1
+        """Value of `_runs` when `_queue_incoming` was last scheduled. If they are equal, that run has not started."""
         self._is_closing = False
         self._queue = ItemQueue(
             start=self._start, stop=self._stop, cancel=self._cancel_items, probe=self._probe,
@@ -170,7 +171,7 @@ class Dispatcher:
 
         `comes`: whether it is still starting. False: stop waiting for it.
         """
-        self._soon(self._queue.expect if comes else self._queue.expect_no_more, key)
+        self._call_soon(self._queue.expect if comes else self._queue.expect_no_more, key)
 
     def add(
         self,
@@ -194,7 +195,7 @@ class Dispatcher:
         self.check()
         known = self._known[key] = _Known(connect, capacity, timeout, is_watched, stall_timeout)
         self._count_room()
-        self._soon(self._add, key, known, connection)
+        self._call_soon(self._add, key, known, connection)
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
         """Remove a server and return its unfinished items to the queue.
@@ -205,33 +206,33 @@ class Dispatcher:
         self.check()
         self._known.pop(key, None)
         self._count_room()
-        self._soon(self._remove, key, why, returns, died)
+        self._call_soon(self._remove, key, why, returns, died)
 
     def _count_room(self) -> None:
         self.room = sum(2 * known.capacity for known in list(self._known.values()))
 
     def drain(self, why: str) -> None:
         """Send no more items. Items in flight go on; all others, present and future, are lost because of `why`."""
-        self._soon(lambda: self._queue.drain(why))
+        self._call_soon(lambda: self._queue.drain(why))
 
     def submit(self, items: Sequence[Item]) -> None:
         """Add items to the queue. Raises GserveError: the dispatcher is closed, or the interpreter is ending."""
         if self._closed or self._is_forked or sys.is_finalizing():  # first: this runs for single items
             self.check()
         self._incoming.extend(items)
-        if self._asked_for != (looks := self._looks):
-            self._schedule(self._take_incoming)
-            self._asked_for = looks  # last: a signal handler may raise before any line
+        if self._scheduled_for != (runs := self._runs):
+            self._schedule(self._queue_incoming)
+            self._scheduled_for = runs  # last: a signal handler may raise before any line
 
     def cancel(self, call: Call) -> None:
         """Cancel the unfinished items of a call, including items in flight."""
         call.is_cancelled = True
-        self._soon(lambda: self._queue.cancel(call))
+        self._call_soon(lambda: self._queue.cancel(call))
 
     def resume(self, call: Call) -> None:
         """Send items of a paused call again. Call this when its caller has taken some results."""
         with contextlib.suppress(TransportError):  # closed: all waiting items have ended
-            self._soon(self._queue.resume, call)
+            self._call_soon(self._queue.resume, call)
 
     def ask[T](self, work: Coroutine[Any, Any, T], timeout: float) -> T:
         """Run a coroutine in the event loop and return its result.
@@ -261,7 +262,7 @@ class Dispatcher:
         Raises TransportError: there is no connection to the server, or it was closed.
         """
 
-        async def asked() -> T:
+        async def ask_link() -> T:
             link = next((link for server, link in self._links.items() if server.key == key), None)
             if link is None:
                 raise TransportError(f"there is no connection to {key}")
@@ -276,7 +277,7 @@ class Dispatcher:
                 raise TransportError(CLOSED)
             return answer[0]
 
-        return self.ask(asked(), ASK_SECONDS + 1)
+        return self.ask(ask_link(), ASK_SECONDS + 1)
 
     def close(self) -> None:
         """End every open call with errors, close all connections, and end the thread. Idempotent."""
@@ -291,11 +292,11 @@ class Dispatcher:
             self._closed = True
             return False
         with contextlib.suppress(TransportError):
-            self._schedule(self._begin_close)
+            self._schedule(self._start_closing)
         self._closed = True  # last: a signal handler may raise before any line
         return True
 
-    def _soon(self, function: Callable[..., object], *arguments: Any) -> None:
+    def _call_soon(self, function: Callable[..., object], *arguments: Any) -> None:
         self.check()
         self._schedule(function, *arguments)
 
@@ -305,13 +306,15 @@ class Dispatcher:
         Raises GserveError: the dispatcher is closed, or the interpreter is ending.
         """
         if sys.is_finalizing():
-            raise GserveError("the interpreter is ending: call the service before, not in __del__ or a late exit hook")
+            raise GserveError(
+                "the interpreter is exiting: call the service earlier, not in __del__ or a late exit hook"
+            )
         if self._closed:
             raise TransportError(CLOSED)
         if self._is_forked:
             with self._lock:
                 if self._is_forked:
-                    self._begin()
+                    self._start_thread()
 
     def _schedule(self, function: Callable[..., object], *arguments: Any) -> None:
         """Schedule a function in the event loop. Takes no lock, so a signal handler may call this at any moment."""
@@ -327,7 +330,7 @@ class Dispatcher:
             self._loop.run_forever()
         finally:
             self._loop.close()
-            self._take_incoming()  # end items that came after its last run
+            self._queue_incoming()  # end items that came after its last run
 
     # --------------------------------------------------------------------------------- from here on: in the event loop
 
@@ -341,9 +344,9 @@ class Dispatcher:
     def _remove(self, key: str, why: str, returns: bool, died: bool) -> None:
         self._queue.remove(key, why, returns=returns, died=died)
         for server in [server for server in self._links if server.key == key]:
-            self._let_go(self._links.pop(server))
+            self._close_link(self._links.pop(server))
 
-    def _let_go(self, link: _Link) -> None:
+    def _close_link(self, link: _Link) -> None:
         """Close a connection once nothing uses it."""
 
         async def close() -> None:
@@ -356,9 +359,9 @@ class Dispatcher:
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
 
-    def _take_incoming(self) -> None:
+    def _queue_incoming(self) -> None:
         """Move all new items into the queue. Items that come at the same time travel together."""
-        self._looks += 1  # first: a `submit` from now on must schedule another run
+        self._runs += 1  # first: a `submit` from now on must schedule another run
         if not self._incoming:
             return
         items = [self._incoming.popleft() for _ in range(len(self._incoming))]
@@ -372,7 +375,7 @@ class Dispatcher:
         piece.request = next(self._requests)
         task = self._use(link, lambda: self._send(piece, link))
         self._sent[piece] = link.work[task]
-        task.add_done_callback(functools.partial(self._ended, piece))
+        task.add_done_callback(functools.partial(self._handle_end, piece))
 
     def _use(self, link: _Link, work: Callable[[], Coroutine[Any, Any, None]]) -> asyncio.Task[None]:
         """Begin a use of a connection. The connection is closed only after its uses have ended."""
@@ -388,15 +391,15 @@ class Dispatcher:
         async with contextlib.aclosing(link.connection.run(request)) as stream:
             async for events in stream:
                 link.has_answered = True
-                self._queue.happened(piece, events)
+                self._queue.handle_events(piece, events)
 
-    def _ended(self, piece: Piece, task: asyncio.Task[None]) -> None:
+    def _handle_end(self, piece: Piece, task: asyncio.Task[None]) -> None:
         """Handle the end of a piece."""
         del self._sent[piece]
         error: Any = None if task.cancelled() else task.exception()
         if error is not None and not isinstance(error, TransportError):
-            logger.error("a piece of work failed", exc_info=error)
-        self._queue.ended(piece, error)
+            logger.error("a request failed", exc_info=error)
+        self._queue.handle_end(piece, error)
 
     def _stop(self, piece: Piece) -> None:
         self._sent[piece].cancel()
@@ -417,9 +420,9 @@ class Dispatcher:
         link = self._links[server]
         if not link.is_probed:
             link.is_probed = True
-            self._use(link, lambda: self._ask_until_it_answers(link))
+            self._use(link, lambda: self._probe_until_answer(link))
 
-    async def _ask_until_it_answers(self, link: _Link) -> None:
+    async def _probe_until_answer(self, link: _Link) -> None:
         server, why = link.server, ""
         silence, has_warned = 0.0, False
         while True:
@@ -434,22 +437,22 @@ class Dispatcher:
             except TransportError as error:
                 why, is_gone = str(error), is_gone or error.is_gone
             except Exception as error:
-                logger.exception("cannot ask %s for its state", server.key)
+                logger.exception("cannot read the health of %s", server.key)
                 why = str(error)
-            if silence >= link.patience or (is_gone and not server.is_watched):  # no owner reports this
+            if silence >= link.answer_timeout or (is_gone and not server.is_watched):  # no owner reports this
                 logger.warning("lost %s: %s", server.key, why)
                 link.is_probed = False
-                self._queue.lose_sight(server, why)
+                self._queue.give_up(server, why)
                 return
-            if silence >= DOUBT and not has_warned:
-                logger.warning("%s does not answer, and no death of it is known: %s", server.key, why)
+            if silence >= UNRESPONSIVE_SECONDS and not has_warned:
+                logger.warning("%s does not answer, and its owner has not reported its end: %s", server.key, why)
                 has_warned = True
-            await asyncio.sleep(PROBE)
-            silence += min(self._loop.time() - asked, MOST_SILENCE)
+            await asyncio.sleep(PROBE_SECONDS)
+            silence += min(self._loop.time() - asked, MAX_SILENCE)
         link.is_probed = False
-        self._queue.answered(server)
+        self._queue.handle_answer(server)
 
-    def _begin_close(self) -> None:
+    def _start_closing(self) -> None:
         if not self._is_closing:
             self._is_closing = True
             closing = self._loop.create_task(self._close())
@@ -457,10 +460,10 @@ class Dispatcher:
 
     async def _close(self) -> None:
         """End every item, then close all connections."""
-        self._take_incoming()
+        self._queue_incoming()
         self._queue.close("the service was closed")
         for link in self._links.values():
-            self._let_go(link)
+            self._close_link(link)
         self._links.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_SECONDS / 2):

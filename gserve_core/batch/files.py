@@ -71,7 +71,7 @@ class Record(Struct, kw_only=True, omit_defaults=True):
         return self.prompt if self.messages is None else self.messages
 
 
-def numbered[T: Line](values: Iterable[Any], kind: type[T]) -> list[T]:
+def number_items[T: Line](values: Iterable[Any], kind: type[T]) -> list[T]:
     """Return items without ids of their own. Their ids are their places.
 
     Raises ConfigError: they are not UTF-8 text.
@@ -97,7 +97,7 @@ def read_items[T: Line](path: Path, kind: type[T]) -> list[T]:
         raise ConfigError(f"expected UTF-8 text: {error.reason} at byte {error.start}", file=path) from error
     rows = [(number, row.rstrip("\r")) for number, row in enumerate(text.split("\n"), 1) if row.strip()]
     if kind is PromptLine and not _has_json(path, rows):
-        return numbered((row for _, row in rows), kind)
+        return number_items((row for _, row in rows), kind)
     lines: dict[int | str, T] = {}
     for index, (number, row) in enumerate(rows):
         try:
@@ -107,7 +107,7 @@ def read_items[T: Line](path: Path, kind: type[T]) -> list[T]:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"not a {kind.field} line: {error}".replace("`", "'"), file=path, line=number) from error
         if line.id in lines:
-            raise ConfigError(f"the id {line.id!r} is there twice", file=path, line=number)
+            raise ConfigError(f"the id {line.id!r} occurs twice", file=path, line=number)
         lines[line.id] = line
     return list(lines.values())
 
@@ -180,7 +180,7 @@ def finished_ids(path: Path, lines: Sequence[Line]) -> set[int | str]:
                 continue
             if record.id in asked and record.content != asked[record.id]:
                 raise ConfigError(
-                    f"the id {record.id!r} has another prompt here than in the input: choose another --output",
+                    f"the id {record.id!r} has a different prompt here than in the input: choose another --output",
                     file=path, line=number,
                 )  # fmt: skip
             finished.add(record.id)

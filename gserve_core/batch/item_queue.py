@@ -6,7 +6,7 @@ Every item is in exactly one place. It waits in its call, waits among the suspec
 `submitted == waiting + in_flight + ended` holds after every method.
 
 A broken connection is not a loss. Its piece is held until the owner of the servers gives a verdict: the server answers
-again, or it has died. Suspects are held until the verdict, other items for at most `HOLD_SECONDS`. Only a confirmed
+again, or it has died. Suspects are held until the verdict, other items for at most `VERDICT_SECONDS`. Only a confirmed
 death counts as a loss for the items in flight.
 
 Items with `MAX_LOSSES` losses are suspects. They run on a server of their own: first together, then, after each further
@@ -19,15 +19,12 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from msgspec import Struct
-
 from ..errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
-from ..schema import Event, Heartbeat, Params, Prompt, ResponseOutput, Result, weight
+from ..schema import Event, Heartbeat, Result
+from .pieces import MAX_PIECE_SIZE, Call, Item, Outcome, Piece, Server, size_of
 
 MAX_PIECE_ITEMS = 256
 """Maximum number of items in one request."""
-MAX_PIECE_SIZE = 4 << 20
-"""Maximum size of one request, in bytes. A request with a single item may be larger."""
 MAX_SIZE_IN_FLIGHT = 64 << 20
 """Maximum size of the items in flight on one server, in bytes. A single piece may be larger."""
 GROWTH = 1.1
@@ -39,7 +36,7 @@ WAYS = 16
 A group of at most twice as many items is split into single items."""
 MAX_RETURNS = 100
 """Number of broken connections, without a confirmed death of the server, after which an item is lost."""
-HOLD_SECONDS = 2.0
+VERDICT_SECONDS = 2.0
 """Maximum time that items of a broken connection wait for a verdict, in seconds. Then other servers get them."""
 BUSY_SECONDS = 1.0
 """Retry delay after a server has refused a piece, in seconds. Applies if the server names no delay."""
@@ -48,127 +45,18 @@ SETTLE_SECONDS = 2.0
 RESULTS_SIZE = 64 << 20
 """Maximum memory for the results of a call that wait for its caller, in bytes.
 Above it, no more items of the call are sent. The results of its items in flight come on top."""
-AHEAD = 1.25
-"""Keep at least this multiple of a server's capacity in flight, so that it never runs dry."""
 
 logger = logging.getLogger("gserve.batch")
-
-type Outcome = list[ResponseOutput] | ItemError
-
-
-class Call:
-    """The state that the items of one call share. `deliver` receives their outcomes in the order in which they come."""
-
-    def __init__(self, deliver: Callable[[list[tuple[int, Outcome]]], object]) -> None:
-        self.deliver = deliver
-        self.waiting: deque[Item] = deque()
-        self.is_cancelled = False
-        self.ended_size = 0
-        """Total size of its items that have ended, in bytes."""
-        self.made_size = 0
-        """Estimated memory of the outcomes that were delivered, in bytes."""
-        self.taken_size = 0
-        """Estimated memory of the outcomes that the caller has taken, in bytes.
-        The caller's thread sets this, then calls `ItemQueue.resume`."""
-        self.is_paused = False
-        """Whether its items are held back because the caller takes its results too slowly."""
-
-    @property
-    def untaken(self) -> int:
-        """Estimated memory of the outcomes that the caller has not taken, in bytes."""
-        return self.made_size - self.taken_size
-
-
-class Item(Struct, eq=False, gc=False):
-    """One prompt or conversation. `size` is in bytes. `seed` is used if the sampling parameters have none."""
-
-    call: Call
-    index: int
-    prompt: Prompt
-    params: Params | None
-    seed: int | None
-    size: int
-    losses: int = 0
-    returns: int = 0
-    is_over: bool = False
-
-
-class Server:
-    """A server as the queue knows it. It works on `capacity` items at once."""
-
-    def __init__(self, key: str, capacity: int, is_watched: bool, *, ends_hung: bool = True) -> None:
-        self.key = key
-        self.is_watched = is_watched
-        """Whether an owner confirms its death."""
-        self.ends_hung = is_watched and ends_hung
-        """Whether the owner also ends it if it hangs. If not, `ItemQueue.lose_sight` ends the wait for a verdict."""
-        self.window = 2 * capacity
-        self.least = int(AHEAD * capacity)
-        self.piece_size = float(MAX_PIECE_SIZE)
-        self.pieces: dict[Piece, None] = {}  # in the order in which they were sent
-        self.in_flight = 0
-        self.size_in_flight = 0
-        self.busy_until = 0.0
-        self.settled_at = 0.0
-        """Time from which it works on no cancelled item any more, in seconds of the queue's clock."""
-        self.is_broken = False
-        self.is_out_of_sight = False
-        self.stalled_at: float | None = None
-        """Time at which a piece last timed out without an event; None once an event has come.
-        If a piece that began later times out too, the server hangs. That holds even if it answers other requests."""
-        self.is_narrowing = False
-        """Whether it works on suspects, and on nothing else. It then refuses requests of other clients."""
-        self.accused: list[Item] = []
-        """Items that left before the verdict on a broken connection. If the server died, each of them counts a loss."""
-
-    def is_usable(self, now: float) -> bool:
-        """Return whether a piece may be sent to it."""
-        return not self.is_broken and self.busy_until <= now and not self.is_narrowing
-
-    def limit(self, outstanding: int, servers: int) -> int:
-        """Return the maximum number of items in flight on this server.
-
-        `outstanding`: number of items that wait or are in flight.
-        `servers`: number of servers that share them.
-
-        A server may have its whole share if the share is at most `least`. It gets half of a larger share if there are
-        several servers, but at least `least` items: another server may be faster. The limit never exceeds `window`.
-        """
-        share = -(-outstanding // servers)
-        return min(share, self.window, max(share // min(servers, 2), self.least))
-
-
-class Piece:
-    """The items of one request. `items` has None in the place of each item that has ended."""
-
-    def __init__(self, server: Server, items: list[Item], is_narrowing: bool, begun_at: float) -> None:
-        self.server: Server | None = server
-        self.begun_at = begun_at
-        self.sent = tuple(items)
-        self.items: list[Item | None] = [*items]
-        self.size = sum(item.size for item in items)
-        self.request = ""
-        """The id of its request. The `start` callback sets it."""
-        self.is_narrowing = is_narrowing
-        self.is_begun = False
-        """Whether any event of it has come. A server starts suspects only when it has no other work."""
-        self.held_until: float | None = None
-        """Time until which it waits for a verdict, on the queue's clock; None unless its connection is broken."""
-
-    @property
-    def left(self) -> list[Item]:
-        """The items that have not ended, in order."""
-        return [item for item in self.items if item is not None]
 
 
 class ItemQueue:
     """All items of a pool, and its servers.
 
     The queue acts through these callbacks:
-    `start(piece)`: send it, then call `happened` for its events and finally `ended`.
+    `start(piece)`: send it, then call `handle_events` for its events and finally `handle_end`.
     `stop(piece)`: abort it. Its events are ignored from then on.
     `cancel(piece, indexes)`: cancel these items of it.
-    `probe(server)`: ask it until it answers, then call `answered`.
+    `probe(server)`: ask it until it answers, then call `handle_answer`.
     `wake(time)`: call `pump` at this time.
     `clock()`: return the time, in seconds.
     """
@@ -195,7 +83,7 @@ class ItemQueue:
         """Calls with waiting items, in the order of their turns."""
         self._paused: dict[Call, None] = {}
         self._suspects: deque[list[Item]] = deque()
-        self._held: deque[Piece] = deque()
+        self._unresolved: deque[Piece] = deque()
         self._reserved: Server | None = None
         """The server that receives nothing until it is idle and can take the next suspects."""
         self._is_turn_of_calls = False
@@ -248,7 +136,7 @@ class ItemQueue:
         `died`: whether it died while it worked. Only then do the items in flight count a loss.
         """
         (self._expected.add if returns else self._expected.discard)(key)
-        self._no_server = f"no server is left: {why}"
+        self._no_server = f"all servers have failed: {why}"
         server = self._servers.pop(key, None)
         if server is None:
             self.pump()
@@ -259,7 +147,7 @@ class ItemQueue:
         for item in server.accused if died else ():
             item.losses += not item.is_over
         for piece in reversed([*server.pieces]):  # the oldest items return to the head of the queue
-            if piece.held_until is None:
+            if piece.verdict_by is None:
                 self._stop(piece)
             self._is_turn_of_calls = self._is_turn_of_calls or piece.is_narrowing
             if piece.is_narrowing and not piece.is_begun:
@@ -277,29 +165,32 @@ class ItemQueue:
                 self._suspects.extendleft(reversed(_split(items, len(items) if len(items) <= 2 * WAYS else WAYS)))
             else:
                 for item in items:
-                    deaths = f"a server died {item.losses} times while it worked on this, at last on nothing else"
+                    deaths = (
+                        f"a server died {item.losses} times while it worked on this item,"
+                        " the last time on this item alone"
+                    )
                     self._lose([item], f"{deaths}: {why}")
         if suspects:
             self._suspects.append(suspects)
         self.pump()
 
-    def answered(self, server: Server) -> None:
+    def handle_answer(self, server: Server) -> None:
         """Use a server again that answers after a broken connection."""
-        server.is_broken = server.is_out_of_sight = False
+        server.is_broken = server.is_given_up = False
         server.accused.clear()
-        for piece in reversed([piece for piece in server.pieces if piece.held_until is not None]):
+        for piece in reversed([piece for piece in server.pieces if piece.verdict_by is not None]):
             self._return(piece)
         self.pump()
 
-    def lose_sight(self, server: Server, why: str) -> None:
+    def give_up(self, server: Server, why: str) -> None:
         """Give up a server that does not answer and that no owner ends.
 
         The next submitted item makes the queue probe it again.
         """
-        server.is_out_of_sight = True
-        for piece in [piece for piece in server.pieces if piece.held_until == math.inf]:
+        server.is_given_up = True
+        for piece in [piece for piece in server.pieces if piece.verdict_by == math.inf]:
             self._return_without_verdict(piece)
-        self._no_server = f"no server is left: {why}"
+        self._no_server = f"all servers have failed: {why}"
         self.pump()
 
     # ----------------------------------------------------------------------------------------------------------- items
@@ -318,14 +209,14 @@ class ItemQueue:
             self._waiting_in_calls += len(items)
         call.waiting.extend(items)
         for server in self._servers.values():
-            if server.is_out_of_sight:
-                server.is_out_of_sight = False
+            if server.is_given_up:
+                server.is_given_up = False
                 self._probe(server)
 
     def cancel(self, call: Call) -> None:
         """End all items of a call without outcomes, including items in flight."""
         call.is_cancelled = True
-        self._go_on(call)
+        self._unpause(call)
         if call.waiting:
             self._calls.remove(call)
             self._waiting_in_calls -= len(call.waiting)
@@ -347,11 +238,11 @@ class ItemQueue:
                 if theirs:
                     server.settled_at = self._clock() + SETTLE_SECONDS
                     self._wake(server.settled_at)
-                if theirs and not piece.left:
-                    if piece.held_until is None:
+                if theirs and not piece.unfinished:
+                    if piece.verdict_by is None:
                         self._stop(piece)
                     self._detach(piece)
-                elif theirs and piece.held_until is None:
+                elif theirs and piece.verdict_by is None:
                     self._cancel(piece, [*theirs])
         self.pump()
 
@@ -365,7 +256,7 @@ class ItemQueue:
         self._ending = why
         for server in self._servers.values():
             for piece in [*server.pieces]:
-                if piece.held_until is None:
+                if piece.verdict_by is None:
                     self._stop(piece)
                 self._lose(self._detach(piece), why)
         self._servers.clear()
@@ -373,7 +264,7 @@ class ItemQueue:
 
     # ---------------------------------------------------------------------------------------------------------- pieces
 
-    def happened(self, piece: Piece, events: Sequence[Event]) -> None:
+    def handle_events(self, piece: Piece, events: Sequence[Event]) -> None:
         """Deliver the outcomes among the events of a piece. Ignores duplicate and late events."""
         server = piece.server
         if server is None:
@@ -404,11 +295,11 @@ class ItemQueue:
             if call.untaken > RESULTS_SIZE:
                 self._pause(call)  # before delivery: the caller checks `is_paused` once it has taken these
             call.deliver(batch)
-        is_whole = len(finished) == count  # if so, `ended` follows at once
-        if finished and not is_whole and (self._waiting_in_calls or self._suspects):
+        is_complete = len(finished) == count  # if so, `handle_end` follows at once
+        if finished and not is_complete and (self._waiting_in_calls or self._suspects):
             self.pump()
 
-    def ended(self, piece: Piece, error: Exception | None) -> None:
+    def handle_end(self, piece: Piece, error: Exception | None) -> None:
         """Handle the end of a piece: no more events of it will come.
 
         `error`: the reason it broke off; None if its response ended normally.
@@ -417,7 +308,7 @@ class ItemQueue:
         if server is None:
             return
         self._is_turn_of_calls = self._is_turn_of_calls or piece.is_narrowing
-        items = piece.left
+        items = piece.unfinished
         if not items:
             self._detach(piece)
             server.piece_size = min(MAX_PIECE_SIZE, server.piece_size * GROWTH)
@@ -433,39 +324,41 @@ class ItemQueue:
         elif isinstance(error, RemoteError) and 400 <= error.status < 500:
             self._fail(piece, str(error), invalid=error.status in (400, 413, 422))
         else:
-            self._break(piece, server, error or TransportError("the server left items out"))
+            self._await_verdict(piece, server, error or TransportError("the response of the server lacks some items"))
         self.pump()
 
-    def _break(self, piece: Piece, server: Server, error: Exception) -> None:
+    def _await_verdict(self, piece: Piece, server: Server, error: Exception) -> None:
         """Hold the items of a broken connection until the verdict on its server."""
         if not server.is_broken:
             server.is_broken = True
             logger.debug("the connection to %s broke: %s", server.key, error)
-            self._no_server = f"no server is left: {error}"
+            self._no_server = f"all servers have failed: {error}"
             if isinstance(error, StallTimeout) and not server.ends_hung:
                 before, server.stalled_at = server.stalled_at, self._clock()
-                server.is_out_of_sight = before is not None and piece.begun_at >= before
-            if not server.is_out_of_sight:  # after a first stall, ask: this process itself may have been suspended
+                server.is_given_up = before is not None and piece.begun_at >= before
+            if not server.is_given_up:  # after a first stall, ask: this process itself may have been suspended
                 self._probe(server)
-        if server.is_watched and piece.is_narrowing and not server.is_out_of_sight:
-            piece.held_until = math.inf
+        if server.is_watched and piece.is_narrowing and not server.is_given_up:
+            piece.verdict_by = math.inf
         elif server.is_watched:
-            piece.held_until = self._clock() + HOLD_SECONDS
-            self._held.append(piece)
-            self._wake(piece.held_until)
+            piece.verdict_by = self._clock() + VERDICT_SECONDS
+            self._unresolved.append(piece)
+            self._wake(piece.verdict_by)
         else:
             self._return(piece)
 
-    def _release_held(self) -> None:
+    def _return_overdue(self) -> None:
         """Return held items to the queue if the verdict takes too long."""
         now = self._clock()
-        while self._held and (self._held[0].server is None or (self._held[0].held_until or 0.0) <= now):
-            piece = self._held.popleft()
+        while self._unresolved and (
+            self._unresolved[0].server is None or (self._unresolved[0].verdict_by or 0.0) <= now
+        ):
+            piece = self._unresolved.popleft()
             self._return_without_verdict(piece)
 
     def _return_without_verdict(self, piece: Piece) -> None:
         if piece.server is not None:
-            piece.server.accused += piece.left
+            piece.server.accused += piece.unfinished
             self._return(piece)
 
     def _return(self, piece: Piece) -> None:
@@ -475,7 +368,7 @@ class ItemQueue:
             item.returns += 1
         self._lose(
             [item for item in items if item.returns >= MAX_RETURNS],
-            f"the connection broke {MAX_RETURNS} times while a server worked on this",
+            f"the connection broke {MAX_RETURNS} times while a server worked on this item",
         )
         self._wait_again(piece, [[item for item in items if not item.is_over]])
 
@@ -499,7 +392,7 @@ class ItemQueue:
 
     def _detach(self, piece: Piece) -> list[Item]:
         """Remove a piece from its server and return its unfinished items. Later events of the piece are ignored."""
-        server, items = piece.server, piece.left
+        server, items = piece.server, piece.unfinished
         assert server is not None
         piece.server = None
         del server.pieces[piece]
@@ -540,7 +433,7 @@ class ItemQueue:
     def resume(self, call: Call) -> None:
         """Send items of a paused call again if its caller has taken enough results."""
         if call.untaken <= RESULTS_SIZE // 2:
-            self._go_on(call)
+            self._unpause(call)
             self.pump()
 
     def _pause(self, call: Call) -> None:
@@ -551,7 +444,7 @@ class ItemQueue:
                 self._calls.remove(call)
                 self._waiting_in_calls -= len(call.waiting)
 
-    def _go_on(self, call: Call) -> None:
+    def _unpause(self, call: Call) -> None:
         if call.is_paused:
             call.is_paused = False
             del self._paused[call]
@@ -561,25 +454,27 @@ class ItemQueue:
 
     def pump(self) -> None:
         """Send every server as many items as it should have now."""
-        if self._held:
-            self._release_held()
+        if self._unresolved:
+            self._return_overdue()
         if not self._waiting_in_calls and not self._suspects and not self._paused:
             self._reserved = None
             return
-        if self._ending is not None or self._is_deserted():
+        if self._ending is not None or self._has_no_servers():
             self._lose_all(self._no_server if self._ending is None else self._ending)
             return
         now = self._clock()
         usable = [server for server in self._servers.values() if server.is_usable(now)]
-        self._narrow_down(usable)
+        self._start_suspects(usable)
         if self._waiting_in_calls:
-            self._share_out([server for server in usable if server is not self._reserved and not server.is_narrowing])
+            self._send_waiting(
+                [server for server in usable if server is not self._reserved and not server.is_narrowing]
+            )
 
-    def _is_deserted(self) -> bool:
+    def _has_no_servers(self) -> bool:
         """Return whether every server is gone or given up, and none is expected."""
-        return not self._expected and all(server.is_out_of_sight for server in self._servers.values())
+        return not self._expected and all(server.is_given_up for server in self._servers.values())
 
-    def _narrow_down(self, usable: list[Server]) -> None:
+    def _start_suspects(self, usable: list[Server]) -> None:
         """Start groups of suspects on idle servers. If none is idle, reserve one, in turn with the calls."""
         must_wait = self._waiting_in_calls and (self._is_turn_of_calls or any(it.is_narrowing for it in self.servers))
         if not self._suspects or must_wait or not usable:
@@ -591,13 +486,13 @@ class ItemQueue:
         for server in usable:
             is_free = not server.in_flight and server.settled_at <= now
             if self._suspects and is_free and (server is self._reserved or not self._waiting_in_calls):
-                self._begin(server, self._suspects.popleft(), is_narrowing=True)
+                self._send_piece(server, self._suspects.popleft(), is_narrowing=True)
                 if server is self._reserved:
                     self._reserved = None
         if not self._suspects:
             self._reserved = None
 
-    def _share_out(self, usable: list[Server]) -> None:
+    def _send_waiting(self, usable: list[Server]) -> None:
         """Send waiting items to the servers with the least work, in pieces that are worth a request."""
         while self._waiting_in_calls and usable:
             server = min(usable, key=lambda it: it.in_flight / it.window)
@@ -610,12 +505,12 @@ class ItemQueue:
             if size <= 0 and server.in_flight:
                 usable = [it for it in usable if it is not server]
                 continue
-            items = self._take(min(room, MAX_PIECE_ITEMS), size)
+            items = self._take_items(min(room, MAX_PIECE_ITEMS), size)
             self._is_turn_of_calls = False
             if items:
-                self._begin(server, items, is_narrowing=False)
+                self._send_piece(server, items, is_narrowing=False)
 
-    def _take(self, count: int, most: float) -> list[Item]:
+    def _take_items(self, count: int, most: float) -> list[Item]:
         """Take up to `count` items and `most` bytes from the calls in turn, but at least one item."""
         taken: list[Item] = []
         size = 0
@@ -642,7 +537,7 @@ class ItemQueue:
             return [item for item in taken if item.losses < MAX_LOSSES]
         return taken
 
-    def _begin(self, server: Server, items: list[Item], *, is_narrowing: bool) -> None:
+    def _send_piece(self, server: Server, items: list[Item], *, is_narrowing: bool) -> None:
         piece = Piece(server, items, is_narrowing, self._clock())
         server.pieces[piece] = None
         server.is_narrowing = is_narrowing
@@ -653,7 +548,7 @@ class ItemQueue:
     def _lose_all(self, message: str) -> None:
         """End every waiting item with the error `message`."""
         for call in [*self._paused]:
-            self._go_on(call)
+            self._unpause(call)
         calls, self._calls = self._calls, deque()
         groups, self._suspects = self._suspects, deque()
         self._waiting_in_calls = 0
@@ -663,15 +558,6 @@ class ItemQueue:
             self._lose(items, message)
         for group in groups:
             self._lose(group, message)
-
-
-def size_of(outcomes: list[tuple[int, Outcome]]) -> int:
-    """Return the estimated memory of outcomes that came together, in bytes.
-
-    The last outcome is taken as typical of all.
-    """
-    outputs = outcomes[-1][1] if outcomes else None
-    return len(outcomes) * weight(outputs) if isinstance(outputs, list) else 0
 
 
 def _split(items: list[Item], parts: int) -> list[list[Item]]:

@@ -11,7 +11,7 @@ import msgspec
 from ..errors import ConfigError, ItemError
 from ..sampling import params_from
 from ..schema import Conversation, Message, Params, Prompt
-from .item_queue import Call, Item
+from .pieces import Call, Item
 
 TOKEN_SIZE = 5
 """Maximum size of a token id in a request, in bytes."""
@@ -95,7 +95,7 @@ class Items:
             except ItemError as error:
                 yield ItemError(str(error), index=index)
             except msgspec.ValidationError as error:
-                yield ItemError(f"not as expected: {str(error).replace('`', '')}", index=index)
+                yield ItemError(f"invalid item: {str(error).replace('`', '')}", index=index)
             except (UnicodeEncodeError, RecursionError, OverflowError) as error:
                 yield ItemError(f"cannot be sent: {error}", index=index)
         if self._count is not None and index + 1 < self._count:
@@ -108,7 +108,7 @@ def _may_be_sampled(params: Params | None) -> bool:
 
 
 def _one_each(params: int, items: str) -> ConfigError:
-    return ConfigError(f"expected one sampling_params for all or {items}, one per item; got {params}")
+    return ConfigError(f"expected one sampling_params for all items, or one per item ({items}); got {params}")
 
 
 def _too_few(params: int) -> Iterator[NoReturn]:

@@ -28,7 +28,7 @@ NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK, errno.EAC
 ATTEMPTS = 10
 """Number of attempts to take the lock.
 Its holder may be about to release it, or may only be checking whether it is free."""
-PAUSE = 0.02
+RETRY_SECONDS = 0.02
 """Time between two attempts, in seconds."""
 
 
@@ -73,7 +73,7 @@ def only_writer(output: Path, is_over: Callable[[str], bool] = lambda _job: Fals
         yield
         return
     try:
-        descriptor = _take(path, output, is_over)
+        descriptor = _acquire(path, output, is_over)
     except OSError as error:
         raise ConfigError(f"cannot write the results: {error.strerror}", file=output) from error
     try:
@@ -97,7 +97,7 @@ def _lock_path(output: Path) -> Path | None:
     return None if path.exists() and not path.is_file() else path.with_name(f".{path.name}.lock")
 
 
-def _take(path: Path, output: Path, is_over: Callable[[str], bool]) -> int:
+def _acquire(path: Path, output: Path, is_over: Callable[[str], bool]) -> int:
     """Take the lock and return its descriptor.
 
     Raises ConfigError: another process has it.
@@ -108,7 +108,7 @@ def _take(path: Path, output: Path, is_over: Callable[[str], bool]) -> int:
             return descriptor
         with contextlib.suppress(FileNotFoundError), path.open("r+b", buffering=0) as found:
             is_locked = _flock(found.fileno())
-            holder = _read(found.read())
+            holder = _parse_holder(found.read())
             if is_locked is False:
                 if attempt == ATTEMPTS:
                     raise _refusal(output, holder)
@@ -116,7 +116,7 @@ def _take(path: Path, output: Path, is_over: Callable[[str], bool]) -> int:
                 raise _refusal(output, holder, f" (if that has ended, remove {path})")
             elif _is_file(found.fileno(), path):  # only we remove it, since we have its lock
                 path.unlink(missing_ok=True)
-        time.sleep(PAUSE)
+        time.sleep(RETRY_SECONDS)
     raise _refusal(output, None)
 
 
@@ -178,7 +178,7 @@ def _flock(descriptor: int) -> bool | None:
         raise
 
 
-def _read(content: bytes) -> Holder | None:
+def _parse_holder(content: bytes) -> Holder | None:
     try:
         return msgspec.json.decode(content, type=Holder)
     except msgspec.MsgspecError:

@@ -18,7 +18,7 @@ from ..host.forks import call_in_child
 
 GRACE = 2.0
 """Time for the engine to end in its own, more orderly way, in seconds."""
-LOOK_SECONDS = 0.05
+CHECK_SECONDS = 0.05
 """Interval between two checks of the owner, in seconds."""
 THREAD = "gserve-orphans"
 
@@ -57,7 +57,7 @@ def _end_with(pid: int, started: int) -> None:
     try:
         deadline = time.monotonic() + GRACE
         while _is_owner_here() and time.monotonic() < deadline:  # a living owner ends this process first
-            time.sleep(LOOK_SECONDS)
+            time.sleep(CHECK_SECONDS)
         sweep.start(os.environ.get(processes.ID_VARIABLE, ""))  # also if the owner is suspended: it may never continue
         time.sleep(max(0.0, deadline - time.monotonic()))
     finally:

@@ -66,7 +66,7 @@ print(os.environ["GSERVE_CHECK"], below.pid, flush=True)
 sys.stderr.write("to the log\\n")
 sys.stderr.flush()
 for line in sys.stdin:
-    print("heard", line, end="", flush=True)
+    print("read", line, end="", flush=True)
     if line.startswith("exit"):
         below.kill()
         sys.exit(int(line.split()[1]))
@@ -91,10 +91,10 @@ def check_launcher(launcher: Launcher) -> None:
             assert process.poll() is None, "poll() must return None while the process runs"
             process.stdin.write(b"hello\n")
             process.stdin.flush()
-            assert _line(process) == "heard hello", "stdin and stdout must reach the process, line by line"
+            assert _line(process) == "read hello", "stdin and stdout must reach the process, line by line"
             process.stdin.write(b"exit 7\n")
             process.stdin.flush()
-            _until(lambda: process.poll() is not None, "poll() must tell that the process has ended")
+            _until(lambda: process.poll() is not None, "poll() must report that the process has ended")
             assert process.poll() == 7, f"poll() must return the exit code 7; got {process.poll()}"
             assert process.stop(5.0) == 7, "stop() of an ended process must return its exit code"
         finally:
@@ -105,7 +105,7 @@ def check_launcher(launcher: Launcher) -> None:
         below = _line(process).rpartition(" ")[2]
         process.stop(5.0)
         assert process.poll() is not None, "after stop() the process must have ended"
-        _until(lambda: processes.process_start(int(below)) is None, "stop() must end what runs below the process")
+        _until(lambda: processes.process_start(int(below)) is None, "stop() must end the processes below the process")
         assert process.stop(5.0) == process.poll(), "stop() must be idempotent"
 
         try:
@@ -159,7 +159,7 @@ class _Api:
         if not self.ready:
             raise RemoteError("not ready", status=503)
         if self.busy is not None:
-            raise RemoteError("busy, as asked", status=429, retry_after=self.busy)
+            raise RemoteError("busy, as requested", status=429, retry_after=self.busy)
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         self._admit()
@@ -167,7 +167,7 @@ class _Api:
         for group in request.groups:
             for prompt in group.prompts:
                 if prompt == "bad":
-                    yield [Failure(index, "bad, as asked")]
+                    yield [Failure(index, "bad, as requested")]
                 elif prompt == "slow":
                     try:
                         for _ in range(1000):
@@ -203,10 +203,10 @@ def check_transport(transport: Transport) -> None:
 async def _check_transport(transport: Transport) -> None:
     api = _Api()
     async with transport.serve(api, "127.0.0.1", 0) as address:
-        assert address.port > 0, "serve() must tell the port that it took"
+        assert address.port > 0, "serve() must return the port that it uses"
         connection = transport.connect(address, Access(token=api.token, instance=api.instance, timeout=5.0))
-        assert await connection.health() == Health("starting", "checking"), "health() must tell state and phase"
-        await _refused(transport, address, Access(token=api.token, timeout=5.0), "while it is not ready", 503)
+        assert await connection.health() == Health("starting", "checking"), "health() must return state and phase"
+        await _check_refused(transport, address, Access(token=api.token, timeout=5.0), "while it is not ready", 503)
         api.ready = True
         assert (await connection.health()).status == "ok"
 
@@ -221,14 +221,14 @@ async def _check_transport(transport: Transport) -> None:
         assert isinstance(done[4], Result)
         assert done[4].outputs[0].text == "b"
         logprob = done[4].outputs[0].logprobs[0][1].logprob  # type: ignore[index]
-        assert logprob == float("-inf"), f"minus infinity must survive the way; got {logprob}"
+        assert logprob == float("-inf"), f"minus infinity must arrive unchanged; got {logprob}"
         assert isinstance(done[5], FlatResult), "a result with flat log probabilities must stay one"
         assert done[5].outputs == [FlatOutput("flat", flat_logprobs=FLAT)]
 
         async with aclosing(connection.run(RunRequest([Group(["first", "slow"])], heartbeat=0.05))) as stream:
             first = await anext(stream)
-            assert isinstance(first[0], Result), "results must come the moment they are ready"
-            assert isinstance((await anext(stream))[0], Heartbeat), "signs of life must come while work goes on"
+            assert isinstance(first[0], Result), "results must arrive as soon as they are ready"
+            assert isinstance((await anext(stream))[0], Heartbeat), "heartbeats must arrive while work is in progress"
         await asyncio.wait_for(api.cancelled.wait(), PATIENCE)  # closing the iterator cancels the work
 
         await connection.cancel("a-request", [1, 2])
@@ -239,30 +239,32 @@ async def _check_transport(transport: Transport) -> None:
 
         api.busy = 1.5
         access = Access(token=api.token, timeout=5.0)
-        error = await _refused(transport, address, access, "while it is busy", 429)
+        error = await _check_refused(transport, address, access, "while it is busy", 429)
         assert isinstance(error, RemoteError)
-        assert error.retry_after is not None, "when to ask again must reach the client"
-        assert 1.5 <= error.retry_after < 2.5, f"when to ask again must be as told, 1.5 s; got {error.retry_after}"
+        assert error.retry_after is not None, "retry_after must reach the client"
+        assert 1.5 <= error.retry_after < 2.5, f"retry_after must arrive unchanged, 1.5 s; got {error.retry_after}"
         api.busy = None
 
-        await _refused(transport, address, Access(token=None, timeout=5.0), "without the token", 401)
-        await _refused(transport, address, Access(token="check-toke", timeout=5.0), "with a wrong token", 401)
-        await _refused(transport, address, Access(token=api.token, instance="other", timeout=5.0), "by a stranger")
+        await _check_refused(transport, address, Access(token=None, timeout=5.0), "without the token", 401)
+        await _check_refused(transport, address, Access(token="check-toke", timeout=5.0), "with a wrong token", 401)
+        await _check_refused(
+            transport, address, Access(token=api.token, instance="other", timeout=5.0), "with a wrong instance"
+        )
 
         nowhere = transport.connect(Address(["192.0.2.1.invalid", *address.hosts], address.port), access)
         assert (await nowhere.health()).status == "ok", "a server must be found by any of its hosts"
         await nowhere.close()
 
-        await _cannot_end(transport, address, api, None, None)
+        await _check_shutdown_refused(transport, address, api, None, None)
         api.control = "check-control"
-        await _cannot_end(transport, address, api, None, None)
-        await _cannot_end(transport, address, api, api.token, None)
-        await _cannot_end(transport, address, api, api.token, api.token)
-        await _cannot_end(transport, address, api, api.token, "check-contro")
-        keeper = transport.connect(address, Access(token=api.token, control=api.control, timeout=5.0))
-        await keeper.shut_down()
+        await _check_shutdown_refused(transport, address, api, None, None)
+        await _check_shutdown_refused(transport, address, api, api.token, None)
+        await _check_shutdown_refused(transport, address, api, api.token, api.token)
+        await _check_shutdown_refused(transport, address, api, api.token, "check-contro")
+        controller = transport.connect(address, Access(token=api.token, control=api.control, timeout=5.0))
+        await controller.shut_down()
         assert api.was_shut_down, "shut_down() with the control secret must reach the server"
-        await keeper.close()
+        await controller.close()
         api.control, api.was_shut_down = None, False
         await connection.shut_down()
         assert api.was_shut_down, "shut_down() with the token must reach a server without a control secret"
@@ -280,7 +282,7 @@ async def _check_transport(transport: Transport) -> None:
     await gone.close()
 
 
-async def _refused(
+async def _check_refused(
     transport: Transport, address: Address, access: Access, when: str, status: int | None = None
 ) -> TransportError:
     """Check that `run` is refused; return the error."""
@@ -300,7 +302,7 @@ async def _refused(
         await connection.close()
 
 
-async def _cannot_end(
+async def _check_shutdown_refused(
     transport: Transport, address: Address, api: _Api, token: str | None, control: str | None
 ) -> None:
     """Check that `shut_down` without the right secret is refused and has no effect."""
@@ -326,20 +328,20 @@ def check_engine(engine: Engine, llm: LLMConfig) -> None:
 
 async def _check_engine(engine: Engine, llm: LLMConfig) -> None:
     phases: list[str] = []
-    beats = 0
+    turns = 0
 
-    async def beat() -> None:
-        nonlocal beats
+    async def count_turns() -> None:
+        nonlocal turns
         while True:
             await asyncio.sleep(0.05)
-            beats += 1
+            turns += 1
 
-    beating = asyncio.create_task(beat())
+    counting = asyncio.create_task(count_turns())
     began = time.monotonic()
     running = await engine.start(llm, phases.append)
     took = time.monotonic() - began
-    beating.cancel()
-    assert beats >= int(took / 0.05 / 20), f"start() must not block the event loop: {beats} beats in {took:.1f} s"
+    counting.cancel()
+    assert turns >= int(took / 0.05 / 20), f"start() must not block the event loop: {turns} turns in {took:.1f} s"
     assert all(isinstance(phase, str) for phase in phases)
     try:
         await _check_running(running)
@@ -349,33 +351,35 @@ async def _check_engine(engine: Engine, llm: LLMConfig) -> None:
 
 
 async def _check_running(running: RunningEngine) -> None:
-    assert running.info.capacity >= 1, "a ready engine must tell its capacity"
+    assert running.info.capacity >= 1, "a ready engine must report its capacity"
     await running.check()
     params = {"max_tokens": 4, "temperature": 0.0}
     conversation = Conversation([Message("user", "say something")])
     prepared = await running.prepare(["one two three", [1, 2, 3], conversation, ""], params)
-    assert len(prepared) == 4, "prepare() must return one entry a prompt"
+    assert len(prepared) == 4, "prepare() must return one entry per prompt"
     assert isinstance(prepared[3], ItemError), "an empty prompt must be an ItemError in its place"
     outputs = await asyncio.gather(*(running.run(item) for item in prepared[:3]))
     for item in outputs:
         assert len(item) == 1
         assert item[0].finish_reason in ("stop", "length", "repetition")
-        assert 1 <= len(item[0].token_ids) <= 4, "max_tokens must hold"
+        assert 1 <= len(item[0].token_ids) <= 4, "max_tokens must be respected"
     (again,) = await running.prepare(["one two three"], params)
     assert await running.run(again) == outputs[0], "with temperature 0 the same prompt must give the same output"
     (several,) = await running.prepare(["one two three"], {"max_tokens": 2, "n": 3})
     assert len(await running.run(several)) == 3, "n=3 must give three completions"
     (seeded,) = await running.prepare(["one two three"], params, [11])
-    assert await running.run(seeded) == outputs[0], "a seed must change nothing where nothing is sampled"
+    assert await running.run(seeded) == outputs[0], "a seed must have no effect without sampling"
     sampled = await running.prepare(["one two three"] * 2, {"max_tokens": 4, "temperature": 1.0}, [7, 7])
-    assert await running.run(sampled[0]) == await running.run(sampled[1]), "with one seed both must be sampled alike"
+    assert await running.run(sampled[0]) == await running.run(sampled[1]), (
+        "items with the same seed must give the same output"
+    )
 
     for wrong in ({"max_tokenz": 4}, {"max_tokens": "many"}, {"temperature": -1.0}, {"temperature": float("nan")}):
         try:
             await running.prepare(["one"], wrong)
         except ItemError as error:
             if not str(error):
-                raise AssertionError("an ItemError must say what is wrong") from error
+                raise AssertionError("an ItemError must have a message") from error
         else:
             raise AssertionError(f"prepare() with {wrong} must raise ItemError")
 
@@ -390,7 +394,7 @@ async def _check_running(running: RunningEngine) -> None:
     await running.check()
     died = asyncio.create_task(running.died())
     await asyncio.sleep(0.1)
-    assert not died.done(), "died() must not return while the engine lives"
+    assert not died.done(), "died() must not return while the engine is alive"
     died.cancel()
 
 

@@ -24,9 +24,11 @@ from gserve_core.interfaces import Job, Launcher
 
 from .command_line import JOB_OPTIONS
 from .launcher import SlurmLauncher
-from .query import SQUEUE, ask, environment_for_slurm
+from .query import SQUEUE, environment_for_slurm, query_slurm
 
 SCRIPT = Path(__file__).with_name("batch.sh")
+COMMAND_SHARE = 2 / 3
+"""Maximum part of the remaining time in which the command may end. The servers end in the rest."""
 NOTICE = 120
 """Maximum time between the notice (SIGUSR1) and a job's time limit, in seconds."""
 EARLY = 65
@@ -79,7 +81,7 @@ def configured(launcher: Launcher, options: Mapping[str, Any]) -> SlurmLauncher:
         error.at = error.at.replace("$.", "--").replace("_", "-")
         raise
     if not own and chosen.nodes not in (None, 1):
-        raise ConfigError(f"the launcher '{launcher.name}' starts all servers on one node: leave --nodes out")
+        raise ConfigError(f"the launcher '{launcher.name}' starts all servers on one node: remove --nodes")
     return chosen
 
 
@@ -91,7 +93,9 @@ def sbatch(launcher: SlurmLauncher, jobs: Sequence[Job], *script: str) -> list[s
     """
     nodes = launcher.nodes or 1
     if nodes > len(jobs):
-        raise ConfigError(f"{nodes} nodes are more than there are servers: {len(jobs)} (serve.servers)")
+        raise ConfigError(
+            f"expected at most one node per server, got {nodes} nodes for {len(jobs)} servers (serve.servers)"
+        )
     on_a_node = -(-len(jobs) // nodes)
     words = ["sbatch", "--parsable", f"--job-name={launcher.job_name}"]
     options = [(option, getattr(launcher, option)) for option in JOB_OPTIONS]
@@ -127,6 +131,7 @@ def _output(folder: Path) -> str:
     if "\\" in str(folder):  # SLURM removes backslashes from a path, and then does not expand %j
         raise ConfigError(
             f"SLURM cannot write a job's output to a folder with a backslash in its path: {folder}; submit from another"
+            " folder"
         )
     return f"{str(folder).replace('%', '%%')}/slurm-%j.out"
 
@@ -137,10 +142,10 @@ def notice(launcher: SlurmLauncher) -> int:
         return NOTICE
     text = str(launcher.time)
     minutes = int(text) if text.isdecimal() else -(-seconds(text) // 60)  # SLURM rounds up
-    return ahead(60 * minutes)
+    return notice_seconds(60 * minutes)
 
 
-def ahead(limit: float) -> int:
+def notice_seconds(limit: float) -> int:
     """Return how many seconds before its time limit, in seconds, a job gets its notice: at most a quarter of it."""
     return min(NOTICE, int(limit) // 4) or NOTICE  # 0 means no limit
 
@@ -156,14 +161,14 @@ def seconds(text: str) -> int:
     return 86400 * int(days or 0) + sum(number * unit for number, unit in zip(numbers, units, strict=False))
 
 
-def time_left(job: str) -> tuple[int, int] | None:
+def remaining_time(job: str) -> tuple[int, int] | None:
     """Return a running job's remaining time and its time limit, in seconds.
 
     None: it has no limit, or SLURM does not answer.
     """
-    (left, limit), *_ = ask(*SQUEUE, f"--jobs={job}", "--format=%L|%l") or [["", ""]]
+    (remaining, limit), *_ = query_slurm(*SQUEUE, f"--jobs={job}", "--format=%L|%l") or [["", ""]]
     try:
-        return seconds(left), seconds(limit)
+        return seconds(remaining), seconds(limit)
     except ValueError:  # UNLIMITED, INVALID
         return None
 
@@ -199,7 +204,7 @@ def write(order: Order) -> Path:
     except OSError as error:
         if path:
             Path(path).unlink(missing_ok=True)
-        raise GserveError(f"cannot write the file of the job in {folder()}: {error.strerror}") from error
+        raise GserveError(f"cannot write the job's file in {folder()}: {error.strerror}") from error
     return Path(path)
 
 
@@ -218,13 +223,13 @@ def read(path: Path, *, is_again: bool = False) -> Order:
         return msgspec.json.decode(path.read_bytes(), type=Order)
     except FileNotFoundError as error:
         if not is_again:
-            raise GserveError(f"cannot read what this job is to do: {error}") from error
+            raise GserveError(f"cannot read this job's file: {error}") from error
         raise GserveError(
-            "SLURM runs this job again, but an earlier run has done all, or was not to be repeated (launcher.requeue):"
-            " submit the command again"
+            "SLURM runs this job again, but its file was removed: an earlier run has finished, or must not be repeated"
+            " (launcher.requeue); submit the command again"
         ) from error
     except (OSError, msgspec.MsgspecError) as error:
-        raise GserveError(f"cannot read what this job is to do: {error}") from error
+        raise GserveError(f"cannot read this job's file: {error}") from error
 
 
 def stale_orders() -> list[Path]:
@@ -236,7 +241,7 @@ def stale_orders() -> list[Path]:
     old = [path for path in place.glob("job-*.json") if _age(path) > NEW_SECONDS]
     cluster = _cluster() if old else ""
     found = [path for path in old if cluster and path.name.startswith(f"job-{cluster}-")]
-    commands = ask(*SQUEUE, "--me", "--format=%o") if found else None
+    commands = query_slurm(*SQUEUE, "--me", "--format=%o") if found else None
     if commands is None:  # SLURM does not answer
         return []
     text = "\n".join("|".join(words) for words in commands)
@@ -253,7 +258,7 @@ def _age(path: Path) -> float:
 def _cluster() -> str:
     """Return the name of SLURM's cluster; "" if it is not known."""
     # Several clusters may share a home folder.
-    rows = ask("scontrol", "show", "config") or ()
+    rows = query_slurm("scontrol", "show", "config") or ()
     return next((line.split()[-1] for line, *_ in rows if line.startswith("ClusterName ")), "")
 
 
@@ -263,12 +268,12 @@ def submit(launcher: SlurmLauncher, jobs: Sequence[Job], order: Order) -> str:
         old.unlink(missing_ok=True)
     path = write(order)
     try:
-        told = _told(sbatch(launcher, jobs, str(SCRIPT), sys.executable, str(path)), _environment())
+        output = _run_slurm(sbatch(launcher, jobs, str(SCRIPT), sys.executable, str(path)), _environment())
     except BaseException as error:
         if not isinstance(error.__cause__, subprocess.TimeoutExpired):  # after a timeout, SLURM may have the job
             path.unlink(missing_ok=True)
         raise
-    return told.partition(";")[0]
+    return output.partition(";")[0]
 
 
 def _environment() -> dict[str, str]:
@@ -284,22 +289,22 @@ def is_over(job: str) -> bool:
 
 def state(job: str) -> str | None:
     """Return SLURM's state of a job, such as "RUNNING"; "": it has ended; None: SLURM does not answer."""
-    rows = ask(*SQUEUE, f"--jobs={job},{job}", "--format=%T")  # twice: for a single unknown job, squeue fails
+    rows = query_slurm(*SQUEUE, f"--jobs={job},{job}", "--format=%T")  # twice: for a single unknown job, squeue fails
     return None if rows is None else rows[0][0] if rows else ""
 
 
 def requeue(job: str) -> None:
     """Make SLURM end this run of a job, and run it again from the start. Raises GserveError: SLURM refuses."""
-    _told(["scontrol", "requeue", job], environment_for_slurm())
+    _run_slurm(["scontrol", "requeue", job], environment_for_slurm())
 
 
-def _told(command: Sequence[str], environ: Mapping[str, str]) -> str:
+def _run_slurm(command: Sequence[str], environ: Mapping[str, str]) -> str:
     """Return the output of a command of SLURM. Raises GserveError: it cannot run, it fails, or it times out."""
     try:
         return output_of(command, environ, SUBMIT_SECONDS).strip()
     except OSError as error:
         raise GserveError(f"cannot run '{command[0]}': {error.strerror}; is this a machine with SLURM?") from error
     except subprocess.CalledProcessError as error:
-        raise GserveError(f"SLURM refuses: {' '.join(error.stderr.split())}") from error
+        raise GserveError(f"SLURM refused the command: {' '.join(error.stderr.split())}") from error
     except subprocess.TimeoutExpired as error:
         raise GserveError(f"SLURM did not answer within {SUBMIT_SECONDS:g} s: see squeue --me") from error

@@ -30,7 +30,8 @@ def check_argument(word: str, at: str) -> None:
         raise ConfigError(f'expected a long option of srun as one word, as "--switches=1", got {word!r}', at=at)
     if any(ours.startswith(option[1]) for ours in OURS):  # srun accepts abbreviated options
         raise ConfigError(
-            f"'--{option[1]}' is not for srun_args: gserve sets that itself, or it would run another program", at=at
+            f"'--{option[1]}' is not allowed in srun_args: gserve sets it itself, or it would run another program",
+            at=at,
         )
 
 
@@ -46,17 +47,15 @@ def srun(launcher: "SlurmLauncher", job: Job, environ: Mapping[str, str]) -> lis
     """
     if job.gpu_ids is not None:
         raise ConfigError(
-            "SLURM chooses the GPUs: say how many servers there are to be (serve.servers), not gpu_ids",
+            "SLURM chooses the GPUs: set the number of servers (serve.servers) instead of gpu_ids",
             at="$.serve.gpu_ids",
         )
     if ":" in job.command:
-        raise ConfigError(
-            "srun takes a ':' that stands alone for the end of a command: no name or path can be just that"
-        )
+        raise ConfigError("srun reads a lone ':' as the end of a command: no name or path may be only ':'")
     gpus = job.gpus if launcher.gpus_per_server is None else launcher.gpus_per_server
     if 0 < gpus < job.gpus:
         raise ConfigError(
-            f"a server takes {job.gpus} GPUs (tensor_parallel_size times pipeline_parallel_size), and gpus_per_server"
+            f"a server needs {job.gpus} GPUs (tensor_parallel_size times pipeline_parallel_size), but gpus_per_server"
             f" is {gpus}",
             at="$.launcher.gpus_per_server",
         )

@@ -6,35 +6,37 @@ from collections.abc import Iterator
 from gserve_core.errors import did_you_mean
 from gserve_core.interfaces import Finding
 
-from .query import SQUEUE, ask
+from .query import SQUEUE, query_slurm
 
 UNUSABLE = re.compile(r"down|drain|fail|maint|unk|inval|.*\*$")
 """States of nodes that take no jobs, as sinfo prints them. A star means that the node does not respond to SLURM."""
 
 
 def examine_allocation(job: str) -> Finding:
-    """Return the nodes and the time left of our allocation, or a problem if it does not run any more."""
-    (state, left, nodes), *_ = ask(*SQUEUE, f"--jobs={job}", "--format=%T|%L|%N") or [["", "", ""]]
+    """Return the nodes and the remaining time of our allocation, or a problem if it is no longer running."""
+    (state, remaining, nodes), *_ = query_slurm(*SQUEUE, f"--jobs={job}", "--format=%T|%L|%N") or [["", "", ""]]
     if state != "RUNNING":
-        hint = "leave this shell, or unset SLURM_JOB_ID: else servers are to be steps of that job"
-        return Finding("allocation", "problem", f"job {job} is not running any more", hint)
-    return Finding("allocation", "ok", f"job {job} on {nodes}: servers are steps of it; time left: {left.lower()}")
+        hint = "leave this shell or unset SLURM_JOB_ID: otherwise gserve starts servers as steps of that job"
+        return Finding("allocation", "problem", f"job {job} is no longer running", hint)
+    return Finding(
+        "allocation", "ok", f"job {job} on {nodes}: servers are steps of it; remaining time: {remaining.lower()}"
+    )
 
 
 def examine_nodes(nodelist: str) -> Finding:
     """Return whether the nodes in `nodelist` take jobs."""
-    rows = ask("sinfo", "--noheader", "--Node", f"--nodes={nodelist}", "--format=%N|%T|%E") or ()
+    rows = query_slurm("sinfo", "--noheader", "--Node", f"--nodes={nodelist}", "--format=%N|%T|%E") or ()
     unusable = {
         name: f"{name} is {state} ({'|'.join(reason)})" for name, state, *reason in rows if UNUSABLE.match(state)
     }
     names = {name for name, *_ in rows}
     if not names or len(unusable) == len(names):
-        hint = "choose other nodes (nodelist), or ask those who run the cluster"
+        hint = "choose other nodes (nodelist), or ask the cluster's administrators"
         text = "; ".join(unusable.values()) or f"there is no node {nodelist}"
         return Finding("nodelist", "problem", text, hint)
     if unusable:
-        return Finding("nodelist", "note", f"{'; '.join(unusable.values())}; {len(names) - len(unusable)} can be used")
-    return Finding("nodelist", "ok", f"{nodelist}: {len(names)} can be used")
+        return Finding("nodelist", "note", f"{'; '.join(unusable.values())}; {len(names) - len(unusable)} usable")
+    return Finding("nodelist", "ok", f"{nodelist}: {len(names)} usable")
 
 
 def examine_partitions(rows: list[list[str]], chosen: list[str] | None) -> Iterator[Finding]:
@@ -62,6 +64,8 @@ def examine_partitions(rows: list[list[str]], chosen: list[str] | None) -> Itera
     known = [name.rstrip("*") for name in partitions]
     for name in chosen or ():
         if name not in known:
-            yield Finding(f"partition {name}", "problem", f"there is none of this name{did_you_mean(name, known)}")
+            yield Finding(
+                f"partition {name}", "problem", f"there is no partition of this name{did_you_mean(name, known)}"
+            )
     if not any("gpu" in row[4] for row in rows):
-        yield Finding("partitions", "note", f"none has GPUs that SLURM knows of: {', '.join(known)}")
+        yield Finding("partitions", "note", f"no partition has GPUs known to SLURM: {', '.join(known)}")

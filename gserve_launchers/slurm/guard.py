@@ -14,26 +14,26 @@ from pathlib import Path
 
 GRACE = 10.0
 """Time for the server and srun to end on their own, in seconds."""
-LOOK = 1.0
+CHECK_SECONDS = 1.0
 """Interval between two checks of srun, in seconds."""
 
 
 def guard(srun: int) -> None:
     """Wait for the end of srun. If the owner ends first, terminate srun, which also ends its job."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # SLURM may send it to all processes of a batch job
-    began = start(srun)
-    line = select.poll()
-    line.register(sys.stdin.fileno(), 0)  # reports only that the other end is closed
-    while start(srun) == began and not line.poll(LOOK * 1000):
+    began = start_time(srun)
+    pipe = select.poll()
+    pipe.register(sys.stdin.fileno(), 0)  # reports only that the other end is closed
+    while start_time(srun) == began and not pipe.poll(CHECK_SECONDS * 1000):
         pass
     deadline = time.monotonic() + GRACE
-    while start(srun) == began and time.monotonic() < deadline:
-        time.sleep(LOOK)
-    if began is not None and start(srun) == began:
+    while start_time(srun) == began and time.monotonic() < deadline:
+        time.sleep(CHECK_SECONDS)
+    if began is not None and start_time(srun) == began:
         os.kill(srun, signal.SIGTERM)
 
 
-def start(pid: int) -> str | None:
+def start_time(pid: int) -> str | None:
     """Return the start time of a process, in clock ticks since boot; None if it has ended."""
     # The time distinguishes it from a later process with the same id.
     try:

@@ -5,8 +5,8 @@ server, and SIGTERM to srun kills the server with SIGKILL. So commands and state
 asked only why a job waits, why it has ended, and whether it has ended. If the owner has died, `guard` ends a job
 without a server, and `task` ends a job without an srun.
 
-srun runs the server's nursery (`gserve_core.process.nursery.stay`), which forks the server, and forks it again when it
-dies. So one step runs several generations of a server, and waits only once in SLURM's queue.
+srun runs the server's nursery (`gserve_core.process.nursery.run_in_place`), which forks the server, and forks it again
+when it dies. So one step runs several generations of a server, and waits only once in SLURM's queue.
 """
 
 import contextlib
@@ -27,31 +27,32 @@ from gserve_core.interfaces import Finding, Job, Launcher, Process
 
 from .command_line import check_argument, is_server, job_title, srun
 from .examination import examine_allocation, examine_nodes, examine_partitions
-from .process import Life, SlurmProcess
-from .query import COMMANDS_OPTIONS, ask
+from .process import ServerRun, SlurmProcess
+from .query import COMMANDS_OPTIONS, query_slurm
 
 COMMANDS = ("srun", "sbatch", "squeue", "sinfo", "scontrol", "scancel")
 """The commands of SLURM that gserve uses."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 NAMES = rf"{NAME}(,{NAME})*"
 NODES = r"[A-Za-z0-9][A-Za-z0-9._,\[\]-]{0,1023}"
-Name = Annotated[str, Meta(pattern=rf"\A{NAME}\Z", description="something like normal")]
-Names = Annotated[str, Meta(pattern=rf"\A{NAMES}\Z", description="something like gpu")]
+Name = Annotated[str, Meta(pattern=rf"\A{NAME}\Z", description="a name such as normal")]
+Names = Annotated[str, Meta(pattern=rf"\A{NAMES}\Z", description="names such as gpu")]
 Time = Annotated[
     str,
     Meta(
-        pattern=r"\A([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}\Z", description="something like 02:00:00 (hours, minutes, seconds)"
+        pattern=r"\A([0-9]+-)?[0-9]+(:[0-9]{2}){0,2}\Z", description="a time such as 02:00:00 (hours, minutes, seconds)"
     ),
 ]
-Memory = Annotated[str, Meta(pattern=r"\A[1-9][0-9]*[KMGT]\Z", description="something like 64G")]
+Memory = Annotated[str, Meta(pattern=r"\A[1-9][0-9]*[KMGT]\Z", description="a size such as 64G")]
 Constraint = Annotated[
-    str, Meta(pattern=r"\A[A-Za-z0-9(\[][A-Za-z0-9._()\[\]&|*,:-]{0,255}\Z", description="something like a100&nvlink")
+    str,
+    Meta(pattern=r"\A[A-Za-z0-9(\[][A-Za-z0-9._()\[\]&|*,:-]{0,255}\Z", description="a constraint such as a100&nvlink"),
 ]
-Nodes = Annotated[str, Meta(pattern=rf"\A{NODES}\Z", description="something like n[1-4]")]
-Title = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,31}\Z", description="something like gserve")]
+Nodes = Annotated[str, Meta(pattern=rf"\A{NODES}\Z", description="nodes such as n[1-4]")]
+Title = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,31}\Z", description="a name such as gserve")]
 Comment = Annotated[
     str,
-    Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}\Z", description="something like evaluation of Monday"),
+    Meta(pattern=r"\A[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}\Z", description="a text such as evaluation of Monday"),
 ]
 Number = Annotated[int, Meta(ge=0, lt=1 << 31, description="a number from 0 up")]
 Positive = Annotated[int, Meta(ge=1, lt=1 << 31, description="a number from 1 up")]
@@ -127,24 +128,24 @@ class SlurmLauncher(CommandLauncher):
 
         Raises LaunchError: srun could not be started.
         """
-        if isinstance(job.previous, Life):
+        if isinstance(job.previous, ServerRun):
             with contextlib.suppress(OSError):
-                if job.previous.is_kept:
-                    return job.previous.next(job)
+                if job.previous.can_start_next:
+                    return job.previous.start_next(job)
             job.previous.release()
             job.previous.stop(0.0)
         if not (self.nursery and is_server(job)):
-            return self._srun(job)
+            return self._start_srun(job)
         own = uuid.uuid4().hex  # the nursery outlives a generation, so its processes have an id of their own
         env = {name: own if value == job.instance else value for name, value in job.env.items()}
-        return Life(self._srun(replace(job, env=env)), job.instance)
+        return ServerRun(self._start_srun(replace(job, env=env)), job.instance)
 
     def release(self, process: Process) -> None:
         """End the step of `process` once its server has ended."""
-        if isinstance(process, Life):
+        if isinstance(process, ServerRun):
             process.release()
 
-    def _srun(self, job: Job) -> "SlurmProcess":
+    def _start_srun(self, job: Job) -> "SlurmProcess":
         return SlurmProcess(
             self.popen(job), job_title(self, job), os.environ.get("SLURM_JOB_ID"), self.queue_timeout, job.log
         )
@@ -153,13 +154,16 @@ class SlurmLauncher(CommandLauncher):
         """Yield findings about SLURM: its commands, our allocation, the partitions with GPUs, and the chosen nodes."""
         missing = [command for command in COMMANDS if shutil.which(command) is None]
         if missing:
-            hint = "log in where SLURM's commands are, or load the module that brings them"
+            hint = "log in to a machine with SLURM's commands, or load the module that provides them"
             yield Finding("SLURM", "problem", f"not found here: {', '.join(missing)}", hint)
             return
-        version, rows = ask("srun", "--version"), ask("sinfo", "--noheader", "--format=%P|%a|%l|%D|%G|%T")
-        hint = "run sinfo and scontrol ping to see why, and tell those who run the cluster"
+        version, rows = (
+            query_slurm("srun", "--version"),
+            query_slurm("sinfo", "--noheader", "--format=%P|%a|%l|%D|%G|%T"),
+        )
+        hint = "run sinfo and scontrol ping to see the cause, and inform the cluster's administrators"
         if not version:
-            yield Finding("SLURM", "problem", "it is installed, but srun does not run", hint)
+            yield Finding("SLURM", "problem", "SLURM is installed, but srun does not run", hint)
             return
         yield Finding("SLURM", "ok", f"{version[0][0]}: {', '.join(COMMANDS)}")
         if rows is None:

@@ -12,16 +12,16 @@ import time
 from pathlib import Path
 from typing import IO
 
-from gserve_core.commands import GONE, UNKNOWN, LocalProcess
+from gserve_core.commands import KILL_SECONDS, UNKNOWN, LocalProcess
 from gserve_core.errors import StartupTimeout
 from gserve_core.host.forks import call_in_child
 from gserve_core.interfaces import Job
 from gserve_core.lease import Silence
 
 from .command_line import program
-from .query import SQUEUE, ask
+from .query import SQUEUE, query_slurm
 
-LOOK_SECONDS = 1.0, 15.0
+QUEUE_CHECK_SECONDS = 1.0, 15.0
 """First and maximum interval between two queries about a waiting job, in seconds. The interval doubles each time."""
 STEP_SECONDS = 120.0
 """Maximum wait of a step for its place in the allocation, in seconds, unless `queue_timeout` is set."""
@@ -31,7 +31,7 @@ SETTLE_SECONDS = 3.0
 """Maximum time for SLURM to notice that a job has ended after its srun has ended, in seconds."""
 GONE_SECONDS = 60.0
 """Maximum time for SLURM to end a cancelled job, in seconds: its KillWait, 30 s by default, and a margin."""
-LOOK_AT_LIFE = 0.02
+CHECK_SECONDS = 0.02
 """Interval between two checks of a server that should end, in seconds."""
 CHUNK = 1 << 16
 """Maximum size of one read, in bytes."""
@@ -41,18 +41,18 @@ TAIL = 1 << 16
 """Size of the end of a log that is searched for messages of srun, in bytes."""
 SUSPENDED = "SUSPENDED", "STOPPED"
 """SLURM's states of a job whose processes are stopped."""
-ENDINGS = {  # SLURM's states of a job that SLURM has ended or suspended, in words
+STATE_REASONS = {  # SLURM's states of a job that SLURM has ended or suspended, in words
     "BOOT_FAIL": "its node did not boot",
     "CANCELLED": "it was cancelled",
-    "DEADLINE": "its deadline came",
+    "DEADLINE": "its deadline was reached",
     "NODE_FAIL": "its node failed",
-    "OUT_OF_MEMORY": "it needed more memory than it had asked for (mem)",
-    "PREEMPTED": "another job took its place",
+    "OUT_OF_MEMORY": "it needed more memory than it had requested (mem)",
+    "PREEMPTED": "another job preempted it",
     "REVOKED": "it was revoked",
     "SUSPENDED": "it was suspended",
-    "TIMEOUT": "its time was over (time)",
+    "TIMEOUT": "its time limit was reached (time)",
 }
-LAST_WORDS = (  # messages of srun and slurmstepd about a step, and the state that each means
+STATE_MESSAGES = (  # messages of srun and slurmstepd about a step, and the state that each means
     (r"CANCELLED AT \S+ DUE TO TIME LIMIT", "TIMEOUT"),
     (r"CANCELLED AT \S+ DUE TO PREEMPTION", "PREEMPTED"),
     (r"CANCELLED AT \S+ DUE TO NODE FAILURE|Node failure on", "NODE_FAIL"),
@@ -80,14 +80,14 @@ class SlurmProcess(LocalProcess):
         self._allocation = allocation
         self._limit = STEP_SECONDS if allocation and limit is None else limit
         self._log = log
-        self._waited = Silence(LOOK_SECONDS[0])
-        self._place = "a free place in its job" if allocation else "SLURM's answer"
+        self._waited = Silence(QUEUE_CHECK_SECONDS[0])
+        self._awaited = "a free place in its job" if allocation else "SLURM's answer"
         self._runs = False
         self._was_forced = False
         self._was_suspended = False
         self._is_gone = False
-        call_in_child(self.leave)  # a fork that keeps the line open would hide the end of this process
-        threading.Thread(target=self._look, name=title, daemon=True).start()
+        call_in_child(self.close_stdin)  # a fork that keeps the pipe open would hide the end of this process
+        threading.Thread(target=self._watch_queue, name=title, daemon=True).start()
 
     def poll(self) -> int | None:
         """Return the exit code of the server once srun has ended (negative: a signal's number), else None."""
@@ -101,15 +101,18 @@ class SlurmProcess(LocalProcess):
         """
         if self._runs:
             return None
-        if self._limit is not None and self._waited.look() > self._limit:
+        if self._limit is not None and self._waited.update() > self._limit:
             hint = (
-                "other steps of the job hold what it asks for" if self._allocation else "ask for less, or wait longer"
+                "other steps of the job use the resources that it requests"
+                if self._allocation
+                else "request less, or wait longer"
             )
             raise StartupTimeout(
-                f"{self._title} waited {self._limit:g} s (queue_timeout) for {self._place}: {hint} (log: {self._log})",
+                f"{self._title} waited {self._limit:g} s (queue_timeout) for {self._awaited}:"
+                f" {hint} (log: {self._log})",
                 log=self._log,
             )
-        return f"waiting for {self._place}"
+        return f"waiting for {self._awaited}"
 
     def why(self) -> str | None:
         """Return how SLURM has ended the job; None if it ended on its own, or if `stop` has ended it.
@@ -119,20 +122,20 @@ class SlurmProcess(LocalProcess):
         """
         has_ended = self._popen.poll() is not None
         if self._was_suspended or (not has_ended and self._is_suspended()):
-            return self._act("SUSPENDED", self._allocation or self._title)
+            return self._describe_state("SUSPENDED", self._allocation or self._title)
         if self._was_forced or not has_ended:
             return None
         if self._popen.returncode < 0:
             return f"its srun was killed by {signal.Signals(-self._popen.returncode).name}"
-        rows = self._told("--states=all")
+        rows = self._query_job("--states=all")
         number, state, _ = rows[-1] if rows else (self._allocation or self._title, "", "")
-        if state not in ENDINGS:
-            state = self._accounted() or self._last_words() or ""
-        return self._act(state, number) if state in ENDINGS else None
+        if state not in STATE_REASONS:
+            state = self._query_accounting() or self._read_last_state() or ""
+        return self._describe_state(state, number) if state in STATE_REASONS else None
 
-    def _act(self, state: str, number: str) -> str:
+    def _describe_state(self, state: str, number: str) -> str:
         what = f"its step of job {number}" if self._allocation else f"its job {number}"
-        return f"SLURM says {state} of {what}: {ENDINGS[state]}"
+        return f"SLURM reports {state} for {what}: {STATE_REASONS[state]}"
 
     def stop(self, grace: float) -> int:
         """Wait `grace` seconds for the server to end as it was asked to; then kill it. Returns the exit code."""
@@ -149,19 +152,19 @@ class SlurmProcess(LocalProcess):
                     self._kill_group()
             self._end_job()
             self._is_gone = True
-        self.leave()
+        self.close_stdin()
         self.stdout.close()
         self._guard.kill()
         for process in (self._popen, self._guard):
             with contextlib.suppress(subprocess.TimeoutExpired):  # killed, but the kernel has not ended it yet
-                process.wait(GONE)
+                process.wait(KILL_SECONDS)
         code = self.poll()
         return UNKNOWN if code is None else code
 
     def _is_suspended(self) -> bool:
-        return any(state in SUSPENDED for _, state, *_ in self._told() or ())
+        return any(state in SUSPENDED for _, state, *_ in self._query_job() or ())
 
-    def leave(self) -> None:
+    def close_stdin(self) -> None:
         """Close srun's stdin, which makes the server, or its nursery, end."""
         with contextlib.suppress(OSError):
             self.stdin.close()
@@ -182,47 +185,47 @@ class SlurmProcess(LocalProcess):
         began = time.monotonic()
         # A job that ended on its own is not cancelled at once: SLURM would record it as cancelled.
         patience = 0.0 if self._was_forced or self._popen.returncode < 0 else SETTLE_SECONDS
-        while (rows := self._active()) != []:
+        while (rows := self._query_active()) != []:
             # A cancelled step is killed at once. One that remains has lost its slurmstepd, and remains forever.
             if time.monotonic() - began > (FORCE_SECONDS if rows is None or self._allocation else GONE_SECONDS):
                 logger.warning("SLURM may not have ended %s: see squeue --name=%s", self._title, self._title)
                 break
             for number, state, *_ in rows or ():
                 if state != "COMPLETING" and time.monotonic() - began >= patience:
-                    ask("scancel", number)
-            time.sleep(LOOK_SECONDS[0] / 2)
+                    query_slurm("scancel", number)
+            time.sleep(QUEUE_CHECK_SECONDS[0] / 2)
 
-    def _look(self) -> None:
+    def _watch_queue(self) -> None:
         """Ask SLURM why the job waits, until it runs. Runs in a thread of its own."""
-        pause = LOOK_SECONDS[0]
+        pause = QUEUE_CHECK_SECONDS[0]
         while not self._runs and self._popen.poll() is None:
-            for number, state, reason in self._active() or ():
+            for number, state, reason in self._query_active() or ():
                 self._runs = state not in ("PENDING", "CONFIGURING")
-                self._place = f"SLURM's queue (job {number}, {reason})"
+                self._awaited = f"SLURM's queue (job {number}, {reason})"
             time.sleep(pause)
-            pause = min(2 * pause, LOOK_SECONDS[1])
+            pause = min(2 * pause, QUEUE_CHECK_SECONDS[1])
 
-    def _active(self) -> list[list[str]] | None:
+    def _query_active(self) -> list[list[str]] | None:
         """Return a row with id, state and reason for our job or step; no row if SLURM has none; None: unknown."""
         if self._allocation is None:
-            return self._told()
-        steps = ask(*SQUEUE, "--steps", f"--jobs={self._allocation}", "--format=%i|%j")
+            return self._query_job()
+        steps = query_slurm(*SQUEUE, "--steps", f"--jobs={self._allocation}", "--format=%i|%j")
         if steps is None:  # the allocation may have ended, and the step with it
-            return [] if ask(*SQUEUE, "--jobs=1,1", "--format=%i") is not None else None
+            return [] if query_slurm(*SQUEUE, "--jobs=1,1", "--format=%i") is not None else None
         return [[number, "RUNNING", ""] for number, title in steps if title == self._title]
 
-    def _told(self, *options: str) -> list[list[str]] | None:
+    def _query_job(self, *options: str) -> list[list[str]] | None:
         """Return rows with id, state and reason for our job, or for the job of our step; None: unknown."""
         which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
-        return ask(*SQUEUE, which, "--format=%i|%T|%r", *options)
+        return query_slurm(*SQUEUE, which, "--format=%i|%T|%r", *options)
 
-    def _accounted(self) -> str | None:
+    def _query_accounting(self) -> str | None:
         """Return the final state of the job or step from SLURM's accounting; None if it has none."""
         which = f"--jobs={self._allocation}" if self._allocation else f"--name={self._title}"
-        rows = ask("sacct", "--noheader", "--parsable2", "--delimiter=|", which, "--format=JobName,State") or ()
+        rows = query_slurm("sacct", "--noheader", "--parsable2", "--delimiter=|", which, "--format=JobName,State") or ()
         return next((state.split()[0] for name, state in rows if name == self._title and state), None)
 
-    def _last_words(self) -> str | None:
+    def _read_last_state(self) -> str | None:
         """Return the state that the last messages of srun in the log mean; None if they mean none."""
         try:
             with self._log.open("rb") as stream:
@@ -230,11 +233,13 @@ class SlurmProcess(LocalProcess):
                 text = stream.read().decode(errors="replace")
         except OSError:
             return None
-        said = [line for line in text.splitlines() if re.match(r"(srun|slurmstepd\S*): ", line)]
-        return next((state for words, state in LAST_WORDS if any(re.search(words, line) for line in said)), None)
+        messages = [line for line in text.splitlines() if re.match(r"(srun|slurmstepd\S*): ", line)]
+        return next(
+            (state for words, state in STATE_MESSAGES if any(re.search(words, line) for line in messages)), None
+        )
 
 
-class Life:
+class ServerRun:
     """One generation of a server, in a step that may run several. Implements `interfaces.Process`.
 
     Its stdin is srun's stdin. Its stdout is srun's stdout, without the nursery's line that the server has ended.
@@ -252,30 +257,30 @@ class Life:
         self._line = b""
         self._unread = b""
         self._code: int | None = None
-        self._has_spoken = False
+        self._has_output = False
         self._has_ended = False
         self._is_stopped = False
         self._is_last = False
 
     @property
-    def is_kept(self) -> bool:
+    def can_start_next(self) -> bool:
         """Return whether the step may start another generation: this one has ended, and the step has not."""
         return self._has_ended and not self._is_last and self._step.poll() is None
 
-    def next(self, job: Job) -> "Life":
+    def start_next(self, job: Job) -> "ServerRun":
         """Start the next generation, for `job`. Raises OSError: the log cannot be switched to `job.log`."""
         self._step.write_to(job.log)
-        return Life(self._step, job.instance)
+        return ServerRun(self._step, job.instance)
 
     def release(self) -> None:
         """Make the step end with this generation."""
         self._is_last = True
         if self._is_stopped:
-            self._step.leave()
+            self._step.close_stdin()
 
     def poll(self) -> int | None:
         """Return the exit code of the server once it or srun has ended, else None. Also forwards output to `stdout`."""
-        self._look()
+        self._read_output()
         if self._unread:
             with contextlib.suppress(BlockingIOError):
                 self._unread = self._unread[os.write(self._pipe.fileno(), self._unread) :]
@@ -297,7 +302,7 @@ class Life:
 
         Also ends the step, if this is its last generation, or if the server cannot be killed alone.
         """
-        if self._wait(grace) is None and self._has_spoken and not self._is_last:
+        if self._wait(grace) is None and self._has_output and not self._is_last:
             with contextlib.suppress(OSError):
                 os.write(self._step.stdin.fileno(), END)
             self._wait(FORCE_SECONDS)
@@ -309,7 +314,7 @@ class Life:
         if not self._has_ended:
             self._code = self._step.stop(0.0)
         elif self._is_last:
-            self._step.leave()
+            self._step.close_stdin()
             self._step.stop(FORCE_SECONDS)
         assert self._code is not None
         return self._code
@@ -317,18 +322,18 @@ class Life:
     def _wait(self, seconds: float) -> int | None:
         deadline = time.monotonic() + seconds
         while self._code is None and time.monotonic() < deadline:
-            self._look()
-            time.sleep(LOOK_AT_LIFE)
+            self._read_output()
+            time.sleep(CHECK_SECONDS)
         return self._code
 
-    def _look(self) -> None:
+    def _read_output(self) -> None:
         """Read srun's output, and set the exit code if the server or srun has ended."""
         if self._code is not None:
             return
         code = self._step.poll()  # before the read, so that all output until the end is read
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self._step.stdout.fileno(), CHUNK):
-                self._has_spoken = True
+                self._has_output = True
                 *lines, self._line = (self._line + chunk).split(b"\n")
                 for line in lines:
                     if ended := self._ended.fullmatch(line):

@@ -5,7 +5,7 @@ import subprocess
 
 from gserve_core.commands import output_of
 
-ASK_SECONDS = 10.0
+QUERY_SECONDS = 10.0
 """Timeout of a query, in seconds."""
 SQUEUE = "squeue", "--noheader", "--all"
 """The command that lists jobs, also in hidden partitions."""
@@ -13,13 +13,13 @@ COMMANDS_OPTIONS = ("SQUEUE_", "SCANCEL_", "SINFO_", "SACCT_", "SCONTROL_", "SAL
 """Prefixes of variables that SLURM's commands read as options. Users set them for their own calls, not for ours."""
 
 
-def ask(*command: str) -> list[list[str]] | None:
+def query_slurm(*command: str) -> list[list[str]] | None:
     """Return the output lines of a command of SLURM, each split at "|"; None if it fails or does not answer."""
     try:
-        told = output_of(command, environment_for_slurm(), ASK_SECONDS)
+        output = output_of(command, environment_for_slurm(), QUERY_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return None
-    return [line.split("|") for line in told.splitlines()]
+    return [line.split("|") for line in output.splitlines()]
 
 
 def environment_for_slurm() -> dict[str, str]:

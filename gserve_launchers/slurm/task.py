@@ -25,24 +25,24 @@ AGAIN = "--again"
 """The option of a server whose nursery runs in its step."""
 
 
-class Line:
+class OwnerInput:
     """The input from srun, which is passed on to a server."""
 
     def __init__(self, server: int) -> None:
         self._server = server
-        self._heard = time.monotonic()
+        self._last_input = time.monotonic()
         self._is_closed = False
 
     @property
-    def is_over(self) -> bool:
-        """Return whether the owner is gone: it closed the line before the server ended, or sends nothing."""
-        return self._is_closed or time.monotonic() - self._heard > SILENCE
+    def is_owner_gone(self) -> bool:
+        """Return whether the owner is gone: it closed its connection before the server ended, or sends nothing."""
+        return self._is_closed or time.monotonic() - self._last_input > SILENCE
 
     def forward(self) -> None:
         """Pass on all input, and its end."""
         try:
             while chunk := os.read(0, 1 << 16):
-                self._heard = time.monotonic()
+                self._last_input = time.monotonic()
                 while chunk:
                     chunk = chunk[os.write(self._server, chunk) :]
             self._is_closed = True
@@ -62,11 +62,11 @@ def main(command: list[str]) -> int:
             for number in ENDING:
                 signal.signal(number, lambda number, _: server.send_signal(number))
         assert server.stdin is not None
-        line = Line(os.dup(server.stdin.fileno()))
+        owner = OwnerInput(os.dup(server.stdin.fileno()))
         server.stdin.close()
-        threading.Thread(target=line.forward, daemon=True).start()
+        threading.Thread(target=owner.forward, daemon=True).start()
         code = server.wait()
-    if line.is_over:
+    if owner.is_owner_gone:
         cancel = ["scancel", os.environ["SLURM_JOB_ID"]]
         subprocess.run(cancel, check=False)
     return code if code >= 0 else 128 - code

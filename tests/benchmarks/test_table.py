@@ -1,5 +1,8 @@
 """What the benchmarks make of figures and answers: ratios, targets, and whether a result was wrong."""
 
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -42,7 +45,7 @@ def test_a_target_is_found_by_workload_side_and_the_end_of_the_models_name() -> 
     assert table.target("long", "tiny", "vllm.LLM") is None
 
 
-def test_a_table_sets_every_side_beside_gserve_and_its_target(tmp_path) -> None:
+def test_a_table_sets_every_side_beside_gserve_and_its_target(tmp_path: Path) -> None:
     found = [figures("gserve", [100, 200, 300]), figures("vllm.LLM", [250, 240, 260]), figures("serve openai", [10])]
     text = table.markdown(["today"], found)
     assert text.startswith("today  \n\n| model |")
@@ -73,7 +76,7 @@ def test_a_right_answer_has_no_problem() -> None:
         ([("a b c", 3, 3), RIGHT[1]], "item 0 has log probabilities of 3 tokens, of 3"),
     ],
 )
-def test_a_wrong_result_is_told_in_a_sentence(outcomes: list, problem: str) -> None:
+def test_a_wrong_result_is_told_in_a_sentence(outcomes: list[Any], problem: str) -> None:
     assert wrong(WORK, Answer(1.0, outcomes, "why")) == [problem]
 
 

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -173,9 +174,7 @@ def forks(scale: Scale) -> Outcome:
         with ThreadPoolExecutor(1) as pool:
             own = pool.submit(work, service, "parent", calls)
             time.sleep(0.2)
-            forked = [
-                _forked(lambda number=number: work(service, f"fork-{number}", calls)) for number in range(processes)
-            ]
+            forked = [_forked(partial(work, service, f"fork-{number}", calls)) for number in range(processes)]
             wrong = own.result()
         for said in forked:
             wrong += said(scale.of(80.0, 900.0))
@@ -193,10 +192,10 @@ def _forked(act: Callable[[], list[str]]) -> Callable[[float], list[str]]:
     if not pid:
         try:
             os.close(read)
-            said = act()
+            told = act()
         except BaseException:
-            said = [traceback.format_exc(limit=-2)]
-        os.write(write, json.dumps(said[:100]).encode())
+            told = [traceback.format_exc(limit=-2)]
+        os.write(write, json.dumps(told[:100]).encode())
         os._exit(0)
     os.close(write)
 
@@ -228,6 +227,9 @@ def attached(scale: Scale) -> Outcome:
             tally.stream(service, 40)
             statuses.append(service.status())
 
+    def beyond(items: int) -> bool:
+        return tally.items > items
+
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         one = stack.enter_context(owner(options))
         one.hear("idle")
@@ -237,13 +239,13 @@ def attached(scale: Scale) -> Outcome:
             for _ in range(times):
                 with outcome.trial("a restart"):
                     before = tally.items
-                    until(lambda before=before: tally.items > before + 80, HEAL_SECONDS, "work before the kill")
+                    until(partial(beyond, before + 80), HEAL_SECONDS, "work before the kill")
                     since = time.monotonic()
                     os.kill(one.process.pid, signal.SIGKILL)
                     one = stack.enter_context(owner(options))
                     one.hear("idle")
                     before = tally.items
-                    until(lambda before=before: tally.items > before + 40, HEAL_SECONDS, "work after it")
+                    until(partial(beyond, before + 40), HEAL_SECONDS, "work after it")
                     outcome.recover.append(time.monotonic() - since)
         finally:
             over.set()

@@ -19,7 +19,7 @@ from .owners import ECHO, Owner, owner
 
 THAW_SECONDS = 0.2
 """Seconds between the thaw of processes of one kind and of the next: all of them together less than any timeout."""
-CUT_SECONDS = 2 * lease.BEAT
+CUT_SECONDS = 2 * lease.HEARTBEAT_SECONDS
 """The least time limit of a lease with which servers live: heartbeats come more often."""
 ORDER = ("owner", "nursery", "server", "engine", "worker")
 """From above to below."""

@@ -20,7 +20,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -287,13 +289,13 @@ def skipped(fault: str) -> list[Outcome]:
 def of_jobs(scale: Scale) -> list[Outcome]:
     """Hit servers that are jobs of their own, started from a login node."""
     faults = [
-        Fault("scancel of a job", run("scancel", "{job}"), "SLURM says CANCELLED"),
-        Fault("scancel of a job's step", run("scancel", "{step}"), "SLURM says CANCELLED"),
+        Fault("scancel of a job", run("scancel", "{job}"), "SLURM reports CANCELLED"),
+        Fault("scancel of a job's step", run("scancel", "{step}"), "SLURM reports CANCELLED"),
         Fault("kill -9 of a job's srun", kill("srun", 0), "its srun was killed by SIGKILL"),
         Fault("kill -9 of a job's other srun, which only looks after the first", kill("srun", 1), None),
         Fault("kill -9 of both sruns of a job", kill("srun"), "its srun was killed by SIGKILL"),
         # the line to the server breaks, as if its owner were gone: it ends, and cancels its job
-        Fault("kill -9 of a job's slurmstepd", kill("slurmstepd"), "SLURM says CANCELLED"),
+        Fault("kill -9 of a job's slurmstepd", kill("slurmstepd"), "SLURM reports CANCELLED"),
         Fault("kill -9 of a job's server", kill("server"), "its process was killed by SIGKILL", place_stays=True),
         Fault("kill -9 of a job's nursery", kill("nursery"), "its process was killed by SIGKILL"),
     ]
@@ -306,12 +308,12 @@ def of_jobs(scale: Scale) -> list[Outcome]:
 def of_steps(scale: Scale) -> list[Outcome]:
     """Hit servers that are steps of the allocation in which their owner is; before, have no room for them."""
     faults = [
-        Fault("scancel of a step", run("scancel", "{step}"), "SLURM says CANCELLED"),
+        Fault("scancel of a step", run("scancel", "{step}"), "SLURM reports CANCELLED"),
         Fault("kill -9 of a step's srun", kill("srun", 0), "its srun was killed by SIGKILL"),
         Fault("kill -9 of both sruns of a step", kill("srun"), "its srun was killed by SIGKILL"),
         Fault("kill -9 of a step's server", kill("server"), "its process was killed by SIGKILL", place_stays=True),
         Fault("kill -9 of a step's nursery", kill("nursery"), "its process was killed by SIGKILL"),
-        Fault("kill -9 of a step's slurmstepd", kill("slurmstepd"), "it gave no sign of life", step_stays=True),
+        Fault("kill -9 of a step's slurmstepd", kill("slurmstepd"), "it sent no heartbeat", step_stays=True),
     ]
     if not_tried := skipped("steps of an allocation that end"):
         return not_tried
@@ -335,7 +337,8 @@ def full(on: SlurmCluster, scale: Scale) -> Outcome:
                 error = raised(LaunchError, service(serve, SlurmLauncher(queue_timeout=5.0)).start)
                 outcome.detect.append(time.monotonic() - began)
                 other.terminate()
-            for words in ("queue_timeout", "a free place in its job", "other steps of the job hold what it asks for"):
+            hint = "other steps of the job use the resources that it requests"
+            for words in ("queue_timeout", "a free place in its job", hint):
                 assert words in str(error), f"expected '{words}' in: {error}"
             wait_gone(outcome, lambda: [*named(on, "gserve"), *oracles.of_servers()], time.monotonic())
             with service(serve, SlurmLauncher()) as one:
@@ -352,13 +355,13 @@ def of_nodes(scale: Scale) -> list[Outcome]:
     """Take nodes from servers: they are set down, or lose their slurmd, or a job of more weight wants them."""
     wants = ["sbatch", "--partition=high", "--nodelist={node}", "--exclusive", "--output=/dev/null", "--wrap=sleep 10"]
     faults = [
-        Fault("preemption (REQUEUE)", run(*wants), "SLURM says PREEMPTED"),
+        Fault("preemption (REQUEUE)", run(*wants), "SLURM reports PREEMPTED"),
         Fault(
             "a node set down",
             run("scontrol", "update", "nodename={node}", "state=down", "reason=test"),
-            "SLURM says NODE_FAIL",
+            "SLURM reports NODE_FAIL",
         ),
-        Fault("kill -9 of slurmd", kill_slurmd, "SLURM says NODE_FAIL"),
+        Fault("kill -9 of slurmd", kill_slurmd, "SLURM reports NODE_FAIL"),
     ]
     if not_tried := skipped("nodes of SLURM that fail"):
         return not_tried
@@ -377,8 +380,8 @@ def kill_slurmd(life: Life) -> bool:
 
 def of_time(scale: Scale) -> list[Outcome]:
     """Have the time of servers run out, which is one minute: not that of all at once."""
-    apart = Fault("scancel, half a minute before", run("scancel", "{job}"), "SLURM says CANCELLED")
-    over = Fault("walltime of a minute", wait_for_end, "SLURM says TIMEOUT")
+    apart = Fault("scancel, half a minute before", run("scancel", "{job}"), "SLURM reports CANCELLED")
+    over = Fault("walltime of a minute", wait_for_end, "SLURM reports TIMEOUT")
     if not_tried := skipped(over.name):
         return not_tried
     outcome, tally = Outcome(fault=over.name), Patient()
@@ -480,7 +483,7 @@ def cancelled(on: SlurmCluster, outcome: Outcome) -> None:
         error = start.exception(HEAL_SECONDS)
         outcome.detect.append(time.monotonic() - began)
         assert isinstance(error, LaunchError), error
-        assert "SLURM says CANCELLED" in str(error), error
+        assert "SLURM reports CANCELLED" in str(error), error
 
 
 def given_up(on: SlurmCluster, outcome: Outcome) -> None:
@@ -510,7 +513,7 @@ def beside_another(on: SlurmCluster, outcome: Outcome) -> None:
         with at_work(one, tally):
             time.sleep(3.0)
             on.run("scancel", "--state=PENDING", "--user=root")
-            until(lambda: any("SLURM says CANCELLED" in str(it.error) for it in one.status()), HEAL_SECONDS, "error")
+            until(lambda: any("SLURM reports CANCELLED" in str(it.error) for it in one.status()), HEAL_SECONDS, "error")
             time.sleep(1.0)
     outcome.count(tally)
 
@@ -519,7 +522,7 @@ def beside_another(on: SlurmCluster, outcome: Outcome) -> None:
 
 GO_ON = "sleep 613"
 """What the script of a batch job does after its owner has ended."""
-OF_A_JOB = {"gpus_per_server": 1, "cpus_per_server": 1, "mem": "100M"}
+OF_A_JOB: dict[str, Any] = {"gpus_per_server": 1, "cpus_per_server": 1, "mem": "100M"}
 """What the servers of an owner are asked for, so that several have room on a node."""
 
 
@@ -655,12 +658,15 @@ def of_owners(scale: Scale) -> list[Outcome]:
         ("scancel of the owner's batch job", True, Owner.end_script),
     ]
 
+    def works(one: Owner) -> bool:
+        return one.results() > 20
+
     def end(name: str, strike: Callable[[Owner], object], *, is_job: bool) -> Outcome:
         outcome = Outcome(fault=name)
         for _ in range(scale.of(1, 3)):
             with outcome.trial(name), owner(on, 2, is_job=is_job) as one:
-                until(lambda one=one: one.results() > 20, HEAL_SECONDS, "a batch at work")
-                one.wait_gone(outcome, lambda one=one: strike(one))
+                until(partial(works, one), HEAL_SECONDS, "a batch at work")
+                one.wait_gone(outcome, partial(strike, one))
                 one.end_script()
                 one.finish(outcome)
         return outcome
@@ -722,13 +728,13 @@ def servers_wait(on: SlurmCluster, seconds: float, stall: float) -> Outcome:
                     detect, recover = watch.wait_recovered(index, since, seconds + HEAL_SECONDS)
                     outcome.detect.append(detect)
                     outcome.recover.append(recover)
-                    wait_gone(outcome, lambda life=life: life.left(place_stays=True), since + seconds)
+                    wait_gone(outcome, partial(life.left, place_stays=True), since + seconds)
                     said.append(heard.of(life.log))
             if outcome.problems:
                 break
         call.result(2 * HEAL_SECONDS)
     outcome.count(tally)
-    outcome.problems += [it for it in said if "SLURM says SUSPENDED" not in it]
+    outcome.problems += [it for it in said if "SLURM reports SUSPENDED" not in it]
     wait_gone(outcome, lambda: [*named(on, "gserve"), *oracles.of_servers()], time.monotonic())
     return outcome
 
@@ -737,6 +743,10 @@ def owner_waits(on: SlurmCluster, seconds: float, stall: float) -> Outcome:
     """Suspend the job in which an owner and its servers are: they go on, all of them."""
     outcome = Outcome(fault=f"the job of an owner and its servers suspended for {seconds:g} s")
     with owner(on, 2, is_job=True, stall=stall) as one:
+
+        def beyond(items: int) -> bool:
+            return one.results() > items
+
         until(lambda: one.results() > 20, HEAL_SECONDS, "a batch at work")
         servers = one.pids("vllm_server.py")
         for number in range(SUSPENSIONS):
@@ -747,7 +757,7 @@ def owner_waits(on: SlurmCluster, seconds: float, stall: float) -> Outcome:
                     time.sleep(seconds - 1.0)
                     assert one.results() == before, "it was not suspended"
                 since = time.monotonic()
-                until(lambda before=before: one.results() > before + 8, HEAL_SECONDS, "it goes on")
+                until(partial(beyond, before + 8), HEAL_SECONDS, "it goes on")
                 outcome.recover.append(time.monotonic() - since)
                 assert one.pids("vllm_server.py") == servers, "a server was replaced"
             if outcome.problems:
@@ -829,10 +839,16 @@ def run_again(on: SlurmCluster, outcome: Outcome, node: str, ends: Sequence[tupl
     def finished() -> int:
         return len(results.read_text().splitlines())
 
+    def beyond(count: int) -> bool:
+        return finished() > count
+
+    def was_run_again(times: int) -> bool:
+        return state("Restarts") == str(times)
+
     before = 0
     for number, (moment, way) in enumerate(ends, 1):
         with outcome.trial(f"{way} on {node}, run {number}"):
-            until(lambda before=before: finished() > before, HEAL_SECONDS, "a COMMAND at work")
+            until(partial(beyond, before), HEAL_SECONDS, "a COMMAND at work")
             time.sleep(moment)
             if way == "requeue":
                 on.run("scontrol", "requeue", job)
@@ -840,10 +856,10 @@ def run_again(on: SlurmCluster, outcome: Outcome, node: str, ends: Sequence[tupl
                 whole = ["--partition=high", f"--nodelist={node}", "--exclusive"]
                 on.run("sbatch", *whole, "--output=/dev/null", "--wrap=sleep 1")
             since = time.monotonic()
-            until(lambda number=number: state("Restarts") == str(number), HEAL_SECONDS, "its next run")
+            until(partial(was_run_again, number), HEAL_SECONDS, "its next run")
             before = finished()
             assert before < items, "it had done all"
-            until(lambda before=before: finished() > before, HEAL_SECONDS, "work in it")
+            until(partial(beyond, before), HEAL_SECONDS, "work in it")
             outcome.recover.append(time.monotonic() - since)
             if number == len(ends):
                 until(lambda: state("JobState") not in ("RUNNING", "PENDING", "COMPLETING"), HEAL_SECONDS, "its end")

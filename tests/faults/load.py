@@ -45,7 +45,7 @@ def overload(scale: Scale) -> Outcome:
 
     def call(number: int, client: VLLMClient) -> list[Any]:
         """Bring `size` items every `patience` seconds, all callers together evenly."""
-        results = []
+        results: list[Any] = []
         due = time.monotonic() + patience * number / callers
         while due < over:
             time.sleep(max(0.0, due - time.monotonic()))

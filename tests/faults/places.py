@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from gserve import LLMConfig, ServeConfig, VLLMService
@@ -95,6 +96,9 @@ def restarts(scale: Scale) -> Outcome:
                 finished += 1
             outcome.lost += len(prompts) - len(seen)
 
+    def beyond(items: int) -> bool:
+        return finished > items
+
     with (
         VLLMService(LLMConfig("m"), serve, engine=EchoEngine(latency=0.01, capacity=4)) as service,
         ThreadPoolExecutor(1) as pool,
@@ -106,7 +110,7 @@ def restarts(scale: Scale) -> Outcome:
                     since = time.monotonic()
                     until(service.servers[0].is_running, HEAL_SECONDS, "the server ready")
                     before = finished  # an item must not see three deaths: those that saw the last one finish first
-                    until(lambda before=before: finished > before + 30, HEAL_SECONDS, "work")
+                    until(partial(beyond, before + 30), HEAL_SECONDS, "work")
                     if number:
                         outcome.recover.append(time.monotonic() - since)
                     os.kill(oracles.of(service.servers[0])["server"], signal.SIGKILL)

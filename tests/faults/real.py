@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,11 @@ def _cancels(service: VLLMService, scale: Scale) -> Outcome:
             roles = oracles.of(service.servers[0])
             busy = [psutil.Process(roles[role]) for role in ("engine", "worker")]
             prompts = [f"Count from {number}:" for number in range(40)]
-            calling = {"on_error": "return", "deadline": 4.0}
+            generate = partial(
+                service.generate, prompts, {"max_tokens": 480, "ignore_eos": True}, on_error="return", deadline=4.0
+            )
             with ThreadPoolExecutor(1) as pool:
-                call = pool.submit(service.generate, prompts, {"max_tokens": 480, "ignore_eos": True}, **calling)
+                call = pool.submit(generate)
                 time.sleep(2.0)
                 assert _load(busy, 1.0) > BUSY, "the engine is not at work: this trial would show nothing"
                 results = call.result(30.0)
@@ -160,15 +163,17 @@ def _wedge(service: VLLMService, watch: Watch, order: Path, stall: float, scale:
             order.touch()
 
             def wedge() -> tuple[float, list[Any]]:
-                calling = {"on_error": "return", "deadline": HEAL_SECONDS}
+                generate = partial(
+                    service.generate, [MARKER], {"max_tokens": 2}, on_error="return", deadline=HEAL_SECONDS
+                )
                 with ThreadPoolExecutor(1) as pool:
-                    call = pool.submit(service.generate, [MARKER], {"max_tokens": 2}, **calling)
+                    call = pool.submit(generate)
                     until(lambda: not order.exists(), HEAL_SECONDS, "the order reached the engine")
                     return time.monotonic(), call.result(2 * HEAL_SECONDS)
 
             since, results = _during(service, tally, 30, wedge)
             assert isinstance(results[0], (list, ItemLost)), f"the item that wedged vLLM gave {results[0]!r}"
-            first, *_ = until(lambda since=since: replaced(since), HEAL_SECONDS, "a server that was replaced")
+            first, *_ = until(partial(replaced, since), HEAL_SECONDS, "a server that was replaced")
             detect, recover = watch.wait_recovered(first, since, HEAL_SECONDS)
             assert replaced(since) == [first], f"servers {replaced(since)} were replaced"
             outcome.detect.append(detect)
@@ -189,7 +194,7 @@ def _kills(service: VLLMService, watch: Watch, scale: Scale) -> Outcome:
             index = chance.randrange(len(service.servers))
             until(lambda: all(server.is_running() for server in service.servers), HEAL_SECONDS, "all servers ready")
             before = oracles.of(service.servers[index])
-            killed = []
+            killed: list[float] = []
 
             def kill(pid: int = before[role], killed: list[float] = killed) -> None:
                 time.sleep(chance.uniform(0.2, 2.0))

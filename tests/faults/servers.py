@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from gserve import ItemError, LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
@@ -30,7 +31,7 @@ def kill_some(
     service: VLLMService, watch: Watch, chance: random.Random, kills: int, outcome: Outcome, pause: float = 0.6
 ) -> None:
     """Kill processes of any role, chosen at random, at random moments; then wait until all servers are ready."""
-    killed = []
+    killed: list[tuple[str, int, float]] = []
     roles: dict[str, int] = {}
     while len(killed) < kills:
         time.sleep(chance.uniform(SPACING, pause))
@@ -100,6 +101,10 @@ def pauses(scale: Scale) -> Outcome:
     outcome = Outcome(fault=f"SIGSTOP of server, engine or worker for {seconds:g} s (stall_timeout {stall:g} s)")
     tally = Tally()
     engine = EchoEngine(latency=0.02, capacity=4, processes=2)
+
+    def beyond(items: int) -> bool:
+        return tally.items > items
+
     with VLLMService(LLM, ServeConfig(stall_timeout=stall), engine=engine) as service, at_work(service, tally):
         for role in ["server", "engine", "worker"] * times:
             with outcome.trial(f"a stop of the {role}"):
@@ -108,7 +113,7 @@ def pauses(scale: Scale) -> Outcome:
                     time.sleep(seconds)
                 assert service.generate(["and on"], deadline=HEAL_SECONDS) == [["and on"]]
                 done = tally.items  # the call beside it is not to be stopped again and again until its deadline
-                until(lambda done=done: tally.items > done, HEAL_SECONDS, "the work goes on")
+                until(partial(beyond, done), HEAL_SECONDS, "the work goes on")
                 assert oracles.of(service.servers[0]) == before, "a process was replaced"
                 assert service.status()[0].restarts == 0
     outcome.count(tally)

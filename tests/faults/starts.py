@@ -51,7 +51,7 @@ def _listeners() -> dict[int, set[int]]:
     """Return which processes listen on which port."""
     found: dict[int, set[int]] = {}
     for it in psutil.net_connections("tcp"):
-        if it.status == psutil.CONN_LISTEN and it.pid is not None:
+        if it.status == psutil.CONN_LISTEN and it.pid is not None and it.laddr:
             found.setdefault(it.laddr.port, set()).add(it.pid)
     return found
 

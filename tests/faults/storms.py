@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from gserve import GserveError, ItemError, LLMConfig, ServeConfig, VLLMService
@@ -105,7 +106,7 @@ class Calls:
 
     def __init__(self, service: VLLMService, calls: Sequence[Called]) -> None:
         self.calls = calls
-        self._threads = [self.beside(lambda call=call: call.make(service)) for call in calls]
+        self._threads = [self.beside(partial(call.make, service)) for call in calls]
 
     @staticmethod
     def beside(act: Callable[[], object]) -> threading.Thread:
@@ -249,7 +250,7 @@ def shutdowns(scale: Scale) -> Outcome:
             if number % 2:  # the event loop meets all calls and the ends of the servers at once
                 block(service, BUSY_SECONDS)
                 time.sleep(0.1)
-            threads = [Calls.beside(lambda thread=thread: call(thread)) for thread in range(16)]
+            threads = [Calls.beside(partial(call, thread)) for thread in range(16)]
             time.sleep(chance.uniform(0.0, 0.5))
             since = time.monotonic()
             ending = Calls.beside(service.shutdown)

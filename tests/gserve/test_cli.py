@@ -52,13 +52,11 @@ class Place:
     def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "gserve.cli", *arguments]
         with (self.folder / "stderr").open("w") as stderr:
-            process = subprocess.Popen(
-                command,
-                **{
-                    "cwd": self.folder, "env": self.environ, "text": True,
-                    "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": stderr,
-                } | options,
-            )  # fmt: skip
+            usual: dict[str, Any] = {
+                "cwd": self.folder, "env": self.environ, "text": True,
+                "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": stderr,
+            }  # fmt: skip
+            process: subprocess.Popen[str] = subprocess.Popen(command, **(usual | options))
         self.started.append(process)
         return process
 
@@ -211,7 +209,7 @@ def test_a_model_that_is_not_there_is_told_by_the_check_and_before_a_server_star
     [
         ("llm: {model_name: demo}\nserve: {prot: 1}\n", "bad.yaml:2: unknown key 'prot'; did you mean 'port'?"),
         ("llm: {model_name: demo}\nengine: {type: ehco}\n", "bad.yaml:2: unknown engine 'ehco'; did you mean 'echo'?"),
-        ("llm: {model_name: demo}\nserve:\n  host: my host\n", "bad.yaml:3: 'my host' is no host: "),
+        ("llm: {model_name: demo}\nserve:\n  host: my host\n", "bad.yaml:3: 'my host' is not a host: "),
         ("llm: {model_name: demo}\nplugins: [no_such]\n", "no module named 'no_such'"),
     ],
 )
@@ -272,7 +270,7 @@ def test_a_launched_service_is_listed_and_ends_by_stop(place: Place) -> None:
     listed = [row.split() for row in place.run("ps").stdout.splitlines()[1:]]
     assert listed == [["two", str(process.pid), row[0], row[1], "other"] for row in table[1:]]
     taken = place.run("launch", place.config("again"), "--name", "two", code=2)
-    assert f"a service named 'two' runs already (process {process.pid})" in taken.stderr
+    assert f"a service named 'two' is already running (process {process.pid})" in taken.stderr
     assert "did you mean 'two'?" in place.run("stop", "tow", code=2).stderr
     assert place.run("stop", "two").stderr == "stopped 'two'\n"
     assert process.wait(30) == 0
@@ -331,7 +329,7 @@ def test_stop_ends_a_service_when_the_time_for_its_items_is_over(place: Place, o
 def test_a_second_signal_ends_a_launched_service_that_finishes_its_items(place: Place) -> None:
     launched, generating = launched_with_items(place, "first", {"prompt": "slow", "params": SLOW})
     launched.terminate()
-    eventually(lambda: "finishing what the servers have, for 30 s at most" in place.stderr)
+    eventually(lambda: "finishing the items in flight, for at most 30 s" in place.stderr)
     launched.terminate()
     assert launched.wait(20) == 0
     assert generating.wait(60) == 1  # its items wait for a while for a service of the same name
@@ -387,7 +385,7 @@ def test_launch_goes_on_without_a_server_that_died_and_says_so_in_the_end(place:
     process.communicate(timeout=30)
     assert process.returncode == 1
     assert place.stderr.count("last lines of the log:") == 1, "it is told once"
-    assert "error: ended without having been asked to: server-" in place.stderr
+    assert "error: these servers failed: server-" in place.stderr
 
 
 def test_launch_ends_with_exit_code_1_when_no_server_is_left(place: Place) -> None:
@@ -441,8 +439,8 @@ def test_reap_ends_what_a_killed_service_has_left_and_nothing_else(place: Place)
     done_to, rest = rest.split("again\n")
     assert rest == "nothing to do\nstill here\n"
     state = place.runtime / "gserve"
-    assert f"left: process {server} ({sys.executable} " in shown
-    assert f"left: {state / 'service-killed'}\n" in shown
+    assert f"found: process {server} ({sys.executable} " in shown
+    assert f"found: {state / 'service-killed'}\n" in shown
     ended = done_to.splitlines()
     assert sum(f"ended: process {server} ({sys.executable} " in line for line in ended) == 1
     assert f"removed: {state / 'service-killed'}" in ended
@@ -512,8 +510,8 @@ def test_a_config_goes_before_the_service_that_the_environment_names(place: Plac
 @pytest.mark.parametrize("command", ["generate", "chat"])
 def test_a_prompt_without_a_config_is_told_what_to_write(place: Place, command: str) -> None:
     assert place.run(command, "a prompt", code=2).stderr == (
-        f"error: expected a CONFIG (a YAML file), and 'a prompt' is no file: write gserve {command} CONFIG 'a prompt',"
-        f" or gserve {command} --attach NAME 'a prompt' (see: gserve ps)\n"
+        f"error: expected a CONFIG (a YAML file), but 'a prompt' is not a file: write gserve {command} CONFIG"
+        f" 'a prompt', or gserve {command} --attach NAME 'a prompt' (see: gserve ps)\n"
     )
     assert len(place.run(command, "long " * 1000, code=2).stderr) < 500
 
@@ -547,9 +545,9 @@ def test_results_are_written_the_moment_they_are_ready_and_survive_a_kill(attach
         stream.write('{"id":"late","prompt":"sl')
     attached.write("in.jsonl", slow, "fast", "quick")
     done = attached.run(*command)
-    assert done.stderr == "skipped 2 of 3 items: out.jsonl has them\n"
+    assert done.stderr == "skipped 2 of 3 items: already in out.jsonl\n"
     assert records(output.read_text()) == {1: ["fast"], 2: ["quick"], "late": ["slow"]}
-    assert attached.run(*command).stderr == "skipped 3 of 3 items: out.jsonl has them\n"
+    assert attached.run(*command).stderr == "skipped 3 of 3 items: already in out.jsonl\n"
 
 
 def test_a_second_run_with_the_same_output_is_refused_at_once_and_the_first_has_all_results(attached: Place) -> None:
@@ -568,7 +566,7 @@ def test_a_second_run_with_the_same_output_is_refused_at_once_and_the_first_has_
     first.communicate(timeout=30)
     assert first.returncode == 0
     assert sorted(records(output.read_text())) == [0, 1]
-    assert attached.run(*command).stderr == "skipped 2 of 2 items: out.jsonl has them\n"
+    assert attached.run(*command).stderr == "skipped 2 of 2 items: already in out.jsonl\n"
     assert sorted(path.name for path in attached.folder.glob("*out*")) == ["out.jsonl"]
     assert not list(attached.folder.glob(".out*"))
 
@@ -590,7 +588,7 @@ def test_items_that_fail_are_counted_and_done_again_by_the_next_run(attached: Pl
 def test_an_item_that_fails_among_arguments_is_named_on_stderr(attached: Place) -> None:
     done = attached.run("generate", "--attach", "shared", "fine", "POISON", code=1)
     assert done.stdout == "fine\n"
-    assert done.stderr == "error: item 1: an error, as ordered\nerror: 1 of 2 items failed\n"
+    assert done.stderr == "error: item 1: an error, as requested\nerror: 1 of 2 items failed\n"
 
 
 @pytest.mark.parametrize("held", ['{"id": 0, "prompt": "mine"}\n', "my notes", '{"id":0,"prompt":"b","outputs":[]}\n'])
@@ -613,7 +611,7 @@ def test_an_output_file_that_holds_something_else_is_left_alone(attached: Place,
         (("demo.yaml", "a", "--set", "serve.prot=1"), 2, "error: --set serve.prot=1: unknown key 'prot'"),
         (("demo.yaml", "-i", "none.txt"), 2, "error: none.txt: cannot read the input: No such file"),
         (("demo.yaml", "-i", "in.jsonl"), 2, "error: in.jsonl:2: not a prompt line: Object contains unknown field"),
-        (("demo.yaml", "-i", "twice.jsonl"), 2, "error: twice.jsonl:2: the id 1 is there twice"),
+        (("demo.yaml", "-i", "twice.jsonl"), 2, "error: twice.jsonl:2: the id 1 occurs twice"),
         (("demo.yaml", "a", "-o", "no/out.jsonl"), 2, "error: no/out.jsonl: cannot write the results"),
         (("--attach", "nobody", "a"), 2, "no service named 'nobody'"),
         (("--attach", "nobody", "a", "--set", "llm.seed=1"), 2, "--set and --verbose change a config"),
@@ -687,7 +685,12 @@ class Terminal:
     def expect(self, text: str) -> None:
         """Read until `text` has come, and forget what came before it."""
         os.set_blocking(self.master, False)
-        eventually(lambda: self._read() or text in self.seen)
+
+        def has_come() -> bool:
+            self._read()
+            return text in self.seen
+
+        eventually(has_come)
         self.seen = self.seen.partition(text)[2]
 
     def _read(self) -> None:
@@ -716,7 +719,7 @@ def test_a_conversation_at_the_terminal_outlives_a_cancelled_and_a_failed_answer
     terminal.expect("cancelled")
     terminal.expect("you> ")
     terminal.type("POISON\n")
-    terminal.expect("error: an error, as ordered")
+    terminal.expect("error: an error, as requested")
     terminal.expect("you> ")
     terminal.type("\x04")
     assert terminal.end() == 0

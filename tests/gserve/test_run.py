@@ -99,7 +99,7 @@ def test_gserve_stop_ends_a_service_also_where_nothing_can_be_written(tmp_path: 
         ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *words], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "it is told to end all the same" in done.stderr
+    assert "stopping it anyway" in done.stderr
     assert process.wait(30) != 0
 
 
@@ -216,7 +216,9 @@ class BatchJob:
 
     def __init__(self, folder: Path, command: str, **changed: Any) -> None:
         self.folder = folder
-        order = {"overrides": [], "command": ["/bin/sh", "-c", command], "patience": 80.0, "requeue": True} | changed
+        order: dict[str, Any] = {
+            "overrides": [], "command": ["/bin/sh", "-c", command], "patience": 80.0, "requeue": True,
+        } | changed  # fmt: skip
         self.file = folder / "job.json"
         self.file.write_bytes(msgspec.json.encode(batch.Order(config=str(folder / config(folder)), **order)))
         (folder / "bin").mkdir()
@@ -271,7 +273,7 @@ def test_a_job_that_is_run_again_by_force_says_at_once_that_it_cannot_be(tmp_pat
     job.file.unlink()
     job.environ["SLURM_RESTART_COUNT"] = "1"
     assert job.start().wait(20) == 1
-    assert "SLURM runs this job again, but an earlier run" in job.output
+    assert "SLURM runs this job again, but its file was removed: an earlier run" in job.output
 
 
 def test_a_notice_that_comes_too_early_waits_for_the_last_quarter_of_the_jobs_time(tmp_path: Path) -> None:
@@ -280,7 +282,7 @@ def test_a_notice_that_comes_too_early_waits_for_the_last_quarter_of_the_jobs_ti
     until(lambda: "begun" in job.output)
     (tmp_path / "end").write_text(str(int(time.time()) + 18))
     process.send_signal(signal.SIGUSR1)
-    until(lambda: "going on for" in job.output)
+    until(lambda: "continuing for" in job.output)
     assert "the service is ending" not in job.output
     until(lambda: "the service is ending" in job.output, 6)
     said = re.search(r"the command has (\S+) s to end", job.output)
@@ -302,7 +304,7 @@ def test_a_notice_to_a_script_of_the_users_own_waits_too_also_while_servers_star
         )  # fmt: skip
     until(lambda: "server-0: loading" in job.output)
     process.send_signal(signal.SIGUSR1)
-    until(lambda: "going on for" in job.output)
+    until(lambda: "continuing for" in job.output)
     until(lambda: "begun" in job.output)
     assert "the service is ending" not in job.output
     process.send_signal(signal.SIGUSR1)  # a second one counts
@@ -328,7 +330,7 @@ def test_a_notice_of_the_users_own_long_before_the_end_counts_at_once(tmp_path: 
 
 @pytest.mark.parametrize(
     ("times", "said"),
-    [("10", "job 77 was run again 10 times, which is enough"), ("9", "cannot run 'scontrol'")],
+    [("10", "job 77 was requeued 10 times, which is the maximum"), ("9", "cannot run 'scontrol'")],
     ids=["no more", "once more"],
 )
 def test_a_job_that_gets_nowhere_is_not_run_again_for_ever(tmp_path: Path, times: str, said: str) -> None:
@@ -379,16 +381,16 @@ def test_print_shows_the_script_and_the_command_line_and_submits_nothing(tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "expected either a COMMAND after -- or an --input"),
-        (["-i", "in.txt", "-o", "x", "--", "true"], "expected either a COMMAND after -- or an --input"),
-        (["-i", "in.txt"], "expected --output"),
-        (["-i", "-", "-o", "x"], "both as files"),
+        ([], "expected either a COMMAND after -- or --input"),
+        (["-i", "in.txt", "-o", "x", "--", "true"], "expected either a COMMAND after -- or --input"),
+        (["-i", "in.txt"], "expected files as --input and --output"),
+        (["-i", "-", "-o", "x"], "expected files as --input and --output"),
         (["-i", "none.txt", "-o", "x"], "cannot read the input"),
-        (["-i", "in.txt", "-o", "none/x"], "there is no folder"),
+        (["-i", "in.txt", "-o", "none/x"], "the folder .* does not exist"),
         (["-i", "in.txt", "-o", "x", "--params", "{"], "expected --params as a JSON object"),
-        (["--params", "{}", "--", "true"], "go with --input"),
-        (["--time", "soon", "--", "true"], "expected something like 02:00:00 .* - at --time"),
-        (["--set", "serve.env={API_KEY: canary-0123456789}", "--", "true"], "--set holds a secret"),
+        (["--params", "{}", "--", "true"], "require --input"),
+        (["--time", "soon", "--", "true"], "expected a time such as 02:00:00 .* - at --time"),
+        (["--set", "serve.env={API_KEY: canary-0123456789}", "--", "true"], "--set contains a secret"),
         (["--set", "launcher.type=subprocess", "--nodes", "2", "--", "true"], "on one node"),
     ],
 )

@@ -90,7 +90,7 @@ def test_a_service_is_listed_used_and_stopped_from_another_session(user: User) -
     assert f"quick  {process.pid}  server-0" in user.run("ps", session="ssh")
     assert user.run("generate", "--attach", "quick", "from afar", session=None) == "from afar\n"
     taken = user.run("launch", "quick.yaml", session="ssh", code=2)
-    assert f"a service named 'quick' runs already (process {process.pid})" in taken
+    assert f"a service named 'quick' is already running (process {process.pid})" in taken
     shutil.rmtree(user.folder / "login")  # as at the logout
     assert f"quick  {process.pid}  server-0" in user.run("ps")
     assert user.run("stop", "quick", session=None) == "stopped 'quick'\n"

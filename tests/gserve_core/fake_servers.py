@@ -50,8 +50,8 @@ class FakeRun:
         """Die, and leave the cleanup to `clean_up`."""
         self.report(Ended(why, died, self.finished, self.alone))
 
-    def clean_up(self, failure: GserveError | None = None, left: tuple[int, ...] = ()) -> None:
-        self.report(Gone(failure or LaunchError("server-0 failed while serving: killed by SIGKILL"), left))
+    def clean_up(self, failure: GserveError | None = None, unkillable: tuple[int, ...] = ()) -> None:
+        self.report(Gone(failure or LaunchError("server-0 failed while serving: killed by SIGKILL"), unkillable))
 
     def stop(self, drain: float | None = None) -> None:
         self.stops.append(drain)

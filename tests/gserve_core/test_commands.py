@@ -38,8 +38,14 @@ sys.exit(7)
 """
 
 
+def launched(job: Job) -> LocalProcess:
+    process = SubprocessLauncher().launch(job)
+    assert isinstance(process, LocalProcess)
+    return process
+
+
 def launch(tmp_path: Path, *command: str) -> LocalProcess:
-    return SubprocessLauncher().launch(Job(name="job", command=command, log=tmp_path / "log"))
+    return launched(Job(name="job", command=command, log=tmp_path / "log"))
 
 
 def python(tmp_path: Path, text: str) -> LocalProcess:
@@ -130,7 +136,7 @@ def test_servers_and_ranks_without_gpus_share_the_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     command = [sys.executable, "-c", f"import os; print(os.environ.get({CORES_VARIABLE!r}))"]
     job = Job(name="job", command=command, log=tmp_path / "log", servers=servers, index=index, gpus=ranks)
-    process = SubprocessLauncher().launch(job)
+    process = launched(job)
     assert lines(process, 1) == [cores.encode()]
     process.stop(1)
 
@@ -147,7 +153,7 @@ def test_servers_outlive_the_threads_that_started_them(tmp_path: Path) -> None:
     def begin(index: int) -> tuple[LocalProcess, lease.OwnerEnd]:
         program = "import sys; [print(line, end='', flush=True) for line in sys.stdin]"
         job = Job(name=f"job-{index}", command=[sys.executable, "-S", "-c", program], log=tmp_path / f"{index}.log")
-        process = SubprocessLauncher().launch(job)
+        process = launched(job)
         return process, lease.OwnerEnd(process.stdin, process.stdout, lease.Hello(f"i{index}", "t"))
 
     with ThreadPoolExecutor(20) as pool:

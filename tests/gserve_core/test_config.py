@@ -61,10 +61,10 @@ def test_llm_config_has_the_fields_order_and_defaults_of_the_seed() -> None:
     [
         (lambda: LLMConfig(model_name="m", max_modellen=4),  # type: ignore[call-arg]
          "LLMConfig: unknown argument 'max_modellen'; did you mean 'max_model_len'?"),
-        (lambda: LLMConfig("m", None, "auto", *[None] * 20),  # type: ignore[call-arg, arg-type]
+        (lambda: LLMConfig("m", None, "auto", *[None] * 20),  # type: ignore[arg-type]
          "LLMConfig: expected at most 15 arguments, got 23; name them: model_name=…"),
         (lambda: LLMConfig("m", model_name="m"),  # type: ignore[misc]
-         "LLMConfig: the argument 'model_name' is given twice, once by its place and once by its name"),
+         "LLMConfig: the argument 'model_name' is given twice, once by position and once by name"),
         (lambda: LLMConfig(), "LLMConfig: missing argument 'model_name'"),  # type: ignore[call-arg]
         (lambda: LLMConfig(seed=1), "LLMConfig: missing argument 'model_name'"),  # type: ignore[call-arg]
         (lambda: dataclasses.replace(LLMConfig("m"), sead=1),  # type: ignore[call-arg]
@@ -72,7 +72,7 @@ def test_llm_config_has_the_fields_order_and_defaults_of_the_seed() -> None:
         (lambda: ServeConfig(gpus=[0]),  # type: ignore[call-arg]
          "ServeConfig: unknown argument 'gpus'; did you mean 'gpu_ids'?"),
         (lambda: ServeConfig([0], gpu_ids=[0]),  # type: ignore[misc]
-         "ServeConfig: the argument 'gpu_ids' is given twice, once by its place and once by its name"),
+         "ServeConfig: the argument 'gpu_ids' is given twice, once by position and once by name"),
     ],
 )  # fmt: skip
 def test_a_call_with_wrong_arguments_is_a_config_error(call: Callable[[], object], expected: str) -> None:
@@ -104,9 +104,9 @@ def test_configs_are_plain_values() -> None:
          " - at $.dtype"),
         ({"llm_kwargs": {"dtype": 16}}, "unknown dtype 16; expected one of auto, bfloat16, float16, float32, float,"
          " half - at $.llm_kwargs.dtype"),
-        ({"model_name": "a\nb"}, "'a\\nb' holds a line break or a control character - at $.model_name"),
-        ({"model_name": "a\x1b[31mb"}, "'a\\x1b[31mb' holds a line break or a control character - at $.model_name"),
-        ({"lora_path": "/a\tb"}, "'/a\\tb' holds a line break or a control character - at $.lora_path"),
+        ({"model_name": "a\nb"}, "'a\\nb' contains a line break or a control character - at $.model_name"),
+        ({"model_name": "a\x1b[31mb"}, "'a\\x1b[31mb' contains a line break or a control character - at $.model_name"),
+        ({"lora_path": "/a\tb"}, "'/a\\tb' contains a line break or a control character - at $.lora_path"),
     ],
 )  # fmt: skip
 def test_a_model_that_cannot_be_is_refused(options: dict[str, Any], expected: str) -> None:
@@ -130,11 +130,11 @@ def test_each_dtype_of_vllm_is_taken(dtype: str) -> None:
         ("a..b", "expected an IP address or the name of a machine"),
         ("::1::", "expected an IP address or the name of a machine"),
         ("a" * 64, "expected an IP address or the name of a machine"),
-        ("127.0.0.256", "it has only numbers like an IP address, and is none"),
+        ("127.0.0.256", "it looks like an IP address, but is not a valid one"),
     ],
 )
 def test_a_host_that_is_none_is_refused(host: str, expected: str) -> None:
-    assert message(lambda: ServeConfig(host=host)) == f"'{host}' is no host: {expected} - at $.host"
+    assert message(lambda: ServeConfig(host=host)) == f"'{host}' is not a host: {expected} - at $.host"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_configs_cannot_be_changed(config: Any, name: str) -> None:
 
 
 def test_whole_numbers_and_tuples_are_read_as_what_they_mean() -> None:
-    assert ServeConfig((0, 1)).gpu_ids == [0, 1]
+    assert ServeConfig((0, 1)).gpu_ids == [0, 1]  # type: ignore[arg-type]
     assert ServeConfig([0], startup_timeout=300).startup_timeout == 300.0
     assert ServeConfig([0], startup_timeout=None, client_timeout=None).client_timeout is None
     assert LLMConfig("m", gpu_memory_utilization=1).gpu_memory_utilization == 1.0
@@ -200,12 +200,12 @@ def cyclic() -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: LLMConfig(3), "expected str, got int - at $.model_name"),
-        (lambda: LLMConfig(Path("m")), "expected str, got PosixPath - at $.model_name"),
+        (lambda: LLMConfig(3), "expected str, got int - at $.model_name"),  # type: ignore[arg-type]
+        (lambda: LLMConfig(Path("m")), "expected str, got PosixPath - at $.model_name"),  # type: ignore[arg-type]
         (lambda: LLMConfig("m", seed=True), "expected int, got bool - at $.seed"),
-        (lambda: LLMConfig("m", seed="0"), "expected int, got str - at $.seed"),
-        (lambda: LLMConfig("m", llm_kwargs=None), "expected mapping, got null - at $.llm_kwargs"),
-        (lambda: LLMConfig("m", llm_kwargs={1: 2}), "expected str, got int in a key - at $.llm_kwargs"),
+        (lambda: LLMConfig("m", seed="0"), "expected int, got str - at $.seed"),  # type: ignore[arg-type]
+        (lambda: LLMConfig("m", llm_kwargs=None), "expected mapping, got null - at $.llm_kwargs"),  # type: ignore[arg-type]
+        (lambda: LLMConfig("m", llm_kwargs={1: 2}), "expected str, got int in a key - at $.llm_kwargs"),  # type: ignore[dict-item]
         (lambda: LLMConfig("m", llm_kwargs={"seed": "abc"}), "expected int | null, got str - at $.llm_kwargs.seed"),
         (lambda: LLMConfig("m", llm_kwargs={"seed": [1]}), "expected int | null, got list - at $.llm_kwargs.seed"),
         (lambda: LLMConfig("m", llm_kwargs={"a": {1: 2}}), "expected a text as key, got 1 - at $.llm_kwargs.a"),
@@ -230,12 +230,12 @@ def cyclic() -> dict[str, Any]:
             lambda: LLMConfig("m", llm_kwargs=cyclic()),
             "expected JSON-serialisable values: maximum recursion depth exceeded - at $.llm_kwargs",
         ),
-        (lambda: ServeConfig(0), "expected list | null, got int - at $.gpu_ids"),
-        (lambda: ServeConfig("0,1"), "expected list | null, got str - at $.gpu_ids"),
+        (lambda: ServeConfig(0), "expected list | null, got int - at $.gpu_ids"),  # type: ignore[arg-type]
+        (lambda: ServeConfig("0,1"), "expected list | null, got str - at $.gpu_ids"),  # type: ignore[arg-type]
         (lambda: ServeConfig([True]), "expected int, got bool - at $.gpu_ids[0]"),
-        (lambda: ServeConfig([0], port=8000.0), "expected int | null, got float - at $.port"),
-        (lambda: ServeConfig([0], host=None), "expected str, got null - at $.host"),
-        (lambda: ServeConfig(servers=1.5), "expected int | null, got float - at $.servers"),
+        (lambda: ServeConfig([0], port=8000.0), "expected int | null, got float - at $.port"),  # type: ignore[arg-type]
+        (lambda: ServeConfig([0], host=None), "expected str, got null - at $.host"),  # type: ignore[arg-type]
+        (lambda: ServeConfig(servers=1.5), "expected int | null, got float - at $.servers"),  # type: ignore[arg-type]
     ],
 )
 def test_a_wrong_value_from_python_is_named_with_its_field(make: Callable[[], object], expected: str) -> None:
@@ -292,7 +292,7 @@ def test_servers_may_share_gpus_but_no_server_has_one_twice() -> None:
     assert check_placement(pairs, ServeConfig([0, 1, 0, 1], share_gpu=True)) == [(0, 1), (0, 1)]
     with pytest.raises(ConfigError) as refused:
         check_placement(pairs, ServeConfig([0, 0, 1, 1], share_gpu=True))
-    assert str(refused.value) == "a server would have a GPU twice: [0, 0] - at $.serve.gpu_ids"
+    assert str(refused.value) == "a server would get the same GPU twice: [0, 0] - at $.serve.gpu_ids"
 
 
 def range_of(count: int) -> list[int]:
@@ -305,13 +305,21 @@ def range_of(count: int) -> list[int]:
         (
             {"tensor_parallel_size": 2},
             ServeConfig([0, 1, 2]),
-            "3 GPUs do not split into servers of 2 (tensor_parallel_size times pipeline_parallel_size):"
-            " add or drop ids - at $.serve.gpu_ids",
+            "3 GPUs cannot be divided into servers of 2 (tensor_parallel_size times pipeline_parallel_size):"
+            " add or remove ids - at $.serve.gpu_ids",
         ),
         ({"tensor_parallel_size": 0}, ServeConfig([0]), "expected a number of GPUs, got 0"),
         ({"pipeline_parallel_size": "2"}, ServeConfig([0]), "expected a number of GPUs, got '2'"),
-        ({}, ServeConfig([0, 1], port=65535), "2 servers from port 65535 on go past 65535 - at $.serve.port"),
-        ({}, ServeConfig(servers=3, port=65534), "3 servers from port 65534 on go past 65535 - at $.serve.port"),
+        (
+            {},
+            ServeConfig([0, 1], port=65535),
+            "2 servers from port 65535 would need ports above 65535 - at $.serve.port",
+        ),
+        (
+            {},
+            ServeConfig(servers=3, port=65534),
+            "3 servers from port 65534 would need ports above 65535 - at $.serve.port",
+        ),
     ],
 )
 def test_a_placement_that_cannot_be_is_an_error(llm_kwargs: dict[str, Any], serve: ServeConfig, expected: str) -> None:
@@ -404,7 +412,7 @@ def test_aliases_repeat_what_they_stand_for(tmp_path: Path) -> None:
 
 TOP = "engine, launcher, llm, plugins, serve, transport"
 ONLY = "expected texts, numbers, lists and mappings"
-WRONG = {
+WRONG: dict[str, tuple[str | bytes, str]] = {
     # what is wrong: (the file, the message after its name)
     "unknown key": (LLM + "serv: {}\n", ":3: unknown key 'serv'; did you mean 'serve'? - at $.serv"),
     "unknown key like no other": (LLM + "zzz: {}\n", f":3: unknown key 'zzz'; expected one of {TOP} - at $.zzz"),
@@ -455,7 +463,7 @@ WRONG = {
         ":3: not YAML: expected a single document in the stream, but found another document",
     ),
     "not UTF-8": (b"llm: {model_name: \xff}\n", ": expected UTF-8 text: invalid start byte at byte 18"),
-    "a control character": (LLM + "serve: \x01\n", ":3: not YAML: the character '\\x01' may not stand here"),
+    "a control character": (LLM + "serve: \x01\n", ":3: not YAML: the character '\\x01' is not allowed"),
     "an open bracket": (LLM + "serve: [1\nx", ":4: not YAML: expected ',' or ']', but got '<stream end>'"),
     "a tab": (LLM + "serve:\n\tport: 1\n", ":4: not YAML: found character '\\t' that cannot start any token"),
     "two colons": (LLM + "serve: a: b\n", ":3: not YAML: mapping values are not allowed here"),
@@ -474,12 +482,12 @@ WRONG = {
     "a wrong number": (LLM + "engine: {a: !!int x}\n", ": not YAML: invalid literal for int() with base 10: 'x'"),
     "an alias in itself": (
         LLM + "  llm_kwargs: &a {a: *a}\n",
-        ":3: the aliases of this YAML expand to too much",
+        ":3: the aliases of this YAML expand to too many values",
     ),
     "larger than 1 MiB": (LLM + "#" * (1 << 20), ": the config is larger than 1 MiB"),
     "a merge key": (
         LLM + "serve:\n  <<: {port: 1}\n",
-        ":4: merge keys (<<) are not read: write the keys out - at $.serve",
+        ":4: merge keys (<<) are not supported: write the keys out - at $.serve",
     ),
     "a number as key": (LLM + "1: 2\n", ":3: expected a text as key, got '1'"),
     "a truth as key": (LLM + "serve: {true: 2}\n", ":3: expected a text as key, got 'true' - at $.serve"),
@@ -491,7 +499,7 @@ WRONG = {
     ),
     "gpu_ids and servers": (
         LLM + "serve:\n  gpu_ids: [0]\n  servers: 2\n",
-        ":5: gpu_ids and servers are both set: the ids say how many servers - at $.serve.servers",
+        ":5: gpu_ids and servers are both set: remove servers, since the ids set the number - at $.serve.servers",
     ),
     "no GPU ids": (
         LLM + "serve: {gpu_ids: []}\n",
@@ -515,12 +523,12 @@ WRONG = {
     "port 65536": (LLM + "serve: {port: 65536}\n", ":3: expected a port from 1 to 65535, got 65536 - at $.serve.port"),
     "ports past the end": (
         LLM + "serve:\n  servers: 2\n  port: 65535\n",
-        ":5: 2 servers from port 65535 on go past 65535 - at $.serve.port",
+        ":5: 2 servers from port 65535 would need ports above 65535 - at $.serve.port",
     ),
     "uneven split": (
         LLM + "  llm_kwargs: {tensor_parallel_size: 2}\nserve: {gpu_ids: [0]}\n",
-        ":4: 1 GPUs do not split into servers of 2 (tensor_parallel_size times pipeline_parallel_size):"
-        " add or drop ids - at $.serve.gpu_ids",
+        ":4: 1 GPUs cannot be divided into servers of 2 (tensor_parallel_size times pipeline_parallel_size):"
+        " add or remove ids - at $.serve.gpu_ids",
     ),
     "a wrong size": (
         LLM + "  llm_kwargs:\n    tensor_parallel_size: two\n",
@@ -557,7 +565,7 @@ WRONG = {
     "no tokens": (LLM + "  max_model_len: 0\n", ":3: expected a number of tokens, got 0 - at $.llm.max_model_len"),
     "model in llm_kwargs": (
         LLM + "  llm_kwargs: {model: x}\n",
-        ":3: 'model' does not belong here: set model_name - at $.llm.llm_kwargs",
+        ":3: 'model' is not allowed here: set model_name - at $.llm.llm_kwargs",
     ),
 }
 
@@ -583,7 +591,7 @@ def test_an_alias_bomb_is_refused_within_a_second(tmp_path: Path) -> None:
     lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 10)]
     file.write_text("\n".join(lines))
     began = time.process_time()
-    assert message(lambda: load(file)).endswith("the aliases of this YAML expand to too much")
+    assert message(lambda: load(file)).endswith("the aliases of this YAML expand to too many values")
     assert time.process_time() - began < 1
 
 
@@ -628,7 +636,10 @@ def test_set_overrides_the_file(file: Path, overrides: list[str], expected: Conf
         ("serve.port=x", "--set serve.port=x: expected int | null, got str - at $.serve.port"),
         ("serve={port: x}", "--set serve={port: x}: expected int | null, got str - at $.serve.port"),
         ("serve.port=0", "--set serve.port=0: expected a port from 1 to 65535, got 0 - at $.serve.port"),
-        ("serve.port=65535", "--set serve.port=65535: 2 servers from port 65535 on go past 65535 - at $.serve.port"),
+        (
+            "serve.port=65535",
+            "--set serve.port=65535: 2 servers from port 65535 would need ports above 65535 - at $.serve.port",
+        ),
         ("serve.prot=1", "--set serve.prot=1: unknown key 'prot'; did you mean 'port'? - at $.serve.prot"),
         ("serv.port=1", "--set serv.port=1: unknown key 'serv'; did you mean 'serve'? - at $.serv"),
         ("llm=1", "--set llm=1: expected a mapping, got int - at $.llm"),

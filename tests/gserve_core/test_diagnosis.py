@@ -115,7 +115,7 @@ def test_what_to_try_comes_after_the_end_of_the_log(tmp_path: Path) -> None:
 def test_of_several_workers_the_one_counts_that_failed_first(tmp_path: Path) -> None:
     error = exited(written(tmp_path, TWO_WORKERS), LAST)
     assert error.cause == "the GPU ran out of memory"
-    assert "it said: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB." in str(error)
+    assert "original error: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB." in str(error)
 
 
 def test_what_an_earlier_life_said_in_the_same_log_does_not_count(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_cause_that_says_all_is_kept(tmp_path: Path) -> None:
 def test_what_had_caused_the_last_exception_explains_it(tmp_path: Path) -> None:
     error = exited(written(tmp_path, CHAINED), TOKENIZER)
     assert error.cause == "the model hub refuses access to the model"
-    assert f"it said: {TOKENIZER}\n" in str(error)
+    assert f"original error: {TOKENIZER}\n" in str(error)
     assert str(error).endswith(f"\nwhat to try: {error.hint}"), "the end of the log does not come after it"
     handled = CHAINED.replace(diagnosis.CAUSED, diagnosis.HANDLED)
     assert exited(written(tmp_path, handled), TOKENIZER).cause == TOKENIZER, "what was only handled is no cause"
@@ -166,7 +166,7 @@ def test_the_error_carries_all_that_is_known_and_its_message_ends_with_what_to_t
     assert len(error.tail[-1]) < 500
     assert str(error).splitlines() == [
         f"server-0 failed while starting the engine: vLLM has no argument 'a' (log: {log})",
-        f"it said: {cause}",
+        f"original error: {cause}",
         f"what to try: {error.hint}",
     ]
     again = pickle.loads(pickle.dumps(error))
@@ -179,7 +179,7 @@ def test_the_error_carries_all_that_is_known_and_its_message_ends_with_what_to_t
         (3, "its process exited unexpectedly with code 3", ""),
         (0, "its process exited unexpectedly with code 0", ""),
         (-9, "its process was killed by SIGKILL", "memory"),
-        (137, "its process exited with code 137, which stands for SIGKILL", "memory"),
+        (137, "its process exited with code 137, which means SIGKILL", "memory"),
         (-11, "its process was killed by SIGSEGV", ""),
         (-40, "its process was killed by signal 40", ""),
         (255, "its process exited unexpectedly with code 255", ""),
@@ -218,7 +218,7 @@ def test_the_systems_count_of_kills_for_memory_is_named_where_it_has_risen(tmp_p
         pytest.skip("the memory controller of the control group cannot be read here")
     assert exited(tmp_path / "none", None, -9, kills).cause == "its process was killed by SIGKILL"
     error = exited(tmp_path / "none", None, -9, kills - 1)
-    assert error.cause == "its process was killed by SIGKILL, when memory had run out"
+    assert error.cause == "its process was killed by SIGKILL, after memory had run out"
     assert exited(tmp_path / "none", None, -11, kills - 1).cause == "its process was killed by SIGSEGV"
 
 
@@ -248,7 +248,7 @@ def test_a_process_that_was_killed_for_want_of_memory_is_told_from_others() -> N
         done = subprocess.run(
             [sys.executable, "-c", OUT_OF_MEMORY, str(group)], capture_output=True, text=True, check=False
         )
-        assert done.stdout == "its process was killed by SIGKILL, when memory had run out\n", done.stderr
+        assert done.stdout == "its process was killed by SIGKILL, after memory had run out\n", done.stderr
     finally:
         group.rmdir()
 

@@ -13,8 +13,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from gserve_core.doctor import examination, node
 from gserve_core.config import Config, LLMConfig
+from gserve_core.doctor import examination, machine, node
 from gserve_core.errors import ConfigError
 from gserve_core.interfaces import Finding
 
@@ -146,7 +146,7 @@ def test_a_missing_vllm_is_a_problem_only_where_servers_run(tmp_path: Path) -> N
         if not entry.name.startswith("vllm"):
             (site / entry.name).symlink_to(entry)
     (tmp_path / "config.yaml").write_text("llm: {model_name: any/model}\n")
-    environ = os.environ | {"PYTHONPATH": f"{site}:{node.ROOT}"}
+    environ = os.environ | {"PYTHONPATH": f"{site}:{machine.ROOT}"}
     command = [sys.executable, "-S", "-m", "gserve.cli", "doctor"]
     for arguments, state in ((), "note"), (("config.yaml",), "problem"):
         ran = subprocess.run(
@@ -417,7 +417,7 @@ def test_no_node_without_a_config() -> None:
 
 def test_the_program_on_a_node_ends_with_its_owner() -> None:
     errand = node.Errand(Config(LLMConfig("any"), engine={"type": "echo"}), "/", None, "token", look=True)
-    command = [sys.executable, "-c", node.PROGRAM, str(node.ROOT)]
+    command = [sys.executable, "-c", node.PROGRAM, str(machine.ROOT)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin
         assert process.stdout

@@ -77,7 +77,8 @@ class Leased:
         while True:
             line, newline, self._rest = self._rest.partition(b"\n")
             if newline:
-                self.heard.append(message := json.loads(line))
+                message: dict[str, Any] = json.loads(line)
+                self.heard.append(message)
                 if message["type"] == kind:
                     return message
                 continue
@@ -170,7 +171,11 @@ def test_a_server_tells_its_start_in_order_and_stops_when_told(tmp_path: Path) -
         kinds = [message["type"] for message in server.heard]
         assert kinds[0] == "listening"
         assert set(kinds[1:-1]) == {"phase"}
-        assert [it["text"] for it in server.heard[1:-1]] == ["starting the engine", "loading", "making the first token"]
+        assert [it["text"] for it in server.heard[1:-1]] == [
+            "starting the engine",
+            "loading",
+            "generating the first token",
+        ]
         assert ready["info"]["model"] == "m"
         hosts, port = server.heard[0]["address"]
         assert hosts == ["127.0.0.1"]
@@ -232,7 +237,7 @@ def test_a_server_that_nobody_greets_says_what_is_missing(tmp_path: Path) -> Non
         server.say(b"who is there?\n")
         server.hang_up()
         assert server.process.wait(60) == 1
-        assert "no owner speaks on stdin" in server.log.read_text()
+        assert "no owner is connected to stdin" in server.log.read_text()
         assert "Traceback" not in server.log.read_text()
 
 
@@ -407,7 +412,7 @@ def test_the_owner_sends_heartbeats_while_nobody_receives() -> None:
         owner = lease.OwnerEnd(stdin, out, lease.Hello("i", "t"))
         lines = lease.Lines(read)
         heard: list[bytes] = []
-        deadline = time.monotonic() + lease.BEAT + 5
+        deadline = time.monotonic() + lease.HEARTBEAT_SECONDS + 5
         while b'{"type":"beat"}' not in heard:
             assert time.monotonic() < deadline
             heard += lines.read(0.2) or []
@@ -436,7 +441,7 @@ def test_what_does_not_fit_into_the_line_follows_in_order() -> None:
         deadline = time.monotonic() + 20
         while len(heard) < 21:
             assert time.monotonic() < deadline
-            heard += [it for it in lease.decoded(lines.read(0.2) or []) if not isinstance(it, lease.Beat)]
+            heard += [it for it in lease.decode(lines.read(0.2) or []) if not isinstance(it, lease.Beat)]
         assert isinstance(heard[0], lease.Hello)
         assert {it.seconds for it in heard[1:] if isinstance(it, lease.Drain)} == set(map(float, range(20)))
         owner.close()
@@ -510,7 +515,7 @@ def test_a_heart_that_could_not_begin_begins_with_the_next_lease(monkeypatch: py
     def fail(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    heart = lease._Heart()
+    heart = lease._Heartbeats()
     beats: list[int] = []
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", fail)
@@ -530,7 +535,7 @@ class Beating(lease.OwnerEnd):
     def __init__(self, beats: list[int]) -> None:
         self._beats = beats
 
-    def beat(self) -> bool:
+    def send_heartbeat(self) -> bool:
         self._beats.append(1)
         return len(self._beats) < 3
 
@@ -559,7 +564,7 @@ def test_what_a_child_has_opened_stays_open_in_what_it_forks() -> None:
     ) as process:
         assert process.stdin is not None
         assert process.stderr is not None
-        process.stdin.write(lease.encoded(lease.Hello("i", "t")))
+        process.stdin.write(lease.encode(lease.Hello("i", "t")))
         process.stdin.flush()
         said = process.stderr.read()
         assert process.wait(60) == 0, said
@@ -581,9 +586,9 @@ class Hello:
     ttl = None
 
 server = lease.ServerEnd.__new__(lease.ServerEnd)
-server._lines, server.hello, server._handlers, server.last_will = Closed(), Hello(), None, lambda: None
+server._lines, server.hello, server._handlers, server.start_cleanup = Closed(), Hello(), None, lambda: None
 threading.Thread.start = refuse
-server._watch()
+server._run_reader()
 """
 
 

@@ -163,7 +163,7 @@ def test_a_section_is_the_inverse_of_build(kind: str, value: Any) -> None:
 NO_METHOD = "class Mine(Launcher):\n    name = 'mine'\n"
 NOT_DECORATED = "class Mine(CommandLauncher):\n    name = 'mine'\n    partition: str = ''\n    size: int = 1\n"
 NOTHING = (
-    "the plugin 'NAME' (FILE) brings nothing: expected a function named one of gserve_register_launchers,"
+    "the plugin 'NAME' (FILE) has no hook: expected a function named one of gserve_register_launchers,"
     " gserve_register_transports, gserve_register_engines, decorated with @gserve.hookimpl"
 )
 WRONG = {
@@ -228,11 +228,11 @@ WRONG = {
     ),
     "its class lacks a name": (
         brings("launcher", "[CommandLauncher]"),
-        "the launcher CommandLauncher of the plugin 'NAME': it lacks its name: expected `name = \"…\"` in the class",
+        "the launcher CommandLauncher of the plugin 'NAME': it has no name: expected `name = \"…\"` in the class",
     ),
     "its class has an empty name": (
         brings("launcher", "[Mine]", "class Mine(CommandLauncher):\n    name = ''\n"),
-        "the launcher Mine of the plugin 'NAME': it lacks its name: expected `name = \"…\"` in the class",
+        "the launcher Mine of the plugin 'NAME': it has no name: expected `name = \"…\"` in the class",
     ),
     "its class has options and is no dataclass": (
         brings("launcher", "[Mine]", NOT_DECORATED),
@@ -293,7 +293,7 @@ def test_a_module_that_is_not_there_is_named(tmp_path: Path, module: str, expect
 
 def test_a_module_that_hides_the_one_beside_the_config_is_named_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "queue.py").write_text(LAUNCHER)
-    with pytest.raises(PluginError, match=r"^the plugin 'queue' \(/.*/queue\.py\) brings nothing: ") as caught:
+    with pytest.raises(PluginError, match=r"^the plugin 'queue' \(/.*/queue\.py\) has no hook: ") as caught:
         plugins.load(["queue"], tmp_path)
     assert str(tmp_path) not in str(caught.value)
 
@@ -349,7 +349,7 @@ def test_what_is_given_from_python_must_be_a_value_of_the_right_kind() -> None:
     with pytest.raises(ConfigError, match=r"^expected an instance of gserve\.Engine, got <class .*EchoEngine'> - at"):
         service(engine=EchoEngine)
     with pytest.raises(ConfigError, match=r"^expected str, got int - at \$\.(engine\.)?die_on$"):
-        service(engine=EchoEngine(die_on=2))
+        service(engine=EchoEngine(die_on=2))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)

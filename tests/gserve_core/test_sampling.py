@@ -11,7 +11,8 @@ from gserve_core.engines.echo import EchoParams
 from gserve_core.sampling import params_from, public_fields, read_params
 
 KNOWN = "ignore_eos, logprobs, max_tokens, min_p, min_tokens, n, prompt_logprobs, seed, stop, temperature, top_k, top_p"
-N = " (an item is retried as a whole): for more completions, send the prompt several times"
+UNSENT = "the sampling parameters cannot be sent to a server"
+N = " (a retry repeats all completions of an item): for more completions, send the prompt several times"
 NAN = float("nan")
 
 
@@ -63,17 +64,17 @@ def test_right_parameters_are_read(params: dict[str, Any], expected: EchoParams)
         ({"num_return_sequences": 2}, "unknown sampling parameter 'num_return_sequences'; write 'n'"),
         ({"stop_sequences": ["x"]}, "unknown sampling parameter 'stop_sequences'; write 'stop'"),
         ({"top_logprobs": 2}, "unknown sampling parameter 'top_logprobs'; write 'logprobs', the number of tokens to"
-         " show at each place"),
+         " show at each position"),
         ({"do_sample": False}, "unknown sampling parameter 'do_sample'; write 'temperature', where 0 means no"
          " sampling"),
-        ({"num_beams": 4}, "unknown sampling parameter 'num_beams'; there is no beam search: sample several completions"
-         " with 'n', and choose by their 'cumulative_logprob'"),
+        ({"num_beams": 4}, "unknown sampling parameter 'num_beams'; beam search is not supported: sample several"
+         " completions with 'n', and choose by their 'cumulative_logprob'"),
         ({"guided_json": {}}, f"unknown sampling parameter 'guided_json'; expected one of {KNOWN}"),
-        ({"n": 10**5000}, "sampling parameter 'n': expected integers of 64 bits at most"),
+        ({"n": 10**5000}, "sampling parameter 'n': expected integers of at most 64 bits"),
         ({"seed": 2**63}, "sampling parameter 'seed': expected -9223372036854775808 to 9223372036854775807,"
          " got 9223372036854775808"),
-        ({"seed": 2**70}, "sampling parameter 'seed': expected integers of 64 bits at most"),
-        ({"max_tokens": 2**70}, "sampling parameter 'max_tokens': expected integers of 64 bits at most"),
+        ({"seed": 2**70}, "sampling parameter 'seed': expected integers of at most 64 bits"),
+        ({"max_tokens": 2**70}, "sampling parameter 'max_tokens': expected integers of at most 64 bits"),
         ({"logprobs": -2}, "sampling parameter 'logprobs': expected -1 to 1048576, got -2"),
         ({"ignore_eos": "x"}, "wrong sampling parameters: expected bool, got str - at $.ignore_eos"),
         ({"temperature": NAN}, "sampling parameter 'temperature': expected a finite number, got nan"),
@@ -127,7 +128,7 @@ class Outer(msgspec.Struct):
         ({"inner": {"size": 10}}, "wrong sampling parameters: ValidationError"),
         ({"inner": [1]}, "wrong sampling parameters: expected mapping | null, got list - at $.inner"),
         ({"other": {"a": "x"}}, "wrong sampling parameters: expected int, got str - at $.other[...]"),
-        ({"other": {10**30: 1}}, "sampling parameter 'other': expected integers of 64 bits at most"),
+        ({"other": {10**30: 1}}, "sampling parameter 'other': expected integers of at most 64 bits"),
     ],
 )
 def test_private_names_and_names_within_are_checked_as_well(params: dict[str, Any], expected: str) -> None:
@@ -154,7 +155,7 @@ class Choosing(msgspec.Struct):
     ],
 )
 def test_parameters_that_leave_no_token_to_choose_are_refused(params: dict[str, Any], named: str) -> None:
-    with pytest.raises(ItemError, match=f"^the sampling parameters {named} do not go together"):
+    with pytest.raises(ItemError, match=f"^the sampling parameters {named} cannot be combined"):
         read_params(params, Choosing)
 
 
@@ -212,12 +213,11 @@ def test_parameters_come_out_of_the_gate_as_they_went_in(params: EchoParams) -> 
         (3, "expected sampling_params as vllm.SamplingParams or a mapping, got int"),
         ([EchoParams()], "expected sampling_params as vllm.SamplingParams or a mapping, got list"),
         (EchoParams, "expected sampling_params as vllm.SamplingParams or a mapping, got StructMeta"),
-        ({"a": object()}, "the sampling parameters cannot travel: Encoding objects of type object is unsupported"),
-        ({"a": 2**70}, "the sampling parameters cannot travel: can't serialize ints < -2**63 or > 2**64 - 1"),
+        ({"a": object()}, f"{UNSENT}: Encoding objects of type object is unsupported"),
+        ({"a": 2**70}, f"{UNSENT}: can't serialize ints < -2**63 or > 2**64 - 1"),
         (
             {"a": "\ud800"},
-            "the sampling parameters cannot travel: 'utf-8' codec can't encode character '\\ud800' in position 0:"
-            " surrogates not allowed",
+            f"{UNSENT}: 'utf-8' codec can't encode character '\\ud800' in position 0: surrogates not allowed",
         ),
     ],
 )
@@ -230,5 +230,5 @@ def test_what_cannot_travel_is_named(given: object, expected: str) -> None:
 def test_parameters_that_hold_themselves_cannot_travel() -> None:
     params: dict[str, Any] = {}
     params["a"] = params
-    with pytest.raises(ItemError, match="cannot travel: maximum recursion depth exceeded"):
+    with pytest.raises(ItemError, match="cannot be sent to a server: maximum recursion depth exceeded"):
         params_from(params)

@@ -294,7 +294,7 @@ def test_a_server_that_others_can_reach_refuses_who_has_no_token(tmp_path: Path)
         assert ask(port, "GET", "/health", hosts=[socket.gethostname()]).status == 200
         with VLLMClient(port=port, token="secret-token") as client:
             assert client.generate(["a"]) == [["a"]]
-        with VLLMClient(port=port) as client, pytest.raises(BatchError, match="wants its token"):
+        with VLLMClient(port=port) as client, pytest.raises(BatchError, match="requires its token"):
             client.generate(["a"])
         for process in our_processes().values():
             assert "secret-token" not in process
@@ -657,7 +657,7 @@ def test_a_stranger_on_the_port_is_refused(instance: str | None) -> None:
 @pytest.mark.parametrize("body", [b"", b"ok", b"<html>hello, this is a web server</html>", b"\0\0\0\1x"])
 def test_what_is_no_gserve_server_is_no_answer(body: bytes) -> None:
     with decoy(body) as port, VLLMClient(port=port) as client:
-        with pytest.raises(TransportError, match="is no gserve server"):
+        with pytest.raises(TransportError, match="is not a gserve server"):
             client.health()
         with pytest.raises(BatchError, match="1 of 1 items failed"):
             client.generate(["a"])

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from gserve_core.schema import Group, RunRequest
+from tests.gserve_transports.noted import Noted, exchange, served
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 BODIES = {
@@ -56,7 +57,7 @@ def status(answer: bytes) -> int:
 
 
 @pytest.mark.parametrize("path", BODIES)
-def test_the_right_secret_has_its_effect(noted, exchange, path: str) -> None:
+def test_the_right_secret_has_its_effect(noted: Noted, path: str) -> None:
     secret = CONTROL if path == "/shutdown" else TOKEN
     assert status(exchange(noted.port, request("POST", path, f"Bearer {secret}".encode(), BODIES[path]))) == 200
     assert noted.effects == [EFFECTS[path]]
@@ -64,7 +65,7 @@ def test_the_right_secret_has_its_effect(noted, exchange, path: str) -> None:
 
 @pytest.mark.parametrize("near", NEAR)
 @pytest.mark.parametrize("method", METHODS)
-def test_without_the_token_nothing_acts(noted, exchange, method: str, near: str) -> None:
+def test_without_the_token_nothing_acts(noted: Noted, method: str, near: str) -> None:
     for target in ("/health", *BODIES, *UNKNOWN):
         answer = exchange(noted.port, request(method, target, NEAR[near], BODIES.get(target, b"")))
         assert not noted.effects, f"{method} {target} did {noted.effects}"
@@ -76,7 +77,7 @@ def test_without_the_token_nothing_acts(noted, exchange, method: str, near: str)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_other_method_acts_with_either_secret(noted, exchange, method: str) -> None:
+def test_no_other_method_acts_with_either_secret(noted: Noted, method: str) -> None:
     for secret in (TOKEN, CONTROL):
         for path, body in BODIES.items():
             if method != "POST" or (secret == CONTROL) != (path == "/shutdown"):
@@ -85,27 +86,27 @@ def test_no_other_method_acts_with_either_secret(noted, exchange, method: str) -
                 assert not noted.effects, f"{method} {path} did {noted.effects}"
 
 
-def test_the_token_does_not_end_a_server_that_has_a_control_secret(noted, exchange) -> None:
+def test_the_token_does_not_end_a_server_that_has_a_control_secret(noted: Noted) -> None:
     answer = exchange(noted.port, request("POST", "/shutdown", f"Bearer {TOKEN}".encode()))
     assert status(answer) == 403
-    assert b"takes the control secret" in answer
+    assert b"requires the server's control secret" in answer
     assert not noted.effects
 
 
-def test_the_token_ends_a_server_that_has_no_control_secret(make_noted, serve, exchange) -> None:
-    api = make_noted()
+def test_the_token_ends_a_server_that_has_no_control_secret() -> None:
+    api = Noted()
     api.control = None
-    with serve(api):
+    with served(api):
         assert status(exchange(api.port, request("POST", "/shutdown", b"Bearer wrong"))) == 401
         assert not api.effects
         assert status(exchange(api.port, request("POST", "/shutdown", f"Bearer {TOKEN}".encode()))) == 200
         assert api.effects == ["shut_down"]
 
 
-def test_a_control_secret_holds_where_there_is_no_token(make_noted, serve, exchange) -> None:
-    api = make_noted()
+def test_a_control_secret_holds_where_there_is_no_token() -> None:
+    api = Noted()
     api.token = None
-    with serve(api):
+    with served(api):
         assert status(exchange(api.port, request("POST", "/generate", None, BODIES["/generate"]))) == 200
         assert api.effects == ["run_whole"]
         assert status(exchange(api.port, request("POST", "/shutdown", None))) == 401
@@ -130,7 +131,7 @@ PREFIXES = ["X-Forwarded-Prefix: /generate", "X-Original-URL: /generate", "X-Rew
 
 
 @pytest.mark.parametrize("target", ROUND_ABOUT)
-def test_no_way_round_to_a_route_goes_round_its_guard(noted, exchange, target: str) -> None:
+def test_no_way_round_to_a_route_goes_round_its_guard(noted: Noted, target: str) -> None:
     for method in ("POST", "GET"):
         for host in HOSTS:
             raw = request(method, target, None, BODIES["/generate"], host=host)
@@ -143,7 +144,7 @@ def test_no_way_round_to_a_route_goes_round_its_guard(noted, exchange, target: s
 
 @pytest.mark.parametrize("header", PREFIXES)
 @pytest.mark.parametrize("path", ["/health", *BODIES])
-def test_no_header_makes_one_route_another(noted, exchange, path: str, header: str) -> None:
+def test_no_header_makes_one_route_another(noted: Noted, path: str, header: str) -> None:
     raw = request("POST", path, None, BODIES.get(path, b"")).replace(b"\r\n", f"\r\n{header}\r\n".encode(), 1)
     assert status(exchange(noted.port, raw)) == 401
     assert not noted.effects
@@ -164,7 +165,7 @@ SMUGGLED = {
 
 
 @pytest.mark.parametrize("kind", SMUGGLED)
-def test_no_request_is_smuggled_within_another(noted, exchange, kind: str) -> None:
+def test_no_request_is_smuggled_within_another(noted: Noted, kind: str) -> None:
     inner = request("POST", "/shutdown", f"Bearer {CONTROL}".encode())
     chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(inner), inner)
     head = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + SMUGGLED[kind]
@@ -177,7 +178,9 @@ def test_no_request_is_smuggled_within_another(noted, exchange, kind: str) -> No
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may become somebody else")
-def test_another_user_of_the_machine_cannot_end_a_server(noted, tmp_path_factory) -> None:
+def test_another_user_of_the_machine_cannot_end_a_server(
+    noted: Noted, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     for secret in (None, "", "wrong"):
         raw = request("POST", "/shutdown", None if secret is None else f"Bearer {secret}".encode())
         ran = subprocess.run(

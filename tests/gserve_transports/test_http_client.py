@@ -19,6 +19,7 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Access, Address, Connection
 from gserve_core.schema import Event, Group, Health, RunRequest
 from gserve_transports import HttpTransport
+from tests.gserve_transports.noted import Noted, until
 
 ACCESS = Access(token="a-token-of-this-server", control="the-control-secret", instance="noted", timeout=5.0)
 REQUEST = RunRequest([Group(["a"])])
@@ -47,7 +48,7 @@ NOWHERE = ["no.such.host.invalid", "127.0.0.99"]
 
 
 @pytest.mark.parametrize("hosts", [[*NOWHERE, "127.0.0.1"], ["127.0.0.1", *NOWHERE], ["::1", "localhost"]])
-def test_the_first_host_that_answers_as_the_server_is_taken(noted, hosts: list[str]) -> None:
+def test_the_first_host_that_answers_as_the_server_is_taken(noted: Noted, hosts: list[str]) -> None:
     assert talk(hosts, noted.port, lambda connection: connection.health()) == Health("ok")
     (done,) = talk(hosts, noted.port, events)
     assert done.outputs[0].text == "a"
@@ -55,7 +56,7 @@ def test_the_first_host_that_answers_as_the_server_is_taken(noted, hosts: list[s
     assert noted.effects == ["run", "shut_down"]
 
 
-def test_a_host_once_found_is_remembered(noted) -> None:
+def test_a_host_once_found_is_remembered(noted: Noted) -> None:
     async def often(connection: Connection) -> None:
         await asyncio.gather(*(events(connection) for _ in range(20)))
         with ThreadingHTTPServer(("127.0.0.99", noted.port), BaseHTTPRequestHandler):  # never answers
@@ -136,7 +137,7 @@ def decoy(host: str, port: int, heard: list[str], instance: str | None) -> Itera
 
 
 @pytest.mark.parametrize("instance", [None, "", "another", "NOTED", "noted, noted", "note"])
-def test_a_decoy_on_the_port_is_passed_over_and_told_no_secret(noted, instance: str | None) -> None:
+def test_a_decoy_on_the_port_is_passed_over_and_told_no_secret(noted: Noted, instance: str | None) -> None:
     heard: list[str] = []
     with decoy("127.0.0.99", noted.port, heard, instance):
         (done,) = talk(["127.0.0.99", "127.0.0.1"], noted.port, events)
@@ -160,7 +161,7 @@ def test_a_decoy_alone_is_no_server(instance: str | None) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "told"), [(0.1, 1.0), (1.0, 1.0), (1.5, 2.0), (600.0, 600.0)])
-def test_when_to_come_again_reaches_the_client(noted, seconds: float, told: float) -> None:
+def test_when_to_come_again_reaches_the_client(noted: Noted, seconds: float, told: float) -> None:
     noted.busy = seconds
     with pytest.raises(RemoteError, match=r"^enough to do$") as caught:
         talk(["127.0.0.1"], noted.port, events)
@@ -192,7 +193,7 @@ def test_what_is_no_number_of_seconds_is_no_time_to_come_again(said: str) -> Non
     assert (caught.value.status, caught.value.retry_after) == (429, None)
 
 
-def test_the_token_does_not_end_the_server_for_the_client_either(noted) -> None:
+def test_the_token_does_not_end_the_server_for_the_client_either(noted: Noted) -> None:
     for control in (None, "wrong", noted.token):
         access = Access(token=noted.token, control=control, instance="noted", timeout=5.0)
         with pytest.raises(RemoteError) as caught:
@@ -208,23 +209,23 @@ def test_a_server_that_reads_nothing_is_a_stall() -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=1) as mute:
         port = mute.getsockname()[1]
         access = Access(timeout=0.5)
-        with pytest.raises(StallTimeout, match=r"no sign of life .* for 0\.5 s"):
+        with pytest.raises(StallTimeout, match=r"no heartbeat .* for 0\.5 s"):
             talk(["127.0.0.1"], port, events, access)
 
         async def much(connection: Connection) -> None:
             async for _ in connection.run(RunRequest([Group(["x" * (64 << 20)])])):
                 pass
 
-        with pytest.raises(StallTimeout, match=r"no sign of life .* for 0\.5 s"):
+        with pytest.raises(StallTimeout, match=r"no heartbeat .* for 0\.5 s"):
             talk(["127.0.0.1"], port, much, access)
 
 
-def test_both_ends_look_after_a_line_on_which_nothing_is_said(noted, until) -> None:
+def test_both_ends_look_after_a_line_on_which_nothing_is_said(noted: Noted) -> None:
     async def look(connection: Connection) -> list[tuple[int, ...]]:
         asking = asyncio.create_task(events_of_slow(connection))
         while not noted.working:
             await asyncio.sleep(0.02)
-        found = []
+        found: list[tuple[int, ...]] = []
         for it in psutil.Process().net_connections("tcp4"):
             if it.status == psutil.CONN_ESTABLISHED and noted.port in (it.laddr[1], it.raddr[1]):
                 with socket.socket(fileno=os.dup(it.fd)) as line:
@@ -263,7 +264,7 @@ PROXIES = {
 
 
 @pytest.mark.parametrize("kind", PROXIES)
-def test_proxy_variables_do_not_matter(noted, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proxy_variables_do_not_matter(noted: Noted, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in PROXIES[kind].items():
         monkeypatch.setenv(name, value)
     with VLLMClient(port=noted.port, token=noted.token, instance="noted") as client:
@@ -302,7 +303,7 @@ def test_250_threads_on_one_service_are_all_answered() -> None:
     assert not wrong, wrong[:3]
 
 
-def test_250_requests_on_one_connection_wait_for_no_pool(noted) -> None:
+def test_250_requests_on_one_connection_wait_for_no_pool(noted: Noted) -> None:
     async def many(connection: Connection) -> list[Any]:
         return await asyncio.gather(*(events(connection) for _ in range(250)))
 

@@ -8,7 +8,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from http.client import HTTPConnection
 
 import msgspec
@@ -17,8 +17,10 @@ import pytest
 
 from gserve import LLMConfig, VLLMServer
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.schema import Failure, Group, RunRequest
+from gserve_core.schema import Event, Failure, Group, RunRequest
 from gserve_transports import HttpTransport, http_server
+from gserve_transports.frames import KEEPALIVE
+from tests.gserve_transports.noted import Noted, exchange, served, until
 
 MIB = 1 << 20
 GROWTH = 120 * MIB
@@ -128,9 +130,7 @@ def test_a_body_too_large_by_its_own_word_is_refused_before_it_is_sent(hostile: 
         assert line.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
-def test_bodies_of_many_clients_take_no_more_memory_than_some_of_the_largest(
-    hostile: Hostile, until: Callable[..., None]
-) -> None:
+def test_bodies_of_many_clients_take_no_more_memory_than_some_of_the_largest(hostile: Hostile) -> None:
     large = json.dumps({"prompts": ["a"], "params": {"stop": ["b" * 900_000]}}).encode()
 
     def status() -> bytes:
@@ -187,14 +187,14 @@ def test_no_part_of_a_request_is_without_end(hostile: Hostile, kind: str) -> Non
     assert not answer or answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 401 ")), answer
 
 
-def test_as_many_headers_as_anybody_sends_are_taken(hostile: Hostile, exchange: Callable[..., bytes]) -> None:
+def test_as_many_headers_as_anybody_sends_are_taken(hostile: Hostile) -> None:
     many = b"".join(b"x-header-%d: %s\r\n" % (number, b"v" * 80) for number in range(500))
     raw = b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n" + many + b"\r\n"
     assert exchange(hostile.port, raw).startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "gzip, gzip"])
-def test_a_packed_body_is_not_unpacked(hostile: Hostile, exchange: Callable[..., bytes], coding: str) -> None:
+def test_a_packed_body_is_not_unpacked(hostile: Hostile, coding: str) -> None:
     bomb = gzip.compress(b'{"prompts": ["' + b"a" * (200 * MIB) + b'"]}', 1) if coding == "gzip" else b"\x1f\x8b" * 100
     with bounded(hostile):
         raw = hostile.head(f"Content-Encoding: {coding}", f"Content-Length: {len(bomb)}", "Connection: close") + bomb
@@ -204,7 +204,7 @@ def test_a_packed_body_is_not_unpacked(hostile: Hostile, exchange: Callable[...,
 # --------------------------------------------------------------------------------------------------- many in one line
 
 
-def test_requests_in_one_go_are_answered_in_their_order(hostile: Hostile, exchange: Callable[..., bytes]) -> None:
+def test_requests_in_one_go_are_answered_in_their_order(hostile: Hostile) -> None:
     bodies = [json.dumps({"prompts": [f"number-{number}"]}).encode() for number in range(10)]
     raw = b"".join(hostile.head(f"Content-Length: {len(body)}") + body for body in bodies[:-1])
     raw += hostile.head(f"Content-Length: {len(bodies[-1])}", "Connection: close") + bodies[-1]
@@ -353,7 +353,7 @@ ASKED = {
 
 @pytest.mark.parametrize("how", ["closed", "reset", "closed for writing only"])
 @pytest.mark.parametrize("what", ASKED)
-def test_whoever_goes_away_takes_the_work_along(noted, until, what: str, how: str) -> None:
+def test_whoever_goes_away_takes_the_work_along(noted: Noted, what: str, how: str) -> None:
     path, body = what.partition(",")[0], ASKED[what]
     head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {noted.token}\r\n"
     with socket.create_connection(("127.0.0.1", noted.port)) as line:
@@ -367,16 +367,16 @@ def test_whoever_goes_away_takes_the_work_along(noted, until, what: str, how: st
     until(lambda: not noted.working, 20.0)
 
 
-def test_whoever_goes_away_without_having_read_takes_the_work_along(make_noted, serve, until) -> None:
-    class Talkative(make_noted):
-        async def run(self, request):
+def test_whoever_goes_away_without_having_read_takes_the_work_along() -> None:
+    class Talkative(Noted):
+        async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
             with self._at_work("run"):
                 while True:
                     yield [Failure(0, "x" * 100_000)]
                     await asyncio.sleep(0)
 
     body = msgspec.msgpack.encode(RunRequest([Group(["a"])]))
-    with serve(Talkative()) as api:
+    with served(Talkative()) as api:
         for _ in range(5):
             with socket.create_connection(("127.0.0.1", api.port)) as line:
                 head = f"POST /run HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {api.token}\r\n"
@@ -391,16 +391,16 @@ def test_whoever_goes_away_without_having_read_takes_the_work_along(make_noted, 
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.0, b"1"), (0.2, b"1"), (1.0, b"1"), (1.1, b"2"), (30.0, b"30")])
-def test_a_server_with_enough_to_do_says_when_to_come_again(noted, exchange, seconds: float, said: bytes) -> None:
+def test_a_server_with_enough_to_do_says_when_to_come_again(noted: Noted, seconds: float, said: bytes) -> None:
     noted.busy = seconds
     for what in ("/chat", "/generate", "/run"):
         head = (
             f"POST {what} HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {noted.token}\r\nConnection: close\r\n"
         )
         answer = exchange(noted.port, f"{head}Content-Length: {len(ASKED[what])}\r\n\r\n".encode() + ASKED[what])
-        head, _, body = answer.partition(b"\r\n\r\n")
-        assert head.startswith(b"HTTP/1.1 429 ")
-        assert b"\r\nretry-after: %s\r\n" % said in head + b"\r\n"
+        headers, _, body = answer.partition(b"\r\n\r\n")
+        assert headers.startswith(b"HTTP/1.1 429 ")
+        assert b"\r\nretry-after: %s\r\n" % said in headers + b"\r\n"
         assert json.loads(body) == {"error": {"status": 429, "message": "enough to do"}}
     assert exchange(noted.port, HEALTH.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")).startswith(
         b"HTTP/1.1 200 "
@@ -442,15 +442,15 @@ def test_a_hundred_thousand_prompts_in_one_body_are_answered_in_order_and_keep_n
     logger.info("asked %d times for its health, at most %.2f s; at most %d MiB", len(waits), max(waits), peak >> 20)
 
 
-def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(make_noted, serve, until, monkeypatch) -> None:
+def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http_server, "UNREAD", (3, 0.2))
     small = (socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # else all of it would fit in there
-    monkeypatch.setattr(http_server, "KEEPALIVE", (*http_server.KEEPALIVE, small))
-    api = make_noted()
-    with serve(api), socket.socket() as client:
+    monkeypatch.setattr(http_server, "KEEPALIVE", (*KEEPALIVE, small))
+    api = Noted()
+    with served(api), socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         client.connect(("127.0.0.1", api.port))
-        body = msgspec.msgpack.encode(RunRequest([Group(["x" * 5000] * 180 + ["slow"])]))
+        body = msgspec.msgpack.encode(RunRequest([Group([*["x" * 5000] * 180, "slow"])]))
         head = f"POST /run HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {api.token}\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         until(lambda: api.working)

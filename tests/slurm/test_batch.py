@@ -18,7 +18,7 @@ from tests.slurm.cluster import SlurmCluster
 pytestmark = pytest.mark.usefixtures("slurm_cluster")
 
 ROOT = Path(__file__).parent.parent.parent
-SLOW = {"latency": 0.25, "capacity": 4}
+SLOW: dict[str, Any] = {"latency": 0.25, "capacity": 4}
 """Three quarters of a second for each of the items below; two servers have 16 of them at once."""
 REQUEUE = "--set", "launcher.requeue=true"
 SECRET = "canary-0123456789"
@@ -249,7 +249,7 @@ def test_what_a_job_is_to_do_is_kept_while_it_waits_to_run_again_and_is_reaped_o
     assert str(order) not in place.gserve("reap", "--dry-run"), "the job has not ended"
     place.cluster.run("scancel", job)
     until(lambda: not place.cluster.jobs())
-    assert f"left: {order}\n" in place.gserve("reap", "--dry-run")
+    assert f"found: {order}\n" in place.gserve("reap", "--dry-run")
     place.cluster.run("scancel", place.submit(config, "--", "true"))
     assert order not in place.orders(), "the next submission has removed it"
 
@@ -279,7 +279,7 @@ def test_a_job_that_was_suspended_goes_on_with_the_servers_that_it_had(place: Pl
     place.cluster.run("scontrol", "resume", job)
     assert place.ended(job, 90) == ("COMPLETED", "0:0")
     assert "hangs" not in place.output(job)
-    assert "started again" not in place.output(job)
+    assert " restarts" not in place.output(job)
     place.check_each_once("out.jsonl", 150)
 
 
@@ -302,7 +302,7 @@ def test_a_job_without_a_time_is_told_in_the_last_quarter_of_its_partitions(plac
         assert place.ended(job, 150) == ("FAILED", "1:0"), "it ended by itself, before its time was over"
     finally:
         place.cluster.run("scontrol", "update", "PartitionName=main", "MaxTime=INFINITE")
-    assert "going on for" in place.output(job)
+    assert "continuing for" in place.output(job)
     seconds = int(re.search(r"the command has (\d+) s to end", place.output(job))[1])  # type: ignore[index]
     assert 5 <= seconds <= 10
     finished = [row for row in place.lines("out.jsonl") if "outputs" in row]

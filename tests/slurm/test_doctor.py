@@ -101,13 +101,13 @@ def test_in_an_allocation_it_is_a_step(config: str) -> None:
 
 def test_an_allocation_that_is_over_is_a_problem(config: str) -> None:
     found = run(config, code=1, SLURM_JOB_ID="999999")
-    assert found["allocation"] == ("problem", "job 999999 is not running any more")
+    assert found["allocation"] == ("problem", "job 999999 is no longer running")
     assert found["node"][0] == "note"
 
 
 def test_a_partition_that_there_is_not_is_a_problem_and_no_job_is_tried(config: str) -> None:
     found = run(config, "--set", "launcher.partition=mian", code=1)
-    assert found["partition mian"] == ("problem", "there is none of this name; did you mean 'main'?")
+    assert found["partition mian"] == ("problem", "there is no partition of this name; did you mean 'main'?")
     assert found["node"][0] == "note"
 
 
@@ -135,7 +135,7 @@ def test_a_node_of_the_nodelist_that_takes_no_jobs_is_told_with_its_reason(
         slurm_cluster.run("scontrol", "update", "NodeName=n1", "State=resume")
     assert one["nodelist"] == ("problem", "n1 is drained (broken fan)")
     assert one["node"][0] == "note", "no job is tried"
-    assert both["nodelist"] == ("note", "n1 is drained (broken fan); 1 can be used")
+    assert both["nodelist"] == ("note", "n1 is drained (broken fan); 1 usable")
 
 
 def test_what_slurm_refuses_is_said_in_its_words(config: str) -> None:
@@ -171,7 +171,7 @@ def test_a_controller_that_is_dead_is_named(config: str) -> None:
     with SlurmCluster(nodes=1) as own:
         os.kill(own.daemons["slurmctld"], signal.SIGKILL)
         for arguments in (config,), ():
-            found = run(*arguments, code=1, **own.environ)
+            found = run(*arguments, code=1, prefix=(), **own.environ)
             assert found["SLURM"][0] == "ok", "its commands are here"
             assert found["controller"] == ("problem", "slurmctld, the controller of SLURM, does not answer")
             assert "node" not in found or found["node"][0] == "note"

@@ -216,7 +216,7 @@ def test_eight_servers_over_three_nodes_of_one_allocation(
     for answer, found in seen:
         assert answer == [["one two"]]
         (node, visible, bound), engine = found
-        assert engine == processes[0], "the server and its engine see the same"
+        assert engine == found[0], "the server and its engine see the same"
         assert visible == bound, "it is as SLURM has set it"
         gpus.setdefault(node, []).append(visible)
     assert set(gpus) == set(slurm_cluster.nodes)
@@ -272,7 +272,8 @@ def test_a_step_that_finds_no_place_waits_for_one_and_says_so_when_none_comes(
 ) -> None:
     told = in_allocation(tmp_path, HELD, "--nodes=1", "--gres=gpu:1")
     assert (
-        "waited 3 s (queue_timeout) for a free place in its job: other steps of the job hold what it asks for" in told
+        "waited 3 s (queue_timeout) for a free place in its job:"
+        " other steps of the job use the resources that it requests" in told
     )
     assert told.endswith("[['it came']]\n")
 
@@ -343,7 +344,7 @@ def test_that_a_job_was_suspended_is_why_it_did_not_move_and_was_ended(
     slurm_cluster.run("scontrol", "suspend", number)
     until(lambda: slurm_cluster.jobs()[0].split()[1] == "SUSPENDED")
     process.stop(0.0)
-    assert "SLURM says SUSPENDED of its job gserve-frozen-" in str(process.why())
+    assert "SLURM reports SUSPENDED for its job gserve-frozen-" in str(process.why())
 
 
 def test_a_server_whose_job_is_suspended_is_replaced_and_costs_its_items_nothing(slurm_cluster: SlurmCluster) -> None:
@@ -352,7 +353,7 @@ def test_a_server_whose_job_is_suspended_is_replaced_and_costs_its_items_nothing
         slurm_cluster.run("scontrol", "suspend", job)
         until(lambda: service.status()[0].state == State.DRAINING)
         assert not service.status()[0].died
-        until(lambda: "SLURM says SUSPENDED" in (service.status()[0].error or ""))
+        until(lambda: "SLURM reports SUSPENDED" in (service.status()[0].error or ""))
         assert service.generate(["a b"]) == [["a b"]]
 
 

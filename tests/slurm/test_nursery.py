@@ -126,8 +126,8 @@ def test_a_server_that_is_killed_is_back_in_the_same_place_with_a_log_of_its_own
         port = f"listening on 127.0.0.1:{first.port}"
         assert port in another.read_text()
         assert port not in log.read_text()
-        assert "imported what servers need" in log.read_text(), "the first log stays what it was"
-        assert "imported what servers need" not in another.read_text(), "nothing is imported again"
+        assert "imported the modules of the servers" in log.read_text(), "the first log stays what it was"
+        assert "imported the modules of the servers" not in another.read_text(), "nothing is imported again"
     assert steps(slurm_cluster) == []
 
 

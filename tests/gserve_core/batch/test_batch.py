@@ -146,14 +146,14 @@ def test_bad_conversations_are_errors_in_their_places(service: VLLMService) -> N
         [say("nested")],
         say("\ud800"),
     ]
-    results = service.chat([say("fine"), *bad, say("fine too")], on_error="return")
+    results: list[Any] = service.chat([say("fine"), *bad, say("fine too")], on_error="return")
     assert (results[0], results[-1]) == (["fine"], ["fine too"])
     assert [type(result) for result in results[1:-1]] == [ItemError] * len(bad)
 
 
 def test_bad_parameters_of_one_item_are_its_own_error(service: VLLMService) -> None:
     params = [None, {"max_tokenz": 1}, {"n": -1}, "x", {"temperature": float("nan")}]
-    results = service.generate(["a"] * 5, params, on_error="return")
+    results: list[Any] = service.generate(["a"] * 5, params, on_error="return")
     assert results[0] == ["a"]
     assert [type(result) for result in results[1:]] == [ItemError] * 4
     assert "did you mean 'max_tokens'?" in str(results[1])
@@ -167,7 +167,10 @@ def test_bad_parameters_of_one_item_are_its_own_error(service: VLLMService) -> N
         (lambda it: it.generate({"prompts": ["a"]}), "expected a list of prompts .* got dict"),
         (lambda it: it.chat("hello"), "expected a list of conversations .* got str"),
         (lambda it: it.chat(say("hello")), "got one conversation: put it into a list"),
-        (lambda it: it.generate(["a", "b"], [None]), "one sampling_params for all or 2, one per item; got 1"),
+        (
+            lambda it: it.generate(["a", "b"], [None]),
+            r"one sampling_params for all items, or one per item \(2\); got 1",
+        ),
         (lambda it: it.generate(["a"], "hot"), "expected sampling_params as vllm.SamplingParams or a mapping, got str"),
         (lambda it: it.generate(["a"], on_error="x"), "expected on_error as 'raise' or 'return', got 'x'"),
         (lambda it: it.generate_iter("a prompt"), "expected a list of prompts"),
@@ -329,10 +332,10 @@ def test_when_all_servers_are_killed_the_call_ends_with_what_is_finished() -> No
         finished = [result for result in error.results if not isinstance(result, ItemError)]
         assert 8 <= len(finished) < 400
         assert all(result == [f"p{index}"] for index, result in enumerate(error.results) if result in finished)
-        assert "no server is left" in str(error)
+        assert "all servers have failed" in str(error)
         assert all(isinstance(failure, ItemLost) and not failure.invalid for failure in error.errors)
         until(lambda: not service.is_running())
-        with pytest.raises(BatchError, match="no server is left"):
+        with pytest.raises(BatchError, match="all servers have failed"):
             service.generate(["a"])
 
 
@@ -375,7 +378,7 @@ def test_a_deadline_ends_what_is_not_finished_and_keeps_what_is(slow: VLLMServic
 
 def test_a_deadline_also_ends_what_was_never_read(slow: VLLMService) -> None:
     given = ["long " * 500] * 200_000
-    results = slow.generate(given, {"max_tokens": 500}, deadline=1.0, on_error="return")
+    results: list[Any] = slow.generate(given, {"max_tokens": 500}, deadline=1.0, on_error="return")
     assert [result.index for result in results if isinstance(result, DeadlineExceeded)] == list(range(200_000))
 
 
@@ -403,7 +406,7 @@ def test_items_are_read_as_they_are_worked_off(service: VLLMService) -> None:
             yield f"p{next(read)}"
 
     each = service.generate_iter(endless())
-    found = {}
+    found: dict[int, Any] = {}
     for _ in range(200_000):
         index, outcome = next(each)
         found[index] = outcome

@@ -221,8 +221,8 @@ def test_a_death_that_the_owner_is_about_to_tell_loses_nothing_where_it_ends_non
 
 
 def test_a_server_that_nobody_ends_is_given_up_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatcher_module, "DOUBT", 0.5)
-    monkeypatch.setattr(dispatcher_module, "STALL", 0.5)
+    monkeypatch.setattr(dispatcher_module, "UNRESPONSIVE_SECONDS", 0.5)
+    monkeypatch.setattr(dispatcher_module, "DEFAULT_STALL_TIMEOUT", 0.5)
     dispatcher = Dispatcher()
     try:
         dispatcher.add("one", lambda: MadeUp(Notes(is_dead=True)), 4, None, is_watched=True, stall_timeout=None)
@@ -252,14 +252,15 @@ def test_a_client_of_one_server_does_not_wait_for_one_that_is_gone_or_was_never_
             assert client.generate(["a"]) == [["a"]]
         notes.is_dead, notes.is_gone = True, is_known
         with bounded(5.0):
-            assert [type(it) for it in client.generate(["a"] * 20, on_error="return")] == [ItemLost] * 20
+            found: list[Any] = client.generate(["a"] * 20, on_error="return")
+            assert [type(it) for it in found] == [ItemLost] * 20
 
 
 def test_a_server_that_lives_and_cannot_be_reached_is_given_up_after_a_while(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As behind a firewall: its owner hears from it, and so never says that it has died."""
-    monkeypatch.setattr(dispatcher_module, "DOUBT", 0.5)
+    monkeypatch.setattr(dispatcher_module, "UNRESPONSIVE_SECONDS", 0.5)
     dispatcher = Dispatcher()
     try:
         dispatcher.add("one", lambda: MadeUp(Notes(is_dead=True)), 4, None, is_watched=True, stall_timeout=1.0)
@@ -270,7 +271,7 @@ def test_a_server_that_lives_and_cannot_be_reached_is_given_up_after_a_while(
         assert isinstance(lost, ItemLost)
         assert "connection refused" in str(lost)
         flush()
-        assert "one does not answer, and no death of it is known: connection refused" in caplog.text
+        assert "one does not answer, and its owner has not reported its end: connection refused" in caplog.text
     finally:
         dispatcher.close()
 
@@ -421,7 +422,7 @@ def test_a_source_that_blocks_does_not_hold_back_the_deadline() -> None:
 
 def test_a_deadline_ends_the_call_though_outcomes_keep_coming(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller is slower than the servers, so that there is always another outcome to take."""
-    monkeypatch.setattr(batch, "AHEAD", 1 << 13)  # what has come by the deadline is the caller's, all of it
+    monkeypatch.setattr(batch, "MAX_READ_AHEAD", 1 << 13)  # what has come by the deadline is the caller's, all of it
     with client_of() as client:
         for given in (["a"] * 50_000, itertools.repeat("a")):
             with bounded(60.0):
@@ -441,7 +442,7 @@ def test_a_deadline_that_is_over_at_once_does_not_read_an_endless_source() -> No
         assert "came before all items had been read" in str(error)
         with pytest.raises(BatchError):
             client.generate(itertools.repeat("a"), deadline=1e-9)
-        found = client.generate(["a"] * 3, deadline=1e-9, on_error="return")
+        found: list[Any] = client.generate(["a"] * 3, deadline=1e-9, on_error="return")
         assert [type(it) for it in found] == [DeadlineExceeded] * 3
 
 
@@ -585,8 +586,8 @@ def test_an_iterator_is_read_as_it_is_worked_off_also_where_each_item_has_parame
             assert isinstance(outcome, list)
             answered.set()
         for given, params, message in [
-            (2, 3, "expected one sampling_params for all or 2, one per item; got 3"),
-            (3, 2, "expected one sampling_params for all or more than 2, one per item; got 2"),
+            (2, 3, r"expected one sampling_params for all items, or one per item \(2\); got 3"),
+            (3, 2, r"expected one sampling_params for all items, or one per item \(more than 2\); got 2"),
         ]:
             found = client.generate_iter(iter(["a"] * given), [None] * params)
             assert [next(found)[0] for _ in range(2)] == [0, 1]
@@ -625,7 +626,7 @@ def test_a_caller_that_is_slow_holds_back_the_reading() -> None:
         each = client.generate_iter(f"p{next(read)}" for _ in range(10**6))
         next(each)
         time.sleep(1.0)
-        assert next(read) <= batch.AHEAD + 1
+        assert next(read) <= batch.MAX_READ_AHEAD + 1
         each.close()  # type: ignore[attr-defined]
 
 
@@ -646,7 +647,7 @@ def test_large_results_are_not_made_far_ahead_of_a_caller_that_is_slow(kind: Cal
                 next(each)
             time.sleep(0.2)
         assert client.generate(["a"]) == [[large]], "a call that is not read holds up others"
-        each.close()
+        each.close()  # type: ignore[attr-defined]
 
 
 # -------------------------------------------------------------------------------------------------------- cancellation
@@ -758,7 +759,7 @@ def test_a_call_at_the_end_of_the_interpreter_ends() -> None:
     assert ended.returncode == 0
     assert ended.stdout.startswith("[['now']]")
     assert "event loop" not in ended.stderr
-    assert "late" in ended.stdout or "the interpreter is ending" in ended.stderr
+    assert "late" in ended.stdout or "the interpreter is exiting" in ended.stderr
 
 
 def test_what_the_items_of_a_call_share_is_sent_once() -> None:
@@ -786,7 +787,8 @@ def test_a_request_that_is_dropped_may_close_its_socket_first() -> None:
                     await asyncio.sleep(0.05)
                 cleaned.append(request.id)
 
-    for end in (lambda it: it.close(), lambda it: it.remove("one", "it ended")):
+    ends: list[Callable[[Dispatcher], None]] = [lambda it: it.close(), lambda it: it.remove("one", "it ended")]
+    for end in ends:
         dispatcher = Dispatcher()
         dispatcher.add("one", lambda: Cleaning(Notes()), 4, None, is_watched=True)
         with ThreadPoolExecutor() as pool:

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from gserve_core.batch import item_queue
-from gserve_core.batch.item_queue import Call, Item, ItemQueue, Outcome, Piece, Server
+from gserve_core.batch import item_queue, pieces
+from gserve_core.batch.item_queue import ItemQueue
+from gserve_core.batch.pieces import Call, Item, Outcome, Piece, Server
 from gserve_core.errors import ItemLost, RemoteError, StallTimeout, TransportError
 from gserve_core.schema import Failure, Heartbeat, ResponseOutput, Result
 
@@ -58,8 +59,8 @@ class World:
         )  # fmt: skip
 
     def _start(self, piece: Piece) -> None:
-        assert piece.left, "an empty piece was sent"
-        assert piece.is_narrowing or not any(item.call.is_paused for item in piece.left), "a paused call goes on"
+        assert piece.unfinished, "an empty piece was sent"
+        assert piece.is_narrowing or not any(item.call.is_paused for item in piece.unfinished), "a paused call goes on"
         self.live.append(piece)
 
     def _stop(self, piece: Piece) -> None:
@@ -117,7 +118,7 @@ class World:
         self.deaths += died
         if died:
             begun = [piece for piece in server.pieces if piece.is_begun or not piece.is_narrowing]
-            at_stake = [item for piece in begun for item in piece.left]
+            at_stake = [item for piece in begun for item in piece.unfinished]
             if len(at_stake) == 1:
                 self.alone.add((at_stake[0].call, at_stake[0].index))
         del self.servers[server.key]
@@ -129,8 +130,8 @@ class World:
 
     def result(self, piece: Piece, count: int) -> None:
         """Have a server answer some items; it dies of a poisoned one."""
-        if any(item.prompt == POISON for item in piece.left):
-            self.queue.happened(piece, [Heartbeat(len(piece.left))])
+        if any(item.prompt == POISON for item in piece.unfinished):
+            self.queue.handle_events(piece, [Heartbeat(len(piece.unfinished))])
             if (server := piece.server) is not None and server.key in self.servers:
                 if self.verdicts_take:
                     for one in [one for one in self.live if one.server is server]:
@@ -144,7 +145,7 @@ class World:
             item = piece.items[index]
             assert item is not None
             events.append(Result(index, [ResponseOutput(str(item.prompt))]))
-        self.queue.happened(piece, events)
+        self.queue.handle_events(piece, events)
         self.resume()
 
     def resume(self) -> None:
@@ -157,7 +158,7 @@ class World:
         if piece in self.live:
             self.live.remove(piece)
             self.gone.append(piece)
-            self.queue.ended(piece, error)
+            self.queue.handle_end(piece, error)
 
     def finish(self, piece: Piece) -> None:
         """Have a server answer a whole piece, unless it refuses it."""
@@ -178,16 +179,16 @@ class World:
         for call in [*self.lazy]:
             self.take(call)
         self.resume()
-        for server in [it for it in self.servers.values() if it in self.probed or it.is_out_of_sight]:
+        for server in [it for it in self.servers.values() if it in self.probed or it.is_given_up]:
             self.answer_again(server)
         for name in [*self.coming]:
             self.add(name=name)
-        self.advance(item_queue.BUSY_SECONDS + item_queue.HOLD_SECONDS)
+        self.advance(item_queue.BUSY_SECONDS + item_queue.VERDICT_SECONDS)
 
     def answer_again(self, server: Server) -> None:
         if server in self.probed:
             self.probed.remove(server)
-        self.queue.answered(server)
+        self.queue.handle_answer(server)
 
     def close(self, *, drains: bool) -> None:
         """End all, at once or after what is in flight; check that every call has ended."""
@@ -209,20 +210,20 @@ class World:
         assert queue.submitted == self.submitted
         assert queue.submitted == queue.waiting + queue.in_flight + queue.ended_items, "an item has no place, or two"
         held = [piece for server in queue.servers for piece in server.pieces]
-        at_work = [id(item) for piece in held for item in piece.left]
+        at_work = [id(item) for piece in held for item in piece.unfinished]
         paused = sum(len(call.waiting) for call in self.sizes if call.is_paused)
         in_turn = sum(len(call.waiting) for call in queue._calls)
         assert queue.waiting == paused + in_turn + sum(map(len, queue._suspects)), "items are counted wrongly"
         assert len(at_work) == len(set(at_work)) == queue.in_flight
-        assert not any(item.is_over for piece in held for item in piece.left)
-        assert all(item.losses <= self.deaths for piece in held for item in piece.left), "a loss without a death"
+        assert not any(item.is_over for piece in held for item in piece.unfinished)
+        assert all(item.losses <= self.deaths for piece in held for item in piece.unfinished), "a loss without a death"
         for server in queue.servers:
             if server.is_narrowing:
-                assert len([piece for piece in server.pieces if piece.left]) <= 1, "a suspect is not alone"
+                assert len([piece for piece in server.pieces if piece.unfinished]) <= 1, "a suspect is not alone"
             else:
                 assert server.in_flight <= server.window
         for piece in self.live:
-            assert piece.size <= item_queue.MAX_PIECE_SIZE or len(piece.sent) == 1 or piece.is_narrowing
+            assert piece.size <= pieces.MAX_PIECE_SIZE or len(piece.sent) == 1 or piece.is_narrowing
         if queue.waiting > paused and not any(when <= self.now for when in self.wakes):
             usable = [it for it in queue.servers if it.is_usable(self.now) and it.settled_at <= self.now]
             idle = [it.key for it in usable if not it.in_flight and not it.pieces]
@@ -230,14 +231,14 @@ class World:
 
     def note_desertion(self) -> None:
         """Note whether items may be lost because nobody can say what has become of the servers."""
-        unseen = all(it.is_out_of_sight for it in self.servers.values())
+        unseen = all(it.is_given_up for it in self.servers.values())
         self.was_deserted = self.was_deserted or (unseen and not self.coming)
 
     def check_losses(self) -> None:
         """Check that nothing is lost but what was alone at a death, once all calls have ended."""
         for call, outcomes in self.outcomes.items():
             for index, outcome in outcomes.items():
-                was_deserted = self.was_deserted and "no server is left" in str(outcome)
+                was_deserted = self.was_deserted and "all servers have failed" in str(outcome)
                 is_right = was_deserted or (call, index) in self.alone or not isinstance(outcome, ItemLost)
                 assert is_right, f"item {index}: {outcome}"
         assert all(len(self.outcomes[call]) == size for call, size in self.sizes.items() if not call.is_cancelled)
@@ -391,20 +392,20 @@ class QueueMachine(RuleBasedStateMachine):
             world.result(piece, count)
         elif what == "error":
             index = next((index for index, item in enumerate(piece.items) if item is not None), 0)
-            world.queue.happened(piece, [Failure(index, "too long")])
+            world.queue.handle_events(piece, [Failure(index, "too long")])
         elif what == "twice":
             ended = [index for index, item in enumerate(piece.items) if item is None]
             again = [Result(index, [ResponseOutput("again")]) for index in ended]
-            world.queue.happened(piece, [Result(len(piece.items), []), Result(-1, []), *again])
+            world.queue.handle_events(piece, [Result(len(piece.items), []), Result(-1, []), *again])
         elif world.gone:
             piece = world.gone[choice % len(world.gone)]
-            world.queue.happened(piece, [Result(0, [ResponseOutput("late")]), Result(99, [])])
-            world.queue.ended(piece, TransportError("late"))
+            world.queue.handle_events(piece, [Result(0, [ResponseOutput("late")]), Result(99, [])])
+            world.queue.handle_end(piece, TransportError("late"))
 
     @precondition(lambda self: self.world.live)
     @rule(choice=CHOICE, what=st.sampled_from(["short", "broken", "silent", 413, 429, 503, 500]))
     def end_early(self, choice: int, what: str | int) -> None:
-        errors = {"short": None, "broken": TransportError("reset"), "silent": StallTimeout("no sign of life")}
+        errors = {"short": None, "broken": TransportError("reset"), "silent": StallTimeout("no heartbeat")}
         refusal = RemoteError("no", status=what, retry_after=None) if isinstance(what, int) else None
         self.world.end(self.piece(choice), refusal or errors[str(what)])
         self.world.note_desertion()
@@ -417,9 +418,9 @@ class QueueMachine(RuleBasedStateMachine):
             self.world.answer_again(server)
         else:
             self.world.probed.remove(server)
-            server.is_out_of_sight = True  # as `lose_sight` is about to say
+            server.is_given_up = True  # as `give_up` is about to say
             self.world.note_desertion()
-            self.world.queue.lose_sight(server, "it does not answer")
+            self.world.queue.give_up(server, "it does not answer")
 
     @rule(chance=st.integers(0, 15), drains=st.booleans())
     def close_and_begin_anew(self, chance: int, drains: bool) -> None:
@@ -442,7 +443,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         waiting = self.world.queue.waiting + self.world.queue.in_flight
-        poisoned = sum(item.prompt == POISON for piece in self.world.live for item in piece.left)
+        poisoned = sum(item.prompt == POISON for piece in self.world.live for item in piece.unfinished)
         poisoned += sum(item.prompt == POISON for call in self.open for item in call.waiting)
         suspects = self.world.queue.waiting - sum(len(call.waiting) for call in self.open)
         self.world.accepts = 8 << 20
@@ -478,7 +479,7 @@ class ForgetsWhatHasNotBegun(ItemQueue):
 
     def remove(self, key: str, why: str, *, returns: bool, died: bool) -> None:
         for server in [server for server in self.servers if server.key == key]:
-            for piece in [piece for piece in server.pieces if len(piece.left) == len(piece.sent)]:
+            for piece in [piece for piece in server.pieces if len(piece.unfinished) == len(piece.sent)]:
                 piece.items.clear()
                 server.in_flight -= len(piece.sent)
         super().remove(key, why, returns=returns, died=died)
@@ -487,10 +488,11 @@ class ForgetsWhatHasNotBegun(ItemQueue):
 class TakesABreakForADeath(ItemQueue):
     """A connection that breaks is a loss (1.2)."""
 
-    def ended(self, piece: Piece, error: Exception | None) -> None:
-        for item in piece.left if isinstance(error, TransportError) and not isinstance(error, RemoteError) else ():
+    def handle_end(self, piece: Piece, error: Exception | None) -> None:
+        is_loss = isinstance(error, TransportError) and not isinstance(error, RemoteError)
+        for item in piece.unfinished if is_loss else ():
             item.losses += 1
-        super().ended(piece, error)
+        super().handle_end(piece, error)
 
 
 class NarrowsOneByOne(ItemQueue):
@@ -504,41 +506,41 @@ class NarrowsOneByOne(ItemQueue):
 class ForgetsTheReservation(ItemQueue):
     """The end of any piece ends the reservation of its server (1.4)."""
 
-    def ended(self, piece: Piece, error: Exception | None) -> None:
+    def handle_end(self, piece: Piece, error: Exception | None) -> None:
         for other in piece.server.pieces if piece.server is not None else ():
             other.is_narrowing = False
-        super().ended(piece, error)
+        super().handle_end(piece, error)
 
-    def answered(self, server: Server) -> None:
+    def handle_answer(self, server: Server) -> None:
         for piece in server.pieces:
             piece.is_narrowing = False
-        super().answered(server)
+        super().handle_answer(server)
 
 
 class TakesSuspectsBackWithoutAVerdict(ItemQueue):
     """Suspects are given to others while the verdict on their server is open."""
 
-    def _break(self, piece: Piece, server: Server, error: Exception) -> None:
+    def _await_verdict(self, piece: Piece, server: Server, error: Exception) -> None:
         piece.is_narrowing, is_narrowing = False, piece.is_narrowing
-        super()._break(piece, server, error)
+        super()._await_verdict(piece, server, error)
         piece.is_narrowing = is_narrowing
 
 
 class SuspectsComeLast(ItemQueue):
     """Suspects wait until no other item does (1.5)."""
 
-    def _narrow_down(self, usable: list[Server]) -> None:
+    def _start_suspects(self, usable: list[Server]) -> None:
         if not self._waiting_in_calls:
-            super()._narrow_down(usable)
+            super()._start_suspects(usable)
 
 
 class FirstComeFirstServed(ItemQueue):
     """Items are sent in the order in which they came, whoever sent them (1.6)."""
 
-    def _take(self, count: int, most: float) -> list[Item]:
+    def _take_items(self, count: int, most: float) -> list[Item]:
         call = self._calls[0]
         others = [self._calls.pop() for _ in range(len(self._calls) - 1)]
-        taken = super()._take(count, most)
+        taken = super()._take_items(count, most)
         self._calls.extend(reversed(others))
         if call.waiting:
             self._calls.remove(call)
@@ -549,10 +551,10 @@ class FirstComeFirstServed(ItemQueue):
 class NeverRecovers(ItemQueue):
     """A limit that a refusal has lowered stays (5.2)."""
 
-    def ended(self, piece: Piece, error: Exception | None) -> None:
+    def handle_end(self, piece: Piece, error: Exception | None) -> None:
         server = piece.server
         before = server.piece_size if server is not None else 0
-        super().ended(piece, error)
+        super().handle_end(piece, error)
         if server is not None:
             server.piece_size = min(before, server.piece_size)
 
@@ -642,7 +644,7 @@ def test_large_items_do_not_fill_the_memory_of_a_server() -> None:
     server = world.add(capacity=256)
     world.submit(world.call(), ["a"] * 500, size=1 << 20)
     assert server.size_in_flight <= item_queue.MAX_SIZE_IN_FLIGHT
-    assert all(piece.size <= item_queue.MAX_PIECE_SIZE for piece in world.live)
+    assert all(piece.size <= pieces.MAX_PIECE_SIZE for piece in world.live)
     world.rounds()
 
 
@@ -658,7 +660,7 @@ def test_an_interface_that_is_down_is_no_loss() -> None:
         assert not world.live, "nothing is sent to a server that does not answer"
         for server in [*world.probed]:
             world.probed.remove(server)
-            world.queue.answered(server)
+            world.queue.handle_answer(server)
     world.rounds()
     assert len(world.outcomes[call]) == 64
     assert not any(item.losses for item in items)
@@ -673,12 +675,12 @@ def test_a_client_that_was_stopped_gives_up_no_server() -> None:
     world.submit(call, ["a"] * 100)
     world.advance(60.0)
     while world.live:
-        world.end(world.live[0], StallTimeout("no sign of life"))
+        world.end(world.live[0], StallTimeout("no heartbeat"))
     assert sorted(it.key for it in world.probed) == [it.key for it in servers]
     world.settle()
     (sent, *_) = servers[0].pieces
     world.result(sent, 1)
-    world.end(sent, StallTimeout("no sign of life"))
+    world.end(sent, StallTimeout("no heartbeat"))
     world.rounds()
     assert len(world.outcomes[call]) == 100
     assert not any(isinstance(it, ItemLost) for it in world.outcomes[call].values())
@@ -692,7 +694,7 @@ def test_a_server_that_hangs_again_is_given_up_where_nobody_ends_it() -> None:
     for turn in range(2):
         world.advance(60.0)
         while world.live:
-            world.end(world.live[0], StallTimeout("no sign of life"))
+            world.end(world.live[0], StallTimeout("no heartbeat"))
         assert bool(world.outcomes[call]) == (turn == 1)
         world.settle()
     assert len(world.outcomes[call]) == 100
@@ -704,10 +706,10 @@ def test_the_verdict_that_comes_late_still_counts() -> None:
     world = World()
     hung, other = world.add(capacity=4), world.add(capacity=4)
     items = world.submit(world.call(), ["a"] * 8)
-    left = [item for piece in hung.pieces for item in piece.left]
+    left = [item for piece in hung.pieces for item in piece.unfinished]
     for piece in [*hung.pieces]:
-        world.end(piece, TransportError("no sign of life"))
-    world.advance(item_queue.HOLD_SECONDS)
+        world.end(piece, TransportError("no heartbeat"))
+    world.advance(item_queue.VERDICT_SECONDS)
     for piece in [*other.pieces]:
         world.finish(piece)
     world.remove(hung, returns=True, died=True)
@@ -745,7 +747,7 @@ def test_no_suspect_is_begun_while_a_server_may_still_work_on_what_it_was_told_t
     world.queue.cancel(poisoned)
     assert not any(piece.is_narrowing for piece in world.live)
     world.advance(item_queue.SETTLE_SECONDS)
-    assert [piece.left for piece in world.live] == [[innocent]]
+    assert [piece.unfinished for piece in world.live] == [[innocent]]
 
 
 def paused(monkeypatch: pytest.MonkeyPatch) -> tuple[World, Call]:

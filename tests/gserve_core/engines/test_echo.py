@@ -163,7 +163,7 @@ def test_the_engines_own_checks_are_no_items_when_a_fault_counts_them() -> None:
             await running.check()
             assert await item(running, "first") == "first"
             await running.check()
-            with pytest.raises(ItemError, match="as ordered"):
+            with pytest.raises(ItemError, match="as requested"):
                 await item(running, "second")
             assert await item(running, "third") == "third"
 

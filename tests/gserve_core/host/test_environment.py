@@ -12,7 +12,6 @@ import gserve
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host.environment import check_not_patched, open_missing_descriptors
 
-
 CLOSED = """
 import os, sys
 from gserve_core.host.environment import open_missing_descriptors

@@ -153,7 +153,7 @@ def test_the_death_of_the_nursery_costs_nothing(service: VLLMService, caplog: py
     server_process(service.servers[0]).kill()
     until(lambda: service.status()[0].restarts == 1 and service.status()[0].state == State.READY)
     flush()
-    assert "its process has ended, and the nursery that had forked it did not say how" in caplog.text
+    assert "its process has ended, and the nursery that forked it did not report the exit code" in caplog.text
     (another,) = nurseries()
     assert server_process(service.servers[0]).ppid() == another.pid
     assert service.servers[1].record() == before[1]
@@ -196,7 +196,7 @@ def test_a_start_is_cancelled_while_the_nursery_imports(tmp_path: Path) -> None:
 
     starting = threading.Thread(target=start)
     starting.start()
-    until(lambda: service.status()[0].phase == "importing, once for all servers")
+    until(lambda: service.status()[0].phase == "importing modules, once for all servers")
     until(nurseries)
     service.shutdown()
     starting.join(60)
@@ -276,7 +276,7 @@ class Place:
         self.ttl: float | None = None
 
     def say(self, message: lease.Down) -> None:
-        self.stdin.write(lease.encoded(message))
+        self.stdin.write(lease.encode(message))
 
     def hear(self, awaited: str) -> str:
         """Return the first line that begins so."""

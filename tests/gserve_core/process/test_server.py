@@ -117,12 +117,12 @@ def test_a_request_that_is_to_be_alone_waits_for_the_others_and_they_for_it(slow
             alone = RunRequest([Group(["alone " * 60], {"max_tokens": 60})], alone=True)
             small = RunRequest([Group(["small"], SHORT)])
             for refused in (alone, small):
-                with pytest.raises(RemoteError, match="on one request alone") as caught:
+                with pytest.raises(RemoteError, match="runs one request alone") as caught:
                     await ends(connection, refused)
                 assert (caught.value.status, caught.value.retry_after) == (429, 1.0)
             await other
             task = await until_begun(connection, alone)
-            with pytest.raises(RemoteError, match="on one request alone"):
+            with pytest.raises(RemoteError, match="runs one request alone"):
                 await ends(connection, small)
             assert isinstance((await task)[0], Result)
             assert isinstance((await ends(connection, small))[0], Result)
@@ -144,7 +144,7 @@ def test_to_cancel_what_is_not_there_does_nothing(slow: VLLMServer) -> None:
 def test_a_request_of_too_many_items_is_refused_with_what_to_do(slow: VLLMServer) -> None:
     async def run() -> None:
         async with connected(slow) as connection:
-            with pytest.raises(RemoteError, match=r"1000000 items.*at most 131072.*send it in pieces") as refused:
+            with pytest.raises(RemoteError, match=r"1000000 items.*at most 131072.*split the request") as refused:
                 await ends(connection, RunRequest([Group([""] * 1_000_000)]))
             assert refused.value.status == 413
 

@@ -62,7 +62,7 @@ class Told:
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FOLLOW_SECONDS", 0.02)
-    monkeypatch.setattr(module, "DOUBT_SECONDS", 0.2)
+    monkeypatch.setattr(module, "MISSING_SECONDS", 0.2)
     monkeypatch.setattr(module, "GONE_SECONDS", 0.6)
     monkeypatch.setattr(module, "Dispatcher", Told)
 
@@ -194,7 +194,7 @@ def test_where_all_servers_are_given_up_the_items_end(service: tuple[Attached, i
     assert told(following).awaited == {"the service"}
     write(owner, status="failed")
     until(lambda: not told(following).awaited)
-    assert told(following).why == "the service 'followed' has given up all its servers"
+    assert told(following).why == "all servers of the service 'followed' have failed"
     until(lambda: states(following) == ["failed", "failed"])
 
 

@@ -90,9 +90,8 @@ def test_a_process_that_is_attached_gets_the_same_with_all_results_in_hand() -> 
         time.sleep(2)
         service.drain("its job's time is nearly over")
         thread.join(60)
-        assert (
-            check(caught[0].results, "the service 'ending' is ending: it finishes what it has, and takes no more") >= 8
-        )
+        why = "the service 'ending' is ending: it finishes its requests in flight, and accepts no more"
+        assert check(caught[0].results, why) >= 8
         with pytest.raises(GserveError, match="'ending' is ending"):
             VLLMService.attach("ending")
         attached.shutdown()

@@ -97,12 +97,12 @@ def test_the_queue_is_told_of_every_server_and_of_its_end_at_once(dispatchers: l
     program.runs[0].clean_up()
     until(lambda: len(dispatcher.told) == 4)
     assert dispatcher.told[3] == ("add", "server-0", "instance-2")
-    pool.drain("it was told to")
+    pool.drain("as requested")
     program.runs[1].die("preempted", died=False)
     program.runs[1].clean_up(LaunchError("server-0 failed: preempted\nmore lines"))
     until(lambda: pool.states["server-0"].state == State.FAILED)
     assert dispatcher.told[4:] == [
-        ("drain", "the service is ending: it was told to"),
+        ("drain", "the service is ending: as requested"),
         ("remove", "server-0", "server-0: preempted", True, False),
         ("remove", "server-0", "server-0 failed: preempted", False, False),
     ]
@@ -156,11 +156,11 @@ def test_a_server_that_is_given_up_is_told_with_cause_and_reason(dispatchers: li
     pool = pool_of(program)
     pool.start()
     program.runs[0].die()
-    program.runs[0].clean_up(left=(7,))
+    program.runs[0].clean_up(unkillable=(7,))
     until(lambda: pool.states["server-0"].state == State.FAILED)
     assert dispatchers[0].told[-1] == (
         "remove", "server-0",
-        "server-0 failed while serving: killed by SIGKILL; it has left processes that cannot be killed: 7",
+        "server-0 failed while serving: killed by SIGKILL; some of its processes cannot be killed: 7",
         False, False,
     )  # fmt: skip
     pool.close()
@@ -172,7 +172,7 @@ def test_a_start_after_all_servers_were_given_up_starts_them_again(dispatchers: 
     pool.start()
     for began, program in zip(([1, 1], [2, 2]), programs, strict=True):  # where one is left, a start does nothing
         program.runs[0].die()
-        program.runs[0].clean_up(left=(7,))
+        program.runs[0].clean_up(unkillable=(7,))
         until(lambda name=program.name: pool.states[name].state == State.FAILED)  # type: ignore[misc]
         pool.start()
         assert [len(it.runs) for it in programs] == began
@@ -250,11 +250,17 @@ def test_a_start_that_another_was_quicker_than_leaves_nothing(
     monkeypatch.setattr(supervising.Supervisor, "_close", close_slowly)
     pool = pool_of(FakeProgram())
     barrier = threading.Barrier(4)
+
+    def start() -> None:
+        barrier.wait(10)
+        pool.start()
+
     with ThreadPoolExecutor(4) as threads:
         for _ in range(20):
-            for act in [threads.submit(lambda: (barrier.wait(10), pool.start())) for _ in range(4)]:
+            for act in [threads.submit(start) for _ in range(4)]:
                 act.result(30)
-            assert [it for it in dispatchers if not it.is_closed] == [pool.dispatcher]
+            live: list[object] = [it for it in dispatchers if not it.is_closed]
+            assert live == [pool.dispatcher]
             pool.close()
 
 
@@ -323,7 +329,7 @@ def test_what_is_wrong_with_the_config_is_raised_as_it_is() -> None:
     thread = threading.Thread(target=start)
     thread.start()
     until(lambda: program.runs)
-    wrong = ConfigError("GPU 2 is asked for", at="$.serve.gpu_ids")
+    wrong = ConfigError("GPU 2 is requested", at="$.serve.gpu_ids")
     program.runs[0].clean_up(wrong)
     thread.join(10)
     assert starting == [wrong]
@@ -432,7 +438,7 @@ def test_the_record_tells_other_processes_what_becomes_of_the_servers(monkeypatc
     program.runs[0].die()
     until(lambda: written() == ("starting", []))
     assert deaths() == ["instance-1"]
-    program.runs[0].clean_up(left=(7,))
+    program.runs[0].clean_up(unkillable=(7,))
     until(lambda: written() == ("failed", []))
     pool.close()
     assert written() is None
@@ -444,13 +450,13 @@ def test_a_name_that_is_taken_is_not_taken_away(monkeypatch: pytest.MonkeyPatch)
     first.start()
     program = FakeProgram()
     second = pool_of(program, record=Record("recorded", record))
-    with pytest.raises(ConfigError, match="a service named 'recorded' runs already"):
+    with pytest.raises(ConfigError, match="a service named 'recorded' is already running"):
         second.start()
     assert not program.runs
     assert written() == ("ready", ["instance-1"])
     first.close()
     second.start()
-    second.drain("it was told to")
+    second.drain("as requested")
     until(lambda: written() == ("draining", []))
     second.close()
     assert written() is None

@@ -41,7 +41,7 @@ class NoProcess:
         self.may_stop.set()
 
     def say(self, *messages: lease.Up) -> None:
-        self._up.write(b"".join(map(lease.encoded, messages)))
+        self._up.write(b"".join(map(lease.encode, messages)))
 
     def become_ready(self) -> None:
         self.say(lease.Listening(Address(["127.0.0.1"], 4321)), lease.Ready(EngineInfo(model="m")))
@@ -207,10 +207,10 @@ def test_a_start_without_progress_is_no_death_of_items(begin: Callable[..., Case
 @pytest.mark.parametrize(
     ("reason", "died"),
     [
-        ("SLURM says PREEMPTED of its job 4: another job took its place", False),
-        ("SLURM says NODE_FAIL of its job 4: its node failed", False),
-        ("SLURM says TIMEOUT of its job 4: its time was over (time)", False),
-        ("SLURM says OUT_OF_MEMORY of its job 4: it needed more memory than it had asked for (mem)", True),
+        ("SLURM reports PREEMPTED for its job 4: another job preempted it", False),
+        ("SLURM reports NODE_FAIL for its job 4: its node failed", False),
+        ("SLURM reports TIMEOUT for its job 4: its time limit was reached (time)", False),
+        ("SLURM reports OUT_OF_MEMORY for its job 4: it needed more memory than it had requested (mem)", True),
         (None, True),
     ],
 )
@@ -231,7 +231,7 @@ def test_one_that_is_silent_since_its_scheduler_has_suspended_it_has_not_died(
 ) -> None:
     monkeypatch.setenv("SOMEWHERE", "127.0.0.1")
     case = begin(Elsewhere(), stall_timeout=0.3)
-    case.process.reason = "SLURM says SUSPENDED of its job 4: it was suspended"
+    case.process.reason = "SLURM reports SUSPENDED for its job 4: it was suspended"
     case.process.become_ready()
     ended = case.wait(Ended)
     assert (ended.died, ended.why) == (False, case.process.reason)
@@ -292,7 +292,7 @@ def test_limits_of_the_owner_are_those_of_servers_on_its_machine_only(
     monkeypatch.setenv("SOMEWHERE", "127.0.0.1")
     case = begin(launcher())
     until(lambda: b"\n" in case.process.heard())
-    (hello,) = lease.decoded(case.process.heard().splitlines()[:1])
+    (hello,) = lease.decode(case.process.heard().splitlines()[:1])
     assert isinstance(hello, lease.Hello)
     assert bool(hello.limits) is (hello.umask is not None) is has_limits
 

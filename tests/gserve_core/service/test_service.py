@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +155,11 @@ VLLMService(LLMConfig("m"), engine=EchoEngine(), name="the-service").start()
 
 
 def test_a_name_is_taken_once(named: VLLMService) -> None:
-    with pytest.raises(ConfigError, match="a service named 'the-service' runs already"):
+    with pytest.raises(ConfigError, match="a service named 'the-service' is already running"):
         VLLMService(LLM, engine=EchoEngine(), name="the-service").start()
     ended = python(CLASHING)
     assert ended.returncode == 1
-    assert f"a service named 'the-service' runs already (process {os.getpid()})" in ended.stderr
+    assert f"a service named 'the-service' is already running (process {os.getpid()})" in ended.stderr
     assert records.find_service("the-service").pid == os.getpid()
 
 
@@ -187,9 +188,7 @@ def test_one_server_that_fails_fails_the_start_at_once(tmp_path: Path, monkeypat
     before = our_processes()
     (tmp_path / "flaky.py").write_text(FLAKY)
     monkeypatch.syspath_prepend(str(tmp_path))
-    from flaky import OneFails
-
-    engine = OneFails(marker=str(tmp_path / "marker"))
+    engine = import_module("flaky").OneFails(marker=str(tmp_path / "marker"))
     service = VLLMService(LLM, TWO, engine=engine, plugins=["flaky"])
     began = time.monotonic()
     with pytest.raises(LaunchError, match="the second one fails") as caught:
@@ -532,7 +531,7 @@ def test_a_shutdown_with_time_lets_the_servers_finish_what_they_have() -> None:
     assert len(done) >= 8
     assert all(outcomes[index][0].text == prompts[index] for index in done)
     lost = {str(outcome) for outcome in outcomes.values() if isinstance(outcome, ItemError)}
-    assert lost == {"the service is ending: it was told to end"}
+    assert lost == {"the service is ending: as requested"}
     with pytest.raises(GserveError, match="the service is not running"):
         service.generate(["a"])
     assert [status.state for status in service.status()] == [State.STOPPED]
@@ -548,8 +547,8 @@ def test_a_service_whose_only_server_is_given_up_fails_the_calls_of_who_is_attac
             until(lambda: service.status()[0].state == State.FAILED)
             (result,) = attached.generate(["b"], on_error="return")
             assert isinstance(result, ItemLost)
-            assert "the service 'given-up' has given up all its servers" in str(result)
-        with pytest.raises(GserveError, match="'given-up' has given up all its servers"):
+            assert "all servers of the service 'given-up' have failed" in str(result)
+        with pytest.raises(GserveError, match="all servers of the service 'given-up' have failed"):
             VLLMService.attach("given-up")
 
 

@@ -66,7 +66,8 @@ def test_the_only_server_that_is_killed_is_replaced_and_the_call_goes_on(victim:
         done = dict([next(iterator)])
         os.kill(processes_below(server)[victim], signal.SIGKILL)
         done |= dict(iterator)
-        assert {index: outputs[0].text for index, outputs in done.items()} == dict(enumerate(prompts))
+        texts = {index: outputs[0].text for index, outputs in done.items() if isinstance(outputs, list)}
+        assert texts == dict(enumerate(prompts))
         after = server.record()
         assert after.instance != before.instance, "a new life has an identity of its own"
         assert after.token != before.token
@@ -92,9 +93,10 @@ def test_a_server_that_dies_again_and_again_is_given_up() -> None:
     serve = ServeConfig(max_restarts=2)
     with VLLMService(LLM, serve, engine=EchoEngine(die_at=1)) as service:
         began = time.monotonic()
-        with pytest.raises(BatchError, match="a server died 3 times while it worked on this, at last on nothing else"):
+        why = "a server died 3 times while it worked on this item, the last time on this item alone"
+        with pytest.raises(BatchError, match=why):
             service.generate(["a"])
-        with pytest.raises(BatchError, match="no server is left"):
+        with pytest.raises(BatchError, match="all servers have failed"):
             service.generate(["a"] * 100)
         assert time.monotonic() - began < 150
         until(lambda: service.status()[0].state == State.FAILED)
@@ -102,7 +104,7 @@ def test_a_server_that_dies_again_and_again_is_given_up() -> None:
         results = service.generate(["a", "b"], on_error="return")
         assert time.monotonic() - began < 20
         assert all(isinstance(result, ItemLost) for result in results)
-        assert "started again 2 times" in str(results[0])
+        assert "was restarted 2 times" in str(results[0])
 
 
 def test_a_server_that_fails_its_first_start_is_not_started_again() -> None:
@@ -248,7 +250,7 @@ ATTACHED = """
 import sys, time
 from gserve import VLLMService
 from gserve_core.service import attached
-attached.DOUBT_SECONDS = attached.GONE_SECONDS = 1.0
+attached.MISSING_SECONDS = attached.GONE_SECONDS = 1.0
 with VLLMService.attach("restarting") as service:
     print(service.generate(["one"]), flush=True)
     sys.stdin.readline()
@@ -275,7 +277,7 @@ def test_an_attached_service_follows_restarts_and_the_end() -> None:
             service.shutdown()
             attached.stdin.write("\n")
             attached.stdin.flush()
-            assert "no server is left: the service 'restarting' has ended" in attached.stdout.readline()
+            assert "all servers have failed: the service 'restarting' has ended" in attached.stdout.readline()
     finally:
         service.shutdown()
 
@@ -346,7 +348,7 @@ def test_deaths_between_which_another_process_had_answers_are_not_put_off(caplog
             os.kill(processes_below(service.servers[0])["engine"], signal.SIGKILL)
             until(lambda: service.status()[0].restarts == restarts and is_ready(service))  # noqa: B023
         flush()
-        assert [it for it in caplog.messages if "is started again" in it] == ["server-0 is started again"] * 3
+        assert [it for it in caplog.messages if " restarts" in it] == ["server-0 restarts"] * 3
 
 
 def test_a_shutdown_while_it_starts_ends_the_start() -> None:

@@ -96,7 +96,7 @@ def test_a_death_is_published_before_the_cleanup_and_the_restart_begins_after_it
 def test_an_end_in_order_or_by_a_scheduler_is_not_a_death() -> None:
     with started() as case:
         case.supervisor.wait_ready(10)
-        case.programs[0].runs[0].die("SLURM says PREEMPTED", died=False)
+        case.programs[0].runs[0].die("SLURM reports PREEMPTED", died=False)
         until(lambda: case.state() == State.DRAINING)
         assert not case.published.states["server-0"].died
         case.programs[0].runs[0].clean_up()
@@ -138,7 +138,7 @@ def test_restarts_are_counted_and_the_cause_and_the_count_are_told() -> None:
         until(lambda: case.state() == State.FAILED)
         state = case.published.states["server-0"]
         assert "killed by SIGKILL" in str(state.error)
-        assert state.phase == "it was started again 2 times in ten minutes (max_restarts)"
+        assert state.phase == "it was restarted 2 times in ten minutes (max_restarts)"
         assert not state.returns
 
 
@@ -166,7 +166,7 @@ def test_a_server_that_finishes_nothing_is_restarted_later_each_time(monkeypatch
         until(lambda: case.state() == State.READY and len(case.programs[0].runs) == 2)
         case.die()
         until(lambda: case.state() == State.QUEUED)
-        assert case.published.states["server-0"].phase == "waiting to be started again"
+        assert case.published.states["server-0"].phase == "waiting to restart"
         until(lambda: case.state() == State.READY)
         assert time.monotonic() - began >= 0.3
 
@@ -217,9 +217,9 @@ def test_servers_that_fail_in_one_manner_raise_the_error_of_that_manner() -> Non
 
 def test_what_cannot_be_opened_is_raised_to_who_waits() -> None:
     case = Case()
-    case.notes.refusal = ConfigError("a service named 'x' runs already")
+    case.notes.refusal = ConfigError("a service named 'x' is already running")
     case.supervisor.begin()
-    with pytest.raises(ConfigError, match="runs already"):
+    with pytest.raises(ConfigError, match="is already running"):
         case.supervisor.wait_ready(10)
     assert case.supervisor.wait_ended(10)
     assert not case.programs[0].runs
@@ -229,9 +229,9 @@ def test_a_server_with_processes_that_cannot_be_killed_is_not_restarted() -> Non
     with started() as case:
         case.supervisor.wait_ready(10)
         case.programs[0].runs[0].die()
-        case.programs[0].runs[0].clean_up(left=(4711,))
+        case.programs[0].runs[0].clean_up(unkillable=(4711,))
         until(lambda: case.state() == State.FAILED)
-        assert case.published.states["server-0"].phase == "it has left processes that cannot be killed: 4711"
+        assert case.published.states["server-0"].phase == "some of its processes cannot be killed: 4711"
 
 
 def test_after_drain_nothing_is_restarted() -> None:

@@ -55,7 +55,7 @@ def test_a_node_has_room_for_its_share_of_the_servers(
 
 def test_what_is_not_said_is_left_to_slurm_and_what_is_said_goes_to_it() -> None:
     assert not options().keys() & {"cpus-per-task", "mem", "partition", "time", "comment"}
-    said = {
+    said: dict[str, Any] = {
         "partition": "a,b", "account": "me", "qos": "q", "time": "1-00", "constraint": "x&y", "reservation": "r",
         "nodelist": "n[1-2]", "exclude": "n7", "comment": "$(touch x); --wrap=y",
     }  # fmt: skip
@@ -109,7 +109,7 @@ def test_ids_of_gpus_count_those_of_the_job() -> None:
 
 
 def test_nodes_without_a_server_are_refused() -> None:
-    with pytest.raises(ConfigError, match="3 nodes are more than there are servers: 2"):
+    with pytest.raises(ConfigError, match="expected at most one node per server, got 3 nodes for 2 servers"):
         options(2, nodes=3)
 
 
@@ -134,7 +134,7 @@ def test_a_wrong_option_is_refused_by_its_name(option: str, value: Any) -> None:
 
 
 def order(**changed: Any) -> batch.Order:
-    usual = {"config": "/c.yaml", "overrides": [], "command": ["x"], "patience": 1.0, "requeue": False}
+    usual: dict[str, Any] = {"config": "/c.yaml", "overrides": [], "command": ["x"], "patience": 1.0, "requeue": False}
     return batch.Order(**(usual | changed))
 
 
@@ -162,7 +162,7 @@ def test_a_file_that_this_machine_sees_late_is_waited_for(tmp_path: Path, monkey
     assert batch.read(path) == order()
     appearing.join()
     path.write_text("{}")
-    with pytest.raises(GserveError, match=r"cannot read what this job is to do: .*missing required field"):
+    with pytest.raises(GserveError, match=r"cannot read this job's file: .*missing required field"):
         batch.read(path)
 
 
@@ -241,7 +241,7 @@ def test_a_job_that_ended_while_it_was_submitted_is_told_by_its_number_or_by_slu
     (slurm / "sbatch").write_text('#!/bin/sh\nrm "$XDG_STATE_HOME"/gserve/jobs/*\necho 77\n')
     assert batch.submit(SlurmLauncher(), jobs(), order()) == "77"
     (slurm / "sbatch").write_text('#!/bin/sh\nrm "$XDG_STATE_HOME"/gserve/jobs/*\necho "it failed" >&2; exit 1\n')
-    with pytest.raises(GserveError, match="SLURM refuses: it failed"):
+    with pytest.raises(GserveError, match="SLURM refused the command: it failed"):
         batch.submit(SlurmLauncher(), jobs(), order())
 
 
@@ -271,12 +271,12 @@ def test_a_job_is_over_where_slurm_says_so(slurm: Path, said: str, state: str | 
 )  # fmt: skip
 def test_the_time_that_is_left_is_what_slurm_says(slurm: Path, said: str, expected: tuple[int, int] | None) -> None:
     (slurm / "squeue.out").write_text(said)
-    assert batch.time_left("77") == expected
+    assert batch.remaining_time("77") == expected
 
 
 def test_a_second_run_of_a_job_does_not_wait_for_a_file_that_is_gone(tmp_path: Path) -> None:
     with pytest.raises(
-        GserveError, match=r"SLURM runs this job again, .* \(launcher.requeue\): submit the command again"
+        GserveError, match=r"SLURM runs this job again, .* \(launcher.requeue\); submit the command again"
     ):
         batch.read(tmp_path / "none.json", is_again=True)
 
@@ -288,7 +288,7 @@ def test_a_disk_that_is_full_leaves_no_file(tmp_path: Path, monkeypatch: pytest.
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(GserveError, match=r"cannot write the file of the job in .*: No space left"):
+    with pytest.raises(GserveError, match=r"cannot write the job's file in .*: No space left"):
         batch.write(order())
     assert list(batch.folder().iterdir()) == []
 
@@ -298,6 +298,6 @@ def test_the_script_is_a_constant_beside_the_module() -> None:
     assert text.startswith("#!/bin/bash\n")
     assert "#SBATCH" not in text
     assert [line for line in text.splitlines() if not line.startswith("#")] == [
-        "trap '' USR1 # until Python hears it",
+        "trap '' USR1 # until Python handles it",
         'exec "$1" -P -m gserve.cli.batch_job "$2"',
     ]

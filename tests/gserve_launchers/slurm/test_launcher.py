@@ -28,7 +28,8 @@ ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_CPUS_P
 
 
 def job(**options: Any) -> Job:
-    return Job(**{"name": "server-0", "command": COMMAND, "gpus": 0, "log": Path(os.devnull)} | options)
+    usual: dict[str, Any] = {"name": "server-0", "command": COMMAND, "gpus": 0, "log": Path(os.devnull)}
+    return Job(**(usual | options))
 
 
 def words(launcher: SlurmLauncher, environ: Mapping[str, str] = {}, **options: Any) -> list[str]:
@@ -64,7 +65,7 @@ def test_a_step_takes_its_share_and_leaves_the_rest_to_others() -> None:
     ]  # fmt: skip
 
 
-JOB_FLAGS = {
+JOB_FLAGS: dict[str, tuple[Any, str]] = {
     "partition": ("gpu,gpu-long", "--partition=gpu,gpu-long"),
     "account": ("my-project", "--account=my-project"),
     "qos": ("normal", "--qos=normal"),
@@ -75,14 +76,14 @@ JOB_FLAGS = {
     "exclude": ("n7", "--exclude=n7"),
     "comment": ("evaluation of Monday; `x` $(y) --wrap=z", "--comment=evaluation of Monday; `x` $(y) --wrap=z"),
 }
-FLAGS = {
+FLAGS: dict[str, tuple[Any, str]] = {
     "gpus_per_server": (2, "--gres=gpu:2"),
     "cpus_per_server": (6, "--cpus-per-task=6"),
     "mem": ("64G", "--mem=64G"),
     "job_name": ("mine", "--job-name=mine-server-0"),
     "srun_args": (["--switches=1"], "--switches=1"),
 }
-NO_FLAG = {"gpu_type": "a100", "nodes": 3, "requeue": True, "queue_timeout": 60.0, "nursery": False}
+NO_FLAG: dict[str, Any] = {"gpu_type": "a100", "nodes": 3, "requeue": True, "queue_timeout": 60.0, "nursery": False}
 """What stands in no flag of its own, or is for others than srun."""
 
 
@@ -124,7 +125,7 @@ def test_a_server_gets_the_gpus_that_its_engine_wants_or_that_the_config_says(
 
 
 def test_fewer_gpus_than_the_engine_wants_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"takes 4 GPUs .* gpus_per_server is 2 - at \$\.launcher\.gpus_per_server"):
+    with pytest.raises(ConfigError, match=r"needs 4 GPUs .* gpus_per_server is 2 - at \$\.launcher\.gpus_per_server"):
         srun(SlurmLauncher(gpus_per_server=2), job(gpus=4), {})
 
 
@@ -264,12 +265,15 @@ def test_an_unknown_key_is_an_error_with_a_hint() -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"time": 60}, "expected something like 02:00:00 (hours, minutes, seconds), got 60 - at $.launcher.time"),
-        ({"time": "two hours"}, "like 02:00:00 (hours, minutes, seconds), got 'two hours' - at $.launcher.time"),
+        ({"time": 60}, "expected a time such as 02:00:00 (hours, minutes, seconds), got 60 - at $.launcher.time"),
+        (
+            {"time": "two hours"},
+            "a time such as 02:00:00 (hours, minutes, seconds), got 'two hours' - at $.launcher.time",
+        ),
         ({"time": "٠٢:00:00"}, "- at $.launcher.time"),
-        ({"mem": "64 GB"}, "expected something like 64G, got '64 GB' - at $.launcher.mem"),
+        ({"mem": "64 GB"}, "expected a size such as 64G, got '64 GB' - at $.launcher.mem"),
         ({"mem": "0"}, "- at $.launcher.mem"),
-        ({"partition": ""}, "expected something like gpu, got '' - at $.launcher.partition"),
+        ({"partition": ""}, "expected names such as gpu, got '' - at $.launcher.partition"),
         ({"partition": "gpu\n"}, "- at $.launcher.partition"),
         ({"exclude": "/tmp/nodes"}, "- at $.launcher.exclude"),
         ({"comment": "two\nlines"}, "- at $.launcher.comment"),
@@ -304,8 +308,7 @@ def test_gserve_check_says_where_gpu_ids_stand_that_slurm_is_to_choose(tmp_path:
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ")
     assert done.stderr.endswith(
-        "SLURM chooses the GPUs: say how many servers there are to be (serve.servers), not gpu_ids"
-        " - at $.serve.gpu_ids\n"
+        "SLURM chooses the GPUs: set the number of servers (serve.servers) instead of gpu_ids - at $.serve.gpu_ids\n"
     )
 
 
@@ -315,7 +318,8 @@ def test_options_that_would_break_the_lease_or_run_programs_are_refused_also_sho
         for word in (f"--{name[:length]}", f"--{name[:length]}=x"):
             error = refused(srun_args=["--switches=1", word])
             assert error.at == "$.launcher.srun_args[1]"
-            assert "is not for srun_args: gserve sets that itself, or it would run another program" in error.message
+            expected = "is not allowed in srun_args: gserve sets it itself, or it would run another program"
+            assert expected in error.message
 
 
 @pytest.mark.parametrize(
@@ -329,7 +333,7 @@ def test_what_is_no_long_option_in_one_word_is_refused(word: str) -> None:
 
 
 def test_a_word_that_srun_takes_for_the_end_of_a_command_is_refused() -> None:
-    with pytest.raises(ConfigError, match="srun takes a ':' that stands alone for the end of a command"):
+    with pytest.raises(ConfigError, match="srun reads a lone ':' as the end of a command"):
         commands(LLMConfig(":"), ServeConfig(), EchoEngine())
 
 

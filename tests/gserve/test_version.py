@@ -1,0 +1,15 @@
+"""The version of gserve, as programs and people ask for it."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import gserve
+
+
+def test_the_package_and_the_command_have_the_version_of_the_distribution() -> None:
+    command = [str(Path(sys.executable).with_name("gserve")), "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert gserve.__version__ == version("gserve")
+    assert shown == f"gserve {gserve.__version__}\n"
