@@ -190,3 +190,11 @@ def did_you_mean(given: str, known: Sequence[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; expected one of {', '.join(sorted(known))}" if known else ""
+
+
+def sentence_of(error: BaseException) -> str:
+    """Return the text of an error as one line."""
+    text = " ".join(str(error).split())  # some messages of vLLM have many lines
+    if isinstance(error, GserveError) and text:
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -30,19 +30,19 @@ from .config import LLMConfig
 from .host.forks import call_in_child
 from .interfaces import Address, EngineInfo
 
-BEAT = 5.0
+HEARTBEAT_SECONDS = 5.0
 """Interval between two heartbeats of the owner, in seconds."""
 TTL = 60.0
 """`Hello.ttl` of a connection that can be cut without an end, in seconds."""
-GREETING_SECONDS = 600.0
+HELLO_SECONDS = 600.0
 """Maximum wait of a server for its hello, in seconds. The owner may be suspended; its end is noticed at once."""
 GRACE = 3.0
 """Time for the engine to stop after the owner is gone, in seconds. Then the server's group is killed."""
-LAST_WILL_SECONDS = 1.0
-"""Maximum wait for `ServerEnd.last_will` before the group is killed, in seconds."""
-PULSE = 2.0
+CLEANUP_SECONDS = 1.0
+"""Maximum wait for `ServerEnd.start_cleanup` before the group is killed, in seconds."""
+PULSE_SECONDS = 2.0
 """Maximum interval between two `Pulse` of a ready server, in seconds. It is shorter if `stall_timeout` is short."""
-LOOK = 1.0
+CHECK_SECONDS = 1.0
 """Interval between two checks of a watchdog, and between two retries of a write to a full pipe, in seconds."""
 _LONGEST_LINE = 1 << 20
 
@@ -146,20 +146,20 @@ class Silence:
     """
 
     def __init__(self, pause: float) -> None:
-        self._most = 2 * pause
-        self._looked = time.monotonic()
+        self._max_step = 2 * pause
+        self._updated_at = time.monotonic()
         self.seconds = 0.0
 
-    def look(self) -> float:
+    def update(self) -> float:
         """Return the seconds without a sign of life until now."""
         now = time.monotonic()
-        self.seconds += min(now - self._looked, self._most)
-        self._looked = now
+        self.seconds += min(now - self._updated_at, self._max_step)
+        self._updated_at = now
         return self.seconds
 
-    def end(self) -> None:
+    def reset(self) -> None:
         """Restart the count after a sign of life."""
-        self._looked = time.monotonic()
+        self._updated_at = time.monotonic()
         self.seconds = 0.0
 
 
@@ -197,13 +197,13 @@ class OwnerEnd:
         self._stdin = stdin
         self._lines = Lines(stdout.fileno())
         self._outgoing: deque[bytes] = deque()
-        self._next_beat = time.monotonic() + BEAT
+        self._next_heartbeat = time.monotonic() + HEARTBEAT_SECONDS
         self._sending = threading.Lock()  # held during a write that cannot block
-        self._is_silent = False
+        self._is_stopped = False
         os.set_blocking(stdin.fileno(), False)  # a server that does not read must not block the owner
-        call_in_child(self._forget)
+        call_in_child(self._close_in_child)
         self.send(hello)
-        _HEART.add(self)
+        _HEARTBEATS.add(self)
 
     def send(self, message: Down) -> None:
         """Queue a message, and send as much as fits now; the rest follows later.
@@ -211,17 +211,17 @@ class OwnerEnd:
         Never blocks or raises. Any thread may call it, and a signal handler too. So a send never waits for another
         send, which sends this message as well.
         """
-        self._outgoing.append(encoded(message))
+        self._outgoing.append(encode(message))
         self._flush()
 
-    def beat(self) -> bool:
+    def send_heartbeat(self) -> bool:
         """Send the queued data, and a heartbeat if it is due; return False if the server no longer reads."""
-        if time.monotonic() >= self._next_beat:
-            self._next_beat = time.monotonic() + BEAT
+        if time.monotonic() >= self._next_heartbeat:
+            self._next_heartbeat = time.monotonic() + HEARTBEAT_SECONDS
             if not self._outgoing:
-                self._outgoing.append(encoded(Beat()))
+                self._outgoing.append(encode(Beat()))
         self._flush()
-        return not self._is_silent
+        return not self._is_stopped
 
     def _flush(self) -> None:
         while self._outgoing and self._sending.acquire(blocking=False):
@@ -234,7 +234,7 @@ class OwnerEnd:
     def _write(self) -> bool:
         """Write the queued data; return False if not all of it fits now."""
         try:
-            while self._outgoing and not self._is_silent:
+            while self._outgoing and not self._is_stopped:
                 written = os.write(self._stdin.fileno(), self._outgoing[0])
                 if written < len(self._outgoing[0]):
                     self._outgoing[0] = self._outgoing[0][written:]
@@ -243,8 +243,8 @@ class OwnerEnd:
         except BlockingIOError:
             return False
         except (OSError, ValueError):  # the server has ended, or the pipe is closed
-            self._is_silent = True
-        if self._is_silent:
+            self._is_stopped = True
+        if self._is_stopped:
             self._outgoing.clear()
         return True
 
@@ -259,26 +259,26 @@ class OwnerEnd:
                 messages.append(_up.decode(line))
         return messages
 
-    def silence(self) -> None:
+    def stop_sending(self) -> None:
         """Send nothing more. Call it before other code closes the pipe: its number may then belong to another file."""
         with self._sending:
-            self._is_silent = True
-        _HEART.remove(self)
+            self._is_stopped = True
+        _HEARTBEATS.remove(self)
 
     def close(self) -> None:
         """Give up the lease: a server that still runs ends itself. Idempotent."""
-        self.silence()
+        self.stop_sending()
         with contextlib.suppress(OSError, ValueError):
             self._stdin.close()
 
-    def _forget(self) -> None:
+    def _close_in_child(self) -> None:
         """Close the connection in a forked child. An open copy there would hide the owner's end."""
-        self._is_silent = True  # without the lock, which another thread may have held at the fork
+        self._is_stopped = True  # without the lock, which another thread may have held at the fork
         with contextlib.suppress(OSError, ValueError):
             self._stdin.close()
 
 
-class _Heart:
+class _Heartbeats:
     """A thread that sends the heartbeats of all leases of this process, and does nothing else."""
 
     def __init__(self) -> None:
@@ -294,7 +294,7 @@ class _Heart:
         """Send heartbeats for a lease until `remove`."""
         with self._lock:
             if self._thread is None:
-                thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+                thread = threading.Thread(target=self._send_heartbeats, name="heartbeats", daemon=True)
                 thread.start()  # raises if no thread can start: the next `add` tries again
                 self._thread = thread
             self._ends.add(end)
@@ -304,21 +304,21 @@ class _Heart:
         with self._lock:
             self._ends.discard(end)
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while True:
-            time.sleep(LOOK)
+            time.sleep(CHECK_SECONDS)
             with self._lock:
                 ends = list(self._ends)
                 if not ends:
                     self._thread = None
                     return
             for end in ends:
-                if not end.beat():
+                if not end.send_heartbeat():
                     self.remove(end)
             del end, ends
 
 
-_HEART = _Heart()
+_HEARTBEATS = _Heartbeats()
 
 
 class ServerEnd:
@@ -343,17 +343,17 @@ class ServerEnd:
         self._outgoing: deque[Up] = deque()
         self._is_sending = False
         self._inherited = [self._lines.fd, self._up]
-        call_in_child(self._forget)
-        self._unheard: list[Down] = []
+        call_in_child(self._close_in_child)
+        self._pending: list[Down] = []
         self._handlers: tuple[Callable[[Down], object], Callable[[], object]] | None = None
-        self._hearing = threading.Lock()
-        self.last_will: Callable[[], object] = lambda: None
+        self._handling = threading.Lock()
+        self.start_cleanup: Callable[[], object] = lambda: None
         """Called as soon as the owner is gone. This process may be killed next."""
-        self.hello = self._greeting(0.0 if is_terminal else GREETING_SECONDS)
-        threading.Thread(target=self._watch, name="lease", daemon=True).start()
-        threading.Thread(target=self._send, name="lease-sender", daemon=True).start()
+        self.hello = self._read_hello(0.0 if is_terminal else HELLO_SECONDS)
+        threading.Thread(target=self._run_reader, name="lease", daemon=True).start()
+        threading.Thread(target=self._run_writer, name="lease-sender", daemon=True).start()
 
-    def _forget(self) -> None:
+    def _close_in_child(self) -> None:
         """Close the connection in a forked child. An open copy there would hide its end.
 
         Close it only once: in the children of that child, these numbers belong to other files.
@@ -361,20 +361,20 @@ class ServerEnd:
         while self._inherited:
             os.close(self._inherited.pop())
 
-    def _greeting(self, patience: float) -> Hello:
-        silence = Silence(LOOK)
-        while silence.look() <= patience:
-            lines = self._lines.read(min(LOOK, patience))
+    def _read_hello(self, timeout: float) -> Hello:
+        silence = Silence(CHECK_SECONDS)
+        while silence.update() <= timeout:
+            lines = self._lines.read(min(CHECK_SECONDS, timeout))
             if lines is None:
                 break
-            messages = decoded(lines)
+            messages = decode(lines)
             for place, message in enumerate(messages):
                 if isinstance(message, Hello):
-                    self._unheard = messages[place + 1 :]
+                    self._pending = messages[place + 1 :]
                     return message
-        sys.exit("gserve: --lease was given, but no owner speaks on stdin; leave it out to start a server by hand")
+        sys.exit("gserve: --lease was given, but no owner is connected to stdin; omit it to start a server by hand")
 
-    def tell(self, message: Up) -> None:
+    def send(self, message: Up) -> None:
         """Queue a message for the owner. Never waits or raises: `watch` notices an owner that is gone."""
         with self._sent:
             if isinstance(message, Pulse) and self._outgoing and isinstance(self._outgoing[-1], Pulse):
@@ -387,14 +387,14 @@ class ServerEnd:
         with self._sent:
             self._sent.wait_for(lambda: not self._outgoing and not self._is_sending, seconds)
 
-    def _send(self) -> None:
+    def _run_writer(self) -> None:
         """Run the thread that writes."""
         while True:
             with self._sent:
                 self._is_sending = False
                 self._sent.notify_all()
                 self._sent.wait_for(lambda: self._outgoing)
-                data = b"".join(map(encoded, self._outgoing))
+                data = b"".join(map(encode, self._outgoing))
                 self._outgoing.clear()
                 self._is_sending = True
             try:
@@ -410,47 +410,47 @@ class ServerEnd:
         that is gone before `watch` is noticed too. Nothing has to stop in order then, so the group is killed without
         that wait.
         """
-        with self._hearing:
+        with self._handling:
             self._handlers = on_message, on_lost
-            self._pass_on([])
+            self._handle_messages([])
 
-    def _watch(self) -> None:
+    def _run_reader(self) -> None:
         """Run the thread that reads."""
         ttl = self.hello.ttl
-        silence = Silence(LOOK)
-        while (lines := self._lines.read(LOOK)) is not None:
+        silence = Silence(CHECK_SECONDS)
+        while (lines := self._lines.read(CHECK_SECONDS)) is not None:
             if lines:
-                silence.end()
-                with self._hearing:
-                    self._pass_on(decoded(lines))
-            elif ttl is not None and silence.look() > ttl:
+                silence.reset()
+                with self._handling:
+                    self._handle_messages(decode(lines))
+            elif ttl is not None and silence.update() > ttl:
                 break
-        will = threading.Thread(target=self.last_will, daemon=True)
+        cleanup = threading.Thread(target=self.start_cleanup, daemon=True)
         with contextlib.suppress(RuntimeError):  # no thread can start: the end matters more
-            will.start()
+            cleanup.start()
         if self._handlers is not None:
             with contextlib.suppress(Exception):
                 self._handlers[1]()
             time.sleep(GRACE)
-        if will.is_alive():
-            will.join(LAST_WILL_SECONDS)
+        if cleanup.is_alive():
+            cleanup.join(CLEANUP_SECONDS)
         end_group()
 
-    def _pass_on(self, messages: list[Down]) -> None:
-        self._unheard += messages
+    def _handle_messages(self, messages: list[Down]) -> None:
+        self._pending += messages
         if self._handlers is not None:
-            unheard, self._unheard = self._unheard, []
-            for message in unheard:
+            pending, self._pending = self._pending, []
+            for message in pending:
                 with contextlib.suppress(RuntimeError):  # the server is ending: its event loop is closed
                     self._handlers[0](message)
 
 
-def encoded(message: Down | Up) -> bytes:
+def encode(message: Down | Up) -> bytes:
     """Return a message as the line to send."""
     return msgspec.json.encode(message) + b"\n"
 
 
-def decoded(lines: list[bytes]) -> list[Down]:
+def decode(lines: list[bytes]) -> list[Down]:
     """Return the messages to a server in these lines. Other lines are skipped."""
     messages = []
     for line in lines:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from .host import folders, processes
+from .host import processes, scratch
 from .service import records
 
 GRACE = 5.0
@@ -78,7 +78,7 @@ def _is_server(process: Process) -> bool:
     """Return whether a process is a server, a nursery, or a launcher's process in front of one."""
     if process.server:
         return False
-    owner = folders.find_scratch(process.instance, process.temporary)
+    owner = scratch.find_owner(process.instance, process.temporary)
     if owner is not None and (owner.pid, owner.started) == (process.pid, process.started):
         return True
     with contextlib.suppress(psutil.Error):
@@ -92,7 +92,7 @@ def _is_in_session(process: Process) -> bool:
     leader, _, started = process.server.partition(":")
     if leader == str(process.session) and started.isdecimal() and process.started >= int(started):
         return True  # an id is not reused while its session exists
-    owner = folders.find_scratch(process.instance, process.temporary)
+    owner = scratch.find_owner(process.instance, process.temporary)
     return owner is not None and owner.session == process.session and process.started >= owner.started
 
 
@@ -139,7 +139,7 @@ def end(left: Collection[Process]) -> list[Process]:
 
 def unused_files() -> list[Path]:
     """Return this user's temporary folders and state files that no live server or service uses."""
-    return folders.unused_scratch_folders({process.instance for process in _processes()}) + records.stale_files()
+    return scratch.unused({process.instance for process in _processes()}) + records.stale_files()
 
 
 def unreadable() -> list[records.Unreadable]:
@@ -150,6 +150,6 @@ def unreadable() -> list[records.Unreadable]:
 def remove(path: Path) -> None:
     """Remove a file, or a folder with its content and the link to it."""
     if path.is_dir() and not path.is_symlink():
-        folders.remove_scratch(path)
+        scratch.remove(path)
     else:
         path.unlink(missing_ok=True)

@@ -29,8 +29,8 @@ from gserve_core.errors import ConfigError, GserveError, PluginError
 from gserve_core.host.environment import ATTACH_VARIABLE
 from gserve_core.host.logs import setup_logging
 from gserve_core.service import records
-from gserve_core.service.server import State
 from gserve_core.service.service import VLLMService
+from gserve_core.service.state import State
 from gserve_launchers.slurm import batch
 
 TICK = 0.1

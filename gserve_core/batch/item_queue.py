@@ -136,7 +136,7 @@ class ItemQueue:
         `died`: whether it died while it worked. Only then do the items in flight count a loss.
         """
         (self._expected.add if returns else self._expected.discard)(key)
-        self._no_server = f"all servers have failed: {why}"
+        self._no_server = f"no server is available: {why}"
         server = self._servers.pop(key, None)
         if server is None:
             self.pump()
@@ -190,7 +190,7 @@ class ItemQueue:
         server.is_given_up = True
         for piece in [piece for piece in server.pieces if piece.verdict_by == math.inf]:
             self._return_without_verdict(piece)
-        self._no_server = f"all servers have failed: {why}"
+        self._no_server = f"no server is available: {why}"
         self.pump()
 
     # ----------------------------------------------------------------------------------------------------------- items
@@ -332,7 +332,7 @@ class ItemQueue:
         if not server.is_broken:
             server.is_broken = True
             logger.debug("the connection to %s broke: %s", server.key, error)
-            self._no_server = f"all servers have failed: {error}"
+            self._no_server = f"no server is available: {error}"
             if isinstance(error, StallTimeout) and not server.ends_hung:
                 before, server.stalled_at = server.stalled_at, self._clock()
                 server.is_given_up = before is not None and piece.begun_at >= before

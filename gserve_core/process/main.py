@@ -25,10 +25,11 @@ import uvloop
 from .. import lease, plugins
 from ..config import LLMConfig, ServeConfig
 from ..errors import ConfigError, GserveError
-from ..host import addresses, folders, gpus, processes, sweep
+from ..host import addresses, folders, gpus, processes, scratch, sweep
 from ..host.environment import ignore_notices, open_missing_descriptors
-from ..host.logs import ServerLog, setup_logging
+from ..host.logs import setup_logging
 from ..host.redaction import secret_values
+from ..host.server_log import ServerLog
 from . import nursery
 from .server import FLUSH_SECONDS, Server, fail
 
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     owner = lease.ServerEnd() if options.lease else None
     instance = owner.hello.instance if owner else uuid.uuid4().hex
     _mark_children(instance)
-    scratch = folders.scratch_folder(instance)  # before `_use_scratch` changes the temporary folder
+    temporary = scratch.path_of(instance)  # before `_use_scratch` changes the temporary folder
     secrets, log = secret_values(os.environ), None
     if owner is not None:
         owner.start_cleanup = functools.partial(sweep.start, instance)
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if owner is not None and code == 0:
         owner.send(lease.Stopped())
     _end_children()
-    folders.remove_scratch(scratch)
+    scratch.remove(temporary)
     logging.shutdown()
     if log is not None:
         log.close()
@@ -127,12 +128,12 @@ def _use_scratch(instance: str) -> None:
     Raises GserveError: it cannot be made.
     """
     try:
-        scratch = folders.make_scratch_folder(instance)
+        temporary = scratch.make(instance)
     except OSError as error:
         raise GserveError(f"cannot make a folder for temporary files: {error}; set TMPDIR") from error
     os.environ |= folders.cache_environment()  # before the temporary folder changes
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(scratch.parent / f"torchinductor_{os.getuid()}"))
-    os.environ["TMPDIR"] = str(folders.short_path(scratch))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(temporary.parent / f"torchinductor_{os.getuid()}"))
+    os.environ["TMPDIR"] = str(scratch.short_path(temporary))
     tempfile.tempdir = None  # forked processes would use the path that Python has cached
 
 

@@ -9,8 +9,8 @@ A process with threads must be forked with care: a lock that a thread holds stay
 nursery has no other Python thread when it forks. It has no event loop and has touched no GPU. The imported libraries
 have a thread pool or two. These threads have had no work yet, and so hold no lock.
 
-A server may have a place of its own, such as a step of a SLURM job. A nursery then runs in that place (`stay`). It
-forks the server there, and forks it again after it has died, so that the place is kept.
+A server may have a place of its own, such as a step of a SLURM job. A nursery then runs in that place
+(`run_in_place`). It forks the server there, and forks it again after it has died, so that the place is kept.
 
 The owner's end is in `gserve_core.service.nursery`.
 """
@@ -32,69 +32,69 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from .. import lease
-from ..commands import FAREWELL, end_group, kill_group
-from ..host import folders, processes
+from ..commands import GROUP_GRACE, end_group, kill_group
+from ..host import processes, scratch
 from ..host.memory import memory_kills
 from ..host.processes import readable
 
 END = b"end"
 """Order of the owner to a nursery in a server's place: kill the server."""
-SHARE = 2 / 3
+TTL_SHARE = 2 / 3
 """Part of the lease's timeout after which a nursery without a server treats its owner as gone."""
-PARTING = 10.0
+END_SECONDS = 10.0
 """Maximum time for a server to end after its owner is gone, or for the owner to accept a line, in seconds."""
 LONGEST_BACKLOG = 8 << 20
 """Maximum size of the data queued for a server that does not read, in bytes. Heartbeats beyond it are dropped."""
-ENDING = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+END_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 """Signals that order a server to end."""
 
 
-def tend(prepare: Callable[[], object]) -> list[str]:
+def run_nursery(prepare: Callable[[], object]) -> list[str]:
     """Run the nursery of the owner at the other end of stdin: run `prepare`, then fork a server on each request.
 
     Returns only in the forked servers, with the arguments of their command. The nursery itself ends when its owner
     ends.
     """
-    _show(["gserve", "nursery", *sys.argv[1:]])
-    line = socket.socket(fileno=os.dup(0))  # `dup` makes it close-on-exec: imports execute programs
+    _set_title(["gserve", "nursery", *sys.argv[1:]])
+    owner = socket.socket(fileno=os.dup(0))  # `dup` makes it close-on-exec: imports execute programs
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
-    _import(prepare, line.fileno())
+    _import(prepare, owner.fileno())
     children: dict[int, tuple[int, socket.socket]] = {}
     waiting = select.poll()
-    waiting.register(line, select.POLLIN)
+    waiting.register(owner, select.POLLIN)
     while True:
         for ready, _ in waiting.poll():
             if ready in children:
-                pid, talk = children.pop(ready)
+                pid, channel = children.pop(ready)
                 waiting.unregister(ready)
                 os.close(ready)
                 code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-                with talk, contextlib.suppress(OSError):
-                    talk.send(f"ended {code}".encode(), socket.MSG_DONTWAIT)
+                with channel, contextlib.suppress(OSError):
+                    channel.send(f"ended {code}".encode(), socket.MSG_DONTWAIT)
                 continue
-            said, descriptors, *_ = socket.recv_fds(line, 64, 5)
-            if not said:
+            data, descriptors, *_ = socket.recv_fds(owner, 64, 5)
+            if not data:
                 os._exit(0)
             *order, theirs = descriptors
-            talk = socket.socket(fileno=theirs)
+            channel = socket.socket(fileno=theirs)
             if not (pid := _fork()):
-                line.close()
+                owner.close()
                 for descriptor, (_, other) in children.items():
                     os.close(descriptor)
                     other.close()
-                return _become_server(order, talk)
+                return _become_server(order, channel)
             for descriptor in order:
                 os.close(descriptor)
             child = os.pidfd_open(pid)
             with contextlib.suppress(OSError):
-                socket.send_fds(talk, [f"fork {pid}".encode()], [child], socket.MSG_DONTWAIT)
-            children[child] = pid, talk
+                socket.send_fds(channel, [f"fork {pid}".encode()], [child], socket.MSG_DONTWAIT)
+            children[child] = pid, channel
             waiting.register(child, select.POLLIN)
 
 
-def stay(prepare: Callable[[], object]) -> list[str]:
+def run_in_place(prepare: Callable[[], object]) -> list[str]:
     """Run a nursery in a server's place: run `prepare`, then fork a server for each hello.
 
     Stdin and stdout are the lease of each of these servers in turn. When a server has died and nothing remains of it,
@@ -109,26 +109,26 @@ def stay(prepare: Callable[[], object]) -> list[str]:
 
     Returns only in the servers, with the arguments of their command.
     """
-    _show(["gserve", "nursery", *sys.argv[1:]])
+    _set_title(["gserve", "nursery", *sys.argv[1:]])
     down, up = os.dup(0), os.dup(1)  # `dup` makes both close-on-exec: imports execute programs
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.close(nothing)
     os.dup2(2, 1)
-    os.write(up, lease.encoded(lease.Phase("importing, once for all lives of the server")))
+    os.write(up, lease.encode(lease.Phase("importing modules, once for all restarts")))
     _import(prepare, down)
-    return _Place(down, up).hold()
+    return _Place(down, up).run()
 
 
 class _Place:
-    """The place of a server, kept by `hold` when the server dies. `down` and `up` are the connection to the owner."""
+    """The place of a server, kept by `run` when the server dies. `down` and `up` are the connection to the owner."""
 
     def __init__(self, down: int, up: int) -> None:
         self._down = down
         self._up = up
         self._lines = lease.Lines(down)
-        self._silence = lease.Silence(lease.LOOK)
-        self._ttl: float | None = lease.GREETING_SECONDS
+        self._silence = lease.Silence(lease.CHECK_SECONDS)
+        self._ttl: float | None = lease.HELLO_SECONDS
         self._is_last = False
         self._pid = 0
         self._instance = ""
@@ -141,46 +141,48 @@ class _Place:
         os.set_blocking(self._signals, False)
         os.set_blocking(self._signalled, False)
         signal.set_wakeup_fd(self._signalled)
-        for number in (signal.SIGCHLD, *ENDING):
+        for number in (signal.SIGCHLD, *END_SIGNALS):
             signal.signal(number, lambda *_: None)  # signals are read from the pipe
 
-    def hold(self) -> list[str]:
+    def run(self) -> list[str]:
         """Follow the owner's orders and watch the servers. Returns only in a server: the arguments of its command."""
         while True:
-            ready = readable(lease.LOOK, self._signals, self._down, writable=self._stdin if self._outgoing else -1)
+            ready = readable(
+                lease.CHECK_SECONDS, self._signals, self._down, writable=self._stdin if self._outgoing else -1
+            )
             if self._signals in ready:
-                self._take_signals()
+                self._handle_signals()
             if self._down in ready:
-                for line in self._hear():
-                    if self._obey(line):
+                for line in self._read_lines():
+                    if self._handle_line(line):
                         return sys.argv[1:]
             self._flush()
-            self._end_what_is_over()
+            self._check_timeouts()
 
-    def _end_what_is_over(self) -> None:
-        silent, ttl = self._silence.look(), math.inf if self._ttl is None else self._ttl
+    def _check_timeouts(self) -> None:
+        silent, ttl = self._silence.update(), math.inf if self._ttl is None else self._ttl
         if not self._pid:
-            if self._is_last or silent > ttl * SHARE:
+            if self._is_last or silent > ttl * TTL_SHARE:
                 self._end()
-        elif silent > (PARTING if self._down < 0 else ttl + PARTING):
+        elif silent > (END_SECONDS if self._down < 0 else ttl + END_SECONDS):
             kill_group(self._pid)  # it should have ended by now
 
-    def _take_signals(self) -> None:
+    def _handle_signals(self) -> None:
         numbers = os.read(self._signals, 64)
-        if any(number in ENDING for number in numbers):
+        if any(number in END_SIGNALS for number in numbers):
             self._is_last = True
-            self._tell(lease.encoded(lease.Drain()))  # a scheduler may signal only this process, or the server too
+            self._send_line(lease.encode(lease.Drain()))  # a scheduler may signal only this process, or the server too
         if self._pid and signal.SIGCHLD in numbers:
             pid, status = os.waitpid(self._pid, os.WNOHANG)
             if pid:
-                self._bury(os.waitstatus_to_exitcode(status))
+                self._handle_exit(os.waitstatus_to_exitcode(status))
 
-    def _hear(self) -> list[bytes]:
+    def _read_lines(self) -> list[bytes]:
         """Return the lines from the owner.
 
         At the end of the connection, close the server's stdin, so that it ends itself.
         """
-        self._silence.end()
+        self._silence.reset()
         lines = self._lines.read(0)
         if lines is None:
             os.close(self._down)
@@ -189,15 +191,15 @@ class _Place:
             return []
         return lines
 
-    def _obey(self, line: bytes) -> bool:
+    def _handle_line(self, line: bytes) -> bool:
         """Follow a line from the owner, or pass it to the server; return True in a server that it forks."""
         if not self._pid:
-            hello = next((it for it in lease.decoded([line]) if isinstance(it, lease.Hello)), None)
+            hello = next((it for it in lease.decode([line]) if isinstance(it, lease.Hello)), None)
             return hello is not None and self._begin(hello, line)
         if line == END:
             kill_group(self._pid)
         else:
-            self._tell(line + b"\n")
+            self._send_line(line + b"\n")
         return False
 
     def _begin(self, hello: lease.Hello, line: bytes) -> bool:
@@ -205,7 +207,7 @@ class _Place:
         stdin, self._stdin = os.pipe()
         if not (pid := _fork()):
             signal.set_wakeup_fd(-1)
-            for number in (signal.SIGCHLD, *ENDING):
+            for number in (signal.SIGCHLD, *END_SIGNALS):
                 signal.signal(number, signal.SIG_DFL)
             for descriptor in (self._down, self._stdin, self._signals, self._signalled):
                 os.close(descriptor)
@@ -215,10 +217,10 @@ class _Place:
         os.set_blocking(self._stdin, False)  # a server that does not read must not block the nursery
         self._pid, self._instance, self._kills = pid, hello.instance, memory_kills()
         self._ttl = hello.ttl
-        self._tell(line + b"\n")
+        self._send_line(line + b"\n")
         return False
 
-    def _tell(self, line: bytes) -> None:
+    def _send_line(self, line: bytes) -> None:
         """Send a line to the server, if there is one, as soon as it reads."""
         if self._stdin >= 0 and len(self._outgoing) < LONGEST_BACKLOG:
             self._outgoing += line
@@ -239,35 +241,35 @@ class _Place:
             os.close(self._stdin)
             self._stdin = -1
 
-    def _bury(self, code: int) -> None:
+    def _handle_exit(self, code: int) -> None:
         """Remove everything that a server left when it ended, and report its end to the owner.
 
         Ends this process if no other server may follow.
         """
         self._close_stdin()
-        end_group(self._pid, FAREWELL)
-        left = processes.end_processes_of(self._instance)
-        folders.remove_scratch(folders.scratch_folder(self._instance))
+        end_group(self._pid, GROUP_GRACE)
+        unkillable = processes.end_processes_of(self._instance)
+        scratch.remove(scratch.path_of(self._instance))
         self._pid, self._code = 0, code
-        if not code or left or memory_kills() != self._kills:
+        if not code or unkillable or memory_kills() != self._kills:
             self._end()
         if not self._is_last:
             try:
-                if self._up not in readable(PARTING, writable=self._up):
+                if self._up not in readable(END_SECONDS, writable=self._up):
                     self._end()
                 os.write(self._up, f"ended {self._instance} {code}\n".encode())
             except OSError:
                 self._end()
-            self._silence.end()
+            self._silence.reset()
 
     def _end(self) -> NoReturn:
         """End this process with the exit code of the last server."""
         os._exit(self._code if self._code >= 0 else 128 - self._code)
 
 
-def _import(prepare: Callable[[], object], line: int) -> None:
-    """Run `prepare`. If the owner at the other end of `line` goes away during it, end this process."""
-    with _ending_with(line):
+def _import(prepare: Callable[[], object], descriptor: int) -> None:
+    """Run `prepare`. If the owner at the other end of `descriptor` goes away during it, end this process."""
+    with _exit_when_closed(descriptor):
         prepare()
     gc.collect()
     gc.freeze()  # collections skip these objects, so that servers share their memory
@@ -280,8 +282,8 @@ def _fork() -> int:
 
 
 @contextlib.contextmanager
-def _ending_with(line: int) -> Iterator[None]:
-    """End this process if the other end of `line` is closed during the block.
+def _exit_when_closed(descriptor: int) -> Iterator[None]:
+    """End this process if the other end of `descriptor` is closed during the block.
 
     The thread that watches it is gone after the block.
     """
@@ -289,9 +291,9 @@ def _ending_with(line: int) -> Iterator[None]:
 
     def watch() -> None:
         waiting = select.poll()
-        waiting.register(line, 0)  # `poll` always reports a broken connection
+        waiting.register(descriptor, 0)  # `poll` always reports a broken connection
         waiting.register(over, 0)
-        if line in dict(waiting.poll()):
+        if descriptor in dict(waiting.poll()):
             os._exit(0)
 
     watching = threading.Thread(target=watch, daemon=True)
@@ -304,7 +306,7 @@ def _ending_with(line: int) -> Iterator[None]:
         os.close(over)
 
 
-def _become_server(received: Sequence[int], talk: socket.socket) -> list[str]:
+def _become_server(received: Sequence[int], channel: socket.socket) -> list[str]:
     """Turn this process into the one that its command would have started; return the arguments of the command.
 
     received: descriptors of the order, stdin, stdout and the log.
@@ -317,9 +319,9 @@ def _become_server(received: Sequence[int], talk: socket.socket) -> list[str]:
         os.chdir(folder)
     _become(command, env, streams)
     me = os.getpid()
-    with talk:
+    with channel:
         try:
-            socket.send_fds(talk, [f"is {me}".encode()], [os.pidfd_open(me)])
+            socket.send_fds(channel, [f"is {me}".encode()], [os.pidfd_open(me)])
         except OSError:  # its requester is gone
             os._exit(1)
     return sys.argv[1:]
@@ -337,11 +339,11 @@ def _become(command: Sequence[str], env: Mapping[str, str], streams: Sequence[in
         os.close(stream)
     os.environ |= env
     sys.argv = list(command[1:])
-    _show(command)
-    _mark(env[processes.ID_VARIABLE])
+    _set_title(command)
+    _set_id(env[processes.ID_VARIABLE])
 
 
-def _show(command: Sequence[str]) -> None:
+def _set_title(command: Sequence[str]) -> None:
     """Make `ps` show another command for this process. A command longer than the original one is cut.
 
     A shorter one is padded with spaces. The size stays the same, so that vLLM can name its processes in this memory.
@@ -352,7 +354,7 @@ def _show(command: Sequence[str]) -> None:
     ctypes.memmove(start, shown + b"\0", size + 1)
 
 
-def _mark(instance: str) -> None:
+def _set_id(instance: str) -> None:
     """Make /proc show the id of this process in place of the nursery's, which has the same length."""
     start, end = _memory("environment")
     mark = f"{processes.ID_VARIABLE}=".encode()

@@ -65,15 +65,15 @@ def cancelled_item(index: int) -> Failure:
 class Piece:
     """An admitted request, with the events that its client has not taken.
 
-    `left` of its `size` items have not ended. While its results exceed `BACKLOG_BYTES`, it is full: no more items are
-    begun.
+    `unfinished` of its `size` items have not ended. While its results exceed `BACKLOG_BYTES`, it is full: no more items
+    are begun.
     """
 
     def __init__(self, request_id: str, engine: RunningEngine, size: int) -> None:
         self.id = request_id
         self.engine = engine
-        self.size = self.left = size
-        self.news = asyncio.Event()
+        self.size = self.unfinished = size
+        self.has_events = asyncio.Event()
         self._taken = asyncio.Event()
         self.begun = 0
         """Number of items passed to the engine, cancelled ones included. Items are begun in order."""
@@ -87,12 +87,12 @@ class Piece:
     def put(self, event: Event) -> None:
         """Add an event."""
         self._events.append(event)
-        self.news.set()
+        self.has_events.set()
 
     def take(self) -> list[Event]:
         """Return the events since the last call."""
         batch, self._events, self._weighed, self._bytes = self._events, [], 0, 0
-        self.news.clear()
+        self.has_events.clear()
         self._taken.set()
         return batch
 
@@ -111,9 +111,9 @@ class Piece:
 
     def cancel(self, items: Sequence[int]) -> list[int]:
         """Cancel items; return those not begun. The caller must report their cancellation."""
-        fresh = {index for index in items if 0 <= index < self.size} - self.cancelled
-        self.cancelled |= fresh
-        for index in fresh:
+        new_items = {index for index in items if 0 <= index < self.size} - self.cancelled
+        self.cancelled |= new_items
+        for index in new_items:
             if index in self.tasks:
                 self.tasks[index].cancel()
-        return sorted(index for index in fresh if index >= self.begun)
+        return sorted(index for index in new_items if index >= self.begun)

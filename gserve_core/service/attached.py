@@ -20,13 +20,13 @@ from .state import ServerState, State
 
 FOLLOW_SECONDS = 1.0
 """Time between two reads of the service's record, in seconds."""
-DOUBT_SECONDS = 3.0
+MISSING_SECONDS = 3.0
 """Time before a missing or unreadable record has an effect, in seconds."""
 GONE_SECONDS = 60.0
 """Maximum time that items wait for a missing service to return under its name, in seconds. Then they are lost."""
 CLOSE_SECONDS = 30.0
 """Maximum time for `close`, in seconds."""
-PLACE = "the service"
+SERVICE_KEY = "the service"
 """Key of the server that the queue expects while no server is known."""
 
 logger = logging.getLogger("gserve.attached")
@@ -116,15 +116,15 @@ class _Following:
         self.states: Mapping[str, ServerState] = MappingProxyType({})
         self.is_closing = False
         self._is_drained = False
-        self._gone_since: float | None = None
-        self._orders: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._take(first)
+        self._missing_since: float | None = None
+        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._apply_record(first)
         self._thread = threading.Thread(target=self._run, name="gserve-follow", daemon=True)
         self._thread.start()
 
     def ask_to_close(self) -> None:
         self.is_closing = True
-        self._orders.put(None)
+        self._wakeups.put(None)
 
     def close(self) -> None:
         self.ask_to_close()
@@ -136,25 +136,25 @@ class _Following:
         keep_logging_from_waiting()
         while not self.is_closing:
             with suppress(queue.Empty):
-                self._orders.get(timeout=FOLLOW_SECONDS)
+                self._wakeups.get(timeout=FOLLOW_SECONDS)
             if self.is_closing:
                 break
             try:
-                self._look()
+                self._read_record()
             except TransportError:
                 break  # the queue is closed, so the states are not needed any more
             except Exception:
-                logger.exception("cannot follow the service '%s'", self._name)
+                logger.exception("cannot update the state of the service '%s'", self._name)
         self.dispatcher.close()
 
-    def _look(self) -> None:
+    def _read_record(self) -> None:
         """Read the record of the service, and apply its changes."""
         now = time.monotonic()
         try:
             record = records.read_service(self._name)
             if record is not None and record.is_alive:
-                self._gone_since = None
-                self._take(record)
+                self._missing_since = None
+                self._apply_record(record)
                 return
         except GserveError as error:
             if isinstance(error, TransportError):
@@ -162,32 +162,32 @@ class _Following:
             logger.debug("cannot read the record of '%s': %s", self._name, error)  # the next look retries
         except OSError as error:  # too few descriptors, for example
             logger.debug("cannot read the record of '%s': %s", self._name, error)
-        if self._gone_since is None:
-            self._gone_since = now
-        gone = now - self._gone_since
-        if gone >= DOUBT_SECONDS:
-            self._begin_anew()
+        if self._missing_since is None:
+            self._missing_since = now
+        gone = now - self._missing_since
+        if gone >= MISSING_SECONDS:
+            self._replace_queue()
         if gone >= GONE_SECONDS:
-            self._lose(f"the service '{self._name}' has ended", returns=False)
-        elif gone >= DOUBT_SECONDS:
-            self._lose(f"the service '{self._name}' is gone for now", returns=True)
+            self._remove_servers(f"the service '{self._name}' has ended", returns=False)
+        elif gone >= MISSING_SECONDS:
+            self._remove_servers(f"the service '{self._name}' is not running: waiting for its restart", returns=True)
 
-    def _take(self, record: ServiceRecord) -> None:
+    def _apply_record(self, record: ServiceRecord) -> None:
         """Apply the record of a living owner to the queue and the states."""
         if record.status == "draining":
-            self.dispatcher.drain(ending(self._name))
+            self.dispatcher.drain(drain_reason(self._name))
             self._is_drained = True
             self._set_states(State.DRAINING)
             return
-        self._begin_anew()
+        self._replace_queue()
         now = {server.name: server for server in record.servers}
         gone = [name for name, server in self.servers.items() if now.get(name) != server]
         if record.status != "failed":
-            self.dispatcher.expect(PLACE)
-        given_up = f"the service '{self._name}' has given up all its servers"
+            self.dispatcher.expect(SERVICE_KEY)
+        all_failed = f"all servers of the service '{self._name}' have failed"
         for name in gone:
             died = self.servers[name].instance in record.deaths
-            why = given_up if record.status == "failed" else f"its owner has lost {name}"
+            why = all_failed if record.status == "failed" else f"its service reports {name} as not ready"
             self.dispatcher.remove(name, why, died=died)
             self.servers = MappingProxyType({other: it for other, it in self.servers.items() if other != name})
         for name, server in now.items():
@@ -199,48 +199,48 @@ class _Following:
                 self.servers = MappingProxyType({**self.servers, name: server})
         known = {name: state for name, state in self.states.items() if name not in now}
         if record.status == "failed":
-            self.dispatcher.remove(PLACE, given_up, died=False)
+            self.dispatcher.remove(SERVICE_KEY, all_failed, died=False)
         elif now and not known:  # else the missing servers may return
-            self.dispatcher.expect(PLACE, comes=False)
+            self.dispatcher.expect(SERVICE_KEY, comes=False)
         lost = State.FAILED if record.status == "failed" else State.QUEUED
         states = {
-            **{name: self._state(state, lost) for name, state in known.items()},
-            **{name: _ready(server) for name, server in now.items()},
+            **{name: self._changed_state(state, lost) for name, state in known.items()},
+            **{name: _ready_state(server) for name, server in now.items()},
         }
-        self.states = MappingProxyType({name: states[name] for name in sorted(states, key=_number)})
+        self.states = MappingProxyType({name: states[name] for name in sorted(states, key=_sort_key)})
 
-    def _begin_anew(self) -> None:
+    def _replace_queue(self) -> None:
         """Replace the queue if it was drained. A drained queue accepts no items."""
         if not self._is_drained:
             return
-        self._lose(ending(self._name), returns=False)
+        self._remove_servers(drain_reason(self._name), returns=False)
         old, self.dispatcher, self._is_drained = self.dispatcher, Dispatcher(), False
         old.close()
         if self.is_closing:
             self.dispatcher.close()
 
-    def _lose(self, why: str, *, returns: bool) -> None:
+    def _remove_servers(self, why: str, *, returns: bool) -> None:
         """Remove all servers. Their items wait for the service if it `returns`; otherwise they end."""
         if returns:
-            self.dispatcher.expect(PLACE)
+            self.dispatcher.expect(SERVICE_KEY)
         for name in self.servers:
             self.dispatcher.remove(name, why, died=False)
         if not returns:
-            self.dispatcher.remove(PLACE, why, died=False)
+            self.dispatcher.remove(SERVICE_KEY, why, died=False)
         self.servers = MappingProxyType({})
         self._set_states(State.QUEUED if returns else State.FAILED, why)
 
     def _set_states(self, state: State, why: str | None = None) -> None:
-        self.states = MappingProxyType({name: self._state(it, state, why) for name, it in self.states.items()})
+        self.states = MappingProxyType({name: self._changed_state(it, state, why) for name, it in self.states.items()})
 
-    def _state(self, last: ServerState, state: State, why: str | None = None) -> ServerState:
-        why = why or f"its owner has lost {last.name}"
+    def _changed_state(self, last: ServerState, state: State, why: str | None = None) -> ServerState:
+        why = why or f"its service reports {last.name} as not ready"
         if state == State.FAILED:
             return last.failed(GserveError(why))
-        return last.queued(why) if state == State.QUEUED else last.draining("finishing what it has", finishing=True)
+        return last.queued(why) if state == State.QUEUED else last.draining("finishing its requests", finishing=True)
 
 
-def _ready(record: ServerRecord) -> ServerState:
+def _ready_state(record: ServerRecord) -> ServerState:
     """Return the state of a server that its owner reports as ready."""
     return ServerState(
         name=record.name, state=State.READY, host=record.address.hosts[0], port=record.address.port,
@@ -250,11 +250,11 @@ def _ready(record: ServerRecord) -> ServerState:
     )  # fmt: skip
 
 
-def _number(name: str) -> tuple[int, str]:
+def _sort_key(name: str) -> tuple[int, str]:
     number = name.rpartition("-")[2]
     return (int(number) if number.isdecimal() else 0, name)
 
 
-def ending(name: str) -> str:
+def drain_reason(name: str) -> str:
     """Return the message that explains why a draining service accepts no items."""
-    return f"the service '{name}' is ending: it finishes what it has, and takes no more"
+    return f"the service '{name}' is ending: it finishes its requests in flight, and accepts no more"

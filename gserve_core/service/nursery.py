@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import cast
 
 from .. import lease
-from ..commands import GONE, UNKNOWN, LocalProcess, reap_group
+from ..commands import KILL_SECONDS, UNKNOWN, LocalProcess, reap_group
 from ..errors import StartupTimeout
 from ..host import processes
 from ..host.forks import call_in_child
@@ -35,7 +35,7 @@ END_SECONDS = 1.0
 """Maximum time for a nursery to end after its socket was closed, in seconds. Then it is killed."""
 REAP_SECONDS = 1.0
 """Maximum time for a nursery to report the exit code of an ended server, in seconds."""
-IMPORTING = "importing, once for all servers"
+IMPORTING = "importing modules, once for all servers"
 """Phase of a server whose nursery imports."""
 PINNING = "CUDA_VISIBLE_DEVICES"
 """Environment variable that a nursery must not inherit from its first server."""
@@ -60,11 +60,11 @@ class Nursery:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._line: socket.socket | None = None
+        self._socket: socket.socket | None = None
         self._id = ""
         self._lock = threading.Lock()
         self.has_forked = False
-        call_in_child(self._close_line)  # a fork that kept it open would hide our end from the nursery
+        call_in_child(self._close_socket)  # a fork that kept it open would hide our end from the nursery
 
     def fork(self, job: Job, popen: Popen) -> LocalProcess:
         """Request a forked server, and return it. It is forked as soon as its imports are done. Does not wait for it.
@@ -76,27 +76,27 @@ class Nursery:
         if not _is_possible():
             return LocalProcess(popen(job))
         with self._lock:
-            if self._line is None or self._process is None or self._process.poll() is not None:
+            if self._socket is None or self._process is None or self._process.poll() is not None:
                 self._start(job, popen)
-            assert self._line is not None
+            assert self._socket is not None
             with contextlib.ExitStack() as failed:  # closes all if there are too few descriptors
-                stdin, write = _opened(failed, os.pipe())
-                read, stdout = _opened(failed, os.pipe())
-                talk, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                failed.callback(talk.close)
+                stdin, write = _close_on_error(failed, os.pipe())
+                read, stdout = _close_on_error(failed, os.pipe())
+                channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                failed.callback(channel.close)
                 with theirs, os.fdopen(os.memfd_create("order"), "wb", 0) as order, job.log.open("ab") as log:
                     order.write(json.dumps([list(job.command), dict(job.env), _folder()]).encode())
                     with contextlib.suppress(OSError):  # it has just died: `ForkedServer.poll` notices that
                         descriptors = [order.fileno(), stdin, stdout, log.fileno(), theirs.fileno()]
-                        socket.send_fds(self._line, [b"fork"], descriptors)
+                        socket.send_fds(self._socket, [b"fork"], descriptors)
                 failed.pop_all()
-            fork = _Fork(talk, os.fdopen(write, "wb", 0), os.fdopen(read, "rb", 0))
+            fork = _Fork(channel, os.fdopen(write, "wb", 0), os.fdopen(read, "rb", 0))
             return ForkedServer(self, fork, job, lambda: popen(job, stdin=stdin, stdout=stdout), [stdin, stdout])
 
     def _start(self, job: Job, popen: Popen) -> None:
         self._release()
         self.has_forked, self._id = False, uuid.uuid4().hex
-        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             env = {name: value for name, value in job.env.items() if name != PINNING}
             command = [{"--lease": "--forks"}.get(word, word) for word in job.command]
@@ -120,25 +120,25 @@ class Nursery:
             self._release()
 
     def _release(self) -> None:
-        self._close_line()
+        self._close_socket()
         if self._process is not None:
             try:
                 self._process.wait(END_SECONDS)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(GONE)
+                    self._process.wait(KILL_SECONDS)
             _kill_processes_of(self._id)
             reap_group(self._process.pid)
             self._process = None
 
-    def _close_line(self) -> None:
-        if self._line is not None:
-            self._line.close()
-            self._line = None
+    def _close_socket(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
 
-def _opened(stack: contextlib.ExitStack, descriptors: tuple[int, int]) -> tuple[int, int]:
+def _close_on_error(stack: contextlib.ExitStack, descriptors: tuple[int, int]) -> tuple[int, int]:
     """Make `stack` close the descriptors of a pipe, and return them."""
     for descriptor in descriptors:
         stack.callback(os.close, descriptor)
@@ -163,7 +163,7 @@ def _kill_processes_of(nursery: str) -> None:
 class _Fork:
     """A process that a nursery forks, like a `subprocess.Popen`. `pid` is 0 until it is a server.
 
-    `talk` is a socket that receives these messages:
+    `channel` is a socket that receives these messages:
     "fork", from the nursery, with a descriptor of the process.
     "is", from the process once it is a server, with its id and a descriptor.
     "ended", from the nursery, with the exit code of the process.
@@ -172,18 +172,18 @@ class _Fork:
     will never become a server.
     """
 
-    def __init__(self, talk: socket.socket, stdin: io.FileIO, stdout: io.FileIO) -> None:
+    def __init__(self, channel: socket.socket, stdin: io.FileIO, stdout: io.FileIO) -> None:
         self.stdin = stdin
         self.stdout = stdout
         self.pid = 0
         self.returncode: int | None = None
         self.is_lost = False
-        self._talk = talk
+        self._channel = channel
         self._process = -1
 
     def poll(self) -> int | None:
         if self.returncode is None:
-            self._hear(0.0)
+            self._receive(0.0)
         return self.returncode
 
     def wait(self, timeout: float = math.inf) -> int:
@@ -192,7 +192,7 @@ class _Fork:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
                 raise subprocess.TimeoutExpired("a forked server", timeout)
-            self._hear(min(remaining, 1.0))
+            self._receive(min(remaining, 1.0))
         return self.returncode
 
     def terminate(self) -> None:
@@ -203,32 +203,32 @@ class _Fork:
     def kill(self) -> None:
         """Kill the process if it exists, and wait until it has ended."""
         if self.returncode is None:
-            self._hear(0.0)
+            self._receive(0.0)
         if self.returncode is None and self._process >= 0:
             with contextlib.suppress(OSError):
                 signal.pidfd_send_signal(self._process, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self.wait(GONE)
+                self.wait(KILL_SECONDS)
 
-    def forget(self) -> None:
+    def close(self) -> None:
         """Close the socket and the descriptor. A process forked later ends at once, since the socket is closed."""
-        self._talk.close()
+        self._channel.close()
         if self._process >= 0:
             os.close(self._process)
             self._process = -1
 
-    def _hear(self, seconds: float) -> None:
+    def _receive(self, seconds: float) -> None:
         """Receive one message within `seconds`, and record whether the process has ended."""
-        talk = self._talk.fileno()
-        ready = readable(seconds, talk, self._process)
-        if talk not in ready and self._process in ready:
-            ready = readable(REAP_SECONDS, talk)
-            if talk not in ready:
+        channel = self._channel.fileno()
+        ready = readable(seconds, channel, self._process)
+        if channel not in ready and self._process in ready:
+            ready = readable(REAP_SECONDS, channel)
+            if channel not in ready:
                 self.returncode = UNKNOWN
-        if talk not in ready:
+        if channel not in ready:
             return
-        said, descriptors, *_ = socket.recv_fds(self._talk, 64, 1)
-        word, _, number = said.decode().partition(" ")
+        data, descriptors, *_ = socket.recv_fds(self._channel, 64, 1)
+        word, _, number = data.decode().partition(" ")
         for descriptor in descriptors:
             if self._process < 0:
                 self._process = descriptor
@@ -243,7 +243,7 @@ class _Fork:
             case "ended":
                 self.returncode = int(number)
             case _:
-                self._talk.close()
+                self._channel.close()
                 self.is_lost = not self.pid and self.returncode is None
 
 
@@ -265,7 +265,7 @@ class ForkedServer(LocalProcess):
         self._start = start
         self._pipes = pipes
         self._job = job
-        self._silence = lease.Silence(lease.LOOK)
+        self._silence = lease.Silence(lease.CHECK_SECONDS)
         self._log_size = 0
         self._is_late = False
 
@@ -290,8 +290,8 @@ class ForkedServer(LocalProcess):
         with contextlib.suppress(OSError):
             if (size := log.stat().st_size) != self._log_size:
                 self._log_size = size
-                self._silence.end()
-        silent = self._silence.look()
+                self._silence.reset()
+        silent = self._silence.update()
         if limit is not None and silent > limit:
             self._is_late = True
             raise StartupTimeout(
@@ -306,7 +306,7 @@ class ForkedServer(LocalProcess):
     def why(self) -> str | None:
         """Return why the exit code is unknown, if it is. The exit code is meaningless then."""
         if self._fork.returncode == UNKNOWN:
-            return "its process has ended, and the nursery that had forked it did not say how"
+            return "its process has ended, and the nursery that forked it did not report the exit code"
         return super().why()
 
     def stop(self, grace: float) -> int:
@@ -314,12 +314,12 @@ class ForkedServer(LocalProcess):
         self._close_pipes()
         if self.pid:
             code = super().stop(grace)
-            self._fork.forget()
+            self._fork.close()
             return code
         if self._is_late:
             self._nursery.kill()
         self._fork.kill()
-        self._fork.forget()
+        self._fork.close()
         with contextlib.suppress(OSError):
             self.stdin.close()
         self.stdout.close()

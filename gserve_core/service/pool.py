@@ -63,7 +63,7 @@ class Queue:
         self._is_closed = True
         self.dispatcher.close()
 
-    def follow(self, state: ServerState) -> None:
+    def update(self, state: ServerState) -> None:
         """Pass a server's new state to the dispatcher. Does nothing if the state is known. Raises OSError."""
         if self._is_closed:
             return
@@ -71,9 +71,9 @@ class Queue:
         now = (state.instance if state.works else "", state.works or state.returns)
         with suppress(TransportError):  # the dispatcher was closed
             if instance and instance != now[0]:
-                self.dispatcher.remove(state.name, _why(state), returns=state.returns, died=state.died)
+                self.dispatcher.remove(state.name, _reason(state), returns=state.returns, died=state.died)
             elif returns and not now[1]:
-                self.dispatcher.remove(state.name, _why(state), returns=False, died=False)
+                self.dispatcher.remove(state.name, _reason(state), returns=False, died=False)
             elif now[1] and not returns and not now[0]:
                 self.dispatcher.expect(state.name)
             if state.usable and instance != now[0]:
@@ -85,7 +85,7 @@ class Queue:
         self._known[state.name] = now
 
 
-def _why(state: ServerState) -> str:
+def _reason(state: ServerState) -> str:
     """Return in one line why a server accepts no items."""
     if state.state == State.STOPPED or (state.state == State.DRAINING and not state.returns):
         return f"{state.name} was stopped"
@@ -110,7 +110,7 @@ class Record:
         """Identifies this start of the service."""
         self._last: ServiceRecord | None = None
         self._is_written = False
-        self._deaths: deque[str] = deque(maxlen=records.DEATHS)
+        self._deaths: deque[str] = deque(maxlen=records.MAX_DEATHS)
 
     def reserve(self) -> None:
         """Reserve the name.
@@ -193,27 +193,27 @@ class _Session:
         self._logs = logs = self._open_logs()
         for state in self._published.states.values():
             self._published.publish(replace(state, restarts=0, failure=None).queued(BEGINNING))
-            self._tell_queue(self._published.states[state.name])
+            self._update_queue(self._published.states[state.name])
         return logs
 
     def changed(self, old: ServerState, new: ServerState) -> None:
-        self._tell_queue(new)
+        self._update_queue(new)
         if old.usable != new.usable or old.returns != new.returns:
             self._write_record({**self._published.states, new.name: new})
 
-    def _tell_queue(self, state: ServerState) -> None:
+    def _update_queue(self, state: ServerState) -> None:
         if self.queue is not None:
             try:
-                self.queue.follow(state)
+                self.queue.update(state)
             except OSError as error:
-                logger.warning("cannot send items to %s yet: %s; trying it again", state.name, error)
+                logger.warning("cannot send items to %s yet: %s; retrying", state.name, error)
 
     def _write_record(self, states: Mapping[str, ServerState]) -> None:
         if self._record is not None and not self._is_closing:
             try:
                 self._record.write(list(states.values()), is_draining=self._is_draining)
             except (OSError, GserveError) as error:
-                logger.warning("cannot make known what has become of the service: %s", error)
+                logger.warning("cannot write the record of the service: %s", error)
 
     def draining(self) -> None:
         self._is_draining = True
@@ -221,7 +221,7 @@ class _Session:
 
     def keep(self) -> None:
         for state in self._published.states.values():
-            self._tell_queue(state)  # retry: there may have been too few descriptors
+            self._update_queue(state)  # retry: there may have been too few descriptors
         if self._record is not None and not self._is_closing:
             with suppress(OSError, GserveError):
                 self._record.keep()
@@ -234,15 +234,15 @@ class _Session:
             self.queue.close()
 
     def ended(self) -> None:
-        with ExitStack() as left:
+        with ExitStack() as cleanup:
             if self._logs is not None:
-                left.callback(folders.release_logs, self._logs)
+                cleanup.callback(folders.release_logs, self._logs)
             if self._record is not None and self._is_open:
-                left.callback(self._record.remove)
+                cleanup.callback(self._record.remove)
             if self._nursery is not None and self._is_open:
-                left.callback(self._nursery.close)
+                cleanup.callback(self._nursery.close)
             if self.queue is not None:
-                left.callback(self.queue.close)
+                cleanup.callback(self.queue.close)
 
 
 class Pool:
@@ -313,19 +313,19 @@ class Pool:
     def _begin(self) -> tuple[Supervisor, bool]:
         """Begin a session, unless one runs. Return its supervisor, and whether it is new."""
         if self.is_foreign:
-            raise GserveError(f"this process was forked from the one that started {self._what}: make a new one here")
+            raise GserveError(f"this process was forked from the one that started {self._what}: create a new one here")
         while True:
             seen = self._session
             if seen is not None and not seen.supervisor.is_closing:
                 return seen.supervisor, False
             if seen is not None and not seen.supervisor.wait_ended(END_SECONDS + MARGIN):
-                raise LaunchError(f"{self._what} has not ended yet: it cannot be started again")
+                raise LaunchError(f"{self._what} has not ended yet: it cannot be restarted")
             session = self._new_session()
             with self._lock:  # this block cannot wait, or be interrupted by a signal handler
-                has_won = self._session is seen
-                if has_won:
+                is_first = self._session is seen
+                if is_first:
                     self._session = session
-            if not has_won:
+            if not is_first:
                 session.supervisor.close()
                 session.supervisor.wait_ended(END_SECONDS + MARGIN)  # so that nothing of it remains afterwards
                 continue
@@ -393,7 +393,7 @@ class Pool:
         """Start one server unless it runs. Raises GserveError: the pool is not started."""
         session = self._session
         if session is None or session.supervisor.is_closing:
-            raise GserveError(f"{name} belongs to {self._what}, which is not started: start that")
+            raise GserveError(f"{name} belongs to {self._what}, which is not started: start it first")
         session.supervisor.begin([name])
 
     def stop_one(self, name: str) -> None:
@@ -430,7 +430,7 @@ class Pool:
                 session.queue.close()
             return
         if drain is not None:
-            self.drain("it was told to end")
+            self.drain("as requested")
         self._close(session.supervisor, drain)
 
     def _close(self, supervisor: Supervisor, drain: float | None) -> None:
@@ -442,4 +442,4 @@ class Pool:
         finally:
             supervisor.close(drain)
         if not supervisor.wait_ended(END_SECONDS + MARGIN + (drain or 0.0)):
-            logger.error("%s has not ended yet: leaving it", self._what)
+            logger.error("%s has not ended yet: not waiting any longer", self._what)

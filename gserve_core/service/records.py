@@ -22,7 +22,7 @@ LOCK_SECONDS = 10.0
 UPDATE_SECONDS = 1.0
 """Maximum wait for such a process when an owner updates its record, in seconds. The owner retries later."""
 # It is short, since the owner has other work to do.
-DEATHS = 256
+MAX_DEATHS = 256
 """Maximum number of deaths in a record."""
 
 
@@ -51,7 +51,7 @@ class ServiceRecord(Struct, frozen=True):
     `id`: distinguishes services of one process.
     `machine`: the machine on which `pid` is valid; None in records of older versions.
     `stall_timeout`: time after which the owner kills a hung server, in seconds; None: never.
-    `deaths`: instances of the servers that died while they worked, at most the last `DEATHS`.
+    `deaths`: instances of the servers that died while they worked, at most the last `MAX_DEATHS`.
     `seed`: see `LLMConfig.item_seed`.
     """
 
@@ -100,7 +100,7 @@ class Unreadable:
     why: str
 
     def __str__(self) -> str:
-        return f"cannot read the record of a service {self.path}: {self.why}; if no service needs it, remove it"
+        return f"cannot read the record of a service {self.path}: {self.why}; if no service uses it, remove it"
 
 
 def reserve_service(record: ServiceRecord) -> None:
@@ -127,7 +127,7 @@ def keep_service(record: ServiceRecord) -> bool:
     for server in record.servers:
         tokens.keep_token(server.address, server.token, server.control)
     try:
-        found = _named(record.name)
+        found = _read_named(record.name)
     except GserveError:
         found = []
     if any(not other.is_same(record) and other.is_alive for other in found):
@@ -145,7 +145,7 @@ def check_name(name: str) -> None:
     _check_text(name)
     other = read_service(name)
     if other is not None and other.is_alive:
-        raise _taken(other)
+        raise _name_taken(other)
 
 
 def _check_text(name: str) -> None:
@@ -153,8 +153,8 @@ def _check_text(name: str) -> None:
         raise ConfigError(f"expected a name of at most 64 letters, digits and '-_.', got '{name}'")
 
 
-def _taken(other: ServiceRecord) -> ConfigError:
-    doing = {"starting": "is starting", "draining": "is ending"}.get(other.status, "runs already")
+def _name_taken(other: ServiceRecord) -> ConfigError:
+    doing = {"starting": "is starting", "draining": "is ending"}.get(other.status, "is already running")
     return ConfigError(
         f"a service named '{other.name}' {doing} (process {other.pid}): choose another --name,"
         f" or end it with: gserve stop {other.name}"
@@ -167,12 +167,12 @@ def _update(record: ServiceRecord, *, may_be_same: bool) -> None:
         record = structs.replace(record, machine=processes.machine())
     try:
         with run_files.locked(run_files.places(), UPDATE_SECONDS if may_be_same else LOCK_SECONDS):
-            for other in _named(record.name):
+            for other in _read_named(record.name):
                 if other.is_alive and not (may_be_same and other.is_same(record)):
-                    raise _taken(other)
+                    raise _name_taken(other)
             run_files.write(_service_name(record.name), record)
     except OSError as error:
-        raise GserveError(f"cannot make the service '{record.name}' known: {error}") from error
+        raise GserveError(f"cannot write the record of the service '{record.name}': {error}") from error
 
 
 def remove_service(name: str, run: str | None = None) -> None:
@@ -196,7 +196,7 @@ def services() -> list[ServiceRecord]:
         if record.is_alive:
             alive.setdefault(record.name, record)
         elif record.is_dead:
-            _forget(path, record)
+            _remove_dead(path, record)
     return [alive[name] for name in sorted(alive)]
 
 
@@ -212,7 +212,7 @@ def _service_files() -> list[tuple[Path, ServiceRecord | Unreadable]]:
     return [(path, record) for path, record in read if record is not None]
 
 
-def _forget(path: Path, record: ServiceRecord) -> None:
+def _remove_dead(path: Path, record: ServiceRecord) -> None:
     """Remove the record and the tokens of a dead service, unless another service is taking its name."""
     with contextlib.suppress(OSError), run_files.locked([path.parent], 0):
         if _read_service(path) == record:
@@ -245,8 +245,7 @@ def wait_service(name: str, seconds: float) -> ServiceRecord:
     while record.status == "starting":
         if time.monotonic() >= deadline:
             raise GserveError(
-                f"the service '{name}' (process {record.pid}) is starting, and was not ready within {seconds:g} s:"
-                " try again later"
+                f"the service '{name}' (process {record.pid}) is still starting after {seconds:g} s: try again later"
             )
         time.sleep(run_files.LOOK_SECONDS)
         with contextlib.suppress(GserveError):  # temporarily unreadable: its owner writes it again
@@ -319,11 +318,11 @@ def read_service(name: str) -> ServiceRecord | None:
 
     Raises GserveError: the record cannot be read, temporarily or permanently.
     """
-    found = _named(name)
+    found = _read_named(name)
     return next((record for record in found if record.is_alive), found[0] if found else None)
 
 
-def _named(name: str) -> list[ServiceRecord]:
+def _read_named(name: str) -> list[ServiceRecord]:
     """Return the records with this name, newest first.
 
     Raises GserveError: one cannot be read, and none belongs to a living service.

@@ -20,11 +20,12 @@ from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
 from ..plugins import Parts, assemble
 from ..service import records
 from ..service.records import ServerRecord, ServiceRecord
-from .attached import Attached, ending
-from .client import Inference
+from .attached import Attached, drain_reason
+from .inference import Inference
 from .nursery import Nursery
 from .pool import Pool, Queue, Record
-from .server import ServerProgram, VLLMServer, member_of, record_of
+from .run import ServerProgram
+from .server import VLLMServer, member_of, record_of
 from .state import ServerState
 
 ATTACH_SECONDS = 180.0
@@ -99,12 +100,14 @@ class VLLMService(Inference):
         """
         name = name or os.environ.get(ATTACH_VARIABLE)
         if not name:
-            raise GserveError(f"no name given to attach to, and {ATTACH_VARIABLE} is not set; gserve ps lists them")
+            raise GserveError(
+                f"no service name was given, and {ATTACH_VARIABLE} is not set; gserve ps lists the services"
+            )
         record = records.wait_service(name, ATTACH_SECONDS)
         if record.status == "draining":
-            raise GserveError(ending(name))
+            raise GserveError(drain_reason(name))
         if record.status == "failed":
-            raise GserveError(f"the service '{name}' has given up all its servers: end it with: gserve stop {name}")
+            raise GserveError(f"all servers of the service '{name}' have failed: end it with: gserve stop {name}")
         config = Config(
             LLMConfig(record.servers[0].model if record.servers else "any"),
             ServeConfig(client_timeout=record.client_timeout),
@@ -161,12 +164,12 @@ class VLLMService(Inference):
         Raises ConfigError: the name is taken, or the config names something that does not exist.
         """
         if sys.is_finalizing():
-            raise GserveError("the interpreter is ending: no service can be started any more")
+            raise GserveError("the interpreter is exiting: no service can be started any more")
         if isinstance(self._pool, Pool):
             self._parts.engine.check_config(self._config.llm, runs_here=self._parts.launcher.owner_variable is None)
         self._pool.start()
 
-    def drain(self, why: str = "it was told to") -> None:
+    def drain(self, why: str = "as requested") -> None:
         """Accept no more items, and restart no server. Call `shutdown` afterwards.
 
         Items in flight continue until `shutdown`. All other items end as ItemLost: here at once, in an attached process

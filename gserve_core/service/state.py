@@ -48,7 +48,7 @@ class ServerState:
     `returns`: whether it will become ready, now or after its cleanup.
     `finishing`: whether it accepts no more items, and finishes its items in flight.
     `died`: whether its process died or hung, and not on request. Its items in flight may be the reason.
-    `left`: ids of processes that could not be killed. They may occupy its GPUs.
+    `unkillable`: ids of processes that could not be killed. They may occupy its GPUs.
     """
 
     name: str
@@ -68,7 +68,7 @@ class ServerState:
     returns: bool = False
     finishing: bool = False
     died: bool = False
-    left: tuple[int, ...] = ()
+    unkillable: tuple[int, ...] = ()
     token: str = field(default="", repr=False)
     control: str = field(default="", repr=False)
 
@@ -111,7 +111,7 @@ class ServerState:
         """Return the state at the start of another generation, with its configured host and port."""
         return replace(
             self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=host, port=port,
-            info=None, address=None, finishing=False, returns=True, left=(), log=None, instance=start.instance,
+            info=None, address=None, finishing=False, returns=True, unkillable=(), log=None, instance=start.instance,
             token=start.token, control=start.control,
         )  # fmt: skip
 
@@ -195,11 +195,11 @@ class Gone(Struct, frozen=True):
     """The cleanup is done.
 
     `failure`: why the server ended; None: it ended on request.
-    `left`: ids of processes that could not be killed.
+    `unkillable`: ids of processes that could not be killed.
     """
 
     failure: GserveError | None = None
-    left: tuple[int, ...] = ()
+    unkillable: tuple[int, ...] = ()
 
 
 class Released(Struct, frozen=True):

@@ -33,12 +33,12 @@ END_SECONDS = 90.0
 """Maximum time for all servers to end, cleanup included, in seconds. The time for a drain comes on top."""
 KEEP_SECONDS = 2.0
 """Time between two calls of `Hooks.keep`, in seconds."""
-AGAIN = "waiting to be started again"
+WAITING_TO_RESTART = "waiting to restart"
 """Phase of a server that waits for its restart."""
 
 CLEANING_UP = "cleaning up: "
 """Prefix of the phase of a server that has ended. The reason follows it."""
-FRUITLESS = 10
+MAX_FRUITLESS = 10
 """Maximum number of deaths in a row, without a finished item, that count as expected."""
 # A broken engine exceeds it.
 
@@ -158,7 +158,7 @@ class Supervisor:
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._logs: Path | None = None
         self._is_draining = False
-        self._ends: float | None = None
+        self._deadline: float | None = None
         self._keep_at = math.inf
         self.is_closing = False
         """Whether `close` was called, or is about to be."""
@@ -243,16 +243,16 @@ class Supervisor:
         try:
             while not self._is_over():
                 due = [server.due for server in self._servers.values() if server.due is not None]
-                soonest = min([*due, self._keep_at, self._ends or math.inf])
+                soonest = min([*due, self._keep_at, self._deadline or math.inf])
                 try:
                     act = self._inbox.get(timeout=None if soonest == math.inf else max(0.0, soonest - time.monotonic()))
                 except queue.Empty:
-                    self._try(self._do_due)
+                    self._try(self._run_due)
                 else:
                     self._try(act)
-                    self._try(self._do_due)  # even if messages keep coming
+                    self._try(self._run_due)  # even if messages keep coming
         finally:
-            self._try(self._give_up_waiting)
+            self._try(self._abandon_servers)
             self._try(self._hooks.ended)
             self.is_closing = self.has_ended = True
             self._published.wake()
@@ -261,14 +261,14 @@ class Supervisor:
         try:
             act()
         except Exception:
-            logger.exception("the supervisor failed at a step")
+            logger.exception("an action of the supervisor failed")
 
     def _is_over(self) -> bool:
-        return self._ends is not None and (
-            time.monotonic() >= self._ends or all(server.run is None for server in self._servers.values())
+        return self._deadline is not None and (
+            time.monotonic() >= self._deadline or all(server.run is None for server in self._servers.values())
         )
 
-    def _do_due(self) -> None:
+    def _run_due(self) -> None:
         now = time.monotonic()
         if now >= self._keep_at:
             self._keep_at = now + KEEP_SECONDS
@@ -288,18 +288,18 @@ class Supervisor:
         try:
             self._hooks.changed(old, new)
         except Exception:
-            logger.exception("cannot pass on the state of %s", new.name)
+            logger.exception("cannot apply the new state of %s", new.name)
         self._published.publish(new)  # last: when a waiting thread sees the state, the hooks have handled it
 
     def _begin(self, names: list[str], number: int) -> None:
         try:
-            if self._ends is None:
-                self._begin_some(names)
+            if self._deadline is None:
+                self._begin_servers(names)
         finally:
             self._answered = max(self._answered, number)
             self._published.wake()
 
-    def _begin_some(self, names: list[str]) -> None:
+    def _begin_servers(self, names: list[str]) -> None:
         if self._logs is None:
             try:
                 self._logs = self._hooks.open()
@@ -319,35 +319,35 @@ class Supervisor:
         """Begin another generation of a server."""
         assert self._logs is not None
         if self._is_draining:
-            self._give_up(server, None, f"{server.program.name} is not started again: the service is ending")
+            self._mark_failed(server, None, f"{server.program.name} is not restarted: the service is ending")
             return
         state, program = self._state(server), server.program
         previous, generation = server.run, state.generation + 1
         server.is_gone = server.is_ready = server.was_expected = False
 
         def report(report: Report) -> None:
-            self._inbox.put(lambda: self._take(server, generation, report))
+            self._inbox.put(lambda: self._handle_report(server, generation, report))
 
         try:
             server.run = program.begin(self._logs, report, previous)
         except Exception as error:  # too many threads, for example
             self._publish(state.begun(Start(), program.host, program.port))
-            self._gone(server, Gone(LaunchError(f"cannot start {program.name}: {error}")))
+            self._handle_cleanup(server, Gone(LaunchError(f"cannot start {program.name}: {error}")))
             return
         self._publish(state.begun(server.run.start, program.host, program.port))
 
-    def _take(self, server: _Server, generation: int, report: Report) -> None:
+    def _handle_report(self, server: _Server, generation: int, report: Report) -> None:
         """Handle a report from a server's thread."""
         state = self._state(server)
         if generation != state.generation and not isinstance(report, Released):
             return  # late: another generation has begun
         match report:
             case Ended():
-                self._ended(server, state, report)
+                self._handle_end(server, state, report)
             case Gone():
-                self._gone(server, report)
+                self._handle_cleanup(server, report)
             case Released():
-                self._released(server)
+                self._handle_release(server)
             case Queued() | Phase() | Ready() if server.is_stopping:
                 pass  # late: it is stopping, even if it will be started again
             case _:
@@ -356,7 +356,7 @@ class Supervisor:
                     server.was_ready = server.is_ready = True
                     server.failed_starts = 0
 
-    def _ended(self, server: _Server, state: ServerState, report: Ended) -> None:
+    def _handle_end(self, server: _Server, state: ServerState, report: Ended) -> None:
         """Publish the end of a server before its cleanup, so that its items move to other servers at once."""
         if server.is_stopping:
             self._publish(state.draining("ending", returns=server.is_wanted))
@@ -364,21 +364,21 @@ class Supervisor:
         died = report.died and state.usable
         if state.usable:
             server.fruitless = 0 if report.finished else server.fruitless + 1
-            server.was_expected = died and report.alone and server.fruitless <= FRUITLESS
+            server.was_expected = died and report.alone and server.fruitless <= MAX_FRUITLESS
             if not server.was_expected:
                 server.useless = 0 if report.finished else server.useless + 1
         self._publish(state.draining(f"{CLEANING_UP}{report.why}", returns=True, died=died))
 
-    def _gone(self, server: _Server, report: Gone) -> None:
+    def _handle_cleanup(self, server: _Server, report: Gone) -> None:
         """Restart, release or give up a server that has ended and is cleaned up."""
         server.is_gone = True
         if server.is_stopping or report.failure is None:
             self._release(server)
             return
         name, failure = server.program.name, report.failure
-        self._publish(replace(self._state(server), left=report.left, failure=failure))
+        self._publish(replace(self._state(server), unkillable=report.unkillable, failure=failure))
         if server.is_ready and self._state(server).usable:  # its thread did not report `Ended`
-            self._ended(server, self._state(server), Ended(_first_line(failure)))
+            self._handle_end(server, self._state(server), Ended(_first_line(failure)))
         if server.is_ready:
             logger.error("%s", failure)
         else:
@@ -388,32 +388,32 @@ class Supervisor:
             server.restarts.popleft()
         counted = sum(counts for _, counts in server.restarts)
         if not server.was_ready:
-            self._give_up(server, failure, None)
-        elif report.left:
-            self._give_up(
-                server, failure, f"it has left processes that cannot be killed: {', '.join(map(str, report.left))}"
+            self._mark_failed(server, failure, None)
+        elif report.unkillable:
+            self._mark_failed(
+                server, failure, f"some of its processes cannot be killed: {', '.join(map(str, report.unkillable))}"
             )
         elif self._is_draining:
-            self._give_up(server, failure, None)
+            self._mark_failed(server, failure, None)
         elif counted >= self._max_restarts and not server.was_expected:
-            enough = f"it was started again {counted} times in ten minutes (max_restarts)"
-            self._give_up(server, failure, enough if self._max_restarts else None, keeps_place=self._keeps_places)
+            reason = f"it was restarted {counted} times in ten minutes (max_restarts)"
+            self._mark_failed(server, failure, reason if self._max_restarts else None, keeps_place=self._keeps_places)
         else:
             server.restarts.append((now, not server.was_expected))
             wait = _delay(server)
             why = "" if server.is_ready else f": {_first_line(failure)}"
-            logger.warning("%s is started again%s%s", name, f" in {wait:g} s" if wait else "", why)
-            self._publish(replace(self._state(server).queued(AGAIN), restarts=len(server.restarts)))
+            logger.warning("%s restarts%s%s", name, f" in {wait:g} s" if wait else "", why)
+            self._publish(replace(self._state(server).queued(WAITING_TO_RESTART), restarts=len(server.restarts)))
             server.due = now + wait
 
-    def _give_up(
+    def _mark_failed(
         self, server: _Server, failure: GserveError | None, why: str | None, *, keeps_place: bool = False
     ) -> None:
         """Publish that a server has failed and is not restarted. Release it, unless `keeps_place`."""
         state = self._state(server)
         failure = failure or state.failure or LaunchError(why or f"{server.program.name} has ended")
         if why:
-            logger.error("%s is given up: %s", server.program.name, why)
+            logger.error("%s is not restarted any more: %s", server.program.name, why)
         elif not server.was_ready and self._min_ready < len(self._servers):  # else `wait_ready` raises it
             logger.error("%s", failure)
         self._publish(state.failed(failure, why))
@@ -422,19 +422,19 @@ class Supervisor:
 
     def _release(self, server: _Server) -> None:
         if server.run is None:
-            self._released(server)
+            self._handle_release(server)
         elif not server.is_releasing:
             server.is_releasing = True
             server.run.release()
 
-    def _released(self, server: _Server) -> None:
+    def _handle_release(self, server: _Server) -> None:
         """Handle the release of a server: nothing of its generation remains."""
         is_wanted, was_stopped = server.is_wanted, server.is_stopping
         server.run = None
         server.is_gone = server.is_releasing = server.is_stopping = server.is_wanted = False
         if not is_wanted and (was_stopped or not self._state(server).is_over):
             self._publish(self._state(server).stopped())
-        if is_wanted and self._ends is None:
+        if is_wanted and self._deadline is None:
             self._launch(server)
 
     def _stop(self, server: _Server, drain: float | None) -> None:
@@ -450,7 +450,7 @@ class Supervisor:
             self._release(server)
             return
         is_finishing = drain is not None and state.works
-        self._publish(state.draining("finishing what it has" if is_finishing else "ending", finishing=is_finishing))
+        self._publish(state.draining("finishing its requests" if is_finishing else "ending", finishing=is_finishing))
         server.run.stop(drain if is_finishing else None)
 
     def _drain(self) -> None:
@@ -465,11 +465,11 @@ class Supervisor:
         self.is_closing = True
         self._try(lambda: self._hooks.closing(drain))
         ends = time.monotonic() + END_SECONDS + (drain or 0.0)
-        self._ends = min(self._ends or math.inf, ends)
+        self._deadline = min(self._deadline or math.inf, ends)
         for server in self._servers.values():
             self._stop(server, drain)
 
-    def _give_up_waiting(self) -> None:
+    def _abandon_servers(self) -> None:
         for server in self._servers.values():
             if server.run is not None:
                 late = LaunchError(
@@ -507,6 +507,6 @@ def failure_of(states: Sequence[ServerState]) -> Exception:
     text = "\n".join(dict.fromkeys(map(str, errors)))
     if any(type(error) is not type(first) for error in errors):
         return LaunchError(text, log=first.log)
-    whole = copy.copy(first)
-    whole.args = (text,)
-    return whole
+    combined = copy.copy(first)
+    combined.args = (text,)
+    return combined

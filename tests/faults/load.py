@@ -133,7 +133,7 @@ def _closed_iterator(service: VLLMService, seconds: float) -> None:
     outcomes = service.generate_iter(SLOW, LONG_ANSWER)
     assert next(outcomes)[0] == 0
     time.sleep(seconds)
-    outcomes.close()  # type: ignore[attr-defined]
+    outcomes.close()
 
 
 def _interrupt(service: VLLMService, seconds: float) -> None:

@@ -161,13 +161,16 @@ def wedge(scale: Scale) -> Outcome:
         def restarts() -> int:
             return sum(status.restarts for status in service.status())
 
+        def have_restarted(least: int) -> bool:
+            return restarts() >= least
+
         for number in range(times):
             with outcome.trial("a wedge"):
                 before = restarts()
                 since = time.monotonic()
                 (result,) = service.generate([f"WEDGE {number}"], on_error="return")
                 assert isinstance(result, ItemLost), f"the item that wedges engines gave {result!r}"
-                until(lambda before=before: restarts() >= before + 3, HEAL_SECONDS, "three restarts for one item")
+                until(partial(have_restarted, before + 3), HEAL_SECONDS, "three restarts for one item")
                 until(lambda: all(it.usable for it in service.status()), HEAL_SECONDS, "both servers ready")
                 assert restarts() <= before + 4, "one more, where others were in flight at both of the first two deaths"
                 first = [watch.wait_recovered(it, since, 1.0) for it in (0, 1) if watch.detected(it, since)]

@@ -543,7 +543,7 @@ class Beating(lease.OwnerEnd):
 GRANDCHILD = """
 import os, sys
 from gserve_core.lease import ServerEnd
-from gserve_core.host.logs import ServerLog
+from gserve_core.host.server_log import ServerLog
 line, log = ServerEnd(), ServerLog()
 child = os.fork()
 if not child:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from gserve_core import reap
-from gserve_core.host import folders, processes, run_files, tokens
+from gserve_core.host import processes, run_files, scratch, tokens
 from gserve_core.interfaces import Address
 from gserve_core.service import records
 
@@ -65,8 +65,8 @@ def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 
 def test_what_a_killed_service_could_not_end_itself_is_ended_and_its_files_removed(owner: Owner) -> None:
-    scratch = folders.scratch_folder(owner.instance)
-    assert scratch.is_dir()
+    folder = scratch.path_of(owner.instance)
+    assert folder.is_dir()
     ours = processes.processes_of(owner.instance)
     assert len(ours) == 2, "the server and the process of its engine"
     for pid in ours:
@@ -77,11 +77,11 @@ def test_what_a_killed_service_could_not_end_itself_is_ended_and_its_files_remov
     found = owner.orphans()
     assert sorted(process.pid for process in found) == sorted(ours)
     assert any("vllm_server.py" in str(process) for process in found)
-    assert scratch not in reap.unused_files()
+    assert folder not in reap.unused_files()
     assert reap.end(found) == []
     assert processes.processes_of(owner.instance) == []
     assert owner.orphans() == []
-    files = [path for path in reap.unused_files() if path == scratch or path.name == f"token-127.0.0.1-{owner.port}"]
+    files = [path for path in reap.unused_files() if path == folder or path.name == f"token-127.0.0.1-{owner.port}"]
     assert len(files) == 2
     for path in files:
         reap.remove(path)
@@ -91,15 +91,15 @@ def test_what_a_killed_service_could_not_end_itself_is_ended_and_its_files_remov
 def test_a_living_service_and_its_files_are_left_alone(owner: Owner) -> None:
     assert owner.orphans() == []
     files = reap.unused_files()
-    assert folders.scratch_folder(owner.instance) not in files
+    assert scratch.path_of(owner.instance) not in files
     assert not any(str(owner.port) in path.name for path in files)
     assert len(processes.processes_of(owner.instance)) == 2
 
 
 SERVER = """
 import os, sys
-from gserve_core.host import folders
-folders.make_scratch_folder(sys.argv[1])
+from gserve_core.host import scratch
+scratch.make(sys.argv[1])
 os.execvp("sh", ["sh", "-c", sys.argv[2]])
 """
 
@@ -124,7 +124,7 @@ class Marked:
         self.process.wait()
         if self.process.stdout is not None:
             self.process.stdout.close()
-        shutil.rmtree(folders.scratch_folder(self.instance))
+        shutil.rmtree(scratch.path_of(self.instance))
 
 
 @pytest.fixture
@@ -254,10 +254,8 @@ def test_a_process_that_has_the_id_of_one_that_was_found_is_left_alone(marked: C
 
 def test_a_temporary_folder_is_used_as_long_as_the_server_lives_also_one_started_by_hand(tmp_path: Path) -> None:
     instance = uuid.uuid4().hex
-    using = (
-        f"from gserve_core.host import folders; print(folders.make_scratch_folder({instance!r}), flush=True); input()"
-    )
-    unused = "from gserve_core.host import folders; print(*folders.unused_scratch_folders(()))"
+    using = f"from gserve_core.host import scratch; print(scratch.make({instance!r}), flush=True); input()"
+    unused = "from gserve_core.host import scratch; print(*scratch.unused(()))"
     environ = os.environ | {"TMPDIR": str(tmp_path)}
 
     def found() -> str:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from gserve import ConfigError, LLMConfig, ServeConfig, StartupTimeout, VLLMService
 from gserve_core import testing
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import folders, processes
+from gserve_core.host import processes, scratch
 from gserve_core.interfaces import Job
 from gserve_core.service import records
 from gserve_core.service.state import State
@@ -477,7 +477,7 @@ def test_launch_ps_stop_and_reap_know_servers_that_slurm_runs(slurm_cluster: Slu
         assert gserve(tmp_path, "generate", "--attach", "nodes", "one two", "three") == "one two\nthree\n"
         reaped = gserve(tmp_path, "reap", "--dry-run")  # others are at work on this machine
         for server in records.find_service("nodes").servers:
-            assert str(folders.scratch_folder(server.instance)) not in reaped, "what lives is left alone"
+            assert str(scratch.path_of(server.instance)) not in reaped, "what lives is left alone"
             assert not [pid for pid in processes.processes_of(server.instance) if f"process {pid} " in reaped]
         assert gserve(tmp_path, "generate", "--attach", "nodes", "again") == "again\n"
         assert len(slurm_cluster.jobs()) == 2

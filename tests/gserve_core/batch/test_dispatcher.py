@@ -617,7 +617,7 @@ def test_large_items_are_not_read_far_ahead() -> None:
         for _ in range(10):
             next(each)
         assert next(read) < 100
-        each.close()  # type: ignore[attr-defined]
+        each.close()
 
 
 def test_a_caller_that_is_slow_holds_back_the_reading() -> None:
@@ -627,7 +627,7 @@ def test_a_caller_that_is_slow_holds_back_the_reading() -> None:
         next(each)
         time.sleep(1.0)
         assert next(read) <= batch.MAX_READ_AHEAD + 1
-        each.close()  # type: ignore[attr-defined]
+        each.close()
 
 
 @pytest.mark.parametrize("kind", [list, iter])
@@ -647,7 +647,7 @@ def test_large_results_are_not_made_far_ahead_of_a_caller_that_is_slow(kind: Cal
                 next(each)
             time.sleep(0.2)
         assert client.generate(["a"]) == [[large]], "a call that is not read holds up others"
-        each.close()  # type: ignore[attr-defined]
+        each.close()
 
 
 # -------------------------------------------------------------------------------------------------------- cancellation

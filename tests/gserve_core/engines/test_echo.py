@@ -20,6 +20,7 @@ from gserve_core.errors import ConfigError, GserveError, ItemError
 from gserve_core.host import processes
 from gserve_core.host.processes import process_start
 from gserve_core.interfaces import RunningEngine
+from gserve_core.testing import contracts
 
 LLM = LLMConfig("m", max_model_len=4096)
 LONG = "one two three four five six seven eight nine ten"
@@ -206,7 +207,7 @@ def test_stop_ends_a_worker_that_takes_no_signal() -> None:
         async with started(processes=2):
             worker = process("worker")
             worker.suspend()
-        testing._until(lambda: processes.process_start(worker.pid) is None, "the worker is left")
+        contracts._until(lambda: processes.process_start(worker.pid) is None, "the worker is left")
 
     asyncio.run(run())
 

@@ -1,19 +1,16 @@
 """The folders of a user: in an odd environment too, and nothing in them is removed that somebody uses."""
 
 import os
-import shutil
-import socket
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from gserve_core.errors import GserveError
-from gserve_core.host import folders, run_files
+from gserve_core.host import folders, run_files, scratch
 
 NOBODY = 54321
 """A user id without an entry in the list of users."""
@@ -125,7 +122,7 @@ def test_a_log_folder_that_cannot_be_made_again_says_so(state: Path, made: list[
 FOLDERS = """
 import logging
 logging.basicConfig(format="note: %(message)s")
-from gserve_core.host import folders, run_files
+from gserve_core.host import folders, run_files, scratch
 from gserve_core.engines.vllm import demo_model
 print(folders.log_folder("run"))
 print(folders.log_folder("run"))
@@ -221,7 +218,7 @@ def test_a_machine_where_nothing_can_be_written_is_a_gserve_error(monkeypatch: p
     monkeypatch.setattr("tempfile.gettempdir", nowhere)
     with pytest.raises(GserveError, match=r"cannot make a private temporary folder \(.*No usable temporary directory"):
         folders.temporary()
-    assert folders.scratch_folder("0123456789ab") == Path("/tmp/gserve-0123456789ab")
+    assert scratch.path_of("0123456789ab") == Path("/tmp/gserve-0123456789ab")
 
 
 def test_where_nothing_can_be_written_the_error_says_what_to_set(open_folder: Path) -> None:
@@ -245,105 +242,3 @@ def test_a_service_runs_without_a_home_and_without_an_entry_in_the_list_of_users
     assert done.stdout == "[['hello']]\n"
     assert list((open_folder / "place").iterdir()) == []
     assert not list(open_folder.glob("gserve-" + "[0-9a-f]" * 12))
-
-
-# ---------------------------------------------------------------------------------------------------- temporary folders
-
-
-@pytest.fixture
-def long_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    path = tmp_path / ("long" * 20)
-    path.mkdir()
-    monkeypatch.setenv("TMPDIR", str(path))
-    return path
-
-
-LONG = """
-import os, sys, tempfile
-from gserve_core.host import folders
-path = folders.make_scratch_folder(sys.argv[1])
-short = folders.short_path(path)
-print(path)
-print(short, flush=True)
-input()
-folders.remove_scratch(path)
-"""
-
-
-@pytest.fixture
-def long_server(long_folder: Path) -> Iterator[tuple["subprocess.Popen[str]", Path, Path]]:
-    with subprocess.Popen(
-        [sys.executable, "-c", LONG, uuid.uuid4().hex], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdout is not None
-        yield server, Path(server.stdout.readline().strip()), Path(server.stdout.readline().strip())
-        server.kill()
-
-
-def test_sockets_fit_below_a_long_path_whose_files_stay_where_the_user_wants_them(
-    long_server: tuple["subprocess.Popen[str]", Path, Path], long_folder: Path
-) -> None:
-    server, path, short = long_server
-    assert path.parent == long_folder
-    assert path.stat().st_mode & 0o777 == 0o700
-    name = short / str(uuid.uuid4())
-    assert len(os.fsencode(name)) <= 107
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(str(name))
-    assert (path / name.name).is_socket()
-    server.communicate("\n", timeout=30)
-    assert not path.exists()
-    assert not os.path.lexists(short)
-
-
-UNUSED = "from gserve_core.host import folders; print(*folders.unused_scratch_folders(()), sep='\\n')"
-
-
-def test_the_folder_and_the_link_of_a_server_that_was_killed_are_found(
-    long_server: tuple["subprocess.Popen[str]", Path, Path],
-) -> None:
-    server, path, short = long_server
-
-    def found() -> list[str]:
-        done = subprocess.run([sys.executable, "-c", UNUSED], capture_output=True, text=True, check=True)
-        return done.stdout.split()
-
-    assert found() == []
-    server.kill()
-    server.wait()
-    assert found() == [str(path)]
-    shutil.rmtree(path)
-    assert found() == [str(short)], "a link that leads nowhere is of no use"
-    path.mkdir()
-    folders.remove_scratch(path)
-    assert not os.path.lexists(short)
-    assert found() == []
-
-
-def test_a_short_path_is_left_as_it_is() -> None:
-    assert folders.short_path(Path("/tmp/gserve-0123456789ab")) == Path("/tmp/gserve-0123456789ab")
-
-
-def test_a_folder_that_only_has_such_a_name_is_no_server_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    (tmp_path / "gserve-202611260138").mkdir()
-    (tmp_path / "gserve-202611260139").mkdir()
-    (tmp_path / "gserve-202611260139" / ".gserve").write_bytes(b"\xff{")
-    (tmp_path / "gserve-202611260140").mkdir()
-    (tmp_path / "gserve-202611260140" / ".gserve").mkdir()
-    mine = uuid.uuid4().hex
-    program = f"from gserve_core.host import folders; folders.make_scratch_folder({mine!r})"
-    subprocess.run([sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(tmp_path)}, check=True)
-    assert folders.unused_scratch_folders(()) == [tmp_path / f"gserve-{mine[:12]}"]
-    assert folders.unused_scratch_folders({mine}) == []
-    (tmp_path / f"gserve-{mine[:12]}").rename(tmp_path / "gserve-202611260141")
-    assert folders.unused_scratch_folders(()) == []
-
-
-def test_a_temporary_folder_of_somebody_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    mine = uuid.uuid4().hex
-    (tmp_path / "target").mkdir()
-    folders.scratch_folder(mine).symlink_to(tmp_path / "target")
-    with pytest.raises(GserveError, match="must be a folder of yours alone"):
-        folders.make_scratch_folder(mine)

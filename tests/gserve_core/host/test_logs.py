@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from gserve_core.host import logs
-from gserve_core.host.logs import HEAD, LIMIT, LONGEST_LINE, TAIL_LINES, BoundedLog
+from gserve_core.host.server_log import HEAD, LIMIT, LONGEST_LINE, TAIL_LINES, BoundedLog
 
 SECRET = "hf_canary_0123456789"
 PREAMBLE = f"""
 import os, signal, subprocess, sys, time
-from gserve_core.host.logs import ServerLog
+from gserve_core.host.server_log import ServerLog
 log = ServerLog({{{SECRET!r}}})
 """
 

@@ -19,9 +19,10 @@ import pytest
 from gserve import LLMConfig, ServeConfig, StartupTimeout, VLLMServer, VLLMService
 from gserve_core import lease
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import folders, processes
+from gserve_core.host import processes, scratch
 from gserve_core.host.logs import flush
-from gserve_core.service.server import PROGRAM, State
+from gserve_core.service.start_up import PROGRAM
+from gserve_core.service.state import State
 from gserve_launchers.local import SubprocessLauncher
 
 LLM = LLMConfig("m")
@@ -305,7 +306,7 @@ class Place:
         """Return the exit code that is told of the server that has died; nothing of it may be left then."""
         line = self.hear("ended ")
         assert not processes.processes_of(self.instance)
-        assert not folders.scratch_folder(self.instance).exists()
+        assert not scratch.path_of(self.instance).exists()
         _, instance, code = line.split()
         assert instance == self.instance
         return int(code)

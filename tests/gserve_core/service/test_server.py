@@ -35,10 +35,10 @@ from gserve import (
 from gserve.log_utils import setup_logging
 from gserve_core.commands import LocalProcess
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.host import folders, run_files, tokens
+from gserve_core.host import run_files, scratch, tokens
 from gserve_core.interfaces import Job, Process
-from gserve_core.service import server as server_module
-from gserve_core.service.server import pinning
+from gserve_core.service import run as run_module
+from gserve_core.service.start_up import pinning
 from gserve_core.service.state import State
 from gserve_core.testing import our_processes
 from gserve_launchers.local import SubprocessLauncher
@@ -475,17 +475,17 @@ def test_the_temporary_files_of_a_server_go_with_it(ends_by: str) -> None:
     others = our_processes()
     server = VLLMServer(LLMConfig("any"), engine=EchoEngine())
     with server:
-        scratch = folders.scratch_folder(server.record().instance)
-        assert scratch.is_dir()
-        (scratch / "left").touch()
+        folder = scratch.path_of(server.record().instance)
+        assert folder.is_dir()
+        (folder / "left").touch()
         if ends_by == "SIGKILL":
             (pid,) = [pid for pid, it in our_processes().items() if "vllm_server.py" in it and pid not in others]
             os.kill(pid, signal.SIGKILL)
             deadline = time.monotonic() + 60
             while server.status().state != "failed" and time.monotonic() < deadline:
                 time.sleep(0.05)
-            assert not scratch.exists()
-    assert not scratch.exists()
+            assert not folder.exists()
+    assert not folder.exists()
 
 
 SEEING = """
@@ -733,7 +733,7 @@ def test_a_place_is_kept_over_a_start_that_fails_before_it_is_used(monkeypatch: 
             launched.append(super().launch(job))
             return launched[-1]  # type: ignore[no-any-return]
 
-    usual = server_module._new_log
+    usual = run_module._new_log
     logs: list[Path] = []
 
     def full(folder: Path, name: str) -> Path:
@@ -742,7 +742,7 @@ def test_a_place_is_kept_over_a_start_that_fails_before_it_is_used(monkeypatch: 
             raise GserveError("No space left on device")
         return usual(folder, name)
 
-    monkeypatch.setattr(server_module, "_new_log", full)
+    monkeypatch.setattr(run_module, "_new_log", full)
     config = ServeConfig(max_restarts=5)
     with VLLMService(LLM, config, engine=EchoEngine(), launcher=Keeping(nursery=False)) as service:
         launched[0].stop(0.0)

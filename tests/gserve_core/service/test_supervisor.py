@@ -96,7 +96,7 @@ def test_a_server_that_dies_again_and_again_is_given_up() -> None:
         why = "a server died 3 times while it worked on this item, the last time on this item alone"
         with pytest.raises(BatchError, match=why):
             service.generate(["a"])
-        with pytest.raises(BatchError, match="all servers have failed"):
+        with pytest.raises(BatchError, match="no server is available"):
             service.generate(["a"] * 100)
         assert time.monotonic() - began < 150
         until(lambda: service.status()[0].state == State.FAILED)
@@ -277,7 +277,7 @@ def test_an_attached_service_follows_restarts_and_the_end() -> None:
             service.shutdown()
             attached.stdin.write("\n")
             attached.stdin.flush()
-            assert "all servers have failed: the service 'restarting' has ended" in attached.stdout.readline()
+            assert "no server is available: the service 'restarting' has ended" in attached.stdout.readline()
     finally:
         service.shutdown()
 

@@ -1,0 +1,283 @@
+"""The work of a server: requests are admitted, their items take turns in the engine, and their events go back."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from typing import Any
+
+from ..errors import ItemError, RemoteError, sentence_of
+from ..host.redaction import redact
+from ..interfaces import RunningEngine
+from ..schema import Event, Failure, Group, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
+from .requests import Piece, cancelled_item, prepared_items, result_of
+
+DEATH_SECONDS = 1.0
+"""Maximum time from the failure of an item to the report that the engine died, in seconds."""
+ADMISSION = 16
+"""Maximum number of admitted items, as a multiple of the engine's capacity. Beyond it, requests are refused as busy."""
+MOST_ITEMS = 1 << 17
+"""A request may always have this many items, however small the engine's capacity is."""
+AHEAD = 2
+"""Maximum number of items in the engine, as a multiple of its capacity, so that it never runs dry."""
+MAX_EARLY = 256
+"""Number of requests with kept early cancellations. A cancellation is early if it arrives before its request."""
+BUSY_SECONDS = 1.0
+"""Retry delay for a client that is refused because the server is busy, in seconds."""
+RESERVED_SECONDS = 5.0
+"""After a request that must run alone is refused, no other request is begun for this time, in seconds.
+
+Its client retries sooner than that.
+"""
+
+logger = logging.getLogger("gserve.serving")
+
+
+class Work:
+    """The requests in flight in an engine.
+
+    `on_progress`: called after the first item, and after a request that runs alone. The owner must know it at once.
+    `on_alone`: called before the items of a request that runs alone are begun; returns when the owner knows of it.
+    `secrets`: values that no message may contain.
+    """
+
+    def __init__(
+        self,
+        engine: RunningEngine,
+        *,
+        on_progress: Callable[[], object],
+        on_alone: Callable[[], Awaitable[object]],
+        secrets: Collection[str],
+    ) -> None:
+        self.running = self.ended = self.finished = 0
+        """Number of items in the engine, of those that have left it, and of those that it answered."""
+        self.is_alone = False
+        """Whether the request in flight must run alone."""
+        self.is_doubtful = False
+        """Whether an item was cancelled or failed without a fault of its own. The engine may be broken."""
+        self.idle = asyncio.Event()
+        """Set while no request is in flight."""
+        self.idle.set()
+        self._engine = engine
+        self._most_running = AHEAD * engine.info.capacity
+        self._on_progress = on_progress
+        self._on_alone = on_alone
+        self._secrets = secrets
+        self._turn, self._waiting = asyncio.Lock(), 0
+        """Lock of the request that gets the engine's next free slot, and number of requests that wait for one."""
+        self._has_place = asyncio.Event()
+        self._over = asyncio.Event()
+        self._pieces: set[Piece] = set()
+        """The admitted requests."""
+        self._reserved_until = 0.0
+        """Until this time, no other request is begun, for one that must run alone."""
+        self._early: OrderedDict[str, list[int]] = OrderedDict()
+        """Items cancelled before their requests arrived, by request id. Only the latest `MAX_EARLY` requests count."""
+
+    async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Run a request; yield its events in batches as they happen. Raises RemoteError: the request is refused."""
+        with self._admit(request) as piece:
+            if request.alone:  # its items may crash this server: report that first
+                yield [Heartbeat(piece.unfinished)]
+                await self._on_alone()
+            async with contextlib.aclosing(self._events(piece, request)) as happened:
+                async for events in happened:
+                    yield events
+
+    async def run_whole(self, request: RunRequest) -> list[list[ResponseOutput]]:
+        """Run a request; return the outputs of each item, in order.
+
+        Raises RemoteError: the request is refused, an item failed, or the server ended too early.
+        """
+        with self._admit(request) as piece:
+            for group in request.groups:
+                try:
+                    await piece.engine.prepare([], group.params)  # invalid params are not an item's fault
+                except ItemError as error:
+                    raise RemoteError(str(error), status=400) from error
+            found: dict[int, list[ResponseOutput]] = {}
+            async with contextlib.aclosing(self._events(piece, request)) as happened:
+                async for events in happened:
+                    for event in events:
+                        if isinstance(event, Failure):
+                            status = 400 if event.invalid else 500
+                            raise RemoteError(f"item {event.index}: {event.message}", status=status)
+                        if isinstance(event, Result):
+                            found[event.index] = unfolded(event.outputs)
+            if len(found) < piece.size:
+                raise RemoteError("the server ended before this request was finished", status=503)
+            return [found[index] for index in range(piece.size)]
+
+    async def _events(self, piece: Piece, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Run the items of an admitted request; yield their events. If the server ends, some items get no event."""
+        feeding = asyncio.create_task(self._feed(piece, request.groups))
+        feeding.add_done_callback(lambda _: piece.has_events.set())
+        remaining = piece.size
+        try:
+            while remaining:
+                try:
+                    async with asyncio.timeout(request.heartbeat):
+                        await piece.has_events.wait()
+                except TimeoutError:
+                    yield [Heartbeat(remaining)]
+                    continue
+                if feeding.done():
+                    feeding.result()
+                if batch := piece.take():
+                    remaining -= len(batch)
+                    yield batch
+                if self._over.is_set():
+                    return  # the client sees which items are missing, and sends them to another server
+        finally:
+            unfinished = [feeding, *piece.tasks.values()]
+            for task in unfinished:
+                task.cancel()
+            await asyncio.gather(*unfinished, return_exceptions=True)
+
+    async def _feed(self, piece: Piece, groups: Sequence[Group]) -> None:
+        """Pass the items of a piece to the engine, as the engine and the piece's backlog have room."""
+        loop, first = asyncio.get_running_loop(), 0
+        for group in groups:
+            async for start, items in prepared_items(piece.engine, group):
+                await self._wait_for_room(piece)
+                for index, item in enumerate(items, first + start):
+                    if self._waiting or self.running >= self._most_running:
+                        await self._wait_for_room(piece)
+                    piece.begun = index + 1
+                    if index in piece.cancelled:
+                        continue
+                    task = asyncio.Task(self._run_item(piece, index, item), loop=loop, eager_start=True)
+                    if not task.done():
+                        piece.tasks[index] = task
+            first += len(group.prompts)
+
+    async def _wait_for_room(self, piece: Piece) -> None:
+        """Wait until a piece's backlog has room and the engine has a free slot. Requests take turns."""
+        while piece.is_full():
+            await piece.wait_taken()
+        if not self._waiting and self.running < self._most_running:
+            return
+        self._waiting += 1
+        try:
+            async with self._turn:
+                while self.running >= self._most_running:
+                    self._has_place.clear()
+                    await self._has_place.wait()
+        finally:
+            self._waiting -= 1
+
+    async def _run_item(self, piece: Piece, index: int, prepared: Any) -> None:
+        """Run one item in the engine; add its event to its piece."""
+        event: Event
+        self.running += 1
+        try:
+            if isinstance(prepared, ItemError):
+                raise prepared
+            event = result_of(index, await piece.engine.run(prepared))
+            self.finished += 1
+            if self.finished == 1:
+                self._on_progress()
+        except ItemError as error:
+            event = Failure(index, str(error), error.invalid)
+        except asyncio.CancelledError:
+            self.is_doubtful = True  # it may have been cancelled because no answer came
+            if index not in piece.cancelled:
+                raise
+            event = cancelled_item(index)
+        except Exception as error:
+            self.is_doubtful = True  # the item is not at fault
+            if await self._is_ending():
+                return
+            logger.exception("item %d failed", index)
+            event = Failure(index, redact(sentence_of(error), self._secrets), invalid=False)
+        finally:
+            self.running -= 1
+            self.ended += 1
+            if self._waiting:
+                self._has_place.set()
+            piece.unfinished -= 1
+            piece.tasks.pop(index, None)
+        piece.put(event)
+
+    def cancel(self, request_id: str, items: Sequence[int]) -> None:
+        """Cancel items of the request with this id. The request may still be on its way, over another connection."""
+        if not request_id:
+            return
+        for piece in self._pieces:
+            if piece.id == request_id:
+                self._cancel(piece, items)
+                return
+        self._early.setdefault(request_id, []).extend(items)
+        if len(self._early) > MAX_EARLY:
+            self._early.popitem(last=False)
+
+    def _cancel(self, piece: Piece, items: Sequence[int]) -> None:
+        for index in piece.cancel(items):
+            piece.unfinished -= 1
+            piece.put(cancelled_item(index))
+
+    def close(self) -> None:
+        """End all requests now, without events for the items that have not ended."""
+        self._over.set()
+        for piece in self._pieces:
+            piece.has_events.set()
+
+    @contextlib.contextmanager
+    def _admit(self, request: RunRequest) -> Iterator[Piece]:
+        """Admit a request for the block; yield its piece. Raises RemoteError: the request is refused."""
+        if any(group.seeds is not None and len(group.seeds) != len(group.prompts) for group in request.groups):
+            raise RemoteError("expected a seed for each prompt", status=400)
+        size, most = sum(len(group.prompts) for group in request.groups), ADMISSION * self._engine.info.capacity
+        if size > (limit := max(MOST_ITEMS, most)):
+            raise RemoteError(
+                f"the request has {size} items, and a server accepts at most {limit}: split the request",
+                status=413,
+            )
+        self._check_turn(request)
+        items = sum(piece.unfinished for piece in self._pieces)
+        if items and items + size > most:  # a single request may be larger, or it could never be served
+            raise RemoteError(
+                f"the server has {items} items in flight and accepts at most {most}: retry later",
+                status=429, retry_after=BUSY_SECONDS,
+            )  # fmt: skip
+        piece = Piece(request.id, self._engine, size)
+        self._pieces.add(piece)
+        self._cancel(piece, self._early.pop(request.id, ()))
+        self.is_alone = request.alone
+        self.idle.clear()
+        try:
+            yield piece
+        finally:
+            self._pieces.discard(piece)
+            if request.alone:
+                self.is_alone = False
+                if not self._over.is_set():  # otherwise its items may be why the server ends
+                    self._on_progress()
+            if not self._pieces:
+                self.idle.set()
+
+    def _check_turn(self, request: RunRequest) -> None:
+        """Refuse a request that must run alone while others are in flight, and others while it is in flight.
+
+        After each refusal of such a request, no other request is begun for `RESERVED_SECONDS`.
+        Raises RemoteError: the request must wait.
+        """
+        now = time.monotonic()
+        if request.alone:
+            self._reserved_until = now + RESERVED_SECONDS if self._pieces else 0.0
+        if self.is_alone or (self._pieces if request.alone else now < self._reserved_until):
+            raise RemoteError(
+                "the server runs one request alone, since an item of it may crash servers: retry later",
+                status=429, retry_after=BUSY_SECONDS,
+            )  # fmt: skip
+
+    async def _is_ending(self) -> bool:
+        """Return whether this server ends now or within `DEATH_SECONDS`, as when its engine dies.
+
+        If so, a failure is not the item's fault.
+        """
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._over.wait(), DEATH_SECONDS)
+        return self._over.is_set()
