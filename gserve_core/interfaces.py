@@ -39,6 +39,7 @@ class Job:
     `startup_timeout`: see `ServeConfig`. The `nursery` applies it until the server itself runs.
     `nursery`: forks the server, for launchers that start it on this machine.
     `previous`: the process of the previous generation, which has been stopped; None: this is the first generation.
+    `bind_cores`: see `Engine.bind_cores`.
     `log`: the file for its stderr.
     """
 
@@ -54,6 +55,7 @@ class Job:
     startup_timeout: float | None = None
     nursery: "Forks | None" = field(default=None, repr=False)
     previous: "Process | None" = field(default=None, repr=False)
+    bind_cores: Callable[[Sequence[Sequence[int]]], Mapping[str, str]] = field(default=lambda cores: {}, repr=False)
     log: Path
 
 
@@ -359,6 +361,13 @@ class Engine(ABC):
 
         Raises ConfigError: `llm` is wrong. Its place begins with `$.llm`.
         """
+
+    def bind_cores(self, cores: Sequence[Sequence[int]]) -> Mapping[str, str]:
+        """Return the variables that bind a server without GPUs to cores. None are needed unless overridden.
+
+        `cores`: numbers of cores, a list for each rank of the server.
+        """
+        return {}
 
     def needs_gpus(self) -> bool:
         """Return whether the engine, as it is installed on this machine, needs GPUs. Takes less than a second."""

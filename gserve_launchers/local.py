@@ -12,9 +12,6 @@ from gserve_core.config import check
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Job, Launcher, Process
 
-CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
-"""vLLM's own setting for the cores of each rank, when vLLM computes on the CPU."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class SubprocessLauncher(CommandLauncher):
@@ -39,25 +36,25 @@ class SubprocessLauncher(CommandLauncher):
     def launch(self, job: Job) -> Process:
         """Start `job`. Raises LaunchError: it could not be started.
 
-        Without GPUs, servers and ranks get equal shares of this machine's cores, unless `CORES_VARIABLE` is set.
+        Without GPUs, servers and ranks get equal shares of this machine's cores, unless the environment binds them.
         """
-        if job.gpu_ids is None and max(job.servers, job.gpus) > 1 and CORES_VARIABLE not in {**os.environ, **job.env}:
-            job = replace(job, env={**job.env, CORES_VARIABLE: share(job, sorted(os.sched_getaffinity(0)))})
+        if job.gpu_ids is None and max(job.servers, job.gpus) > 1:
+            binding = job.bind_cores(share(job, sorted(os.sched_getaffinity(0))))
+            given = {**os.environ, **job.env}
+            job = replace(job, env={**job.env, **{name: cores for name, cores in binding.items() if name not in given}})
         if self.nursery and job.nursery is not None:
             return job.nursery.fork(job, self.popen)
         return super().launch(job)
 
 
-def share(job: Job, cores: Sequence[int]) -> str:
-    """Return a server's share of `cores`: for each of its ranks a list as "0,1", with "|" between ranks."""
+def share(job: Job, cores: Sequence[int]) -> list[list[int]]:
+    """Return a server's share of `cores`: a list for each of its ranks."""
     size = max(1, job.gpus)
     ranks = job.servers * size
     own = range(job.index * size, (job.index + 1) * size)
     if ranks > len(cores):  # some ranks share a core
-        return "|".join(str(cores[rank % len(cores)]) for rank in own)
-    return "|".join(
-        ",".join(map(str, cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks])) for rank in own
-    )
+        return [[cores[rank % len(cores)]] for rank in own]
+    return [[*cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks]] for rank in own]
 
 
 @hookimpl

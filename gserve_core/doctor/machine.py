@@ -69,9 +69,9 @@ def _examine_gpus(is_needed: bool) -> Finding:
     limits = "" if shown is None else f" (CUDA_VISIBLE_DEVICES={shown})"
     state: Literal["problem", "note"] = "problem" if is_needed else "note"
     hint = (
-        "the vLLM here needs one: ask for GPUs, or install gserve[cpu]"
+        "the engine installed here needs one: request GPUs, or install gserve[cpu]"
         if is_needed
-        else "right on a login node, and where vLLM computes on the CPU"
+        else "right on a login node, and where the engine computes on the CPU"
     )
     program = shutil.which("nvidia-smi")
     if program is None:

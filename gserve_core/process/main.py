@@ -23,7 +23,7 @@ import psutil
 import uvloop
 
 from .. import lease, plugins
-from ..config import LLMConfig, ServeConfig
+from ..config import DEFAULT_TYPES, LLMConfig, ServeConfig
 from ..errors import ConfigError, GserveError
 from ..host import addresses, folders, gpus, processes, scratch, sweep
 from ..host.environment import ignore_notices, open_missing_descriptors
@@ -208,8 +208,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--llm_kwargs", type=_mapping, default={}, help="more arguments for vllm.LLM, as JSON")
     parser.add_argument("--lora_path", help="path of a LoRA adapter")
     parser.add_argument("--share_gpu", action="store_true", help="let other servers use the same GPUs")
-    parser.add_argument("--engine", type=_mapping, default={"type": "vllm"}, help="engine, as JSON")
-    parser.add_argument("--transport", type=_mapping, default={"type": "http"}, help="transport, as JSON")
+    parser.add_argument("--engine", type=_mapping, default={"type": DEFAULT_TYPES["engine"]}, help="engine, as JSON")
+    parser.add_argument(
+        "--transport", type=_mapping, default={"type": DEFAULT_TYPES["transport"]}, help="transport, as JSON"
+    )
     parser.add_argument("--plugins", type=lambda text: text.split(","), default=[], help="modules with plugins")
     parser.add_argument("--plugin_folder", help="additional folder with modules with plugins")
     parser.add_argument("--lease", action="store_true", help="an owner is connected to stdin; set by gserve itself")

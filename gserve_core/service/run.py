@@ -132,6 +132,7 @@ class ServerProgram:
             startup_timeout=self.serve.startup_timeout,
             gpu_ids=self.gpu_ids,
             gpus=len(self.gpu_ids) if self.gpu_ids else wanted,
+            bind_cores=self.parts.engine.bind_cores,
             index=self.index,
             servers=self.servers,
             log=log,

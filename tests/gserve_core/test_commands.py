@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ import pytest
 from gserve import LaunchError
 from gserve_core import lease
 from gserve_core.commands import LocalProcess, group_is_alive, output_of
+from gserve_core.engines.vllm.engine import CORES_VARIABLE, VLLMEngine
 from gserve_core.host import processes
 from gserve_core.interfaces import Job
-from gserve_launchers.local import CORES_VARIABLE, SubprocessLauncher
+from gserve_launchers.local import SubprocessLauncher
 
 STUBBORN = """
 import signal, subprocess, sys, time
@@ -136,7 +138,7 @@ def test_servers_and_ranks_without_gpus_share_the_cores(
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     command = [sys.executable, "-c", f"import os; print(os.environ.get({CORES_VARIABLE!r}))"]
     job = Job(name="job", command=command, log=tmp_path / "log", servers=servers, index=index, gpus=ranks)
-    process = launched(job)
+    process = launched(replace(job, bind_cores=VLLMEngine().bind_cores))
     assert lines(process, 1) == [cores.encode()]
     process.stop(1)
 

@@ -46,6 +46,7 @@ TURNS, WORKING_SECONDS = 10, 0.25
 
 Without work, a turn takes a few milliseconds.
 """
+CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 HARMLESS_ENVIRON = {
     "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any of its methods
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "0",  # clients may load adapters from any path
@@ -103,6 +104,10 @@ class VLLMEngine(Engine):
             if (adapter := adapter_folder(llm.lora_path)) is not None:
                 adapter_rank(adapter)
             chat_template(llm.llm_kwargs.get("chat_template"))
+
+    def bind_cores(self, cores: Sequence[Sequence[int]]) -> Mapping[str, str]:
+        """Return vLLM's variable for the cores of each rank, when it computes on the CPU."""
+        return {CORES_VARIABLE: "|".join(",".join(map(str, own)) for own in cores)}
 
     def needs_gpus(self) -> bool:
         """Return whether the vLLM installed here computes on GPUs."""
