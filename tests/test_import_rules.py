@@ -43,6 +43,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.state"},
     {"service.supervisor"},
     {"batch.pieces"},
+    {"batch.retries"},
     {"batch.item_queue"},
     {"batch.items", "batch.dispatcher"},
     {"batch.batch"},

@@ -9,9 +9,8 @@ A broken connection is not a loss. Its piece is held until the owner of the serv
 again, or it has died. Suspects are held until the verdict, other items for at most `VERDICT_SECONDS`. Only a confirmed
 death counts as a loss for the items in flight.
 
-Items with `MAX_LOSSES` losses are suspects. They run on a server of their own: first together, then, after each further
-death, in smaller groups. An item that is alone on its server when the server dies is lost. If the server has not
-started a group of suspects, its death is no loss for them: it may have been working on other items.
+`retries` decides what becomes of the items of a lost piece. If a server has not started a group of suspects, its death
+is no loss for them: it may have been working on other items.
 """
 
 import logging
@@ -21,7 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
 from ..schema import Event, Heartbeat, Result
+from . import retries
 from .pieces import MAX_PIECE_SIZE, Call, Item, Outcome, Piece, Server, size_of
+from .retries import MAX_LOSSES, Retry
 
 MAX_PIECE_ITEMS = 256
 """Maximum number of items in one request."""
@@ -29,13 +30,6 @@ MAX_SIZE_IN_FLIGHT = 64 << 20
 """Maximum size of the items in flight on one server, in bytes. A single piece may be larger."""
 GROWTH = 1.1
 """Growth factor of a server's piece size limit after each accepted piece."""
-MAX_LOSSES = 2
-"""Number of server deaths after which the items in flight become suspects."""
-WAYS = 16
-"""Number of groups into which a group of suspects is split when its server dies.
-A group of at most twice as many items is split into single items."""
-MAX_RETURNS = 100
-"""Number of broken connections, without a confirmed death of the server, after which an item is lost."""
 VERDICT_SECONDS = 2.0
 """Maximum time that items of a broken connection wait for a verdict, in seconds. Then other servers get them."""
 BUSY_SECONDS = 1.0
@@ -154,22 +148,12 @@ class ItemQueue:
                 self._return(piece)
                 continue
             items = self._detach(piece)
-            for item in items:
-                item.losses += died
             if not died:
                 self._wait_again(piece, [items])
-            elif not piece.is_narrowing:
-                suspects += [item for item in items if item.losses >= MAX_LOSSES]
-                self._put_back([item for item in items if item.losses < MAX_LOSSES])
-            elif len(items) > 1:
-                self._suspects.extendleft(reversed(_split(items, len(items) if len(items) <= 2 * WAYS else WAYS)))
-            else:
-                for item in items:
-                    deaths = (
-                        f"a server died {item.losses} times while it worked on this item,"
-                        " the last time on this item alone"
-                    )
-                    self._lose([item], f"{deaths}: {why}")
+                continue
+            retry = retries.after_death(items, is_narrowing=piece.is_narrowing)
+            suspects += retry.suspects
+            self._apply(retry, why)
         if suspects:
             self._suspects.append(suspects)
         self.pump()
@@ -316,7 +300,7 @@ class ItemQueue:
             self._fail(piece, f"cannot be sent: {type(error).__name__}: {error}", invalid=False)
         elif isinstance(error, RemoteError) and error.status == 413 and len(piece.sent) > 1:
             server.piece_size = max(1, min(server.piece_size, piece.size) / 2)
-            self._wait_again(piece, _split(self._detach(piece), 2))
+            self._wait_again(piece, retries.split(self._detach(piece), 2))
         elif isinstance(error, RemoteError) and (error.status == 429 or (error.status == 503 and server.is_watched)):
             server.busy_until = self._clock() + (error.retry_after or BUSY_SECONDS)
             self._wake(server.busy_until)
@@ -363,14 +347,13 @@ class ItemQueue:
 
     def _return(self, piece: Piece) -> None:
         """Return the items of a broken connection to the queue without a loss: no death of the server is known."""
-        items = self._detach(piece)
-        for item in items:
-            item.returns += 1
-        self._lose(
-            [item for item in items if item.returns >= MAX_RETURNS],
-            f"the connection broke {MAX_RETURNS} times while a server worked on this item",
-        )
-        self._wait_again(piece, [[item for item in items if not item.is_over]])
+        self._apply(retries.after_break(self._detach(piece), is_narrowing=piece.is_narrowing))
+
+    def _apply(self, retry: Retry, why: str = "") -> None:
+        """Send items again and lose others. The caller adds the new suspects."""
+        self._lose(retry.lost, f"{retry.why}: {why}" if why else retry.why)
+        self._put_back(retry.again)
+        self._suspects.extendleft(reversed([group for group in retry.groups if group]))
 
     def _wait_again(self, piece: Piece, groups: list[list[Item]]) -> None:
         """Return the items of a detached piece to the queue. Suspects keep these groups."""
@@ -558,9 +541,3 @@ class ItemQueue:
             self._lose(items, message)
         for group in groups:
             self._lose(group, message)
-
-
-def _split(items: list[Item], parts: int) -> list[list[Item]]:
-    """Split suspects into about `parts` groups of about equal size."""
-    size = -(-len(items) // parts)
-    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from gserve_core.batch import item_queue, pieces
+from gserve_core.batch import item_queue, pieces, retries
 from gserve_core.batch.item_queue import ItemQueue
 from gserve_core.batch.pieces import Call, Item, Outcome, Piece, Server
 from gserve_core.errors import ItemLost, RemoteError, StallTimeout, TransportError
@@ -725,10 +725,10 @@ def test_a_death_before_the_server_has_begun_suspects_says_nothing_of_them() -> 
     for _ in range(8):
         world.remove(server, returns=True, died=True)
         server = world.add(name=server.key)
-    assert innocent.losses == item_queue.MAX_LOSSES
+    assert innocent.losses == retries.MAX_LOSSES
     assert not world.outcomes[call]
-    for turn in range(item_queue.MAX_RETURNS):
-        assert bool(world.outcomes[call]) == (turn > item_queue.MAX_RETURNS - 7), turn
+    for turn in range(retries.MAX_RETURNS):
+        assert bool(world.outcomes[call]) == (turn > retries.MAX_RETURNS - 7), turn
         world.remove(server, returns=True, died=True)
         server = world.add(name=server.key)
 

@@ -1,0 +1,69 @@
+"""What becomes of the items of a lost piece: they are sent again, narrowed down, or lost.
+
+An item that was in flight at `MAX_LOSSES` deaths of servers is a suspect: it may kill servers. Suspects run on a server
+of their own, first together, then, after each further death, in smaller groups. An item that is alone on its server
+when the server dies is lost.
+"""
+
+from typing import NamedTuple
+
+from .pieces import Item
+
+MAX_LOSSES = 2
+"""Number of server deaths after which the items in flight become suspects."""
+WAYS = 16
+"""Number of groups into which a group of suspects is split when its server dies.
+A group of at most twice as many items is split into single items."""
+MAX_RETURNS = 100
+"""Number of broken connections, without a confirmed death of the server, after which an item is lost."""
+
+
+class Retry(NamedTuple):
+    """What becomes of items: those that are sent again, those that become suspects, and those that are lost.
+
+    `groups`: groups of known suspects, each to run on a server of its own.
+    `why`: why items are lost.
+    """
+
+    again: list[Item]
+    suspects: list[Item]
+    groups: list[list[Item]]
+    lost: list[Item]
+    why: str = ""
+
+
+def after_death(items: list[Item], *, is_narrowing: bool) -> Retry:
+    """Count a loss for items that were in flight at the death of their server; return what becomes of them.
+
+    `is_narrowing`: whether they are suspects, and were alone on that server.
+    """
+    for item in items:
+        item.losses += 1
+    if not is_narrowing:
+        again = [item for item in items if item.losses < MAX_LOSSES]
+        return Retry(again, [item for item in items if item.losses >= MAX_LOSSES], [], [])
+    if len(items) > 1:
+        return Retry([], [], split(items, len(items) if len(items) <= 2 * WAYS else WAYS), [])
+    deaths = items[0].losses if items else 0
+    return Retry(
+        [], [], [], items,
+        f"a server died {deaths} times while it worked on this item, the last time on this item alone",
+    )  # fmt: skip
+
+
+def after_break(items: list[Item], *, is_narrowing: bool) -> Retry:
+    """Count a broken connection for items without a known death of their server; return what becomes of them."""
+    for item in items:
+        item.returns += 1
+    again = [item for item in items if item.returns < MAX_RETURNS]
+    return Retry(
+        [] if is_narrowing else again, [], [again] if is_narrowing else [],
+        [item for item in items if item.returns >= MAX_RETURNS],
+        f"the connection broke {MAX_RETURNS} times while a server worked on this item",
+    )  # fmt: skip
+
+
+def split(items: list[Item], parts: int) -> list[list[Item]]:
+    """Split items into about `parts` groups of about equal size."""
+    size = -(-len(items) // parts)
+    return [items[start : start + size] for start in range(0, len(items), size)]
