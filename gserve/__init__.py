@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gserve_core.commands import CommandLauncher
+    from gserve_core.command_launcher import CommandLauncher
     from gserve_core.config import LLMConfig, ServeConfig
     from gserve_core.errors import (
         BatchError,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from gserve_core.hookspecs import hookimpl
     from gserve_core.interfaces import Engine, Finding, Job, Launcher, Transport
-    from gserve_core.schema import ResponseOutput
+    from gserve_core.messages import ResponseOutput
     from gserve_core.service.client import VLLMClient
     from gserve_core.service.server import VLLMServer
     from gserve_core.service.service import VLLMService
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "service.client": ("VLLMClient",),
-    "commands": ("CommandLauncher",),
+    "command_launcher": ("CommandLauncher",),
     "config": ("LLMConfig", "ServeConfig"),
     "errors": (
         "BatchError", "BatchInterrupted", "ConfigError", "DeadlineExceeded", "GserveError", "ItemError", "ItemLost",
@@ -44,7 +44,7 @@ _MODULES = {
     ),
     "hookspecs": ("hookimpl",),
     "interfaces": ("Engine", "Finding", "Job", "Launcher", "Transport"),
-    "schema": ("ResponseOutput",),
+    "messages": ("ResponseOutput",),
     "service.server": ("VLLMServer",),
     "service.service": ("VLLMService",),
 }  # fmt: skip

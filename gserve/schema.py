@@ -1,5 +1,5 @@
-"""The bodies of requests and replies, from `gserve_core.schema`."""
+"""The bodies of requests and replies, from `gserve_core.messages`."""
 
-from gserve_core.schema import ChatRequest, GenerateRequest, Message, ResponseOutput
+from gserve_core.messages import ChatRequest, GenerateRequest, Message, ResponseOutput
 
 __all__ = ["ChatRequest", "GenerateRequest", "Message", "ResponseOutput"]

@@ -304,6 +304,9 @@ def _wrong_host(host: str) -> str | None:
 
 def _hint_for_unknown(cls: Any, name: str, known: Sequence[str]) -> str:
     """Return the hint for an unknown field."""
+    for section in ("llm", "serve") if cls is Config else ():
+        if name in _hints(_hints(cls)[section]):
+            return f"; did you mean '{section}.{name}'?"
     hint = did_you_mean(name, known)
     if cls is LLMConfig and "did you mean" not in hint:
         return f"; other arguments of vllm.LLM go into llm_kwargs, the fields are {', '.join(sorted(known))}"

@@ -18,7 +18,7 @@ from typing import IO, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_che
 from msgspec import Struct
 
 from .config import LLMConfig
-from .schema import Event, Health, Params, Prompt, ResponseOutput, RunRequest
+from .messages import Event, Health, Params, Prompt, ResponseOutput, RunRequest
 
 # ------------------------------------------------------------------------------------------------------------ launcher
 

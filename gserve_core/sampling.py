@@ -13,7 +13,7 @@ from typing import Any, get_args
 import msgspec
 
 from .errors import ItemError, did_you_mean, reworded
-from .schema import Params
+from .messages import Params
 
 NOT_FROM_OUTSIDE = frozenset({
     "output_kind", "stream_interval", "skip_clone",  # the server's own business

@@ -28,6 +28,8 @@ class Document:
             self.data, self._lines = _parse(self._text())
             if not self._lines:
                 raise ConfigError("the config is empty: expected a mapping with the key 'llm'", file=self.file)
+        if isinstance(overrides, str):
+            raise ConfigError(f"expected a list of overrides as 'key.key=value', got the text '{overrides}'")
         for override in overrides:
             self._set(override)
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from gserve_core.commands import CommandLauncher
+from gserve_core.command_launcher import CommandLauncher
 from gserve_core.config import check
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Job, Launcher, Process

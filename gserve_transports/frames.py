@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import msgspec
 
 from gserve_core.errors import TransportError
-from gserve_core.schema import Event
+from gserve_core.messages import Event
 
 CONTENT_TYPE = "application/vnd.gserve.frames"
 INSTANCE_HEADER = "x-gserve-instance"

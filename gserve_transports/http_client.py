@@ -10,7 +10,7 @@ import sniffio
 
 from gserve_core.errors import RemoteError, StallTimeout, TransportError
 from gserve_core.interfaces import Access, Address, Connection
-from gserve_core.schema import CancelRequest, Event, Health, RunRequest
+from gserve_core.messages import CancelRequest, Event, Health, RunRequest
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, Unpacker
 

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gserve_core.errors import RemoteError
 from gserve_core.host.forks import call_in_child
 from gserve_core.interfaces import Address, ServerApi
-from gserve_core.schema import (
+from gserve_core.messages import (
     CancelRequest,
     ChatRequest,
     Conversation,

@@ -14,9 +14,10 @@ import yaml
 import gserve
 from gserve import LLMConfig, ServeConfig
 from gserve.cli import app
-from gserve_core import config, diagnosis, errors, hookspecs, interfaces, plugins, schema
+from gserve_core import config, diagnosis, errors, hookspecs, interfaces, messages, plugins
 from gserve_core.engines.vllm.known_errors import KNOWN_ERRORS
 from gserve_core.service.service import VLLMService
+from gserve_core.service.state import ServerState
 from gserve_launchers.slurm import process as slurm
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +107,9 @@ def test_every_route_is_in_it(route: str) -> None:
     assert re.search(rf"`(GET|POST) {route}`", page("reference/http.md"))
 
 
-@pytest.mark.parametrize("cls", [schema.ChatRequest, schema.GenerateRequest, schema.ResponseOutput, schema.Health])
+@pytest.mark.parametrize(
+    "cls", [messages.ChatRequest, messages.GenerateRequest, messages.ResponseOutput, messages.Health]
+)
 def test_every_field_of_a_body_is_in_it(cls: type[msgspec.Struct]) -> None:
     for field in msgspec.structs.fields(cls):
         assert f"`{field.encode_name}`" in page("reference/http.md"), field.name
@@ -162,6 +165,11 @@ def test_every_cause_and_every_hint_is_in_it() -> None:
     for known in (*diagnosis.KNOWN, *KNOWN_ERRORS):
         for part in (known.sentence, known.hint):
             assert re.sub(r"\{\d\}", "…", part) in text, part
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(ServerState)])
+def test_every_field_of_a_servers_state_is_in_it(name: str) -> None:
+    assert f"`{name}`" in page("reference/python.md")
 
 
 def test_every_end_of_a_job_is_in_it() -> None:

@@ -21,7 +21,7 @@ PACKAGES = {  # package: the packages that it may import
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
     {"errors", "host.sweep"},
-    {"schema", "yaml_file", "host.redaction", "host.environment"},
+    {"messages", "yaml_file", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
     {"host.processes", "host.memory", "host.ports", "host.forks", "host.locks"},
@@ -29,7 +29,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {
         "hookspecs",
         "sampling",
-        "commands",
+        "command_launcher",
         "lease",
         "host.addresses",
         "host.run_files",
@@ -49,8 +49,8 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"batch.batch"},
     {"service.inference"},
     {"service.client", "service.pool", "service.attached"},
-    {"service.start_up"},
-    {"service.run"},
+    {"service.server_command"},
+    {"service.server_run"},
     {"service.server"},
     {"service.service"},
 )  # fmt: skip
@@ -61,16 +61,16 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "host.server_log", "host.sweep", "process.nursery",
         "process.server",
     },
-    "process.nursery": {"lease", "commands", "host.memory", "host.processes", "host.scratch"},
+    "process.nursery": {"lease", "command_launcher", "host.memory", "host.processes", "host.scratch"},
     "process.server": {
-        "errors", "schema", "config", "interfaces", "lease", "host.gpu_locks", "host.gpus", "host.ports",
+        "errors", "messages", "config", "interfaces", "lease", "host.gpu_locks", "host.gpus", "host.ports",
         "host.redaction", "host.tokens", "process.watchdog", "process.work",
     },
     "process.watchdog": {"errors", "interfaces", "lease", "process.work"},
-    "process.work": {"errors", "schema", "interfaces", "host.redaction", "process.requests"},
-    "process.requests": {"errors", "schema", "interfaces"},
+    "process.work": {"errors", "messages", "interfaces", "host.redaction", "process.requests"},
+    "process.requests": {"errors", "messages", "interfaces"},
     "reap": {"host.processes", "host.scratch", "service.records"},
-    "batch.files": {"errors", "schema"},
+    "batch.files": {"errors", "messages"},
     "batch.output_lock": {"errors", "host.processes", "host.folders", "host.locks"},
     "doctor.examination": {
         "errors", "config", "interfaces", "plugins", "service.service", "doctor.machine", "doctor.node",
@@ -80,12 +80,12 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "errors", "config", "interfaces", "host.addresses", "host.folders", "plugins", "doctor.machine",
     },
     "testing": {"testing.contracts", "testing.leftovers", "testing.signals"},
-    "testing.contracts": {"errors", "schema", "config", "interfaces", "host.processes"},
+    "testing.contracts": {"errors", "messages", "config", "interfaces", "host.processes"},
     "testing.leftovers": {"host.processes", "host.run_files"},
     "testing.signals": set(),
-    "engines.echo": {"errors", "schema", "config", "interfaces", "hookspecs", "sampling", "engines.orphans"},
+    "engines.echo": {"errors", "messages", "config", "interfaces", "hookspecs", "sampling", "engines.orphans"},
     "engines.vllm.engine": {
-        "errors", "config", "interfaces", "hookspecs", "sampling", "schema", "engines.vllm.compile_turn",
+        "errors", "config", "interfaces", "hookspecs", "sampling", "messages", "engines.vllm.compile_turn",
         "engines.vllm.demo_model", "engines.vllm.examination", "engines.vllm.files", "engines.vllm.installed",
         "engines.vllm.known_errors", "engines.vllm.outputs", "engines.vllm.patches", "engines.vllm.tokenizing",
     },
@@ -103,7 +103,7 @@ OF_AN_ENGINE = {
     },
     "engines.vllm.files": {"errors", "host.folders"},
     "engines.vllm.installed": {"errors"},
-    "engines.vllm.outputs": {"schema"},
+    "engines.vllm.outputs": {"messages"},
     "engines.vllm.patches": {"engines.orphans"},
     "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep", "host.forks"},
     "engines.vllm.known_errors": {"interfaces"},
@@ -111,7 +111,7 @@ OF_AN_ENGINE = {
 }
 ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "service"}
 """Packages that hold modules, and nothing themselves."""
-FOR_PLUGINS = {"errors", "schema", "config", "interfaces", "commands", "hookspecs", "lease", "host.forks"}
+FOR_PLUGINS = {"errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.forks"}
 """What launchers and transports need of the core: no more than a plugin's author."""
 
 HOMES = {  # third parties: the only files that may import them

@@ -9,7 +9,7 @@ import msgspec
 
 from gserve import ConfigError, Engine, ItemError, LLMConfig, ResponseOutput, hookimpl
 from gserve_core.interfaces import EngineInfo, Report, RunningEngine
-from gserve_core.schema import Conversation, Params, Prompt
+from gserve_core.messages import Conversation, Params, Prompt
 
 
 @dataclass(frozen=True, kw_only=True)

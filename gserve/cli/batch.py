@@ -22,8 +22,8 @@ from gserve_core.batch.files import (
     in_order,
     number_items,
     open_output,
+    parse_params,
     read_items,
-    read_params,
 )
 from gserve_core.errors import ConfigError, GserveError, ItemError
 
@@ -58,7 +58,7 @@ def generate(
     if bool(texts) == (source is not None):
         raise ConfigError("expected prompts, either as arguments after CONFIG or in a file (--input)")
     lines = read_items(source, PromptLine) if source else number_items(texts, PromptLine)
-    shared = read_params(params)
+    shared = parse_params(params)
     service = open_service(file, attach, changes(overrides, verbose))
     _answer(service, lines, shared, output, as_text=not source and not output)
 
@@ -85,7 +85,7 @@ def chat(
     file, texts = split_words("chat", config, [message] if message is not None else [], attach)
     if len(texts) + (source is not None) > 1:
         raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
-    shared = read_params(params)
+    shared = parse_params(params)
     opening = [{"role": "system", "content": system}] if system else []
     if source is None and not texts:
         if output is not None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 
 from gserve_core.batch.output_lock import check_free
-from gserve_core.commands import KILL_SECONDS, end_group
+from gserve_core.command_launcher import KILL_SECONDS, end_group
 from gserve_core.errors import ConfigError, GserveError, PluginError
 from gserve_core.host.environment import ATTACH_VARIABLE
 from gserve_core.host.logs import setup_logging

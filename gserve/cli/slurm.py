@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import gserve
-from gserve_core.batch.files import STDIO, ConversationLine, Line, PromptLine, read_items, read_params
+from gserve_core.batch.files import STDIO, ConversationLine, Line, PromptLine, parse_params, read_items
 from gserve_core.errors import ConfigError
 
 from .options import CommandOrNot, ConfigFile, Output, Overrides, ParamsText, SlurmNumber, SlurmText
@@ -58,6 +58,8 @@ def sbatch(
     )  # fmt: skip
     if only_print:
         print(batch.SCRIPT.read_text())
+        if command:
+            print(f"# In the job: {shlex.join(command)}")
         print(shlex.join(batch.sbatch(launcher, jobs, str(batch.SCRIPT), sys.executable, f"{batch.folder()}/….json")))
         return
     number = batch.submit(launcher, jobs, order)
@@ -74,7 +76,7 @@ def _answering(source: Path, output: Path | None, params: str | None, kind: "typ
     if not output.absolute().parent.is_dir():
         raise ConfigError(f"cannot write the results: the folder {output.absolute().parent} does not exist")
     read_items(source, kind)  # report errors now, before the job waits in the queue
-    read_params(params)
+    parse_params(params)
     command = [sys.executable, "-P", "-m", "gserve.cli", "chat" if kind is ConversationLine else "generate"]
     command += ["--input", str(source.absolute()), "--output", str(output.absolute())]
     return command if params is None else [*command, "--params", params]

@@ -11,7 +11,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
-from ..schema import unfolded
+from ..messages import unfolded
 from .dispatcher import Dispatcher
 from .items import Items
 from .pieces import Call, Item, Outcome, size_of

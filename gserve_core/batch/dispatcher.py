@@ -24,7 +24,7 @@ from ..host.environment import check_not_patched, open_missing_descriptors
 from ..host.forks import call_in_child
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Connection
-from ..schema import Group, Prompt, RunRequest
+from ..messages import Group, Prompt, RunRequest
 from .item_queue import ItemQueue
 from .pieces import Call, Item, Piece, Server
 

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from gserve_core.errors import ConfigError, ItemError
-from gserve_core.schema import ResponseOutput, json_safe
+from gserve_core.messages import ResponseOutput, json_safe
 
 STDIO = Path("-")
 RECORD_START = b'{"id":'
@@ -127,7 +127,7 @@ def has_system(messages: Sequence[Any]) -> bool:
     return bool(messages) and isinstance(messages[0], dict) and messages[0].get("role") == "system"
 
 
-def read_params(text: str | None) -> Params | None:
+def parse_params(text: str | None) -> Params | None:
     """Return sampling parameters from JSON text. Raises ConfigError: it is not a JSON object."""
     if text is None:
         return None

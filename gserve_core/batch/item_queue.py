@@ -19,7 +19,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
-from ..schema import Event, Heartbeat, Result
+from ..messages import Event, Heartbeat, Result
 from . import retries
 from .pieces import MAX_PIECE_SIZE, Call, Item, Outcome, Piece, Server, size_of
 from .retries import MAX_LOSSES, Retry

@@ -9,8 +9,8 @@ from typing import Annotated, Any, NoReturn
 import msgspec
 
 from ..errors import ConfigError, ItemError
+from ..messages import Conversation, Message, Params, Prompt
 from ..sampling import params_from
-from ..schema import Conversation, Message, Params, Prompt
 from .pieces import Call, Item
 
 TOKEN_SIZE = 5

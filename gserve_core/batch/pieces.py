@@ -6,7 +6,7 @@ from collections.abc import Callable
 from msgspec import Struct
 
 from ..errors import ItemError
-from ..schema import Params, Prompt, ResponseOutput, weight
+from ..messages import Params, Prompt, ResponseOutput, weight
 
 MAX_PIECE_SIZE = 4 << 20
 """Maximum size of one request, in bytes. A request with a single item may be larger."""

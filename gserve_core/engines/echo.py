@@ -33,8 +33,8 @@ from ..config import LLMConfig, check
 from ..errors import GserveError, ItemError
 from ..hookspecs import hookimpl
 from ..interfaces import Engine, EngineInfo, Finding, KnownError, Report, RunningEngine
+from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from ..sampling import read_params
-from ..schema import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from . import orphans
 
 FAULTS = ("die", "hang", "wedge", "error")

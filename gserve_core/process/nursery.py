@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from .. import lease
-from ..commands import GROUP_GRACE, end_group, kill_group
+from ..command_launcher import GROUP_GRACE, end_group, kill_group
 from ..host import processes, scratch
 from ..host.memory import memory_kills
 from ..host.processes import readable

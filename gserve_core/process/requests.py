@@ -6,7 +6,18 @@ from typing import Any
 
 from ..errors import ItemError
 from ..interfaces import RunningEngine
-from ..schema import Conversation, Event, Failure, FlatOutput, FlatResult, Group, Prompt, ResponseOutput, Result, weight
+from ..messages import (
+    Conversation,
+    Event,
+    Failure,
+    FlatOutput,
+    FlatResult,
+    Group,
+    Prompt,
+    ResponseOutput,
+    Result,
+    weight,
+)
 
 BACKLOG_BYTES = 1 << 20
 """Maximum size of the results that wait for a client, in bytes. Beyond it, none of its items is begun."""

@@ -20,7 +20,7 @@ from ..host import gpu_locks, gpus, tokens
 from ..host.ports import port_holder
 from ..host.redaction import redact
 from ..interfaces import Address, Engine, RunningEngine, Transport
-from ..schema import Event, Health, ResponseOutput, RunRequest
+from ..messages import Event, Health, ResponseOutput, RunRequest
 from .watchdog import wait_hung
 from .work import Work
 

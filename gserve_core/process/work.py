@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ItemError, RemoteError, sentence_of
 from ..host.redaction import redact
 from ..interfaces import RunningEngine
-from ..schema import Event, Failure, Group, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
+from ..messages import Event, Failure, Group, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
 from .requests import Piece, cancelled_item, prepared_items, result_of
 
 DEATH_SECONDS = 1.0

@@ -10,7 +10,7 @@ from ..config import Config, LLMConfig
 from ..errors import ConfigError
 from ..host import tokens
 from ..interfaces import Access, Address, Connection, Transport
-from ..schema import Health
+from ..messages import Health
 from .inference import Inference
 
 UNKNOWN_CAPACITY = 1024

@@ -9,7 +9,7 @@ from ..batch.dispatcher import Dispatcher
 from ..batch.items import Items, Seeds, check_list, conversation_reader, read_prompt
 from ..batch.pieces import Outcome
 from ..errors import ConfigError, ItemError
-from ..schema import ResponseOutput, unfolded
+from ..messages import ResponseOutput, unfolded
 
 
 class Inference:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import cast
 
 from .. import lease
-from ..commands import KILL_SECONDS, UNKNOWN, LocalProcess, reap_group
+from ..command_launcher import KILL_SECONDS, UNKNOWN, LocalProcess, reap_group
 from ..errors import StartupTimeout
 from ..host import processes
 from ..host.forks import call_in_child

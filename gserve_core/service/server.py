@@ -19,7 +19,7 @@ from ..service import records
 from .client import VLLMClient
 from .nursery import Nursery
 from .pool import Pool
-from .run import ServerProgram
+from .server_run import ServerProgram
 from .state import ServerState
 
 

@@ -24,8 +24,8 @@ from .attached import Attached, drain_reason
 from .inference import Inference
 from .nursery import Nursery
 from .pool import Pool, Queue, Record
-from .run import ServerProgram
 from .server import VLLMServer, member_of, record_of
+from .server_run import ServerProgram
 from .state import ServerState
 
 ATTACH_SECONDS = 180.0

@@ -14,7 +14,7 @@ from ..config import LLMConfig
 from ..errors import ItemError, LaunchError, RemoteError, TransportError
 from ..host import processes
 from ..interfaces import Access, Address, Engine, Job, Launcher, Process, RunningEngine, Transport
-from ..schema import (
+from ..messages import (
     Conversation,
     Event,
     Failure,

@@ -18,7 +18,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from gserve_core.commands import output_of
+from gserve_core.command_launcher import output_of
 from gserve_core.errors import ConfigError, GserveError
 from gserve_core.interfaces import Job, Launcher
 

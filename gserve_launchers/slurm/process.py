@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import IO
 
-from gserve_core.commands import KILL_SECONDS, UNKNOWN, LocalProcess
+from gserve_core.command_launcher import KILL_SECONDS, UNKNOWN, LocalProcess
 from gserve_core.errors import StartupTimeout
 from gserve_core.host.forks import call_in_child
 from gserve_core.interfaces import Job

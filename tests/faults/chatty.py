@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from gserve import Engine, LLMConfig, hookimpl
 from gserve_core.engines.echo import EchoEngine, RunningEcho
 from gserve_core.interfaces import Report, RunningEngine
-from gserve_core.schema import Params, Prompt
+from gserve_core.messages import Params, Prompt
 
 logger = logging.getLogger("gserve.chatty")
 

@@ -18,7 +18,7 @@ import msgspec
 
 from gserve import GserveError, LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.schema import GenerateRequest, Group, RunRequest
+from gserve_core.messages import GenerateRequest, Group, RunRequest
 
 from . import oracles
 from .frame import Outcome, Scale

@@ -138,6 +138,29 @@ def test_vllm_is_judged_by_its_version_and_not_imported(
     assert says in found.text
 
 
+def test_vllm_for_the_cpu_needs_libnuma(
+    examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing_libraries: list[str]
+) -> None:
+    a_vllm(tmp_path / "site", "0.32.0+cpu", monkeypatch)
+    assert examine(engine={"type": "vllm"})["vLLM"].state == "ok"
+    missing_libraries.append("libnuma.so.1")
+    found = examine(engine={"type": "vllm"})["vLLM"]
+    assert (found.state, "libnuma.so.1" in found.text, "libnuma1" in found.hint) == ("problem", True, True)
+
+
+@pytest.fixture
+def missing_libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list of libraries that cannot be loaded; all others can."""
+    missing: list[str] = []
+
+    def load(name: str) -> None:
+        if name in missing:
+            raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr("ctypes.CDLL", load)
+    return missing
+
+
 def test_a_missing_vllm_is_a_problem_only_where_servers_run(tmp_path: Path) -> None:
     """Shown in a process that has all of our packages but those of vLLM."""
     site = tmp_path / "site"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import uvloop
 
 from gserve_core.errors import RemoteError
-from gserve_core.schema import Event, Health, Heartbeat, ResponseOutput, Result, RunRequest
+from gserve_core.messages import Event, Health, Heartbeat, ResponseOutput, Result, RunRequest
 from gserve_transports import HttpTransport
 
 

@@ -22,7 +22,7 @@ import pytest
 
 from gserve import BatchError, LLMConfig, TransportError, VLLMClient, VLLMServer
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.schema import Group, RunRequest
+from gserve_core.messages import Group, RunRequest
 from gserve_core.testing import our_processes
 from gserve_transports import HttpTransport
 

@@ -7,7 +7,7 @@ import subprocess
 import msgspec
 import pytest
 
-from gserve_core.schema import Group, RunRequest
+from gserve_core.messages import Group, RunRequest
 from tests.gserve_transports.noted import Noted, exchange, served
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")

@@ -17,7 +17,7 @@ import pytest
 from gserve import LLMConfig, RemoteError, ServeConfig, StallTimeout, TransportError, VLLMClient, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Access, Address, Connection
-from gserve_core.schema import Event, Group, Health, RunRequest
+from gserve_core.messages import Event, Group, Health, RunRequest
 from gserve_transports import HttpTransport
 from tests.gserve_transports.noted import Noted, until
 

@@ -24,8 +24,8 @@ from hypothesis import strategies as st
 
 from gserve import LLMConfig, VLLMServer
 from gserve_core.engines.echo import EchoEngine, EchoParams
+from gserve_core.messages import ChatRequest, GenerateRequest, Health, Heartbeat, ResponseOutput, RunRequest
 from gserve_core.sampling import public_fields
-from gserve_core.schema import ChatRequest, GenerateRequest, Health, Heartbeat, ResponseOutput, RunRequest
 from gserve_transports import HttpTransport
 from gserve_transports.frames import Unpacker
 

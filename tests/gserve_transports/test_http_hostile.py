@@ -17,7 +17,7 @@ import pytest
 
 from gserve import LLMConfig, VLLMServer
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.schema import Event, Failure, Group, RunRequest
+from gserve_core.messages import Event, Failure, Group, RunRequest
 from gserve_transports import HttpTransport, http_server
 from gserve_transports.frames import KEEPALIVE
 from tests.gserve_transports.noted import Noted, exchange, served, until

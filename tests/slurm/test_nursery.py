@@ -16,7 +16,7 @@ from gserve import LaunchError, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import processes
 from gserve_core.service import records
-from gserve_core.service.start_up import PROGRAM
+from gserve_core.service.server_command import PROGRAM
 from gserve_core.service.state import State
 from gserve_launchers.slurm.launcher import SlurmLauncher
 from tests.faults.jobs import allocation

@@ -68,6 +68,8 @@ def _convert(source: Path, file: str, folder: Path, report: Report) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    for left in folder.parent.glob(f".{folder.name}-*"):  # the lock is ours: whoever made it has been killed
+        shutil.rmtree(left, ignore_errors=True)
     scratch = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
     try:
         model = AutoModelForCausalLM.from_pretrained(

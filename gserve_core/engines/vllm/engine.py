@@ -23,8 +23,8 @@ from ...config import LLMConfig
 from ...errors import ConfigError, GserveError, ItemError
 from ...hookspecs import hookimpl
 from ...interfaces import Engine, EngineInfo, Finding, KnownError, LogForm, Report, RunningEngine
+from ...messages import Conversation, Params, Prompt, ResponseOutput
 from ...sampling import read_params
-from ...schema import Conversation, Params, Prompt, ResponseOutput
 from . import compile_turn, demo_model, examination, installed
 from .files import adapter_folder, adapter_rank, chat_template
 from .known_errors import KNOWN_ERRORS, LOG_FORM

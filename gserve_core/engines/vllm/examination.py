@@ -1,5 +1,6 @@
 """The checks of `gserve doctor` that only vLLM needs: its package, its arguments, and the files of a model."""
 
+import ctypes
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib.util import find_spec
@@ -37,7 +38,19 @@ def _examine_package(allow_insecure: bool) -> Finding:
         warning = installed.insecurity(release, allow_insecure)
     except ConfigError as error:
         return Finding("vLLM", "problem", str(error))
+    if "cpu" in name + release and not _has_libnuma():
+        hint = "apt-get install libnuma1, or the package of this name for your system"
+        return Finding("vLLM", "problem", f"{release} ({name}) needs libnuma.so.1, which is not installed", hint)
     return Finding("vLLM", "note", warning) if warning else Finding("vLLM", "ok", f"{release} ({name})")
+
+
+def _has_libnuma() -> bool:
+    """Return whether the library is here that vLLM's compiled code for the CPU is linked to."""
+    try:
+        ctypes.CDLL("libnuma.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _examine_model(llm: LLMConfig, environ: Mapping[str, str]) -> Finding:

@@ -274,6 +274,11 @@ KNOWN_ERRORS = (
     ),
     # the installation and the machine
     KnownError(
+        r"libnuma\.so\.1|'_C' object has no attribute 'init_cpu_memory_env'",
+        "vLLM cannot load its library for the CPU, which needs libnuma",
+        "install libnuma; on Debian and Ubuntu: apt-get install libnuma1",
+    ),
+    KnownError(
         r"(\S+\.so\S*): cannot open shared object file",
         "the library {0} is not on this machine: this build of vLLM or torch is for another one",
         "install the build for this machine: uv.lock with GPUs, uv-cpu.lock without",

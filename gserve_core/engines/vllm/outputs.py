@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ...schema import FlatLogprobs, FlatOutput, Logprob, Logprobs, ResponseOutput
+from ...messages import FlatLogprobs, FlatOutput, Logprob, Logprobs, ResponseOutput
 
 
 def converted(it: Any, prompt_logprobs: Any) -> ResponseOutput:

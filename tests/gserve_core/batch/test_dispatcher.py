@@ -29,7 +29,7 @@ from gserve_core.batch.items import Items, Seeds, read_prompt
 from gserve_core.errors import DeadlineExceeded, ItemLost, TransportError
 from gserve_core.host.logs import flush
 from gserve_core.interfaces import Access, Address, Connection, ServerApi, Transport
-from gserve_core.schema import Event, Group, Health, ResponseOutput, Result, RunRequest
+from gserve_core.messages import Event, Group, Health, ResponseOutput, Result, RunRequest
 from gserve_transports import HttpTransport
 
 

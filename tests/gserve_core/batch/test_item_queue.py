@@ -12,7 +12,7 @@ from gserve_core.batch import item_queue, pieces, retries
 from gserve_core.batch.item_queue import ItemQueue
 from gserve_core.batch.pieces import Call, Item, Outcome, Piece, Server
 from gserve_core.errors import ItemLost, RemoteError, StallTimeout, TransportError
-from gserve_core.schema import Failure, Heartbeat, ResponseOutput, Result
+from gserve_core.messages import Failure, Heartbeat, ResponseOutput, Result
 
 STEPS = 100
 EXAMPLES = 200

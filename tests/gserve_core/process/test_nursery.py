@@ -21,7 +21,7 @@ from gserve_core import lease
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import processes, scratch
 from gserve_core.host.logs import flush
-from gserve_core.service.start_up import PROGRAM
+from gserve_core.service.server_command import PROGRAM
 from gserve_core.service.state import State
 from gserve_launchers.local import SubprocessLauncher
 

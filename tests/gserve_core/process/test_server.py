@@ -17,7 +17,7 @@ from gserve import LLMConfig, RemoteError, VLLMServer
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import processes
 from gserve_core.interfaces import Access, Connection
-from gserve_core.schema import Failure, Group, Heartbeat, Result, RunRequest
+from gserve_core.messages import Failure, Group, Heartbeat, Result, RunRequest
 from gserve_transports import HttpTransport
 
 LLM = LLMConfig("m", max_model_len=100_000)

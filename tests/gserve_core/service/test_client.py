@@ -10,7 +10,7 @@ import pytest
 
 from gserve import LLMConfig, ResponseOutput, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.schema import Logprob
+from gserve_core.messages import Logprob
 
 PARAMS = {"logprobs": 1}
 MADE = [(zlib.crc32(word.encode()) % 50_000, word) for word in ("a", "b")]

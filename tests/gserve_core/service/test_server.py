@@ -33,12 +33,12 @@ from gserve import (
     VLLMService,
 )
 from gserve.log_utils import setup_logging
-from gserve_core.commands import LocalProcess
+from gserve_core.command_launcher import LocalProcess
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import run_files, scratch, tokens
 from gserve_core.interfaces import Job, Process
-from gserve_core.service import run as run_module
-from gserve_core.service.start_up import pinning
+from gserve_core.service import server_run as run_module
+from gserve_core.service.server_command import pinning
 from gserve_core.service.state import State
 from gserve_core.testing import our_processes
 from gserve_launchers.local import SubprocessLauncher

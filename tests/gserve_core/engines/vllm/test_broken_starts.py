@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 
 from gserve import CommandLauncher, Job, LLMConfig, ServeConfig, VLLMService
-from gserve_core.commands import LocalProcess
+from gserve_core.command_launcher import LocalProcess
 from gserve_core.engines.vllm import demo_model
 from gserve_core.errors import ServerExited
 

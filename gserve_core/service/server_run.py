@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import diagnosis, lease
-from ..commands import UNKNOWN
+from ..command_launcher import UNKNOWN
 from ..config import LLMConfig, ServeConfig
 from ..errors import GserveError, LaunchError, StartupTimeout
 from ..host import folders, processes, run_files, scratch, tokens
@@ -25,7 +25,7 @@ from ..host.server_log import BoundedLog
 from ..interfaces import Address, Job, Process
 from ..plugins import Parts
 from .nursery import Nursery
-from .start_up import make_hello, pinning, server_command
+from .server_command import make_hello, pinning, server_command
 from .state import (
     BEGINNING,
     TICK,

@@ -14,7 +14,7 @@ import pytest
 
 from gserve import LaunchError
 from gserve_core import lease
-from gserve_core.commands import LocalProcess, group_is_alive, output_of
+from gserve_core.command_launcher import LocalProcess, group_is_alive, output_of
 from gserve_core.engines.vllm.engine import CORES_VARIABLE, VLLMEngine
 from gserve_core.host import processes
 from gserve_core.interfaces import Job
@@ -184,7 +184,7 @@ def test_a_process_whose_name_is_no_text_stops_no_end(tmp_path: Path) -> None:
 
 ASKS = """
 import signal, subprocess
-from gserve_core.commands import output_of
+from gserve_core.command_launcher import output_of
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 assert output_of(["echo", "rows"], {}, 9.0) == "rows\\n"
 assert output_of(["true"], {}, 9.0) == ""

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from gserve_core.schema import (
+from gserve_core.messages import (
     LOWEST_LOGPROB,
     ChatRequest,
     Conversation,
