@@ -630,6 +630,11 @@ def test_set_overrides_the_file(file: Path, overrides: list[str], expected: Conf
     assert load(file, overrides)[0] == expected
 
 
+def test_overrides_are_a_list(file: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a list of overrides as 'key\.key=value', got the text 'serve\.port=1'"):
+        load(file, "serve.port=1")
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -641,6 +646,8 @@ def test_set_overrides_the_file(file: Path, overrides: list[str], expected: Conf
             "--set serve.port=65535: 2 servers from port 65535 would need ports above 65535 - at $.serve.port",
         ),
         ("serve.prot=1", "--set serve.prot=1: unknown key 'prot'; did you mean 'port'? - at $.serve.prot"),
+        ("port=1", "--set port=1: unknown key 'port'; did you mean 'serve.port'? - at $.port"),
+        ("seed=1", "--set seed=1: unknown key 'seed'; did you mean 'llm.seed'? - at $.seed"),
         ("serv.port=1", "--set serv.port=1: unknown key 'serv'; did you mean 'serve'? - at $.serv"),
         ("llm=1", "--set llm=1: expected a mapping, got int - at $.llm"),
         ("llm.model_name=", "--set llm.model_name=: expected str, got null - at $.llm.model_name"),
