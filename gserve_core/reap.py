@@ -48,7 +48,7 @@ class Process:
     temporary: Path
 
     def __str__(self) -> str:
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(OSError, psutil.Error):
             command = " ".join(psutil.Process(self.pid).cmdline())
             return f"process {self.pid} ({command.strip()[:SHOWN]})"
         return f"process {self.pid}"
@@ -81,7 +81,7 @@ def _is_server(process: Process) -> bool:
     owner = scratch.find_owner(process.instance, process.temporary)
     if owner is not None and (owner.pid, owner.started) == (process.pid, process.started):
         return True
-    with contextlib.suppress(psutil.Error):
+    with contextlib.suppress(OSError, psutil.Error):
         words = psutil.Process(process.pid).cmdline()
         return words[:2] == NURSERY or any(word.endswith(PROGRAM) for word in words)
     return False
@@ -101,12 +101,12 @@ def _descends(process: Process, found: Collection[int], marked: Mapping[int, Pro
 
 
 def _processes() -> Iterator[Process]:
-    for process, environ in processes.environments():
+    for pid, environ in processes.environments():
         with contextlib.suppress(OSError, psutil.Error):
-            started = processes.process_start(process.pid)
+            started = processes.process_start(pid)
             if started is not None and processes.ID_VARIABLE in environ:
                 yield Process(
-                    pid=process.pid, started=started, parent=process.ppid(), session=os.getsid(process.pid),
+                    pid=pid, started=started, parent=psutil.Process(pid).ppid(), session=os.getsid(pid),
                     instance=environ[processes.ID_VARIABLE], owner=environ.get(processes.OWNER_VARIABLE, ""),
                     server=environ.get(processes.SERVER_VARIABLE, ""),
                     temporary=Path(environ.get("TMPDIR") or tempfile.gettempdir()),

@@ -22,7 +22,7 @@ from ..errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportEr
 from ..messages import Event, Heartbeat, Result
 from . import retries
 from .pieces import MAX_PIECE_SIZE, Call, Item, Outcome, Piece, Server, size_of
-from .retries import MAX_LOSSES, Retry
+from .retries import Retry
 
 MAX_PIECE_ITEMS = 256
 """Maximum number of items in one request."""
@@ -138,8 +138,8 @@ class ItemQueue:
         if self._reserved is server:
             self._reserved = None
         suspects: list[Item] = []
-        for item in server.accused if died else ():
-            item.losses += not item.is_over
+        if died:
+            retries.count_death(server.accused)
         for piece in reversed([*server.pieces]):  # the oldest items return to the head of the queue
             if piece.verdict_by is None:
                 self._stop(piece)
@@ -513,11 +513,11 @@ class ItemQueue:
             if not waiting:
                 self._calls.pop()
         self._waiting_in_calls -= len(taken)
-        accused = [item for item in taken if item.losses >= MAX_LOSSES]
+        accused = [*filter(retries.is_suspect, taken)]
         if accused:  # a verdict while they waited made them suspects
             self._suspects.append(accused)
             self._wake(self._clock())
-            return [item for item in taken if item.losses < MAX_LOSSES]
+            return [item for item in taken if not retries.is_suspect(item)]
         return taken
 
     def _send_piece(self, server: Server, items: list[Item], *, is_narrowing: bool) -> None:

@@ -2,13 +2,14 @@
 
 import hashlib
 import itertools
-import secrets
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NoReturn
 
 import msgspec
 
 from ..errors import ConfigError, ItemError
+from ..host.forks import call_in_child
 from ..messages import Conversation, Message, Params, Prompt
 from ..sampling import params_from
 from .pieces import Call, Item
@@ -20,6 +21,11 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 type Read = Callable[[Any], tuple[Prompt, int]]
 """Reads an item as the user gave it, and returns it with its size in bytes. Raises ItemError, or an encoding error."""
+
+# Our own generator, so that the program's global one keeps its seed. The system's (`secrets`) would release the GIL for
+# every item, and wait until another thread gives it back.
+_CHANCE = random.Random()  # noqa: S311
+call_in_child(_CHANCE.seed)
 
 
 class Seeds:
@@ -37,7 +43,7 @@ class Seeds:
         """Return a function that returns the seed of an item by its index."""
         call = next(self._calls)
         if not self._seed:
-            return lambda index: secrets.randbits(31)
+            return lambda index: _CHANCE.getrandbits(31)
 
         def seed(index: int) -> int:
             digest = hashlib.blake2b(f"{self._seed} {call} {index}".encode(), digest_size=4).digest()

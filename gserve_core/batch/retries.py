@@ -5,6 +5,7 @@ of their own, first together, then, after each further death, in smaller groups.
 when the server dies is lost.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .pieces import Item
@@ -37,11 +38,9 @@ def after_death(items: list[Item], *, is_narrowing: bool) -> Retry:
 
     `is_narrowing`: whether they are suspects, and were alone on that server.
     """
-    for item in items:
-        item.losses += 1
+    count_death(items)
     if not is_narrowing:
-        again = [item for item in items if item.losses < MAX_LOSSES]
-        return Retry(again, [item for item in items if item.losses >= MAX_LOSSES], [], [])
+        return Retry([item for item in items if not is_suspect(item)], [*filter(is_suspect, items)], [], [])
     if len(items) > 1:
         return Retry([], [], split(items, len(items) if len(items) <= 2 * WAYS else WAYS), [])
     deaths = items[0].losses if items else 0
@@ -61,6 +60,17 @@ def after_break(items: list[Item], *, is_narrowing: bool) -> Retry:
         [item for item in items if item.returns >= MAX_RETURNS],
         f"the connection broke {MAX_RETURNS} times while a server worked on this item",
     )  # fmt: skip
+
+
+def count_death(items: Iterable[Item]) -> None:
+    """Count a death of a server for each of these items that has not ended."""
+    for item in items:
+        item.losses += not item.is_over
+
+
+def is_suspect(item: Item) -> bool:
+    """Return whether the item may kill servers, and must run alone."""
+    return item.losses >= MAX_LOSSES
 
 
 def split(items: list[Item], parts: int) -> list[list[Item]]:

@@ -167,7 +167,8 @@ def keep_logs(path: Path) -> None:
     except OSError as error:
         raise GserveError(f"cannot make the folder for logs {path}: {error.strerror}") from error
     try:
-        try_lock(descriptor, shared=True)
+        if not try_lock(descriptor, shared=True):
+            raise BlockingIOError
         os.write(descriptor, f"{processes.owner_mark()}\n".encode())
     except OSError:  # locks are not supported there, or the disk is full: log without a lock
         logger.debug("cannot lock %s", file, exc_info=True)

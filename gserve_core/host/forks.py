@@ -32,7 +32,7 @@ class _Callbacks:
         for callback in list(self._callbacks.values()):
             try:
                 callback()
-            except Exception:  # the other callbacks are needed all the same
+            except BaseException:  # the other callbacks are needed all the same
                 traceback.print_exc()
 
 

@@ -127,8 +127,9 @@ def _describe(pid: int | None) -> str:
     try:
         process = psutil.Process(pid)
         user, command = process.username(), " ".join(process.cmdline()).strip()
-    except psutil.Error:
+    except (OSError, psutil.Error):
         user = command = ""
     if not command:  # it has ended, but a process that it forked has not
         return f"what process {pid} has left behind (see: gserve reap)"
-    return f"process {pid} of {user} ({command[:SHOWN]}{' …' * (len(command) > SHOWN)})"
+    owner = f"user {user}" if user.isdigit() else user
+    return f"process {pid} of {owner} ({command[:SHOWN]}{' …' * (len(command) > SHOWN)})"

@@ -7,6 +7,7 @@ import os
 import select
 import signal
 import time
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -83,14 +84,33 @@ def namespace(pid: int | str = "self") -> str:
 
 def processes_of(instance: str) -> list[int]:
     """Return the live processes of this machine with this server instance in their environment."""
-    return [process.pid for process, environ in environments() if environ.get(ID_VARIABLE) == instance]
+    return [pid for pid, environ in environments() if environ.get(ID_VARIABLE) == instance]
 
 
-def environments() -> Iterator[tuple[psutil.Process, dict[str, str]]]:
-    """Yield the live processes whose environment this user may read, and their environment at their start."""
-    for process in psutil.process_iter(["environ"]):
-        if process.info["environ"]:  # a zombie has none
-            yield process, process.info["environ"]
+def environments() -> Iterator[tuple[int, dict[str, str]]]:
+    """Yield the ids of the live processes that this user may read, each with its environment at its start."""
+    for pid in psutil.pids():
+        try:
+            block = os.fsdecode(Path(f"/proc/{pid}/environ").read_bytes())
+        except OSError:  # this one has ended, or is another user's; the others count all the same
+            continue
+        # psutil would stop at the first empty entry, which a process may make when it changes its title.
+        entries = (entry.partition("=") for entry in block.split("\0"))
+        if environ := {name: value for name, separator, value in entries if separator}:  # a zombie has none
+            yield pid, environ
+
+
+def descendants() -> list[psutil.Process]:
+    """Return the processes below this one, as far as this user may see them."""
+    children: defaultdict[int, list[psutil.Process]] = defaultdict(list)
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError, psutil.Error):  # `Process.children` would raise if one cannot be read
+            process = psutil.Process(pid)
+            children[process.ppid()].append(process)
+    below = [*children[os.getpid()]]
+    for process in below:
+        below += children[process.pid]
+    return below
 
 
 def group_members(group: int) -> Iterator[psutil.Process]:
@@ -132,7 +152,7 @@ def _can_be_reaped(pid: int) -> bool:
     try:
         process = psutil.Process(pid)
         return process.ppid() == os.getpid() and process.status() == psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except (OSError, psutil.Error):
         return False
 
 

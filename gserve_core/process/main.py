@@ -169,8 +169,8 @@ def _serve(options: argparse.Namespace, owner: lease.ServerEnd | None, instance:
 
 def _end_children() -> None:
     """Kill every process below this one. An interrupted load leaves some."""
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
+    for child in processes.descendants():
+        with contextlib.suppress(OSError, psutil.Error):
             if "resource_tracker" not in " ".join(child.cmdline()):  # frees shared memory, then ends
                 child.kill()
 

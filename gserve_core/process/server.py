@@ -94,10 +94,15 @@ class Server:
 
     def _ready_work(self) -> Work:
         """Return the work of a ready server. Raises RemoteError: it is not ready."""
-        if self._state != "ready" or self._work is None:
+        self._check_ready()
+        assert self._work is not None
+        return self._work
+
+    def _check_ready(self) -> None:
+        """Raise RemoteError unless the server is ready."""
+        if self._state != "ready":
             phase = f" ({self._phase})" if self._phase else ""
             raise RemoteError(f"the server is {self._state}{phase}", status=503)
-        return self._work
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         """Cancel items of the request with this id. The request may still be on its way, over another connection."""
@@ -168,7 +173,13 @@ class Server:
         await locks.turn(self._report)
         running = await engine.start(llm, report)
         self._engine = running
-        self._work = Work(running, on_progress=self._send_pulse, on_alone=self._report_alone, secrets=self._secrets)
+        self._work = Work(
+            running,
+            check_ready=self._check_ready,
+            on_progress=self._send_pulse,
+            on_alone=self._report_alone,
+            secrets=self._secrets,
+        )
         gc.collect()
         gc.freeze()  # a full collection of the objects of torch and transformers takes a third of a second
         gc.set_threshold(GC_THRESHOLD)

@@ -38,6 +38,7 @@ logger = logging.getLogger("gserve.serving")
 class Work:
     """The requests in flight in an engine.
 
+    `check_ready`: raises RemoteError unless the server takes requests.
     `on_progress`: called after the first item, and after a request that runs alone. The owner must know it at once.
     `on_alone`: called before the items of a request that runs alone are begun; returns when the owner knows of it.
     `secrets`: values that no message may contain.
@@ -47,6 +48,7 @@ class Work:
         self,
         engine: RunningEngine,
         *,
+        check_ready: Callable[[], object],
         on_progress: Callable[[], object],
         on_alone: Callable[[], Awaitable[object]],
         secrets: Collection[str],
@@ -62,6 +64,7 @@ class Work:
         self.idle.set()
         self._engine = engine
         self._most_running = AHEAD * engine.info.capacity
+        self._check_ready = check_ready
         self._on_progress = on_progress
         self._on_alone = on_alone
         self._secrets = secrets
@@ -227,6 +230,7 @@ class Work:
     @contextlib.contextmanager
     def _admit(self, request: RunRequest) -> Iterator[Piece]:
         """Admit a request for the block; yield its piece. Raises RemoteError: the request is refused."""
+        self._check_ready()  # again: the state may have changed since the request came
         if any(group.seeds is not None and len(group.seeds) != len(group.prompts) for group in request.groups):
             raise RemoteError("expected a seed for each prompt", status=400)
         size, most = sum(len(group.prompts) for group in request.groups), ADMISSION * self._engine.info.capacity

@@ -47,7 +47,7 @@ class ServiceRecord(Struct, frozen=True):
     """A launched service with its ready servers. Another version of gserve may write more fields.
 
     `pid`, `started`: process id of the owner, and the start time of that process, in clock ticks.
-    `status`: "starting", "ready", "draining", or "failed" if all servers were given up.
+    `status`: "starting", "ready", "draining", or "failed" if all servers have failed.
     `id`: distinguishes services of one process.
     `machine`: the machine on which `pid` is valid; None in records of older versions.
     `stall_timeout`: time after which the owner kills a hung server, in seconds; None: never.

@@ -163,7 +163,7 @@ class Supervisor:
         self.is_closing = False
         """Whether `close` was called, or is about to be."""
         self.has_ended = False
-        """Whether the supervisor is done: all servers have ended or were given up, and the hooks have released all."""
+        """Whether the supervisor is done: all servers have ended or failed, and the hooks have released all."""
         self.has_started = False
         """Whether `min_ready` servers have been ready."""
         self.failure: Exception | None = None

@@ -24,10 +24,10 @@ def our_processes() -> dict[int, str]:
     """
     found = {}
     run = os.environ.get(RUN_VARIABLE)
-    for process, environ in processes.environments():
-        if process.pid != os.getpid() and processes.ID_VARIABLE in environ and run in (None, environ.get(RUN_VARIABLE)):
-            with suppress(psutil.Error):
-                found[process.pid] = " ".join(process.cmdline()).strip()
+    for pid, environ in processes.environments():
+        if pid != os.getpid() and processes.ID_VARIABLE in environ and run in (None, environ.get(RUN_VARIABLE)):
+            with suppress(OSError, psutil.Error):
+                found[pid] = " ".join(psutil.Process(pid).cmdline()).strip()
     return found
 
 

@@ -321,7 +321,7 @@ def test_a_notice_of_the_users_own_long_before_the_end_counts_at_once(tmp_path: 
     until(lambda: "begun" in job.output)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 143
-    assert "going on" not in job.output
+    assert "continuing for" not in job.output
     assert "the command has 0 s to end" in job.output
 
 
