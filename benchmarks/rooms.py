@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import tomllib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.connection import Connection
@@ -50,7 +51,7 @@ class Room:
         self._line, theirs = context.Pipe()
         lives = "gserve" if kind == BEFORE else kind
         self._process = context.Process(target=_live, args=(theirs, lives, dict(arguments), self._log), name=kind)
-        with _importing_from(before if kind == BEFORE else None):
+        with _importing_from(before if kind == BEFORE else None, folder / "installed"):
             self._process.start()
         theirs.close()
 
@@ -89,16 +90,35 @@ class Room:
 
 
 @contextlib.contextmanager
-def _importing_from(checkout: Path | None) -> Iterator[None]:
-    """Make a process that starts inside the context import the code of another checkout; None changes nothing."""
+def _importing_from(checkout: Path | None, folder: Path) -> Iterator[None]:
+    """Make a process that starts inside the context use another checkout as if it were installed; None: change nothing.
+
+    `folder`: for the metadata of that installation. vLLM finds by them the function of gserve that it calls.
+    """
     if checkout is None:
         yield
         return
+    _write_metadata(checkout, folder)
     sys.path.insert(0, str(checkout.resolve()))
+    former = os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(folder.resolve()), former)))
     try:
         yield
     finally:
+        os.environ["PYTHONPATH"] = former
         del sys.path[0]
+
+
+def _write_metadata(checkout: Path, folder: Path) -> None:
+    """Write the entry points of a checkout to `folder`, in the form of an installed package."""
+    project = tomllib.loads((checkout / "pyproject.toml").read_text())["project"]
+    place = folder / f"{project['name']}-0.dist-info"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n")
+    groups = {"console_scripts": project.get("scripts", {}), **project.get("entry-points", {})}
+    (place / "entry_points.txt").write_text(
+        "".join(f"[{group}]\n{''.join(f'{name} = {it}\n' for name, it in of.items())}" for group, of in groups.items())
+    )
 
 
 def _live(line: Connection, kind: str, arguments: Arguments, log: Path) -> None:

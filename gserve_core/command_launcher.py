@@ -4,77 +4,13 @@ import contextlib
 import os
 import signal
 import subprocess
-import threading
-import time
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any
 
 from .errors import LaunchError
-from .host import processes
+from .host.child_process import KILL_SECONDS, UNKNOWN, Child
+from .host.process_groups import GROUP_GRACE, end_group, kill_group, reap_group
 from .interfaces import Job, Launcher, Process
-
-GROUP_GRACE = 1.0
-"""Time for processes below a server to end after it, in seconds. Some of them free shared memory."""
-KILL_SECONDS = 10.0
-"""Maximum time for killed processes to disappear, in seconds."""
-UNKNOWN = 255
-"""Exit code of a process whose real exit code is unknown."""
-POLL_SECONDS = 0.01
-"""Interval between two checks of a process that must end, in seconds."""
-
-
-class Child(subprocess.Popen[bytes]):
-    """A `Popen` whose exit code is `UNKNOWN`, not 0, if other code reaped it, as when SIGCHLD is ignored."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        self._polling = threading.Lock()
-        super().__init__(*args, **options)
-
-    def poll(self) -> int | None:
-        """Return the exit code once the process has ended, else None."""
-        if self.returncode is None and self._polling.acquire(blocking=False):  # otherwise another thread is taking it
-            try:
-                os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            except ChildProcessError:
-                self.returncode = UNKNOWN
-            else:
-                super().poll()
-            finally:
-                self._polling.release()
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Return the exit code once the process has ended. Raises subprocess.TimeoutExpired."""
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            if deadline is not None and time.monotonic() >= deadline:
-                assert timeout is not None
-                raise subprocess.TimeoutExpired(self.args, timeout)
-            time.sleep(POLL_SECONDS)
-        return code
-
-
-def output_of(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> str:
-    """Run a command to its end; return its output.
-
-    Raises OSError: it cannot be started.
-    Raises subprocess.TimeoutExpired: it takes longer than `seconds`.
-    Raises subprocess.CalledProcessError: it fails. If its exit code is unknown because SIGCHLD is ignored, it has
-    failed if it wrote only to stderr.
-    """
-    with Child(
-        command, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        try:
-            output, errors = (it.decode(errors="replace") for it in process.communicate(timeout=seconds))
-        except BaseException:
-            process.kill()
-            raise
-    is_known = process.returncode != UNKNOWN or signal.getsignal(signal.SIGCHLD) != signal.SIG_IGN
-    if process.returncode if is_known else errors and not output:
-        raise subprocess.CalledProcessError(process.returncode, command, output, errors)
-    return output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,35 +105,3 @@ class LocalProcess:
 
     def _kill_group(self) -> None:
         kill_group(self.pid)
-
-
-def end_group(group: int, grace: float) -> None:
-    """Wait until a process group has ended; kill it after `grace` seconds.
-
-    Returns at most `KILL_SECONDS` seconds after that, even if a process remains.
-    """
-    _wait_for_group(group, grace)
-    kill_group(group)
-    _wait_for_group(group, KILL_SECONDS)  # a killed process holds its GPU's memory until it is gone
-
-
-def kill_group(group: int) -> None:
-    """Kill all processes of a group."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, signal.SIGKILL)
-
-
-def _wait_for_group(group: int, seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while group_is_alive(group) and time.monotonic() < deadline:
-        time.sleep(0.01)
-
-
-def group_is_alive(group: int) -> bool:
-    """Return whether a process of the group is alive. Zombies, which only wait to be reaped, do not count."""
-    return any(processes.process_start(process.pid) is not None for process in processes.group_members(group))
-
-
-def reap_group(group: int) -> None:
-    """Reap the processes of a group that have ended and are children of this process."""
-    processes.reap([process.pid for process in processes.group_members(group)])

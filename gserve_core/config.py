@@ -31,7 +31,7 @@ Tokens = Annotated[int, Meta(ge=1, description="a number of tokens")]
 Servers = Annotated[int, Meta(ge=1, le=65535, description="1 to 65535 servers")]
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
 Count = Annotated[int, Meta(ge=0, description="a number from 0 up")]
-Timeout = Annotated[float, Meta(gt=0, le=1e9, description="seconds above 0, or null for no limit")]
+Timeout = Annotated[float, Meta(gt=0, le=1e9, description="seconds above 0, at most 1e9, or null for no limit")]
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _HOST = re.compile(r"(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*\.?")
 

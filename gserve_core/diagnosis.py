@@ -10,10 +10,9 @@ from pathlib import Path
 
 from .errors import ServerExited
 from .host.memory import memory_kills
+from .host.server_log import TAIL_LINES
 from .interfaces import Engine, KnownError, LogForm
 
-TAIL_LINES = 50
-"""Number of lines from the end of a log that an error shows."""
 TAIL_BYTES = 256 << 10
 """Maximum size of the end of a log that is read for these lines, in bytes."""
 MAX_SHOWN = 400
@@ -234,7 +233,7 @@ KNOWN = (
     KnownError(
         r"No module named '([^']+)'",
         "the Python module '{0}' is not installed",
-        "install it into the environment of the server; for vllm and torch see Install in the README",
+        "install it into the environment of the server; see Install in the README",
     ),
     KnownError(
         r"No space left on device",

@@ -9,7 +9,7 @@ that they return are resources with few methods.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -382,10 +382,6 @@ class Engine(ABC):
         `environ`: the environment of the servers.
         """
         return ()
-
-    def known_arguments(self) -> Collection[str] | None:
-        """Return the names allowed in `llm.llm_kwargs`; None if unknown here. Takes less than a second."""
-        return None
 
     @abstractmethod
     async def start(self, llm: LLMConfig, report: Report) -> "RunningEngine":

@@ -5,10 +5,13 @@ import re
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from gserve import LLMConfig, VLLMService
+from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import run_files
 
 ROOT = Path(__file__).parent.parent
@@ -50,11 +53,12 @@ def environment() -> dict[str, str]:
 def test_its_python_runs(block: str, folder: Path) -> None:
     block = re.sub(r"(VLLMService\(llm, ServeConfig\(.*?\))\)", r"\1, engine=EchoEngine())", block)
     block = f"from gserve_core.engines.echo import EchoEngine\n{block}"
-    if "attach(" in block:
-        pytest.skip("needs a launched service: the shell's examples have one")
-    ran = subprocess.run(
-        [sys.executable, "-c", block], cwd=folder, env=environment(), capture_output=True, text=True, check=False
-    )
+    with ExitStack() as running:
+        if "attach(" in block:
+            running.enter_context(VLLMService(LLMConfig("any"), engine=EchoEngine(), name="demo"))
+        ran = subprocess.run(
+            [sys.executable, "-c", block], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+        )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout
 

@@ -24,7 +24,9 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"messages", "yaml_file", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
-    {"host.processes", "host.memory", "host.ports", "host.forks", "host.locks"},
+    {"host.child_process", "host.memory", "host.poll", "host.ports", "host.forks", "host.locks"},
+    {"host.processes"},
+    {"host.process_groups"},
     {"host.folders"},
     {
         "hookspecs",
@@ -50,7 +52,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.inference"},
     {"service.client", "service.pool", "service.attached"},
     {"service.server_command"},
-    {"service.server_run"},
+    {"service.server_life"},
     {"service.server"},
     {"service.service"},
 )  # fmt: skip
@@ -61,16 +63,18 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "host.server_log", "host.sweep", "process.nursery",
         "process.server",
     },
-    "process.nursery": {"lease", "command_launcher", "host.memory", "host.processes", "host.scratch"},
+    "process.nursery": {
+        "lease", "host.memory", "host.poll", "host.process_groups", "host.processes", "host.scratch",
+    },
     "process.server": {
         "errors", "messages", "config", "interfaces", "lease", "host.gpu_locks", "host.gpus", "host.ports",
-        "host.redaction", "host.tokens", "process.watchdog", "process.work",
+        "host.redaction", "host.tokens", "process.engine_watchdog", "process.work",
     },
-    "process.watchdog": {"errors", "interfaces", "lease", "process.work"},
+    "process.engine_watchdog": {"errors", "interfaces", "lease", "process.work"},
     "process.work": {"errors", "messages", "interfaces", "host.redaction", "process.requests"},
     "process.requests": {"errors", "messages", "interfaces"},
     "reap": {"host.processes", "host.scratch", "service.records"},
-    "batch.files": {"errors", "messages"},
+    "batch.item_files": {"errors", "messages"},
     "batch.output_lock": {"errors", "host.processes", "host.folders", "host.locks"},
     "doctor.examination": {
         "errors", "config", "interfaces", "plugins", "service.service", "doctor.machine", "doctor.node",
@@ -111,7 +115,10 @@ OF_AN_ENGINE = {
 }
 ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "service"}
 """Packages that hold modules, and nothing themselves."""
-FOR_PLUGINS = {"errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.forks"}
+FOR_PLUGINS = {
+    "errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.child_process",
+    "host.forks",
+}  # fmt: skip
 """What launchers and transports need of the core: no more than a plugin's author."""
 
 HOMES = {  # third parties: the only files that may import them

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gserve_core.batch.files import (
+from gserve_core.batch.item_files import (
     STDIO,
     ConversationLine,
     Line,

@@ -24,10 +24,11 @@ from pathlib import Path
 from types import FrameType
 
 from gserve_core.batch.output_lock import check_free
-from gserve_core.command_launcher import KILL_SECONDS, end_group
 from gserve_core.errors import ConfigError, GserveError, PluginError
+from gserve_core.host.child_process import KILL_SECONDS
 from gserve_core.host.environment import ATTACH_VARIABLE
 from gserve_core.host.logs import setup_logging
+from gserve_core.host.process_groups import end_group
 from gserve_core.service import records
 from gserve_core.service.service import VLLMService
 from gserve_core.service.state import State

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import gserve
-from gserve_core.batch.files import STDIO, ConversationLine, Line, PromptLine, parse_params, read_items
+from gserve_core.batch.item_files import STDIO, ConversationLine, Line, PromptLine, parse_params, read_items
 from gserve_core.errors import ConfigError
 
 from .options import CommandOrNot, ConfigFile, Output, Overrides, ParamsText, SlurmNumber, SlurmText

@@ -22,7 +22,7 @@ from ..errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportEr
 from ..messages import Event, Heartbeat, Result
 from . import retries
 from .pieces import MAX_PIECE_SIZE, Call, Item, Outcome, Piece, Server, size_of
-from .retries import Retry
+from .retries import Resend, Retry
 
 MAX_PIECE_ITEMS = 256
 """Maximum number of items in one request."""
@@ -296,19 +296,21 @@ class ItemQueue:
         if not items:
             self._detach(piece)
             server.piece_size = min(MAX_PIECE_SIZE, server.piece_size * GROWTH)
-        elif error is not None and not isinstance(error, TransportError):
-            self._fail(piece, f"cannot be sent: {type(error).__name__}: {error}", invalid=False)
-        elif isinstance(error, RemoteError) and error.status == 413 and len(piece.sent) > 1:
-            server.piece_size = max(1, min(server.piece_size, piece.size) / 2)
-            self._wait_again(piece, retries.split(self._detach(piece), 2))
-        elif isinstance(error, RemoteError) and (error.status == 429 or (error.status == 503 and server.is_watched)):
-            server.busy_until = self._clock() + (error.retry_after or BUSY_SECONDS)
-            self._wake(server.busy_until)
-            self._wait_again(piece, [self._detach(piece)])
-        elif isinstance(error, RemoteError) and 400 <= error.status < 500:
-            self._fail(piece, str(error), invalid=error.status in (400, 413, 422))
         else:
-            self._await_verdict(piece, server, error or TransportError("the response of the server lacks some items"))
+            error = error or TransportError("the response of the server lacks some items")
+            match retries.after_error(error, count=len(piece.sent), is_watched=server.is_watched):
+                case Resend.SMALLER:
+                    server.piece_size = max(1, min(server.piece_size, piece.size) / 2)
+                    self._wait_again(piece, retries.split(self._detach(piece), 2))
+                case Resend.LATER:
+                    retry_after = error.retry_after if isinstance(error, RemoteError) else None
+                    server.busy_until = self._clock() + (retry_after or BUSY_SECONDS)
+                    self._wake(server.busy_until)
+                    self._wait_again(piece, [self._detach(piece)])
+                case Resend.AFTER_VERDICT:
+                    self._await_verdict(piece, server, error)
+                case ItemError() as failure:
+                    self._fail(piece, str(failure), invalid=failure.invalid)
         self.pump()
 
     def _await_verdict(self, piece: Piece, server: Server, error: Exception) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of the items of a lost piece: they are sent again, narrowed down, or lost.
+"""What becomes of the items of a failed piece: they are sent again, narrowed down, or lost.
 
 An item that was in flight at `MAX_LOSSES` deaths of servers is a suspect: it may kill servers. Suspects run on a server
 of their own, first together, then, after each further death, in smaller groups. An item that is alone on its server
@@ -6,8 +6,10 @@ when the server dies is lost.
 """
 
 from collections.abc import Iterable
+from enum import Enum, auto
 from typing import NamedTuple
 
+from ..errors import ItemError, RemoteError, TransportError
 from .pieces import Item
 
 MAX_LOSSES = 2
@@ -31,6 +33,35 @@ class Retry(NamedTuple):
     groups: list[list[Item]]
     lost: list[Item]
     why: str = ""
+
+
+class Resend(Enum):
+    """How the items of a failed piece are sent again."""
+
+    SMALLER = auto()
+    """At once, in smaller pieces."""
+    LATER = auto()
+    """When the server is less busy. It has not begun with them."""
+    AFTER_VERDICT = auto()
+    """When it is known whether the server has died."""
+
+
+def after_error(error: Exception, *, count: int, is_watched: bool) -> Resend | ItemError:
+    """Return how the items of a piece of `count` items are sent again after an error; otherwise why they fail.
+
+    `is_watched`: whether the server's owner ends it when it breaks. Otherwise nothing else tells that it is gone.
+    """
+    if not isinstance(error, TransportError):
+        return ItemError(f"cannot be sent: {type(error).__name__}: {error}", invalid=False)
+    if not isinstance(error, RemoteError):
+        return Resend.AFTER_VERDICT
+    if error.status == 413 and count > 1:
+        return Resend.SMALLER
+    if error.status == 429 or (error.status == 503 and is_watched):
+        return Resend.LATER
+    if 400 <= error.status < 500:
+        return ItemError(str(error), invalid=error.status in (400, 413, 422))
+    return Resend.AFTER_VERDICT
 
 
 def after_death(items: list[Item], *, is_narrowing: bool) -> Retry:

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from ..interfaces import Finding, Job
 from ..plugins import assemble
 from ..service.service import VLLMService
-from .machine import check_arguments, examine_machine, examine_pinning
+from .machine import examine_machine, examine_pinning
 from .node import Errand, visit
 
 
@@ -73,7 +73,6 @@ def check_config(config: Path, overrides: Sequence[str] = ()) -> list[tuple[Job,
     with document.located():
         parts = assemble(loaded, document.file.parent)
         parts.engine.check_config(loaded.llm, runs_here=parts.launcher.owner_variable is None)
-        check_arguments(loaded, parts.engine)
     return VLLMService.from_yaml(config, overrides=overrides).jobs()
 
 

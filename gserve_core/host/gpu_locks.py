@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import os
 import re
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,12 +15,11 @@ import psutil
 
 from ..errors import LaunchError
 from ..interfaces import Report
-from .locks import try_lock, unlock_and_close
+from .locks import attempts, try_lock, unlock_and_close
 
 FOLDER = Path("/tmp")  # noqa: S108 - not TMPDIR: all users must use the same folder
-REPORT_SECONDS = 10.0
-"""Interval between two reports of a server that waits, in seconds. Otherwise its start would seem to hang."""
 LOOK_SECONDS = 0.1
+"""Interval between two attempts to lock a GPU, in seconds."""
 SHOWN = 100
 """Maximum number of characters of another process's command in a message."""
 
@@ -49,11 +47,11 @@ class Hold:
     async def turn(self, report: Report) -> None:
         """Wait until no other server starts on one of these GPUs. Returns at once if they are not shared."""
         for device, descriptor in zip(self._devices, self._turns, strict=False):
-            next_report = time.monotonic()
-            while not try_lock(descriptor):
-                if time.monotonic() >= next_report:
-                    report(f"waiting for process {_holder(descriptor) or '?'}, which starts on {_name(device)}")
-                    next_report += REPORT_SECONDS
+
+            def tell(device: str = device, descriptor: int = descriptor) -> None:
+                report(f"waiting for process {_holder(descriptor) or '?'}, which starts on {_name(device)}")
+
+            for _ in attempts(descriptor, tell):
                 await asyncio.sleep(LOOK_SECONDS)
 
     def started(self) -> None:

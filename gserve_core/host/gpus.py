@@ -10,9 +10,8 @@ from ..errors import LaunchError
 
 NO_DEVICE = ("", "-1", "NoDevFiles")
 """Entries of CUDA_VISIBLE_DEVICES that hide all GPUs from there on."""
-QUERY = ("--query-gpu=index,uuid", "--format=csv,noheader")
 ROW = re.compile(r"^(\d+), (GPU-\S+)\s*$", re.MULTILINE)
-"""Pattern of a line of nvidia-smi's answer to `QUERY`: number and UUID of a GPU."""
+"""Pattern of a line of nvidia-smi's answer about "index,uuid"."""
 NO_DRIVER = (9, 12)
 """Exit codes of nvidia-smi on a machine without an NVIDIA driver. vLLM may use other devices there."""
 NO_GPU = 6
@@ -78,17 +77,14 @@ def _uuids(environ: Mapping[str, str]) -> dict[str, str]:
     Raises LaunchError: nvidia-smi fails, or reports none of the GPUs in CUDA_VISIBLE_DEVICES. A GPU that it does not
     report must not be locked by number: other servers know it by its UUID.
     """
-    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
-    if program is None:
-        return {}
     try:
-        told = subprocess.run(
-            [program, *QUERY], capture_output=True, text=True, errors="replace", timeout=QUERY_SECONDS, check=False
-        )
+        told = ask_nvidia_smi("index,uuid", environ)
     except subprocess.TimeoutExpired as error:
         raise _unknown(f"it did not answer within {QUERY_SECONDS:g} s") from error
     except OSError as error:
         raise _unknown(str(error)) from error
+    if told is None:
+        return {}
     if told.returncode in NO_DRIVER or (told.returncode == NO_GPU and "CUDA_VISIBLE_DEVICES" not in environ):
         return {}
     rows = ROW.findall(told.stdout)
@@ -96,6 +92,22 @@ def _uuids(environ: Mapping[str, str]) -> dict[str, str]:
         said = " ".join((told.stdout + told.stderr).split())
         raise _unknown(f"it ended with exit code {told.returncode}: {said[:SHOWN] or 'no output'}")
     return dict(rows)
+
+
+def ask_nvidia_smi(fields: str, environ: Mapping[str, str]) -> "subprocess.CompletedProcess[str] | None":
+    """Return nvidia-smi's answer about each GPU, as it ended; None: there is no nvidia-smi.
+
+    fields: names of its `--query-gpu`, as "name,memory.total". Each GPU is a line, which has them divided by ", ".
+    Raises OSError: it cannot be started.
+    Raises subprocess.TimeoutExpired: it does not answer within `QUERY_SECONDS`.
+    """
+    program = shutil.which("nvidia-smi", path=environ.get("PATH"))
+    if program is None:
+        return None
+    return subprocess.run(
+        [program, f"--query-gpu={fields}", "--format=csv,noheader"],
+        capture_output=True, text=True, errors="replace", timeout=QUERY_SECONDS, check=False,
+    )  # fmt: skip
 
 
 def _unknown(why: str) -> LaunchError:

@@ -7,6 +7,11 @@ closed it or ended.
 import contextlib
 import fcntl
 import os
+import time
+from collections.abc import Callable, Iterator
+
+REPORT_SECONDS = 10.0
+"""Interval between two reports of a process that waits, in seconds. Without reports it would seem to hang."""
 
 
 def lock(descriptor: int, *, shared: bool = False) -> None:
@@ -25,6 +30,23 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def attempts(descriptor: int, report: Callable[[], object] = lambda: None) -> Iterator[float]:
+    """Try to lock an open file until that succeeds. Before each further attempt, yield the seconds waited so far.
+
+    The caller sleeps between two attempts, or gives up.
+
+    report: called when the wait begins, and then every `REPORT_SECONDS` seconds.
+    Raises OSError: its file system has no locks.
+    """
+    began = next_report = time.monotonic()
+    while not try_lock(descriptor):
+        now = time.monotonic()
+        if now >= next_report:
+            report()
+            next_report = now + REPORT_SECONDS
+        yield now - began
 
 
 def unlock(descriptor: int) -> None:

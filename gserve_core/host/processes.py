@@ -2,9 +2,7 @@
 
 import contextlib
 import functools
-import math
 import os
-import select
 import signal
 import time
 from collections import defaultdict
@@ -12,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
+
+from .child_process import KILL_SECONDS
 
 ID_VARIABLE = "GSERVE_ID"
 """Variable with the instance of a server, in the environment of all its processes.
@@ -25,8 +25,6 @@ SERVER_VARIABLE = "GSERVE_SERVER"
 
 Its value is the server's process id and its start in clock ticks, as "4711:98765".
 """
-GONE_SECONDS = 10.0
-"""Maximum time for killed processes to disappear, in seconds. They free GPU memory before that."""
 REAP_SECONDS = 1.0
 """Maximum time until an ended process can be reaped, in seconds."""
 
@@ -122,8 +120,8 @@ def group_members(group: int) -> Iterator[psutil.Process]:
 
 
 def end_processes_of(instance: str) -> list[int]:
-    """Kill the remaining processes of a server on this machine; return those still alive after `GONE_SECONDS`."""
-    deadline = time.monotonic() + GONE_SECONDS
+    """Kill the remaining processes of a server on this machine; return those still alive after `KILL_SECONDS`."""
+    deadline = time.monotonic() + KILL_SECONDS
     killed: set[int] = set()
     while (left := processes_of(instance)) and time.monotonic() < deadline:
         killed.update(left)
@@ -162,17 +160,3 @@ def machine() -> str:
         return f"{boot()} {namespace()}"
     except OSError:
         return boot()
-
-
-def readable(seconds: float, *descriptors: int, writable: int = -1) -> list[int]:
-    """Wait at most `seconds` seconds; return the descriptors that are readable, or `writable` if it is writable.
-
-    -1 stands for no descriptor.
-    """
-    waiting = select.poll()
-    if writable >= 0:
-        waiting.register(writable, select.POLLOUT)
-    for descriptor in descriptors:
-        if descriptor >= 0:
-            waiting.register(descriptor, select.POLLIN)
-    return [descriptor for descriptor, _ in waiting.poll(math.ceil(seconds * 1000))]

@@ -17,7 +17,7 @@ import msgspec
 
 from ..errors import GserveError
 from . import folders
-from .locks import try_lock, unlock_and_close
+from .locks import attempts, unlock_and_close
 
 PLACE_VARIABLE = "_GSERVE_PLACE"
 """Variable with the second folder for records and tokens, for tests. Empty: none. Default: `PLACE`/gserve-UID."""
@@ -110,13 +110,12 @@ def locked(places: Sequence[Path], seconds: float) -> Iterator[None]:
 
     Raises TimeoutError: another process keeps them locked for `seconds` seconds.
     """
-    deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
         for place in sorted(places):  # the same order for all prevents a deadlock
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
             stack.callback(unlock_and_close, descriptor)
-            while not try_lock(descriptor):
-                if time.monotonic() >= deadline:
+            for waited in attempts(descriptor):
+                if waited >= seconds:
                     raise TimeoutError(f"another process has locked {place} for {seconds:g} s")
                 time.sleep(LOOK_SECONDS)
         yield

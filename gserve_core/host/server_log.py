@@ -25,6 +25,7 @@ HEAD = 1 << 20
 LONGEST_LINE = 64 << 10
 """Maximum length of a line, in bytes. The rest is cut."""
 TAIL_LINES = 50
+"""Number of lines from the end of a log that an error shows. They are kept in memory too."""
 _CHUNK = 1 << 20
 
 

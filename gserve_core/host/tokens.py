@@ -61,11 +61,6 @@ def _read_access(path: Path) -> Access | None:
         return None
 
 
-def find_token(host: str, port: int) -> str | None:
-    """Return the token of the server at an address; None if its owner has not written it here."""
-    return find_access(host, port).token
-
-
 def may_listen(address: str) -> bool:
     """Return whether a process listens at "host-port"; True if that is unknown."""
     host, _, port = address.rpartition("-")

@@ -32,10 +32,10 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from .. import lease
-from ..command_launcher import GROUP_GRACE, end_group, kill_group
 from ..host import processes, scratch
 from ..host.memory import memory_kills
-from ..host.processes import readable
+from ..host.poll import readable
+from ..host.process_groups import GROUP_GRACE, end_group, kill_group
 
 END = b"end"
 """Order of the owner to a nursery in a server's place: kill the server."""

@@ -21,7 +21,7 @@ from ..host.ports import port_holder
 from ..host.redaction import redact
 from ..interfaces import Address, Engine, RunningEngine, Transport
 from ..messages import Event, Health, ResponseOutput, RunRequest
-from .watchdog import wait_hung
+from .engine_watchdog import wait_hung
 from .work import Work
 
 DRAIN_SECONDS = 30.0

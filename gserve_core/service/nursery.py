@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import cast
 
 from .. import lease
-from ..command_launcher import KILL_SECONDS, UNKNOWN, LocalProcess, reap_group
+from ..command_launcher import LocalProcess
 from ..errors import StartupTimeout
 from ..host import processes
+from ..host.child_process import KILL_SECONDS, UNKNOWN
 from ..host.forks import call_in_child
-from ..host.processes import readable
+from ..host.poll import readable
+from ..host.process_groups import reap_group
 from ..interfaces import Job
 
 IMPORT_SECONDS = 600.0

@@ -19,7 +19,7 @@ from ..service import records
 from .client import VLLMClient
 from .nursery import Nursery
 from .pool import Pool
-from .server_run import ServerProgram
+from .server_life import ServerProgram
 from .state import ServerState
 
 
@@ -35,7 +35,7 @@ class VLLMServer:
     `launcher`, `transport`, `engine`: instances to use.
     `plugins`: modules that provide more of these.
 
-    Raises ConfigError: `serve_config` is given beside an argument that belongs there, or asks for several servers.
+    Raises ConfigError: `serve_config` is given beside an argument that belongs there, or is for several servers.
     """
 
     def __init__(
@@ -59,10 +59,9 @@ class VLLMServer:
                 "expected gpu_ids, host, port, startup_timeout and verbose inside serve_config, not beside it"
             )
         serve = serve_config or given
-        if serve.servers not in (None, 1):
-            raise ConfigError(
-                f"a VLLMServer is one server, but serve_config.servers is {serve.servers}: use a VLLMService"
-            )
+        for name, number in (("servers", serve.servers), ("min_ready", serve.min_ready)):
+            if number not in (None, 1):
+                raise ConfigError(f"a VLLMServer is one server, but serve_config.{name} is {number}: use a VLLMService")
         ids = serve.gpu_ids
         parts = assemble(
             Config(llm_config, plugins=list(plugins)), launcher=launcher, transport=transport, engine=engine

@@ -25,7 +25,7 @@ from .inference import Inference
 from .nursery import Nursery
 from .pool import Pool, Queue, Record
 from .server import VLLMServer, member_of, record_of
-from .server_run import ServerProgram
+from .server_life import ServerProgram
 from .state import ServerState
 
 ATTACH_SECONDS = 180.0

@@ -18,8 +18,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from gserve_core.command_launcher import output_of
 from gserve_core.errors import ConfigError, GserveError
+from gserve_core.host.child_process import output_of
 from gserve_core.interfaces import Job, Launcher
 
 from .command_line import JOB_OPTIONS

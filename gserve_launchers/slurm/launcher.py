@@ -27,7 +27,7 @@ from gserve_core.interfaces import Finding, Job, Launcher, Process
 
 from .command_line import check_argument, is_server, job_title, srun
 from .examination import examine_allocation, examine_nodes, examine_partitions
-from .process import ServerRun, SlurmProcess
+from .process import ServerInStep, SlurmProcess
 from .query import COMMANDS_OPTIONS, query_slurm
 
 COMMANDS = ("srun", "sbatch", "squeue", "sinfo", "scontrol", "scancel")
@@ -128,7 +128,7 @@ class SlurmLauncher(CommandLauncher):
 
         Raises LaunchError: srun could not be started.
         """
-        if isinstance(job.previous, ServerRun):
+        if isinstance(job.previous, ServerInStep):
             with contextlib.suppress(OSError):
                 if job.previous.can_start_next:
                     return job.previous.start_next(job)
@@ -138,11 +138,11 @@ class SlurmLauncher(CommandLauncher):
             return self._start_srun(job)
         own = uuid.uuid4().hex  # the nursery outlives a generation, so its processes have an id of their own
         env = {name: own if value == job.instance else value for name, value in job.env.items()}
-        return ServerRun(self._start_srun(replace(job, env=env)), job.instance)
+        return ServerInStep(self._start_srun(replace(job, env=env)), job.instance)
 
     def release(self, process: Process) -> None:
         """End the step of `process` once its server has ended."""
-        if isinstance(process, ServerRun):
+        if isinstance(process, ServerInStep):
             process.release()
 
     def _start_srun(self, job: Job) -> "SlurmProcess":

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 from typing import IO
 
-from gserve_core.command_launcher import KILL_SECONDS, UNKNOWN, LocalProcess
+from gserve_core.command_launcher import LocalProcess
 from gserve_core.errors import StartupTimeout
+from gserve_core.host.child_process import KILL_SECONDS, UNKNOWN
 from gserve_core.host.forks import call_in_child
 from gserve_core.interfaces import Job
 from gserve_core.lease import Silence
@@ -29,7 +30,7 @@ FORCE_SECONDS = 10.0
 """Maximum time for srun to kill its job, in seconds."""
 SETTLE_SECONDS = 3.0
 """Maximum time for SLURM to notice that a job has ended after its srun has ended, in seconds."""
-GONE_SECONDS = 60.0
+KILL_WAIT_SECONDS = 60.0
 """Maximum time for SLURM to end a cancelled job, in seconds: its KillWait, 30 s by default, and a margin."""
 CHECK_SECONDS = 0.02
 """Interval between two checks of a server that should end, in seconds."""
@@ -187,7 +188,7 @@ class SlurmProcess(LocalProcess):
         patience = 0.0 if self._was_forced or self._popen.returncode < 0 else SETTLE_SECONDS
         while (rows := self._query_active()) != []:
             # A cancelled step is killed at once. One that remains has lost its slurmstepd, and remains forever.
-            if time.monotonic() - began > (FORCE_SECONDS if rows is None or self._allocation else GONE_SECONDS):
+            if time.monotonic() - began > (FORCE_SECONDS if rows is None or self._allocation else KILL_WAIT_SECONDS):
                 logger.warning("SLURM may not have ended %s: see squeue --name=%s", self._title, self._title)
                 break
             for number, state, *_ in rows or ():
@@ -239,7 +240,7 @@ class SlurmProcess(LocalProcess):
         )
 
 
-class ServerRun:
+class ServerInStep:
     """One generation of a server, in a step that may run several. Implements `interfaces.Process`.
 
     Its stdin is srun's stdin. Its stdout is srun's stdout, without the nursery's line that the server has ended.
@@ -267,10 +268,10 @@ class ServerRun:
         """Return whether the step may start another generation: this one has ended, and the step has not."""
         return self._has_ended and not self._is_last and self._step.poll() is None
 
-    def start_next(self, job: Job) -> "ServerRun":
+    def start_next(self, job: Job) -> "ServerInStep":
         """Start the next generation, for `job`. Raises OSError: the log cannot be switched to `job.log`."""
         self._step.write_to(job.log)
-        return ServerRun(self._step, job.instance)
+        return ServerInStep(self._step, job.instance)
 
     def release(self) -> None:
         """Make the step end with this generation."""

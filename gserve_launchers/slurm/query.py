@@ -3,7 +3,7 @@
 import os
 import subprocess
 
-from gserve_core.command_launcher import output_of
+from gserve_core.host.child_process import output_of
 
 QUERY_SECONDS = 10.0
 """Timeout of a query, in seconds."""

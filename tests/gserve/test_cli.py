@@ -284,7 +284,8 @@ def launched_with_items(place: Place, *items: Any) -> tuple["subprocess.Popen[st
     assert launched.stdout.readline()
     place.write("in.jsonl", *items)
     cli = (
-        "from gserve.cli import app; from gserve_core.service import attached; attached.GONE_SECONDS = 5.0; app.main()"
+        "from gserve.cli import app; from gserve_core.service import attached;"
+        " attached.MISSING_SECONDS = 5.0; app.main()"
     )
     command = [sys.executable, "-c", cli, "generate", "--attach", "demo", "-i", "in.jsonl", "-o", "out.jsonl"]
     generating = subprocess.Popen(command, cwd=place.folder, env=place.environ, stderr=subprocess.DEVNULL)

@@ -14,9 +14,11 @@ import pytest
 
 from gserve import LaunchError
 from gserve_core import lease
-from gserve_core.command_launcher import LocalProcess, group_is_alive, output_of
+from gserve_core.command_launcher import LocalProcess
 from gserve_core.engines.vllm.engine import CORES_VARIABLE, VLLMEngine
 from gserve_core.host import processes
+from gserve_core.host.child_process import output_of
+from gserve_core.host.process_groups import group_is_alive
 from gserve_core.interfaces import Job
 from gserve_launchers.local import SubprocessLauncher
 
@@ -184,7 +186,7 @@ def test_a_process_whose_name_is_no_text_stops_no_end(tmp_path: Path) -> None:
 
 ASKS = """
 import signal, subprocess
-from gserve_core.command_launcher import output_of
+from gserve_core.host.child_process import output_of
 signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 assert output_of(["echo", "rows"], {}, 9.0) == "rows\\n"
 assert output_of(["true"], {}, 9.0) == ""

@@ -540,19 +540,19 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     ),
     "a negative timeout": (
         LLM + "serve: {startup_timeout: -1}\n",
-        ":3: expected seconds above 0, or null for no limit, got -1 - at $.serve.startup_timeout",
+        ":3: expected seconds above 0, at most 1e9, or null for no limit, got -1 - at $.serve.startup_timeout",
     ),
     "no time": (
         LLM + "serve: {client_timeout: 0}\n",
-        ":3: expected seconds above 0, or null for no limit, got 0 - at $.serve.client_timeout",
+        ":3: expected seconds above 0, at most 1e9, or null for no limit, got 0 - at $.serve.client_timeout",
     ),
     "a timeout that is no number": (
         LLM + "serve: {client_timeout: .nan}\n",
-        ":3: expected seconds above 0, or null for no limit, got nan - at $.serve.client_timeout",
+        ":3: expected seconds above 0, at most 1e9, or null for no limit, got nan - at $.serve.client_timeout",
     ),
     "an endless timeout": (
         LLM + "serve: {client_timeout: .inf}\n",
-        ":3: expected seconds above 0, or null for no limit, got inf - at $.serve.client_timeout",
+        ":3: expected seconds above 0, at most 1e9, or null for no limit, got inf - at $.serve.client_timeout",
     ),
     "a fraction above 1": (
         LLM + "  gpu_memory_utilization: 90\n",

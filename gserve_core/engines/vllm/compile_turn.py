@@ -14,12 +14,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ...host.locks import try_lock, unlock
+from ...host.locks import attempts, unlock
 from ...host.redaction import divided
 from ...interfaces import Report
 
-REPORT_SECONDS = 10.0
-"""Interval at which a waiting server reports that it waits, in seconds. Without reports it would seem to hang."""
 LOOK_SECONDS = 0.2
 """Interval between two attempts to lock the file, in seconds."""
 
@@ -58,12 +56,12 @@ def turn(folder: Path, name: str, report: Report) -> Iterator[None]:
 
 def _wait(lock: IO[str], report: Report) -> None:
     """Lock the file, and write this process's id into it. Reports the process that holds the lock until then."""
-    next_report = 0.0
-    while not try_lock(lock.fileno()):
-        if time.monotonic() >= next_report:
-            lock.seek(0)
-            report(f"waiting for process {lock.read() or '?'} to compile")
-            next_report = time.monotonic() + REPORT_SECONDS
+
+    def tell() -> None:
+        lock.seek(0)
+        report(f"waiting for process {lock.read() or '?'} to compile")
+
+    for _ in attempts(lock.fileno(), tell):
         time.sleep(LOOK_SECONDS)
     lock.truncate(0)
     lock.write(str(os.getpid()))

@@ -94,10 +94,11 @@ class VLLMEngine(Engine):
                 importlib.import_module(ON_CPU)
 
     def check_config(self, llm: LLMConfig, *, runs_here: bool) -> None:
-        """Check that demo model names exist and, if `runs_here`, that the LoRA adapter and chat template are readable.
+        """Check the names of demo models and of arguments and, if `runs_here`, that all files can be read.
 
         Raises ConfigError.
         """
+        installed.check_arguments(llm.llm_kwargs)
         demo_model.check_name(llm.model_name, "$.llm.model_name")
         demo_model.check_name(llm.tokenizer or "", "$.llm.tokenizer")
         if runs_here:
@@ -117,11 +118,6 @@ class VLLMEngine(Engine):
     def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
         """Look for vLLM's package, and for the files of the model and of the adapter."""
         return examination.examine(llm, environ, allow_insecure=self.allow_insecure_vllm)
-
-    def known_arguments(self) -> frozenset[str] | None:
-        """Return the argument names from the source of the vLLM installed here; None: they cannot be read."""
-        # Importing vLLM instead would take ten seconds.
-        return installed.known_arguments()
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Load the model, in a thread that runs until the engine stops."""

@@ -26,6 +26,8 @@ def examine(llm: LLMConfig | None, environ: Mapping[str, str], *, allow_insecure
         yield _examine_model(llm, environ)
         if llm.lora_path is not None:
             yield _examine_adapter(folders.expanded(llm.lora_path))
+        if llm.llm_kwargs and installed.known_arguments() is not None:
+            yield _examine_arguments(llm)
 
 
 def _examine_package(allow_insecure: bool) -> Finding:
@@ -42,6 +44,14 @@ def _examine_package(allow_insecure: bool) -> Finding:
         hint = "apt-get install libnuma1, or the package of this name for your system"
         return Finding("vLLM", "problem", f"{release} ({name}) needs libnuma.so.1, which is not installed", hint)
     return Finding("vLLM", "note", warning) if warning else Finding("vLLM", "ok", f"{release} ({name})")
+
+
+def _examine_arguments(llm: LLMConfig) -> Finding:
+    try:
+        installed.check_arguments(llm.llm_kwargs)
+    except ConfigError as error:
+        return Finding("llm_kwargs", "problem", str(error), "correct or remove it")
+    return Finding("llm_kwargs", "ok", f"known to the vLLM here: {', '.join(sorted(llm.llm_kwargs))}")
 
 
 def _has_libnuma() -> bool:

@@ -3,11 +3,12 @@
 import ast
 import functools
 import re
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ...errors import ConfigError
+from ...errors import ConfigError, did_you_mean
 
 SECURE, TOLERABLE = (0, 32), (0, 22)
 """First vLLM versions (major, minor) without published vulnerabilities, and without any that strangers can exploit."""
@@ -39,9 +40,24 @@ def insecurity(release: str, is_allowed: bool) -> str | None:
     return f"vLLM {release} has security holes that are published, and fixed up to 0.32: install 0.32 or newer"
 
 
+def check_arguments(names: Iterable[str]) -> None:
+    """Raise ConfigError if vLLM, as it is installed here, has no argument of one of these names."""
+    known = known_arguments()
+    if known is None:
+        return
+    for name in names:
+        if name not in known:
+            near = did_you_mean(name, list(known))
+            hint = near if "did you mean" in near else "; its keys are the keyword arguments of vllm.LLM"
+            raise ConfigError(f"unknown argument {name!r} of the engine{hint}", at=f"$.llm.llm_kwargs.{name}")
+
+
 @functools.cache
 def known_arguments() -> frozenset[str] | None:
-    """Return the fields of `vllm.AsyncEngineArgs` and gserve's own arguments; None if they cannot be found."""
+    """Read the names of vLLM's arguments from its source.
+
+    Return the fields of `vllm.AsyncEngineArgs` and gserve's own arguments; None if they cannot be found.
+    """
     try:
         spec = find_spec("vllm")
         if spec is None or spec.origin is None:

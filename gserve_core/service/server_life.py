@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import diagnosis, lease
-from ..command_launcher import UNKNOWN
 from ..config import LLMConfig, ServeConfig
 from ..errors import GserveError, LaunchError, StartupTimeout
 from ..host import folders, processes, run_files, scratch, tokens
+from ..host.child_process import UNKNOWN
 from ..host.environment import Surroundings, open_missing_descriptors, surroundings
 from ..host.logs import LEVEL_VARIABLE, forward, keep_logging_from_waiting, log_level
 from ..host.memory import memory_kills

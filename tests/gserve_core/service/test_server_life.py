@@ -15,9 +15,9 @@ from gserve_core.config import Config
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Address, EngineInfo, Job, Launcher, Process
 from gserve_core.plugins import assemble
-from gserve_core.service import server_run as module
+from gserve_core.service import server_life as module
 from gserve_core.service.nursery import Nursery
-from gserve_core.service.server_run import ServerProgram, ServerRun
+from gserve_core.service.server_life import ServerProgram, ServerRun
 from gserve_core.service.state import Ended, Gone, Logging, Queued, Ready, Released
 from tests.gserve_core.fake_servers import until
 
