@@ -216,12 +216,6 @@ def starts(folder: Path, port: int, asking: dict[str, str]) -> dict[str, Start]:
         "no folder": Start(
             "there is no folder '/none/model'", "Repo id must be in the form", "model_name", "/none/model"
         ),
-        "unknown keyword": Start(
-            "vLLM has no argument 'max_modle_len'",
-            "unexpected keyword argument 'max_modle_len'",
-            "correct or remove it under llm_kwargs",
-            llm_kwargs={"max_modle_len": 3},
-        ),
         "unknown architecture": Start(
             "this vLLM cannot run models of the architecture FooForCausalLM",
             "Model architectures ['FooForCausalLM'] are not supported for now",
