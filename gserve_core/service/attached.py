@@ -22,7 +22,7 @@ FOLLOW_SECONDS = 1.0
 """Time between two reads of the service's record, in seconds."""
 MISSING_SECONDS = 3.0
 """Time before a missing or unreadable record has an effect, in seconds."""
-MISSING_SECONDS = 60.0
+RETURN_SECONDS = 60.0
 """Maximum time that items wait for a missing service to return under its name, in seconds. Then they are lost."""
 CLOSE_SECONDS = 30.0
 """Maximum time for `close`, in seconds."""
@@ -36,7 +36,7 @@ class Attached:
     """The servers of a service that another process launched, and the queue of items for them.
 
     A thread follows the record with the service's name. It notices restarted servers, and a restarted service. Items
-    wait up to `MISSING_SECONDS` for a missing service.
+    wait up to `RETURN_SECONDS` for a missing service.
 
     `connect`: makes a connection to a server.
     `timeout`: see `Dispatcher.add`.
@@ -167,7 +167,7 @@ class _Following:
         gone = now - self._missing_since
         if gone >= MISSING_SECONDS:
             self._replace_queue()
-        if gone >= MISSING_SECONDS:
+        if gone >= RETURN_SECONDS:
             self._remove_servers(f"the service '{self._name}' has ended", returns=False)
         elif gone >= MISSING_SECONDS:
             self._remove_servers(f"the service '{self._name}' is not running: waiting for its restart", returns=True)

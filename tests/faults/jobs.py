@@ -454,8 +454,8 @@ def pending(
 
 def released(on: SlurmCluster, outcome: Outcome) -> None:
     """A job waits in the queue, longer than startup_timeout, and is released: it serves."""
-    with pending(on, ServeConfig(startup_timeout=4.0), SlurmLauncher()) as (one, start):
-        time.sleep(8.0)
+    with pending(on, ServeConfig(startup_timeout=7.0), SlurmLauncher()) as (one, start):
+        time.sleep(10.0)
         assert not start.done(), f"startup_timeout ran in the queue: {start.exception()}"
         phase = one.status()[0].phase or ""
         assert "Resources" in phase or "Priority" in phase, phase

@@ -285,7 +285,7 @@ def launched_with_items(place: Place, *items: Any) -> tuple["subprocess.Popen[st
     place.write("in.jsonl", *items)
     cli = (
         "from gserve.cli import app; from gserve_core.service import attached;"
-        " attached.MISSING_SECONDS = 5.0; app.main()"
+        " attached.RETURN_SECONDS = 5.0; app.main()"
     )
     command = [sys.executable, "-c", cli, "generate", "--attach", "demo", "-i", "in.jsonl", "-o", "out.jsonl"]
     generating = subprocess.Popen(command, cwd=place.folder, env=place.environ, stderr=subprocess.DEVNULL)

@@ -63,7 +63,7 @@ class Told:
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FOLLOW_SECONDS", 0.02)
     monkeypatch.setattr(module, "MISSING_SECONDS", 0.2)
-    monkeypatch.setattr(module, "GONE_SECONDS", 0.6)
+    monkeypatch.setattr(module, "RETURN_SECONDS", 0.6)
     monkeypatch.setattr(module, "Dispatcher", Told)
 
 

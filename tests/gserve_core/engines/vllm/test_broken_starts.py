@@ -259,7 +259,7 @@ def starts(folder: Path, port: int, asking: dict[str, str]) -> dict[str, Start]:
 
 NAMES = (
     "no room for the cache", "weights cut short", "too much of the memory", "out of memory", "LoRA of a higher rank",
-    "LoRA for another model", "no hub", "no access", "no model on the hub", "no folder", "unknown keyword",
+    "LoRA for another model", "no hub", "no access", "no model on the hub", "no folder",
     "unknown architecture", "too long a context", "not quantized", "quantized otherwise", "no tokenizer",
     "broken config", "port taken",
 )  # fmt: skip
