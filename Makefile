@@ -12,7 +12,7 @@ UV := $(RUN)/uv
 COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.12 --no-strip-extras --generate-hashes \
   --custom-compile-command "make lock"
 
-.PHONY: help quickstart test cover docs faults bench bench-gpu scale lint lock clean
+.PHONY: help quickstart test cover docs faults versions bench bench-gpu scale lint lock clean
 help: ## say what there is to make
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1	\2/' | expand -t 18
 
@@ -33,6 +33,9 @@ docs: $(READY) ## build the documentation to site/
 
 faults: $(READY) ## try every fault, for 10 minutes; LONG=1: for an hour
 	$(RUN)/python -m tests.faults $(ROWS)
+
+versions: $(READY) ## check several versions of vLLM, in a few minutes each; VERSIONS=all: every one
+	$(RUN)/python -m tests.versions $(VERSIONS)
 
 bench: $(READY) ## measure gserve against vLLM, on this machine without a GPU, in 15 minutes
 	$(RUN)/python -m benchmarks cpu $(WHAT)

@@ -19,10 +19,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 import msgspec
 from msgspec import Meta
 
+from .document import Document, type_name
 from .errors import ConfigError, did_you_mean, reworded
 from .host.environment import RESERVED
 from .host.redaction import hidden
-from .yaml_file import Document, type_name
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
 """Allowed values of `dtype` (vLLM's `ModelDType`)."""

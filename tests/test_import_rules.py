@@ -21,7 +21,7 @@ PACKAGES = {  # package: the packages that it may import
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
     {"errors", "host.sweep"},
-    {"messages", "yaml_file", "host.redaction", "host.environment"},
+    {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
     {"host.child_process", "host.memory", "host.poll", "host.ports", "host.forks", "host.locks"},
@@ -90,11 +90,15 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "engines.echo": {"errors", "messages", "config", "interfaces", "hookspecs", "sampling", "engines.orphans"},
     "engines.vllm.engine": {
         "errors", "config", "interfaces", "hookspecs", "sampling", "messages", "engines.vllm.compile_turn",
-        "engines.vllm.demo_model", "engines.vllm.examination", "engines.vllm.files", "engines.vllm.installed",
-        "engines.vllm.known_errors", "engines.vllm.outputs", "engines.vllm.patches", "engines.vllm.tokenizing",
+        "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
+        "engines.vllm.installed",
+        "engines.vllm.known_errors", "engines.vllm.outputs", "engines.vllm.patches",
+        "engines.vllm.progress", "engines.vllm.tokenizing",
     },
 }  # fmt: skip
 OF_AN_ENGINE = {
+    "engines.vllm.differences": {"errors", "engines.vllm.installed"},
+    "engines.vllm.progress": {"engines.vllm.differences"},
     "engines.vllm.compile_turn": {"interfaces", "host.redaction", "host.locks"},
     "engines.vllm.demo_model": {"errors", "host.folders", "interfaces", "host.locks"},
     "engines.vllm.examination": {
@@ -108,7 +112,7 @@ OF_AN_ENGINE = {
     "engines.vllm.files": {"errors", "host.folders"},
     "engines.vllm.installed": {"errors"},
     "engines.vllm.outputs": {"messages"},
-    "engines.vllm.patches": {"engines.orphans"},
+    "engines.vllm.patches": {"engines.orphans", "engines.vllm.differences"},
     "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep", "host.forks"},
     "engines.vllm.known_errors": {"interfaces"},
     "engines.vllm.tokenizing": set(),
@@ -122,7 +126,7 @@ FOR_PLUGINS = {
 """What launchers and transports need of the core: no more than a plugin's author."""
 
 HOMES = {  # third parties: the only files that may import them
-    "vllm": {"gserve_core/engines/vllm/engine.py", "gserve_core/engines/vllm/patches.py"},
+    "vllm": {"gserve_core/engines/vllm/differences.py"},
     "torch": {"gserve_core/engines/vllm/demo_model.py", "gserve_core/engines/vllm/patches.py"},
     "transformers": {"gserve_core/engines/vllm/demo_model.py"},
     "httpx": {"gserve_transports/http_client.py"},
@@ -136,7 +140,7 @@ HOMES = {  # third parties: the only files that may import them
         f"gserve_core/{name}.py"
         for name in ("reap", "host/gpu_locks", "host/processes", "process/main", "testing/leftovers")
     },
-    "yaml": {"gserve_core/yaml_file.py"},
+    "yaml": {"gserve_core/document.py"},
     "uvloop": {"gserve_core/batch/dispatcher.py", "gserve_core/process/main.py"},
     "typer": {f"gserve/cli/{name}.py" for name in ("app", "batch", "examine", "options", "serve", "slurm")},
     "rich": {"gserve/cli/display.py"},

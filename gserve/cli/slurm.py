@@ -35,8 +35,8 @@ def sbatch(
     The launcher slurm in CONFIG describes the job. --partition, --account, --time and --nodes override it, and --set
     changes any other option, as in launcher.mem=64G. Write COMMAND after --.
     """
+    from gserve_core.document import Document
     from gserve_core.host.redaction import secret_values
-    from gserve_core.yaml_file import Document
     from gserve_launchers.slurm import batch
 
     given = {"partition": partition, "account": account, "time": time, "nodes": nodes}
@@ -60,7 +60,7 @@ def sbatch(
         print(batch.SCRIPT.read_text())
         if command:
             print(f"# In the job: {shlex.join(command)}")
-        print(shlex.join(batch.sbatch(launcher, jobs, str(batch.SCRIPT), sys.executable, f"{batch.folder()}/….json")))
+        print(shlex.join(batch.command(launcher, jobs, order, f"{batch.folder()}/….json")))
         return
     number = batch.submit(launcher, jobs, order)
     print(f"job {number}: its output goes to {Path.cwd() / f'slurm-{number}.out'}")

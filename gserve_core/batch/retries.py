@@ -49,7 +49,7 @@ class Resend(Enum):
 def after_error(error: Exception, *, count: int, is_watched: bool) -> Resend | ItemError:
     """Return how the items of a piece of `count` items are sent again after an error; otherwise why they fail.
 
-    `is_watched`: whether the server's owner ends it when it breaks. Otherwise nothing else tells that it is gone.
+    `is_watched`: whether the server's owner ends it when it breaks. Otherwise nothing else shows that it has ended.
     """
     if not isinstance(error, TransportError):
         return ItemError(f"cannot be sent: {type(error).__name__}: {error}", invalid=False)

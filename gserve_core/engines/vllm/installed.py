@@ -10,7 +10,9 @@ from pathlib import Path
 
 from ...errors import ConfigError, did_you_mean
 
-SECURE, TOLERABLE = (0, 32), (0, 22)
+TESTED = (0, 26), (0, 33)
+"""The first and the last vLLM version (major, minor) with which gserve was tested: see docs/reference/vllm.md."""
+SECURE, TRUSTWORTHY = (0, 32), (0, 22)
 """First vLLM versions (major, minor) without published vulnerabilities, and without any that strangers can exploit."""
 
 
@@ -22,22 +24,35 @@ def package() -> tuple[str, str] | None:
     return (names[0], version(names[0])) if names else ("vllm", "of an unknown version")
 
 
-def insecurity(release: str, is_allowed: bool) -> str | None:
-    """Return a warning about the known vulnerabilities of a vLLM version; None: it has none.
+def tested(release: str) -> str:
+    """Return the beginning of a sentence about a vLLM version that differs from the tested ones."""
+    first, last = ("{}.{}".format(*numbers) for numbers in TESTED)
+    return f"gserve {version('gserve')} was tested with vLLM {first} to {last}; installed is {release}"
 
-    Raises ConfigError: the version is older than `TOLERABLE`, and `is_allowed` is false.
+
+def warnings(release: str, is_allowed: bool) -> list[str]:
+    """Return the warnings about a vLLM version: its published vulnerabilities, and that it was not tested.
+
+    Raises ConfigError: the version is older than all that were tested, and `is_allowed` is false.
     """
     numbers = re.match(r"(\d+)\.(\d+)", release)
     found = (int(numbers[1]), int(numbers[2])) if numbers else (0, 0)
-    if found >= SECURE:
-        return None
-    if found < TOLERABLE and not is_allowed:
+    first, last = TESTED
+    if found < first and not is_allowed:
+        insecure = "it may run the code of a model that is not trusted (CVE-2026-41523, CVE-2026-47155), and "
         raise ConfigError(
-            f"vLLM {release} may run the code of a model that is not trusted (CVE-2026-41523, CVE-2026-47155; fixed in"
-            " 0.22): install 0.32 or newer, or set allow_insecure_vllm: true",
+            f"{tested(release)}: {insecure * (found < TRUSTWORTHY)}an item whose grammar does not compile ends its"
+            " engine; install 0.32 or newer, or set allow_insecure_vllm: true",
             at="$.engine.allow_insecure_vllm",
         )
-    return f"vLLM {release} has security holes that are published, and fixed up to 0.32: install 0.32 or newer"
+    told = []
+    if found < SECURE:
+        told.append(
+            f"vLLM {release} has security holes that are published, and fixed up to 0.32: install 0.32 or newer"
+        )
+    if not first <= found <= last:
+        told.append(tested(release))
+    return told
 
 
 def check_arguments(names: Iterable[str]) -> None:

@@ -122,9 +122,15 @@ KNOWN_ERRORS = (
         "",
         "check chat_template under llm_kwargs: a file, or the Jinja text itself",
     ),
+    # its version
+    KnownError(
+        r"gserve \S+ was tested with vLLM",
+        "",
+        "install a version of that range; docs/reference/vllm.md says what was checked",
+    ),
     # its arguments
     KnownError(
-        r"got an unexpected keyword argument '([^']+)'",
+        r"EngineArgs\.__init__\(\) got an unexpected keyword argument '([^']+)'",
         "vLLM has no argument '{0}'",
         "correct or remove it under llm_kwargs: its keys are the keyword arguments of vllm.LLM",
     ),
@@ -215,6 +221,11 @@ KNOWN_ERRORS = (
         r"Available memory on node \S+ \(([\d.]+)/([\d.]+) GiB\) on kv cache allocation is less than requested memory"
         r" for kv \((-[\d.]+)/([\d.]+) GiB\)",
         "the model alone needs more than the {3} GiB that gpu_memory_utilization leaves it",
+        "raise gpu_memory_utilization, which without a GPU is a fraction of RAM, or leave it out",
+    ),
+    KnownError(
+        r"The worker already uses ([\d.]+) GiB \(model weights and runtime\), more than the ([\d.]+) GiB",
+        "the model alone needs {0} GiB, more than the {1} GiB that gpu_memory_utilization leaves it",
         "raise gpu_memory_utilization, which without a GPU is a fraction of RAM, or leave it out",
     ),
     KnownError(

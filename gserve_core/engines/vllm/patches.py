@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from .. import orphans
+from . import differences
 
 START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 """vLLM's own setting for how it starts its processes: "fork", or "spawn", which imports everything again."""
@@ -17,10 +18,9 @@ def enter() -> None:
     vLLM calls this in each of its processes, through the entry point `gserve` of the group `vllm.general_plugins`.
     """
     orphans.watch()
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        _spare_generators()
+    with differences.optional("a guard for seeded items on the CPU"):
+        if differences.find("vllm.platforms:current_platform").is_cpu():
+            _spare_generators()
 
 
 @functools.cache
@@ -29,24 +29,19 @@ def _spare_generators() -> None:
     # vLLM may read a prompt in several steps. Each step samples a token, and all but the last are discarded. For those,
     # vLLM rewinds the generator (`_bookkeeping_sync` in its gpu_model_runner.py). Only CUDA's generators support that:
     # CPU generators raise RuntimeError. So a step whose token is discarded gets no generator here.
-    try:
-        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-        sample = CPUModelRunner.sample_tokens
-    except (ImportError, AttributeError):  # another version of vLLM, which samples elsewhere
-        return
+    runner = differences.find("vllm.v1.worker.cpu_model_runner:CPUModelRunner")
+    sample = differences.find("vllm.v1.worker.cpu_model_runner:CPUModelRunner.sample_tokens")
 
     @functools.wraps(sample)
     def sample_tokens(self: Any, *arguments: Any, **options: Any) -> Any:
-        generators = self.input_batch.generators
-        is_thrown_away = self.discard_request_mask.np
+        generators, is_thrown_away = differences.generators(self)
         spared = {place: generators.pop(place) for place in [*generators] if is_thrown_away[place]}
         try:
             return sample(self, *arguments, **options)
         finally:
             generators.update(spared)
 
-    CPUModelRunner.sample_tokens = sample_tokens
+    runner.sample_tokens = sample_tokens
 
 
 def fork_on_cpu(config: Any, *, is_apart: bool) -> None:
@@ -59,17 +54,19 @@ def fork_on_cpu(config: Any, *, is_apart: bool) -> None:
     # number of threads set here, so the worker needs no process of its own. Inside EngineCore, no step of the model
     # waits for messages between the two.
     import torch
-    from vllm.utils.ompmultiprocessing import OMPProcessManager
 
-    os.environ[START_METHOD] = "fork"
-    told = logging.getLogger(OMPProcessManager.__module__)
+    manager = differences.find("vllm.utils.ompmultiprocessing:OMPProcessManager")
+    told = logging.getLogger(manager.__module__)
     told.disabled = is_apart  # the worker process logs the same again
-    binding = OMPProcessManager(config)
-    told.disabled = False
+    try:
+        binding = differences.call(manager, config)
+    finally:
+        told.disabled = False
     if binding.cpu_lists:  # empty: "nobind"
         (cores,) = binding.cpu_lists
-        torch.set_num_threads(len(cores))
         if not binding.auto_setup:
             os.sched_setaffinity(0, cores)
+        torch.set_num_threads(len(cores))
     if not is_apart and config.parallel_config.data_parallel_size == 1:
         config.parallel_config.distributed_executor_backend = "uni"
+    os.environ[START_METHOD] = "fork"

@@ -11,6 +11,7 @@ import pytest
 from gserve import ConfigError, GserveError, Job
 from gserve_launchers.local import SubprocessLauncher
 from gserve_launchers.slurm import batch
+from gserve_launchers.slurm.command_line import sbatch
 from gserve_launchers.slurm.launcher import SlurmLauncher
 
 
@@ -26,7 +27,8 @@ def jobs(count: int = 1, gpus: int = 1, gpu_ids: list[tuple[int, ...]] | None = 
 
 def options(count: int = 1, gpus: int = 1, **launcher: Any) -> dict[str, str]:
     """Return the options by name, of a job for so many servers."""
-    command = batch.sbatch(SlurmLauncher(**launcher), jobs(count, gpus), "/script", "--wrap=x", "-y")
+    chosen = SlurmLauncher(**launcher)
+    command = sbatch(chosen, jobs(count, gpus), "/script", "--wrap=x", "-y", notice=batch.notice(chosen))
     place = command.index("/script")
     assert command[place:] == ["/script", "--wrap=x", "-y"], "what stands after the script is the script's"
     assert command[:2] == ["sbatch", "--parsable"]
@@ -99,7 +101,7 @@ def test_the_output_goes_to_the_folder_that_it_is_submitted_from_whatever_its_na
 
 def test_ids_of_gpus_count_those_of_the_job() -> None:
     def gres(*gpu_ids: tuple[int, ...]) -> str:
-        words = batch.sbatch(SlurmLauncher(), jobs(len(gpu_ids), 1, list(gpu_ids)), "/script")
+        words = sbatch(SlurmLauncher(), jobs(len(gpu_ids), 1, list(gpu_ids)), "/script", notice=60)
         return next(word for word in words if word.startswith("--gres"))
 
     assert gres((0,), (1,)) == "--gres=gpu:2"

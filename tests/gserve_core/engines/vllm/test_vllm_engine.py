@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gserve import BatchError, ItemError, LLMConfig, ServeConfig, VLLMClient, VLLMService
+from gserve import BatchError, DeadlineExceeded, ItemError, LLMConfig, ServeConfig, VLLMClient, VLLMService
 from gserve_core import testing
 from gserve_core.engines.vllm import demo_model
 
@@ -87,7 +88,7 @@ LORA_CALLS = len(BATCHES[0]["inputs"])
 def answers(tmp_path_factory: pytest.TempPathFactory, adapter: Path) -> list[Any]:
     """Return what `vllm.LLM` answers in a process of its own: to CALLS, and to the first with the adapter."""
     folder = tmp_path_factory.mktemp("reference")
-    llm = LLM.engine_kwargs | {"model": demo_model.resolve(DEMO, print)}
+    llm = LLM.engine_kwargs | {"model": demo_model.resolve(DEMO, print), "kv_cache_memory_bytes": 1 << 29}
     adapted = llm | {"enable_lora": True, "max_lora_rank": 8}
     requests = [
         {"llm": llm, "lora_path": None, "calls": CALLS},
@@ -145,11 +146,21 @@ def http(service: VLLMService) -> Iterator[httpx.Client]:
         yield client
 
 
-@pytest.mark.parametrize("number", range(len(CALLS)))
+def row(call: dict[str, Any]) -> str:
+    """Return the row of `make versions` to which a call belongs."""
+    if call["kind"] == "chat":
+        return "chat"
+    return next((name for name in ("stop", "logprobs") if name in call["params"]), "same answers")
+
+
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=pytest.mark.versions(row(call))) for n, call in enumerate(CALLS)]
+)
 def test_answers_are_those_of_vllm_token_for_token(service: VLLMService, answers: list[Any], number: int) -> None:
     assert ours(service, CALLS[number]) == answers[0][number]
 
 
+@pytest.mark.versions("logprobs")
 def test_log_probabilities_come_when_asked_for(service: VLLMService) -> None:
     (output,) = service.generate(["The sea"], GREEDY | {"logprobs": 2, "prompt_logprobs": 1}, return_extra=True)[0]
     assert output.logprobs is not None
@@ -165,16 +176,65 @@ def test_log_probabilities_come_when_asked_for(service: VLLMService) -> None:
     assert output.prompt_logprobs[0] is None
 
 
+@pytest.mark.versions("n")
 def test_several_completions_of_one_prompt_all_come(service: VLLMService) -> None:
     (outputs,) = service.generate(["Once"], {"n": 3, "max_tokens": 8, "temperature": 1.0, "seed": 5}, return_extra=True)
     assert len(outputs) == 3
     assert all(output.token_ids for output in outputs)
 
 
+@pytest.mark.versions("structured outputs")
+def test_a_structured_output_excludes_no_later_one(service: VLLMService) -> None:
+    """The first selects the library for all where vLLM has one for all, unless gserve selects it."""
+    (first,) = service.generate(["A letter:"], GREEDY | constraint(regex=r"\p{Lu}+"), on_error="return")
+    assert isinstance(first, (list, ItemError))
+    ((digits,),) = service.generate(["Digits:"], GREEDY | constraint(regex="[0-9]{4}"))
+    assert digits.isdecimal()
+    ((word,),) = service.generate(["Yes or no?"], GREEDY | constraint(choice=["yes", "no"]))
+    assert word in ("yes", "no")
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "maximum": 99}},
+        "required": ["name", "age"],
+        "additionalProperties": False,
+    }
+    ((person,),) = service.generate(["A person as JSON:"], GREEDY | {"max_tokens": 60} | constraint(json=schema))
+    assert json.loads(person).keys() == {"name", "age"}
+
+
+LATE: list[dict[str, Any]] = [
+    {"regex": "(?=a)b"}, {"regex": "[a-"}, {"json": {"type": "string", "pattern": "(?=a)b"}},
+    {"json": {"$ref": "#/nowhere"}}, {"json": {"type": "nothing"}}, {"structural_tag": "{}"}, {"grammar": "x"},
+]  # fmt: skip
+"""Constraints that vLLM accepts, and that do not compile: some versions end the engine then."""
+
+
+@pytest.mark.versions("late grammar failures")
+def test_a_grammar_that_does_not_compile_costs_no_engine(service: VLLMService) -> None:
+    engine = engines()
+    assert engine
+    params = [{"max_tokens": 4, "temperature": 0.0} | constraint(**it) for it in LATE]
+    results = service.generate(["The sea"] * len(params), params, on_error="return", deadline=60.0)
+    assert sum(isinstance(result, ItemError) for result in results) >= 3
+    assert not any(isinstance(result, DeadlineExceeded) for result in results)
+    assert len(service.generate(["The sea"], GREEDY)) == 1
+    assert engines() == engine
+
+
+def constraint(**given: Any) -> dict[str, Any]:
+    return {"structured_outputs": given}
+
+
+def engines() -> list[int]:
+    """Return the ids of the engine's processes that run now."""
+    return [pid for pid, command in testing.our_processes().items() if "EngineCore" in command]
+
+
 def test_without_sampling_params_the_models_defaults_hold(service: VLLMService) -> None:
     assert len(service.generate(["Once upon a time"])[0]) == 1
 
 
+@pytest.mark.versions("bad parameters")
 def test_a_thousand_prompts_with_seven_kinds_of_bad_ones(service: VLLMService) -> None:
     params: dict[str, Any] = {"max_tokens": 1, "temperature": 0.0}
     bad: list[tuple[Any, Any]] = [
@@ -351,6 +411,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.versions("LoRA")
 def test_a_lora_adapter_answers_as_in_vllm_and_unlike_the_base(adapter: Path, answers: list[Any]) -> None:
     arguments = {name: value for name, value in LLM.engine_kwargs.items() if name != "model"}
     llm = LLMConfig(DEMO, lora_path=str(adapter), llm_kwargs=arguments)
@@ -364,3 +425,20 @@ def test_a_wrong_keyword_is_named(service: VLLMService) -> None:
     with pytest.raises(Exception, match="max_modle_len"):
         VLLMService(LLMConfig(DEMO, llm_kwargs={"max_modle_len": 3}), ServeConfig(servers=1)).start()
     assert service.is_running()
+
+
+@pytest.mark.versions("killed engine")
+def test_an_engine_killed_in_mid_batch_costs_no_result_and_leaves_nothing() -> None:
+    """That nothing is left is checked after every test."""
+    lengths = [8 + number for number in range(64)]
+    params = [GREEDY | {"max_tokens": length, "ignore_eos": True} for length in lengths]
+    others = engines()
+    with VLLMService(LLM, ServeConfig(servers=1, startup_timeout=300.0)) as running:
+        (engine,) = {*engines()} - {*others}
+        results: dict[int, Any] = {}
+        for index, result in running.generate_iter(["The sea"] * 64, params):
+            results[index] = result
+            if len(results) == 8:
+                os.kill(engine, signal.SIGKILL)
+        assert [len(results[index][0].token_ids) for index in range(64)] == lengths
+        assert engine not in engines()

@@ -1,0 +1,89 @@
+"""The progress of vLLM's engine: it distinguishes an engine that works from one that hangs."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from . import differences
+
+TURNS, WORKING_SECONDS = 10, 0.25
+"""Turns of the engine's loop in one probe, and the duration in seconds above which the probe shows that it works.
+
+Without work, a turn takes a few milliseconds.
+"""
+
+logger = logging.getLogger("gserve.engine")
+
+
+class Progress:
+    """Counts what an `AsyncLLM` does: generated tokens, ended items, and turns of its loop.
+
+    It never stands still while the engine works on an item. Call `begin` and `end` for each.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.running = 0
+        """Number of items in the engine."""
+        self.done = 0
+        """Number of ended items, and of their tokens."""
+        self._engine = engine
+        self._turns = 0
+        self._moved = -1
+        self._silent_until = 0.0
+        self._turning: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Count an item that the engine gets."""
+        self.running += 1
+
+    def end(self, output: Any) -> None:
+        """Count an item that has ended. `output`: its last output; None: it had none."""
+        self.running -= 1
+        self.done += 1 + sum(len(getattr(it, "token_ids", ())) for it in getattr(output, "outputs", ()))
+
+    def count(self) -> int:
+        """Return the number of generated tokens, ended items, and observed turns of the engine's loop.
+
+        The count is made only in this call. Prefill makes no tokens: if nothing else has changed since the last call,
+        a probe of the engine's loop starts. Its result counts from the next call on.
+        """
+        self._turns += time.monotonic() < self._silent_until
+        tokens = differences.generated(self._engine)
+        moved = self.done + (tokens or 0)
+        if self.running and moved == self._moved and (self._turning is None or self._turning.done()):
+            self._turning = asyncio.create_task(self._turn(sees_tokens=tokens is not None))
+        self._moved = moved
+        return moved + self._turns
+
+    def expect_silence(self, seconds: float) -> None:
+        """Count time as progress for so many seconds from now: the engine may be silent without an item at fault."""
+        self._silent_until = time.monotonic() + seconds
+
+    def close(self) -> None:
+        """End a probe. Idempotent."""
+        if self._turning is not None:
+            self._turning.cancel()
+
+    async def _turn(self, *, sees_tokens: bool) -> None:
+        """Wait for turns of the engine's loop, and count progress if they take as long as turns with work.
+
+        If vLLM does not show the generated tokens, any turns count. If it has no such turns, time counts: an engine
+        that hangs is then not noticed, but none that works is ended.
+        """
+        began = time.monotonic()
+        try:
+            for _ in range(TURNS):
+                await self._engine.is_sleeping()
+                if time.monotonic() - began > WORKING_SECONDS:
+                    break
+            else:
+                if sees_tokens:
+                    return
+        except (AttributeError, TypeError) as error:
+            if not self._turns:
+                logger.warning("a hanging engine will not be noticed: %s", differences.unfit(f"fails: {error}"))
+        except Exception:
+            if getattr(self._engine, "errored", False):  # `died` reports it
+                return
+        self._turns += 1
