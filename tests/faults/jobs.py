@@ -591,7 +591,8 @@ class Owner:
         def left() -> list[str]:
             marked = [it.command for it in oracles.marked(self.run)]
             found = [it[:80] for it in marked if GO_ON not in it and "slurm_script" not in it]
-            return found + self.jobs() + [f"port {it}" for it in ports & oracles.listening()]
+            ports.intersection_update(oracles.listening())  # one that was free is another's, if it is taken again
+            return found + self.jobs() + [f"port {it}" for it in ports]
 
         began = time.monotonic()
         strike()

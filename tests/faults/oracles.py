@@ -135,7 +135,9 @@ class Traces:
                 if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(f"{process.pid} {' '.join(process.cmdline())[:80]}")
         found += [f"{process.pid} {process.command[:80]} (by its mark)" for process in marked(self._run)]
-        return found + [f"port {port}" for port in sorted(self._ports & (listening() if self._ports else set()))]
+        if self._ports:
+            self._ports &= listening()  # one that was free is another's, if it is taken again
+        return found + [f"port {port}" for port in sorted(self._ports)]
 
     def wait_gone(self, seconds: float) -> float:
         """Return how long it took until nothing was left. Raises AssertionError: something is, after `seconds`."""

@@ -121,7 +121,8 @@ def test_a_config_that_wants_slurm_has_a_problem_where_there_is_none(examine: Ex
 @pytest.mark.parametrize(
     ("version", "engine", "state", "says"),
     [
-        ("99.1", {}, "ok", "99.1"),
+        ("0.33.9", {}, "ok", "0.33.9"),
+        ("99.1", {}, "note", "installed is 99.1"),
         ("0.31.9", {}, "note", "security holes"),
         ("0.21.0", {}, "problem", "allow_insecure_vllm"),
         ("0.21.0", {"allow_insecure_vllm": True}, "note", "security holes"),
