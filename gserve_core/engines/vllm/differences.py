@@ -96,7 +96,7 @@ def optional(what: str) -> Iterator[None]:
         with expected(what):
             yield
     except Exception as error:
-        logger.warning("without %s: %s", what, error or type(error).__name__)
+        logger.warning("without %s: %s", what, str(error) or type(error).__name__)
 
 
 def call(function: Callable[..., Any], *arguments: Any, **named: Any) -> Any:

@@ -14,6 +14,7 @@ import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from typing import Any, ClassVar
 
@@ -92,7 +93,7 @@ class VLLMEngine(Engine):
 
     def preload(self) -> None:
         """Import vLLM."""
-        if installed.package() is None:
+        if find_spec("vllm") is None:
             return
         for name in PRELOADED:
             with differences.optional(f"importing {name} early"):
