@@ -9,7 +9,7 @@ that they return are resources with few methods.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,6 +157,11 @@ class Launcher(ABC):
 
 # ----------------------------------------------------------------------------------------------------------- transport
 
+type ASGIReceive = Callable[[], Awaitable[dict[str, Any]]]
+type ASGISend = Callable[[dict[str, Any]], Awaitable[None]]
+type ASGIApp = Callable[[dict[str, Any], ASGIReceive, ASGISend], Awaitable[None]]
+"""An application that answers HTTP requests: https://asgi.readthedocs.io/en/latest/specs/www.html"""
+
 
 class Address(Struct, frozen=True, array_like=True):
     """The address of a server: the hosts under which clients can reach it, and one port."""
@@ -214,6 +219,14 @@ class ServerApi(Protocol):
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         """Cancel items of the running request with this id. Never waits. Ignores unknown ids and items."""
+
+    async def answer_openai(
+        self, scope: dict[str, Any], receive: ASGIReceive, send: ASGISend, *, max_body: int
+    ) -> None:
+        """Answer an HTTP request on one of `openai_api.ROUTES`, as an ASGI application does. Errors are answers too.
+
+        `max_body`: maximum size of the body, in bytes.
+        """
 
     def shut_down(self) -> None:
         """Begin to end the server. It finishes its items, and accepts no more."""
@@ -424,6 +437,14 @@ class RunningEngine(ABC):
         Raises ItemError: this item failed.
         Raises any other exception: the engine's work on it failed.
         """
+
+    async def http(self) -> ASGIApp | None:
+        """Return an application that answers the routes of `openai_api.ROUTES`, or some of them; None: there is none.
+
+        The server calls this once, before it is ready. It lets nothing but these routes through, and checks requests.
+        The application may raise RemoteError before it answers.
+        """
+        return None
 
     @abstractmethod
     async def check(self) -> None:

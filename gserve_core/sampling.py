@@ -6,7 +6,7 @@ known names are allowed, and only values within bounds that no real use exceeds.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args
 
@@ -79,6 +79,11 @@ WHEN_ABOVE = {"n": " (a retry repeats all completions of an item): for more comp
 """Hint for values above an upper bound."""
 MAX_TEXTS, MAX_TEXT = 64, 256
 """Maximum number of stop strings or of bad words, and maximum length of each, in characters."""
+MAX_GRAMMAR, MAX_REGEX = 256 << 10, 8 << 10
+"""Maximum size of a grammar, as of `structured_outputs`, and of one regular expression in it, in characters.
+
+A server compiles it, which may take much longer than reading it.
+"""
 MAX_DEPTH = 32
 MAX_MESSAGE = 500
 
@@ -100,8 +105,8 @@ def read_params[T](params: Mapping[str, Any], cls: type[T]) -> T:
             raise ItemError(f"expected the name of a sampling parameter, got {type(name).__name__}")
         if name not in known:
             raise ItemError(f"unknown sampling parameter {name!r}{_hint(name, known)}")
-        _check_value(name, value, MAX_DEPTH)
-        _check_bounds(name, value)
+        check_value(f"sampling parameter '{name}'", value, MAX_DEPTH)
+        check_bounds(name, value)
         if isinstance(value, dict):
             _check_names(name, value, cls)
     try:
@@ -142,7 +147,8 @@ def _check_together(made: Any) -> None:
         )
 
 
-def _check_bounds(name: str, value: Any) -> None:
+def check_bounds(name: str, value: Any) -> None:
+    """Raise ItemError if the value of a sampling parameter is out of the bounds of gserve."""
     if name in BOUNDS and isinstance(value, int):
         low, high = BOUNDS[name]
         if not low <= value <= high:
@@ -152,6 +158,29 @@ def _check_bounds(name: str, value: Any) -> None:
         texts = value if isinstance(value, list) else [value]
         if len(texts) > MAX_TEXTS or any(isinstance(text, str) and len(text) > MAX_TEXT for text in texts):
             raise ItemError(f"sampling parameter '{name}': expected at most {MAX_TEXTS} texts of {MAX_TEXT} characters")
+    if name == "structured_outputs":
+        check_grammar(name, value)
+
+
+def check_grammar(name: str, value: Any) -> None:
+    """Raise ItemError if a value that a server compiles to a grammar is too large, such as a JSON schema."""
+    size = len(msgspec.json.encode(value))
+    if size > MAX_GRAMMAR:
+        raise ItemError(f"'{name}' has {size} characters: a grammar or schema may have at most {MAX_GRAMMAR}")
+    for key, below in _members(value):
+        if key in ("regex", "pattern") and isinstance(below, str) and len(below) > MAX_REGEX:
+            raise ItemError(f"'{name}': '{key}' has {len(below)} characters, at most {MAX_REGEX} are allowed")
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all members of all mappings in a value."""
+    if isinstance(value, Mapping):
+        for key, below in value.items():
+            yield key, below
+            yield from _members(below)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _members(below)
 
 
 def _check_names(name: str, value: Mapping[str, Any], cls: Any) -> None:
@@ -166,20 +195,24 @@ def _check_names(name: str, value: Mapping[str, Any], cls: Any) -> None:
                         raise ItemError(f"sampling parameter '{name}': unknown name {str(below)!r}{hint}")
 
 
-def _check_value(name: str, value: Any, depth: int) -> None:
-    if depth == 0:
-        raise ItemError(f"sampling parameter '{name}' is nested too deeply: at most {MAX_DEPTH} levels")
+def check_value(what: str, value: Any, most: int, depth: int = 0) -> None:
+    """Raise ItemError if a value holds a number that no engine takes, or is nested more than `most` levels deep.
+
+    `what`: its name in the message.
+    """
+    if depth == most:
+        raise ItemError(f"{what} is nested too deeply: at most {most} levels")
     if isinstance(value, float) and not math.isfinite(value):
-        raise ItemError(f"sampling parameter '{name}': expected a finite number, got {value}")
+        raise ItemError(f"{what}: expected a finite number, got {value}")
     if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
-        raise ItemError(f"sampling parameter '{name}': expected integers of at most 64 bits")
+        raise ItemError(f"{what}: expected integers of at most 64 bits")
     if isinstance(value, (list, tuple)):
         for below in value:
-            _check_value(name, below, depth - 1)
+            check_value(what, below, most, depth + 1)
     if isinstance(value, dict):
         for key, below in value.items():
-            _check_value(name, key, 1)
-            _check_value(name, below, depth - 1)
+            check_value(what, key, most, most - 1)
+            check_value(what, below, most, depth + 1)
 
 
 def params_from(given: Any) -> Params | None:

@@ -35,6 +35,7 @@ from gserve_core.messages import (
     RunRequest,
     json_safe,
 )
+from gserve_core.openai_api import PATHS, ROUTES, error_body
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, pack
 
@@ -73,7 +74,7 @@ async def serve(api: ServerApi, host: str, port: int, *, max_body: int) -> Async
     """Listen and answer until the context ends. Raises OSError: cannot listen there."""
     with _bind(host, port) as listening:
         address = Address(_reachable_as(host), listening.getsockname()[1])
-        bounded = _Bodies(_app(api, max_body), BODIES * max_body)
+        bounded = _Bodies(_split(_app(api, max_body), api, max_body), BODIES * max_body)
         app = _Guard(bounded, api, {*address.hosts, host, "localhost", "127.0.0.1", "::1"})
         server = _Server(
             uvicorn.Config(
@@ -312,6 +313,23 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
     return app
 
 
+def _split(own: ASGIApp, api: ServerApi, max_body: int) -> ASGIApp:
+    """Return an application that answers OpenAI's routes by `api`, and all others by `own`."""
+
+    async def split(scope: Scope, receive: Receive, send: Send) -> None:
+        method, path = scope["method"], scope["path"]
+        if (method, path) in ROUTES:
+            await api.answer_openai(scope, receive, send, max_body=max_body)  # type: ignore[arg-type]
+        elif path in PATHS:
+            refusal = _refusal(405, f"Method Not Allowed: {method} {path}", path)
+            refusal.headers["allow"] = ", ".join(allowed for allowed, known in ROUTES if known == path)
+            await refusal(scope, receive, send)
+        else:
+            await own(scope, receive, send)
+
+    return split
+
+
 class _Frames(StreamingResponse):
     """A stream of events as they happen. However the response ends, the work ends with it."""
 
@@ -408,23 +426,23 @@ class _Guard:
         await answer(scope, receive, signed)
 
     def _refusal(self, scope: Scope) -> Response | None:
-        headers = scope["headers"]
+        headers, path = scope["headers"], scope["path"]
         hosts = [value for name, value in headers if name == b"host"]
         if len(hosts) != 1 or _hostname(hosts[0].decode("latin-1")) not in self._hosts:
-            return _refusal(400, "the Host header does not name this server")
-        if not scope["path"].isprintable():  # the router ignores a newline at the end of a path
-            return _refusal(404, "the path contains control characters")
-        api, path = self._api, scope["path"]
+            return _refusal(400, "the Host header does not name this server", path)
+        if not path.isprintable():  # the router ignores a newline at the end of a path
+            return _refusal(404, "the path contains control characters", path)
+        api = self._api
         if (scope["method"], path) in OPEN_ROUTES:
             return None
         if path == CONTROL_PATH and api.control is not None:
             if _has_secret(headers, api.control):
                 return None
             if api.token is not None and _has_secret(headers, api.token):
-                return _refusal(403, "this route requires the server's control secret, not its token")
+                return _refusal(403, "this route requires the server's control secret, not its token", path)
         elif api.token is None or _has_secret(headers, api.token):
             return None
-        return _refusal(401, "this server requires its token: send it as 'Authorization: Bearer TOKEN'")
+        return _refusal(401, "this server requires its token: send it as 'Authorization: Bearer TOKEN'", path)
 
 
 def _has_secret(headers: list[tuple[bytes, bytes]], secret: str) -> bool:
@@ -474,5 +492,8 @@ def _json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status_code=status, media_type="application/json")
 
 
-def _refusal(status: int, message: str) -> Response:
+def _refusal(status: int, message: str, path: str = "") -> Response:
+    """Return the answer to a request that is refused. The form of the error depends on the path."""
+    if path in PATHS:
+        return Response(error_body(status, message), status_code=status, media_type="application/json")
     return _json({"error": {"status": status, "message": message}}, status)

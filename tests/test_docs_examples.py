@@ -16,11 +16,12 @@ from gserve_core.host import run_files
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = "llm: {model_name: any}\nengine: {type: echo}\n"
-PYTHON = ("README.md", "docs/index.md", "docs/guides/batches.md", "docs/reference/python.md")
+PYTHON = ("README.md", "docs/index.md", "docs/guides/batches.md", "docs/guides/openai.md", "docs/reference/python.md")
 SHELL = {  # page: words by which the blocks are chosen that need no GPU, SLURM, systemd or container
     "README.md": ("gserve generate configs", "gserve launch", "gserve ps"),
     "docs/guides/batches.md": ("gserve generate configs", "gserve launch", "gserve generate --attach"),
     "docs/guides/http.md": ("gserve launch", "curl --silent", "TOKEN=$(", "/health\n", "/generate \\", "/chat \\"),
+    "docs/guides/openai.md": ("gserve launch", "curl --silent", "export", "/models --", '"Name three colours."'),
     "docs/guides/server.md": ("gserve check", "gserve stop demo "),
     "docs/guides/troubleshooting.md": ("gserve check",),
     "docs/reference/config.md": ("gserve check",),
@@ -53,11 +54,15 @@ def environment() -> dict[str, str]:
 def test_its_python_runs(block: str, folder: Path) -> None:
     block = re.sub(r"(VLLMService\(llm, ServeConfig\(.*?\))\)", r"\1, engine=EchoEngine())", block)
     block = f"from gserve_core.engines.echo import EchoEngine\n{block}"
+    environ = environment()
     with ExitStack() as running:
+        if "OpenAI(" in block and "VLLMService" not in block:
+            record = running.enter_context(VLLMService(LLMConfig("any"), engine=EchoEngine())).servers[0].record()
+            environ |= {"OPENAI_BASE_URL": f"http://{record.address}/v1", "OPENAI_API_KEY": record.token or ""}
         if "attach(" in block:
             running.enter_context(VLLMService(LLMConfig("any"), engine=EchoEngine(), name="demo"))
         ran = subprocess.run(
-            [sys.executable, "-c", block], cwd=folder, env=environment(), capture_output=True, text=True, check=False
+            [sys.executable, "-c", block], cwd=folder, env=environ, capture_output=True, text=True, check=False
         )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout

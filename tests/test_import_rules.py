@@ -39,7 +39,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "host.scratch",
         "host.gpus", "host.gpu_locks",
     },
-    {"host.server_log"},
+    {"host.server_log", "openai_api"},
     {"host.tokens", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
     {"service.state"},
@@ -68,8 +68,9 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     },
     "process.server": {
         "errors", "messages", "config", "interfaces", "lease", "host.gpu_locks", "host.gpus", "host.ports",
-        "host.redaction", "host.tokens", "process.engine_watchdog", "process.work",
+        "host.redaction", "host.tokens", "process.engine_watchdog", "process.openai_face", "process.work",
     },
+    "process.openai_face": {"errors", "interfaces", "openai_api", "host.redaction", "process.work"},
     "process.engine_watchdog": {"errors", "interfaces", "lease", "process.work"},
     "process.work": {"errors", "messages", "interfaces", "host.redaction", "process.requests"},
     "process.requests": {"errors", "messages", "interfaces"},
@@ -87,17 +88,22 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "testing.contracts": {"errors", "messages", "config", "interfaces", "host.processes"},
     "testing.leftovers": {"host.processes", "host.run_files"},
     "testing.signals": set(),
-    "engines.echo": {"errors", "messages", "config", "interfaces", "hookspecs", "sampling", "engines.orphans"},
+    "engines.echo": {
+        "errors", "messages", "config", "interfaces", "hookspecs", "sampling", "engines.echo_openai",
+        "engines.orphans",
+    },
+    "engines.echo_openai": {"errors", "messages", "interfaces"},
     "engines.vllm.engine": {
         "errors", "config", "interfaces", "hookspecs", "sampling", "messages", "engines.vllm.compile_turn",
         "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
         "engines.vllm.installed",
-        "engines.vllm.known_errors", "engines.vllm.outputs", "engines.vllm.patches",
+        "engines.vllm.known_errors", "engines.vllm.openai_app", "engines.vllm.outputs", "engines.vllm.patches",
         "engines.vllm.progress", "engines.vllm.tokenizing",
     },
 }  # fmt: skip
 OF_AN_ENGINE = {
     "engines.vllm.differences": {"errors", "engines.vllm.installed"},
+    "engines.vllm.openai_app": {"errors", "interfaces", "engines.vllm.differences"},
     "engines.vllm.progress": {"engines.vllm.differences"},
     "engines.vllm.compile_turn": {"interfaces", "host.redaction", "host.locks"},
     "engines.vllm.demo_model": {"errors", "host.folders", "interfaces", "host.locks"},
@@ -121,7 +127,7 @@ ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "servi
 """Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {
     "errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.child_process",
-    "host.forks",
+    "host.forks", "openai_api",
 }  # fmt: skip
 """What launchers and transports need of the core: no more than a plugin's author."""
 

@@ -22,7 +22,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import IO, Annotated, Any, ClassVar
 
@@ -32,12 +32,14 @@ from msgspec import Meta, Struct
 from ..config import LLMConfig, check
 from ..errors import GserveError, ItemError
 from ..hookspecs import hookimpl
-from ..interfaces import Engine, EngineInfo, Finding, KnownError, Report, RunningEngine
+from ..interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, Report, RunningEngine
 from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from ..sampling import read_params
-from . import orphans
+from . import echo_openai, orphans
 
 FAULTS = ("die", "hang", "wedge", "error")
+NEXT_TOKEN = "next"
+"""Marks work on another token of an item that has been counted."""
 STEP_SECONDS = 0.2
 """Interval at which a process with work reports progress, in seconds."""
 WORKER_DIED = 70
@@ -292,6 +294,20 @@ class RunningEcho(RunningEngine):
             with contextlib.suppress(ConnectionError):
                 self._child.stdin.write(len(frame).to_bytes(4, "big") + frame)
 
+    async def stream(self, prepared: "tuple[str, list[str], EchoParams]") -> AsyncIterator[str]:
+        """Yield the words of one answer, each after the engine process has done its work on it."""
+        text, words, _ = prepared
+        fault, space = self._fault(text), ""
+        for word in words:
+            if error := await self._request(1, fault):
+                raise GserveError(error)
+            yield space + word
+            fault, space = NEXT_TOKEN, " "
+
+    async def http(self) -> ASGIApp | None:
+        """Return a small form of OpenAI's API."""
+        return echo_openai.application(self)
+
     async def check(self) -> None:
         """Send one token through the engine process."""
         await self._request(1, "check")
@@ -362,7 +378,7 @@ def _work(engine: EchoEngine) -> None:
                 return
             works, rest = _split_frames(rest + chunk)
             for number, tokens, fault in works:
-                if fault != "check":
+                if fault not in ("check", NEXT_TOKEN):
                     count += 1
                     fault = fault or faults.get(count, "")
                 match fault:

@@ -19,8 +19,9 @@ from ..errors import GserveError, LaunchError, RemoteError, sentence_of
 from ..host import gpu_locks, gpus, tokens
 from ..host.ports import port_holder
 from ..host.redaction import redact
-from ..interfaces import Address, Engine, RunningEngine, Transport
+from ..interfaces import Address, ASGIApp, ASGIReceive, ASGISend, Engine, RunningEngine, Transport
 from ..messages import Event, Health, ResponseOutput, RunRequest
+from . import openai_face
 from .engine_watchdog import wait_hung
 from .work import Work
 
@@ -30,6 +31,8 @@ ENGINE_STOP_SECONDS = 10.0
 """Maximum time for an engine to stop, in seconds. Then its processes are killed."""
 FLUSH_SECONDS = 1.0
 """Maximum wait of a server that ends until its owner has its last messages, in seconds."""
+RETRY_SECONDS = 1.0
+"""Retry delay for a client of a server that is not ready, in seconds."""
 GC_THRESHOLD = 10_000
 """Number of new objects that starts a garbage collection.
 
@@ -63,6 +66,8 @@ class Server:
         self._engine: RunningEngine | None = None
         self._work: Work | None = None
         """The requests in flight, once the engine is ready."""
+        self._openai: ASGIApp | None = None
+        """The engine's own application for OpenAI's API, if it has one."""
         self._drain = asyncio.Event()
         self._drain_ends = math.inf
         self._drain_changed = asyncio.Event()
@@ -102,12 +107,26 @@ class Server:
         """Raise RemoteError unless the server is ready."""
         if self._state != "ready":
             phase = f" ({self._phase})" if self._phase else ""
-            raise RemoteError(f"the server is {self._state}{phase}", status=503)
+            raise RemoteError(f"the server is {self._state}{phase}", status=503, retry_after=RETRY_SECONDS)
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         """Cancel items of the request with this id. The request may still be on its way, over another connection."""
         if self._work is not None:
             self._work.cancel(request_id, items)
+
+    async def answer_openai(
+        self, scope: dict[str, Any], receive: ASGIReceive, send: ASGISend, *, max_body: int
+    ) -> None:
+        """Answer an HTTP request on one of OpenAI's routes."""
+        try:
+            work = self._ready_work()
+            if self._openai is None:
+                raise RemoteError("this server does not offer OpenAI's API", status=404)
+            await openai_face.answer(
+                self._openai, work, scope, receive, send, max_body=max_body, secrets=self._secrets
+            )  # fmt: skip
+        except RemoteError as error:
+            await openai_face.refuse(error, send)
 
     def shut_down(self) -> None:
         """Start to drain: finish the admitted requests, accept no more."""
@@ -180,6 +199,7 @@ class Server:
             on_alone=self._report_alone,
             secrets=self._secrets,
         )
+        self._openai = await running.http()
         gc.collect()
         gc.freeze()  # a full collection of the objects of torch and transformers takes a third of a second
         gc.set_threshold(GC_THRESHOLD)

@@ -81,7 +81,7 @@ class Work:
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Run a request; yield its events in batches as they happen. Raises RemoteError: the request is refused."""
-        with self._admit(request) as piece:
+        with self._admit_items(request) as piece:
             if request.alone:  # its items may crash this server: report that first
                 yield [Heartbeat(piece.unfinished)]
                 await self._on_alone()
@@ -94,7 +94,7 @@ class Work:
 
         Raises RemoteError: the request is refused, an item failed, or the server ended too early.
         """
-        with self._admit(request) as piece:
+        with self._admit_items(request) as piece:
             for group in request.groups:
                 try:
                     await piece.engine.prepare([], group.params)  # invalid params are not an item's fault
@@ -191,7 +191,7 @@ class Work:
             event = cancelled_item(index)
         except Exception as error:
             self.is_doubtful = True  # the item is not at fault
-            if await self._is_ending():
+            if await self.is_ending():
                 return
             logger.exception("item %d failed", index)
             event = Failure(index, redact(sentence_of(error), self._secrets), invalid=False)
@@ -227,57 +227,93 @@ class Work:
         for piece in self._pieces:
             piece.has_events.set()
 
+    async def wait_over(self) -> None:
+        """Wait until `close`."""
+        await self._over.wait()
+
     @contextlib.contextmanager
-    def _admit(self, request: RunRequest) -> Iterator[Piece]:
-        """Admit a request for the block; yield its piece. Raises RemoteError: the request is refused."""
-        self._check_ready()  # again: the state may have changed since the request came
+    def hold(self, items: int) -> Iterator[None]:
+        """Admit a request that the engine's own application answers, for the block.
+
+        `items`: number of completions that it asks for. They count like items of other requests.
+
+        Raises RemoteError: the request is refused.
+        """
+        with self._admit(items) as piece:
+            self.running += items
+            try:
+                yield
+                self.finished += items
+                if self.finished == items:
+                    self._on_progress()
+            finally:
+                piece.unfinished = 0
+                self.running -= items
+                self.ended += items
+                if self._waiting:
+                    self._has_place.set()
+
+    @contextlib.contextmanager
+    def _admit_items(self, request: RunRequest) -> Iterator[Piece]:
+        """Admit a request with items for the block; yield its piece. Raises RemoteError: the request is refused."""
         if any(group.seeds is not None and len(group.seeds) != len(group.prompts) for group in request.groups):
             raise RemoteError("expected a seed for each prompt", status=400)
-        size, most = sum(len(group.prompts) for group in request.groups), ADMISSION * self._engine.info.capacity
+        size = sum(len(group.prompts) for group in request.groups)
+        with self._admit(size, request_id=request.id, alone=request.alone) as piece:
+            yield piece
+
+    @contextlib.contextmanager
+    def _admit(self, size: int, *, request_id: str = "", alone: bool = False) -> Iterator[Piece]:
+        """Admit a request of `size` items for the block; yield its piece. Raises RemoteError: the request is refused.
+
+        `alone`: see `RunRequest`.
+        """
+        self._check_ready()  # again: the state may have changed since the request came
+        most = ADMISSION * self._engine.info.capacity
         if size > (limit := max(MOST_ITEMS, most)):
             raise RemoteError(
                 f"the request has {size} items, and a server accepts at most {limit}: split the request",
                 status=413,
             )
-        self._check_turn(request)
+        self._check_turn(alone)
         items = sum(piece.unfinished for piece in self._pieces)
         if items and items + size > most:  # a single request may be larger, or it could never be served
             raise RemoteError(
                 f"the server has {items} items in flight and accepts at most {most}: retry later",
                 status=429, retry_after=BUSY_SECONDS,
             )  # fmt: skip
-        piece = Piece(request.id, self._engine, size)
+        piece = Piece(request_id, self._engine, size)
         self._pieces.add(piece)
-        self._cancel(piece, self._early.pop(request.id, ()))
-        self.is_alone = request.alone
+        self._cancel(piece, self._early.pop(request_id, ()))
+        self.is_alone = alone
         self.idle.clear()
         try:
             yield piece
         finally:
             self._pieces.discard(piece)
-            if request.alone:
+            if alone:
                 self.is_alone = False
                 if not self._over.is_set():  # otherwise its items may be why the server ends
                     self._on_progress()
             if not self._pieces:
                 self.idle.set()
 
-    def _check_turn(self, request: RunRequest) -> None:
+    def _check_turn(self, alone: bool) -> None:
         """Refuse a request that must run alone while others are in flight, and others while it is in flight.
 
         After each refusal of such a request, no other request is begun for `RESERVED_SECONDS`.
         Raises RemoteError: the request must wait.
         """
         now = time.monotonic()
-        if request.alone:
+        if alone:
             self._reserved_until = now + RESERVED_SECONDS if self._pieces else 0.0
-        if self.is_alone or (self._pieces if request.alone else now < self._reserved_until):
+        if self.is_alone or (self._pieces if alone else now < self._reserved_until):
             raise RemoteError(
                 "the server runs one request alone, since an item of it may crash servers: retry later",
                 status=429, retry_after=BUSY_SECONDS,
             )  # fmt: skip
 
-    async def _is_ending(self) -> bool:
+    async def is_ending(self) -> bool:
         """Return whether this server ends now or within `DEATH_SECONDS`, as when its engine dies.
 
         If so, a failure is not the item's fault.

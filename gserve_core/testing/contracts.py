@@ -9,11 +9,23 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
+from typing import Any
 
 from ..config import LLMConfig
 from ..errors import ItemError, LaunchError, RemoteError, TransportError
 from ..host import processes
-from ..interfaces import Access, Address, Engine, Job, Launcher, Process, RunningEngine, Transport
+from ..interfaces import (
+    Access,
+    Address,
+    ASGIReceive,
+    ASGISend,
+    Engine,
+    Job,
+    Launcher,
+    Process,
+    RunningEngine,
+    Transport,
+)
 from ..messages import (
     Conversation,
     Event,
@@ -163,6 +175,11 @@ class _Api:
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         self.was_cancelled.append((request_id, list(items)))
+
+    async def answer_openai(
+        self, scope: dict[str, Any], receive: ASGIReceive, send: ASGISend, *, max_body: int
+    ) -> None:
+        raise AssertionError("only a transport that speaks HTTP calls this, and no request of these checks asks for it")
 
     def shut_down(self) -> None:
         self.was_shut_down = True

@@ -17,7 +17,7 @@ DEFAULT = "0.26.0 0.29.0 0.32.0 newest"
 TESTS = "tests/gserve_core/engines/vllm"
 ROWS = (
     "contract", "same answers", "chat", "logprobs", "n", "stop", "structured outputs", "bad parameters",
-    "late grammar failures", "killed engine", "LoRA",
+    "late grammar failures", "killed engine", "LoRA", "OpenAI's API",
 )  # fmt: skip
 PAGE = environments.ROOT / "docs" / "reference" / "vllm.md"
 BEGIN, END = "<!-- written by make versions -->\n", "<!-- end -->\n"
@@ -81,7 +81,8 @@ def write(results: dict[str, dict[str, str]], page: Path = PAGE) -> None:
     before, _, rest = page.read_text().partition(BEGIN)
     former, _, after = rest.partition(END)
     head, line, *rows = table(results)
-    found = {row.split(" | ")[0]: row for row in [*former.strip().splitlines()[2:], *rows]}
+    kept = [row + "  |" * (len(ROWS) + 2 - row.count("|")) for row in former.strip().splitlines()[2:]]  # new checks
+    found = {row.split(" | ")[0]: row for row in [*kept, *rows]}
     lines = [head, line, *sorted(found.values(), key=_release)]
     page.write_text(before + BEGIN + "\n" + "\n".join(lines) + "\n\n" + END + after)
 

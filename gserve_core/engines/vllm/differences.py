@@ -66,6 +66,14 @@ def find(place: str) -> Any:
     return found
 
 
+def find_first(*places: str) -> Any:
+    """Return what vLLM has at the first of several places at which it has something. Raises: see `find`."""
+    for place in places[:-1]:
+        with contextlib.suppress(GserveError):
+            return find(place)
+    return find(places[-1])
+
+
 def _place_of(error: BaseException) -> str:
     """Return the name of the function that raised an error."""
     trace = error.__traceback__

@@ -20,13 +20,13 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from ...config import LLMConfig
+from ...config import LLMConfig, check
 from ...errors import ConfigError, GserveError, ItemError
 from ...hookspecs import hookimpl
-from ...interfaces import Engine, EngineInfo, Finding, KnownError, LogForm, Report, RunningEngine
+from ...interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, LogForm, Report, RunningEngine
 from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
 from ...sampling import read_params
-from . import compile_turn, demo_model, differences, examination, installed
+from . import compile_turn, demo_model, differences, examination, installed, openai_app
 from .files import adapter_folder, adapter_rank, chat_template
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
@@ -67,7 +67,7 @@ STOP_SECONDS = 5.0
 """Maximum time for vLLM to shut itself down, in seconds."""
 PRELOADED = (
     "vllm.entrypoints.llm", "vllm.v1.engine.async_llm", "vllm.v1.engine.core", "vllm.renderers.hf",
-    "vllm.v1.executor.multiproc_executor", "vllm.model_executor.model_loader",
+    "vllm.v1.executor.multiproc_executor", "vllm.model_executor.model_loader", "vllm.entrypoints.openai.api_server",
 )  # fmt: skip
 """Modules that an engine's processes import, unless they are forked from a process that has imported them."""
 ON_CPU = "vllm.v1.worker.cpu_worker"
@@ -82,6 +82,11 @@ class VLLMEngine(Engine):
 
     `chat_template_kwargs`: variables for the model's chat template, besides the conversation.
     `allow_insecure_vllm`: also start vLLM versions below 0.26.
+    `openai`: offer OpenAI's API.
+    `tool_call_parser`: vLLM's name of the form in which the model calls tools.
+    `openai_args`: flags of `vllm serve` that concern the answers of OpenAI's API.
+
+    Raises ConfigError: `openai_args` has a flag that is not allowed.
     """
 
     name: ClassVar[str] = "vllm"
@@ -90,6 +95,13 @@ class VLLMEngine(Engine):
     harmless_environ: ClassVar[Mapping[str, str]] = HARMLESS_ENVIRON
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     allow_insecure_vllm: bool = False
+    openai: bool = True
+    tool_call_parser: str | None = None
+    openai_args: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check(self)
+        openai_app.check_flags(self.openai_args)
 
     def preload(self) -> None:
         """Import vLLM."""
@@ -180,7 +192,25 @@ class RunningVLLM(RunningEngine):
             logger.warning("%s", warning)
         if vllm.platform.is_cuda():
             check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), llm.gpus_per_server, vllm.platform)
-        self._lora = differences.call(vllm.LoRARequest, adapter.name, 1, str(adapter)) if adapter is not None else None
+        self._lora = (
+            differences.call(vllm.LoRARequest, openai_app.ADAPTER, 1, str(adapter)) if adapter is not None else None
+        )
+
+        self._front: openai_app.Front | None = None
+        if options.openai:
+            report("preparing OpenAI's API")
+            names = arguments.get("served_model_name") or llm.model_name
+            try:
+                self._front = openai_app.Front(
+                    model=arguments["model"], names=[names] if isinstance(names, str) else names,
+                    adapter=None if adapter is None else str(adapter), template=self._template,
+                    template_kwargs=self._template_kwargs, tool_call_parser=options.tool_call_parser,
+                    reasoning_parser=arguments.get("reasoning_parser"), flags=options.openai_args,
+                )  # fmt: skip
+            except GserveError as error:
+                if isinstance(error, ConfigError):
+                    raise
+                logger.warning("without OpenAI's API: %s", error)
 
         report("starting the engine")
         compiled = compile_turn.key(arguments, vllm.release, vllm.platform.device_type)
@@ -249,6 +279,17 @@ class RunningVLLM(RunningEngine):
         """Load the LoRA adapter, if there is one. Raises: any exception."""
         if self._lora is not None:  # loaded with a request instead, a bad adapter would kill the engine
             await differences.call(self._engine.add_lora, self._lora)
+
+    async def http(self) -> ASGIApp | None:
+        """Return vLLM's own application for OpenAI's API."""
+        if self._front is None:
+            return None
+        try:
+            application = await self._front.application(self._engine)
+        except GserveError as error:
+            logger.warning("without OpenAI's API: %s", error)
+            return None
+        return openai_app.counted(application, self._progress.begin, self._progress.end)
 
     def progress(self) -> int:
         """Return the number of generated tokens, ended items, and observed turns of the engine's loop."""

@@ -381,36 +381,6 @@ def test_vllm_keeps_the_contract_of_engines() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a LoRA adapter of rank 4 for the demo model, at random and strong enough to change its answers."""
-    import torch
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("adapter")
-    config = json.loads((Path(demo_model.resolve(DEMO, print)) / "config.json").read_text())
-    hidden, rank = config["hidden_size"], 4
-    widths = {
-        "q_proj": config["num_attention_heads"] * config["head_dim"],
-        "v_proj": config["num_key_value_heads"] * config["head_dim"],
-    }
-    torch.manual_seed(0)
-    weights = {}
-    for layer in range(config["num_hidden_layers"]):
-        for module, width in widths.items():
-            name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            weights[f"{name}.lora_A.weight"] = torch.randn(rank, hidden) * 0.05
-            weights[f"{name}.lora_B.weight"] = torch.randn(width, rank) * 0.05
-    save_file(weights, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(
-        json.dumps({
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 16, "lora_dropout": 0.0,
-            "bias": "none", "target_modules": sorted(widths), "base_model_name_or_path": DEMO,
-        })
-    )  # fmt: skip
-    return folder
-
-
 @pytest.mark.versions("LoRA")
 def test_a_lora_adapter_answers_as_in_vllm_and_unlike_the_base(adapter: Path, answers: list[Any]) -> None:
     arguments = {name: value for name, value in LLM.engine_kwargs.items() if name != "model"}

@@ -1,0 +1,132 @@
+"""OpenAI's API for the engine `echo`: models, chat and text completions, whole or streamed, without a model.
+
+It has the fields that programs read first. What the answers contain, `echo` decides.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Protocol
+
+import msgspec
+
+from ..errors import ItemError, RemoteError
+from ..interfaces import ASGIApp, ASGIReceive, ASGISend, EngineInfo
+from ..messages import Conversation, Message, Params, Prompt, ResponseOutput, TextPart
+
+PARAMS = ("n", "max_tokens", "min_tokens", "ignore_eos", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
+"""Fields of a request that are sampling parameters of `echo`."""
+PLACES = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_completion"}
+
+
+class Streaming(Protocol):
+    """The part of a running engine that this API needs. For the first two methods, see `RunningEngine`."""
+
+    info: EngineInfo
+
+    async def prepare(self, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
+        """Check prompts."""
+
+    async def run(self, prepared: Any) -> list[ResponseOutput]:
+        """Return the completions of a prompt."""
+
+    def stream(self, prepared: Any) -> AsyncIterator[str]:
+        """Yield the parts of one completion of a prompt as they are made."""
+
+
+def application(engine: Streaming) -> ASGIApp:
+    """Return the application over a running engine."""
+    model, numbers, started = engine.info.model, itertools.count(), int(time.time())
+
+    async def answer(scope: dict[str, Any], receive: ASGIReceive, send: ASGISend) -> None:
+        path = scope["path"]
+        if path == "/v1/models":
+            entry = {"id": model, "object": "model", "created": started, "owned_by": "gserve"}
+            entry["max_model_len"] = engine.info.max_model_len
+            await _send(send, 200, msgspec.json.encode({"object": "list", "data": [entry]}))
+        elif path not in PLACES:
+            raise RemoteError(f"the engine 'echo' does not offer {path}", status=404)
+        else:
+            asked = msgspec.json.decode((await receive())["body"])
+            try:
+                prompts = _prompts(asked, is_chat="chat" in path)
+                if asked.get("model") not in (None, model):
+                    raise RemoteError(f"The model `{asked['model']}` does not exist.", status=404)
+                params = {name: asked[name] for name in PARAMS if asked.get(name) is not None}
+                if (most := asked.get("max_completion_tokens")) is not None:
+                    params["max_tokens"] = most
+                prepared = await engine.prepare(prompts, params)
+                for item in prepared:
+                    if isinstance(item, ItemError):
+                        raise item
+            except (ItemError, msgspec.ValidationError) as error:
+                raise RemoteError(str(error), status=400) from error
+            reply = _Reply(PLACES[path], f"echo-{next(numbers)}", model)
+            if asked.get("stream"):
+                await reply.stream(send, [engine.stream(it) for it in prepared for _ in range(params.get("n", 1))])
+            else:
+                outputs = await asyncio.gather(*map(engine.run, prepared))
+                await reply.whole(send, [output for item in outputs for output in item])
+
+    return answer
+
+
+def _prompts(asked: dict[str, Any], *, is_chat: bool) -> list[Prompt]:
+    if is_chat:
+        messages = [
+            Message(str(it.get("role")), msgspec.convert(it.get("content") or "", str | list[TextPart]))
+            for it in msgspec.convert(asked.get("messages"), list[dict[str, Any]])
+        ]
+        return [Conversation(messages)]
+    given = asked.get("prompt")
+    several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
+    return [msgspec.convert(prompt, str | list[int]) for prompt in several]
+
+
+class _Reply:
+    """The forms of one answer."""
+
+    def __init__(self, kind: str, number: str, model: str) -> None:
+        self._is_chat = kind == "chat.completion"
+        self._kind = kind
+        self._head = {"id": number, "created": int(time.time()), "model": model}
+
+    async def whole(self, send: ASGISend, outputs: Sequence[ResponseOutput]) -> None:
+        choices = [
+            self._choice(index, {"message": {"role": "assistant", "content": it.text}}, it.text, it.finish_reason)
+            for index, it in enumerate(outputs)
+        ]
+        tokens = sum(len(it.token_ids) for it in outputs)
+        usage = {"prompt_tokens": 0, "completion_tokens": tokens, "total_tokens": tokens}
+        whole = self._head | {"object": self._kind, "choices": choices, "usage": usage}
+        await _send(send, 200, msgspec.json.encode(whole))
+
+    async def stream(self, send: ASGISend, streams: Sequence[AsyncIterator[str]]) -> None:
+        await send(_head(200, b"text/event-stream; charset=utf-8"))
+        for index, stream in enumerate(streams):
+            async for word in stream:
+                await self._event(send, index, word, None)
+            await self._event(send, index, "", "stop")
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _event(self, send: ASGISend, index: int, text: str, finish_reason: str | None) -> None:
+        choice = self._choice(index, {"delta": {"content": text}}, text, finish_reason)
+        kind = "chat.completion.chunk" if self._is_chat else self._kind
+        event = msgspec.json.encode(self._head | {"object": kind, "choices": [choice]})
+        await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
+
+    def _choice(self, index: int, chat: dict[str, Any], text: str, finish_reason: str | None) -> dict[str, Any]:
+        own = chat if self._is_chat else {"text": text}
+        return {"index": index, "finish_reason": finish_reason, "logprobs": None, **own}
+
+
+def _head(status: int, content_type: bytes) -> dict[str, Any]:
+    return {"type": "http.response.start", "status": status, "headers": [(b"content-type", content_type)]}
+
+
+async def _send(send: ASGISend, status: int, body: bytes) -> None:
+    head = _head(status, b"application/json")
+    head["headers"].append((b"content-length", str(len(body)).encode()))
+    await send(head)
+    await send({"type": "http.response.body", "body": body})

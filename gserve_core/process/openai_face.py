@@ -1,0 +1,165 @@
+"""OpenAI's API in a server: the engine's own application, behind gserve's limits, admission and drain.
+
+An answer that has not begun when the server ends becomes a 503, so that the request can be sent to another server.
+One that has begun ends with an error event, and its connection is cut.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Collection
+from typing import Any
+
+from ..errors import RemoteError, sentence_of
+from ..host.redaction import redact
+from ..interfaces import ASGIApp, ASGIReceive, ASGISend
+from ..openai_api import ROUTES, Kind, count_items, error_body
+from .work import Work
+
+CLEANUP_SECONDS = 1.0
+"""Maximum time for an application to end by itself after the client has disconnected, in seconds."""
+LARGE = 256 << 10
+"""Size of a body from which it is checked in a thread, so that other requests go on, in bytes."""
+logger = logging.getLogger("gserve.serving")
+ENDED = "the server ended before this request was finished: send it again"
+
+
+async def answer(
+    application: ASGIApp, work: Work, scope: dict[str, Any], receive: ASGIReceive, send: ASGISend,
+    *, max_body: int, secrets: Collection[str],
+) -> None:  # fmt: skip
+    """Answer an HTTP request on one of `ROUTES` by the engine's application, as an ASGI application.
+
+    `max_body`: maximum size of the body, in bytes.
+    `secrets`: values that no message may contain.
+
+    Raises RemoteError: the request is refused or fails, or the server ends. Nothing has been sent.
+    """
+    kind = ROUTES[scope["method"], scope["path"]]
+    body = await _read(scope, receive, max_body)
+    is_large = len(body) > LARGE
+    items = await asyncio.to_thread(count_items, kind, body) if is_large else count_items(kind, body)
+    reply = _Reply(work, send)
+    with contextlib.nullcontext() if kind is Kind.READS else work.hold(items):
+        running = asyncio.ensure_future(application(scope, _replayed(body, receive), reply))
+        over, gone = asyncio.ensure_future(work.wait_over()), asyncio.ensure_future(_wait_disconnected(receive))
+        try:
+            await asyncio.wait([running, over, gone], return_when=asyncio.FIRST_COMPLETED)
+            if gone.done():  # vLLM notices this too, and ends its work in a better way than if it is cancelled
+                await asyncio.wait([running], timeout=CLEANUP_SECONDS)
+            failure = running.exception() if running.done() else None
+        finally:
+            for task in (running, over, gone):
+                task.cancel()
+            await asyncio.gather(running, over, gone, return_exceptions=True)
+        if isinstance(failure, RemoteError) and not reply.is_begun:
+            raise failure
+        if failure is None or isinstance(failure, _Ended) or await work.is_ending():
+            await reply.finish(503, ENDED)
+        else:
+            logger.error("a request failed", exc_info=failure)
+            await reply.finish(500, redact(sentence_of(failure), secrets))
+
+
+async def refuse(error: RemoteError, send: ASGISend) -> None:
+    """Answer with an error in OpenAI's form."""
+    headers = [(b"content-type", b"application/json")]
+    if error.retry_after is not None:
+        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after))).encode()))
+    body = error_body(error.status, str(error))
+    headers.append((b"content-length", str(len(body)).encode()))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class _Ended(Exception):
+    """The server ends, and the application has noticed."""
+
+
+class _Reply:
+    """Passes on what the application sends. It keeps the head of the answer until the first byte of the body."""
+
+    def __init__(self, work: Work, send: ASGISend) -> None:
+        self._work = work
+        self._send = send
+        self._head: dict[str, Any] | None = None
+        self.is_begun = False
+        """Whether a part of the answer has been sent."""
+        self.is_complete = False
+        self._has_told = False
+        """Whether an error event has been sent."""
+
+    async def __call__(self, message: dict[str, Any]) -> None:
+        if message["type"] != "http.response.body":
+            self._head = message
+            return
+        body, more = message.get("body", b""), message.get("more_body", False)
+        assert self._head is not None
+        if not self.is_begun:
+            if more and (not body or body.startswith(b":")):  # a comment of server-sent events
+                return
+            status = self._head["status"]
+            if (status >= 500 or (status < 400 and _is_error(body))) and await self._work.is_ending():
+                raise _Ended
+            self.is_begun = True
+            await self._send(self._head)
+        elif _is_error(body) and await self._work.is_ending():
+            self._has_told = True
+            await self._send(message | {"more_body": True})
+            raise _Ended
+        await self._send(message)
+        self.is_complete = not more
+
+    async def finish(self, status: int, message: str) -> None:
+        """Send an error if the answer is not complete. If it has begun, its connection is then cut.
+
+        Raises RemoteError: it has not begun.
+        """
+        if self.is_complete:
+            return
+        self._work.is_doubtful = True
+        if not self.is_begun:
+            raise RemoteError(message, status=status)
+        assert self._head is not None
+        if not self._has_told and any(b"event-stream" in value for _, value in self._head["headers"]):
+            event = b"data: " + error_body(status, message) + b"\n\n"
+            await self._send({"type": "http.response.body", "body": event, "more_body": True})
+
+
+def _is_error(body: bytes) -> bool:
+    """Return whether a part of an answer is an error, in one piece or as an event."""
+    return b'"error"' in body[:64]
+
+
+async def _read(scope: dict[str, Any], receive: ASGIReceive, most: int) -> bytearray:
+    """Return the body of a request. Raises RemoteError: it is too large (413), or the client has disconnected (499)."""
+    body = bytearray()
+    size = dict(scope["headers"]).get(b"content-length", b"0")
+    if not size.isdigit() or int(size) <= most:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise RemoteError("the client has disconnected", status=499)
+            body += message.get("body", b"")
+            if len(body) > most:
+                break
+            if not message.get("more_body"):
+                return body
+    raise RemoteError(f"the body is larger than {most} bytes: split the request", status=413)
+
+
+async def _wait_disconnected(receive: ASGIReceive) -> None:
+    """Wait until the client disconnects. Applications do not all notice this by themselves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _replayed(body: bytearray, receive: ASGIReceive) -> ASGIReceive:
+    """Return a function that receives a body that was read before, then what comes."""
+    messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
+
+    async def replayed() -> dict[str, Any]:
+        return messages.pop() if messages else await receive()
+
+    return replayed
