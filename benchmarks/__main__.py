@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gserve import GserveError
 
-from . import balance, gpus, machine, models, starting, table, workloads
+from . import balance, gateway, gpus, machine, models, starting, table, workloads
 from .rooms import KINDS
 from .rounds import Benchmark, say
 
@@ -32,6 +32,7 @@ MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
     "scaling": lambda bench, options: gpus.scaling(bench, options.model, options.gpus, options.scale),
     "sharing": lambda bench, options: gpus.sharing(bench, options.model, options.scale),
     "tensor-parallel": lambda bench, options: gpus.tensor_parallel(bench, options.model, options.scale),
+    "gateway": lambda bench, options: gateway.measure(bench, options.scale),
     "lora": lambda bench, options: gpus.lora(bench, options.model),
     "memory": lambda bench, options: gpus.memory(bench, options.model),
 }

@@ -56,6 +56,7 @@ TARGETS: Mapping[tuple[str, str, str], Target] = {  # by workload, model (the en
     ("long", "8b", "vllm.LLM"): Target(1.00, 1.03),
     ("calls", "", "serve openai"): Target(5, 10),
     ("balance, one slowed", "", "static split"): Target(1.4),
+    ("gateway", "", "direct"): Target(0.5),
     ("start", "", "vllm serve"): Target(0.6, 0.3),
     ("start of two", "", "vllm serve"): Target(0.5, 0.25),
     ("second server", "1b", "vllm serve"): Target(0.25, 0.12),

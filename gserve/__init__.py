@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gserve_core.command_launcher import CommandLauncher
-    from gserve_core.config import LLMConfig, ServeConfig
+    from gserve_core.config import GatewayConfig, LLMConfig, ServeConfig
     from gserve_core.errors import (
         BatchError,
         BatchInterrupted,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "service.client": ("VLLMClient",),
     "command_launcher": ("CommandLauncher",),
-    "config": ("LLMConfig", "ServeConfig"),
+    "config": ("GatewayConfig", "LLMConfig", "ServeConfig"),
     "errors": (
         "BatchError", "BatchInterrupted", "ConfigError", "DeadlineExceeded", "GserveError", "ItemError", "ItemLost",
         "LaunchError", "PluginError", "RemoteError", "ServerExited", "StallTimeout", "StartupTimeout", "TransportError",
@@ -58,6 +58,7 @@ __all__ = [
     "DeadlineExceeded",
     "Engine",
     "Finding",
+    "GatewayConfig",
     "GserveError",
     "ItemError",
     "ItemLost",

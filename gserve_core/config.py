@@ -24,6 +24,8 @@ from .errors import ConfigError, did_you_mean, reworded
 from .host.environment import RESERVED
 from .host.redaction import hidden
 
+MIN_KEY = 16
+"""Minimum length of an API key, in characters."""
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
 """Allowed values of `dtype` (vLLM's `ModelDType`)."""
 Fraction = Annotated[float, Meta(gt=0, le=1, description="a fraction above 0 and up to 1")]
@@ -247,6 +249,53 @@ class ServeConfig:
         return placement
 
 
+@_checks_calls
+@dataclass(frozen=True)
+class GatewayConfig:
+    """The one address of a service, for OpenAI's API and gserve's own routes.
+
+    `port`: None: a free port.
+    `host`: the address on which the gateway listens.
+    `api_key`: the key of its clients. None: the value of $GSERVE_API_KEY, or one that is made once for each service
+    name and kept.
+    `certfile`, `keyfile`: paths of a certificate and its key, in PEM format. With them, the gateway speaks HTTPS.
+    `allowed_hosts`: more names under which clients reach the gateway.
+    `queue_timeout`: maximum time that a request waits for a ready server, in seconds; None: no limit.
+
+    Raises ConfigError: a field is wrong.
+    """
+
+    port: Port | None = None
+    host: str = "127.0.0.1"
+    api_key: str | None = field(default=None, repr=False)
+    certfile: str | None = None
+    keyfile: str | None = None
+    allowed_hosts: list[str] = field(default_factory=list)
+    queue_timeout: Timeout | None = 60.0
+
+    def __post_init__(self) -> None:
+        check(self)
+        if wrong := "it is empty" if not self.host else _wrong_host(self.host):
+            raise ConfigError(f"'{self.host}' is not a host: {wrong}", at="$.host")
+        for index, name in enumerate(self.allowed_hosts):
+            if wrong := "it is empty" if not name else _wrong_host(name):
+                raise ConfigError(f"'{name}' is not a host: {wrong}", at=f"$.allowed_hosts[{index}]")
+        if self.api_key is not None and wrong_key(self.api_key):
+            raise ConfigError(f"the API key is not allowed: {wrong_key(self.api_key)}", at="$.api_key")
+        if (self.certfile is None) != (self.keyfile is None):
+            missing = "keyfile" if self.keyfile is None else "certfile"
+            raise ConfigError(f"certfile and keyfile belong together: set {missing} too", at=f"$.{missing}")
+
+
+def wrong_key(key: str) -> str | None:
+    """Return why a text cannot be an API key, without the key; None if it can."""
+    if len(key) < MIN_KEY:
+        return f"expected at least {MIN_KEY} characters, got {len(key)}"
+    if not re.fullmatch(r"[!-~]+", key):
+        return "expected letters, digits and signs of ASCII, without blanks"
+    return None
+
+
 DEFAULT_TYPES = {"launcher": "subprocess", "transport": "http", "engine": "vllm"}
 """The plugins of a config that names no others."""
 
@@ -255,7 +304,9 @@ DEFAULT_TYPES = {"launcher": "subprocess", "transport": "http", "engine": "vllm"
 class Config:
     """A complete service, as in a YAML file. `launcher`, `transport` and `engine` are still mappings with a `type`.
 
-    Raises ConfigError: `llm` or `serve` is not an instance of its class, but a mapping for example.
+    `gateway`: None: the service has none.
+
+    Raises ConfigError: `llm`, `serve` or `gateway` is not an instance of its class, but a mapping for example.
     """
 
     llm: LLMConfig
@@ -264,10 +315,12 @@ class Config:
     transport: dict[str, Any] = field(default_factory=lambda: {"type": DEFAULT_TYPES["transport"]})
     engine: dict[str, Any] = field(default_factory=lambda: {"type": DEFAULT_TYPES["engine"]})
     plugins: list[str] = field(default_factory=list)
+    gateway: GatewayConfig | None = None
 
     def __post_init__(self) -> None:
-        for name, kind in (("llm", LLMConfig), ("serve", ServeConfig)):
-            if not isinstance(given := getattr(self, name), kind):
+        for name, kind in (("llm", LLMConfig), ("serve", ServeConfig), ("gateway", GatewayConfig)):
+            given = getattr(self, name)
+            if not isinstance(given, kind) and (name, given) != ("gateway", None):
                 what, made = type(given).__name__, f"gserve.{kind.__name__}"
                 raise ConfigError(f"expected an instance of {made}, got {what}: write {made}(…)", at=f"$.{name}")
 
@@ -344,7 +397,9 @@ def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
         if item.init and item.name not in mapping and item.default is MISSING and item.default_factory is MISSING:
             raise ConfigError(f"missing key '{item.name}'", at=at)
     values = {
-        key: build(hints[key], value, f"{at}.{key}") if is_dataclass(hints[key]) and not isinstance(value, hints[key])
+        key: build(below, value, f"{at}.{key}")
+        if (below := _dataclass_of(hints[key])) is not None and not isinstance(value, below)
+        and (value is not None or below is hints[key])
         else _convert(value, hints[key], f"{at}.{key}")
         for key, value in mapping.items()
     }  # fmt: skip
@@ -355,6 +410,11 @@ def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error), at=at) from error
+
+
+def _dataclass_of(hint: Any) -> Any:
+    """Return the dataclass in the type of a field; None if there is none."""
+    return next((it for it in (hint, *get_args(hint)) if is_dataclass(it)), None)
 
 
 def _convert(value: Any, hint: Any, at: str) -> Any:
@@ -410,6 +470,20 @@ def check_placement(llm: LLMConfig, serve: ServeConfig) -> list[tuple[int, ...] 
         raise
 
 
+def check_ports(config: Config, servers: int) -> None:
+    """Raise ConfigError if the gateway of a config has the port of one of its servers.
+
+    `servers`: their number.
+    """
+    gateway, first = config.gateway, config.serve.port
+    port = None if gateway is None else gateway.port
+    if port is not None and first is not None and first <= port < first + servers:
+        raise ConfigError(
+            f"port {port} is that of server-{port - first} too (serve.port: {first}): choose another port",
+            at="$.gateway.port",
+        )
+
+
 def load(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Config, Document]:
     """Read a YAML config. `overrides` are texts `key.key=value`.
 
@@ -418,5 +492,5 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Config, Docum
     document = Document(path, overrides)
     with document.located():
         config = build(Config, document.data)
-        check_placement(config.llm, config.serve)
+        check_ports(config, len(check_placement(config.llm, config.serve)))
     return config, document

@@ -9,15 +9,16 @@ that they return are resources with few methods.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, MutableMapping, Sequence
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 from msgspec import Struct
 
-from .config import LLMConfig
+from .config import GatewayConfig, LLMConfig
+from .errors import ConfigError, RemoteError
 from .messages import Event, Health, Params, Prompt, ResponseOutput, RunRequest
 
 # ------------------------------------------------------------------------------------------------------------ launcher
@@ -157,9 +158,10 @@ class Launcher(ABC):
 
 # ----------------------------------------------------------------------------------------------------------- transport
 
-type ASGIReceive = Callable[[], Awaitable[dict[str, Any]]]
-type ASGISend = Callable[[dict[str, Any]], Awaitable[None]]
-type ASGIApp = Callable[[dict[str, Any], ASGIReceive, ASGISend], Awaitable[None]]
+type ASGIMessage = MutableMapping[str, Any]
+type ASGIReceive = Callable[[], Awaitable[ASGIMessage]]
+type ASGISend = Callable[[ASGIMessage], Awaitable[None]]
+type ASGIApp = Callable[[ASGIMessage, ASGIReceive, ASGISend], Awaitable[None]]
 """An application that answers HTTP requests: https://asgi.readthedocs.io/en/latest/specs/www.html"""
 
 
@@ -220,9 +222,7 @@ class ServerApi(Protocol):
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         """Cancel items of the running request with this id. Never waits. Ignores unknown ids and items."""
 
-    async def answer_openai(
-        self, scope: dict[str, Any], receive: ASGIReceive, send: ASGISend, *, max_body: int
-    ) -> None:
+    async def answer_openai(self, scope: ASGIMessage, receive: ASGIReceive, send: ASGISend, *, max_body: int) -> None:
         """Answer an HTTP request on one of `openai_api.ROUTES`, as an ASGI application does. Errors are answers too.
 
         `max_body`: maximum size of the body, in bytes.
@@ -230,6 +230,57 @@ class ServerApi(Protocol):
 
     def shut_down(self) -> None:
         """Begin to end the server. It finishes its items, and accepts no more."""
+
+
+@dataclass(eq=False)
+class Backend:
+    """A ready generation of a server, as a gateway sees it.
+
+    `requests`: number of requests of the gateway that it works on.
+    `on_gone`: called when the server is known to have died. Requests in flight there must end.
+    """
+
+    name: str
+    instance: str
+    address: Address
+    token: str = field(repr=False)
+    requests: int = 0
+    on_gone: Callable[[], object] = lambda: None
+
+
+class Attempts(Protocol):
+    """The attempts of a gateway to have one request answered."""
+
+    async def next(self) -> Backend:
+        """Return the server for the next attempt; wait for one if there is none.
+
+        Raises RemoteError: there is none in time, all are busy, or too many have died (429, 503).
+        """
+
+    def at_work(self, backend: Backend) -> AbstractContextManager[None]:
+        """Count the request as one that `backend` works on, for the block."""
+
+    def refused(self, backend: Backend, busy: RemoteError | None = None) -> None:
+        """Take note that a server refused the request. `busy`: its answer if it had too much work."""
+
+    def died(self, backend: Backend) -> None:
+        """Take note that a server died while it worked on the request."""
+
+
+class GatewayApi(Protocol):
+    """The decisions of a gateway, independent of the protocol that it speaks."""
+
+    def health(self) -> Health:
+        """Return the state of the service: "ok" means that a server is ready. Never waits."""
+
+    def is_key(self, secret: bytes) -> bool:
+        """Return whether this is an API key. The time taken does not reveal how much of it is right."""
+
+    def attempts(self) -> Attempts:
+        """Return the attempts of a new request."""
+
+    def backends(self) -> Sequence[Backend]:
+        """Return the ready servers."""
 
 
 class Connection(ABC):
@@ -286,6 +337,20 @@ class Transport(ABC):
 
         Raises OSError: it cannot listen.
         """
+
+    @property
+    def has_gateway(self) -> bool:
+        """Return whether a gateway can speak this transport."""
+        return type(self).serve_gateway is not Transport.serve_gateway
+
+    def serve_gateway(self, api: GatewayApi, at: GatewayConfig) -> AbstractAsyncContextManager[Address]:
+        """Listen at one address for a whole service, and pass requests on to its servers, until the context ends.
+
+        A transport without a gateway does not override this.
+
+        Raises OSError: it cannot listen.
+        """
+        raise ConfigError(f"the transport '{self.name}' has no gateway: remove the section", at="$.gateway")
 
     @abstractmethod
     def connect(self, address: Address, access: Access) -> Connection:

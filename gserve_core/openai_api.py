@@ -1,7 +1,7 @@
 """OpenAI's HTTP API as gserve lets it through: its routes, its form of errors, and the limits on a request.
 
 An engine may offer this API (`RunningEngine.http`), a server puts it behind these limits, and a gateway passes it on.
-The names of the fields are those of vLLM, which has more than OpenAI: https://docs.vllm.ai/en/stable/serving/
+vLLM has more fields than OpenAI: https://docs.vllm.ai/en/stable/serving/
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,8 @@ from typing import Any
 import msgspec
 
 from .errors import ItemError, RemoteError
-from .sampling import check_bounds, check_grammar, check_value
+from .interfaces import ASGIReceive
+from .sampling import BOUNDS, check_bounds, check_grammar, check_value
 
 
 class Kind(Enum):
@@ -68,9 +69,11 @@ GRAMMARS = ("structured_outputs", "response_format", "tools", "text", "output_co
 """Fields of a request that a server compiles to a grammar."""
 PROMPTS = {
     Kind.GENERATES: ("prompt",),
-    Kind.EMBEDS: ("input", "documents", "data", "text_1", "text_2", "queries"),
+    Kind.EMBEDS: ("input", "documents", "data", "data_1", "data_2", "text_1", "text_2", "queries", "items"),
 }
 """Fields in which a list of texts, or of lists of token ids, holds several prompts."""
+ERRORS = {413: "PayloadTooLargeError", 499: "ClientDisconnectedError"}
+"""Types of errors that are not the phrase of their status in HTTP, which Python may not know, or name otherwise."""
 BOUNDED = {"stop_sequences": "stop", "top_logprobs": "logprobs", "best_of": "n"}
 """Fields with the bounds of a sampling parameter of another name."""
 MAX_DEPTH = 128
@@ -79,9 +82,26 @@ MAX_DEPTH = 128
 
 def error_body(status: int, message: str) -> bytes:
     """Return an error in OpenAI's form, as vLLM writes it too, as JSON."""
-    kind = "".join(word.capitalize() for word in HTTPStatus(status).phrase.replace("-", " ").split())
-    error = {"message": message, "type": f"{kind.removesuffix('Error')}Error", "param": None, "code": status}
+    kind = ERRORS.get(status) or "".join(HTTPStatus(status).phrase.title().split()).removesuffix("Error") + "Error"
+    error = {"message": message, "type": kind, "param": None, "code": status}
     return msgspec.json.encode({"error": error})
+
+
+async def read_body(scope: Mapping[str, Any], receive: ASGIReceive, most: int) -> bytearray:
+    """Return the body of a request. Raises RemoteError: it is too large (413), or the client has disconnected (499)."""
+    body = bytearray()
+    size = dict(scope["headers"]).get(b"content-length", b"0")
+    if not size.isdigit() or int(size) <= most:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise RemoteError("the client has disconnected", status=499)
+            body += message.get("body", b"")
+            if len(body) > most:
+                break
+            if not message.get("more_body"):
+                return body
+    raise RemoteError(f"the body is larger than {most} bytes: split the request", status=413)
 
 
 def count_items(kind: Kind, body: bytes | bytearray) -> int:
@@ -119,15 +139,18 @@ def _check_fields(asked: dict[str, Any]) -> None:
     for name, value in asked.items():
         if value is None:
             continue
+        bounded = BOUNDED.get(name, name)
+        if bounded in BOUNDS and not isinstance(value, int):  # vLLM would take "2" and 2.0 for 2
+            raise ItemError(f"'{name}': expected an integer, got {value!r:.50}")
         if not isinstance(value, bool):  # in chat completions, `logprobs` is one
-            check_bounds(BOUNDED.get(name, name), value)
+            check_bounds(bounded, value)
         if name in GRAMMARS:
             check_grammar(name, value)
         _check_allowed({name: value})
     for name in ("chat_template_kwargs", "vllm_xargs"):
         _check_allowed(asked.get(name))
-    for name in ("messages", "input", "prompt", "system", "documents", "data", "queries"):
-        for part in _mappings(asked.get(name)):
+    for name in asked.keys() - GRAMMARS:
+        for part in _mappings(asked[name]):
             _check_allowed(part)
             _check_media(part)
 

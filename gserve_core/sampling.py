@@ -5,6 +5,7 @@ then hangs, while the health check still succeeds. So parameters from outside ar
 known names are allowed, and only values within bounds that no real use exceeds.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -80,9 +81,9 @@ WHEN_ABOVE = {"n": " (a retry repeats all completions of an item): for more comp
 MAX_TEXTS, MAX_TEXT = 64, 256
 """Maximum number of stop strings or of bad words, and maximum length of each, in characters."""
 MAX_GRAMMAR, MAX_REGEX = 256 << 10, 8 << 10
-"""Maximum size of a grammar, as of `structured_outputs`, and of one regular expression in it, in characters.
+"""Maximum size of a grammar such as `structured_outputs`, in bytes of JSON, and of a regular expression in it.
 
-A server compiles it, which may take much longer than reading it.
+The latter is in characters. A server compiles a grammar, which may take much longer than reading it.
 """
 MAX_DEPTH = 32
 MAX_MESSAGE = 500
@@ -166,17 +167,22 @@ def check_grammar(name: str, value: Any) -> None:
     """Raise ItemError if a value that a server compiles to a grammar is too large, such as a JSON schema."""
     size = len(msgspec.json.encode(value))
     if size > MAX_GRAMMAR:
-        raise ItemError(f"'{name}' has {size} characters: a grammar or schema may have at most {MAX_GRAMMAR}")
+        raise ItemError(f"'{name}' has {size} bytes as JSON: a grammar or schema may have at most {MAX_GRAMMAR}")
     for key, below in _members(value):
-        if key in ("regex", "pattern") and isinstance(below, str) and len(below) > MAX_REGEX:
-            raise ItemError(f"'{name}': '{key}' has {len(below)} characters, at most {MAX_REGEX} are allowed")
+        patterns = below if key == "patternProperties" and isinstance(below, Mapping) else [below]
+        for pattern in patterns if key == "regex" or key.lower().endswith(("pattern", "patternproperties")) else ():
+            if isinstance(pattern, str) and len(pattern) > MAX_REGEX:
+                raise ItemError(f"'{name}': '{key}' has {len(pattern)} characters, at most {MAX_REGEX} are allowed")
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield all members of all mappings in a value."""
     if isinstance(value, Mapping):
         for key, below in value.items():
-            yield key, below
+            yield str(key), below
+            if key in ("json", "structural_tag") and isinstance(below, str):  # JSON in a text
+                with contextlib.suppress(msgspec.MsgspecError, RecursionError):
+                    below = msgspec.json.decode(below)
             yield from _members(below)
     elif isinstance(value, list):
         for below in value:

@@ -10,8 +10,9 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
+from gserve_core.config import GatewayConfig
 from gserve_core.hookspecs import hookimpl
-from gserve_core.interfaces import Access, Address, Connection, ServerApi, Transport
+from gserve_core.interfaces import Access, Address, Connection, GatewayApi, ServerApi, Transport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,12 @@ class HttpTransport(Transport):
         from .http_server import serve  # imports fastapi and uvicorn, which a client does not need
 
         return serve(api, host, port, max_body=self.max_body_mib << 20)
+
+    def serve_gateway(self, api: GatewayApi, at: GatewayConfig) -> AbstractAsyncContextManager[Address]:
+        """Listen for a service, and pass requests on to its servers, until the context ends."""
+        from .http_gateway import serve_gateway
+
+        return serve_gateway(api, at, max_body=self.max_body_mib << 20)
 
     def connect(self, address: Address, access: Access) -> Connection:
         """Return a connection to a server."""

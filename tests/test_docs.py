@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import msgspec
@@ -12,9 +12,9 @@ import typer
 import yaml
 
 import gserve
-from gserve import LLMConfig, ServeConfig
+from gserve import GatewayConfig, LLMConfig, ServeConfig
 from gserve.cli import app
-from gserve_core import config, diagnosis, errors, hookspecs, interfaces, messages, plugins
+from gserve_core import config, diagnosis, errors, hookspecs, interfaces, messages, openai_api, plugins
 from gserve_core.engines.vllm.known_errors import KNOWN_ERRORS
 from gserve_core.service.service import VLLMService
 from gserve_core.service.state import ServerState
@@ -23,6 +23,7 @@ from gserve_launchers.slurm import process as slurm
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS.rglob("*.md")])
+CONFIGS = {"llm": LLMConfig, "serve": ServeConfig, "gateway": GatewayConfig}
 MENTIONED = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -61,25 +62,32 @@ def test_every_method_is_in_it(cls: type) -> None:
             assert re.search(rf"\b{name}\b", page("reference/python.md")), name
 
 
-@pytest.mark.parametrize("name", [item.name for cls in (LLMConfig, ServeConfig) for item in fields(cls)])
-def test_every_field_of_the_configs_is_in_it(name: str) -> None:
-    assert f"`{name}`" in page("reference/config.md")
+def section(text: str, title: str) -> str:
+    """Return the text below a heading of the second level."""
+    (found,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, it.name) for name, cls in CONFIGS.items() for it in fields(cls)])
+def test_every_field_of_the_configs_is_in_it(name: str, field: str) -> None:
+    assert f"\n| `{field}` |" in section(page("reference/config.md"), name)
 
 
 def test_every_default_in_it_is_right() -> None:
     compared = 0
-    for cls in (LLMConfig, ServeConfig):
+    for name, cls in CONFIGS.items():
+        text = section(page("reference/config.md"), name)
         for item in fields(cls):
-            row = re.search(rf"^\| `{item.name}` \| (.*?) \|", page("reference/config.md"), flags=re.MULTILINE)
-            if row is not None and isinstance(item.default, (str, bool, int, float)):
+            row = re.search(rf"^\| `{item.name}` \| (.*?) \|", text, flags=re.MULTILINE)
+            assert row is not None, item.name
+            if item.default is not MISSING:
                 compared += 1
-                found = row[1].strip("`")
-                assert found == (
-                    str(item.default).lower()
-                    if isinstance(item.default, bool)
-                    else f"{item.default}".removesuffix(".0")
-                )
-    assert compared > 10
+                assert row[1].strip("`") == (
+                    item.default
+                    if isinstance(item.default, str)
+                    else msgspec.json.encode(item.default).decode().removesuffix(".0")
+                ), f"{name}.{item.name}"
+    assert compared > 20
 
 
 @pytest.mark.parametrize("kind", ["launcher", "transport", "engine"])
@@ -105,6 +113,11 @@ def test_every_command_and_its_options_are_in_it() -> None:
 @pytest.mark.parametrize("route", ["/health", "/chat", "/generate", "/shutdown", "/run", "/cancel"])
 def test_every_route_is_in_it(route: str) -> None:
     assert re.search(rf"`(GET|POST) {route}`", page("reference/http.md"))
+
+
+@pytest.mark.parametrize(("method", "path"), openai_api.ROUTES)
+def test_every_route_of_openais_api_is_in_it(method: str, path: str) -> None:
+    assert f"`{method} {path}`" in page("reference/http.md")
 
 
 @pytest.mark.parametrize(
@@ -141,6 +154,7 @@ def test_every_hook_and_every_member_of_a_contract_is_in_it() -> None:
             assert f"`{name}`" in text
     for cls in (
         interfaces.Launcher, interfaces.Transport, interfaces.Connection, interfaces.Engine, interfaces.RunningEngine,
+        interfaces.GatewayApi, interfaces.Attempts,
     ):  # fmt: skip
         for name in vars(cls):
             if not name.startswith("_"):

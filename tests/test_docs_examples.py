@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gserve import LLMConfig, VLLMService
+from gserve import GatewayConfig, LLMConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import run_files
 
@@ -20,8 +20,8 @@ PYTHON = ("README.md", "docs/index.md", "docs/guides/batches.md", "docs/guides/o
 SHELL = {  # page: words by which the blocks are chosen that need no GPU, SLURM, systemd or container
     "README.md": ("gserve generate configs", "gserve launch", "gserve ps"),
     "docs/guides/batches.md": ("gserve generate configs", "gserve launch", "gserve generate --attach"),
-    "docs/guides/http.md": ("gserve launch", "curl --silent", "TOKEN=$(", "/health\n", "/generate \\", "/chat \\"),
-    "docs/guides/openai.md": ("gserve launch", "curl --silent", "export", "/models --", '"Name three colours."'),
+    "docs/guides/http.md": ("gserve launch", "eval", "/health\n", "/generate \\", "/chat \\"),
+    "docs/guides/openai.md": ("gserve launch", "eval", "/models --", '"Name three colours."'),
     "docs/guides/server.md": ("gserve check", "gserve stop demo "),
     "docs/guides/troubleshooting.md": ("gserve check",),
     "docs/reference/config.md": ("gserve check",),
@@ -57,8 +57,9 @@ def test_its_python_runs(block: str, folder: Path) -> None:
     environ = environment()
     with ExitStack() as running:
         if "OpenAI(" in block and "VLLMService" not in block:
-            record = running.enter_context(VLLMService(LLMConfig("any"), engine=EchoEngine())).servers[0].record()
-            environ |= {"OPENAI_BASE_URL": f"http://{record.address}/v1", "OPENAI_API_KEY": record.token or ""}
+            service = VLLMService(LLMConfig("any"), engine=EchoEngine(), gateway=GatewayConfig())
+            running.enter_context(service)
+            environ |= {"OPENAI_BASE_URL": service.base_url or "", "OPENAI_API_KEY": service.api_key or ""}
         if "attach(" in block:
             running.enter_context(VLLMService(LLMConfig("any"), engine=EchoEngine(), name="demo"))
         ran = subprocess.run(

@@ -24,7 +24,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
-    {"host.child_process", "host.memory", "host.poll", "host.ports", "host.forks", "host.locks"},
+    {"host.descriptors", "host.child_process", "host.memory", "host.poll", "host.ports", "host.forks", "host.locks"},
     {"host.processes"},
     {"host.process_groups"},
     {"host.folders"},
@@ -40,9 +40,11 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "host.gpus", "host.gpu_locks",
     },
     {"host.server_log", "openai_api"},
-    {"host.tokens", "diagnosis"},
+    {"host.tokens", "host.api_keys", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
     {"service.state"},
+    {"service.routing"},
+    {"service.gateway"},
     {"service.supervisor"},
     {"batch.pieces"},
     {"batch.retries"},
@@ -127,7 +129,7 @@ ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "servi
 """Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {
     "errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.child_process",
-    "host.forks", "openai_api",
+    "host.forks", "host.descriptors", "openai_api",
 }  # fmt: skip
 """What launchers and transports need of the core: no more than a plugin's author."""
 
@@ -139,15 +141,16 @@ HOMES = {  # third parties: the only files that may import them
     "anyio": {"gserve_core/batch/dispatcher.py"},
     "sniffio": {"gserve_transports/http_client.py"},
     "fastapi": {"gserve_transports/http_server.py"},
-    "starlette": {"gserve_transports/http_server.py"},
-    "uvicorn": {"gserve_transports/http_server.py"},
+    "starlette": {f"gserve_transports/{name}.py" for name in ("http_front", "http_gateway", "http_server")},
+    "uvicorn": {"gserve_transports/http_front.py"},
+    "httptools": {"gserve_transports/http_upstream.py"},
     "pluggy": {"gserve_core/hookspecs.py", "gserve_core/plugins.py"},
     "psutil": {
         f"gserve_core/{name}.py"
         for name in ("reap", "host/gpu_locks", "host/processes", "process/main", "testing/leftovers")
     },
     "yaml": {"gserve_core/document.py"},
-    "uvloop": {"gserve_core/batch/dispatcher.py", "gserve_core/process/main.py"},
+    "uvloop": {f"gserve_core/{name}.py" for name in ("batch/dispatcher", "process/main", "service/gateway")},
     "typer": {f"gserve/cli/{name}.py" for name in ("app", "batch", "examine", "options", "serve", "slurm")},
     "rich": {"gserve/cli/display.py"},
     "pytest": {"gserve_core/testing/__init__.py"},

@@ -1,4 +1,4 @@
-"""The command line: `launch`, `generate`, `chat`, `run`, `sbatch`, `check`, `doctor`, `plugins`, `ps`, `stop`, `reap`.
+"""The command line: `launch`, `generate`, `chat`, `run`, `sbatch`, `check`, `doctor`, `plugins`, `ps`, `stop` and more.
 
 An error is written to stderr after "error:". The exit code is 2 for a config, a plugin or an argument, and 1 for other
 errors. For a signal it is 128 plus the signal's number.
@@ -66,6 +66,8 @@ app.command()(slurm.sbatch)
 app.command()(examine.check)
 app.command()(examine.doctor)
 app.command("plugins")(examine.list_plugins)
+app.command()(serve.wait)
+app.command()(serve.env)
 app.command()(serve.ps)
 app.command()(serve.stop)
 app.command()(serve.reap)

@@ -1,6 +1,7 @@
-"""The commands about launched services: `launch`, `ps`, `stop`, `reap`."""
+"""The commands about launched services: `launch`, `wait`, `env`, `ps`, `stop`, `reap`."""
 
 import os
+import shlex
 import signal
 import time
 from contextlib import suppress
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 
 import gserve
-from gserve_core.errors import GserveError
+from gserve_core.errors import ConfigError, GserveError
 
 from .display import TICK, print_stderr, print_table
 from .options import ConfigFile, Overrides, Verbose
@@ -28,9 +29,13 @@ def launch(
 ) -> None:
     """Start the servers of CONFIG, and run them until Ctrl-C, SIGTERM, SIGHUP or `gserve stop`.
 
+    The gateway offers all servers at one address: OpenAI's API, /chat and /generate.
     After `stop` and SIGTERM the servers first finish their items in flight. A second signal stops them at once.
     """
-    service = gserve.VLLMService.from_yaml(config, overrides=changes(overrides, verbose), name=name or config.stem)
+    name = name or config.stem
+    service = gserve.VLLMService.from_yaml(
+        config, overrides=changes(overrides, verbose), name=name, gateway=gserve.GatewayConfig()
+    )
     died: set[str] = set()
     with serving(service):
         try:
@@ -47,8 +52,16 @@ def launch(
                     for server in service.status()
                 ],
             )
+            if service.base_url is not None:
+                print_stderr(f"OpenAI's API: {service.base_url}")
+                print_stderr(f'its key: eval "$(gserve env {shlex.quote(name)})"')
+            generations = {server.name: server.generation for server in service.status()}
             while len(down := names_down(service)) < len(service.servers):
                 died |= down  # the log has the cause
+                for server in service.status():
+                    if server.usable and server.generation > generations[server.name]:
+                        generations[server.name] = server.generation
+                        print_stderr(f"{server.name} is ready again")
                 time.sleep(TICK)
             raise GserveError("no server is running any more")
         except Signalled as signalled:  # a signal is the normal way to end it
@@ -57,6 +70,41 @@ def launch(
         print_stderr("shutting down")
     if died:
         raise GserveError(f"these servers failed: {', '.join(sorted(died))}")
+
+
+def wait(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service, or one that will be.")],
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Maximum time to wait.")] = 600.0,
+) -> None:
+    """Wait until a service is ready, also if it has not been launched yet."""
+    from gserve_core.service import records
+
+    records.check_form(name)
+    deadline = time.monotonic() + timeout
+    while True:
+        try:
+            record = records.wait_service(name, max(0.0, deadline - time.monotonic()))
+            break
+        except ConfigError as error:  # it has not been launched yet
+            if time.monotonic() >= deadline:
+                raise GserveError(f"no service '{name}' was launched within {timeout:g} s: {error}") from error
+            time.sleep(TICK)
+    if record.status != "ready":
+        cause = f": {record.error}" if record.error else ""
+        raise GserveError(f"the service '{name}' cannot be used, it is {record.status}{cause}")
+
+
+def env(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
+) -> None:
+    """Print the lines that set a shell's variables for OpenAI's clients: eval "$(gserve env NAME)"."""
+    from gserve_core.service import records
+
+    gateway = records.find_service(name).gateway
+    if gateway is None:
+        raise GserveError(f"the service '{name}' has no gateway: start it with gserve launch, or give it one")
+    print(f"export OPENAI_BASE_URL={shlex.quote(gateway.base_url)}")
+    print(f"export OPENAI_API_KEY={shlex.quote(gateway.api_key)}")
 
 
 def ps() -> None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from ..errors import ItemError, RemoteError
-from ..interfaces import ASGIApp, ASGIReceive, ASGISend, EngineInfo
+from ..interfaces import ASGIApp, ASGIMessage, ASGIReceive, ASGISend, EngineInfo
 from ..messages import Conversation, Message, Params, Prompt, ResponseOutput, TextPart
 
 PARAMS = ("n", "max_tokens", "min_tokens", "ignore_eos", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
@@ -39,7 +39,7 @@ def application(engine: Streaming) -> ASGIApp:
     """Return the application over a running engine."""
     model, numbers, started = engine.info.model, itertools.count(), int(time.time())
 
-    async def answer(scope: dict[str, Any], receive: ASGIReceive, send: ASGISend) -> None:
+    async def answer(scope: ASGIMessage, receive: ASGIReceive, send: ASGISend) -> None:
         path = scope["path"]
         if path == "/v1/models":
             entry = {"id": model, "object": "model", "created": started, "owned_by": "gserve"}

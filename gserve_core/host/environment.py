@@ -13,7 +13,10 @@ from ..errors import GserveError
 
 ATTACH_VARIABLE = "GSERVE_ATTACH"
 """Variable with the name of the launched service that a program uses, unless the program names one itself."""
+KEY_VARIABLE = "GSERVE_API_KEY"
+"""Variable with the API key of a gateway. No server gets it."""
 RESERVED = {
+    KEY_VARIABLE: "it is the key of the gateway, and no server needs it",
     "GSERVE_TOKEN": "each server has a token of its own, which clients of the same user find by themselves",
     "GSERVE_ID": "gserve finds a server's processes by it",
     "GSERVE_OWNER": "gserve finds a server's processes by it",
@@ -38,7 +41,8 @@ class Surroundings:
 def surroundings() -> Surroundings:
     """Return the settings that a process started now would inherit."""
     numbers = {value for name, value in vars(resource).items() if name.startswith("RLIMIT_")}
-    return Surroundings(dict(os.environ), _umask(), {number: resource.getrlimit(number) for number in numbers})
+    environ = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+    return Surroundings(environ, _umask(), {number: resource.getrlimit(number) for number in numbers})
 
 
 def _umask() -> int:

@@ -9,16 +9,15 @@ import contextlib
 import logging
 import math
 from collections.abc import Collection
-from typing import Any
 
 from ..errors import RemoteError, sentence_of
 from ..host.redaction import redact
-from ..interfaces import ASGIApp, ASGIReceive, ASGISend
-from ..openai_api import ROUTES, Kind, count_items, error_body
+from ..interfaces import ASGIApp, ASGIMessage, ASGIReceive, ASGISend
+from ..openai_api import ROUTES, Kind, count_items, error_body, read_body
 from .work import Work
 
 CLEANUP_SECONDS = 1.0
-"""Maximum time for an application to end by itself after the client has disconnected, in seconds."""
+"""Time that an application has to end a request whose client has disconnected, in seconds. Then it is cancelled."""
 LARGE = 256 << 10
 """Size of a body from which it is checked in a thread, so that other requests go on, in bytes."""
 logger = logging.getLogger("gserve.serving")
@@ -26,7 +25,7 @@ ENDED = "the server ended before this request was finished: send it again"
 
 
 async def answer(
-    application: ASGIApp, work: Work, scope: dict[str, Any], receive: ASGIReceive, send: ASGISend,
+    application: ASGIApp, work: Work, scope: ASGIMessage, receive: ASGIReceive, send: ASGISend,
     *, max_body: int, secrets: Collection[str],
 ) -> None:  # fmt: skip
     """Answer an HTTP request on one of `ROUTES` by the engine's application, as an ASGI application.
@@ -37,10 +36,10 @@ async def answer(
     Raises RemoteError: the request is refused or fails, or the server ends. Nothing has been sent.
     """
     kind = ROUTES[scope["method"], scope["path"]]
-    body = await _read(scope, receive, max_body)
+    body = await read_body(scope, receive, max_body)
     is_large = len(body) > LARGE
     items = await asyncio.to_thread(count_items, kind, body) if is_large else count_items(kind, body)
-    reply = _Reply(work, send)
+    reply = _Reply(work, items, send)
     with contextlib.nullcontext() if kind is Kind.READS else work.hold(items):
         running = asyncio.ensure_future(application(scope, _replayed(body, receive), reply))
         over, gone = asyncio.ensure_future(work.wait_over()), asyncio.ensure_future(_wait_disconnected(receive))
@@ -80,17 +79,18 @@ class _Ended(Exception):
 class _Reply:
     """Passes on what the application sends. It keeps the head of the answer until the first byte of the body."""
 
-    def __init__(self, work: Work, send: ASGISend) -> None:
+    def __init__(self, work: Work, items: int, send: ASGISend) -> None:
         self._work = work
-        self._send = send
-        self._head: dict[str, Any] | None = None
+        self._items = items
+        self._to_client = send
+        self._head: ASGIMessage | None = None
         self.is_begun = False
         """Whether a part of the answer has been sent."""
         self.is_complete = False
         self._has_told = False
         """Whether an error event has been sent."""
 
-    async def __call__(self, message: dict[str, Any]) -> None:
+    async def __call__(self, message: ASGIMessage) -> None:
         if message["type"] != "http.response.body":
             self._head = message
             return
@@ -106,10 +106,21 @@ class _Reply:
             await self._send(self._head)
         elif _is_error(body) and await self._work.is_ending():
             self._has_told = True
-            await self._send(message | {"more_body": True})
+            await self._send({**message, "more_body": True})
             raise _Ended
         await self._send(message)
-        self.is_complete = not more
+        if not more:
+            self.is_complete = True
+            if self._head["status"] < 400:
+                self._work.finish(self._items)
+
+    async def _send(self, message: ASGIMessage) -> None:
+        """Send a message. If the client is slow to read, the engine is not at fault."""
+        self._work.running -= self._items
+        try:
+            await self._to_client(message)
+        finally:
+            self._work.running += self._items
 
     async def finish(self, status: int, message: str) -> None:
         """Send an error if the answer is not complete. If it has begun, its connection is then cut.
@@ -132,23 +143,6 @@ def _is_error(body: bytes) -> bool:
     return b'"error"' in body[:64]
 
 
-async def _read(scope: dict[str, Any], receive: ASGIReceive, most: int) -> bytearray:
-    """Return the body of a request. Raises RemoteError: it is too large (413), or the client has disconnected (499)."""
-    body = bytearray()
-    size = dict(scope["headers"]).get(b"content-length", b"0")
-    if not size.isdigit() or int(size) <= most:
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                raise RemoteError("the client has disconnected", status=499)
-            body += message.get("body", b"")
-            if len(body) > most:
-                break
-            if not message.get("more_body"):
-                return body
-    raise RemoteError(f"the body is larger than {most} bytes: split the request", status=413)
-
-
 async def _wait_disconnected(receive: ASGIReceive) -> None:
     """Wait until the client disconnects. Applications do not all notice this by themselves."""
     while (await receive())["type"] != "http.disconnect":
@@ -156,10 +150,10 @@ async def _wait_disconnected(receive: ASGIReceive) -> None:
 
 
 def _replayed(body: bytearray, receive: ASGIReceive) -> ASGIReceive:
-    """Return a function that receives a body that was read before, then what comes."""
+    """Return a function that receives first `body`, then the messages of `receive`."""
     messages = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
-    async def replayed() -> dict[str, Any]:
+    async def replayed() -> ASGIMessage:
         return messages.pop() if messages else await receive()
 
     return replayed

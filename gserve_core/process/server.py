@@ -19,7 +19,7 @@ from ..errors import GserveError, LaunchError, RemoteError, sentence_of
 from ..host import gpu_locks, gpus, tokens
 from ..host.ports import port_holder
 from ..host.redaction import redact
-from ..interfaces import Address, ASGIApp, ASGIReceive, ASGISend, Engine, RunningEngine, Transport
+from ..interfaces import Address, ASGIApp, ASGIMessage, ASGIReceive, ASGISend, Engine, RunningEngine, Transport
 from ..messages import Event, Health, ResponseOutput, RunRequest
 from . import openai_face
 from .engine_watchdog import wait_hung
@@ -114,9 +114,7 @@ class Server:
         if self._work is not None:
             self._work.cancel(request_id, items)
 
-    async def answer_openai(
-        self, scope: dict[str, Any], receive: ASGIReceive, send: ASGISend, *, max_body: int
-    ) -> None:
+    async def answer_openai(self, scope: ASGIMessage, receive: ASGIReceive, send: ASGISend, *, max_body: int) -> None:
         """Answer an HTTP request on one of OpenAI's routes."""
         try:
             work = self._ready_work()

@@ -179,9 +179,7 @@ class Work:
             if isinstance(prepared, ItemError):
                 raise prepared
             event = result_of(index, await piece.engine.run(prepared))
-            self.finished += 1
-            if self.finished == 1:
-                self._on_progress()
+            self.finish(1)
         except ItemError as error:
             event = Failure(index, str(error), error.invalid)
         except asyncio.CancelledError:
@@ -231,6 +229,14 @@ class Work:
         """Wait until `close`."""
         await self._over.wait()
 
+    def finish(self, items: int) -> None:
+        """Count items that the engine has answered."""
+        if not self.finished and items:
+            self.finished = items
+            self._on_progress()
+        else:
+            self.finished += items
+
     @contextlib.contextmanager
     def hold(self, items: int) -> Iterator[None]:
         """Admit a request that the engine's own application answers, for the block.
@@ -243,9 +249,6 @@ class Work:
             self.running += items
             try:
                 yield
-                self.finished += items
-                if self.finished == items:
-                    self._on_progress()
             finally:
                 piece.unfinished = 0
                 self.running -= items

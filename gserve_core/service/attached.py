@@ -15,7 +15,7 @@ from ..errors import GserveError, TransportError
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Connection, EngineInfo
 from ..service import records
-from ..service.records import ServerRecord, ServiceRecord
+from ..service.records import GatewayRecord, ServerRecord, ServiceRecord
 from .state import ServerState, State
 
 FOLLOW_SECONDS = 1.0
@@ -54,6 +54,11 @@ class Attached:
         """The latest states of the servers, by name, as their owner has written them. Never waits."""
         session = self._session
         return self._last if session is None else session.states
+
+    @property
+    def gateway(self) -> GatewayRecord | None:
+        """The gateway of the service; None if it has none."""
+        return None if self._session is None else self._session.gateway
 
     @property
     def dispatcher(self) -> Dispatcher | None:
@@ -113,6 +118,7 @@ class _Following:
         self.pid = os.getpid()
         self.dispatcher = Dispatcher()
         self.servers: Mapping[str, ServerRecord] = MappingProxyType({})
+        self.gateway: GatewayRecord | None = None
         self.states: Mapping[str, ServerState] = MappingProxyType({})
         self.is_closing = False
         self._is_drained = False
@@ -174,6 +180,7 @@ class _Following:
 
     def _apply_record(self, record: ServiceRecord) -> None:
         """Apply the record of a living owner to the queue and the states."""
+        self.gateway = record.gateway
         if record.status == "draining":
             self.dispatcher.drain(drain_reason(self._name))
             self._is_drained = True

@@ -20,7 +20,8 @@ from ..host import folders
 from ..host.environment import check_not_patched
 from ..interfaces import Connection
 from ..service import records
-from ..service.records import ServiceRecord
+from ..service.records import GatewayRecord, ServiceRecord
+from .gateway import Gateway
 from .state import BEGINNING, Published, ServerState, State
 from .supervisor import CLEANING_UP, END_SECONDS, Program, Supervisor
 
@@ -106,6 +107,7 @@ class Record:
     def __init__(self, name: str, make: Callable[[Sequence[ServerState], str], ServiceRecord]) -> None:
         self._name = name
         self._make = make
+        self.gateway: GatewayRecord | None = None
         self._run = ""
         """Identifies this start of the service."""
         self._last: ServiceRecord | None = None
@@ -134,7 +136,11 @@ class Record:
             if state.died and state.state == State.DRAINING and state.instance not in self._deaths:
                 self._deaths.append(state.instance)
         record = structs.replace(
-            self._make([] if is_draining else ready, status), id=self._run, deaths=list(self._deaths)
+            self._make([] if is_draining else ready, status),
+            id=self._run,
+            deaths=list(self._deaths),
+            gateway=self.gateway,
+            error=next((state.error or "" for state in states if state.error), "") if status == "failed" else "",
         )
         if self._last is not None and record != self._last:
             self._last, self._is_written = record, False
@@ -171,6 +177,7 @@ class _Session:
         what: str,
         logs: Callable[[], Path],
         queue: Queue | None,
+        gateway: Gateway | None,
         record: Record | None,
         nursery: Closable | None,
     ) -> None:
@@ -178,6 +185,7 @@ class _Session:
         self._open_logs = logs
         self._logs: Path | None = None
         self.queue = queue
+        self.gateway = gateway
         self._record = record
         self._nursery = nursery
         self._is_open = self._is_draining = self._is_closing = False
@@ -190,14 +198,23 @@ class _Session:
         self._is_open = True
         if self._record is not None:
             self._record.reserve()
+        if self.gateway is not None:
+            opened = self.gateway.start()
+            if self._record is not None:
+                self._record.gateway = opened
         self._logs = logs = self._open_logs()
         for state in self._published.states.values():
             self._published.publish(replace(state, restarts=0, failure=None).queued(BEGINNING))
             self._update_queue(self._published.states[state.name])
+            if self.gateway is not None:
+                self.gateway.update(self._published.states[state.name])
+        self._write_record(self._published.states)
         return logs
 
     def changed(self, old: ServerState, new: ServerState) -> None:
         self._update_queue(new)
+        if self.gateway is not None:
+            self.gateway.update(new)
         if old.usable != new.usable or old.returns != new.returns:
             self._write_record({**self._published.states, new.name: new})
 
@@ -217,6 +234,8 @@ class _Session:
 
     def draining(self) -> None:
         self._is_draining = True
+        if self.gateway is not None:
+            self.gateway.drain("the service is ending")
         self._write_record(self._published.states)
 
     def keep(self) -> None:
@@ -241,6 +260,8 @@ class _Session:
                 cleanup.callback(self._record.remove)
             if self._nursery is not None and self._is_open:
                 cleanup.callback(self._nursery.close)
+            if self.gateway is not None:
+                cleanup.callback(self.gateway.close)
             if self.queue is not None:
                 cleanup.callback(self.queue.close)
 
@@ -254,7 +275,7 @@ class Pool:
     `logs`: creates and returns the folder for the logs of a start.
     `max_restarts`: see `ServeConfig`.
     `min_ready`, `keeps_places`: see `Supervisor`.
-    `queue`: creates the queue of a start; None: no queue.
+    `queue`, `gateway`: create the queue and the gateway of a start; None: there is none.
     `what`: name of the pool in messages.
     """
 
@@ -268,12 +289,14 @@ class Pool:
         min_ready: int | None = None,
         keeps_places: bool = False,
         queue: Callable[[], Queue] | None = None,
+        gateway: Callable[[], Gateway] | None = None,
         record: Record | None = None,
         nursery: Closable | None = None,
         what: str = "the service",
     ) -> None:
         self._published = Published(states)
         self._make_queue = queue
+        self._make_gateway = gateway
         self._make_session = partial(
             _Session, programs, self._published, max_restarts=max_restarts, min_ready=min_ready,
             keeps_places=keeps_places, what=what, logs=logs, record=record, nursery=nursery,
@@ -292,6 +315,12 @@ class Pool:
     def is_foreign(self) -> bool:
         """Whether this process was forked from the owner of the servers."""
         return self._pid != os.getpid()
+
+    @property
+    def gateway(self) -> GatewayRecord | None:
+        """The gateway of the servers; None if there is none, or the pool is not started."""
+        session = self._session
+        return None if session is None or session.gateway is None else session.gateway.record
 
     @property
     def dispatcher(self) -> Dispatcher | None:
@@ -341,7 +370,8 @@ class Pool:
         queue = None
         try:
             queue = None if self._make_queue is None else self._make_queue()
-            return self._make_session(queue=queue)
+            gateway = None if self._make_gateway is None else self._make_gateway()
+            return self._make_session(queue=queue, gateway=gateway)
         except (RuntimeError, OSError) as error:  # no more threads or descriptors, or the interpreter is ending
             if queue is not None:
                 queue.close()

@@ -43,6 +43,17 @@ class ServerRecord(Struct, frozen=True):
         return f"ServerRecord(name={self.name!r}, address={self.address!r}, instance={self.instance!r})"
 
 
+class GatewayRecord(Struct, frozen=True):
+    """The gateway of a launched service: its URL for clients of OpenAI's API, and its API key."""
+
+    base_url: str
+    api_key: str
+
+    def __repr__(self) -> str:
+        """Show no secret."""
+        return f"GatewayRecord(base_url={self.base_url!r})"
+
+
 class ServiceRecord(Struct, frozen=True):
     """A launched service with its ready servers. Another version of gserve may write more fields.
 
@@ -53,6 +64,7 @@ class ServiceRecord(Struct, frozen=True):
     `stall_timeout`: time after which the owner kills a hung server, in seconds; None: never.
     `deaths`: instances of the servers that died while they worked, at most the last `MAX_DEATHS`.
     `seed`: see `LLMConfig.item_seed`.
+    `error`: why the servers have failed, if all have.
     """
 
     name: str
@@ -69,6 +81,8 @@ class ServiceRecord(Struct, frozen=True):
     stall_timeout: float | None = 60.0
     deaths: list[str] = []
     seed: int = 0
+    gateway: GatewayRecord | None = None
+    error: str = ""
 
     @property
     def is_alive(self) -> bool:
@@ -109,13 +123,13 @@ def reserve_service(record: ServiceRecord) -> None:
     Raises ConfigError: the name is taken or invalid.
     Raises GserveError: its record cannot be read or written.
     """
-    _check_text(record.name)
+    check_form(record.name)
     _update(record, may_be_same=False)
 
 
 def write_service(record: ServiceRecord) -> None:
     """Write the record of a service. Its name need not be reserved. Raises the errors of `reserve_service`."""
-    _check_text(record.name)
+    check_form(record.name)
     _update(record, may_be_same=True)
 
 
@@ -142,13 +156,14 @@ def keep_service(record: ServiceRecord) -> bool:
 
 def check_name(name: str) -> None:
     """Raise ConfigError if the name is invalid, or if a living service has it."""
-    _check_text(name)
+    check_form(name)
     other = read_service(name)
     if other is not None and other.is_alive:
         raise _name_taken(other)
 
 
-def _check_text(name: str) -> None:
+def check_form(name: str) -> None:
+    """Raise ConfigError unless a text may be the name of a service."""
     if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or not name.isascii() or len(name) > 64:
         raise ConfigError(f"expected a name of at most 64 letters, digits and '-_.', got '{name}'")
 
@@ -251,7 +266,8 @@ def wait_service(name: str, seconds: float) -> ServiceRecord:
         with contextlib.suppress(GserveError):  # temporarily unreadable: its owner writes it again
             record = read_service(name) or record
         if not first.is_alive or not record.is_same(first):
-            raise GserveError(f"the service '{name}' (process {first.pid}) ended while it started")
+            cause = f": {record.error}" if record.error else ""
+            raise GserveError(f"the service '{name}' (process {first.pid}) ended while it started{cause}")
     return record
 
 

@@ -6,21 +6,24 @@ import uuid
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
-from ..config import Config, LLMConfig, ServeConfig, check_placement, load
-from ..errors import GserveError
+from ..config import Config, GatewayConfig, LLMConfig, ServeConfig, check_placement, check_ports, load, wrong_key
+from ..errors import ConfigError, GserveError
 from ..host import folders, processes
-from ..host.environment import ATTACH_VARIABLE
+from ..host.api_keys import kept_key
+from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
 from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
 from ..plugins import Parts, assemble
 from ..service import records
 from ..service.records import ServerRecord, ServiceRecord
 from .attached import Attached, drain_reason
+from .gateway import Gateway, new_key
 from .inference import Inference
 from .nursery import Nursery
 from .pool import Pool, Queue, Record
@@ -42,6 +45,7 @@ class VLLMService(Inference):
     `launcher`, `transport`, `engine`: instances to use. By default: this machine, HTTP and vLLM.
     `plugins`: modules that provide more of these.
     `name`: makes the service visible to `attach` and `gserve ps`.
+    `gateway`: gives the service one address for OpenAI's API; see `base_url` and `api_key`.
 
     Raises ConfigError or PluginError.
     """
@@ -56,8 +60,9 @@ class VLLMService(Inference):
         engine: Engine | None = None,
         plugins: Sequence[str] = (),
         name: str | None = None,
+        gateway: GatewayConfig | None = None,
     ) -> None:
-        config = Config(llm_config, serve_config or ServeConfig(), plugins=list(plugins))
+        config = Config(llm_config, serve_config or ServeConfig(), plugins=list(plugins), gateway=gateway)
         self._set_up(config, assemble(config, None, launcher=launcher, transport=transport, engine=engine), name)
 
     @classmethod
@@ -70,19 +75,20 @@ class VLLMService(Inference):
         transport: Transport | None = None,
         engine: Engine | None = None,
         name: str | None = None,
+        gateway: GatewayConfig | None = None,
     ) -> Self:
         """Return a service that is configured by a YAML file. Raises ConfigError or PluginError.
 
         `overrides`: texts of the form `"key.key=value"`. For the other arguments see the class.
+        `gateway`: the gateway if the file describes none. It is left out if the transport has none.
         """
         config, document = load(path, overrides)
         self = cls.__new__(cls)
         with document.located():
-            self._set_up(
-                config,
-                assemble(config, document.file.parent, launcher=launcher, transport=transport, engine=engine),
-                name,
-            )
+            parts = assemble(config, document.file.parent, launcher=launcher, transport=transport, engine=engine)
+            if config.gateway is None and parts.transport.has_gateway:
+                config = replace(config, gateway=gateway)
+            self._set_up(config, parts, name)
         return self
 
     @classmethod
@@ -129,6 +135,7 @@ class VLLMService(Inference):
         llm, serve, nursery = config.llm, config.serve, Nursery()
         self._seeds = Seeds(llm.item_seed)
         placement = check_placement(llm, serve)
+        check_ports(config, len(placement))
         programs = [
             ServerProgram(
                 llm=llm, parts=parts, nursery=nursery, gpu_ids=gpu_ids, index=index, servers=len(placement),
@@ -147,6 +154,9 @@ class VLLMService(Inference):
             max_restarts=serve.max_restarts,
             min_ready=serve.min_ready,
             queue=lambda: Queue(lambda state: _connect(parts, record_of(state), timeout), timeout, stall_timeout),
+            gateway=None
+            if config.gateway is None
+            else partial(Gateway, parts.transport, config.gateway, partial(_api_key, config.gateway, name)),
             record=None if name is None else Record(name, lambda *of: _record(name, config, parts, *of)),
             nursery=nursery,
         )
@@ -212,6 +222,18 @@ class VLLMService(Inference):
         """The launcher of the servers."""
         return self._parts.launcher
 
+    @property
+    def base_url(self) -> str | None:
+        """The URL of the gateway for clients of OpenAI's API, which ends in /v1; None without a gateway that runs."""
+        gateway = self._pool.gateway
+        return None if gateway is None else gateway.base_url
+
+    @property
+    def api_key(self) -> str | None:
+        """The API key of the gateway; None without a gateway that runs."""
+        gateway = self._pool.gateway
+        return None if gateway is None else gateway.api_key
+
     def is_running(self) -> bool:
         """Return whether at least one server is ready for requests."""
         return any(state.usable for state in self.status())
@@ -230,6 +252,21 @@ class VLLMService(Inference):
         if dispatcher is None:
             raise GserveError("the service is not running: call start(), or use it in a with statement")
         return dispatcher
+
+
+def _api_key(config: GatewayConfig, name: str | None) -> str:
+    """Return the key of a gateway. Raises GserveError: it is not allowed, or cannot be kept."""
+    given = config.api_key or os.environ.get(KEY_VARIABLE)
+    if given:
+        if wrong := wrong_key(given):
+            raise ConfigError(f"the API key in ${KEY_VARIABLE} is not allowed: {wrong}", at="$.gateway.api_key")
+        return given
+    if name is None:
+        return new_key()
+    kept = kept_key(name, new_key)
+    if wrong := wrong_key(kept):
+        raise GserveError(f"the kept API key of '{name}' is not allowed: {wrong}; remove its file, or set another key")
+    return kept
 
 
 def _connect(parts: Parts, server: ServerRecord, timeout: float | None) -> Connection:

@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from pathlib import Path
-from typing import Any
 
 from ..config import LLMConfig
 from ..errors import ItemError, LaunchError, RemoteError, TransportError
@@ -17,6 +16,7 @@ from ..host import processes
 from ..interfaces import (
     Access,
     Address,
+    ASGIMessage,
     ASGIReceive,
     ASGISend,
     Engine,
@@ -176,9 +176,7 @@ class _Api:
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         self.was_cancelled.append((request_id, list(items)))
 
-    async def answer_openai(
-        self, scope: dict[str, Any], receive: ASGIReceive, send: ASGISend, *, max_body: int
-    ) -> None:
+    async def answer_openai(self, scope: ASGIMessage, receive: ASGIReceive, send: ASGISend, *, max_body: int) -> None:
         raise AssertionError("only a transport that speaks HTTP calls this, and no request of these checks asks for it")
 
     def shut_down(self) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import shlex
 import signal
 import subprocess
@@ -275,6 +276,47 @@ def test_a_launched_service_is_listed_and_ends_by_stop(place: Place) -> None:
     assert place.run("stop", "two").stderr == "stopped 'two'\n"
     assert process.wait(30) == 0
     assert process.stdout.read() == ""
+
+
+def test_a_launched_service_has_an_address_that_a_shell_can_use(place: Place) -> None:
+    waiting = place.start("wait", "demo", stdout=subprocess.DEVNULL)
+    process = place.start("launch", place.config(load_time=0.5))
+    assert waiting.wait(60) == 0
+    (line,) = eventually(lambda: re.findall(r"^OpenAI's API: (http://127.0.0.1:\d+/v1)$", place.stderr, re.MULTILINE))
+    assert 'its key: eval "$(gserve env demo)"\n' in place.stderr
+    assert place.run("wait", "demo").stderr == "", "it is ready"
+    exports = place.run("env", "demo").stdout
+    assert exports.startswith(f"export OPENAI_BASE_URL={line}\nexport OPENAI_API_KEY=gserve-")
+    ask = 'eval "$1"; curl --silent "$OPENAI_BASE_URL/models" --header "Authorization: Bearer $OPENAI_API_KEY"'
+    asked = subprocess.run(["sh", "-c", ask, "sh", exports], capture_output=True, text=True, check=True)
+    assert json.loads(asked.stdout)["data"][0]["id"] == "demo-model"
+    key = exports.split("OPENAI_API_KEY=")[1].strip()
+    assert key not in place.stderr
+    assert key not in place.run("ps").stdout
+    assert all(key not in str([it.cmdline(), it.environ()]) for it in place.processes())
+    logs = list((place.folder / "state").rglob("*.log"))
+    assert logs
+    assert all(key not in log.read_text() for log in logs)
+    (server,) = place.servers()
+    server.kill()
+    eventually(lambda: "server-0 is ready again\n" in place.stderr)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    again = place.start("launch", place.config(), "--set", "gateway.host=localhost")
+    assert place.run("wait", "demo").stderr == ""
+    assert place.run("env", "demo").stdout.split("OPENAI_API_KEY=")[1].strip() == key, "the key is kept for the name"
+    again.send_signal(signal.SIGINT)
+    assert again.wait(30) == 0
+
+
+def test_wait_and_env_say_what_is_wrong(place: Place) -> None:
+    none = place.run("wait", "demo", "--timeout", "0.2", code=1).stderr
+    assert none.startswith("error: no service 'demo' was launched within 0.2 s: no service named 'demo' is running")
+    assert "expected a name of at most 64 letters" in place.run("wait", "a/b", code=2).stderr
+    assert "demo" in place.run("env", "demo", code=2).stderr
+    failing = place.start("launch", place.config(load_time=1.0, fail_start="no luck"))
+    assert re.search("is failed: .*no luck|ended while it started", place.run("wait", "demo", code=1).stderr)
+    assert failing.wait(30) == 1
 
 
 def launched_with_items(place: Place, *items: Any) -> tuple["subprocess.Popen[str]", "subprocess.Popen[bytes]"]:

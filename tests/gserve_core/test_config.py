@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gserve import ConfigError, LLMConfig, ServeConfig, VLLMServer, VLLMService
+from gserve import ConfigError, GatewayConfig, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core.config import Config, build, check_placement, load
 
 LLM = "llm:\n  model_name: m\n"
@@ -242,6 +242,44 @@ def test_a_wrong_value_from_python_is_named_with_its_field(make: Callable[[], ob
     assert message(make) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"port": 0}, "expected a port from 1 to 65535, got 0 - at $.port"),
+        ({"host": "http://me"}, "'http://me' is not a host: write it without a scheme"),
+        ({"host": ""}, "'' is not a host: it is empty"),
+        ({"allowed_hosts": ["ok", "a/b"]}, "'a/b' is not a host"),
+        ({"api_key": "short"}, "the API key is not allowed: expected at least 16 characters, got 5 - at $.api_key"),
+        ({"api_key": "with blanks in it, long"}, "without blanks"),
+        ({"certfile": "a.pem"}, "certfile and keyfile belong together: set keyfile too - at $.keyfile"),
+        ({"queue_timeout": 0}, "expected seconds above 0"),
+        ({"keys": {}}, "unknown argument 'keys'"),
+    ],
+)
+def test_a_wrong_gateway_is_named_with_its_field(options: dict[str, Any], expected: str) -> None:
+    told = message(lambda: GatewayConfig(**options))
+    assert expected in told
+    assert "with blanks in it" not in told, "a key is a secret"
+
+
+def test_a_gateway_in_a_file_is_none_or_a_section(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    for text, gateway in (
+        ("", None), ("gateway: null", None), ("gateway: {}", GatewayConfig()),
+        ("gateway: {port: 8000, allowed_hosts: [llm.example]}", GatewayConfig(8000, allowed_hosts=["llm.example"])),
+    ):  # fmt: skip
+        file.write_text(LLM + text)
+        assert load(file)[0].gateway == gateway
+    file.write_text(LLM)
+    assert load(file, ["gateway.port=8001"])[0].gateway == GatewayConfig(port=8001)
+    file.write_text(LLM + "serve: {port: 8000, servers: 2}\ngateway: {port: 8001}\n")
+    assert "port 8001 is that of server-1 too (serve.port: 8000)" in message(lambda: load(file))
+    file.write_text(LLM + "gateway: {prot: 8000}\n")
+    assert "did you mean 'port'?" in message(lambda: load(file))
+    file.write_text(LLM + "gateway: 8000\n")
+    assert "expected a mapping, got" in message(lambda: load(file))
+
+
 def test_engine_kwargs_are_those_of_vllm_without_what_is_not_set() -> None:
     assert LLMConfig("m").engine_kwargs == {
         "model": "m",
@@ -410,7 +448,7 @@ def test_aliases_repeat_what_they_stand_for(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------------------------------- wrong YAML
 
-TOP = "engine, launcher, llm, plugins, serve, transport"
+TOP = "engine, gateway, launcher, llm, plugins, serve, transport"
 ONLY = "expected texts, numbers, lists and mappings"
 WRONG: dict[str, tuple[str | bytes, str]] = {
     # what is wrong: (the file, the message after its name)

@@ -60,6 +60,12 @@ def test_other_work_is_counted_by_what_it_is() -> None:
         ("top_logprobs", 1 << 30, "'logprobs': expected -1 to"),
         ("prompt_logprobs", 1 << 30, "'prompt_logprobs': expected -1 to"),
         ("seed", 1 << 63, "'seed': expected"),
+        ("n", "16384", "'n': expected an integer, got '16384'"),
+        ("n", 2.0, "'n': expected an integer, got 2.0"),
+        ("top_logprobs", "5", "'top_logprobs': expected an integer"),
+        ("structured_outputs", {"json": '{"pattern": "' + "a" * 9000 + '"}'}, "'pattern' has 9000 characters"),
+        ("structured_outputs", {"json": {"patternProperties": {"a" * 9000: {}}}}, "'patternProperties' has 9000"),
+        ("structured_outputs", {"whitespace_pattern": "a" * 9000}, "9000 characters"),
         ("seed", 1 << 70, "64 bits"),
         ("stop", ["x"] * 65, "at most 64 texts"),
         ("stop_sequences", ["x" * 257], "at most 64 texts"),
@@ -93,9 +99,9 @@ def test_what_hurts_a_server_is_refused_with_its_name(field: str, value: object,
         {"type": "tool_result", "content": [{"type": "image", "source": {"type": "url", "url": "http://a"}}]},
     ],
 )
-@pytest.mark.parametrize("field", ["messages", "input", "system"])
+@pytest.mark.parametrize("field", ["messages", "input", "system", "query", "text_1", "data_2", "something_new"])
 def test_a_medium_is_never_fetched(part: dict[str, Any], field: str) -> None:
-    content: object = [part] if field == "system" else [{"role": "user", "content": [part]}]
+    content: object = [part] if field in ("system", "data_2") else [{"role": "user", "content": [part]}]
     assert "send the medium as a data: URL" in refusal(CHAT | {field: content})
 
 

@@ -6,12 +6,11 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import uvloop
 
 from gserve_core.errors import RemoteError
-from gserve_core.interfaces import ASGIReceive, ASGISend
+from gserve_core.interfaces import ASGIMessage, ASGIReceive, ASGISend
 from gserve_core.messages import Event, Health, Heartbeat, ResponseOutput, Result, RunRequest
 from gserve_transports import HttpTransport
 
@@ -65,9 +64,7 @@ class Noted:
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         self.effects.append("cancel")
 
-    async def answer_openai(
-        self, scope: dict[str, Any], receive: ASGIReceive, send: ASGISend, *, max_body: int
-    ) -> None:
+    async def answer_openai(self, scope: ASGIMessage, receive: ASGIReceive, send: ASGISend, *, max_body: int) -> None:
         self.effects.append(f"{scope['method']} {scope['path']}")
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})

@@ -18,7 +18,7 @@ import pytest
 from gserve import LLMConfig, VLLMServer
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.messages import Event, Failure, Group, RunRequest
-from gserve_transports import HttpTransport, http_server
+from gserve_transports import HttpTransport, http_front
 from gserve_transports.frames import KEEPALIVE
 from tests.gserve_transports.noted import Noted, exchange, served, until
 
@@ -443,9 +443,9 @@ def test_a_hundred_thousand_prompts_in_one_body_are_answered_in_order_and_keep_n
 
 
 def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "UNREAD", (3, 0.2))
+    monkeypatch.setattr(http_front, "UNREAD", (3, 0.2))
     small = (socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)  # else all of it would fit in there
-    monkeypatch.setattr(http_server, "KEEPALIVE", (*KEEPALIVE, small))
+    monkeypatch.setattr(http_front, "KEEPALIVE", (*KEEPALIVE, small))
     api = Noted()
     with served(api), socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

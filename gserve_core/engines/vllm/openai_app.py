@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 
 from ...errors import ConfigError, RemoteError, did_you_mean
-from ...interfaces import ASGIApp, ASGIReceive, ASGISend
+from ...interfaces import ASGIApp, ASGIMessage, ASGIReceive, ASGISend
 from . import differences
 
 PLACES = {  # attribute of `Front`: where vLLM has it, the newest place first
@@ -160,7 +160,7 @@ def counted(application: ASGIApp, begin: Callable[[], object], end: Callable[[No
     """
     known = paths(application)
 
-    async def count(scope: dict[str, Any], receive: ASGIReceive, send: ASGISend) -> None:
+    async def count(scope: ASGIMessage, receive: ASGIReceive, send: ASGISend) -> None:
         if (path := scope["path"]) not in known:
             raise RemoteError(f"this model does not offer {path}", status=404)
         begin()

@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
@@ -127,16 +126,16 @@ def test_a_server_that_starts_says_so(tmp_path: Path) -> None:
 
 
 def test_a_full_server_says_so_and_counts_every_completion(tmp_path: Path) -> None:
-    with by_hand(tmp_path, latency=0.05, capacity=4) as server, ThreadPoolExecutor() as pool:
+    with by_hand(tmp_path, latency=0.05, capacity=4) as server:
         port = server.ready()
-        fills = pool.submit(ask, port, "POST", CHAT, chat("w " * 60, n=60))
-        until(lambda: ask(port, "POST", CHAT, chat("a", n=5)).status == 429)
-        reply = ask(port, "POST", CHAT, chat("a", n=5))
-        assert error_of(reply)[:2] == (429, "TooManyRequestsError")
-        assert reply.headers["retry-after"] == "1"
-        assert ask(port, "POST", CHAT, chat("a", n=2)).status == 200
-        assert ask(port, "POST", "/generate", {"prompts": ["a"] * 5}).status == 429, "gserve's items count too"
-        assert fills.result().status == 200
+        with stream(port, chat(LONG, n=60)) as events:
+            next(events)
+            reply = ask(port, "POST", CHAT, chat("a", n=5))
+            assert error_of(reply)[:2] == (429, "TooManyRequestsError")
+            assert reply.headers["retry-after"] == "1"
+            assert ask(port, "POST", CHAT, chat("a", n=2)).status == 200
+            assert ask(port, "POST", "/generate", {"prompts": ["a"] * 5}).status == 429, "gserve's items count too"
+        until(lambda: ask(port, "POST", CHAT, chat("a", n=5)).status == 200)
 
 
 # ------------------------------------------------------------------------------------------------------------ the ends
@@ -208,6 +207,21 @@ def test_an_answer_that_has_not_begun_becomes_a_503(
             503, "ServiceUnavailableError", "the server ended before this request was finished: send it again",
         )  # fmt: skip
         server.process.wait(30)
+
+
+def test_a_client_that_reads_slowly_does_not_make_the_engine_look_hung() -> None:
+    config = ServeConfig(stall_timeout=1.0, max_restarts=0)
+    llm = LLMConfig("m", max_model_len=300_000)
+    with VLLMServer(llm, serve_config=config, engine=EchoEngine()) as server:
+        record = server.record()
+        body = json.dumps(chat("w " * 100_000, max_tokens=100_000, stream=True)).encode()
+        with socket.create_connection(("127.0.0.1", record.address.port)) as reading:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: 127.0.0.1\r\nAuthorization: Bearer {record.token}\r\n"
+            reading.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            reading.recv(1000)
+            time.sleep(5.0)
+        assert ask(record.address.port, "POST", CHAT, chat("a"), token=record.token).status == 200
+        assert server.record().instance == record.instance
 
 
 def test_an_engine_that_hangs_is_noticed_by_such_a_request_alone() -> None:

@@ -1,0 +1,156 @@
+"""The choice of a server for each request that comes to a gateway.
+
+A request goes to the ready server with the fewest requests in flight. It is sent again while its answer has not begun:
+after the death of its server, and after a refusal. `Routing` follows the states that the supervisor publishes.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import Iterator
+
+from ..errors import RemoteError
+from ..interfaces import Backend
+from .state import ServerState
+
+MAX_DEATHS = 3
+"""Number of servers that may die while they work on a request. Then it is not sent again."""
+RETRY_SECONDS = 1.0
+"""Retry delay for a client that found no ready server, in seconds."""
+
+
+class Routing:
+    """The ready servers, as a gateway sees them. All methods run in one event loop.
+
+    `queue_timeout`: maximum time that a request waits for a server, in seconds; None: no limit.
+    """
+
+    def __init__(self, queue_timeout: float | None) -> None:
+        self._queue_timeout = queue_timeout
+        self._states: dict[str, ServerState] = {}
+        self._backends: dict[str, Backend] = {}
+        """The servers that may have requests in flight, by name."""
+        self._changed = asyncio.Event()
+        self._turn = 0
+        self.ending = ""
+        """Why no more requests are accepted."""
+
+    def update(self, state: ServerState) -> None:
+        """Take over a server's new state. If the server has died, the requests in flight there end."""
+        self._states[state.name] = state
+        known = self._backends.get(state.name)
+        if known is not None and (known.instance != state.instance or not state.works):
+            del self._backends[state.name]
+            known.on_gone()
+            known = None
+        if known is None and state.usable:
+            assert state.address is not None
+            self._backends[state.name] = Backend(state.name, state.instance, state.address, state.token)
+        self._notify()
+
+    def end(self, why: str) -> None:
+        """Accept no more requests. Those in flight go on."""
+        self.ending = why
+        self._notify()
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    @property
+    def backends(self) -> list[Backend]:
+        """The ready servers."""
+        return [it for it in self._backends.values() if self._states[it.name].usable]
+
+    @property
+    def status(self) -> str:
+        """Return "ok" if a server is ready, "starting" if one will be, "draining", or "stopped"."""
+        if self.ending:
+            return "draining"
+        if self.backends:
+            return "ok"
+        return "starting" if any(state.returns for state in self._states.values()) else "stopped"
+
+    def attempts(self) -> "Attempts":
+        """Return the attempts of a new request."""
+        return Attempts(self, self._queue_timeout)
+
+    async def wait_changed(self, seconds: float) -> None:
+        """Wait until a state changes, for `seconds` at most."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+
+    def least_busy(self, without: set[str]) -> Backend | None:
+        """Return the server with the fewest requests, but for the instances in `without`. Equal servers take turns."""
+        found = [backend for backend in self.backends if backend.instance not in without]
+        if not found:
+            return None
+        self._turn += 1
+        first = self._turn % len(found)
+        return min(found[first:] + found[:first], key=lambda backend: backend.requests)
+
+
+class Attempts:
+    """The attempts to have one request answered."""
+
+    def __init__(self, routing: Routing, queue_timeout: float | None) -> None:
+        self._routing = routing
+        self._patience = math.inf if queue_timeout is None else queue_timeout
+        """Remaining time to wait for a server, in seconds. The time in servers does not count."""
+        self._tried: set[str] = set()
+        """Instances that refused the request, or seemed to die while they worked on it, a moment ago."""
+        self._tried_at = 0.0
+        self._deaths = 0
+        self._busy: RemoteError | None = None
+
+    async def next(self) -> Backend:
+        """Return the server for the next attempt; wait for one if there is none.
+
+        Raises RemoteError: there is none in time, all are busy, or too many have died (429, 503).
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            if self._deaths >= MAX_DEATHS:
+                raise RemoteError(
+                    f"{self._deaths} servers died while they worked on this request: it is not sent again", status=503
+                )
+            if self._routing.ending:
+                raise RemoteError(self._routing.ending, status=503)
+            backend = self._routing.least_busy(self._tried)
+            if backend is not None:
+                return backend
+            if self._busy is not None:
+                raise self._busy
+            if self._routing.status == "stopped":
+                raise RemoteError("no server is running", status=503)
+            if self._patience <= 0:
+                raise RemoteError("no server became ready in time", status=503, retry_after=RETRY_SECONDS)
+            began = loop.time()
+            await self._routing.wait_changed(min(self._patience, RETRY_SECONDS))
+            self._patience -= loop.time() - began
+            if loop.time() > self._tried_at + RETRY_SECONDS:
+                self._tried.clear()  # those that are ready still are alive
+
+    @contextlib.contextmanager
+    def at_work(self, backend: Backend) -> Iterator[None]:
+        """Count the request as one that `backend` works on, for the block."""
+        backend.requests += 1
+        try:
+            yield
+        finally:
+            backend.requests -= 1
+
+    def refused(self, backend: Backend, busy: RemoteError | None = None) -> None:
+        """Take note that a server refused the request. `busy`: its answer if it had too much work."""
+        self._exclude(backend)
+        self._busy = busy or self._busy
+
+    def died(self, backend: Backend) -> None:
+        """Take note that a server died while it worked on the request."""
+        self._exclude(backend)
+        self._deaths += 1
+
+    def _exclude(self, backend: Backend) -> None:
+        self._tried.add(backend.instance)
+        self._tried_at = asyncio.get_running_loop().time()

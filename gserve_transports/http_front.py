@@ -1,0 +1,292 @@
+"""The listening half of everything that speaks HTTP: uvicorn, with limits on connections and requests.
+
+Only this file imports uvicorn.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import logging
+import re
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from gserve_core.errors import RemoteError
+from gserve_core.host.descriptors import connection_limit, raise_limit
+from gserve_core.host.forks import call_in_child
+from gserve_core.interfaces import Address
+
+from .frames import KEEPALIVE
+
+CALL_WHEN_LOST = "gserve.call_when_lost"
+"""Extension of the ASGI scope: see `_Protocol.call_when_lost`."""
+PATIENCE, SLOWEST = 20.0, 16 << 10
+"""A request must arrive within `PATIENCE` seconds, plus one second for each `SLOWEST` bytes of it."""
+UNREAD = 12, 5.0
+"""Number of checks, and seconds between them, for a client that reads nothing of its answer.
+A client that has read nothing at any of these checks is disconnected."""
+LATE = 5.0
+"""Delay of a timer, in seconds, that means that this process was suspended.
+Its clients may have been suspended too, so the time limit of a request is extended by the delay."""
+MAX_HEAD = 64 << 10
+"""Maximum size of a request without its body, in bytes: the head, and everything after the last chunk."""
+CHUNKING = 8
+"""Additional bytes that are allowed per byte of the body. Chunks of one byte each need 5."""
+MAX_LEFTOVER = 256 << 20
+"""Maximum part of a body that is read after the answer, in bytes.
+If the connection were closed at once, a client that still sends would not see the answer."""
+BODIES = 16
+"""Maximum memory for the bodies of all requests in progress, as a multiple of the largest body allowed."""
+BUSY_SECONDS = 1.0
+"""Retry delay for a client that is refused because of `BODIES`, in seconds."""
+MAX_PIPELINED = 16
+"""Maximum number of requests that wait on one connection behind the request in progress."""
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::[0-9]{1,5})?")
+
+
+@asynccontextmanager
+async def listen(
+    app: ASGIApp, host: str, port: int, *, certfile: str | None = None, keyfile: str | None = None
+) -> AsyncIterator[Address]:
+    """Listen, and answer by `app` until the context ends. Yields the address.
+
+    `certfile`, `keyfile`: the certificate and its key, for HTTPS.
+
+    Raises OSError: cannot listen there, or the certificate cannot be read.
+    """
+    raise_limit()
+    with _bind(host, port) as listening:
+        config = uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="off", ws="none", http=_Protocol,
+                server_header=False, date_header=False, proxy_headers=False,
+                timeout_graceful_shutdown=5, timeout_keep_alive=75, ssl_certfile=certfile, ssl_keyfile=keyfile,
+            ssl_keyfile_password="none", log_level=logging.ERROR,
+        )  # fmt: skip
+        config.load()  # reads the certificate; without a password, OpenSSL would ask the terminal for one
+        logging.getLogger("uvicorn.error").addFilter(_is_no_cut)
+        server = _Server(config)
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            yield Address(reachable_as(host), listening.getsockname()[1])
+        finally:
+            server.should_exit = True
+            await serving
+
+
+def host_names(host: str) -> set[str]:
+    """Return the names that the Host header of a request may have, at a server that listens on `host`."""
+    return {name.lower() for name in (*reachable_as(host), host, "localhost", "127.0.0.1", "::1")}
+
+
+def _is_no_cut(record: logging.LogRecord) -> bool:
+    """Return False for the message about an answer that is cut on purpose."""
+    return not record.getMessage().startswith("ASGI callable returned without completing")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers, which would end the process before the engine has stopped."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Protocol(HttpToolsProtocol):
+    """uvicorn's protocol with limits on a request.
+
+    uvicorn itself would wait forever for the rest of a request, and accept a head of any size. A connection that
+    exceeds a limit is closed. Honest clients do not come near the limits.
+    """
+
+    _timer: asyncio.TimerHandle | None = None
+    _reading_check: asyncio.TimerHandle | None = None
+    _when_lost: Callable[[], object] | None = None
+
+    def call_when_lost(self, callback: Callable[[], object] | None) -> None:
+        """Call `callback` if the client disconnects; None: no longer. This takes a tenth of the time of `receive`."""
+        self._when_lost = callback
+        if callback is not None:  # a large body has paused it, and only then a disconnection is noticed
+            self.flow.resume_reading()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self.scope["extensions"] = {CALL_WHEN_LOST: self.call_when_lost}  # type: ignore[dict-item]
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > connection_limit():
+            transport.abort()
+            return
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        self._stop_reading_checks()
+        super().connection_lost(exc)
+        if self._when_lost is not None:
+            self._when_lost()
+
+    def pause_writing(self) -> None:
+        """Begin to check whether the client reads its answer, since the write buffer is full."""
+        super().pause_writing()
+        self._stop_reading_checks()
+        self._check_reading(self.transport.get_write_buffer_size(), UNREAD[0])
+
+    def resume_writing(self) -> None:
+        """Stop these checks, since the client has read enough."""
+        self._stop_reading_checks()
+        super().resume_writing()
+
+    def _check_reading(self, before: int, checks: int) -> None:
+        size = self.transport.get_write_buffer_size()
+        if size < before:
+            checks = UNREAD[0]
+        if checks:
+            self._reading_check = self.loop.call_later(UNREAD[1], self._check_reading, size, checks - 1)
+        else:
+            self.transport.abort()
+
+    def _stop_reading_checks(self) -> None:
+        if self._reading_check is not None:
+            self._reading_check.cancel()
+            self._reading_check = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._timer is None:
+            self._start_timer()
+        self._received += len(data)
+        super().data_received(data)
+        if self._received - self._body * (1 + CHUNKING) > MAX_HEAD:
+            self._refuse("the head of the request is too large")
+        elif self._leftover > MAX_LEFTOVER or len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        if self.cycle.response_complete:
+            self._leftover += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._stop_timer()
+        super().on_message_complete()
+
+    def _start_timer(self) -> None:
+        """Start the time limit of a request."""
+        self._received = self._body = self._leftover = 0
+        self._began = self.loop.time()
+        self._check_due = self._began + PATIENCE
+        self._timer = self.loop.call_later(PATIENCE, self._check_arrival)
+
+    def _stop_timer(self) -> None:
+        """Stop the time limit: the request has arrived."""
+        self._received = self._body = self._leftover = 0
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _check_arrival(self) -> None:
+        if self.pipeline:  # it is not read until earlier requests are answered
+            self._began = self.loop.time()
+        elif (late := self.loop.time() - self._check_due) > LATE:
+            self._began += late
+        due = self._began + PATIENCE + self._received / SLOWEST
+        if self.loop.time() < due:
+            self._check_due = due
+            self._timer = self.loop.call_at(due, self._check_arrival)
+        else:
+            self._refuse("the request did not arrive in time")
+
+    def _refuse(self, why: str) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is not None and self.cycle.response_started:  # too late for another answer
+            self.transport.abort()
+        else:
+            self.send_400_response(why)
+
+
+@contextmanager
+def _bind(host: str, port: int) -> Iterator[socket.socket]:
+    with contextlib.ExitStack() as stack:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, _, _, _, target = found[0]
+            listening = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            for option in KEEPALIVE:
+                listening.setsockopt(*option)  # accepted connections inherit it
+            listening.bind(target)
+            listening.listen(2048)
+            call_in_child(listening.close)  # a forked process, such as an engine's, would keep the port
+        except (OSError, OverflowError, UnicodeError) as error:
+            why = getattr(error, "strerror", None) or error
+            raise OSError(getattr(error, "errno", None), f"cannot listen on {host}:{port}: {why}") from error
+        yield listening
+
+
+def reachable_as(host: str) -> list[str]:
+    """Return the hosts under which clients can reach a server that listens on `host`."""
+    try:
+        everywhere = ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        everywhere = False
+    return [socket.getfqdn(), socket.gethostname(), "127.0.0.1"] if everywhere else [host]
+
+
+class Bodies:
+    """Limits the memory for the bodies of all unanswered requests to `most` bytes.
+
+    A request that exceeds the limit is refused (429), and may be sent again later.
+    """
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self._app = app
+        self._most = most
+        self._bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer by the application."""
+        own = 0
+
+        async def counted() -> Message:
+            nonlocal own
+            message = await receive()
+            size = len(message.get("body", b""))
+            own += size
+            self._bytes += size
+            if size and self._bytes > self._most:
+                text = f"there are more than {self._most} bytes of unanswered requests here: retry later"
+                raise RemoteError(text, status=429, retry_after=BUSY_SECONDS)
+            return message
+
+        try:
+            await self._app(scope, counted, send)
+        finally:
+            self._bytes -= own
+
+
+def has_secret(headers: list[tuple[bytes, bytes]], secret: str) -> bool:
+    """Return whether a request carries `secret`. The time taken does not reveal how much of it is right."""
+    return hmac.compare_digest(given_secret(headers), secret.encode())
+
+
+def given_secret(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """Return the secret of a request, from the header of OpenAI's or of Anthropic's clients; b"" unless it has one."""
+    bearers = [value for name, value in headers if name == b"authorization"]
+    keys = [value for name, value in headers if name == b"x-api-key"]
+    if len(bearers) + len(keys) != 1:
+        return b""
+    return keys[0] if keys else bearers[0].removeprefix(b"Bearer ") if bearers[0].startswith(b"Bearer ") else b""
+
+
+def hostname(header: str) -> str | None:
+    """Return the host of a Host header, without its port; None if the header is malformed."""
+    found = _HOST.fullmatch(header.lower())
+    return None if found is None else found[1] or found[2]

@@ -1,0 +1,235 @@
+"""The HTTP half of a gateway: it lets requests in, and passes each on to a server that `GatewayApi` chooses.
+
+Until the first byte of an answer, a request may be sent again to another server. Afterwards, an answer that cannot be
+completed ends with an error event, and its connection is cut.
+"""
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from gserve_core.config import GatewayConfig
+from gserve_core.errors import RemoteError
+from gserve_core.interfaces import Address, Attempts, Backend, GatewayApi
+from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
+
+from .frames import INSTANCE_HEADER
+from .http_front import BODIES, CALL_WHEN_LOST, Bodies, given_secret, host_names, hostname, listen
+from .http_upstream import Answer, Gone, Headers, Upstream
+
+OWN_ROUTES = {("POST", "/chat"), ("POST", "/generate")}
+"""gserve's own routes that are passed on."""
+ALL_ROUTES = {*ROUTES, *OWN_ROUTES, ("GET", "/health")}
+PASSED = frozenset({b"content-type", b"accept", b"traceparent", b"tracestate", b"x-request-id"})
+"""Headers of a request that a server gets. The API key is not among them: each server has its own token."""
+NOT_RETURNED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"x-gserve-instance"})
+"""Headers of an answer that a client does not get."""
+JSON = ((b"content-type", b"application/json"),)
+EVENT_END, ERROR_EVENT = b"\n\n", b'data: {"error"'
+"""The end of an event of a stream, and the beginning of one that is an error."""
+DIED = "the server died before the answer was complete"
+
+
+@asynccontextmanager
+async def serve_gateway(api: GatewayApi, at: GatewayConfig, *, max_body: int) -> AsyncIterator[Address]:
+    """Listen and pass on requests until the context ends. Raises OSError: cannot listen there."""
+    gateway = _Gateway(api, max_body, host_names(at.host) | {host.lower() for host in at.allowed_hosts})
+    app: ASGIApp = Bodies(gateway, BODIES * max_body)
+    async with listen(app, at.host, at.port or 0, certfile=at.certfile, keyfile=at.keyfile) as address:
+        try:
+            yield address
+        finally:
+            gateway.close()
+
+
+class _Gateway:
+    """The ASGI application of a gateway."""
+
+    def __init__(self, api: GatewayApi, max_body: int, hosts: set[str]) -> None:
+        self._api = api
+        self._max_body = max_body
+        self._hosts = hosts
+        self._upstreams: dict[str, Upstream] = {}
+
+    def close(self) -> None:
+        """Close the idle connections to servers."""
+        for upstream in self._upstreams.values():
+            upstream.close()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] != "http":
+            return
+        try:
+            if (scope["method"], scope["path"]) == ("GET", "/health"):
+                await self._check_host(scope)
+                health = self._api.health()
+                await _answer(send, 200 if health.status == "ok" else 503, msgspec.json.encode(health), JSON)
+                return
+            await self._check_host(scope)
+            self._check_access(scope)
+            body = bytes(await read_body(scope, receive, self._max_body))
+            await self._pass_on(scope, body, send)
+        except RemoteError as error:
+            headers = [*JSON, *_allowed(scope, error.status)]
+            if error.retry_after is not None:
+                headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
+            elif error.status == 503:  # OpenAI's clients would send it again, and kill more servers
+                headers.append((b"x-should-retry", b"false"))
+            await _answer(send, error.status, _error(scope["path"], error.status, str(error)), headers)
+
+    async def _check_host(self, scope: Scope) -> None:
+        hosts = [value for name, value in scope["headers"] if name == b"host"]
+        if len(hosts) != 1 or hostname(hosts[0].decode("latin-1")) not in self._hosts:
+            raise RemoteError("the Host header does not name this gateway: see gateway.allowed_hosts", status=400)
+
+    def _check_access(self, scope: Scope) -> None:
+        """Raise RemoteError unless the request has a key and its route exists, in this order."""
+        if not self._api.is_key(given_secret(scope["headers"])):
+            raise RemoteError("this gateway requires its API key: send it as 'Authorization: Bearer KEY'", status=401)
+        method, path = scope["method"], scope["path"]
+        if (method, path) not in ROUTES and (method, path) not in OWN_ROUTES:
+            if any(path == known for _, known in ALL_ROUTES):
+                raise RemoteError(f"Method Not Allowed: {method} {path}", status=405)
+            raise RemoteError(f"Not Found: {method} {path}", status=404)
+
+    async def _pass_on(self, scope: Scope, body: bytes, send: Send) -> None:
+        """Have a request answered, and stop if the client disconnects."""
+        working, is_lost = asyncio.current_task(), False
+        assert working is not None
+
+        def cancel() -> None:
+            nonlocal is_lost
+            is_lost = True
+            working.cancel()
+
+        call_when_lost = scope["extensions"][CALL_WHEN_LOST]
+        call_when_lost(cancel)
+        try:
+            await self._attempt(scope, body, send)
+        except asyncio.CancelledError:
+            if not is_lost:
+                raise
+        finally:
+            call_when_lost(None)
+
+    async def _attempt(self, scope: Scope, body: bytes, send: Send) -> None:
+        """Send a request to servers until one answers. Raises RemoteError: none does."""
+        query = scope["query_string"]
+        target = scope["raw_path"] + (b"?" + query if query else b"")
+        headers = [header for header in scope["headers"] if header[0] in PASSED]
+        attempts = self._api.attempts()
+        while True:
+            backend = await attempts.next()
+            own = [*headers, (b"authorization", b"Bearer " + backend.token.encode())]
+            upstream = self._upstream(backend)
+            with attempts.at_work(backend):
+                try:
+                    answer = await upstream.request(scope["method"], target, own, body)
+                except Gone:
+                    attempts.died(backend)
+                    continue
+                except OSError:  # it was not reached, so it has not seen the request
+                    attempts.refused(backend)
+                    continue
+                try:
+                    if await self._deliver(answer, attempts, backend, send):
+                        return
+                except Gone:
+                    attempts.died(backend)
+                finally:
+                    upstream.finish(answer)
+
+    def _upstream(self, backend: Backend) -> Upstream:
+        """Return the connections to a server. Those to its earlier generations are closed."""
+        found = self._upstreams.get(backend.instance)
+        if found is None:
+            live = {it.instance for it in self._api.backends()}
+            for instance in self._upstreams.keys() - live:
+                if not self._upstreams[instance].is_busy:
+                    self._upstreams.pop(instance).close()
+            found = self._upstreams[backend.instance] = Upstream(backend.address)
+            backend.on_gone = found.close
+        return found
+
+    async def _deliver(self, answer: Answer, attempts: Attempts, backend: Backend, send: Send) -> bool:
+        """Pass an answer on. Return False if another server should be asked.
+
+        Raises Gone: the server died before the first byte of the answer.
+        """
+        if dict(answer.headers).get(INSTANCE_HEADER.encode()) != backend.instance.encode():
+            attempts.refused(backend)  # another program has the port now
+            return False
+        first = await answer.part() or b""
+        if answer.status in (429, 503):
+            while (more := await answer.part()) is not None:
+                first += more
+            retry_after = dict(answer.headers).get(b"retry-after")
+            if answer.status == 429:
+                busy = RemoteError(_message(first), status=429, retry_after=float(retry_after or 1))
+                attempts.refused(backend, busy)
+            elif retry_after is None:  # it had taken the request
+                attempts.died(backend)
+            else:
+                attempts.refused(backend)
+            return False
+        headers = [header for header in answer.headers if header[0] not in NOT_RETURNED]
+        if answer.is_complete:
+            await _answer(send, answer.status, first, headers)
+            return True
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+        is_stream = any(b"event-stream" in value for _, value in headers)
+        part: bytes | None = first
+        rest = last = b""
+        try:
+            while part is not None:
+                if is_stream and not part.endswith(EVENT_END):  # an event may be cut here: pass on whole ones
+                    whole, end, rest = (rest + part).rpartition(EVENT_END)
+                    part = whole + end
+                elif rest:
+                    part, rest = rest + part, b""
+                if part:
+                    last = part
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                part = await answer.part()
+        except Gone:
+            if is_stream and not last.rpartition(EVENT_END[:-1])[0].rpartition(EVENT_END)[2].startswith(ERROR_EVENT):
+                event = b"data: " + error_body(503, DIED) + EVENT_END
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            return True  # the answer is incomplete, so its connection is cut
+        await send({"type": "http.response.body", "body": rest})
+        return True
+
+
+def _allowed(scope: Scope, status: int) -> Headers:
+    """Return the header that names the methods of a route, for the status 405."""
+    methods = [method for method, path in ALL_ROUTES if path == scope["path"]]
+    return [(b"allow", ", ".join(methods).encode())] if status == 405 else []
+
+
+async def _answer(send: Send, status: int, body: bytes, headers: Headers) -> None:
+    """Send an answer in one piece."""
+    own = [*headers, (b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": status, "headers": own})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _error(path: str, status: int, message: str) -> bytes:
+    """Return the body of an error. Its form depends on the path."""
+    if path in PATHS:
+        return error_body(status, message)
+    return msgspec.json.encode({"error": {"status": status, "message": message}})
+
+
+def _message(body: bytes) -> str:
+    """Return the message of an error that a server has answered."""
+    with contextlib.suppress(msgspec.MsgspecError, KeyError, TypeError):
+        found: Any = msgspec.json.decode(body)
+        return str(found["error"]["message"])
+    return "all servers are busy: retry later"

@@ -1,0 +1,367 @@
+"""The gateway over real servers and sockets: one address, its key, and what clients see when servers die."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from gserve import ConfigError, GatewayConfig, LaunchError, LLMConfig, ServeConfig, VLLMService
+from gserve_core.engines.echo import EchoEngine
+from gserve_core.testing import our_processes
+
+LLM = LLMConfig("m", max_model_len=200_000)
+CHAT = "/v1/chat/completions"
+
+
+def chat(content: str, **more: Any) -> dict[str, Any]:
+    return {"model": "m", "messages": [{"role": "user", "content": content}], "max_tokens": 10_000} | more
+
+
+@contextmanager
+def launched(servers: int = 2, *, gateway: GatewayConfig | None = None, **engine: Any) -> Iterator[VLLMService]:
+    serve = ServeConfig(servers=servers, max_restarts=1000)
+    with VLLMService(LLM, serve, engine=EchoEngine(**engine), gateway=gateway or GatewayConfig()) as service:
+        yield service
+
+
+def client(service: VLLMService, **headers: str) -> httpx.Client:
+    """Return a client of the gateway, which sends its key unless other headers are given."""
+    assert service.base_url is not None
+    root = service.base_url.removesuffix("/v1")
+    given = headers or {"Authorization": f"Bearer {service.api_key}"}
+    return httpx.Client(base_url=root, headers=given, timeout=60, verify=False)
+
+
+@contextmanager
+def stream(asking: httpx.Client, body: dict[str, Any]) -> Iterator[Iterator[Any]]:
+    """Ask for an answer in events; yield them as they come. The iterator raises RemoteProtocolError after a cut."""
+    with asking.stream("POST", CHAT, json=body | {"stream": True}) as reply:
+        assert reply.status_code == 200
+        lines = (line.removeprefix("data: ") for line in reply.iter_lines() if line)
+        yield (line if line == "[DONE]" else json.loads(line) for line in lines)
+
+
+def text_of(reply: httpx.Response) -> Any:
+    return reply.json()["choices"][0]["message"]["content"]
+
+
+def error_of(reply: httpx.Response) -> tuple[int, str]:
+    return reply.status_code, reply.json()["error"]["message"]
+
+
+def server_pids(service: VLLMService) -> list[int]:
+    """Return the server processes, in the order of the servers."""
+    found = {}
+    for server in service.servers:
+        port = server.port
+        for pid in our_processes():
+            open_here = psutil.Process(pid).net_connections()
+            if any(it.laddr.port == port and it.status == psutil.CONN_LISTEN for it in open_here):
+                found[server.name] = pid
+    return [found[server.name] for server in service.servers]
+
+
+@pytest.fixture(scope="module")
+def fast() -> Iterator[VLLMService]:
+    with launched() as service:
+        yield service
+
+
+# ------------------------------------------------------------------------------------------------------- in good times
+
+
+def test_all_servers_answer_at_one_address(fast: VLLMService) -> None:
+    assert fast.base_url is not None
+    assert fast.base_url.endswith("/v1")
+    with client(fast) as asking:
+        assert asking.get("/health").json() == {"status": "ok"}
+        assert [model["id"] for model in asking.get("/v1/models").json()["data"]] == ["m"]
+        assert text_of(asking.post(CHAT, json=chat("one two"))) == "one two"
+        assert asking.post("/generate", json={"prompts": ["a b"]}).json()[0][0]["text"] == "a b"
+        conversation = [{"role": "user", "content": "hello"}]
+        assert asking.post("/chat", json={"conversations": [conversation]}).json()[0][0]["text"] == "hello"
+        with stream(asking, chat("one two three")) as events:
+            *words, _, done = events
+        assert [event["choices"][0]["delta"]["content"] for event in words] == ["one", " two", " three"]
+        assert done == "[DONE]"
+
+
+def test_an_error_of_a_server_reaches_the_client_as_it_is(fast: VLLMService) -> None:
+    with client(fast) as asking:
+        assert "expected 1 to 128, got 1000" in error_of(asking.post(CHAT, json=chat("a", n=1000)))[1]
+        assert error_of(asking.post(CHAT, json=chat("a", model="x"))) == (404, "The model `x` does not exist.")
+        assert error_of(asking.post("/generate", json={"prompt": "a"}))[0] == 422
+        assert error_of(asking.post("/v1/embeddings", json={"input": "a"}))[0] == 404
+
+
+def test_a_connection_serves_many_requests(fast: VLLMService) -> None:
+    with client(fast) as asking, ThreadPoolExecutor(16) as pool:
+        replies = pool.map(lambda number: asking.post(CHAT, json=chat(f"number {number}")), range(400))
+        assert [text_of(reply) for reply in replies] == [f"number {number}" for number in range(400)]
+
+
+def test_a_large_body_and_a_large_answer_come_through_whole(fast: VLLMService) -> None:
+    words = " ".join(f"word{number}" for number in range(90_000))
+    with client(fast) as asking:
+        assert text_of(asking.post(CHAT, json=chat(words, max_tokens=90_000))) == words
+
+
+# ---------------------------------------------------------------------------------------------------------------- keys
+
+
+def test_the_gateway_has_a_key_of_its_own(fast: VLLMService) -> None:
+    key, token = fast.api_key, fast.servers[0].record().token
+    assert key is not None
+    assert len(key) > 40
+    wrong = ["x", key[:-1], key + "x", key.swapcase(), token, fast.servers[0].record().control or ""]
+    for given in wrong:
+        with client(fast, Authorization=f"Bearer {given}") as asking:
+            for path in ("/v1/models", CHAT, "/generate", "/run", "/shutdown", "/nothing", "/metrics", "/"):
+                assert asking.post(path, json={}).status_code == 401, path
+            assert asking.get("/health").status_code == 200
+    for headers in ({"x-api-key": key}, {"Authorization": f"Bearer {key}"}):
+        with client(fast, **headers) as asking:
+            assert asking.get("/v1/models").status_code == 200
+    with client(fast, **{"x-api-key": key, "Authorization": f"Bearer {key}x"}) as asking:
+        assert asking.get("/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize(
+    "path", ["/shutdown", "/cancel", "/metrics", "/docs", "/v1", "/v1/load_lora_adapter", "/health"]
+)
+def test_no_other_route_is_passed_on(fast: VLLMService, path: str) -> None:
+    with client(fast) as asking:
+        assert asking.post(path, json={}).status_code == (405 if path == "/health" else 404)
+        assert asking.delete(path).status_code in (404, 405)
+
+
+def test_a_foreign_host_header_is_refused(fast: VLLMService) -> None:
+    with client(fast) as asking:
+        assert "allowed_hosts" in error_of(asking.get("/v1/models", headers={"Host": "evil.example"}))[1]
+    with launched(1, gateway=GatewayConfig(allowed_hosts=["Llm.Example"])) as service, client(service) as asking:
+        assert asking.get("/v1/models", headers={"Host": "llm.example:443"}).status_code == 200
+
+
+def test_a_key_is_kept_for_a_name_and_no_server_sees_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    for _ in range(2):
+        with VLLMService(LLM, engine=EchoEngine(), gateway=GatewayConfig(), name="kept") as service:
+            keys.append(service.api_key)
+            attached = VLLMService.attach("kept")
+            assert (attached.base_url, attached.api_key) == (service.base_url, service.api_key)
+            attached.shutdown()
+    assert keys[0] == keys[1]
+    file = Path(os.environ["XDG_STATE_HOME"]) / "gserve" / "keys" / "kept"
+    assert file.stat().st_mode & 0o777 == 0o600
+    monkeypatch.setenv("GSERVE_API_KEY", "a-key-of-the-environment")
+    with VLLMService(LLM, engine=EchoEngine(), gateway=GatewayConfig(), name="kept") as service:
+        assert service.api_key == "a-key-of-the-environment"
+        found = our_processes()
+        assert found
+        for process in map(psutil.Process, found):
+            assert "a-key-of-the-environment" not in str([process.cmdline(), process.environ()])
+    monkeypatch.setenv("GSERVE_API_KEY", "short")
+    with pytest.raises(ConfigError, match="GSERVE_API_KEY is not allowed: expected at least 16 characters, got 5"):
+        VLLMService(LLM, engine=EchoEngine(), gateway=GatewayConfig()).start()
+
+
+def test_the_key_of_the_config_is_shown_nowhere() -> None:
+    config = GatewayConfig(api_key="a-key-of-the-config")
+    assert "a-key-of" not in repr(config)
+    with launched(1, gateway=config) as service, client(service) as asking:
+        assert service.api_key == "a-key-of-the-config"
+        assert asking.get("/v1/models").status_code == 200
+
+
+def test_https(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=localhost", "-days", "2"]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    config = GatewayConfig(certfile=str(cert), keyfile=str(key))
+    with launched(1, gateway=config) as service, client(service) as asking:
+        assert service.base_url is not None
+        assert service.base_url.startswith("https://")
+        assert text_of(asking.post(CHAT, json=chat("one"))) == "one"
+    with (
+        pytest.raises(LaunchError, match="the gateway cannot start"),
+        launched(1, gateway=GatewayConfig(certfile="/nowhere", keyfile="/nowhere")),
+    ):
+        pass
+
+
+def test_a_certificate_that_needs_a_password_is_told_and_not_asked_for(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-subj", "/CN=localhost"]
+    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    config = GatewayConfig(certfile=str(cert), keyfile=str(key))
+    with pytest.raises(LaunchError, match="the gateway cannot start"), launched(1, gateway=config):
+        pass
+
+
+def test_a_port_that_is_taken_is_told(fast: VLLMService) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(LaunchError, match=f"the gateway cannot start: cannot listen on 127.0.0.1:{port}"),
+            launched(1, gateway=GatewayConfig(port=port)),
+        ):
+            pass
+    with pytest.raises(ConfigError, match=r"port 9001 is that of server-1 too \(serve.port: 9000\)"):
+        VLLMService(LLM, ServeConfig(servers=2, port=9000), engine=EchoEngine(), gateway=GatewayConfig(port=9001))
+
+
+def test_a_service_without_a_gateway_has_no_address() -> None:
+    with VLLMService(LLM, engine=EchoEngine()) as service:
+        assert service.base_url is None
+        assert service.api_key is None
+
+
+# ------------------------------------------------------------------------------------------------------------- trouble
+
+
+def test_what_a_killed_server_had_not_begun_to_answer_is_answered_by_another() -> None:
+    with launched(2, latency=0.3) as service, client(service) as asking, ThreadPoolExecutor(8) as pool:
+        replies = [pool.submit(asking.post, CHAT, json=chat(f"a b c {number}")) for number in range(8)]
+        time.sleep(0.4)
+        os.kill(server_pids(service)[0], signal.SIGKILL)
+        assert [text_of(reply.result()) for reply in replies] == [f"a b c {number}" for number in range(8)]
+
+
+def test_the_engine_of_a_server_may_die_too() -> None:
+    with launched(2, latency=0.3) as service, client(service) as asking, ThreadPoolExecutor(8) as pool:
+        replies = [pool.submit(asking.post, CHAT, json=chat(f"a b c {number}")) for number in range(8)]
+        time.sleep(0.4)
+        (engine,) = psutil.Process(server_pids(service)[0]).children()
+        engine.kill()
+        assert [text_of(reply.result()) for reply in replies] == [f"a b c {number}" for number in range(8)]
+
+
+def test_a_stream_that_has_begun_ends_with_an_error_and_a_cut() -> None:
+    with launched(1, latency=0.05) as service, client(service) as asking, stream(asking, chat("w " * 500)) as events:
+        seen = [next(events)]
+        os.kill(server_pids(service)[0], signal.SIGKILL)
+        with pytest.raises(httpx.RemoteProtocolError):
+            seen.extend(events)
+        assert seen[-1]["error"]["message"] == "the server died before the answer was complete"
+        assert "[DONE]" not in seen
+
+
+def test_a_request_that_kills_servers_is_not_sent_for_ever() -> None:
+    with launched(2, die_on="poison") as service, client(service) as asking:
+        status, message = error_of(asking.post(CHAT, json=chat("poison")))
+        assert (status, message) == (503, "3 servers died while they worked on this request: it is not sent again")
+        assert text_of(asking.post(CHAT, json=chat("one"))) == "one"
+
+
+def test_a_request_waits_for_a_server_that_restarts() -> None:
+    with launched(1, load_time=1.0) as service, client(service) as asking:
+        os.kill(server_pids(service)[0], signal.SIGKILL)
+        assert text_of(asking.post(CHAT, json=chat("one"))) == "one"
+
+
+def test_a_request_waits_no_longer_than_it_may() -> None:
+    config = GatewayConfig(queue_timeout=0.5)
+    with launched(1, load_time=3.0, gateway=config) as service, client(service) as asking:
+        os.kill(server_pids(service)[0], signal.SIGKILL)
+        reply = asking.post(CHAT, json=chat("one"))
+        if reply.json()["error"]["message"].startswith("the server"):  # it was asked before its death was known
+            reply = asking.post(CHAT, json=chat("one"))
+        assert error_of(reply) == (503, "no server became ready in time")
+        assert reply.headers["retry-after"] == "1"
+        assert asking.get("/health").status_code == 503
+
+
+def test_a_server_that_is_full_sends_requests_to_the_others_and_then_away() -> None:
+    with (
+        launched(2, latency=0.05, capacity=2) as service,
+        client(service) as asking,
+        stream(asking, chat("w " * 2000, n=32)) as one,
+    ):
+        next(one)
+        with stream(asking, chat("w " * 2000, n=32)) as two:
+            next(two)
+            reply = asking.post(CHAT, json=chat("one", n=3))
+            assert reply.status_code == 429
+            assert "retry later" in error_of(reply)[1]
+            assert reply.headers["retry-after"] == "1"
+
+
+def test_a_client_that_leaves_takes_its_work_with_it() -> None:
+    with launched(1, latency=0.05, capacity=1) as service, client(service) as asking:
+        with stream(asking, chat("w " * 2000)) as events:
+            next(events)
+        with pytest.raises(httpx.ReadTimeout):
+            asking.post(CHAT, json=chat("w " * 2000), timeout=0.5)
+        began = time.monotonic()
+        assert text_of(asking.post(CHAT, json=chat("one"))) == "one"
+        assert time.monotonic() - began < 20
+
+
+def test_a_client_with_a_large_body_that_leaves_takes_its_work_with_it() -> None:
+    body = json.dumps(chat("w " * 36_000, max_tokens=100)).encode()
+    with launched(1, latency=1.0, capacity=1) as service, client(service) as asking:
+        url = asking.base_url
+        with socket.create_connection((url.host, url.port)) as leaving:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: {url.host}\r\nAuthorization: Bearer {service.api_key}\r\n"
+            leaving.sendall(f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode())
+            time.sleep(0.3)
+            leaving.sendall(body)
+            time.sleep(0.5)
+        assert text_of(asking.post(CHAT, json=chat("one"), timeout=30)) == "one"
+
+
+def test_a_service_that_drains_takes_no_more_requests() -> None:
+    with launched(1) as service, client(service) as asking:
+        assert text_of(asking.post(CHAT, json=chat("one"))) == "one"
+        service.drain()
+        while (reply := asking.post(CHAT, json=chat("one"))).status_code == 200:
+            time.sleep(0.05)
+        assert error_of(reply) == (503, "the service is ending")
+        assert reply.headers["x-should-retry"] == "false"
+        assert asking.get("/health").json() == {"status": "draining"}
+
+
+def test_a_drain_lets_requests_end_and_takes_no_more() -> None:
+    with launched(1, latency=0.05) as service, client(service) as asking:
+        with stream(asking, chat("w " * 60)) as events:
+            next(events)
+            ending = threading.Thread(target=service.shutdown, kwargs={"drain": 30})
+            ending.start()
+            while asking.get("/health").status_code == 200:
+                time.sleep(0.05)
+            assert error_of(asking.post(CHAT, json=chat("one")))[0] == 503
+            assert list(events)[-1] == "[DONE]"
+        ending.join()
+
+
+def test_a_client_that_reads_nothing_fills_no_memory() -> None:
+    with launched(1) as service, client(service) as asking:
+        with stream(asking, chat("w " * 90_000, max_tokens=90_000)) as events:
+            next(events)
+            time.sleep(1.0)
+            before = psutil.Process().memory_info().rss
+            time.sleep(2.0)
+            assert psutil.Process().memory_info().rss - before < 8 << 20
+        assert text_of(asking.post(CHAT, json=chat("one"))) == "one"
+
+
+def test_a_service_that_is_started_again_has_a_gateway_again() -> None:
+    service = VLLMService(LLM, engine=EchoEngine(), gateway=GatewayConfig())
+    for _ in range(2):
+        with service, client(service) as asking:
+            assert text_of(asking.post(CHAT, json=chat("one"))) == "one"
+        assert service.base_url is None

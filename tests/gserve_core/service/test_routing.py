@@ -1,0 +1,174 @@
+"""Which server a gateway chooses, and when it gives up, without a server or a socket."""
+
+import asyncio
+from collections.abc import Coroutine
+from functools import partial
+from typing import Any
+
+import pytest
+
+from gserve_core.errors import RemoteError
+from gserve_core.interfaces import Address, Backend
+from gserve_core.service.routing import Attempts, Routing
+from gserve_core.service.state import ServerState, State
+
+
+def ready(name: str, instance: str = "") -> ServerState:
+    address = Address(["127.0.0.1"], 8000)
+    return ServerState(name=name, state=State.READY, address=address, instance=instance or f"{name}-1", token="t")
+
+
+def starting(name: str) -> ServerState:
+    return ServerState(name=name, state=State.STARTING, returns=True, instance=f"{name}-2")
+
+
+def run[T](work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(asyncio.wait_for(work, 20))
+
+
+def routing(*states: ServerState, queue_timeout: float | None = 10.0) -> Routing:
+    made = Routing(queue_timeout)
+    for state in states:
+        made.update(state)
+    return made
+
+
+async def refusal(attempts: Attempts) -> RemoteError:
+    with pytest.raises(RemoteError) as error:
+        await attempts.next()
+    return error.value
+
+
+def test_the_server_with_the_fewest_requests_is_chosen_and_equal_ones_take_turns() -> None:
+    async def work() -> None:
+        made = routing(ready("a"), ready("b"), ready("c"))
+        assert {(await made.attempts().next()).name for _ in range(3)} == {"a", "b", "c"}
+        first, second = made.attempts(), made.attempts()
+        with first.at_work(one := await first.next()), second.at_work(two := await second.next()):
+            assert one is not two
+            assert (await made.attempts().next()).name not in (one.name, two.name)
+        assert [backend.requests for backend in made.backends] == [0, 0, 0]
+
+    run(work())
+
+
+def test_a_server_that_refused_or_died_is_not_asked_again_but_its_next_generation_is() -> None:
+    async def work() -> None:
+        made = routing(ready("a"), ready("b"))
+        attempts = made.attempts()
+        one = await attempts.next()
+        attempts.refused(one)
+        two = await attempts.next()
+        assert two is not one
+        attempts.died(two)
+        made.update(starting(one.name))
+        asyncio.get_running_loop().call_later(0.05, made.update, ready(one.name, "again"))
+        assert (await attempts.next()).instance == "again"
+
+    run(work())
+
+
+def test_a_request_in_flight_at_three_deaths_is_not_sent_again() -> None:
+    async def work() -> None:
+        made = routing(*(ready(name) for name in "abcd"))
+        attempts = made.attempts()
+        for _ in range(3):
+            attempts.died(await attempts.next())
+        error = await refusal(attempts)
+        assert error.status == 503
+        assert str(error) == "3 servers died while they worked on this request: it is not sent again"
+        assert error.retry_after is None
+
+    run(work())
+
+
+def test_if_all_servers_are_busy_the_client_is_told_what_they_say() -> None:
+    async def work() -> None:
+        made = routing(ready("a"), ready("b"))
+        attempts = made.attempts()
+        for _ in range(2):
+            attempts.refused(await attempts.next(), RemoteError("enough to do", status=429, retry_after=3.0))
+        error = await refusal(attempts)
+        assert (error.status, error.retry_after, str(error)) == (429, 3.0, "enough to do")
+
+    run(work())
+
+
+def test_a_request_waits_for_a_server_that_starts() -> None:
+    async def work() -> Backend:
+        made = routing(starting("a"))
+        assert made.status == "starting"
+        asyncio.get_running_loop().call_later(0.05, made.update, ready("a"))
+        return await made.attempts().next()
+
+    assert run(work()).name == "a"
+
+
+def test_a_request_waits_no_longer_than_the_queue_timeout() -> None:
+    async def work() -> RemoteError:
+        return await refusal(routing(starting("a"), queue_timeout=0.05).attempts())
+
+    error = run(work())
+    assert (error.status, error.retry_after) == (503, 1.0)
+    assert str(error) == "no server became ready in time"
+
+
+def test_only_the_time_without_a_server_counts_as_waiting() -> None:
+    async def work() -> None:
+        made = routing(ready("a"), queue_timeout=0.2)
+        attempts = made.attempts()
+        backend = await attempts.next()
+        await asyncio.sleep(0.3)  # the server works on it
+        attempts.died(backend)
+        made.update(starting("a"))
+        asyncio.get_running_loop().call_later(0.05, made.update, ready("a", "again"))
+        assert (await attempts.next()).instance == "again"
+
+    run(work())
+
+
+def test_a_server_that_is_known_to_be_dead_ends_its_requests_but_one_that_finishes_does_not() -> None:
+    async def work() -> None:
+        ended: list[str] = []
+        made = routing(ready("a"), ready("b"))
+        for backend in made.backends:
+            backend.on_gone = partial(ended.append, backend.instance)
+        state = ready("a").draining("as requested", finishing=True)
+        made.update(state)
+        assert [backend.name for backend in made.backends] == ["b"]
+        assert ended == []
+        made.update(state.stopped())
+        made.update(ready("b", "b-2"))
+        assert ended == ["a-1", "b-1"]
+        assert [backend.instance for backend in made.backends] == ["b-2"]
+
+    run(work())
+
+
+def test_a_service_that_ends_takes_no_more_requests() -> None:
+    async def work() -> None:
+        made = routing(ready("a"))
+        made.end("the service is ending")
+        error = await refusal(made.attempts())
+        assert (error.status, str(error), made.status) == (503, "the service is ending", "draining")
+
+    run(work())
+
+
+def test_a_request_does_not_wait_where_no_server_will_come() -> None:
+    async def work() -> None:
+        made = routing(ServerState(name="a", state=State.STOPPED))
+        assert made.status == "stopped"
+        assert str(await refusal(made.attempts())) == "no server is running"
+
+    run(work())
+
+
+def test_a_server_that_refused_by_chance_is_asked_again_after_a_moment() -> None:
+    async def work() -> None:
+        made = routing(ready("a"))
+        attempts = made.attempts()
+        attempts.refused(one := await attempts.next())
+        assert await attempts.next() is one
+
+    run(work())

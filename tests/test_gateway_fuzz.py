@@ -1,0 +1,149 @@
+"""Requests that a machine made up, to a gateway and to a server: nothing acts without its key, and nothing breaks."""
+
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from http.client import HTTPConnection
+from urllib.parse import urlsplit
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gserve import GatewayConfig, LLMConfig, ServeConfig, VLLMService
+from gserve_core.engines.echo import EchoEngine
+from gserve_core.openai_api import ROUTES
+from tests.gserve_transports.test_http_fuzz import JUNK, MESSAGES, REQUEST, TEXTS, TOKENS, as_json
+
+REQUESTS = 50_000 if os.environ.get("GSERVE_LONG") else 5_000
+DRAWN = 8
+"""How many requests one example of hypothesis holds; each is sent to the gateway and to a server."""
+METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH")
+OTHER_PATHS = (
+    "/health",
+    "/chat",
+    "/generate",
+    "/run",
+    "/cancel",
+    "/shutdown",
+    "/metrics",
+    "/",
+    "/v1",
+    "/docs",
+    "/v1/x",
+)
+FIELDS = ("n", "stop", "logprobs", "seed", "temperature", "max_tokens", "tools", "structured_outputs", "prompt_embeds")
+
+logger = logging.getLogger(__name__)
+
+BODIES = st.fixed_dictionaries(
+    {"model": st.just("m") | TEXTS},
+    optional={
+        "messages": MESSAGES,
+        "prompt": TEXTS | TOKENS | st.lists(TEXTS | TOKENS, max_size=3) | JUNK,
+        "input": JUNK,
+        "stream": st.booleans() | JUNK,
+        "max_tokens": st.integers(1, 5),
+        "n": st.integers(1, 3) | JUNK,
+    },
+)
+ODD_BODIES = st.tuples(BODIES, st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=3)).map(lambda it: it[0] | it[1])
+HEADERS = st.dictionaries(
+    st.sampled_from(["Content-Type", "Accept", "X-Request-Id", "X-Api-Key", "Connection", "Expect", "Cookie"]),
+    st.sampled_from(["application/json", "text/event-stream", "keep-alive", "100-continue", "é", "x" * 500, ""]),
+    max_size=2,
+)
+KEYS = st.sampled_from(["right", "right", "right", "none", "near", "of the other", "twice", "no scheme"])
+REQUESTED = st.tuples(
+    st.sampled_from(["POST"] * 5 + [*METHODS]),
+    st.sampled_from([path for _, path in ROUTES]) | st.sampled_from(OTHER_PATHS),
+    BODIES.map(as_json) | ODD_BODIES.map(as_json) | REQUEST,
+    HEADERS,
+    KEYS,
+)
+RIGHT = st.tuples(
+    st.just("POST"),
+    st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
+    st.fixed_dictionaries(
+        {"prompt": st.just("a b"), "messages": st.just([{"role": "user", "content": "a b"}])},
+        optional={"stream": st.booleans(), "n": st.integers(1, 3), "max_tokens": st.integers(1, 5)},
+    ).map(as_json),
+    st.just({"Content-Type": "application/json"}),
+    KEYS,
+)
+
+
+@pytest.fixture(scope="module")
+def service() -> Iterator[VLLMService]:
+    llm, serve, gateway = LLMConfig("m", max_model_len=100), ServeConfig(servers=2), GatewayConfig()
+    with VLLMService(llm, serve, engine=EchoEngine(), gateway=gateway) as service:
+        yield service
+
+
+class Asker:
+    """Sends requests to one address; judges the answers."""
+
+    def __init__(self, port: int, key: str, other: str) -> None:
+        self._port = port
+        self._keys = {
+            "right": [f"Bearer {key}"], "none": [], "near": [f"Bearer {key[:-1]}"], "of the other": [f"Bearer {other}"],
+            "twice": [f"Bearer {key}", f"Bearer {key}"], "no scheme": [key],
+        }  # fmt: skip
+        self.statuses: Counter[int] = Counter()
+
+    def ask(self, method: str, path: str, body: bytes, headers: dict[str, str], key: str) -> None:
+        with closing(HTTPConnection("127.0.0.1", self._port, timeout=30)) as line:
+            line.putrequest(method, path)
+            for name, value in headers.items():
+                line.putheader(name, value.encode("latin-1"))
+            for value in self._keys[key]:
+                line.putheader("Authorization", value)
+            line.putheader("Content-Length", str(len(body)))
+            line.endheaders(body)
+            reply = line.getresponse()
+            answer = reply.read()
+        self.statuses[reply.status] += 1
+        where = f"{method} {path} with {headers}, key {key}, {body!r}: {reply.status} {answer[:300]!r}"
+        assert reply.status < 500 or reply.status == 503, where
+        is_open = (method, path) == ("GET", "/health")
+        if key != "right" or "X-Api-Key" in headers:
+            assert reply.status in ({200} if is_open else {401}), where
+        elif reply.status not in (200, 400) and method != "HEAD":
+            assert json.loads(answer)["error"]["message"], where
+
+
+@pytest.mark.timeout(1800)
+def test_nothing_acts_without_its_key_and_nothing_breaks(service: VLLMService) -> None:
+    url, server = urlsplit(service.base_url or ""), service.servers[0].record()
+    assert url.port is not None
+    assert service.api_key is not None
+    gateway = Asker(url.port, service.api_key, server.token)
+    direct = Asker(server.address.port, server.token, service.api_key)
+
+    @settings(
+        max_examples=REQUESTS // 2 // DRAWN, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(requests=st.lists(REQUESTED | RIGHT, min_size=DRAWN, max_size=DRAWN))
+    def send(requests: list[tuple[str, str, bytes, dict[str, str], str]]) -> None:
+        for request in requests:
+            gateway.ask(*request)
+            if request[1] != "/shutdown":  # its answer to a token is 403: see test_http_access
+                direct.ask(*request)
+
+    send()
+    for asker in (gateway, direct):
+        logger.info("%s", dict(asker.statuses))
+        assert asker.statuses[200] > REQUESTS / 100
+        assert asker.statuses[401] > REQUESTS / 100
+        assert asker.statuses[400] + asker.statuses[422] > REQUESTS / 100
+    assert service.generate(["a b"]) == [["a b"]]
+    secrets = [service.api_key, server.token, server.control or ""]
+    for state in service.status():
+        assert state.restarts == 0
+        assert state.log is not None
+        log = state.log.read_text()
+        assert "Traceback" not in log, log[-3000:]
+        assert not any(secret in log for secret in secrets)
