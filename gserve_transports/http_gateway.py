@@ -58,7 +58,7 @@ class _Gateway:
         self._upstreams: dict[str, Upstream] = {}
 
     def close(self) -> None:
-        """Close the idle connections to servers."""
+        """Close the connections to servers."""
         for upstream in self._upstreams.values():
             upstream.close()
 
@@ -67,12 +67,11 @@ class _Gateway:
         if scope["type"] != "http":
             return
         try:
+            self._check_host(scope)
             if (scope["method"], scope["path"]) == ("GET", "/health"):
-                await self._check_host(scope)
                 health = self._api.health()
                 await _answer(send, 200 if health.status == "ok" else 503, msgspec.json.encode(health), JSON)
                 return
-            await self._check_host(scope)
             self._check_access(scope)
             body = bytes(await read_body(scope, receive, self._max_body))
             await self._pass_on(scope, body, send)
@@ -84,7 +83,7 @@ class _Gateway:
                 headers.append((b"x-should-retry", b"false"))
             await _answer(send, error.status, _error(scope["path"], error.status, str(error)), headers)
 
-    async def _check_host(self, scope: Scope) -> None:
+    def _check_host(self, scope: Scope) -> None:
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         if len(hosts) != 1 or hostname(hosts[0].decode("latin-1")) not in self._hosts:
             raise RemoteError("the Host header does not name this gateway: see gateway.allowed_hosts", status=400)
@@ -147,7 +146,7 @@ class _Gateway:
                     upstream.finish(answer)
 
     def _upstream(self, backend: Backend) -> Upstream:
-        """Return the connections to a server. Those to its earlier generations are closed."""
+        """Return the connections to a server. Forgets servers that have ended."""
         found = self._upstreams.get(backend.instance)
         if found is None:
             live = {it.instance for it in self._api.backends()}
