@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gserve_core.command_launcher import CommandLauncher
-    from gserve_core.config import GatewayConfig, LLMConfig, ServeConfig
+    from gserve_core.config import GatewayConfig, KeyConfig, LLMConfig, ServeConfig
     from gserve_core.errors import (
         BatchError,
         BatchInterrupted,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "service.client": ("VLLMClient",),
     "command_launcher": ("CommandLauncher",),
-    "config": ("GatewayConfig", "LLMConfig", "ServeConfig"),
+    "config": ("GatewayConfig", "KeyConfig", "LLMConfig", "ServeConfig"),
     "errors": (
         "BatchError", "BatchInterrupted", "ConfigError", "DeadlineExceeded", "GserveError", "ItemError", "ItemLost",
         "LaunchError", "PluginError", "RemoteError", "ServerExited", "StallTimeout", "StartupTimeout", "TransportError",
@@ -63,6 +63,7 @@ __all__ = [
     "ItemError",
     "ItemLost",
     "Job",
+    "KeyConfig",
     "LLMConfig",
     "LaunchError",
     "Launcher",

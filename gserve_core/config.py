@@ -35,6 +35,7 @@ Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")
 Count = Annotated[int, Meta(ge=0, description="a number from 0 up")]
 Timeout = Annotated[float, Meta(gt=0, le=1e9, description="seconds above 0, at most 1e9, or null for no limit")]
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(r"(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*\.?")
 
 
@@ -251,6 +252,26 @@ class ServeConfig:
 
 @_checks_calls
 @dataclass(frozen=True)
+class KeyConfig:
+    """An API key of a gateway.
+
+    `key`: the key itself.
+    `max_requests`: maximum number of requests in progress with this key; None: no limit.
+
+    Raises ConfigError: a field is wrong.
+    """
+
+    key: str = field(repr=False)
+    max_requests: Annotated[int, Meta(ge=1, description="a number of requests from 1 up")] | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        if wrong := wrong_key(self.key):
+            raise ConfigError(f"the API key is not allowed: {wrong}", at="$.key")
+
+
+@_checks_calls
+@dataclass(frozen=True)
 class GatewayConfig:
     """The one address of a service, for OpenAI's API and gserve's own routes.
 
@@ -258,6 +279,7 @@ class GatewayConfig:
     `host`: the address on which the gateway listens.
     `api_key`: the key of its clients. None: the value of $GSERVE_API_KEY, or one that is made once for each service
     name and kept.
+    `keys`: more keys, by the names of their clients. Each is a text, or a `KeyConfig` with a limit.
     `certfile`, `keyfile`: paths of a certificate and its key, in PEM format. With them, the gateway speaks HTTPS.
     `allowed_hosts`: more names under which clients reach the gateway.
     `queue_timeout`: maximum time that a request waits for a ready server, in seconds; None: no limit.
@@ -268,6 +290,7 @@ class GatewayConfig:
     port: Port | None = None
     host: str = "127.0.0.1"
     api_key: str | None = field(default=None, repr=False)
+    keys: dict[str, Any] = field(default_factory=dict, repr=False)
     certfile: str | None = None
     keyfile: str | None = None
     allowed_hosts: list[str] = field(default_factory=list)
@@ -282,9 +305,23 @@ class GatewayConfig:
                 raise ConfigError(f"'{name}' is not a host: {wrong}", at=f"$.allowed_hosts[{index}]")
         if self.api_key is not None and wrong_key(self.api_key):
             raise ConfigError(f"the API key is not allowed: {wrong_key(self.api_key)}", at="$.api_key")
+        object.__setattr__(self, "keys", {name: _key_config(name, given) for name, given in self.keys.items()})
+        secrets = [self.api_key, *(it.key for it in self.keys.values())]
+        for name, it in self.keys.items():
+            if secrets.count(it.key) > 1:
+                raise ConfigError("each client needs a key of its own, and this one stands twice", at=f"$.keys.{name}")
         if (self.certfile is None) != (self.keyfile is None):
             missing = "keyfile" if self.keyfile is None else "certfile"
             raise ConfigError(f"certfile and keyfile belong together: set {missing} too", at=f"$.{missing}")
+
+
+def _key_config(name: str, given: Any) -> KeyConfig:
+    """Return a checked key. Raises ConfigError."""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"expected a name of at most 64 letters, digits and '-_.', got {name!r}", at="$.keys")
+    if isinstance(given, KeyConfig):
+        return given
+    return build(KeyConfig, {"key": given} if isinstance(given, str) else given, f"$.keys.{name}")
 
 
 def wrong_key(key: str) -> str | None:

@@ -17,9 +17,11 @@ from typing import IO, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_che
 
 from msgspec import Struct
 
+from .commands import Command, Done
 from .config import GatewayConfig, LLMConfig
 from .errors import ConfigError, RemoteError
 from .messages import Event, Health, Params, Prompt, ResponseOutput, RunRequest
+from .overview import ServiceOverview
 
 # ------------------------------------------------------------------------------------------------------------ launcher
 
@@ -248,6 +250,13 @@ class Backend:
     on_gone: Callable[[], object] = lambda: None
 
 
+class ApiKey(Protocol):
+    """An API key of a gateway, and the requests in progress with it."""
+
+    def request(self) -> AbstractContextManager[None]:
+        """Count a request for the block. Raises RemoteError: there are as many as are allowed (429)."""
+
+
 class Attempts(Protocol):
     """The attempts of a gateway to have one request answered."""
 
@@ -273,8 +282,20 @@ class GatewayApi(Protocol):
     def health(self) -> Health:
         """Return the state of the service: "ok" means that a server is ready. Never waits."""
 
-    def is_key(self, secret: bytes) -> bool:
-        """Return whether this is an API key. The time taken does not reveal how much of it is right."""
+    def status(self) -> ServiceOverview:
+        """Return the overview of the service. Never waits."""
+
+    def key_of(self, secret: bytes) -> "ApiKey | None":
+        """Return the API key with this secret, if any. The time taken does not reveal how much of it is right."""
+
+    def is_control(self, secret: bytes) -> bool:
+        """Return whether this is the control secret. The time taken does not reveal how much of it is right."""
+
+    async def control(self, command: Command) -> Done:
+        """Execute a command, which may take minutes. It goes on if the caller is cancelled.
+
+        Raises RemoteError: the command is wrong (400), or has failed (500).
+        """
 
     def attempts(self) -> Attempts:
         """Return the attempts of a new request."""

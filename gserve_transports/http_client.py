@@ -1,20 +1,26 @@
 """The client's half of the HTTP transport. The only file that imports httpx."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+import ssl
+from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
 import msgspec
 import sniffio
 
+from gserve_core.commands import Command, Done
 from gserve_core.errors import RemoteError, StallTimeout, TransportError
 from gserve_core.interfaces import Access, Address, Connection
 from gserve_core.messages import CancelRequest, Event, Health, RunRequest
+from gserve_core.overview import ServiceOverview
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, Unpacker
 
 CONNECT_SECONDS = 5.0
+LOOK_SECONDS = 2.0
+"""Maximum wait for a connection to a gateway, and for each part of its overview, in seconds."""
 IMPORTED = sniffio
 """A module that httpx imports only with its first request.
 If the process were forked during that import, the child would wait for it forever."""
@@ -137,6 +143,117 @@ class HttpConnection(Connection):
                 f"the connection to the server at {address} broke: {type(error).__name__} {error}".rstrip(),
                 is_gone=_is_refused(error),
             ) from error
+
+
+class GatewayClient:
+    """A client of the gateway of a service on this machine. Its methods block. Each request has its own connection.
+
+    `base_url`: the URL of the gateway, which ends in /v1.
+    `certificate`: the certificate of the gateway, in PEM format; "" accepts those that this machine trusts.
+
+    Each method raises RemoteError if the gateway or a server answers with an error, and TransportError if the gateway
+    does not answer, or an answer is incomplete.
+    """
+
+    def __init__(self, base_url: str, api_key: str, certificate: str = "") -> None:
+        self._root = base_url.removesuffix("/v1")
+        self._api_key = api_key
+        self._certificate = certificate
+
+    def overview(self) -> ServiceOverview:
+        """Return the state of the service and of its servers."""
+        with self._request("GET", "/status", LOOK_SECONDS) as reply:
+            return msgspec.json.decode(reply.read(), type=ServiceOverview)
+
+    def command(self, command: Command) -> Done:
+        """Execute a command, which may take minutes. The client needs the control secret as its `api_key`.
+
+        The command goes on if this call is interrupted.
+        """
+        with self._request("POST", "/control", None, command) as reply:
+            return msgspec.json.decode(reply.read(), type=Done)
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return the models of the service. Waits for a ready server."""
+        with self._request("GET", "/v1/models", None) as reply:
+            return msgspec.json.decode(reply.read(), type=_Models).data
+
+    def stream_chat(self, body: Mapping[str, Any]) -> Generator[dict[str, Any]]:
+        """Request a chat completion, and yield the deltas of its first choice as they come.
+
+        Closing the iterator cancels the work on the server.
+        """
+        is_complete = False
+        with self._request("POST", "/v1/chat/completions", None, {**body, "stream": True}) as reply:
+            for data in _event_data(reply):
+                if data == b"[DONE]":
+                    is_complete = True
+                    break
+                event = msgspec.json.decode(data)
+                if "error" in event:
+                    raise TransportError(str(event["error"]["message"]))
+                yield from (choice["delta"] for choice in event["choices"] if choice["index"] == 0)
+        if not is_complete:
+            raise TransportError("the answer ended before it was complete")
+
+    @contextmanager
+    def _request(
+        self, method: str, path: str, seconds: float | None, body: Mapping[str, Any] | Command | None = None
+    ) -> Iterator[httpx.Response]:
+        """Send a request; yield its answer, of which only the head has come.
+
+        `seconds`: maximum wait for each part of the answer.
+        """
+        try:
+            content = None if body is None else msgspec.json.encode(body)
+        except UnicodeEncodeError as error:
+            raise TransportError(f"the request cannot be sent: {error}") from error
+        headers = {"content-type": "application/json", **_bearer(self._api_key)}
+        timeout = httpx.Timeout(seconds, connect=LOOK_SECONDS)
+        try:
+            with (
+                httpx.Client(timeout=timeout, verify=self._verification(), trust_env=False) as client,
+                client.stream(method, self._root + path, content=content, headers=headers) as reply,
+            ):
+                if reply.status_code != 200:
+                    reply.read()
+                    raise _error(reply)
+                yield reply
+        except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+            cause = f"{type(error).__name__} {error}".rstrip()
+            raise TransportError(
+                f"the connection to the gateway at {self._root} broke: {cause}", is_gone=_is_refused(error)
+            ) from error
+        except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, ValueError) as error:
+            raise TransportError(f"the gateway at {self._root} sent an unexpected answer: {error}") from error
+
+    def _verification(self) -> ssl.SSLContext | bool:
+        """Return how to verify the gateway's certificate.
+
+        The certificate of the record is the only one that is accepted. Its names and its issuer do not matter then.
+        """
+        if not self._certificate:
+            return self._root.startswith("https:")  # without TLS, reading the certificates would only take time
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname = False
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        context.load_verify_locations(cadata=self._certificate)
+        return context
+
+
+class _Models(msgspec.Struct):
+    data: list[dict[str, Any]]
+
+
+def _event_data(reply: httpx.Response) -> Iterator[bytes]:
+    """Yield the data of each server-sent event.
+
+    `httpx.Response.iter_lines` also splits at other line ends than an event stream has, and texts may contain them.
+    """
+    rest = b""
+    for chunk in reply.iter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
 
 
 def _is_refused(error: BaseException) -> bool:

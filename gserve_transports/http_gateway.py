@@ -14,18 +14,24 @@ from typing import Any
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from gserve_core.commands import Command
 from gserve_core.config import GatewayConfig
 from gserve_core.errors import RemoteError
-from gserve_core.interfaces import Address, Attempts, Backend, GatewayApi
+from gserve_core.interfaces import Address, ApiKey, Attempts, Backend, GatewayApi
 from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
 
+from .bodies import decode_json
 from .frames import INSTANCE_HEADER
 from .http_front import BODIES, CALL_WHEN_LOST, Bodies, given_secret, host_names, hostname, listen
 from .http_upstream import Answer, Gone, Headers, Upstream
 
 OWN_ROUTES = {("POST", "/chat"), ("POST", "/generate")}
 """gserve's own routes that are passed on."""
-ALL_ROUTES = {*ROUTES, *OWN_ROUTES, ("GET", "/health")}
+ANSWERED = {("GET", "/status")}
+"""Routes that the gateway answers itself, to a client with the key."""
+CONTROL_PATH = "/control"
+"""Route that needs the control secret instead of an API key."""
+ALL_ROUTES = {*ROUTES, *OWN_ROUTES, *ANSWERED, ("GET", "/health"), ("POST", CONTROL_PATH)}
 PASSED = frozenset({b"content-type", b"accept", b"traceparent", b"tracestate", b"x-request-id"})
 """Headers of a request that a server gets. The API key is not among them: each server has its own token."""
 NOT_RETURNED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"x-gserve-instance"})
@@ -72,9 +78,16 @@ class _Gateway:
                 health = self._api.health()
                 await _answer(send, 200 if health.status == "ok" else 503, msgspec.json.encode(health), JSON)
                 return
-            self._check_access(scope)
-            body = bytes(await read_body(scope, receive, self._max_body))
-            await self._pass_on(scope, body, send)
+            if scope["path"] == CONTROL_PATH:
+                await self._answer_control(scope, receive, send)
+                return
+            key = self._check_access(scope)
+            if (scope["method"], scope["path"]) in ANSWERED:
+                await self._answer(scope, send)
+                return
+            with key.request():
+                body = bytes(await read_body(scope, receive, self._max_body))
+                await self._pass_on(scope, body, send)
         except RemoteError as error:
             headers = [*JSON, *_allowed(scope, error.status)]
             if error.retry_after is not None:
@@ -88,15 +101,32 @@ class _Gateway:
         if len(hosts) != 1 or hostname(hosts[0].decode("latin-1")) not in self._hosts:
             raise RemoteError("the Host header does not name this gateway: see gateway.allowed_hosts", status=400)
 
-    def _check_access(self, scope: Scope) -> None:
-        """Raise RemoteError unless the request has a key and its route exists, in this order."""
-        if not self._api.is_key(given_secret(scope["headers"])):
+    async def _answer_control(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Execute a command. Raises RemoteError: it is refused, or has failed."""
+        secret = given_secret(scope["headers"])
+        if not self._api.is_control(secret):
+            status = 401 if self._api.key_of(secret) is None else 403
+            raise RemoteError("this route requires the control secret: see gserve env --control", status=status)
+        if scope["method"] != "POST":
+            raise RemoteError(f"Method Not Allowed: {scope['method']} {CONTROL_PATH}", status=405)
+        command = decode_json(await read_body(scope, receive, self._max_body), Command)
+        await _answer(send, 200, msgspec.json.encode(await self._api.control(command)), JSON)
+
+    def _check_access(self, scope: Scope) -> ApiKey:
+        """Return the API key of a request. Raises RemoteError: it has none, or its route does not exist."""
+        key = self._api.key_of(given_secret(scope["headers"]))
+        if key is None:
             raise RemoteError("this gateway requires its API key: send it as 'Authorization: Bearer KEY'", status=401)
         method, path = scope["method"], scope["path"]
-        if (method, path) not in ROUTES and (method, path) not in OWN_ROUTES:
+        if (method, path) not in ALL_ROUTES:
             if any(path == known for _, known in ALL_ROUTES):
                 raise RemoteError(f"Method Not Allowed: {method} {path}", status=405)
             raise RemoteError(f"Not Found: {method} {path}", status=404)
+        return key
+
+    async def _answer(self, scope: Scope, send: Send) -> None:
+        """Answer a request of `ANSWERED`."""
+        await _answer(send, 200, msgspec.json.encode(self._api.status()), JSON)
 
     async def _pass_on(self, scope: Scope, body: bytes, send: Send) -> None:
         """Have a request answered, and stop if the client disconnects."""

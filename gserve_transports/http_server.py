@@ -1,11 +1,9 @@
 """The server's half of the HTTP transport. The only file that imports fastapi."""
 
 import asyncio
-import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -29,6 +27,7 @@ from gserve_core.messages import (
 )
 from gserve_core.openai_api import PATHS, ROUTES, error_body
 
+from .bodies import decode_json, decode_msgpack
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, pack
 from .http_front import BODIES, Bodies, has_secret, host_names, hostname, listen
 
@@ -94,7 +93,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     @app.post("/chat")
     async def chat(request: Request) -> Response:
-        asked = await asyncio.to_thread(_decode_json, await read(request), ChatRequest)
+        asked = await asyncio.to_thread(decode_json, await read(request), ChatRequest)
         conversations = [
             Conversation(messages, asked.add_generation_prompt, asked.continue_final_message)
             for messages in asked.conversations
@@ -103,12 +102,12 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     @app.post("/generate")
     async def generate(request: Request) -> Response:
-        asked = await asyncio.to_thread(_decode_json, await read(request), GenerateRequest)
+        asked = await asyncio.to_thread(decode_json, await read(request), GenerateRequest)
         return await answer_request(request, RunRequest([Group([*asked.prompts], asked.params)]))
 
     @app.post("/run")
     async def run(request: Request) -> Response:
-        asked = _decode_msgpack(await read(request), RunRequest)
+        asked = decode_msgpack(await read(request), RunRequest)
         if not HEARTBEATS[0] <= asked.heartbeat <= HEARTBEATS[1]:
             raise RemoteError("expected a heartbeat from {} to {} s".format(*HEARTBEATS), status=400)
         events = api.run(asked)
@@ -121,9 +120,9 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
     async def cancel(request: Request) -> Response:
         body = await read(request)
         if request.headers.get("content-type") == CONTENT_TYPE:
-            asked = _decode_msgpack(body, CancelRequest)
+            asked = decode_msgpack(body, CancelRequest)
         else:
-            asked = _decode_json(body, CancelRequest)
+            asked = decode_json(body, CancelRequest)
         api.cancel(asked.id, asked.items)
         return _json({"status": "ok"})
 
@@ -234,33 +233,6 @@ class _Guard:
         elif api.token is None or has_secret(headers, api.token):
             return None
         return _refusal(401, "this server requires its token: send it as 'Authorization: Bearer TOKEN'", path)
-
-
-def _decode_msgpack[T](body: bytearray, type_: type[T]) -> T:
-    try:
-        return msgspec.msgpack.decode(body, type=type_)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise RemoteError(f"the body cannot be read: {error}", status=400) from error
-
-
-def _decode_json[T](body: bytearray, type_: type[T]) -> T:
-    try:
-        made = msgspec.json.decode(body, type=type_)
-        json.loads(body, object_pairs_hook=_refuse_duplicates)  # msgspec would use the last value
-        return made
-    except UnicodeDecodeError as error:
-        raise RemoteError(f"the body is not UTF-8: {error.reason} at byte {error.start}", status=400) from error
-    except RecursionError as error:
-        raise RemoteError("the body is nested too deeply", status=400) from error
-    except msgspec.ValidationError as error:
-        raise RemoteError(f"the body is invalid: {error}", status=422) from error
-    except msgspec.DecodeError as error:
-        raise RemoteError(f"the body is not JSON: {error}", status=400) from error
-
-
-def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> None:
-    if len(pairs) > 1 and len({key for key, _ in pairs}) < len(pairs):
-        raise RemoteError("the body has an object with a duplicate key", status=400)
 
 
 def _outputs(outputs: list[list[ResponseOutput]]) -> Response:

@@ -20,7 +20,7 @@ PACKAGES = {  # package: the packages that it may import
     "gserve": {"gserve_core", "gserve_launchers", "gserve_transports"},
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
-    {"errors", "host.sweep"},
+    {"errors", "host.sweep", "overview", "commands"},
     {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
@@ -43,7 +43,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"host.tokens", "host.api_keys", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
     {"service.state"},
-    {"service.routing"},
+    {"service.routing", "service.watch"},
     {"service.gateway"},
     {"service.supervisor"},
     {"batch.pieces"},
@@ -56,6 +56,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.server_command"},
     {"service.server_life"},
     {"service.server"},
+    {"service.deployment"},
     {"service.service"},
 )  # fmt: skip
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
@@ -77,6 +78,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "process.work": {"errors", "messages", "interfaces", "host.redaction", "process.requests"},
     "process.requests": {"errors", "messages", "interfaces"},
     "reap": {"host.processes", "host.scratch", "service.records"},
+    "openai_params": {"messages"},
     "batch.item_files": {"errors", "messages"},
     "batch.output_lock": {"errors", "host.processes", "host.folders", "host.locks"},
     "doctor.examination": {
@@ -129,7 +131,7 @@ ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "servi
 """Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {
     "errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.child_process",
-    "host.forks", "host.descriptors", "openai_api",
+    "host.forks", "host.descriptors", "openai_api", "overview", "commands",
 }  # fmt: skip
 """What launchers and transports need of the core: no more than a plugin's author."""
 
@@ -151,7 +153,7 @@ HOMES = {  # third parties: the only files that may import them
     },
     "yaml": {"gserve_core/document.py"},
     "uvloop": {f"gserve_core/{name}.py" for name in ("batch/dispatcher", "process/main", "service/gateway")},
-    "typer": {f"gserve/cli/{name}.py" for name in ("app", "batch", "examine", "options", "serve", "slurm")},
+    "typer": {f"gserve/cli/{name}.py" for name in ("app", "batch", "examine", "options", "serve", "slurm", "watch")},
     "rich": {"gserve/cli/display.py"},
     "pytest": {"gserve_core/testing/__init__.py"},
 }
@@ -164,8 +166,8 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used
     "gserve/vllm_server.py": {"gserve_core"},  # after the search path is right
     **{  # `gserve --help` needs none of them
-        f"gserve/cli/{name}.py": {"gserve", "gserve_core", "gserve_launchers", "rich"}
-        for name in ("batch", "display", "examine", "serve", "service", "slurm")
+        f"gserve/cli/{name}.py": {"gserve", "gserve_core", "gserve_launchers", "gserve_transports", "rich"}
+        for name in ("batch", "display", "examine", "serve", "service", "slurm", "watch")
     },
 }
 HEAVY = {"vllm", "torch", "fastapi", "uvicorn", "httpx", "numpy", "transformers"}

@@ -1,4 +1,4 @@
-"""The command line: `launch`, `generate`, `chat`, `run`, `sbatch`, `check`, `doctor`, `plugins`, `ps`, `stop` and more.
+"""The command line: `launch`, `generate`, `chat`, `run`, `sbatch`, `check`, `doctor`, `plugins`, `ps` and more.
 
 An error is written to stderr after "error:". The exit code is 2 for a config, a plugin or an argument, and 1 for other
 errors. For a signal it is 128 plus the signal's number.
@@ -17,7 +17,7 @@ from gserve_core.errors import ConfigError, GserveError, PluginError
 from gserve_core.host.environment import open_missing_descriptors
 from gserve_core.host.logs import LEVEL_VARIABLE, setup_logging
 
-from . import batch, examine, serve, slurm
+from . import batch, examine, serve, slurm, watch
 from .display import print_stderr
 from .signals import Signalled, ignore, on_signals, raise_signalled
 
@@ -68,6 +68,10 @@ app.command()(examine.doctor)
 app.command("plugins")(examine.list_plugins)
 app.command()(serve.wait)
 app.command()(serve.env)
-app.command()(serve.ps)
+app.command()(watch.ps)
+app.command()(watch.logs)
+app.command()(watch.top)
+app.command()(serve.scale)
+app.command()(serve.reload)
 app.command()(serve.stop)
 app.command()(serve.reap)

@@ -1,14 +1,13 @@
 """The commands that send items: `generate`, `chat`, `run`."""
 
-import signal
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+import gserve
 from gserve_core.batch.item_files import (
     STDIO,
     ConversationLine,
@@ -27,10 +26,9 @@ from gserve_core.batch.item_files import (
 )
 from gserve_core.errors import ConfigError, GserveError, ItemError
 
-from .display import print_stderr, progress
+from .display import print_stderr, printable, progress
 from .options import Attach, Command, ConfigFile, ConfigFileOrNot, Output, Overrides, ParamsText, Verbose
 from .service import changes, open_service, serving, split_words
-from .signals import Signalled, on_signals, raise_signalled
 
 if TYPE_CHECKING:
     from gserve_core.service.service import VLLMService
@@ -82,6 +80,8 @@ def chat(
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Continue conversations. Without MESSAGE and --input, chat at the terminal (/exit or Ctrl-D ends it)."""
+    from gserve.cli.conversation import converse
+
     file, texts = split_words("chat", config, [message] if message is not None else [], attach)
     if len(texts) + (source is not None) > 1:
         raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
@@ -90,7 +90,8 @@ def chat(
     if source is None and not texts:
         if output is not None:
             raise ConfigError("--output requires a MESSAGE or --input")
-        _converse(open_service(file, attach, changes(overrides, verbose)), opening, shared)
+        gateway = gserve.GatewayConfig()  # it streams the answers
+        converse(open_service(file, attach, changes(overrides, verbose), gateway), opening, shared)
         return
     if source is None:
         lines = number_items([[{"role": "user", "content": texts[0]}]], ConversationLine)
@@ -159,47 +160,18 @@ def _answer_into(
             if isinstance(todo[0], PromptLine)
             else service.chat_iter(contents, each)
         )
+        is_terminal = stream.isatty()
         for index, outcome in in_order(outcomes) if as_text else outcomes:
             failed += isinstance(outcome, ItemError)
             if not as_text:
-                stream.write(encode(todo[index], outcome))
+                result = encode(todo[index], outcome)
             elif isinstance(outcome, ItemError):
                 print_stderr(f"error: item {index}: {outcome}")
+                result = b""
             else:
-                stream.writelines(f"{it.text}\n".encode() for it in outcome)
+                result = "".join(f"{it.text}\n" for it in outcome).encode()
+            stream.write(printable(result.decode()).encode() if is_terminal else result)
             stream.flush()
             advance()
     if failed:
         raise GserveError(f"{failed} of {len(todo)} items failed")
-
-
-def _converse(service: "VLLMService", opening: Sequence[Mapping[str, str]], params: Params | None) -> None:
-    """Run a conversation at the terminal. A message that fails or is cancelled is not kept in it."""
-    prompt = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
-    history = [*opening]
-    with serving(service):
-        while True:
-            try:
-                text = input(prompt).strip()
-            except EOFError:
-                if prompt:
-                    print()
-                return
-            if text == "/exit":
-                return
-            if not text:
-                continue
-            asked = [*history, {"role": "user", "content": text}]
-            try:
-                (outcome,) = service.chat([asked], params, return_extra=True, on_error="return")
-            except Signalled as signalled:
-                if signalled.number != signal.SIGINT:
-                    raise
-                on_signals(raise_signalled)  # this signal cancels only the answer
-                print_stderr("cancelled")
-                continue
-            if isinstance(outcome, ItemError):
-                print_stderr(f"error: {outcome}")
-                continue
-            print(outcome[0].text, flush=True)
-            history = [*asked, {"role": "assistant", "content": outcome[0].text}]

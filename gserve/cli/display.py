@@ -1,19 +1,35 @@
 """The output of commands, for a terminal or another program. Results go to stdout, everything else to stderr."""
 
+import os
+import re
+import select
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import termios
+import time
+import tty
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
 from gserve_core.host.logs import flush
 
 if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table
+
     from gserve_core.service.service import VLLMService
 
 
 TICK = 0.1
 """Interval between two checks of servers or processes, in seconds."""
+PAGE_SECONDS = 1.0
+"""Time between two pages of a live view, in seconds."""
+WIDE = 10_000
+"""Width of a table for another program, in characters."""
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Pattern of the characters that may control a terminal."""
 COLOURS = {"ok": "green", "note": "yellow", "problem": "red"}
 
 
@@ -21,7 +37,15 @@ def print_stderr(text: str) -> None:
     """Write a line to stderr."""
     flush()  # the log comes first
     with suppress(OSError):  # after SIGHUP the terminal may be closed
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text) if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return a text whose control characters a terminal does not interpret, except line ends and tabs.
+
+    They are written as in JSON: JSON remains JSON.
+    """
+    return CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def show_phases(service: "VLLMService", starting: Future[None]) -> None:
@@ -47,16 +71,105 @@ def show_phases(service: "VLLMService", starting: Future[None]) -> None:
             shown = doing
 
 
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Write a table to stdout."""
+def print_table(
+    header: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int = 0, numbers: Container[int] = ()
+) -> None:
+    """Write a table to stdout.
+
+    `keys`: number of the first columns, which name a row. If a terminal is too narrow for the table, the last column
+    is written as a table of its own, beside these. 0: the cells are wrapped instead.
+    `numbers`: the columns that are aligned to the right.
+    """
     from rich.console import Console
+    from rich.measure import Measurement
+
+    wide = None if sys.stdout.isatty() else WIDE  # another program needs unwrapped lines
+    console = Console(markup=False, highlight=False, emoji=False, width=wide)
+    table = _table(header, rows, numbers)
+    needed = Measurement.get(console, console.options.update(max_width=WIDE), table).maximum
+    if not keys or needed <= console.width:
+        console.print(table)
+        return
+    console.print(_table(header[:-1], [row[:-1] for row in rows], numbers))
+    console.print()
+    console.print(_table([*header[:keys], header[-1]], [[*row[:keys], row[-1]] for row in rows], ()))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Container[int]) -> "Table":
     from rich.table import Table
 
-    table = Table(*header, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index in numbers else "left", no_wrap=index in numbers)
     for row in rows:
-        table.add_row(*row)
-    wide = None if sys.stdout.isatty() else 10_000  # another program needs unwrapped lines
-    Console(markup=False, highlight=False, emoji=False, width=wide).print(table)
+        table.add_row(*map(printable, row))
+    return table
+
+
+@dataclass(frozen=True)
+class Page:
+    """A table with a title above it and notes below it. From the third column on, it holds numbers."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+
+
+def _renderable(page: Page) -> "Group":
+    from rich.console import Group
+    from rich.text import Text
+
+    table = _table(page.header, page.rows, range(2, len(page.header)))
+    notes = [Text(printable(note)) for note in page.notes]
+    return Group(Text(printable(page.title)), Text(), table, *([Text(), *notes] if notes else []))
+
+
+def print_page(page: Page) -> None:
+    """Write a page to stdout, in lines that are not wrapped."""
+    from rich.console import Console
+
+    Console(markup=False, highlight=False, emoji=False, width=WIDE).print(_renderable(page))
+
+
+def show_live(pages: Iterable[Page]) -> bool:
+    """Show pages on the terminal, each in the place of the last one. Each stays for `PAGE_SECONDS`.
+
+    Return True after the last page, and False if the user has pressed q.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(markup=False, highlight=False, emoji=False)
+    with Live(console=console, screen=True, auto_refresh=False) as live, _keys() as wait_key:
+        for page in pages:
+            live.update(_renderable(page), refresh=True)
+            if "q" in wait_key(PAGE_SECONDS).lower():
+                return False
+    return True
+
+
+@contextmanager
+def _keys() -> Iterator[Callable[[float], str]]:
+    """Yield a function that returns the keys that are pressed within some seconds, without waiting for a line."""
+    keyboard = sys.stdin.fileno() if sys.stdin.isatty() else None
+
+    def wait_key(seconds: float) -> str:
+        if keyboard is None:
+            time.sleep(seconds)
+        elif select.select([keyboard], [], [], seconds)[0]:
+            return (os.read(keyboard, 64) or b"q").decode(errors="replace")  # nothing: the terminal was closed
+        return ""
+
+    if keyboard is None:
+        yield wait_key
+        return
+    before = termios.tcgetattr(keyboard)
+    tty.setcbreak(keyboard)
+    try:
+        yield wait_key
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
 
 
 @contextmanager

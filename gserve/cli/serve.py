@@ -1,22 +1,27 @@
-"""The commands about launched services: `launch`, `wait`, `env`, `ps`, `stop`, `reap`."""
+"""The commands that handle launched services: `launch`, `wait`, `env`, `scale`, `reload`, `stop`, `reap`."""
 
 import os
 import shlex
 import signal
 import time
 from contextlib import suppress
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import gserve
-from gserve_core.errors import ConfigError, GserveError
+from gserve_core.errors import ConfigError, GserveError, RemoteError
 
 from .display import TICK, print_stderr, print_table
 from .options import ConfigFile, Overrides, Verbose
 from .service import changes, drain_service, names_down, serving
 from .signals import Signalled
 
+if TYPE_CHECKING:
+    from gserve_core.commands import Command
+
+Drain = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time for the items in flight to finish.")]
 END_SECONDS = 30.0
 """Maximum time for a service to end after the time for its items in flight is over, in seconds."""
 
@@ -57,11 +62,12 @@ def launch(
                 print_stderr(f'its key: eval "$(gserve env {shlex.quote(name)})"')
             generations = {server.name: server.generation for server in service.status()}
             while len(down := names_down(service)) < len(service.servers):
-                died |= down  # the log has the cause
+                died = down  # the log has the cause
                 for server in service.status():
-                    if server.usable and server.generation > generations[server.name]:
+                    known = generations.get(server.name, 0)
+                    if server.usable and server.generation > known:
                         generations[server.name] = server.generation
-                        print_stderr(f"{server.name} is ready again")
+                        print_stderr(f"{server.name} is ready{' again' if known else ''}")
                 time.sleep(TICK)
             raise GserveError("no server is running any more")
         except Signalled as signalled:  # a signal is the normal way to end it
@@ -96,6 +102,7 @@ def wait(
 
 def env(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
+    control: Annotated[bool, typer.Option("--control", help="Print the control secret too.")] = False,
 ) -> None:
     """Print the lines that set a shell's variables for OpenAI's clients: eval "$(gserve env NAME)"."""
     from gserve_core.service import records
@@ -103,34 +110,73 @@ def env(
     gateway = records.find_service(name).gateway
     if gateway is None:
         raise GserveError(f"the service '{name}' has no gateway: start it with gserve launch, or give it one")
+    if control and not gateway.control:
+        raise GserveError(f"the service '{name}' has no control secret: start it again with this version of gserve")
     print(f"export OPENAI_BASE_URL={shlex.quote(gateway.base_url)}")
     print(f"export OPENAI_API_KEY={shlex.quote(gateway.api_key)}")
+    if control:
+        print(f"export GSERVE_CONTROL_SECRET={shlex.quote(gateway.control)}")
 
 
-def ps() -> None:
-    """List the launched services of this user on this machine."""
+def scale(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
+    servers: Annotated[int, typer.Argument(metavar="N", min=1, help="The number of servers that it shall have.")],
+    timeout: Drain = 60.0,
+) -> None:
+    """Change the number of servers of a launched service, while they work.
+
+    Removed servers first finish their items in flight. Ctrl-C ends the command, not the change.
+    """
+    from gserve_core.commands import Scale
+
+    _command(name, Scale(servers, timeout))
+
+
+def reload(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A YAML file [default: that of the start].", exists=True)
+    ] = None,
+    overrides: Overrides = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Replace one server after another, even if both fit side by side.")
+    ] = False,
+    only_gateway: Annotated[
+        bool, typer.Option("--only-gateway", help="Apply only the keys and the queue_timeout; keep the servers.")
+    ] = False,
+    timeout: Drain = 60.0,
+) -> None:
+    """Replace the servers of a launched service by those of a config, while it works.
+
+    If there is room, all new servers start beside the old ones, and get the work at the same moment. Otherwise one is
+    replaced after another. If a new server fails, the old ones go on. Ctrl-C ends the command, not the change.
+    """
+    from gserve_core.commands import Reload
+
+    if overrides and config is None:
+        raise ConfigError("--set changes a CONFIG: name it, as in gserve reload NAME CONFIG --set KEY=VALUE")
+    path = None if config is None else str(config.absolute())
+    _command(name, Reload(path, list(overrides or ()), in_place, only_gateway, timeout))
+
+
+def _command(name: str, command: "Command") -> None:
+    """Have a launched service execute a command, and wait until it is done."""
     from gserve_core.service import records
+    from gserve_transports.http_client import GatewayClient
 
-    services, unreadable = records.services(), records.unreadable()
-    for file in unreadable:
-        print_stderr(f"error: {file}")
-    if not services:
-        if not unreadable:
-            print_stderr("no service is running")
-        return
-    rows: list[tuple[str, ...]] = []
-    for record in services:
-        rows += [
-            (record.name, str(record.pid), server.name, str(server.address), server.model) for server in record.servers
-        ] or [(record.name, str(record.pid), "-", record.status, "-")]
-    print_table(("name", "pid", "server", "address", "model"), rows)
+    gateway = records.find_service(name).gateway
+    if gateway is None:
+        raise GserveError(f"the service '{name}' has no gateway, which takes commands: start it with gserve launch")
+    client = GatewayClient(gateway.base_url, gateway.control, gateway.certificate)
+    try:
+        print_stderr(f"'{name}': {client.command(command).text}")
+    except RemoteError as error:
+        raise (ConfigError if error.status == 400 else GserveError)(str(error)) from error
 
 
 def stop(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
-    timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", min=0, help="Time for the items in flight to finish.")
-    ] = 60.0,
+    timeout: Drain = 60.0,
     now: Annotated[bool, typer.Option("--now", help="Stop it at once: unfinished items are lost.")] = False,
 ) -> None:
     """Stop a launched service after its servers have finished the items in flight, and wait until it has ended."""

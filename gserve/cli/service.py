@@ -16,6 +16,7 @@ from .display import TICK, print_stderr, show_phases
 from .signals import Signalled, ignore, on_signals, raise_signalled
 
 if TYPE_CHECKING:
+    from gserve_core.config import GatewayConfig
     from gserve_core.service.service import VLLMService
 
 
@@ -61,14 +62,17 @@ def changes(overrides: Sequence[str] | None, verbose: bool) -> list[str]:
     return [*(overrides or ()), *(["serve.verbose=true"] if verbose else ())]
 
 
-def open_service(config: Path | None, attach: str | None, overrides: Sequence[str]) -> "VLLMService":
+def open_service(
+    config: Path | None, attach: str | None, overrides: Sequence[str], gateway: "GatewayConfig | None" = None
+) -> "VLLMService":
     """Return the service of a config, or attach to a launched one.
 
     `attach`: the service's name; None: the name in $GSERVE_ATTACH.
+    `gateway`: see `VLLMService.from_yaml`.
     Raises ConfigError: the config is invalid, or an attached service has overrides.
     """
     if config is not None:
-        return gserve.VLLMService.from_yaml(config, overrides=overrides)
+        return gserve.VLLMService.from_yaml(config, overrides=overrides, gateway=gateway)
     if overrides:
         raise ConfigError(
             "--set and --verbose change a config: they cannot be combined with --attach or $GSERVE_ATTACH, which use a"

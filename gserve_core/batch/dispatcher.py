@@ -166,6 +166,11 @@ class Dispatcher:
 
     # -------------------------------------------------------------------------------------------------- from any thread
 
+    @property
+    def waiting(self) -> int:
+        """Number of items that wait for a server."""
+        return len(self._incoming) + self._queue.waiting
+
     def expect(self, key: str, comes: bool = True) -> None:
         """Keep items waiting for a server that is starting, even if there is no other server.
 
@@ -207,6 +212,10 @@ class Dispatcher:
         self._known.pop(key, None)
         self._count_room()
         self._call_soon(self._remove, key, why, returns, died)
+
+    def retire(self, key: str) -> None:
+        """Send a server no more items. Its items in flight go on. Call `remove` once it has ended."""
+        self._call_soon(self._queue.retire, key)
 
     def _count_room(self) -> None:
         self.room = sum(2 * known.capacity for known in list(self._known.values()))

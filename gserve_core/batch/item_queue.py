@@ -92,8 +92,10 @@ class ItemQueue:
 
     @property
     def waiting(self) -> int:
-        """Number of items that wait, including suspects."""
-        return self._waiting_in_calls + sum(map(len, self._suspects)) + sum(len(call.waiting) for call in self._paused)
+        """Number of items that wait, including suspects. May be read from any thread."""
+        return (
+            self._waiting_in_calls + sum(map(len, self._suspects)) + sum(len(call.waiting) for call in [*self._paused])
+        )
 
     @property
     def in_flight(self) -> int:
@@ -157,6 +159,14 @@ class ItemQueue:
         if suspects:
             self._suspects.append(suspects)
         self.pump()
+
+    def retire(self, key: str) -> None:
+        """Send a server no more items. Its items in flight go on."""
+        if (server := self._servers.get(key)) is not None:
+            server.is_retired = True
+            if self._reserved is server:
+                self._reserved = None
+            self.pump()
 
     def handle_answer(self, server: Server) -> None:
         """Use a server again that answers after a broken connection."""

@@ -76,6 +76,8 @@ class Server:
         self.stalled_at: float | None = None
         """Time at which a piece last timed out without an event; None once an event has come.
         If a piece that began later times out too, the server hangs. That holds even if it answers other requests."""
+        self.is_retired = False
+        """Whether it gets no more items, since it is about to end."""
         self.is_narrowing = False
         """Whether it works on suspects, and on nothing else. It then refuses requests of other clients."""
         self.accused: list[Item] = []
@@ -83,7 +85,7 @@ class Server:
 
     def is_usable(self, now: float) -> bool:
         """Return whether a piece may be sent to it."""
-        return not self.is_broken and self.busy_until <= now and not self.is_narrowing
+        return not self.is_broken and self.busy_until <= now and not self.is_narrowing and not self.is_retired
 
     def limit(self, outstanding: int, servers: int) -> int:
         """Return the maximum number of items in flight on this server.

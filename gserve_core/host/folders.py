@@ -20,6 +20,8 @@ KEPT_RUNS = 50
 """Number of runs whose logs are kept."""
 RUN = re.compile(r"\d{8}-\d{6}-.+")
 """Pattern of the names of runs' log folders."""
+LOG = re.compile(r"(.+?)(?:\.(\d+))?\.log")
+"""Pattern of the names that `log_file` returns."""
 OWNER_FILE = ".gserve"
 """Name of the file that proves who owns a folder. In a log folder, the owner keeps it locked."""
 HOMES = {"state": ("XDG_STATE_HOME", ".local/state"), "cache": ("XDG_CACHE_HOME", ".cache")}
@@ -174,6 +176,21 @@ def keep_logs(path: Path) -> None:
         logger.debug("cannot lock %s", file, exc_info=True)
     release_logs(path)
     _HELD[path] = descriptor
+
+
+def log_file(folder: Path, server: str, number: int) -> Path:
+    """Return the path of a server's log in a log folder. `number`: counts the starts of the server, from 1."""
+    return folder / (f"{server}.log" if number == 1 else f"{server}.{number}.log")
+
+
+def newest_logs(folder: Path) -> dict[str, Path]:
+    """Return the newest log of each server in a log folder, by the server's name."""
+    found: dict[str, tuple[int, Path]] = {}
+    for path in folder.glob("*.log"):
+        if (parts := LOG.fullmatch(path.name)) is not None:
+            number = int(parts[2] or 1)
+            found[parts[1]] = max(found.get(parts[1], (0, path)), (number, path))
+    return {server: path for server, (_, path) in sorted(found.items())}
 
 
 def release_logs(path: Path) -> None:

@@ -16,7 +16,7 @@ from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Connection, EngineInfo
 from ..service import records
 from ..service.records import GatewayRecord, ServerRecord, ServiceRecord
-from .state import ServerState, State
+from .state import ServerState, State, sort_key
 
 FOLLOW_SECONDS = 1.0
 """Time between two reads of the service's record, in seconds."""
@@ -214,7 +214,7 @@ class _Following:
             **{name: self._changed_state(state, lost) for name, state in known.items()},
             **{name: _ready_state(server) for name, server in now.items()},
         }
-        self.states = MappingProxyType({name: states[name] for name in sorted(states, key=_sort_key)})
+        self.states = MappingProxyType({name: states[name] for name in sorted(states, key=sort_key)})
 
     def _replace_queue(self) -> None:
         """Replace the queue if it was drained. A drained queue accepts no items."""
@@ -255,11 +255,6 @@ def _ready_state(record: ServerRecord) -> ServerState:
         info=EngineInfo(model=record.model, capacity=record.capacity), instance=record.instance,
         token=record.token, control=record.control or "",
     )  # fmt: skip
-
-
-def _sort_key(name: str) -> tuple[int, str]:
-    number = name.rpartition("-")[2]
-    return (int(number) if number.isdecimal() else 0, name)
 
 
 def drain_reason(name: str) -> str:

@@ -4,27 +4,43 @@ import asyncio
 import contextlib
 import hmac
 import logging
+import re
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import uvloop
+from msgspec import structs
 
-from ..config import GatewayConfig
-from ..errors import GserveError, LaunchError
+from ..commands import Command, Done
+from ..config import GatewayConfig, KeyConfig
+from ..errors import ConfigError, GserveError, LaunchError, PluginError, RemoteError
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
 from ..messages import Health
+from ..overview import ServiceOverview
 from .records import GatewayRecord
 from .routing import Attempts, Routing
 from .state import ServerState
+from .watch import Watch
 
 START_SECONDS = 30.0
 """Maximum time until a gateway listens, in seconds. A certificate may be read, and names may be resolved."""
+CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
+"""Pattern of a certificate in PEM format."""
 CLOSE_SECONDS = 10.0
 """Maximum time for requests to end when a gateway closes, in seconds."""
 
+CONFIG_ERRORS = ConfigError, PluginError
+"""Errors of a command that are the fault of its sender."""
 logger = logging.getLogger("gserve.gateway")
+
+
+BUSY_SECONDS = 1.0
+"""Retry delay for a client whose key has as many requests in progress as it may have, in seconds."""
+OWNER = "owner"
+"""Name of the key that the service itself shows, as by `gserve env`."""
 
 
 def new_key() -> str:
@@ -32,17 +48,58 @@ def new_key() -> str:
     return f"gserve-{secrets.token_urlsafe(32)}"
 
 
+class Key:
+    """An API key, and its requests in progress. Implements `interfaces.ApiKey`."""
+
+    def __init__(self, name: str, config: KeyConfig) -> None:
+        self.name = name
+        self.config = config
+        self.secret = config.key.encode()
+        self.requests = 0
+
+    @contextlib.contextmanager
+    def request(self) -> Iterator[None]:
+        """Count a request for the block. Raises RemoteError: there are as many as are allowed (429)."""
+        most = self.config.max_requests
+        if most is not None and self.requests >= most:
+            raise RemoteError(
+                f"the key '{self.name}' allows {most} requests at once: retry later",
+                status=429, retry_after=BUSY_SECONDS,
+            )  # fmt: skip
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+
+
 class Gateway:
     """A gateway. It listens from `start` to `close`. Implements `interfaces.GatewayApi`.
 
-    `key`: returns the key that its clients need. It is called at the start.
+    `key`: returns the owner's key for a config. It is called at the start, and when the config changes.
+    `handle`: executes a command, and returns in one line what was done. It is called in a thread.
+    `name`, `seed`: name and item seed of its service.
+    `waiting`: returns the number of items that wait in the queue of the service itself.
     """
 
-    def __init__(self, transport: Transport, config: GatewayConfig, key: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        config: GatewayConfig,
+        key: Callable[[GatewayConfig], str],
+        handle: Callable[[Command], str],
+        name: str,
+        seed: int,
+        waiting: Callable[[], int],
+    ) -> None:
         self._transport = transport
         self._config = config
         self._make_key = key
-        self._key = b""
+        self._handle = handle
+        self._keys: Sequence[Key] = ()
+        self._control = new_key()
+        self._waiting = waiting
+        self._watch = Watch(name, seed)
         self._routing: Routing | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
@@ -60,7 +117,7 @@ class Gateway:
         Raises LaunchError: it cannot listen.
         Raises GserveError: the transport has no gateway, or there is no key.
         """
-        self._key = self._make_key().encode()
+        self._set_keys(self._config)
         self._thread = threading.Thread(target=self._run, name="gserve-gateway", daemon=True)
         self._thread.start()
         if not self._listening.wait(START_SECONDS):
@@ -73,19 +130,42 @@ class Gateway:
         assert self.record is not None
         return self.record
 
+    def configure(self, config: GatewayConfig) -> None:
+        """Apply the keys and the `queue_timeout` of another config. Requests in progress go on.
+
+        Raises GserveError: there is no key.
+        """
+        self._set_keys(config)
+        self._config = config
+        self._call_routing(lambda routing: routing.set_timeout(config.queue_timeout))
+        if self.record is not None:
+            self.record = structs.replace(self.record, api_key=self._keys[0].config.key)
+
+    def _set_keys(self, config: GatewayConfig) -> None:
+        wanted = {OWNER: KeyConfig(self._make_key(config)), **config.keys}
+        known = {key.name: key for key in self._keys if key.config == wanted.get(key.name)}
+        self._keys = [known.get(name) or Key(name, given) for name, given in wanted.items()]
+
     def update(self, state: ServerState) -> None:
         """Take over a server's new state. May be called from any thread."""
-        loop, routing = self._loop, self._routing
-        if loop is not None and routing is not None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(routing.update, state)
+        self._call_routing(lambda routing: routing.update(state))
+        self._call_routing(lambda _: self._watch.update(state))
+
+    def forget(self, name: str) -> None:
+        """Forget a server that has ended and does not return. May be called from any thread."""
+        self._call_routing(lambda routing: routing.forget(name))
+        self._call_routing(lambda _: self._watch.forget(name))
 
     def drain(self, why: str) -> None:
         """Accept no more requests. Those in flight go on. May be called from any thread."""
+        self._call_routing(lambda routing: routing.end(why))
+
+    def _call_routing(self, act: Callable[[Routing], object]) -> None:
+        """Call a function with the routing, in the gateway's thread."""
         loop, routing = self._loop, self._routing
         if loop is not None and routing is not None:
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(routing.end, why)
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(act, routing)
 
     def close(self) -> None:
         """Stop to listen, and wait until the thread has ended. Idempotent. May be called from any thread."""
@@ -103,9 +183,30 @@ class Gateway:
         assert self._routing is not None
         return Health(self._routing.status)
 
-    def is_key(self, secret: bytes) -> bool:
-        """Return whether this is the key."""
-        return hmac.compare_digest(secret, self._key)
+    def key_of(self, secret: bytes) -> Key | None:
+        """Return the API key with this secret, if any."""
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(secret, key.secret):
+                found = key  # goes on, so that the time does not depend on the place
+        return found
+
+    def is_control(self, secret: bytes) -> bool:
+        """Return whether this is the control secret."""
+        return hmac.compare_digest(secret, self._control.encode())
+
+    async def control(self, command: Command) -> Done:
+        """Execute a command."""
+        try:
+            return Done(await asyncio.shield(asyncio.to_thread(self._handle, command)))
+        except GserveError as error:
+            raise RemoteError(str(error), status=400 if isinstance(error, CONFIG_ERRORS) else 500) from error
+
+    def status(self) -> ServiceOverview:
+        """Return the overview of the service."""
+        assert self._routing is not None
+        waiting, requests = self._routing.waiting + self._waiting(), self._routing.requests
+        return self._watch.overview(self._routing.status, waiting=waiting, requests=requests)
 
     def attempts(self) -> Attempts:
         """Return the attempts of a new request."""
@@ -139,6 +240,15 @@ class Gateway:
         async with self._transport.serve_gateway(self, self._config) as address:
             scheme = "http" if self._config.certfile is None else "https"
             keep_logging_from_waiting()  # again: the transport has imported libraries that log
-            self.record = GatewayRecord(f"{scheme}://{address}/v1", self._key.decode())
+            self.record = GatewayRecord(
+                f"{scheme}://{address}/v1", self._keys[0].config.key, self._control,
+                certificate=_certificate(self._config.certfile),
+            )  # fmt: skip
             self._listening.set()
             await self._end.wait()
+
+
+def _certificate(file: str | None) -> str:
+    """Return the first certificate in a file in PEM format, and nothing else of the file, such as a private key."""
+    found = None if file is None else CERTIFICATE.search(Path(file).read_text(errors="replace"))
+    return "" if found is None else found[0]

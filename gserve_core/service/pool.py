@@ -15,6 +15,7 @@ from typing import Protocol
 from msgspec import structs
 
 from ..batch.dispatcher import Dispatcher
+from ..config import GatewayConfig, ServeConfig
 from ..errors import GserveError, LaunchError, TransportError
 from ..host import folders
 from ..host.environment import check_not_patched
@@ -23,7 +24,7 @@ from ..service import records
 from ..service.records import GatewayRecord, ServiceRecord
 from .gateway import Gateway
 from .state import BEGINNING, Published, ServerState, State
-from .supervisor import CLEANING_UP, END_SECONDS, Program, Supervisor
+from .supervisor import CLEANING_UP, END_SECONDS, Program, Supervisor, failure_of
 
 MARGIN = 10.0
 """Time that `close` waits for the supervisor in addition to the time limit of the servers, in seconds."""
@@ -42,18 +43,19 @@ class Queue:
     """The dispatcher of a pool, kept up to date with the states of its servers.
 
     `connect`: makes a connection to a server.
-    `timeout`, `stall_timeout`: see `Dispatcher.add`.
+    `serve`: returns the config of the servers. Their time limits are read when a server becomes ready.
     """
 
-    def __init__(
-        self, connect: Callable[[ServerState], Connection], timeout: float | None, stall_timeout: float | None
-    ) -> None:
+    def __init__(self, connect: Callable[[ServerState], Connection], serve: Callable[[], ServeConfig]) -> None:
         self._connect = connect
-        self._timeout = timeout
-        self._stall_timeout = stall_timeout
+        self._serve = serve
         self._known: dict[str, tuple[str, bool]] = {}
         self._is_closed = False
         self.dispatcher = Dispatcher()
+
+    def waiting(self) -> int:
+        """Return the number of items that wait for a server. May be called from any thread."""
+        return self.dispatcher.waiting
 
     def close(self) -> None:
         """Close the dispatcher. Idempotent.
@@ -77,13 +79,20 @@ class Queue:
                 self.dispatcher.remove(state.name, _reason(state), returns=False, died=False)
             elif now[1] and not returns and not now[0]:
                 self.dispatcher.expect(state.name)
+            elif now[0] and not state.usable:
+                self.dispatcher.retire(state.name)
             if state.usable and instance != now[0]:
                 assert state.info is not None
+                serve = self._serve()
                 self.dispatcher.add(
-                    state.name, partial(self._connect, state), state.info.capacity, self._timeout,
-                    is_watched=True, stall_timeout=self._stall_timeout,
+                    state.name, partial(self._connect, state), state.info.capacity, serve.client_timeout,
+                    is_watched=True, stall_timeout=serve.stall_timeout,
                 )  # fmt: skip
         self._known[state.name] = now
+
+    def forget(self, name: str) -> None:
+        """Forget a server that has ended and does not return."""
+        self._known.pop(name, None)
 
 
 def _reason(state: ServerState) -> str:
@@ -108,6 +117,7 @@ class Record:
         self._name = name
         self._make = make
         self.gateway: GatewayRecord | None = None
+        self.logs = ""
         self._run = ""
         """Identifies this start of the service."""
         self._last: ServiceRecord | None = None
@@ -140,6 +150,7 @@ class Record:
             id=self._run,
             deaths=list(self._deaths),
             gateway=self.gateway,
+            logs=self.logs,
             error=next((state.error or "" for state in states if state.error), "") if status == "failed" else "",
         )
         if self._last is not None and record != self._last:
@@ -199,12 +210,12 @@ class _Session:
         if self._record is not None:
             self._record.reserve()
         if self.gateway is not None:
-            opened = self.gateway.start()
-            if self._record is not None:
-                self._record.gateway = opened
+            self.gateway.start()
         self._logs = logs = self._open_logs()
+        if self._record is not None:
+            self._record.logs = str(logs)
         for state in self._published.states.values():
-            self._published.publish(replace(state, restarts=0, failure=None).queued(BEGINNING))
+            self._published.publish(replace(state, restarts=0, failure=None).queued(BEGINNING).following(state))
             self._update_queue(self._published.states[state.name])
             if self.gateway is not None:
                 self.gateway.update(self._published.states[state.name])
@@ -218,6 +229,18 @@ class _Session:
         if old.usable != new.usable or old.returns != new.returns:
             self._write_record({**self._published.states, new.name: new})
 
+    def configure_gateway(self, config: GatewayConfig) -> None:
+        """Apply new keys and a new `queue_timeout`, if there is a gateway. Raises GserveError: there is no key."""
+        if self.gateway is not None:
+            self.gateway.configure(config)
+            self.supervisor.call_soon(lambda: self._write_record(self._published.states))
+
+    def removed(self, name: str) -> None:
+        if self.queue is not None:
+            self.queue.forget(name)
+        if self.gateway is not None:
+            self.gateway.forget(name)
+
     def _update_queue(self, state: ServerState) -> None:
         if self.queue is not None:
             try:
@@ -227,6 +250,7 @@ class _Session:
 
     def _write_record(self, states: Mapping[str, ServerState]) -> None:
         if self._record is not None and not self._is_closing:
+            self._record.gateway = None if self.gateway is None else self.gateway.record
             try:
                 self._record.write(list(states.values()), is_draining=self._is_draining)
             except (OSError, GserveError) as error:
@@ -275,32 +299,35 @@ class Pool:
     `logs`: creates and returns the folder for the logs of a start.
     `max_restarts`: see `ServeConfig`.
     `min_ready`, `keeps_places`: see `Supervisor`.
-    `queue`, `gateway`: create the queue and the gateway of a start; None: there is none.
+    `queue`, `gateway`: create the queue and the gateway of a start; None: there is none. The gateway gets a
+    function that returns the number of items waiting in the queue.
     `what`: name of the pool in messages.
     """
 
     def __init__(
         self,
         programs: Sequence[Program],
-        states: Sequence[ServerState],
         *,
         logs: Callable[[], Path],
         max_restarts: int = 0,
         min_ready: int | None = None,
         keeps_places: bool = False,
         queue: Callable[[], Queue] | None = None,
-        gateway: Callable[[], Gateway] | None = None,
+        gateway: Callable[[Callable[[], int]], Gateway] | None = None,
         record: Record | None = None,
         nursery: Closable | None = None,
         what: str = "the service",
     ) -> None:
-        self._published = Published(states)
+        self._programs = {program.name: program for program in programs}
+        self._published = Published(program.state for program in programs)
         self._make_queue = queue
         self._make_gateway = gateway
         self._make_session = partial(
-            _Session, programs, self._published, max_restarts=max_restarts, min_ready=min_ready,
-            keeps_places=keeps_places, what=what, logs=logs, record=record, nursery=nursery,
+            _Session, published=self._published, keeps_places=keeps_places, what=what, logs=logs, record=record,
+            nursery=nursery,
         )  # fmt: skip
+        self._max_restarts = max_restarts
+        self._min_ready = min_ready
         self._what = what
         self._session: _Session | None = None
         self._lock = threading.RLock()
@@ -310,6 +337,11 @@ class Pool:
     def states(self) -> Mapping[str, ServerState]:
         """The latest states of all servers, by name. Takes no lock and never waits."""
         return self._published.states
+
+    @property
+    def programs(self) -> Sequence[Program]:
+        """The programs of the servers that run, or that a start would run."""
+        return list(self._programs.values())
 
     @property
     def is_foreign(self) -> bool:
@@ -370,8 +402,11 @@ class Pool:
         queue = None
         try:
             queue = None if self._make_queue is None else self._make_queue()
-            gateway = None if self._make_gateway is None else self._make_gateway()
-            return self._make_session(queue=queue, gateway=gateway)
+            waiting = (lambda: 0) if queue is None else queue.waiting
+            gateway = None if self._make_gateway is None else self._make_gateway(waiting)
+            return self._make_session(
+                self.programs, queue=queue, gateway=gateway, max_restarts=self._max_restarts, min_ready=self._min_ready
+            )
         except (RuntimeError, OSError) as error:  # no more threads or descriptors, or the interpreter is ending
             if queue is not None:
                 queue.close()
@@ -430,6 +465,82 @@ class Pool:
         """Stop one server, without waiting for its end. It is not restarted."""
         if (session := self._session) is not None and not self.is_foreign:
             session.supervisor.stop(name)
+
+    # ---------------------------------------------------------------------------------------- changes of a running pool
+
+    def add(self, programs: Sequence[Program], *, held: bool = False) -> None:
+        """Start more servers, and wait until they are ready. `held`: they get no work until `release`.
+
+        Raises LaunchError: one of them failed. All of them are removed.
+        """
+        supervisor = self._running()
+        names = [program.name for program in programs]
+        self._programs |= dict(zip(names, programs, strict=True))
+        supervisor.add(programs, held=held)
+        try:
+            self._wait_started(supervisor, names)
+        except BaseException:
+            self._remove(supervisor, names, None)
+            raise
+
+    def release(self, names: Sequence[str]) -> None:
+        """Let held servers work."""
+        self._running().release(names)
+
+    def replace(self, program: Program, drain: float) -> None:
+        """Stop the server with the name of `program`, start `program` in its place, and wait until it is ready.
+
+        `drain`: maximum time for the old server to finish its items in flight, in seconds.
+
+        Raises LaunchError: the new server failed. The old one is started again.
+        """
+        self._running().replace(program, drain).result()
+        self._programs[program.name] = program
+
+    def remove(self, names: Sequence[str], drain: float) -> None:
+        """Stop servers, and wait until they have ended. `drain`: see `replace`."""
+        self._remove(self._running(), names, drain)
+
+    def limit(self, *, max_restarts: int, min_ready: int | None) -> None:
+        """Replace these limits; see the class. `min_ready` applies from the next start."""
+        self._max_restarts, self._min_ready = max_restarts, min_ready
+        self._running().limit_restarts(max_restarts)
+
+    def configure_gateway(self, config: GatewayConfig) -> None:
+        """Apply new keys and a new `queue_timeout`, if there is a gateway. Raises GserveError: there is no key."""
+        if (session := self._session) is not None:
+            session.configure_gateway(config)
+
+    def _running(self) -> Supervisor:
+        """Return the supervisor. Raises GserveError: the servers do not run, or another process owns them."""
+        session = self._session
+        if session is None or session.supervisor.is_closing or self.is_foreign:
+            raise GserveError(f"{self._what} does not run here: start it first")
+        return session.supervisor
+
+    def _remove(self, supervisor: Supervisor, names: Sequence[str], drain: float | None) -> None:
+        supervisor.remove(names, drain)
+        self._published.wait(
+            lambda: supervisor.has_ended or not any(name in self.states for name in names),
+            END_SECONDS + MARGIN + (drain or 0.0),
+        )
+        for name in names:
+            self._programs.pop(name, None)
+            if supervisor.has_ended:
+                self._published.forget(name)
+
+    def _wait_started(self, supervisor: Supervisor, names: Sequence[str]) -> None:
+        """Wait until servers that were added are ready. Raises LaunchError: one failed."""
+
+        def are_ready() -> bool:
+            if supervisor.is_closing or supervisor.is_draining:
+                raise LaunchError(f"{self._what} is ending: it starts no more servers")
+            states = [state for name, state in self.states.items() if name in names]
+            if failed := [state for state in states if state.is_over]:
+                raise failure_of(failed)
+            return len(states) == len(names) and all(state.state == State.READY for state in states)
+
+        self._published.wait(are_ready)
 
     def drain(self, why: str) -> None:
         """Accept no more items, and restart no server. Items in flight continue."""

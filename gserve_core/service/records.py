@@ -44,10 +44,16 @@ class ServerRecord(Struct, frozen=True):
 
 
 class GatewayRecord(Struct, frozen=True):
-    """The gateway of a launched service: its URL for clients of OpenAI's API, and its API key."""
+    """The gateway of a launched service: its URL for clients of OpenAI's API, and its secrets.
+
+    `control`: the secret of `POST /control`; "" if there is none.
+    `certificate`: the certificate that it shows, in PEM format; "" if it speaks plain HTTP.
+    """
 
     base_url: str
     api_key: str
+    control: str = ""
+    certificate: str = ""
 
     def __repr__(self) -> str:
         """Show no secret."""
@@ -65,6 +71,7 @@ class ServiceRecord(Struct, frozen=True):
     `deaths`: instances of the servers that died while they worked, at most the last `MAX_DEATHS`.
     `seed`: see `LLMConfig.item_seed`.
     `error`: why the servers have failed, if all have.
+    `logs`: the folder of the servers' logs; "" in records of older versions.
     """
 
     name: str
@@ -83,6 +90,7 @@ class ServiceRecord(Struct, frozen=True):
     seed: int = 0
     gateway: GatewayRecord | None = None
     error: str = ""
+    logs: str = ""
 
     @property
     def is_alive(self) -> bool:

@@ -32,6 +32,8 @@ class Routing:
         """The servers that may have requests in flight, by name."""
         self._changed = asyncio.Event()
         self._turn = 0
+        self.waiting = 0
+        """Number of requests that wait for a server."""
         self.ending = ""
         """Why no more requests are accepted."""
 
@@ -48,6 +50,15 @@ class Routing:
             self._backends[state.name] = Backend(state.name, state.instance, state.address, state.token)
         self._notify()
 
+    def forget(self, name: str) -> None:
+        """Forget a server that has ended and does not return."""
+        self._states.pop(name, None)
+        self._notify()
+
+    def set_timeout(self, queue_timeout: float | None) -> None:
+        """Replace the time limit of requests that come from now on."""
+        self._queue_timeout = queue_timeout
+
     def end(self, why: str) -> None:
         """Accept no more requests. Those in flight go on."""
         self.ending = why
@@ -63,6 +74,11 @@ class Routing:
         return [it for it in self._backends.values() if self._states[it.name].usable]
 
     @property
+    def requests(self) -> dict[str, int]:
+        """The number of requests in flight, by the name of the server."""
+        return {name: backend.requests for name, backend in self._backends.items()}
+
+    @property
     def status(self) -> str:
         """Return "ok" if a server is ready, "starting" if one will be, "draining", or "stopped"."""
         if self.ending:
@@ -76,10 +92,15 @@ class Routing:
         return Attempts(self, self._queue_timeout)
 
     async def wait_changed(self, seconds: float) -> None:
-        """Wait until a state changes, for `seconds` at most."""
-        with contextlib.suppress(TimeoutError):
+        """Have a request wait until a state changes, for `seconds` at most."""
+        self.waiting += 1
+        try:
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self.waiting -= 1
 
     def least_busy(self, without: set[str]) -> Backend | None:
         """Return the server with the fewest requests, but for the instances in `without`. Equal servers take turns."""

@@ -71,7 +71,7 @@ class VLLMServer:
             llm=llm_config, serve=serve, gpu_ids=None if ids is None else tuple(ids), parts=parts, nursery=nursery
         )
         pool = Pool(
-            [program], [program.state], logs=lambda: folders.log_folder(uuid.uuid4().hex[:8]), nursery=nursery,
+            [program], logs=lambda: folders.log_folder(uuid.uuid4().hex[:8]), nursery=nursery,
             keeps_places=True, what=program.name,
         )  # fmt: skip
         self._set_up(program, pool, is_alone=True)
@@ -86,6 +86,11 @@ class VLLMServer:
             weakref.finalize(self, pool.ask_to_close)
 
     # ---------------------------------------------------------------------------------------------------------- status
+
+    @property
+    def program(self) -> ServerProgram:
+        """What the server runs."""
+        return self._program
 
     @property
     def host(self) -> str:
@@ -107,8 +112,11 @@ class VLLMServer:
         return self.status().usable
 
     def status(self) -> ServerState:
-        """Return the server's current state. Never waits."""
-        return self._pool.states[self.name]
+        """Return the server's current state. Never waits. Raises GserveError: it was removed from its service."""
+        state = self._pool.states.get(self.name)
+        if state is None:
+            raise GserveError(f"{self.name} was removed from its service")
+        return state
 
     def job(self, log: Path, instance: str = "") -> Job:
         """Return the job for the launcher. Raises ConfigError or PluginError."""

@@ -78,7 +78,7 @@ def _new_log(folder: Path, name: str) -> Path:
     """Create and return the log of a server: one file for each of its generations. Raises OSError."""
     folders.keep_logs(folder)  # the folder may have been removed
     for number in itertools.count(1):
-        path = folder / (f"{name}.log" if number == 1 else f"{name}.{number}.log")
+        path = folders.log_file(folder, name, number)
         with suppress(FileExistsError):
             path.touch(mode=0o600, exist_ok=False)
             return path
@@ -103,19 +103,9 @@ class ServerProgram:
         return f"server-{self.index}"
 
     @property
-    def host(self) -> str:
-        """The configured host to listen on."""
-        return self.serve.host
-
-    @property
-    def port(self) -> int | None:
-        """The configured port to listen on; None: any free port."""
-        return self.serve.port
-
-    @property
     def state(self) -> ServerState:
         """The state of the server before its first start."""
-        return ServerState(name=self.name, host=self.host, port=self.port, gpu_ids=self.gpu_ids)
+        return ServerState(name=self.name, host=self.serve.host, port=self.serve.port, gpu_ids=self.gpu_ids)
 
     def job(self, log: Path, instance: str = "", environ: Mapping[str, str] = os.environ) -> Job:
         """Return the job for the launcher, in the environment `environ`. Raises ConfigError or PluginError."""

@@ -2,33 +2,27 @@
 
 import os
 import sys
-import uuid
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
-from ..config import Config, GatewayConfig, LLMConfig, ServeConfig, check_placement, check_ports, load, wrong_key
-from ..errors import ConfigError, GserveError
-from ..host import folders, processes
-from ..host.api_keys import kept_key
-from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
-from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
-from ..plugins import Parts, assemble
+from ..commands import DRAIN_SECONDS
+from ..config import Config, GatewayConfig, LLMConfig, ServeConfig
+from ..errors import GserveError
+from ..host.environment import ATTACH_VARIABLE
+from ..interfaces import Engine, Job, Launcher, Transport
+from ..plugins import assemble
 from ..service import records
-from ..service.records import ServerRecord, ServiceRecord
+from ..service.records import GatewayRecord
 from .attached import Attached, drain_reason
-from .gateway import Gateway, new_key
+from .deployment import Deployment, Plan, Source, connect
 from .inference import Inference
-from .nursery import Nursery
-from .pool import Pool, Queue, Record
-from .server import VLLMServer, member_of, record_of
-from .server_life import ServerProgram
+from .pool import Pool
+from .server import VLLMServer, member_of
 from .state import ServerState
 
 ATTACH_SECONDS = 180.0
@@ -63,7 +57,8 @@ class VLLMService(Inference):
         gateway: GatewayConfig | None = None,
     ) -> None:
         config = Config(llm_config, serve_config or ServeConfig(), plugins=list(plugins), gateway=gateway)
-        self._set_up(config, assemble(config, None, launcher=launcher, transport=transport, engine=engine), name)
+        parts = assemble(config, None, launcher=launcher, transport=transport, engine=engine)
+        self._set_up(Deployment(Plan(config, parts), name))
 
     @classmethod
     def from_yaml(
@@ -82,13 +77,9 @@ class VLLMService(Inference):
         `overrides`: texts of the form `"key.key=value"`. For the other arguments see the class.
         `gateway`: the gateway if the file describes none. It is left out if the transport has none.
         """
-        config, document = load(path, overrides)
+        source = Source(Path(path).absolute(), tuple(overrides), launcher, transport, engine, gateway)
         self = cls.__new__(cls)
-        with document.located():
-            parts = assemble(config, document.file.parent, launcher=launcher, transport=transport, engine=engine)
-            if config.gateway is None and parts.transport.has_gateway:
-                config = replace(config, gateway=gateway)
-            self._set_up(config, parts, name)
+        self._set_up(Deployment(source.read(), name, source))
         return self
 
     @classmethod
@@ -121,46 +112,19 @@ class VLLMService(Inference):
         )  # fmt: skip
         parts, timeout = assemble(config, Path(record.folder) if record.folder else None), record.client_timeout
         self = cls.__new__(cls)
-        self._config, self._parts = config, parts
+        self._deployment, self._parts = None, parts
         self._seeds = Seeds(record.seed)
-        self._servers = ()
-        self._pool = Attached(record.name, lambda server: _connect(parts, server, timeout), timeout)
+        self._pool = Attached(record.name, lambda server: connect(parts, server, timeout), timeout)
         weakref.finalize(self, self._pool.ask_to_close)
         self.start()
         return self
 
-    def _set_up(self, config: Config, parts: Parts, name: str | None) -> None:
-        self._config = config
-        self._parts = parts
-        llm, serve, nursery = config.llm, config.serve, Nursery()
-        self._seeds = Seeds(llm.item_seed)
-        placement = check_placement(llm, serve)
-        check_ports(config, len(placement))
-        programs = [
-            ServerProgram(
-                llm=llm, parts=parts, nursery=nursery, gpu_ids=gpu_ids, index=index, servers=len(placement),
-                serve=replace(
-                    serve, gpu_ids=None if gpu_ids is None else list(gpu_ids), servers=None, min_ready=None,
-                    port=None if serve.port is None else serve.port + index,
-                ),
-            )
-            for index, gpu_ids in enumerate(placement)
-        ]  # fmt: skip
-        timeout, stall_timeout = serve.client_timeout, serve.stall_timeout
-        self._pool: Pool | Attached = Pool(
-            programs,
-            [program.state for program in programs],
-            logs=lambda: folders.log_folder(name or uuid.uuid4().hex[:8]),
-            max_restarts=serve.max_restarts,
-            min_ready=serve.min_ready,
-            queue=lambda: Queue(lambda state: _connect(parts, record_of(state), timeout), timeout, stall_timeout),
-            gateway=None
-            if config.gateway is None
-            else partial(Gateway, parts.transport, config.gateway, partial(_api_key, config.gateway, name)),
-            record=None if name is None else Record(name, lambda *of: _record(name, config, parts, *of)),
-            nursery=nursery,
-        )
-        self._servers = tuple(member_of(self._pool, program) for program in programs)
+    def _set_up(self, deployment: Deployment) -> None:
+        self._deployment: Deployment | None = deployment
+        self._pool: Pool | Attached = deployment.pool
+        self._parts = deployment.plan.parts
+        self._seeds = Seeds(deployment.plan.config.llm.item_seed)
+        self._members: list[VLLMServer] = []
         weakref.finalize(self, self._pool.ask_to_close)
 
     # --------------------------------------------------------------------------------------------------------- control
@@ -175,8 +139,8 @@ class VLLMService(Inference):
         """
         if sys.is_finalizing():
             raise GserveError("the interpreter is exiting: no service can be started any more")
-        if isinstance(self._pool, Pool):
-            self._parts.engine.check_config(self._config.llm, runs_here=self._parts.launcher.owner_variable is None)
+        if self._deployment is not None:
+            self._deployment.plan.check()
         self._pool.start()
 
     def drain(self, why: str = "as requested") -> None:
@@ -201,6 +165,49 @@ class VLLMService(Inference):
             return
         self._pool.close(drain)
 
+    def scale(self, servers: int, *, drain: float = DRAIN_SECONDS) -> None:
+        """Change the number of servers while they work. Returns when it is done.
+
+        `drain`: maximum time for removed servers to finish their items in flight, in seconds.
+
+        Raises ConfigError: there are no GPUs or ports for so many.
+        Raises LaunchError: a new server failed. The number stays as it was.
+        Raises GserveError: the service does not run here, or another change is in progress.
+        """
+        self._changeable().scale(servers, drain)
+
+    def reload(
+        self,
+        path: Path | str | None = None,
+        *,
+        overrides: Sequence[str] = (),
+        in_place: bool = False,
+        only_gateway: bool = False,
+        drain: float = DRAIN_SECONDS,
+    ) -> None:
+        """Replace all servers by those of a YAML file while requests and batches go on. Returns when it is done.
+
+        If there is room, all new servers are started beside the old ones, and get the work at the same moment.
+        Otherwise one server after another is replaced. If a new server fails, the old ones go on.
+
+        `path`, `overrides`: see `from_yaml`. None: the file and the overrides of the start.
+        `in_place`: replace one server after another, even if there is room.
+        `only_gateway`: apply only the keys and the `queue_timeout` of the gateway, and keep the servers.
+        `drain`: see `scale`.
+
+        Raises ConfigError or PluginError: the file is wrong, or changes the transport or the gateway's address.
+        Raises LaunchError: a new server failed.
+        Raises GserveError: the service does not run here, there is no file, or another change is in progress.
+        """
+        deployment = self._changeable()
+        source = None if path is None else deployment.source_at(Path(path), overrides)
+        deployment.reload(source, in_place=in_place, only_gateway=only_gateway, drain=drain)
+
+    def _changeable(self) -> Deployment:
+        if self._deployment is None:
+            raise GserveError("another process runs this service: use gserve scale or gserve reload")
+        return self._deployment
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -215,12 +222,17 @@ class VLLMService(Inference):
     @property
     def servers(self) -> Sequence[VLLMServer]:
         """The servers, in order. Empty for an attached service."""
-        return self._servers
+        if self._deployment is None:
+            return ()
+        known = {id(server.program): server for server in self._members}
+        pool, programs = self._deployment.pool, self._deployment.members()
+        self._members = [known.get(id(program)) or member_of(pool, program) for program in programs]
+        return tuple(self._members)
 
     @property
     def launcher(self) -> Launcher:
         """The launcher of the servers."""
-        return self._parts.launcher
+        return self._parts.launcher if self._deployment is None else self._deployment.plan.parts.launcher
 
     @property
     def base_url(self) -> str | None:
@@ -234,6 +246,11 @@ class VLLMService(Inference):
         gateway = self._pool.gateway
         return None if gateway is None else gateway.api_key
 
+    @property
+    def gateway(self) -> GatewayRecord | None:
+        """The address, the secrets and the certificate of the gateway; None without a gateway that runs."""
+        return self._pool.gateway
+
     def is_running(self) -> bool:
         """Return whether at least one server is ready for requests."""
         return any(state.usable for state in self.status())
@@ -244,42 +261,11 @@ class VLLMService(Inference):
 
     def jobs(self) -> list[tuple[Job, list[str]]]:
         """Return the job of each server, with the command line of the launcher. Starts nothing."""
-        jobs = [server.job(Path(os.devnull)) for server in self._servers]
-        return [(job, self._parts.launcher.command(job)) for job in jobs]
+        jobs = [server.job(Path(os.devnull)) for server in self.servers]
+        return [(job, self.launcher.command(job)) for job in jobs]
 
     def _dispatcher(self) -> Dispatcher:
         dispatcher = None if sys.is_finalizing() else self._pool.dispatcher
         if dispatcher is None:
             raise GserveError("the service is not running: call start(), or use it in a with statement")
         return dispatcher
-
-
-def _api_key(config: GatewayConfig, name: str | None) -> str:
-    """Return the key of a gateway. Raises GserveError: it is not allowed, or cannot be kept."""
-    given = config.api_key or os.environ.get(KEY_VARIABLE)
-    if given:
-        if wrong := wrong_key(given):
-            raise ConfigError(f"the API key in ${KEY_VARIABLE} is not allowed: {wrong}", at="$.gateway.api_key")
-        return given
-    if name is None:
-        return new_key()
-    kept = kept_key(name, new_key)
-    if wrong := wrong_key(kept):
-        raise GserveError(f"the kept API key of '{name}' is not allowed: {wrong}; remove its file, or set another key")
-    return kept
-
-
-def _connect(parts: Parts, server: ServerRecord, timeout: float | None) -> Connection:
-    access = Access(token=server.token, control=server.control, instance=server.instance, timeout=timeout)
-    return parts.transport.connect(server.address, access)
-
-
-def _record(name: str, config: Config, parts: Parts, ready: Sequence[ServerState], status: str) -> ServiceRecord:
-    """Return the record with which other processes can use a service."""
-    pid = os.getpid()
-    return ServiceRecord(
-        name=name, pid=pid, started=processes.process_start(pid) or 0, servers=[record_of(state) for state in ready],
-        transport=parts.registry.section("transport", parts.transport), plugins=list(parts.plugins),
-        folder=str(parts.folder.resolve()) if parts.folder else None, client_timeout=config.serve.client_timeout,
-        status=status, stall_timeout=config.serve.stall_timeout, seed=config.llm.item_seed,
-    )  # fmt: skip

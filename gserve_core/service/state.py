@@ -41,6 +41,7 @@ class ServerState:
     """The state of a server.
 
     `generation`: number of its starts.
+    `since`: when it entered `state`, in seconds of `time.monotonic`. The supervisor sets it.
     `phase`: its activity while it is not ready; if it failed, why it is not restarted.
     `failure`: why its last generation ended, until the next one is ready. `error` is its text.
     `log`: path of its log.
@@ -48,12 +49,14 @@ class ServerState:
     `returns`: whether it will become ready, now or after its cleanup.
     `finishing`: whether it accepts no more items, and finishes its items in flight.
     `died`: whether its process died or hung, and not on request. Its items in flight may be the reason.
+    `is_held`: whether it gets no work yet although it is ready, since others are started together with it.
     `unkillable`: ids of processes that could not be killed. They may occupy its GPUs.
     """
 
     name: str
     pool: str = ""
     state: State = State.STOPPED
+    since: float = field(default=0.0, repr=False, compare=False)
     generation: int = 0
     phase: str | None = None
     host: str = "127.0.0.1"
@@ -69,13 +72,14 @@ class ServerState:
     finishing: bool = False
     died: bool = False
     unkillable: tuple[int, ...] = ()
+    is_held: bool = False
     token: str = field(default="", repr=False)
     control: str = field(default="", repr=False)
 
     @property
     def usable(self) -> bool:
         """Whether the server accepts items."""
-        return self.state == State.READY
+        return self.state == State.READY and not self.is_held
 
     @property
     def works(self) -> bool:
@@ -92,6 +96,10 @@ class ServerState:
         """Why its last generation ended."""
         return None if self.failure is None else str(self.failure)
 
+    def following(self, old: "ServerState") -> Self:
+        """Return the state with the right `since`. `old`: the state before it."""
+        return replace(self, since=old.since if self.state == old.state else time.monotonic())
+
     def after(self, report: "Report") -> Self:
         """Return the state after a report of the server's current generation."""
         match report:
@@ -107,17 +115,21 @@ class ServerState:
                 return replace(self, state=State.READY, phase=None, info=info, failure=None, returns=False, died=False)
         return self
 
-    def begun(self, start: "Start", host: str, port: int | None) -> Self:
-        """Return the state at the start of another generation, with its configured host and port."""
+    def begun(self, start: "Start", first: "ServerState") -> Self:
+        """Return the state at the start of another generation. `first`: the state before its first start."""
         return replace(
-            self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=host, port=port,
-            info=None, address=None, finishing=False, returns=True, unkillable=(), log=None, instance=start.instance,
-            token=start.token, control=start.control,
+            self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=first.host,
+            port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False, returns=True,
+            unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
         )  # fmt: skip
 
     def queued(self, phase: str) -> Self:
         """Return the state of a server that waits for its start."""
         return replace(self, state=State.QUEUED, phase=phase, returns=True, finishing=False)
+
+    def released(self) -> Self:
+        """Return the state of a server that is not held any more."""
+        return replace(self, is_held=False)
 
     def draining(self, phase: str, *, finishing: bool = False, returns: bool = False, died: bool = False) -> Self:
         """Return the state of a server that is about to end, or that has ended and is being cleaned up."""
@@ -130,6 +142,12 @@ class ServerState:
     def failed(self, failure: GserveError, why: str | None = None) -> Self:
         """Return the state of a failed server. `why`: why it is not restarted."""
         return replace(self, state=State.FAILED, phase=why, failure=failure, returns=False, finishing=False)
+
+
+def sort_key(name: str) -> tuple[int, str]:
+    """Return the key that sorts the names of servers by their numbers."""
+    number = name.rpartition("-")[2]
+    return (int(number) if number.isdecimal() else 0, name)
 
 
 # ------------------------------------------------------------------------------------------------------------- reports
@@ -225,8 +243,13 @@ class Published:
         return self._states
 
     def publish(self, state: ServerState) -> None:
-        """Replace the state of a server."""
+        """Replace or add the state of a server."""
         self._states = MappingProxyType({**self._states, state.name: state})
+        self.wake()
+
+    def forget(self, name: str) -> None:
+        """Remove the state of a server."""
+        self._states = MappingProxyType({other: it for other, it in self._states.items() if other != name})
         self.wake()
 
     def wake(self) -> None:

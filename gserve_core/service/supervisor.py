@@ -14,13 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import GserveError, LaunchError
 from ..host.logs import keep_logging_from_waiting
-from .state import BEGINNING, Ended, Gone, Phase, Published, Queued, Ready, Released, Report, ServerState, Start
+from .state import BEGINNING, Ended, Gone, Phase, Published, Queued, Ready, Released, Report, ServerState, Start, State
 
 WINDOW = 600.0
 """Time during which a restart counts towards `max_restarts`, in seconds."""
@@ -33,6 +34,8 @@ END_SECONDS = 90.0
 """Maximum time for all servers to end, cleanup included, in seconds. The time for a drain comes on top."""
 KEEP_SECONDS = 2.0
 """Time between two calls of `Hooks.keep`, in seconds."""
+GOING_BACK = "returning to the previous config"
+"""Phase of a server whose replacement did not become ready."""
 WAITING_TO_RESTART = "waiting to restart"
 """Phase of a server that waits for its restart."""
 
@@ -68,12 +71,8 @@ class Program(Protocol):
         """The server's name."""
 
     @property
-    def host(self) -> str:
-        """The configured host to listen on."""
-
-    @property
-    def port(self) -> int | None:
-        """The configured port to listen on; None: any free port."""
+    def state(self) -> ServerState:
+        """The state of the server before its first start, with its configured host and port, and its GPUs."""
 
     def begin(self, logs: Path, report: Callable[[Report], object], previous: Run | None) -> Run:
         """Begin another generation. Its own thread launches it. Does not wait."""
@@ -87,6 +86,9 @@ class Hooks(Protocol):
 
     def changed(self, old: ServerState, new: ServerState) -> None:
         """Handle a server's new state, which is published next."""
+
+    def removed(self, name: str) -> None:
+        """Forget a server, whose last state was stopped."""
 
     def draining(self) -> None:
         """Handle the start of a drain: no server is restarted any more."""
@@ -113,6 +115,12 @@ class _Server:
         self.is_stopping = False
         self.is_wanted = False
         """Whether to start it as soon as it has stopped."""
+        self.fallback: Program | None = None
+        """The program that returns if the current one, which has replaced it, does not become ready."""
+        self.replaced: Future[None] | None = None
+        """Completed once `program` has replaced another one, or the other one returns."""
+        self.is_leaving = False
+        """Whether to forget it as soon as it has stopped."""
         self.was_ready = False
         self.is_ready = False
         self.was_expected = False
@@ -152,7 +160,7 @@ class Supervisor:
         self._published = published
         self._hooks = hooks
         self._max_restarts = max_restarts
-        self._min_ready = len(programs) if min_ready is None else min_ready
+        self._given_min_ready = min_ready
         self._keeps_places = keeps_places
         self._what = what
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -177,6 +185,11 @@ class Supervisor:
     # --------------------------------------------------------------------------------------------- from any thread
 
     @property
+    def is_draining(self) -> bool:
+        """Whether no server is restarted any more."""
+        return self._is_draining
+
+    @property
     def was_asked(self) -> bool:
         """Whether `begin` was called."""
         return self._asked > 0
@@ -189,7 +202,39 @@ class Supervisor:
 
     def stop(self, name: str) -> None:
         """Stop one server. It is not restarted."""
-        self._inbox.put(lambda: self._stop(self._servers[name], None))
+        self._inbox.put(lambda: self._stop(self._servers[name], None) if name in self._servers else None)
+
+    def add(self, programs: Sequence[Program], *, held: bool = False) -> None:
+        """Add and start servers. `held`: they get no work until `release`."""
+        self._inbox.put(lambda: self._add(programs, held=held))
+
+    def release(self, names: Sequence[str]) -> None:
+        """Let held servers work."""
+        self._inbox.put(lambda: self._release_held(names))
+
+    def replace(self, program: Program, drain: float) -> Future[None]:
+        """Stop the server with the name of `program`, then start `program` in its place.
+
+        `drain`: maximum time for the old server to finish the items in flight, in seconds.
+
+        Return a future, which is completed once the new server is ready. If it fails to start, the old one returns,
+        and the future has the error.
+        """
+        replaced: Future[None] = Future()
+        self._inbox.put(lambda: self._replace(program, drain, replaced))
+        return replaced
+
+    def remove(self, names: Sequence[str], drain: float | None) -> None:
+        """Stop servers, and forget them once they have ended. `drain`: see `close`."""
+        self._inbox.put(lambda: self._remove(names, drain))
+
+    def call_soon(self, act: Callable[[], object]) -> None:
+        """Call a function in the supervisor's thread, where the states do not change meanwhile."""
+        self._inbox.put(act)
+
+    def limit_restarts(self, max_restarts: int) -> None:
+        """Set the maximum number of restarts of a server in ten minutes."""
+        self._max_restarts = max_restarts
 
     def drain(self) -> None:
         """Restart no server from now on."""
@@ -217,7 +262,6 @@ class Supervisor:
         Raises the error of `Hooks.open`.
         """
         asked = max(1, self._asked)
-        min_ready = self._min_ready if names is None else len(names)
 
         def is_ready() -> bool:
             if self.failure is not None:
@@ -226,7 +270,8 @@ class Supervisor:
                 raise LaunchError(f"{self._what} was shut down while it started")
             if self._answered < asked:
                 return False
-            states = [self._published.states[name] for name in names or self._servers]
+            min_ready = self._min_ready if names is None else len(names)
+            states = [self._published.states[name] for name in names or list(self._servers)]
             if sum(state.usable for state in states) >= min_ready:
                 return True
             over = [state for state in states if state.is_over]
@@ -257,6 +302,11 @@ class Supervisor:
             self.is_closing = self.has_ended = True
             self._published.wake()
 
+    @property
+    def _min_ready(self) -> int:
+        servers = len(self._servers)
+        return servers if self._given_min_ready is None else min(self._given_min_ready, servers)
+
     def _try(self, act: Callable[[], object]) -> None:
         try:
             act()
@@ -273,7 +323,7 @@ class Supervisor:
         if now >= self._keep_at:
             self._keep_at = now + KEEP_SECONDS
             self._hooks.keep()
-        for server in self._servers.values():
+        for server in list(self._servers.values()):
             if server.due is not None and server.due <= now:
                 server.due = None
                 self._launch(server)
@@ -285,6 +335,7 @@ class Supervisor:
         old = self._published.states[new.name]
         if new is old:
             return
+        new = new.following(old)
         try:
             self._hooks.changed(old, new)
         except Exception:
@@ -331,13 +382,15 @@ class Supervisor:
         try:
             server.run = program.begin(self._logs, report, previous)
         except Exception as error:  # too many threads, for example
-            self._publish(state.begun(Start(), program.host, program.port))
+            self._publish(state.begun(Start(), program.state))
             self._handle_cleanup(server, Gone(LaunchError(f"cannot start {program.name}: {error}")))
             return
-        self._publish(state.begun(server.run.start, program.host, program.port))
+        self._publish(state.begun(server.run.start, program.state))
 
     def _handle_report(self, server: _Server, generation: int, report: Report) -> None:
         """Handle a report from a server's thread."""
+        if self._servers.get(server.program.name) is not server:
+            return  # late: it was removed
         state = self._state(server)
         if generation != state.generation and not isinstance(report, Released):
             return  # late: another generation has begun
@@ -352,9 +405,10 @@ class Supervisor:
                 pass  # late: it is stopping, even if it will be started again
             case _:
                 self._publish(state.after(report))
-                if isinstance(report, Ready) and self._state(server).usable:
+                if isinstance(report, Ready) and self._state(server).state == State.READY:
                     server.was_ready = server.is_ready = True
                     server.failed_starts = 0
+                    self._complete(server, None)
 
     def _handle_end(self, server: _Server, state: ServerState, report: Ended) -> None:
         """Publish the end of a server before its cleanup, so that its items move to other servers at once."""
@@ -387,7 +441,12 @@ class Supervisor:
         while server.restarts and now - server.restarts[0][0] > WINDOW:
             server.restarts.popleft()
         counted = sum(counts for _, counts in server.restarts)
-        if not server.was_ready:
+        if not server.was_ready and server.fallback is not None and not self._is_draining:
+            self._publish(replace(self._state(server).queued(GOING_BACK), failure=failure))
+            server.program, server.was_ready, server.is_wanted = server.fallback, True, True
+            self._complete(server, failure)
+            self._release(server)
+        elif not server.was_ready:
             self._mark_failed(server, failure, None)
         elif report.unkillable:
             self._mark_failed(
@@ -412,6 +471,7 @@ class Supervisor:
         """Publish that a server has failed and is not restarted. Release it, unless `keeps_place`."""
         state = self._state(server)
         failure = failure or state.failure or LaunchError(why or f"{server.program.name} has ended")
+        self._complete(server, failure)
         if why:
             logger.error("%s is not restarted any more: %s", server.program.name, why)
         elif not server.was_ready and self._min_ready < len(self._servers):  # else `wait_ready` raises it
@@ -431,15 +491,72 @@ class Supervisor:
         """Handle the release of a server: nothing of its generation remains."""
         is_wanted, was_stopped = server.is_wanted, server.is_stopping
         server.run = None
+        if server.is_leaving:
+            self._forget(server)
+            return
         server.is_gone = server.is_releasing = server.is_stopping = server.is_wanted = False
         if not is_wanted and (was_stopped or not self._state(server).is_over):
             self._publish(self._state(server).stopped())
         if is_wanted and self._deadline is None:
             self._launch(server)
 
-    def _stop(self, server: _Server, drain: float | None) -> None:
-        """Stop a server. It is not restarted."""
-        server.due, server.is_wanted = None, False
+    def _add(self, programs: Sequence[Program], *, held: bool) -> None:
+        if self._deadline is not None or self._is_draining:
+            return
+        added = [_Server(program) for program in programs]
+        for server in added:
+            state = replace(server.program.state.queued(BEGINNING), is_held=held)
+            self._servers[state.name] = server
+            self._hooks.changed(server.program.state, state)
+            self._published.publish(state)
+        for server in added:
+            self._launch(server)
+
+    def _release_held(self, names: Sequence[str]) -> None:
+        for name in names:
+            if name in self._servers:
+                self._publish(self._published.states[name].released())
+
+    def _replace(self, program: Program, drain: float, replaced: Future[None]) -> None:
+        server = self._servers.get(program.name)
+        if server is None or self._deadline is not None or self._is_draining:
+            replaced.set_exception(LaunchError(f"{program.name} is not replaced: {self._what} is ending"))
+            return
+        self._stop(server, drain, is_wanted=server.run is not None)
+        server.fallback, server.replaced = server.program if server.was_ready else None, replaced
+        server.program, server.was_ready = program, False
+        server.restarts.clear()
+        server.useless = server.fruitless = server.failed_starts = 0
+        if server.run is None:
+            self._launch(server)
+
+    def _complete(self, server: _Server, failure: GserveError | None) -> None:
+        """Complete a replacement, if one is in progress."""
+        replaced, server.replaced, server.fallback = server.replaced, None, None
+        if replaced is not None:
+            replaced.set_result(None) if failure is None else replaced.set_exception(failure)
+
+    def _remove(self, names: Sequence[str], drain: float | None) -> None:
+        for server in [self._servers[name] for name in names if name in self._servers]:
+            server.is_leaving = True
+            self._stop(server, drain)
+            if server.run is None:
+                self._forget(server)
+
+    def _forget(self, server: _Server) -> None:
+        """Forget a server that has ended."""
+        old = self._state(server)
+        del self._servers[old.name]
+        try:
+            self._hooks.changed(old, old.stopped())
+            self._hooks.removed(old.name)
+        finally:
+            self._published.forget(old.name)
+
+    def _stop(self, server: _Server, drain: float | None, *, is_wanted: bool = False) -> None:
+        """Stop a server. `is_wanted`: start it again once it has stopped; otherwise it is not restarted."""
+        self._complete(server, LaunchError(f"{server.program.name} was stopped while it started"))
+        server.due, server.is_wanted = None, is_wanted
         state = self._state(server)
         if server.run is None:
             if self._logs is not None:  # else nothing was started: another supervisor may own the states
@@ -450,7 +567,8 @@ class Supervisor:
             self._release(server)
             return
         is_finishing = drain is not None and state.works
-        self._publish(state.draining("finishing its requests" if is_finishing else "ending", finishing=is_finishing))
+        phase = "finishing its requests" if is_finishing else "ending"
+        self._publish(state.draining(phase, finishing=is_finishing, returns=is_wanted))
         server.run.stop(drain if is_finishing else None)
 
     def _drain(self) -> None:

@@ -80,7 +80,7 @@ class FakeProgram:
 
     @property
     def state(self) -> ServerState:
-        return ServerState(name=self.name)
+        return ServerState(name=self.name, host=self.host, port=self.port)
 
     def begin(self, logs: Path, report: Callable[[Report], object], previous: object) -> FakeRun:
         if self.error is not None:
@@ -102,6 +102,7 @@ class Notes:
         self.refusal: Exception | None = None
         self.kept = 0
         self.closed: list[float | None] = []
+        self.gone: list[str] = []
         self.is_draining = self.is_over = False
 
     def open(self) -> Path:
@@ -111,6 +112,9 @@ class Notes:
 
     def changed(self, old: ServerState, new: ServerState) -> None:
         self.states.append(new)
+
+    def removed(self, name: str) -> None:
+        self.gone.append(name)
 
     def draining(self) -> None:
         self.is_draining = True

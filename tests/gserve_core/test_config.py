@@ -253,7 +253,7 @@ def test_a_wrong_value_from_python_is_named_with_its_field(make: Callable[[], ob
         ({"api_key": "with blanks in it, long"}, "without blanks"),
         ({"certfile": "a.pem"}, "certfile and keyfile belong together: set keyfile too - at $.keyfile"),
         ({"queue_timeout": 0}, "expected seconds above 0"),
-        ({"keys": {}}, "unknown argument 'keys'"),
+        ({"key": ""}, "unknown argument 'key'; did you mean 'keys'?"),
     ],
 )
 def test_a_wrong_gateway_is_named_with_its_field(options: dict[str, Any], expected: str) -> None:

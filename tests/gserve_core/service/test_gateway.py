@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
-from gserve import ConfigError, GatewayConfig, LaunchError, LLMConfig, ServeConfig, VLLMService
+import gserve
+from gserve import ConfigError, GatewayConfig, GserveError, LaunchError, LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
+from gserve_core.overview import ServiceOverview
 from gserve_core.testing import our_processes
+from tests.gserve_core.fake_servers import until
 
 LLM = LLMConfig("m", max_model_len=200_000)
 CHAT = "/v1/chat/completions"
@@ -116,6 +120,60 @@ def test_a_large_body_and_a_large_answer_come_through_whole(fast: VLLMService) -
     words = " ".join(f"word{number}" for number in range(90_000))
     with client(fast) as asking:
         assert text_of(asking.post(CHAT, json=chat(words, max_tokens=90_000))) == words
+
+
+# -------------------------------------------------------------------------------------------------------------- status
+
+
+def status(asking: httpx.Client) -> ServiceOverview:
+    reply = asking.get("/status")
+    assert reply.status_code == 200
+    return msgspec.json.decode(reply.content, type=ServiceOverview)
+
+
+def test_the_status_shows_the_service_and_its_servers(fast: VLLMService) -> None:
+    with client(fast) as asking:
+        shown = status(asking)
+        assert (shown.name, shown.status, shown.seed, shown.waiting) == ("", "ok", LLM.item_seed, 0)
+        assert shown.version == gserve.__version__
+        assert [(server.name, server.state, server.generation) for server in shown.servers] == [
+            (server.name, "ready", 1) for server in fast.servers
+        ]
+        for server, state in zip(shown.servers, fast.status(), strict=True):
+            assert (server.address, server.model, server.log) == (str(state.address), "m", str(state.log))
+            assert 0 <= server.seconds <= shown.seconds < 600
+        assert asking.post("/status").status_code == 405
+    with client(fast, Authorization="Bearer wrong") as stranger:
+        assert stranger.get("/status").status_code == 401
+
+
+def test_the_status_counts_what_runs_and_what_waits() -> None:
+    with launched(1, latency=0.3) as service, client(service) as asking, ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(asking.post, CHAT, json=chat("word " * 400)) for _ in range(2)]
+        until(lambda: status(asking).servers[0].requests == 2)
+        assert status(asking).waiting == 0
+        batch = pool.submit(service.generate, ["word " * 400] * 2000)
+        until(lambda: status(asking).waiting > 1000)
+        service.servers[0].shutdown()
+        assert [reply.result().status_code for reply in asked] == [503, 503]
+        assert isinstance(batch.exception(), GserveError)
+        (server,) = status(asking).servers
+        assert (server.state, server.requests, server.address) == ("stopped", 0, None)
+
+
+def test_the_status_shows_a_death_and_its_cause_after_the_restart_too() -> None:
+    with launched(2) as service, client(service) as asking:
+        os.kill(server_pids(service)[1], signal.SIGKILL)
+        until(lambda: [server.generation for server in status(asking).servers if server.state == "ready"] == [1, 2])
+        shown = status(asking)
+        assert [server.restarts for server in shown.servers] == [0, 1]
+        (ending,) = shown.endings
+        assert (ending.server, ending.generation) == ("server-1", 1)
+        assert "SIGKILL" in ending.cause
+        assert shown.servers[1].seconds < shown.servers[0].seconds
+        with client(service) as asking:
+            token = service.servers[1].record().token
+            assert token not in asking.get("/status").text
 
 
 # ---------------------------------------------------------------------------------------------------------------- keys

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gserve_core.config import ServeConfig
 from gserve_core.errors import ConfigError, GserveError, LaunchError
 from gserve_core.host import processes, tokens
 from gserve_core.interfaces import Address
@@ -66,11 +67,8 @@ def dispatchers(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
 
 
 def pool_of(*programs: FakeProgram, **more: Any) -> Pool:
-    queue = lambda: Queue(lambda state: state.instance, 1.0, 60.0)  # type: ignore[arg-type,return-value]  # noqa: E731
-    return Pool(
-        programs, [program.state for program in programs], logs=lambda: Path("logs"), max_restarts=10, queue=queue,
-        **more,
-    )  # fmt: skip
+    queue = lambda: Queue(lambda state: state.instance, ServeConfig)  # type: ignore[arg-type,return-value]  # noqa: E731
+    return Pool(programs, logs=lambda: Path("logs"), max_restarts=10, queue=queue, **more)
 
 
 @contextmanager
@@ -121,9 +119,7 @@ def test_a_server_to_which_there_can_be_no_connection_yet_is_tried_again(
     monkeypatch.setattr(supervising, "KEEP_SECONDS", 0.05)
     is_short = True
     program = FakeProgram()
-    pool = Pool(
-        [program], [program.state], logs=lambda: Path("logs"), queue=lambda: Queue(connect, 1.0, 60.0)
-    )  # fmt: skip
+    pool = Pool([program], logs=lambda: Path("logs"), queue=lambda: Queue(connect, ServeConfig))
     pool.start()
     threading.Event().wait(0.2)
     assert not any(told[0] == "add" for told in dispatchers[0].told)

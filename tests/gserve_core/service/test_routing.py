@@ -155,6 +155,22 @@ def test_a_service_that_ends_takes_no_more_requests() -> None:
     run(work())
 
 
+def test_the_requests_that_wait_are_counted() -> None:
+    async def work() -> None:
+        made = routing(starting("a"))
+        asked = [asyncio.create_task(made.attempts().next()) for _ in range(3)]
+        await asyncio.sleep(0)
+        assert made.waiting == 3
+        asked.pop().cancel()
+        await asyncio.sleep(0)
+        assert made.waiting == 2
+        made.update(ready("a"))
+        await asyncio.gather(*asked)
+        assert made.waiting == 0
+
+    run(work())
+
+
 def test_a_request_does_not_wait_where_no_server_will_come() -> None:
     async def work() -> None:
         made = routing(ServerState(name="a", state=State.STOPPED))

@@ -12,20 +12,20 @@ from gserve_core.errors import LaunchError
 from gserve_core.interfaces import Address, EngineInfo
 from gserve_core.service.state import Listening, Logging, Phase, Published, Queued, Ready, ServerState, Start, State
 
-NEW = ServerState(name="server-0", port=4000)
+NEW = ServerState(name="server-0", host="0.0.0.0", port=4000)
 START = Start("an-instance", "canary-token", "canary-control")
 THERE = Address(["10.0.0.1"], 4321)
 INFO = EngineInfo(model="m")
 
 
 def ready() -> ServerState:
-    return NEW.begun(START, "0.0.0.0", 4000).after(Listening(THERE)).after(Ready(INFO))
+    return NEW.begun(START, NEW).after(Listening(THERE)).after(Ready(INFO))
 
 
 def test_a_server_goes_from_stopped_to_ready() -> None:
     state = NEW
     assert (state.state, state.generation, state.usable) == (State.STOPPED, 0, False)
-    state = state.begun(START, "0.0.0.0", 4000)
+    state = state.begun(START, NEW)
     assert (state.state, state.generation, state.phase) == (State.STARTING, 1, "starting the process")
     state = state.after(Logging(Path("log"))).after(Queued("the queue: Priority"))
     assert (state.state, state.phase, state.log) == (State.QUEUED, "the queue: Priority", Path("log"))
@@ -37,7 +37,7 @@ def test_a_server_goes_from_stopped_to_ready() -> None:
 
 def test_a_new_generation_knows_nothing_of_the_last_one_but_why_it_ended() -> None:
     failed = ready().failed(LaunchError("boom"))
-    again = failed.begun(Start("another"), "0.0.0.0", 4000)
+    again = failed.begun(Start("another"), NEW)
     assert (again.generation, again.instance, again.address, again.info) == (2, "another", None, None)
     assert (again.host, again.port, again.token, again.error) == ("0.0.0.0", 4000, "", "boom")
     assert again.after(Listening(THERE)).after(Ready(INFO)).error is None

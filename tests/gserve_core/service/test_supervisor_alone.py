@@ -93,6 +93,23 @@ def test_a_death_is_published_before_the_cleanup_and_the_restart_begins_after_it
         ]  # fmt: skip
 
 
+def test_a_state_knows_since_when_it_holds() -> None:
+    with started(FakeProgram(ready=False)) as case:
+        began = time.monotonic()
+        until(lambda: case.state() == State.STARTING)
+        (run,) = case.programs[0].runs
+        run.report(Phase("loading"))
+        until(lambda: case.published.states["server-0"].phase == "loading")
+        first = case.published.states["server-0"].since
+        assert began - 5 < first <= time.monotonic()
+        run.report(Phase("compiling"))
+        until(lambda: case.published.states["server-0"].phase == "compiling")
+        assert case.published.states["server-0"].since == first
+        run.become_ready()
+        until(lambda: case.state() == State.READY)
+        assert case.published.states["server-0"].since > first
+
+
 def test_an_end_in_order_or_by_a_scheduler_is_not_a_death() -> None:
     with started() as case:
         case.supervisor.wait_ready(10)
@@ -342,4 +359,80 @@ def test_a_hook_that_fails_does_not_end_the_supervisor(monkeypatch: pytest.Monke
     case.supervisor.begin()
     assert case.supervisor.wait_ready(10)
     case.supervisor.close()
+    assert case.supervisor.wait_ended(10)
+
+
+# -------------------------------------------------------------------------------------------- changes of a running pool
+
+
+def test_held_servers_get_no_work_until_they_are_released() -> None:
+    with started() as case:
+        assert case.supervisor.wait_ready(10)
+        case.supervisor.add([FakeProgram(1), FakeProgram(2)], held=True)
+        until(lambda: [state.state for state in case.published.states.values()] == [State.READY] * 3)
+        assert [state.usable for state in case.published.states.values()] == [True, False, False]
+        case.supervisor.release(["server-1", "server-2"])
+        until(lambda: all(state.usable for state in case.published.states.values()))
+
+
+def test_a_removed_server_drains_and_is_forgotten() -> None:
+    with started(FakeProgram(0), FakeProgram(1)) as case:
+        assert case.supervisor.wait_ready(10)
+        case.supervisor.remove(["server-1", "no such server"], 5.0)
+        until(lambda: case.state(1) == State.DRAINING)
+        state = case.published.states["server-1"]
+        assert (state.usable, state.works, case.programs[1].runs[0].stops) == (False, True, [5.0])
+        case.programs[1].runs[0].die(died=False)
+        case.programs[1].runs[0].clean_up()
+        until(lambda: "server-1" not in case.published.states)
+        assert case.notes.gone == ["server-1"]
+        case.programs[1].runs[0].die()  # late
+        assert case.supervisor.wait_ready(10)
+
+
+def test_a_replaced_server_keeps_its_name_and_never_counts_as_lost() -> None:
+    with started() as case:
+        assert case.supervisor.wait_ready(10)
+        new = FakeProgram(0, ready=False)
+        new.port = 4321
+        replaced = case.supervisor.replace(new, 5.0)
+        old = case.programs[0].runs[0]
+        until(lambda: old.stops == [5.0])
+        assert case.published.states["server-0"].returns
+        old.die(died=False)
+        old.clean_up()
+        until(lambda: new.runs)
+        assert not replaced.done()
+        new.runs[0].become_ready()
+        assert replaced.result(10) is None
+        state = case.published.states["server-0"]
+        assert (state.usable, state.generation) == (True, 2)
+        assert all(state.returns or state.usable for state in case.notes.states[1:])
+
+
+def test_the_old_program_returns_if_the_new_one_does_not_start() -> None:
+    with started() as case:
+        assert case.supervisor.wait_ready(10)
+        new = FakeProgram(0, ready=False)
+        replaced = case.supervisor.replace(new, 0.0)
+        until(lambda: case.programs[0].runs[0].stops)
+        case.programs[0].runs[0].clean_up()
+        until(lambda: new.runs)
+        new.runs[0].clean_up(LaunchError("there is no such model"))
+        with pytest.raises(LaunchError, match="no such model"):
+            replaced.result(10)
+        until(lambda: len(case.programs[0].runs) == 2 and case.published.states["server-0"].usable)
+        assert all(state.returns or state.usable for state in case.notes.states[1:])
+
+
+def test_a_replacement_ends_with_the_supervisor() -> None:
+    case = Case()
+    case.supervisor.begin()
+    assert case.supervisor.wait_ready(10)
+    replaced = case.supervisor.replace(FakeProgram(0, ready=False), 60.0)
+    until(lambda: case.programs[0].runs[0].stops)
+    case.supervisor.close()
+    with pytest.raises(LaunchError):
+        replaced.result(10)
+    case.programs[0].runs[0].clean_up()
     assert case.supervisor.wait_ended(10)

@@ -1,0 +1,142 @@
+"""A conversation at the terminal: `gserve chat` without a message."""
+
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+
+from gserve_core.batch.items import Seeds
+from gserve_core.errors import GserveError, ItemError, RemoteError, TransportError
+from gserve_core.messages import Params
+from gserve_core.openai_params import chat_fields
+from gserve_core.service.service import VLLMService
+from gserve_transports.http_client import GatewayClient
+
+from .display import print_stderr, printable
+from .service import serving
+from .signals import Signalled, on_signals, raise_signalled
+
+ADAPTER = "lora"
+"""Name of the adapter of `lora_path` in OpenAI's API."""
+NOT_FOUND = 404
+"""Status of a route that the engine or the model does not offer."""
+
+type Messages = Sequence[Mapping[str, str]]
+
+
+def converse(service: VLLMService, opening: Messages, params: Params | None) -> None:
+    """Run a conversation. A message that fails or is cancelled is not kept in it."""
+    prompt = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
+    history = [*opening]
+    answers = Answers(service, params)
+    with serving(service):
+        while True:
+            try:
+                text = input(prompt).strip()
+            except EOFError:
+                if prompt:
+                    print()
+                return
+            if text == "/exit":
+                return
+            if not text:
+                continue
+            asked = [*history, {"role": "user", "content": text}]
+            line = _Line()
+            try:
+                answer = answers.write(asked, line.write)
+            except Signalled as signalled:
+                line.end()
+                if signalled.number != signal.SIGINT:
+                    raise
+                on_signals(raise_signalled)  # this signal cancels only the answer
+                print_stderr("cancelled")
+            except (ItemError, TransportError) as error:
+                line.end()
+                print_stderr(f"error: {error}")
+            else:
+                line.end(always=True)
+                history = [*asked, {"role": "assistant", "content": answer}]
+
+
+class Answers:
+    """The answers of a service, streamed by OpenAI's API of its gateway.
+
+    Without a gateway, or if this API does not have the engine, the model or the parameters, an answer comes in one
+    piece.
+    """
+
+    def __init__(self, service: VLLMService, params: Params | None) -> None:
+        self._service = service
+        self._params = params
+        self._fields = chat_fields(params)
+        self._seeds: Seeds | None = None
+
+    def write(self, messages: Messages, write: Callable[[str], object]) -> str:
+        """Request the answer to a conversation, pass its parts to `write` as they come, and return it.
+
+        Raises ItemError or TransportError: it failed.
+        """
+        gateway = self._service.gateway
+        if gateway is not None and self._fields is not None:
+            client = GatewayClient(gateway.base_url, gateway.api_key, gateway.certificate)
+            try:
+                return self._stream(client, messages, write)
+            except TransportError as error:  # a service whose gateway is gone may come back
+                if not error.is_gone and not (isinstance(error, RemoteError) and error.status == NOT_FOUND):
+                    raise
+        (outcome,) = self._service.chat([messages], self._params, return_extra=True, on_error="return")
+        if isinstance(outcome, ItemError):
+            raise outcome
+        text: str = outcome[0].text
+        write(text)
+        return text
+
+    def _stream(self, client: GatewayClient, messages: Messages, write: Callable[[str], object]) -> str:
+        body = {"messages": messages, **self._model(client), **(self._fields or {})}
+        if "seed" not in body and body.get("temperature") != 0:
+            body["seed"] = self._seed(client)
+        answer = reasoning = ""
+        with closing(client.stream_chat(body)) as deltas:
+            for delta in deltas:
+                if thought := delta.get("reasoning") or delta.get("reasoning_content"):
+                    reasoning += thought
+                    write(thought)
+                if part := delta.get("content"):
+                    if reasoning and not answer:
+                        write("\n\n")
+                    answer += part
+                    write(part)
+        return answer
+
+    def _model(self, client: GatewayClient) -> dict[str, str]:
+        """Return the field that names the adapter, if there is one. gserve's other routes always apply it."""
+        has_adapter = any(model["id"] == ADAPTER and model.get("parent") for model in client.models())
+        return {"model": ADAPTER} if has_adapter else {}
+
+    def _seed(self, client: GatewayClient) -> int:
+        """Return the seed of the next answer. It follows from the seed of the model, as for other items."""
+        if self._seeds is None:
+            seed = 0
+            with suppress(GserveError):  # a service of an older version
+                seed = client.overview().seed
+            self._seeds = Seeds(seed)
+        return self._seeds.of_next_call()(0)
+
+
+class _Line:
+    """A text on stdout that is written part by part, and then ends as a line."""
+
+    def __init__(self) -> None:
+        self._is_begun = False
+
+    def write(self, text: str) -> None:
+        """Write a part. On a terminal, its control characters are shown as text."""
+        self._is_begun = True
+        sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+
+    def end(self, *, always: bool = False) -> None:
+        """End the line if it has begun. `always`: even if nothing has been written."""
+        if self._is_begun or always:
+            print(flush=True)

@@ -1,0 +1,337 @@
+"""The commands that look at launched services: `ps`, `logs`, `top`."""
+
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import typer
+
+from gserve_core.errors import ConfigError, GserveError, TransportError, did_you_mean
+
+from .display import Page, print_page, print_stderr, print_table, printable, show_live
+from .signals import Signalled
+
+if TYPE_CHECKING:
+    from gserve_core.overview import ServerOverview, ServiceOverview
+    from gserve_core.service.records import ServiceRecord
+
+FOLLOW_SECONDS = 0.2
+"""Time between two reads of a log that is followed, in seconds."""
+CHECK_SECONDS = 1.0
+"""Time between two looks at a service that is followed, in seconds."""
+MISSING_SECONDS = 3.0
+"""Time after which a service whose record is missing counts as ended, in seconds. Its owner may write it again."""
+AT_ONCE = 32
+"""Maximum number of services that are asked at once."""
+RECORDED = ("name", "state", "address", "gpu_ids", "model", "capacity", "log")
+"""Fields of `ServerOverview` that are known without the gateway."""
+ENDINGS = 8
+"""Maximum number of unexpected ends of servers that `top` shows with their causes."""
+UNKNOWN = "-"
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")]
+
+
+# ------------------------------------------------------------------------------------------------------------------ ps
+
+
+def ps(
+    as_json: Annotated[bool, typer.Option("--json", help="Print all that is known as one JSON document.")] = False,
+) -> None:
+    """List the launched services of this user on this machine, with the state of each server."""
+    from gserve_core.service import records
+
+    services, unreadable = records.services(), records.unreadable()
+    for file in unreadable:
+        print_stderr(f"error: {file}")
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        views = list(threads.map(look_at, services))
+    if as_json:
+        document = msgspec.json.encode({"services": [view.as_json() for view in views]})
+        print(msgspec.json.format(document, indent=2).decode())
+        return
+    if not views:
+        if not unreadable:
+            print_stderr("no service is running")
+        return
+    for view in views:
+        if view.problem:
+            print_stderr(f"{view.record.name}: {view.problem}")
+    header = (
+        "name", "pid", "server", "state", "time", "running", "waiting", "tokens/s", "address", "model", "log"
+    )  # fmt: skip
+    print_table(header, [row for view in views for row in _rows(view)], keys=3, numbers=range(4, 8))
+
+
+def _rows(view: "View") -> Iterator[tuple[str, ...]]:
+    """Yield a row of `ps` for each server."""
+    first = view.record.name, str(view.record.pid)
+    for server in view.overview.servers:
+        live = (
+            _duration(server.seconds), str(server.counters.running), str(server.counters.waiting),
+            f"{server.completion_rate:.0f}",
+        )  # fmt: skip
+        yield (
+            *first, server.name, _state(server), *(live if view.is_live else (UNKNOWN,) * len(live)),
+            server.address or UNKNOWN, server.model or UNKNOWN, _path(server.log),
+        )  # fmt: skip
+    if not view.overview.servers:
+        yield (*first, UNKNOWN, view.record.status, *(UNKNOWN,) * 7)
+
+
+def _state(server: "ServerOverview") -> str:
+    return f"{server.state}: {server.phase}" if server.phase else server.state
+
+
+def _path(path: str | None) -> str:
+    """Return a path, on a terminal in a shorter form if it lies in the home folder."""
+    if path is None:
+        return UNKNOWN
+    if sys.stdout.isatty():
+        with suppress(ValueError, RuntimeError):
+            return f"~/{Path(path).relative_to(Path.home())}"
+    return path
+
+
+def _duration(seconds: float) -> str:
+    """Return a time as "12s", "3m05s", "2h03m" or "4d02h"."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d{hour:02}h"
+    if hours:
+        return f"{hours}h{minute:02}m"
+    return f"{minutes}m{second:02}s" if minutes else f"{second}s"
+
+
+# ------------------------------------------------------------------------------------------------------- a service seen
+
+
+@dataclass(frozen=True)
+class View:
+    """A launched service, as its gateway reports it, or else as its record describes it.
+
+    `is_live`: whether the gateway has reported it. If not, only the names, addresses, models and logs are known.
+    `problem`: why its gateway has not, if it has one.
+    """
+
+    record: "ServiceRecord"
+    overview: "ServiceOverview"
+    is_live: bool
+    problem: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all that is known as JSON values, None for the rest. It contains no secret."""
+        found: dict[str, Any] = msgspec.to_builtins(self.overview)
+        gateway = self.record.gateway
+        own = {
+            "pid": self.record.pid,
+            "status": self.record.status,
+            "base_url": None if gateway is None else gateway.base_url,
+        }
+        if not self.is_live:
+            found |= {"seconds": None, "waiting": None, "version": None}
+            found["servers"] = [
+                {name: value if name in RECORDED else None for name, value in server.items()}
+                for server in found["servers"]
+            ]
+        return found | own
+
+
+def look_at(record: "ServiceRecord") -> View:
+    """Return what is known of a service."""
+    from gserve_core.overview import ServerOverview, ServiceOverview
+    from gserve_transports.http_client import GatewayClient
+
+    gateway, problem = record.gateway, ""
+    if gateway is not None:
+        try:
+            client = GatewayClient(gateway.base_url, gateway.api_key, gateway.certificate)
+            return View(record, client.overview(), is_live=True)
+        except TransportError as error:
+            problem = str(error)
+    logs = _logs_on_disk(record)
+    servers = [
+        ServerOverview(
+            name=server.name, state="ready", seconds=0.0, generation=0, address=str(server.address),
+            gpu_ids=server.gpu_ids, model=server.model, capacity=server.capacity,
+            log=str(logs[server.name]) if server.name in logs else None,
+        )
+        for server in record.servers
+    ]  # fmt: skip
+    overview = ServiceOverview(
+        name=record.name, status=record.status, version="", seconds=0.0, servers=servers, seed=record.seed
+    )
+    return View(record, overview, is_live=False, problem=problem)
+
+
+def _logs_on_disk(record: "ServiceRecord") -> dict[str, Path]:
+    """Return the newest log of each server of a service, by the server's name."""
+    from gserve_core.host.folders import newest_logs
+
+    return newest_logs(Path(record.logs)) if record.logs else {}
+
+
+class _Watch:
+    """The end of a service that is being followed."""
+
+    def __init__(self, record: "ServiceRecord") -> None:
+        self._record = record
+        self._seen = time.monotonic()
+
+    def read(self) -> "ServiceRecord | None":
+        """Return the current record of the service; None if it has ended."""
+        from gserve_core.service import records
+
+        now = None
+        with suppress(GserveError, OSError):  # it is being replaced, for example
+            now = records.read_service(self._record.name)
+        if now is not None and now.is_same(self._record):
+            self._record, self._seen = now, time.monotonic()
+        is_missing = time.monotonic() - self._seen > MISSING_SECONDS
+        return self._record if self._record.is_alive and not is_missing else None
+
+
+# ---------------------------------------------------------------------------------------------------------------- logs
+
+
+def logs(
+    name: Name,
+    server: Annotated[str | None, typer.Argument(metavar="SERVER", help="One of its servers [default: all].")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show new lines too, until Ctrl-C.")] = False,
+    lines: Annotated[int, typer.Option("--lines", "-n", metavar="N", min=0, help="Number of last lines.")] = 50,
+) -> None:
+    """Show the last lines of the servers' logs. Restarts are followed too."""
+    from gserve.cli.log_tail import LogTail
+    from gserve_core.service import records
+
+    record = records.find_service(name)
+    found = _log_paths(record)
+    if server is not None and server not in found:
+        raise ConfigError(f"the service '{name}' has no server '{server}'{did_you_mean(server, list(found))}")
+    tails: dict[str, LogTail] = {}
+
+    def update(found: Mapping[str, Path | None], lines: int) -> None:
+        """Take over the logs of new servers, and new folders."""
+        for one, path in found.items():
+            if path is None or server not in (None, one):
+                continue
+            if one not in tails or tails[one].folder != path.parent:
+                if one in tails:
+                    _print_log(one, tails[one].finish(), is_alone=server is not None)
+                tails[one] = LogTail(one, path, lines)
+
+    update(found, lines)
+    for one in found if server is None else [server]:
+        if one not in tails:
+            print_stderr(f"{one} has no log yet")
+    if not follow:
+        for tail in tails.values():
+            _print_log(tail.server, tail.finish(), is_alone=server is not None)
+        return
+    watch, checked = _Watch(record), time.monotonic()
+    try:
+        while True:
+            for tail in tails.values():
+                _print_log(tail.server, tail.read(), is_alone=server is not None)
+            if time.monotonic() - checked > CHECK_SECONDS:
+                now, checked = watch.read(), time.monotonic()
+                if now is None:
+                    break
+                update(_log_paths(now), sys.maxsize)
+            time.sleep(FOLLOW_SECONDS)
+    except Signalled as signalled:
+        if signalled.number != signal.SIGINT:  # Ctrl-C is the normal way to end it
+            raise
+        return
+    for tail in tails.values():
+        _print_log(tail.server, tail.finish(), is_alone=server is not None)
+    print_stderr(f"the service '{name}' has ended")
+
+
+def _log_paths(record: "ServiceRecord") -> dict[str, Path | None]:
+    """Return the log of each server of a service, by the server's name; None: it has none yet."""
+    view = look_at(record)
+    found: dict[str, Path | None] = {}
+    if not view.is_live:
+        found |= _logs_on_disk(record)
+    return found | {it.name: None if it.log is None else Path(it.log) for it in view.overview.servers}
+
+
+def _print_log(server: str, lines: Iterator[str], *, is_alone: bool) -> None:
+    """Print lines of a log, with the name of their server unless it is the only one."""
+    prefix = "" if is_alone else f"[{server}] "
+    for line in lines:
+        print(f"{prefix}{printable(line) if sys.stdout.isatty() else line}")
+    sys.stdout.flush()
+
+
+# ----------------------------------------------------------------------------------------------------------------- top
+
+
+def top(name: Name) -> None:
+    """Show a service and its servers, each second anew, until q or Ctrl-C. Into a file or a pipe, show them once."""
+    from gserve_core.service import records
+
+    pages = _pages(records.find_service(name))
+    if not sys.stdout.isatty():
+        print_page(next(pages))
+        return
+    try:
+        has_ended = show_live(pages)
+    except Signalled as signalled:
+        if signalled.number != signal.SIGINT:
+            raise
+        return
+    if has_ended:
+        print_stderr(f"the service '{name}' has ended")
+
+
+def _pages(record: "ServiceRecord") -> Iterator[Page]:
+    """Yield the current view of a service as a page, until the service has ended."""
+    watch = _Watch(record)
+    now: ServiceRecord | None = record
+    while now is not None:
+        yield _page(look_at(now))
+        now = watch.read()
+
+
+def _page(view: View) -> Page:
+    """Return a view as a page of `top`."""
+    header = (
+        "server", "state", "time", "requests", "running", "waiting", "tokens/s in", "out", "items", "failed",
+        "restarts",
+    )  # fmt: skip
+    servers = view.overview.servers
+    figures = [
+        (
+            it.requests, it.counters.running, it.counters.waiting, round(it.prompt_rate), round(it.completion_rate),
+            it.counters.items, it.counters.failed, it.restarts,
+        )
+        for it in servers
+    ]  # fmt: skip
+    rows = [
+        (it.name, _state(it), _duration(it.seconds), *map(str, figure))
+        for it, figure in zip(servers, figures, strict=True)
+    ]
+    rows.append(("all", "", "", *(str(sum(column)) for column in zip(*figures, strict=True))))
+    if not view.is_live:
+        rows = [(*row[:2], *(UNKNOWN,) * (len(header) - 2)) for row in rows[:-1]]
+    facts = [f"{view.record.name}: {view.record.status}"]
+    if view.is_live:
+        facts += [f"for {_duration(view.overview.seconds)}", f"{view.overview.waiting} waiting for a server"]
+    if view.record.gateway is not None:
+        facts.append(view.record.gateway.base_url)
+    notes = [
+        f"{_duration(it.seconds)} ago: {it.server}: {it.cause.partition('\n')[0]}"
+        for it in view.overview.endings[:ENDINGS]
+    ]
+    return Page(", ".join(facts), header, rows, [view.problem, *notes] if view.problem else notes)

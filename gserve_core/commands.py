@@ -1,0 +1,42 @@
+"""The commands that change a running service, as its gateway gets them over `POST /control`."""
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+DRAIN_SECONDS = 60.0
+"""Default time for a server that is removed or replaced to finish its items in flight, in seconds."""
+
+
+class Scale(Struct, frozen=True, forbid_unknown_fields=True, tag="scale"):
+    """Change the number of servers. `drain`: time for removed servers to finish their items in flight, in seconds."""
+
+    servers: Annotated[int, Meta(ge=1, le=65535)]
+    drain: Seconds = DRAIN_SECONDS
+
+
+class Reload(Struct, frozen=True, forbid_unknown_fields=True, tag="reload"):
+    """Replace all servers by those of a config.
+
+    `config`: path of the YAML file, on the owner's machine; None: the file and the overrides of the start.
+    `overrides`: texts `key.key=value`, for `config`.
+    `in_place`: replace one server after another, even if there is room for the new ones beside the old ones.
+    `only_gateway`: apply only the keys and the `queue_timeout` of the gateway, and keep the servers.
+    `drain`: see `Scale`.
+    """
+
+    config: str | None = None
+    overrides: list[str] = []
+    in_place: bool = False
+    only_gateway: bool = False
+    drain: Seconds = DRAIN_SECONDS
+
+
+type Command = Scale | Reload
+
+
+class Done(Struct, frozen=True):
+    """The answer to a command that has succeeded. `text`: what was done, in one line."""
+
+    text: str

@@ -1,0 +1,73 @@
+"""What a gateway shows of its service, without a server or a socket."""
+
+from dataclasses import replace
+
+from gserve_core.errors import LaunchError
+from gserve_core.interfaces import Address, EngineInfo
+from gserve_core.overview import ServerOverview
+from gserve_core.service.state import Listening, Ready, ServerState, Start
+from gserve_core.service.watch import MAX_ENDINGS, Watch
+
+NEW = ServerState(name="server-0")
+STARTING = NEW.begun(Start("an-instance", "canary-token", "canary-control"), NEW)
+READY = STARTING.after(Listening(Address(["10.0.0.1"], 4321))).after(Ready(EngineInfo(model="m", capacity=8)))
+
+
+def only(watch: Watch) -> ServerOverview:
+    (server,) = watch.overview("ok", waiting=0, requests={}).servers
+    return server
+
+
+def test_the_servers_come_in_the_order_of_their_numbers() -> None:
+    watch = Watch("a-service", 7)
+    for number in (10, 2, 0):
+        watch.update(replace(NEW, name=f"server-{number}"))
+    shown = watch.overview("starting", waiting=3, requests={"server-2": 5})
+    assert [(server.name, server.requests) for server in shown.servers] == [
+        ("server-0", 0),
+        ("server-2", 5),
+        ("server-10", 0),
+    ]
+    assert (shown.name, shown.status, shown.waiting, shown.seed) == ("a-service", "starting", 3, 7)
+    assert 0 <= shown.seconds < 60
+
+
+def test_a_ready_server_has_an_address_and_a_model_and_a_dead_one_has_none() -> None:
+    watch = Watch("", 0)
+    watch.update(READY)
+    shown = only(watch)
+    assert (shown.state, shown.address, shown.model, shown.capacity) == ("ready", "10.0.0.1:4321", "m", 8)
+    watch.update(READY.draining("cleaning up: killed", returns=True, died=True))
+    shown = only(watch)
+    assert (shown.state, shown.phase, shown.address) == ("draining", "cleaning up: killed", None)
+    assert (shown.model, shown.capacity) == (None, None)
+
+
+def test_each_failure_is_shown_once_and_stays_when_the_server_is_ready_again() -> None:
+    watch = Watch("", 0)
+    dying = READY.draining("cleaning up: killed", returns=True, died=True)
+    for failure in (LaunchError("killed"), LaunchError("killed")):
+        failed = replace(dying, failure=failure)
+        for state in (READY, dying, failed, failed.queued("waiting to restart")):
+            watch.update(state)
+        assert only(watch).error == "killed"
+    watch.update(replace(READY, generation=3))
+    shown = watch.overview("ok", waiting=0, requests={})
+    assert shown.servers[0].error is None
+    assert [(ending.server, ending.cause) for ending in shown.endings] == [("server-0", "killed")] * 2
+
+
+def test_the_newest_failures_are_kept() -> None:
+    watch = Watch("", 0)
+    for generation in range(MAX_ENDINGS + 10):
+        watch.update(replace(NEW, generation=generation).failed(LaunchError(f"failure {generation}")))
+    endings = watch.overview("stopped", waiting=0, requests={}).endings
+    assert len(endings) == MAX_ENDINGS
+    assert endings[0].generation == MAX_ENDINGS + 9
+    assert all(ending.seconds >= 0 for ending in endings)
+
+
+def test_an_overview_holds_no_secret() -> None:
+    watch = Watch("", 0)
+    watch.update(READY)
+    assert "canary" not in str(watch.overview("ok", waiting=0, requests={}))
