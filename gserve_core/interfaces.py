@@ -185,12 +185,14 @@ class Access(Struct, frozen=True, kw_only=True):
     `control`: the secret that the server needs instead of the token for a shutdown; None: the token.
     `instance`: the id of the server that is expected there; None: any.
     `timeout`: maximum time without a heartbeat or result, in seconds; None: no limit.
+    `tls`: whether the connection is encrypted, and the certificate checked. Only gateways can do that.
     """
 
     token: str | None = None
     control: str | None = None
     instance: str | None = None
     timeout: float | None = None
+    tls: bool = False
 
     def __repr__(self) -> str:
         """Return a text without secrets."""
@@ -303,6 +305,17 @@ class GatewayApi(Protocol):
     def backends(self) -> Sequence[Backend]:
         """Return the ready servers."""
 
+    def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Work on a request with all servers, and yield events in the order in which they happen.
+
+        Closing the iterator cancels the work. If the service ends, some items get no event.
+
+        Raises RemoteError: the request is wrong (400, 413), or the service is closed (503, with `retry_after`).
+        """
+
+    def cancel(self, request_id: str, items: Sequence[int]) -> None:
+        """Cancel items of the running request with this id. Never waits. Ignores unknown ids and items."""
+
 
 class Connection(ABC):
     """The client's half of a conversation with one server. Its methods run in one event loop.
@@ -331,6 +344,14 @@ class Connection(ABC):
 
         Raises TransportError: the request failed.
         """
+
+    async def overview(self) -> ServiceOverview:
+        """Return the overview of the service behind a gateway.
+
+        Raises RemoteError: the access is refused (401), or there is no gateway of this version (404).
+        Raises TransportError: the request failed.
+        """
+        raise RemoteError("this transport has no gateway", status=404)
 
     @abstractmethod
     async def shut_down(self) -> None:

@@ -141,7 +141,8 @@ class RunRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     """A piece of work. Its items are numbered through all groups, from 0.
 
     `heartbeat`: time between two heartbeats, in seconds.
-    `id`: the id for a `CancelRequest`; "" for none.
+    `id`: the id for a `CancelRequest`; "" for none. A gateway treats requests with the same text before the last "-" as
+    requests of one client.
     `alone`: the server must work on nothing else, so that the cause of its death is clear.
     """
 
@@ -172,11 +173,12 @@ class FlatResult(Result, frozen=True, tag="flat", array_like=True, gc=False):
 
 
 class Failure(Struct, frozen=True, tag="failure", array_like=True):
-    """Item `index` failed. `invalid`: see `ItemError`."""
+    """Item `index` failed. `invalid`: see `ItemError`. `lost`: it is an `ItemLost`; only a gateway sends that."""
 
     index: int
     message: str
     invalid: bool = True
+    lost: bool = False
 
 
 class Heartbeat(Struct, frozen=True, tag="heartbeat", array_like=True):

@@ -4,7 +4,7 @@ Events are sent as frames of msgpack. Before each frame stands its length, as fo
 """
 
 import socket
-from collections.abc import Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterator
 
 import msgspec
 
@@ -30,6 +30,14 @@ def pack(events: list[Event]) -> bytes:
     """Return the frame of `events`."""
     body = _encoder.encode(events)
     return len(body).to_bytes(4, "big") + body
+
+
+async def packed(first: list[Event], rest: AsyncIterable[list[Event]]) -> AsyncIterator[bytes]:
+    """Yield the frames of lists of events. `first`: the first list; empty if there is none."""
+    if first:
+        yield pack(first)
+    async for events in rest:
+        yield pack(events)
 
 
 class Unpacker:

@@ -34,10 +34,13 @@ class HttpConnection(Connection):
         self._addresses = [Address([host], address.port) for host in address.hosts]
         self._address = self._addresses[0] if len(self._addresses) == 1 else None
         self._finding = asyncio.Lock()
+        self._scheme = "https" if access.tls else "http"
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
-        # there is no TLS to verify, and loading the certificates takes 100 ms and a descriptor
+        # without TLS there is nothing to verify, and loading the certificates takes 100 ms and a descriptor;
+        # with it, OpenSSL's own defaults are used: the system's certificates, or those of $SSL_CERT_FILE
+        verify = ssl.create_default_context() if access.tls else False
         self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE, verify=False),
+            transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE, verify=verify),
             timeout=httpx.Timeout(access.timeout, connect=CONNECT_SECONDS, pool=None),
             trust_env=False,
         )
@@ -53,7 +56,7 @@ class HttpConnection(Connection):
         headers = {"content-type": CONTENT_TYPE, **_bearer(self._access.token)}
         unpacker = Unpacker()
         with self._errors(address, self._access.timeout):
-            async with self._client.stream("POST", f"http://{address}/run", content=body, headers=headers) as reply:
+            async with self._client.stream("POST", self._url(address, "run"), content=body, headers=headers) as reply:
                 self._check_instance(reply, address)
                 if reply.status_code != 200:
                     await reply.aread()
@@ -69,11 +72,27 @@ class HttpConnection(Connection):
         headers = {"content-type": CONTENT_TYPE, **_bearer(self._access.token)}
         with self._errors(address, CONNECT_SECONDS):
             reply = await self._client.post(
-                f"http://{address}/cancel", content=body, headers=headers, timeout=CONNECT_SECONDS
+                self._url(address, "cancel"), content=body, headers=headers, timeout=CONNECT_SECONDS
             )
             self._check_instance(reply, address)
             if reply.status_code != 200:
                 raise _error(reply)
+
+    async def overview(self) -> ServiceOverview:
+        """Return the overview of the service behind a gateway."""
+        address = await self._find_address()
+        with self._errors(address, CONNECT_SECONDS):
+            reply = await self._client.get(
+                self._url(address, "status"), headers=_bearer(self._access.token), timeout=CONNECT_SECONDS
+            )
+            if INSTANCE_HEADER in reply.headers:
+                raise TransportError(f"the program at {address} is one server of gserve, not a gateway: use VLLMClient")
+            if reply.status_code != 200:
+                raise _error(reply)
+            try:
+                return msgspec.json.decode(reply.content, type=ServiceOverview)
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise TransportError(f"the program at {address} is not a gserve gateway") from error
 
     async def shut_down(self) -> None:
         """Ask the server to end."""
@@ -81,13 +100,16 @@ class HttpConnection(Connection):
         await self._request_health(address)  # checks that it is the expected server
         secret = self._access.token if self._access.control is None else self._access.control
         with self._errors(address, self._access.timeout):
-            reply = await self._client.post(f"http://{address}/shutdown", headers=_bearer(secret))
+            reply = await self._client.post(self._url(address, "shutdown"), headers=_bearer(secret))
             if reply.status_code != 200:
                 raise _error(reply)
 
     async def close(self) -> None:
         """Release the connection."""
         await self._client.aclose()
+
+    def _url(self, address: Address, route: str) -> str:
+        return f"{self._scheme}://{address}/{route}"
 
     async def _find_address(self) -> Address:
         """Return the first address at which the server answers, and remember it.
@@ -117,11 +139,13 @@ class HttpConnection(Connection):
         Raises TransportError: it cannot be reached, or is not the expected server.
         """
         with self._errors(address, CONNECT_SECONDS):
-            reply = await self._client.get(f"http://{address}/health", timeout=CONNECT_SECONDS)
+            reply = await self._client.get(self._url(address, "health"), timeout=CONNECT_SECONDS)
             self._check_instance(reply, address)
             try:
                 return msgspec.json.decode(reply.content, type=Health)
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                if _sentence(reply) is not None:  # such as one about the Host header
+                    raise _error(reply) from error
                 raise TransportError(f"the program at {address} is not a gserve server") from error
 
     def _check_instance(self, reply: httpx.Response, address: Address) -> None:
@@ -139,9 +163,14 @@ class HttpConnection(Connection):
                 f"no heartbeat from the server at {address} for {timeout:g} s (client_timeout); see its log"
             ) from error
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
+            if (wrong := _find_cause(error, ssl.SSLCertVerificationError)) is not None:
+                raise TransportError(
+                    f"the certificate of {address} is not trusted: {wrong.verify_message or wrong}; set"
+                    " SSL_CERT_FILE to the file with its issuer's certificate"
+                ) from error
             raise TransportError(
                 f"the connection to the server at {address} broke: {type(error).__name__} {error}".rstrip(),
-                is_gone=_is_refused(error),
+                is_gone=_find_cause(error, ConnectionRefusedError) is not None,  # nothing listens there
             ) from error
 
 
@@ -222,7 +251,8 @@ class GatewayClient:
         except (httpx.HTTPError, httpx.StreamError, httpx.InvalidURL) as error:
             cause = f"{type(error).__name__} {error}".rstrip()
             raise TransportError(
-                f"the connection to the gateway at {self._root} broke: {cause}", is_gone=_is_refused(error)
+                f"the connection to the gateway at {self._root} broke: {cause}",
+                is_gone=_find_cause(error, ConnectionRefusedError) is not None,
             ) from error
         except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, ValueError) as error:
             raise TransportError(f"the gateway at {self._root} sent an unexpected answer: {error}") from error
@@ -256,24 +286,29 @@ def _event_data(reply: httpx.Response) -> Iterator[bytes]:
         yield from (line[5:].strip() for line in lines if line.startswith(b"data:"))
 
 
-def _is_refused(error: BaseException) -> bool:
-    """Return whether an error means that nothing listens at the server's port."""
+def _find_cause[T: BaseException](error: BaseException, kind: type[T]) -> T | None:
+    """Return the error of this kind that has caused `error`; None if there is none."""
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ConnectionRefusedError):
+    while cause is not None and not isinstance(cause, kind):
         cause = cause.__cause__ or cause.__context__
-    return cause is not None
+    return cause
 
 
 def _bearer(secret: str | None) -> dict[str, str]:
     return {} if secret is None else {"authorization": f"Bearer {secret}"}
 
 
+def _sentence(reply: httpx.Response) -> str | None:
+    """Return the sentence of an error in gserve's form; None if there is none."""
+    try:
+        return str(msgspec.json.decode(reply.content)["error"]["message"])
+    except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
+        return None
+
+
 def _error(reply: httpx.Response) -> RemoteError:
     """Return the error that the server's reply describes."""
-    try:
-        sentence = str(msgspec.json.decode(reply.content)["error"]["message"])
-    except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError):
-        sentence = f"HTTP status {reply.status_code}"
+    sentence = _sentence(reply) or f"HTTP status {reply.status_code}"
     wait = reply.headers.get("retry-after", "")
     seconds = float(wait) if wait.isdecimal() else None
     return RemoteError(sentence, status=reply.status_code, retry_after=seconds)

@@ -7,7 +7,7 @@ completed ends with an error event, and its connection is cut.
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -18,20 +18,23 @@ from gserve_core.commands import Command
 from gserve_core.config import GatewayConfig
 from gserve_core.errors import RemoteError
 from gserve_core.interfaces import Address, ApiKey, Attempts, Backend, GatewayApi
+from gserve_core.messages import Event, RunRequest
 from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
 
-from .bodies import decode_json
-from .frames import INSTANCE_HEADER
+from .frames import CONTENT_TYPE, INSTANCE_HEADER, packed
+from .http_bodies import read_cancel, read_json, read_run
 from .http_front import BODIES, CALL_WHEN_LOST, Bodies, given_secret, host_names, hostname, listen
 from .http_upstream import Answer, Gone, Headers, Upstream
 
-OWN_ROUTES = {("POST", "/chat"), ("POST", "/generate")}
-"""gserve's own routes that are passed on."""
+PASSED_ROUTES = {*ROUTES, ("POST", "/chat"), ("POST", "/generate")}
+"""Routes that are passed on to a server."""
+BATCH_ROUTES = {("POST", "/run"), ("POST", "/cancel")}
+"""Routes of gserve's batches, which all servers work on together."""
 ANSWERED = {("GET", "/status")}
 """Routes that the gateway answers itself, to a client with the key."""
 CONTROL_PATH = "/control"
 """Route that needs the control secret instead of an API key."""
-ALL_ROUTES = {*ROUTES, *OWN_ROUTES, *ANSWERED, ("GET", "/health"), ("POST", CONTROL_PATH)}
+ALL_ROUTES = {*PASSED_ROUTES, *BATCH_ROUTES, *ANSWERED, ("GET", "/health"), ("POST", CONTROL_PATH)}
 PASSED = frozenset({b"content-type", b"accept", b"traceparent", b"tracestate", b"x-request-id"})
 """Headers of a request that a server gets. The API key is not among them: each server has its own token."""
 NOT_RETURNED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"x-gserve-instance"})
@@ -84,10 +87,18 @@ class _Gateway:
             key = self._check_access(scope)
             if (scope["method"], scope["path"]) in ANSWERED:
                 await self._answer(scope, send)
-                return
-            with key.request():
-                body = bytes(await read_body(scope, receive, self._max_body))
-                await self._pass_on(scope, body, send)
+            elif scope["path"] == "/cancel":
+                content_type = dict(scope["headers"]).get(b"content-type", b"")
+                asked = read_cancel(await read_body(scope, receive, self._max_body), content_type.decode("latin-1"))
+                self._api.cancel(asked.id, asked.items)
+                await _answer(send, 200, msgspec.json.encode({"status": "ok"}), JSON)
+            else:
+                with key.request():
+                    body = await read_body(scope, receive, self._max_body)
+                    if scope["path"] == "/run":
+                        await _unless_lost(scope, self._run(read_run(body), send))
+                    else:
+                        await _unless_lost(scope, self._attempt(scope, bytes(body), send))
         except RemoteError as error:
             headers = [*JSON, *_allowed(scope, error.status)]
             if error.retry_after is not None:
@@ -109,7 +120,7 @@ class _Gateway:
             raise RemoteError("this route requires the control secret: see gserve env --control", status=status)
         if scope["method"] != "POST":
             raise RemoteError(f"Method Not Allowed: {scope['method']} {CONTROL_PATH}", status=405)
-        command = decode_json(await read_body(scope, receive, self._max_body), Command)
+        command: Command = read_json(await read_body(scope, receive, self._max_body), Command)  # type: ignore[arg-type]
         await _answer(send, 200, msgspec.json.encode(await self._api.control(command)), JSON)
 
     def _check_access(self, scope: Scope) -> ApiKey:
@@ -118,6 +129,8 @@ class _Gateway:
         if key is None:
             raise RemoteError("this gateway requires its API key: send it as 'Authorization: Bearer KEY'", status=401)
         method, path = scope["method"], scope["path"]
+        if path == "/shutdown":
+            raise RemoteError("a gateway has no POST /shutdown: end the service with gserve stop", status=404)
         if (method, path) not in ALL_ROUTES:
             if any(path == known for _, known in ALL_ROUTES):
                 raise RemoteError(f"Method Not Allowed: {method} {path}", status=405)
@@ -128,25 +141,16 @@ class _Gateway:
         """Answer a request of `ANSWERED`."""
         await _answer(send, 200, msgspec.json.encode(self._api.status()), JSON)
 
-    async def _pass_on(self, scope: Scope, body: bytes, send: Send) -> None:
-        """Have a request answered, and stop if the client disconnects."""
-        working, is_lost = asyncio.current_task(), False
-        assert working is not None
-
-        def cancel() -> None:
-            nonlocal is_lost
-            is_lost = True
-            working.cancel()
-
-        call_when_lost = scope["extensions"][CALL_WHEN_LOST]
-        call_when_lost(cancel)
-        try:
-            await self._attempt(scope, body, send)
-        except asyncio.CancelledError:
-            if not is_lost:
-                raise
-        finally:
-            call_when_lost(None)
+    async def _run(self, request: RunRequest, send: Send) -> None:
+        """Answer a batch with a stream of its events. Raises RemoteError: it is refused."""
+        async with contextlib.aclosing(self._api.run(request)) as events:
+            nothing: list[Event] = []
+            first = await anext(events, nothing)  # here an error is a status; later, a broken stream
+            headers = [(b"content-type", CONTENT_TYPE.encode())]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            async for frame in packed(first, events):
+                await send({"type": "http.response.body", "body": frame, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})
 
     async def _attempt(self, scope: Scope, body: bytes, send: Send) -> None:
         """Send a request to servers until one answers. Raises RemoteError: none does."""
@@ -234,6 +238,27 @@ class _Gateway:
             return True  # the answer is incomplete, so its connection is cut
         await send({"type": "http.response.body", "body": rest})
         return True
+
+
+async def _unless_lost(scope: Scope, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`, and cancel it if the client disconnects."""
+    working, is_lost = asyncio.current_task(), False
+    assert working is not None
+
+    def cancel() -> None:
+        nonlocal is_lost
+        is_lost = True
+        working.cancel()
+
+    call_when_lost = scope["extensions"][CALL_WHEN_LOST]
+    call_when_lost(cancel)
+    try:
+        await work
+    except asyncio.CancelledError:
+        if not is_lost:
+            raise
+    finally:
+        call_when_lost(None)
 
 
 def _allowed(scope: Scope, status: int) -> Headers:

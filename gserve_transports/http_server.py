@@ -15,7 +15,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gserve_core.errors import RemoteError
 from gserve_core.interfaces import Address, ServerApi
 from gserve_core.messages import (
-    CancelRequest,
     ChatRequest,
     Conversation,
     Event,
@@ -27,16 +26,14 @@ from gserve_core.messages import (
 )
 from gserve_core.openai_api import PATHS, ROUTES, error_body
 
-from .bodies import decode_json, decode_msgpack
-from .frames import CONTENT_TYPE, INSTANCE_HEADER, pack
+from .frames import CONTENT_TYPE, INSTANCE_HEADER, packed
+from .http_bodies import read_cancel, read_json, read_run
 from .http_front import BODIES, Bodies, has_secret, host_names, hostname, listen
 
 OPEN_ROUTES = {("GET", "/health")}
 """Routes that need no token."""
 CONTROL_PATH = "/shutdown"
 """Route that needs the control secret, if the server has one."""
-HEARTBEATS = 0.01, 3600.0
-"""Minimum and maximum heartbeat interval that a client may request, in seconds."""
 
 
 @asynccontextmanager
@@ -93,7 +90,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     @app.post("/chat")
     async def chat(request: Request) -> Response:
-        asked = await asyncio.to_thread(decode_json, await read(request), ChatRequest)
+        asked = await asyncio.to_thread(read_json, await read(request), ChatRequest)
         conversations = [
             Conversation(messages, asked.add_generation_prompt, asked.continue_final_message)
             for messages in asked.conversations
@@ -102,15 +99,12 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     @app.post("/generate")
     async def generate(request: Request) -> Response:
-        asked = await asyncio.to_thread(decode_json, await read(request), GenerateRequest)
+        asked = await asyncio.to_thread(read_json, await read(request), GenerateRequest)
         return await answer_request(request, RunRequest([Group([*asked.prompts], asked.params)]))
 
     @app.post("/run")
     async def run(request: Request) -> Response:
-        asked = decode_msgpack(await read(request), RunRequest)
-        if not HEARTBEATS[0] <= asked.heartbeat <= HEARTBEATS[1]:
-            raise RemoteError("expected a heartbeat from {} to {} s".format(*HEARTBEATS), status=400)
-        events = api.run(asked)
+        events = api.run(read_run(await read(request)))
         first = await _unless_disconnected(
             request, anext(events, [])
         )  # here an error is a status; later, a broken stream
@@ -118,11 +112,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     @app.post("/cancel")
     async def cancel(request: Request) -> Response:
-        body = await read(request)
-        if request.headers.get("content-type") == CONTENT_TYPE:
-            asked = decode_msgpack(body, CancelRequest)
-        else:
-            asked = decode_json(body, CancelRequest)
+        asked = read_cancel(await read(request), request.headers.get("content-type"))
         api.cancel(asked.id, asked.items)
         return _json({"status": "ok"})
 
@@ -156,13 +146,7 @@ class _Frames(StreamingResponse):
 
     def __init__(self, first: list[Event], rest: AsyncGenerator[list[Event]]) -> None:
         self._rest = rest
-        super().__init__(self._packed(first), media_type=CONTENT_TYPE)
-
-    async def _packed(self, first: list[Event]) -> AsyncIterator[bytes]:
-        if first:
-            yield pack(first)
-        async for events in self._rest:
-            yield pack(events)
+        super().__init__(packed(first, rest), media_type=CONTENT_TYPE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._rest):

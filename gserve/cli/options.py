@@ -15,7 +15,8 @@ Overrides = Annotated[
     typer.Option("--set", metavar="KEY.KEY=VALUE", help="Change the config, as in serve.port=8000. Repeatable."),
 ]
 Attach = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Use a launched service (see: gserve ps) instead of a CONFIG.")
+    str | None,
+    typer.Option(metavar="NAME", help="Use a launched service (see: gserve ps) or the URL of a gateway."),
 ]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show the servers' logs on stderr, as serve.verbose=true does.")

@@ -9,7 +9,7 @@ import sys
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -63,12 +63,15 @@ class _Known:
     timeout: float | None
     is_watched: bool
     stall_timeout: float | None
+    return_timeout: float | None = None
     has_answered: bool = False
     """Whether the process that forked this one has had an answer from it."""
 
     @property
     def answer_timeout(self) -> float:
         """Time until a server that does not answer is given up, in seconds."""
+        if self.return_timeout is not None:
+            return self.return_timeout
         if not self.is_watched and self.timeout is not None:
             return self.timeout
         return UNRESPONSIVE_SECONDS + 2 * (DEFAULT_STALL_TIMEOUT if self.stall_timeout is None else self.stall_timeout)
@@ -105,6 +108,7 @@ class _Link:
         self.server = server
         self.connection = connection
         self.answer_timeout = known.answer_timeout
+        self.is_gateway = known.return_timeout is not None
         self.has_answered = known.has_answered
         self.heartbeat = HEARTBEAT_SECONDS if known.timeout is None else min(HEARTBEAT_SECONDS, known.timeout / 3)
         self.is_probed = False
@@ -161,7 +165,10 @@ class Dispatcher:
         """Prepare for the first use in a forked process."""
         self._is_forked = True
         self._lock = threading.RLock()  # another thread of the parent may have held the old one
-        self._known = {key: replace(known, is_watched=False, has_answered=True) for key, known in self._known.items()}
+        self._known = {
+            key: replace(known, is_watched=known.return_timeout is not None, has_answered=True)
+            for key, known in self._known.items()
+        }
         self._inherited.append((self._loop, self._queue, self._links, self._sent, self._closing))  # never freed
 
     # -------------------------------------------------------------------------------------------------- from any thread
@@ -170,6 +177,10 @@ class Dispatcher:
     def waiting(self) -> int:
         """Number of items that wait for a server."""
         return len(self._incoming) + self._queue.waiting
+
+    def in_flight(self, key: str) -> int:
+        """Return the number of items in flight on a server; 0 if it is unknown."""
+        return self._queue.in_flight_at(key)
 
     def expect(self, key: str, comes: bool = True) -> None:
         """Keep items waiting for a server that is starting, even if there is no other server.
@@ -187,6 +198,7 @@ class Dispatcher:
         *,
         is_watched: bool,
         stall_timeout: float | None = 60.0,
+        return_timeout: float | None = None,
     ) -> None:
         """Add a server that works on `capacity` items at once.
 
@@ -195,10 +207,12 @@ class Dispatcher:
         `is_watched`: whether the caller will call `remove` once the server has died. If not, the server counts as dead
         when nothing listens at its port. It is given up if it does not answer for `timeout` seconds.
         `stall_timeout`: time after which the caller calls `remove` for a hung server, in seconds; None: never.
+        `return_timeout`: for the gateway of a service: time for which items wait while it does not answer, in seconds.
+        It accepts items in any state, and may return after it was gone.
         """
         connection = connect()  # here, so that its imports are complete when the caller forks
         self.check()
-        known = self._known[key] = _Known(connect, capacity, timeout, is_watched, stall_timeout)
+        known = self._known[key] = _Known(connect, capacity, timeout, is_watched, stall_timeout, return_timeout)
         self._count_room()
         self._call_soon(self._add, key, known, connection)
 
@@ -217,6 +231,13 @@ class Dispatcher:
         """Send a server no more items. Its items in flight go on. Call `remove` once it has ended."""
         self._call_soon(self._queue.retire, key)
 
+    def resize(self, key: str, capacity: int) -> None:
+        """Let a server that was added work on `capacity` items at once."""
+        self.check()
+        self._known[key] = replace(self._known[key], capacity=capacity)
+        self._count_room()
+        self._call_soon(self._queue.resize, key, capacity)
+
     def _count_room(self) -> None:
         self.room = sum(2 * known.capacity for known in list(self._known.values()))
 
@@ -233,10 +254,14 @@ class Dispatcher:
             self._schedule(self._queue_incoming)
             self._scheduled_for = runs  # last: a signal handler may raise before any line
 
-    def cancel(self, call: Call) -> None:
-        """Cancel the unfinished items of a call, including items in flight."""
-        call.is_cancelled = True
-        self._call_soon(lambda: self._queue.cancel(call))
+    def cancel(self, call: Call, indexes: Collection[int] | None = None) -> None:
+        """Cancel unfinished items of a call, including items in flight. They have no outcome.
+
+        `indexes`: the items; None: all, also those that are submitted later.
+        """
+        if indexes is None:
+            call.is_cancelled = True
+        self._call_soon(self._queue.cancel, call, indexes)
 
     def resume(self, call: Call) -> None:
         """Send items of a paused call again. Call this when its caller has taken some results."""
@@ -304,6 +329,11 @@ class Dispatcher:
             self._schedule(self._start_closing)
         self._closed = True  # last: a signal handler may raise before any line
         return True
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether this is closed, or being closed. Items that have not ended are then lost."""
+        return self._closed or self._is_closing
 
     def _call_soon(self, function: Callable[..., object], *arguments: Any) -> None:
         self.check()
@@ -439,7 +469,7 @@ class Dispatcher:
             is_gone = not link.has_answered
             try:
                 health = await link.connection.health()
-                if health.status == "ok":
+                if health.status == "ok" or link.is_gateway:
                     link.has_answered = True
                     break
                 why = f"it is {health.status}"
@@ -449,6 +479,8 @@ class Dispatcher:
                 logger.exception("cannot read the health of %s", server.key)
                 why = str(error)
             if silence >= link.answer_timeout or (is_gone and not server.is_watched):  # no owner reports this
+                if link.is_gateway:
+                    why = f"its gateway has not answered for {link.answer_timeout:g} s: {why}"
                 logger.warning("lost %s: %s", server.key, why)
                 link.is_probed = False
                 self._queue.give_up(server, why)

@@ -16,7 +16,7 @@ is no loss for them: it may have been working on other items.
 import logging
 import math
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from ..errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
 from ..messages import Event, Heartbeat, Result
@@ -102,6 +102,11 @@ class ItemQueue:
         """Number of items in flight, including items of broken connections."""
         return sum(server.in_flight for server in self._servers.values())
 
+    def in_flight_at(self, key: str) -> int:
+        """Return the number of items in flight on one server; 0 if it is unknown. May be called from any thread."""
+        server = self._servers.get(key)
+        return 0 if server is None else server.in_flight
+
     @property
     def servers(self) -> Iterable[Server]:
         """The servers in use."""
@@ -124,6 +129,12 @@ class ItemQueue:
         self._expected.discard(server.key)
         self._servers[server.key] = server
         self.pump()
+
+    def resize(self, key: str, capacity: int) -> None:
+        """Let a server work on `capacity` items at once. Does nothing if it is unknown."""
+        if (server := self._servers.get(key)) is not None:
+            server.resize(capacity)
+            self.pump()
 
     def remove(self, key: str, why: str, *, returns: bool, died: bool) -> None:
         """Remove a server and return its items in flight to the queue.
@@ -207,25 +218,28 @@ class ItemQueue:
                 server.is_given_up = False
                 self._probe(server)
 
-    def cancel(self, call: Call) -> None:
-        """End all items of a call without outcomes, including items in flight."""
-        call.is_cancelled = True
-        self._unpause(call)
-        if call.waiting:
-            self._calls.remove(call)
-            self._waiting_in_calls -= len(call.waiting)
-            for item in call.waiting:
-                self._end(item)
-            call.waiting.clear()
+    def cancel(self, call: Call, indexes: Collection[int] | None = None) -> None:
+        """End items of a call without outcomes, including items in flight.
+
+        `indexes`: the items; None: all, also those that are submitted later.
+        """
+        if indexes is None:
+            call.is_cancelled = True
+            self._unpause(call)
+
+        def is_cancelled(item: Item) -> bool:
+            return item.call is call and (indexes is None or item.index in indexes)
+
+        self._cancel_waiting(call, is_cancelled)
         for group in self._suspects:
             for item in group:
-                if item.call is call:
+                if is_cancelled(item):
                     self._end(item)
-        rests = [[item for item in group if item.call is not call] for group in self._suspects]
+        rests = [[item for item in group if not is_cancelled(item)] for group in self._suspects]
         self._suspects = deque(rest for rest in rests if rest)
         for server in self._servers.values():
             for piece in [*server.pieces]:
-                theirs = {index: item for index, item in enumerate(piece.items) if item and item.call is call}
+                theirs = {index: item for index, item in enumerate(piece.items) if item and is_cancelled(item)}
                 for index in theirs:
                     piece.items[index] = None
                 self._finish(server, [*theirs.values()])
@@ -239,6 +253,20 @@ class ItemQueue:
                 elif theirs and piece.verdict_by is None:
                     self._cancel(piece, [*theirs])
         self.pump()
+
+    def _cancel_waiting(self, call: Call, is_cancelled: Callable[[Item], bool]) -> None:
+        ended = [item for item in call.waiting if is_cancelled(item)]
+        if not ended:
+            return
+        for item in ended:
+            self._end(item)
+        rest = [item for item in call.waiting if not item.is_over]
+        call.waiting.clear()
+        call.waiting.extend(rest)
+        if not call.is_paused:
+            self._waiting_in_calls -= len(ended)
+            if not rest:
+                self._calls.remove(call)
 
     def drain(self, why: str) -> None:
         """Send no more items. Items in flight go on; all others are lost because of `why`."""
@@ -281,7 +309,8 @@ class ItemQueue:
             if isinstance(event, Result):
                 outcomes[item.call].append((item.index, event.outputs))
             else:
-                error = ItemError(event.message, index=item.index, invalid=event.invalid)
+                kind = ItemLost if event.lost else ItemError
+                error = kind(event.message, index=item.index, invalid=event.invalid)
                 outcomes[item.call].append((item.index, error))
         self._finish(server, finished)
         for call, batch in outcomes.items():

@@ -62,8 +62,7 @@ class Server:
         """Whether an owner confirms its death."""
         self.ends_hung = is_watched and ends_hung
         """Whether the owner also ends it if it hangs. If not, `ItemQueue.give_up` ends the wait for a verdict."""
-        self.window = 2 * capacity
-        self.min_in_flight = int(AHEAD * capacity)
+        self.resize(capacity)
         self.piece_size = float(MAX_PIECE_SIZE)
         self.pieces: dict[Piece, None] = {}  # in the order in which they were sent
         self.in_flight = 0
@@ -82,6 +81,11 @@ class Server:
         """Whether it works on suspects, and on nothing else. It then refuses requests of other clients."""
         self.accused: list[Item] = []
         """Items that left before the verdict on a broken connection. If the server died, each of them counts a loss."""
+
+    def resize(self, capacity: int) -> None:
+        """Let the server work on `capacity` items at once."""
+        self.window = 2 * capacity
+        self.min_in_flight = int(AHEAD * capacity)
 
     def is_usable(self, now: float) -> bool:
         """Return whether a piece may be sent to it."""

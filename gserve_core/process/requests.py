@@ -6,18 +6,8 @@ from typing import Any
 
 from ..errors import ItemError
 from ..interfaces import RunningEngine
-from ..messages import (
-    Conversation,
-    Event,
-    Failure,
-    FlatOutput,
-    FlatResult,
-    Group,
-    Prompt,
-    ResponseOutput,
-    Result,
-    weight,
-)
+from ..messages import Event, Group, Prompt, Result, weight
+from ..run_requests import prompt_size
 
 BACKLOG_BYTES = 1 << 20
 """Maximum size of the results that wait for a client, in bytes. Beyond it, none of its items is begun."""
@@ -44,33 +34,12 @@ def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:
     """Yield slices of prompts, limited in number and in total size."""
     start = size = 0
     for place, prompt in enumerate(prompts):
-        size += len(prompt) if isinstance(prompt, str) else _size(prompt)
+        size += prompt_size(prompt)
         if place - start == SLICE - 1 or size > SLICE_BYTES:
             yield slice(start, place + 1)
             start, size = place + 1, 0
     if start < len(prompts):
         yield slice(start, len(prompts))
-
-
-def _size(prompt: list[int] | Conversation) -> int:
-    """Return the approximate size of a prompt that is not a text, in bytes."""
-    if isinstance(prompt, list):
-        return 4 * len(prompt)
-    contents = (message.content for message in prompt.messages)
-    return sum(len(it) if isinstance(it, str) else sum(len(part.text) for part in it) for it in contents)
-
-
-def result_of(index: int, outputs: list[ResponseOutput]) -> Result:
-    """Return the event for an answered item."""
-    for output in outputs:
-        if isinstance(output, FlatOutput):
-            return FlatResult(index, outputs)  # type: ignore[arg-type]
-    return Result(index, outputs)
-
-
-def cancelled_item(index: int) -> Failure:
-    """Return the event for a cancelled item."""
-    return Failure(index, "cancelled", invalid=False)
 
 
 class Piece:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
 
@@ -12,18 +11,15 @@ from ..errors import ItemError, RemoteError, sentence_of
 from ..host.redaction import redact
 from ..interfaces import RunningEngine
 from ..messages import Event, Failure, Group, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
-from .requests import Piece, cancelled_item, prepared_items, result_of
+from ..run_requests import MOST_ITEMS, EarlyCancellations, cancelled_item, check_count, count_items, result_of
+from .requests import Piece, prepared_items
 
 DEATH_SECONDS = 1.0
 """Maximum time from the failure of an item to the report that the engine died, in seconds."""
 ADMISSION = 16
 """Maximum number of admitted items, as a multiple of the engine's capacity. Beyond it, requests are refused as busy."""
-MOST_ITEMS = 1 << 17
-"""A request may always have this many items, however small the engine's capacity is."""
 AHEAD = 2
 """Maximum number of items in the engine, as a multiple of its capacity, so that it never runs dry."""
-MAX_EARLY = 256
-"""Number of requests with kept early cancellations. A cancellation is early if it arrives before its request."""
 BUSY_SECONDS = 1.0
 """Retry delay for a client that is refused because the server is busy, in seconds."""
 RESERVED_SECONDS = 5.0
@@ -76,8 +72,7 @@ class Work:
         """The admitted requests."""
         self._reserved_until = 0.0
         """Until this time, no other request is begun, for one that must run alone."""
-        self._early: OrderedDict[str, list[int]] = OrderedDict()
-        """Items cancelled before their requests arrived, by request id. Only the latest `MAX_EARLY` requests count."""
+        self._early = EarlyCancellations()
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Run a request; yield its events in batches as they happen. Raises RemoteError: the request is refused."""
@@ -210,9 +205,7 @@ class Work:
             if piece.id == request_id:
                 self._cancel(piece, items)
                 return
-        self._early.setdefault(request_id, []).extend(items)
-        if len(self._early) > MAX_EARLY:
-            self._early.popitem(last=False)
+        self._early.add(request_id, items)
 
     def _cancel(self, piece: Piece, items: Sequence[int]) -> None:
         for index in piece.cancel(items):
@@ -259,10 +252,7 @@ class Work:
     @contextlib.contextmanager
     def _admit_items(self, request: RunRequest) -> Iterator[Piece]:
         """Admit a request with items for the block; yield its piece. Raises RemoteError: the request is refused."""
-        if any(group.seeds is not None and len(group.seeds) != len(group.prompts) for group in request.groups):
-            raise RemoteError("expected a seed for each prompt", status=400)
-        size = sum(len(group.prompts) for group in request.groups)
-        with self._admit(size, request_id=request.id, alone=request.alone) as piece:
+        with self._admit(count_items(request), request_id=request.id, alone=request.alone) as piece:
             yield piece
 
     @contextlib.contextmanager
@@ -273,11 +263,7 @@ class Work:
         """
         self._check_ready()  # again: the state may have changed since the request came
         most = ADMISSION * self._engine.info.capacity
-        if size > (limit := max(MOST_ITEMS, most)):
-            raise RemoteError(
-                f"the request has {size} items, and a server accepts at most {limit}: split the request",
-                status=413,
-            )
+        check_count(size, max(MOST_ITEMS, most))
         self._check_turn(alone)
         items = sum(piece.unfinished for piece in self._pieces)
         if items and items + size > most:  # a single request may be larger, or it could never be served
@@ -287,7 +273,7 @@ class Work:
             )  # fmt: skip
         piece = Piece(request_id, self._engine, size)
         self._pieces.add(piece)
-        self._cancel(piece, self._early.pop(request_id, ()))
+        self._cancel(piece, self._early.take(request_id))
         self.is_alone = alone
         self.idle.clear()
         try:

@@ -7,20 +7,22 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import uvloop
 from msgspec import structs
 
+from ..batch.dispatcher import Dispatcher
 from ..commands import Command, Done
 from ..config import GatewayConfig, KeyConfig
 from ..errors import ConfigError, GserveError, LaunchError, PluginError, RemoteError
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
-from ..messages import Health
+from ..messages import Event, Health, RunRequest
 from ..overview import ServiceOverview
 from .records import GatewayRecord
+from .remote_calls import RemoteCalls
 from .routing import Attempts, Routing
 from .state import ServerState
 from .watch import Watch
@@ -79,7 +81,6 @@ class Gateway:
     `key`: returns the owner's key for a config. It is called at the start, and when the config changes.
     `handle`: executes a command, and returns in one line what was done. It is called in a thread.
     `name`, `seed`: name and item seed of its service.
-    `waiting`: returns the number of items that wait in the queue of the service itself.
     """
 
     def __init__(
@@ -90,7 +91,6 @@ class Gateway:
         handle: Callable[[Command], str],
         name: str,
         seed: int,
-        waiting: Callable[[], int],
     ) -> None:
         self._transport = transport
         self._config = config
@@ -98,9 +98,10 @@ class Gateway:
         self._handle = handle
         self._keys: Sequence[Key] = ()
         self._control = new_key()
-        self._waiting = waiting
         self._watch = Watch(name, seed)
+        self._dispatcher: Dispatcher | None = None
         self._routing: Routing | None = None
+        self._calls: RemoteCalls | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -111,13 +112,16 @@ class Gateway:
 
     # ------------------------------------------------------------------------------------------- called by its service
 
-    def start(self) -> GatewayRecord:
+    def start(self, dispatcher: Dispatcher) -> GatewayRecord:
         """Begin to listen. Return the address and the key for clients.
+
+        `dispatcher`: the queue of the service.
 
         Raises LaunchError: it cannot listen.
         Raises GserveError: the transport has no gateway, or there is no key.
         """
         self._set_keys(self._config)
+        self._dispatcher = dispatcher
         self._thread = threading.Thread(target=self._run, name="gserve-gateway", daemon=True)
         self._thread.start()
         if not self._listening.wait(START_SECONDS):
@@ -205,7 +209,8 @@ class Gateway:
     def status(self) -> ServiceOverview:
         """Return the overview of the service."""
         assert self._routing is not None
-        waiting, requests = self._routing.waiting + self._waiting(), self._routing.requests
+        assert self._dispatcher is not None
+        waiting, requests = self._routing.waiting + self._dispatcher.waiting, self._routing.requests
         return self._watch.overview(self._routing.status, waiting=waiting, requests=requests)
 
     def attempts(self) -> Attempts:
@@ -216,6 +221,16 @@ class Gateway:
     def backends(self) -> Sequence[Backend]:
         """Return the ready servers."""
         return [] if self._routing is None else self._routing.backends
+
+    def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
+        """Work on a request, and yield events in the order in which they happen."""
+        assert self._calls is not None
+        return self._calls.run(request)
+
+    def cancel(self, request_id: str, items: Sequence[int]) -> None:
+        """Cancel items of the running request with this id."""
+        assert self._calls is not None
+        self._calls.cancel(request_id, items)
 
     # ---------------------------------------------------------------------------------------------------- in its thread
 
@@ -235,7 +250,9 @@ class Gateway:
 
     async def _serve(self) -> None:
         self._end = asyncio.Event()
-        self._routing = Routing(self._config.queue_timeout)
+        assert self._dispatcher is not None
+        self._calls = RemoteCalls(self._dispatcher)
+        self._routing = Routing(self._config.queue_timeout, self._dispatcher.in_flight)
         self._loop = asyncio.get_running_loop()
         async with self._transport.serve_gateway(self, self._config) as address:
             scheme = "http" if self._config.certfile is None else "https"

@@ -53,10 +53,6 @@ class Queue:
         self._is_closed = False
         self.dispatcher = Dispatcher()
 
-    def waiting(self) -> int:
-        """Return the number of items that wait for a server. May be called from any thread."""
-        return self.dispatcher.waiting
-
     def close(self) -> None:
         """Close the dispatcher. Idempotent.
 
@@ -210,7 +206,8 @@ class _Session:
         if self._record is not None:
             self._record.reserve()
         if self.gateway is not None:
-            self.gateway.start()
+            assert self.queue is not None, "a gateway needs the queue of its service"
+            self.gateway.start(self.queue.dispatcher)
         self._logs = logs = self._open_logs()
         if self._record is not None:
             self._record.logs = str(logs)
@@ -299,8 +296,7 @@ class Pool:
     `logs`: creates and returns the folder for the logs of a start.
     `max_restarts`: see `ServeConfig`.
     `min_ready`, `keeps_places`: see `Supervisor`.
-    `queue`, `gateway`: create the queue and the gateway of a start; None: there is none. The gateway gets a
-    function that returns the number of items waiting in the queue.
+    `queue`, `gateway`: create the queue and the gateway of a start; None: there is none.
     `what`: name of the pool in messages.
     """
 
@@ -313,7 +309,7 @@ class Pool:
         min_ready: int | None = None,
         keeps_places: bool = False,
         queue: Callable[[], Queue] | None = None,
-        gateway: Callable[[Callable[[], int]], Gateway] | None = None,
+        gateway: Callable[[], Gateway] | None = None,
         record: Record | None = None,
         nursery: Closable | None = None,
         what: str = "the service",
@@ -402,8 +398,7 @@ class Pool:
         queue = None
         try:
             queue = None if self._make_queue is None else self._make_queue()
-            waiting = (lambda: 0) if queue is None else queue.waiting
-            gateway = None if self._make_gateway is None else self._make_gateway(waiting)
+            gateway = None if self._make_gateway is None else self._make_gateway()
             return self._make_session(
                 self.programs, queue=queue, gateway=gateway, max_restarts=self._max_restarts, min_ready=self._min_ready
             )

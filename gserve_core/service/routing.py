@@ -1,13 +1,13 @@
 """The choice of a server for each request that comes to a gateway.
 
-A request goes to the ready server with the fewest requests in flight. It is sent again while its answer has not begun:
+A request goes to the ready server with the fewest requests and items in flight. It is sent again while its answer has not begun:
 after the death of its server, and after a refusal. `Routing` follows the states that the supervisor publishes.
 """
 
 import asyncio
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ..errors import RemoteError
 from ..interfaces import Backend
@@ -23,10 +23,12 @@ class Routing:
     """The ready servers, as a gateway sees them. All methods run in one event loop.
 
     `queue_timeout`: maximum time that a request waits for a server, in seconds; None: no limit.
+    `items`: returns the number of items of the service's own calls that a server works on.
     """
 
-    def __init__(self, queue_timeout: float | None) -> None:
+    def __init__(self, queue_timeout: float | None, items: Callable[[str], int] = lambda name: 0) -> None:
         self._queue_timeout = queue_timeout
+        self._items = items
         self._states: dict[str, ServerState] = {}
         self._backends: dict[str, Backend] = {}
         """The servers that may have requests in flight, by name."""
@@ -103,13 +105,16 @@ class Routing:
             self.waiting -= 1
 
     def least_busy(self, without: set[str]) -> Backend | None:
-        """Return the server with the fewest requests, but for the instances in `without`. Equal servers take turns."""
+        """Return the server with the least work, but for the instances in `without`. Equal servers take turns.
+
+        A request counts as much as an item of the service's own calls.
+        """
         found = [backend for backend in self.backends if backend.instance not in without]
         if not found:
             return None
         self._turn += 1
         first = self._turn % len(found)
-        return min(found[first:] + found[:first], key=lambda backend: backend.requests)
+        return min(found[first:] + found[:first], key=lambda it: it.requests + self._items(it.name))
 
 
 class Attempts:

@@ -4,6 +4,7 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,10 +12,10 @@ from typing import Self
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
 from ..commands import DRAIN_SECONDS
-from ..config import Config, GatewayConfig, LLMConfig, ServeConfig
-from ..errors import GserveError
-from ..host.environment import ATTACH_VARIABLE
-from ..interfaces import Engine, Job, Launcher, Transport
+from ..config import Config, GatewayConfig, LLMConfig, ServeConfig, wrong_key
+from ..errors import ConfigError, GserveError
+from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
+from ..interfaces import Access, Engine, Job, Launcher, Transport
 from ..plugins import assemble
 from ..service import records
 from ..service.records import GatewayRecord
@@ -22,6 +23,7 @@ from .attached import Attached, drain_reason
 from .deployment import Deployment, Plan, Source, connect
 from .inference import Inference
 from .pool import Pool
+from .remote import Remote, Url
 from .server import VLLMServer, member_of
 from .state import ServerState
 
@@ -83,22 +85,33 @@ class VLLMService(Inference):
         return self
 
     @classmethod
-    def attach(cls, name: str | None = None) -> Self:
-        """Return a service that another process on this machine has launched. Waits while it is starting.
+    def attach(cls, name: str | None = None, *, api_key: str | None = None) -> Self:
+        """Return a service that another process has launched. Waits while it is starting.
 
-        The result follows the name. If the service is gone, its items wait a minute for another start under the name.
+        The result follows the name or URL. If the service is gone, its items wait a minute for another start there.
         `shutdown` closes the connections, and does not stop the servers.
 
-        `name`: the name of the service; None: the value of $GSERVE_ATTACH.
+        `name`: the name of a service on this machine, or the URL of a gateway anywhere, such as
+        http://host:8000; None: the value of $GSERVE_ATTACH.
+        `api_key`: the key of the gateway; None: the value of $GSERVE_API_KEY, or the key of a service of this user on
+        this machine.
 
-        Raises ConfigError: there is no such service.
-        Raises GserveError: it is ending, has failed, or is not ready in time. Or its record cannot be read, or no name
-        is given.
+        Raises ConfigError: there is no such service, or the URL or the key has a wrong form.
+        Raises RemoteError: the gateway refuses the key.
+        Raises TransportError: no gateway answers at the URL.
+        Raises GserveError: the service is ending, has failed, or is not ready in time. Or its record cannot be read, or
+        no name or no key is given.
         """
         name = name or os.environ.get(ATTACH_VARIABLE)
         if not name:
             raise GserveError(
                 f"no service name was given, and {ATTACH_VARIABLE} is not set; gserve ps lists the services"
+            )
+        if ":" in name or "/" in name:  # no name of a service has these
+            return cls._attach_url(Url(name), api_key)
+        if api_key is not None:
+            raise ConfigError(
+                f"api_key is for the URL of a gateway, and '{name}' is the name of a service: leave it out"
             )
         record = records.wait_service(name, ATTACH_SECONDS)
         if record.status == "draining":
@@ -119,9 +132,31 @@ class VLLMService(Inference):
         self.start()
         return self
 
+    @classmethod
+    def _attach_url(cls, url: Url, api_key: str | None) -> Self:
+        key = api_key or os.environ.get(KEY_VARIABLE) or url.find_key()
+        if not key:
+            raise GserveError(
+                f"no API key for {url.base_url}: pass api_key, or set {KEY_VARIABLE}; gserve env prints the key, on"
+                " the machine of the service"
+            )
+        if wrong := wrong_key(key):
+            raise ConfigError(f"the API key for {url.base_url} is not allowed: {wrong}")
+        self = cls.__new__(cls)
+        config = Config(LLMConfig("any"))
+        self._deployment, self._parts = None, assemble(config)
+        timeout = config.serve.client_timeout
+        access = Access(token=key, timeout=timeout, tls=url.is_tls)
+        connect = partial(self._parts.transport.connect, url.address, access)
+        pool = self._pool = Remote(GatewayRecord(url.base_url, key), connect, timeout, ATTACH_SECONDS)
+        weakref.finalize(self, pool.ask_to_close)
+        pool.start()
+        self._seeds = Seeds(pool.seed)
+        return self
+
     def _set_up(self, deployment: Deployment) -> None:
         self._deployment: Deployment | None = deployment
-        self._pool: Pool | Attached = deployment.pool
+        self._pool: Pool | Attached | Remote = deployment.pool
         self._parts = deployment.plan.parts
         self._seeds = Seeds(deployment.plan.config.llm.item_seed)
         self._members: list[VLLMServer] = []

@@ -49,7 +49,7 @@ FULL = ResponseOutput(
         (ChatRequest([]), ChatRequest),
         (GenerateRequest(["a", [1, 2], "", []], {"temperature": 0.0}), GenerateRequest),
         (RunRequest([Group(["a", [1], CONVERSATION], {"seed": 2**63 - 1}), Group([])], 0.5), RunRequest),
-        ([Result(3, [FULL, ResponseOutput("")]), Failure(4, "no", False), Heartbeat(2)], list[Event]),
+        ([Result(3, [FULL, ResponseOutput("")]), Failure(4, "no", False, True), Heartbeat(2)], list[Event]),
         (FULL, ResponseOutput),
         (ResponseOutput("", stop_reason="###"), ResponseOutput),
         (Health("starting", "loading"), Health),
@@ -149,6 +149,20 @@ def test_flat_outputs_travel_as_they_are_and_beside_others() -> None:
         Heartbeat(1),
     ]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(events), type=list[Event]) == events
+
+
+class OldFailure(msgspec.Struct, frozen=True, tag="failure", array_like=True):
+    """A `Failure` of gserve before gateways took batches."""
+
+    index: int
+    message: str
+    invalid: bool = True
+
+
+def test_a_failure_is_understood_by_older_and_newer_versions() -> None:
+    encode, decode = msgspec.msgpack.encode, msgspec.msgpack.decode
+    assert decode(encode(OldFailure(1, "no", False)), type=Failure) == Failure(1, "no", False)
+    assert decode(encode(Failure(1, "no", False, lost=True)), type=OldFailure) == OldFailure(1, "no", False)
 
 
 @pytest.mark.parametrize(

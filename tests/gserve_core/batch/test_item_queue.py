@@ -11,13 +11,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gserve_core.batch import item_queue, pieces, retries
 from gserve_core.batch.item_queue import ItemQueue
 from gserve_core.batch.pieces import Call, Item, Outcome, Piece, Server
-from gserve_core.errors import ItemLost, RemoteError, StallTimeout, TransportError
+from gserve_core.errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
 from gserve_core.messages import Failure, Heartbeat, ResponseOutput, Result
 
 STEPS = 100
 EXAMPLES = 200
 """Runs of the state machine, of `STEPS` steps each."""
 POISON = "poison"
+CANCELLED: Outcome = []
+"""Stands for the outcome of a cancelled item, which has none."""
 RESULTS_SIZE = 600
 """Size of the results that a call may leave untaken, in bytes: one of the smallest."""
 USUAL_RESULTS_SIZE = item_queue.RESULTS_SIZE
@@ -353,6 +355,15 @@ class QueueMachine(RuleBasedStateMachine):
         call = self.one_call(choice)
         self.open.remove(call)
         self.world.queue.cancel(call)
+
+    @precondition(lambda self: self.open)
+    @rule(choice=CHOICE, count=st.integers(1, 40))
+    def cancel_some(self, choice: int, count: int) -> None:
+        call = self.one_call(choice)
+        outcomes = self.world.outcomes[call]
+        indexes = [index for index in range(self.world.sizes[call]) if index not in outcomes][:count]
+        outcomes.update(dict.fromkeys(indexes, CANCELLED))
+        self.world.queue.cancel(call, indexes)
 
     @precondition(lambda self: self.open)
     @rule(choice=CHOICE)
@@ -791,6 +802,59 @@ def test_a_call_whose_caller_takes_nothing_ends_as_any_other(end: str, monkeypat
         world.close(drains=end == "drained")
     assert len(world.outcomes[call]) == 100
     assert isinstance(world.outcomes[call][99], ItemLost)
+
+
+def test_items_are_cancelled_one_by_one_wherever_they_are() -> None:
+    world = World()
+    world.add(capacity=4)
+    call, other = world.call(), world.call()
+    world.submit(call, ["a"] * 20)
+    world.submit(other, ["b"] * 20)
+    in_flight, waiting = world.queue.in_flight, world.queue.waiting
+    world.queue.cancel(call, {0, 1, 18, 19})
+    assert world.queue.in_flight + world.queue.waiting == in_flight + waiting - 4
+    world.rounds()
+    assert sorted(world.outcomes[call]) == [*range(2, 18)]
+    assert len(world.outcomes[other]) == 20
+    world.submit(call, ["a"])
+    world.rounds()
+    assert 20 in world.outcomes[call], "the call itself goes on"
+
+
+def test_items_of_a_paused_call_are_cancelled_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    world, call = paused(monkeypatch)
+    done = set(world.outcomes[call])
+    world.queue.cancel(call, range(50))
+    world.check()
+    world.rounds()
+    assert set(world.outcomes[call]) == done | {*range(50, 100)}
+
+
+def test_an_item_that_a_gateway_reports_as_lost_is_lost() -> None:
+    world = World()
+    world.add(capacity=4)
+    call = world.call()
+    world.submit(call, ["a", "b"])
+    (piece,) = world.live
+    world.queue.handle_events(piece, [Failure(0, "it killed servers", False, lost=True), Failure(1, "bad")])
+    lost, failed = world.outcomes[call][0], world.outcomes[call][1]
+    assert isinstance(lost, ItemLost)
+    assert isinstance(failed, ItemError)
+    assert not isinstance(failed, ItemLost)
+    assert (str(lost), lost.invalid, failed.invalid) == ("it killed servers", False, True)
+
+
+def test_a_server_that_is_resized_gets_as_many_items_as_it_then_has_room_for() -> None:
+    world = World()
+    server = world.add(capacity=4)
+    world.submit(world.call(), ["a"] * 100)
+    assert world.queue.in_flight == 8
+    world.queue.resize(server.key, 16)
+    assert world.queue.in_flight == 32
+    world.queue.resize(server.key, 1)
+    while server.in_flight > 2:
+        world.finish(world.live[0])
+    world.queue.resize("unknown", 4)
 
 
 def test_what_is_closed_ends_every_call() -> None:

@@ -21,6 +21,7 @@ import pytest
 import gserve
 from gserve import ConfigError, GatewayConfig, GserveError, LaunchError, LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
+from gserve_core.messages import Group, RunRequest
 from gserve_core.overview import ServiceOverview
 from gserve_core.testing import our_processes
 from tests.gserve_core.fake_servers import until
@@ -122,6 +123,21 @@ def test_a_large_body_and_a_large_answer_come_through_whole(fast: VLLMService) -
         assert text_of(asking.post(CHAT, json=chat(words, max_tokens=90_000))) == words
 
 
+def test_a_wrong_batch_is_refused_as_a_server_refuses_it(fast: VLLMService) -> None:
+    encode = msgspec.msgpack.encode
+    with client(fast) as asking:
+        assert "the body cannot be read" in error_of(asking.post("/run", content=b"{}"))[1]
+        for heartbeat in (0.0, 1e9):
+            body = encode(RunRequest([Group(["a"])], heartbeat))
+            assert error_of(asking.post("/run", content=body)) == (400, "expected a heartbeat from 0.01 to 3600.0 s")
+        body = encode(RunRequest([Group(["a", "b"], None, [1])]))
+        assert error_of(asking.post("/run", content=body)) == (400, "expected a seed for each prompt")
+        assert asking.get("/run").headers["allow"] == "POST"
+        for content, status in ((b'{"id": "x", "items": [0]}', 200), (b'{"id": "x"}', 422), (b"x", 400)):
+            assert asking.post("/cancel", content=content).status_code == status
+        assert "end the service with gserve stop" in error_of(asking.post("/shutdown"))[1]
+
+
 # -------------------------------------------------------------------------------------------------------------- status
 
 
@@ -196,9 +212,7 @@ def test_the_gateway_has_a_key_of_its_own(fast: VLLMService) -> None:
         assert asking.get("/v1/models").status_code == 401
 
 
-@pytest.mark.parametrize(
-    "path", ["/shutdown", "/cancel", "/metrics", "/docs", "/v1", "/v1/load_lora_adapter", "/health"]
-)
+@pytest.mark.parametrize("path", ["/shutdown", "/metrics", "/docs", "/v1", "/v1/load_lora_adapter", "/health"])
 def test_no_other_route_is_passed_on(fast: VLLMService, path: str) -> None:
     with client(fast) as asking:
         assert asking.post(path, json={}).status_code == (405 if path == "/health" else 404)

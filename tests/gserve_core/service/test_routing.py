@@ -52,6 +52,19 @@ def test_the_server_with_the_fewest_requests_is_chosen_and_equal_ones_take_turns
     run(work())
 
 
+def test_items_of_the_services_own_calls_count_like_requests() -> None:
+    async def work() -> None:
+        made = Routing(10.0, {"a": 2, "b": 1, "c": 2}.__getitem__)
+        for name in "abc":
+            made.update(ready(name))
+        attempts = made.attempts()
+        assert (backend := await attempts.next()).name == "b"
+        with attempts.at_work(backend), made.attempts().at_work(backend):
+            assert {(await made.attempts().next()).name for _ in range(2)} == {"a", "c"}
+
+    run(work())
+
+
 def test_a_server_that_refused_or_died_is_not_asked_again_but_its_next_generation_is() -> None:
     async def work() -> None:
         made = routing(ready("a"), ready("b"))

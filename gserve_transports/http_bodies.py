@@ -1,4 +1,4 @@
-"""Reads the bodies of requests as messages, for servers and gateways."""
+"""The bodies of requests to gserve's own routes, as servers and gateways read them."""
 
 import json
 from typing import Any
@@ -6,18 +6,36 @@ from typing import Any
 import msgspec
 
 from gserve_core.errors import RemoteError
+from gserve_core.messages import CancelRequest, RunRequest
+
+from .frames import CONTENT_TYPE
+
+HEARTBEATS = 0.01, 3600.0
+"""Minimum and maximum heartbeat interval that a client may request, in seconds."""
 
 
-def decode_msgpack(body: bytearray, type_: Any) -> Any:
-    """Return the value in a msgpack body. Raises RemoteError: it is none of this type."""
+def read_run(body: bytearray) -> RunRequest:
+    """Return the request in the body of `/run`. Raises RemoteError: it is wrong (400)."""
+    asked = _decode_msgpack(body, RunRequest)
+    if not HEARTBEATS[0] <= asked.heartbeat <= HEARTBEATS[1]:
+        raise RemoteError("expected a heartbeat from {} to {} s".format(*HEARTBEATS), status=400)
+    return asked
+
+
+def read_cancel(body: bytearray, content_type: str | None) -> CancelRequest:
+    """Return the request in the body of `/cancel`. Raises RemoteError: it is wrong (400, 422)."""
+    return _decode_msgpack(body, CancelRequest) if content_type == CONTENT_TYPE else read_json(body, CancelRequest)
+
+
+def _decode_msgpack[T](body: bytearray, type_: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(body, type=type_)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteError(f"the body cannot be read: {error}", status=400) from error
 
 
-def decode_json(body: bytearray, type_: Any) -> Any:
-    """Return the value in a JSON body. Raises RemoteError: it is none of this type, or has a duplicate key."""
+def read_json[T](body: bytearray, type_: type[T]) -> T:
+    """Return the request in a body of JSON. Raises RemoteError: it is wrong (400, 422)."""
     try:
         made = msgspec.json.decode(body, type=type_)
         json.loads(body, object_pairs_hook=_refuse_duplicates)  # msgspec would use the last value

@@ -1,0 +1,69 @@
+"""What servers and gateways do alike with a `RunRequest`: they check it, cancel its items, and make its events."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from .errors import RemoteError
+from .messages import Failure, FlatOutput, FlatResult, Prompt, ResponseOutput, Result, RunRequest
+
+MOST_ITEMS = 1 << 17
+"""A request may always have this many items, however small the engine's capacity is."""
+MAX_EARLY = 256
+"""Number of requests with kept early cancellations."""
+
+
+def count_items(request: RunRequest) -> int:
+    """Return the number of items of a request. Raises RemoteError: a group has not one seed per prompt (400)."""
+    if any(group.seeds is not None and len(group.seeds) != len(group.prompts) for group in request.groups):
+        raise RemoteError("expected a seed for each prompt", status=400)
+    return sum(len(group.prompts) for group in request.groups)
+
+
+def check_count(items: int, most: int = MOST_ITEMS) -> None:
+    """Raise RemoteError if a request has more than `most` items (413)."""
+    if items > most:
+        text = f"the request has {items} items, and at most {most} are accepted: split the request"
+        raise RemoteError(text, status=413)
+
+
+def prompt_size(prompt: Prompt) -> int:
+    """Return the approximate size of a prompt, in bytes."""
+    if isinstance(prompt, str):
+        return len(prompt)
+    if isinstance(prompt, list):
+        return 4 * len(prompt)
+    contents = (message.content for message in prompt.messages)
+    return sum(len(it) if isinstance(it, str) else sum(len(part.text) for part in it) for it in contents)
+
+
+def result_of(index: int, outputs: list[ResponseOutput]) -> Result:
+    """Return the event for an answered item."""
+    for output in outputs:
+        if isinstance(output, FlatOutput):
+            return FlatResult(index, outputs)  # type: ignore[arg-type]
+    return Result(index, outputs)
+
+
+def cancelled_item(index: int) -> Failure:
+    """Return the event for a cancelled item."""
+    return Failure(index, "cancelled", invalid=False)
+
+
+class EarlyCancellations:
+    """Items that were cancelled before their requests arrived, over another connection.
+
+    Only those of the latest `MAX_EARLY` requests are kept.
+    """
+
+    def __init__(self) -> None:
+        self._items: OrderedDict[str, list[int]] = OrderedDict()
+
+    def add(self, request_id: str, items: Sequence[int]) -> None:
+        """Keep cancelled items for the request with this id."""
+        self._items.setdefault(request_id, []).extend(items)
+        if len(self._items) > MAX_EARLY:
+            self._items.popitem(last=False)
+
+    def take(self, request_id: str) -> Sequence[int]:
+        """Return the kept items of a request that has arrived, and forget them."""
+        return self._items.pop(request_id, ())

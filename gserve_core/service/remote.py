@@ -1,0 +1,277 @@
+"""A service that is used through its gateway, by URL, from this machine or another one."""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from contextlib import suppress
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import SplitResult, urlsplit
+
+from ..batch.dispatcher import Dispatcher
+from ..errors import ConfigError, GserveError, RemoteError, TransportError
+from ..host.logs import keep_logging_from_waiting
+from ..interfaces import Address, Connection, EngineInfo
+from ..overview import ServerOverview, ServiceOverview
+from . import records
+from .records import GatewayRecord
+from .state import ServerState, State
+
+FOLLOW_SECONDS = 5.0
+"""Time between two looks at the state of the service, in seconds."""
+START_CHECK_SECONDS = 0.5
+"""Time between two looks at a service that is starting, in seconds."""
+RETURN_SECONDS = 60.0
+"""Maximum time that items wait for a gateway that does not answer, in seconds. Then they are lost."""
+CLOSE_SECONDS = 30.0
+"""Maximum time for `close`, in seconds."""
+UNKNOWN_CAPACITY = 1024
+"""Assumed number of items that the servers work on at once, while it is unknown."""
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+logger = logging.getLogger("gserve.remote")
+
+
+class Url:
+    """The URL of a gateway. `base_url` is its form for clients of OpenAI's API.
+
+    `text`: the URL, with or without /v1 at its end.
+
+    Raises ConfigError: it is not the URL of a gateway.
+    """
+
+    def __init__(self, text: str) -> None:
+        try:
+            found = urlsplit(text)
+            port = found.port
+        except ValueError as error:
+            raise ConfigError(
+                f"expected the URL of a gateway, such as http://host:8000, got '{text}': {error}"
+            ) from error
+        self.is_tls = found.scheme == "https"
+        if found.username is not None or found.password is not None:
+            raise ConfigError("the URL of a gateway has no user name and no password: pass its key as api_key")
+        if found.scheme not in ("http", "https") or not found.hostname or not _is_root(found):
+            raise ConfigError(
+                f"expected the URL of a gateway, such as http://host:8000 or https://host/v1, got '{text}'"
+            )
+        self.address = Address([found.hostname], port or (443 if self.is_tls else 80))
+        self.base_url = f"{found.scheme}://{self.address}/v1"
+
+    def find_key(self) -> str | None:
+        """Return the API key if this is the gateway of a service of this user on this machine, else None."""
+        for record in records.services():
+            if record.gateway is not None and self._leads_to(record.gateway.base_url):
+                return record.gateway.api_key
+        return None
+
+    def _leads_to(self, base_url: str) -> bool:
+        if self.base_url == base_url:
+            return True
+        other = urlsplit(base_url)  # the gateway may listen on all addresses of this machine
+        is_same = (other.scheme == "https", other.port) == (self.is_tls, self.address.port)
+        return is_same and self.address.hosts[0] in LOOPBACK
+
+
+def _is_root(url: SplitResult) -> bool:
+    return url.path.rstrip("/") in ("", "/v1") and not url.query and not url.fragment
+
+
+class Remote:
+    """A service behind a gateway, and the queue of items for it.
+
+    The gateway counts as one server, which never dies. If it goes away, items wait up to `RETURN_SECONDS` for it.
+
+    `gateway`: the URL of the gateway, and its API key.
+    `connect`: makes a connection to the gateway.
+    `timeout`: see `Dispatcher.add`.
+    `start_timeout`: maximum wait of `start` for a service that is starting, in seconds.
+    """
+
+    def __init__(
+        self, gateway: GatewayRecord, connect: Callable[[], Connection], timeout: float | None, start_timeout: float
+    ) -> None:
+        self._gateway = gateway
+        self._connect = connect
+        self._timeout = timeout
+        self._start_timeout = start_timeout
+        self._session: _Following | None = None
+        self._last: Mapping[str, ServerState] = MappingProxyType({})
+
+    @property
+    def states(self) -> Mapping[str, ServerState]:
+        """The latest states of the servers, by name, as their owner has reported them. Never waits."""
+        session = self._session
+        return self._last if session is None else session.states
+
+    @property
+    def gateway(self) -> GatewayRecord | None:
+        """The gateway; None if this is closed."""
+        return None if self._session is None else self._gateway
+
+    @property
+    def dispatcher(self) -> Dispatcher | None:
+        """The dispatcher of the items; None if this is closed."""
+        session = self._session
+        if session is None or session.is_closing:
+            return None
+        return session.dispatcher
+
+    @property
+    def seed(self) -> int:
+        """See `LLMConfig.item_seed`. 0 before the start."""
+        return 0 if self._session is None else self._session.seed
+
+    def start(self) -> None:
+        """Connect to the gateway, and wait until a server is ready. Does nothing if this has been done.
+
+        Raises RemoteError: the gateway refuses the API key.
+        Raises TransportError: no gateway answers at the URL.
+        Raises GserveError: the service is ending, has failed, or is not ready in time.
+        """
+        if self._session is not None:
+            return
+        session = _Following(self._gateway.base_url, self._connect, self._timeout)
+        try:
+            session.start(self._start_timeout)
+        except BaseException:
+            session.close()
+            raise
+        if self._session is None:
+            self._session = session
+        else:
+            session.ask_to_close()
+
+    def drain(self, why: str) -> None:
+        """Accept no more items in this process. The service continues."""
+        if (session := self._session) is not None and not session.is_closing:
+            with suppress(TransportError):  # the dispatcher was closed
+                session.dispatcher.drain(why)
+
+    def ask_to_close(self) -> None:
+        """Begin to close the connections, without waiting. May be called from any thread and from a finalizer."""
+        if (session := self._session) is not None and session.pid == os.getpid():
+            session.ask_to_close()
+
+    def close(self, drain: float | None = None) -> None:
+        """End the open calls, and close the connections. Idempotent. The service continues.
+
+        `drain` is ignored.
+        """
+        session, self._session = self._session, None
+        if session is None:
+            return
+        if session.pid != os.getpid():
+            session.dispatcher.close()
+            return
+        self._last = MappingProxyType({name: state.stopped() for name, state in session.states.items()})
+        session.close()
+
+
+class _Following:
+    """One period of using a service, whose state is followed in a thread of its own."""
+
+    def __init__(self, url: str, connect: Callable[[], Connection], timeout: float | None) -> None:
+        self._url = url
+        self.pid = os.getpid()
+        self.seed = 0
+        self.states: Mapping[str, ServerState] = MappingProxyType({})
+        self.is_closing = False
+        self._capacity = UNKNOWN_CAPACITY
+        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="gserve-follow", daemon=True)
+        self.dispatcher = Dispatcher()
+        self.dispatcher.add(
+            url, connect, self._capacity, timeout, is_watched=True, return_timeout=RETURN_SECONDS
+        )  # fmt: skip
+
+    def start(self, seconds: float) -> None:
+        """Wait until a server is ready, for `seconds` at most; then begin to follow. For the errors see `Remote`."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                status = self._ask(lambda connection: connection.health()).status
+                self._look()
+            except RemoteError as error:
+                if error.status == 401:
+                    text = (
+                        f"the gateway at {self._url} refuses the API key: gserve env prints it, where the service runs"
+                    )
+                    raise RemoteError(text, status=401) from error
+                raise
+            except TransportError as error:
+                raise TransportError(f"no gateway answers at {self._url}: {error}", is_gone=error.is_gone) from error
+            if status == "ok":
+                break
+            if status != "starting":
+                why = "is ending, and accepts no more items" if status == "draining" else "has no server any more"
+                raise GserveError(f"the service at {self._url} {why}")
+            if time.monotonic() > deadline:
+                raise GserveError(f"the service at {self._url} is still starting after {seconds:g} s")
+            time.sleep(START_CHECK_SECONDS)
+        self._thread.start()
+
+    def ask_to_close(self) -> None:
+        self.is_closing = True
+        self._wakeups.put(None)
+
+    def close(self) -> None:
+        self.ask_to_close()
+        self.dispatcher.close()  # here: an interrupted call of this thread may hold resources that it needs
+        if self._thread.is_alive() and self._thread is not threading.current_thread():
+            self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        keep_logging_from_waiting()
+        while not self.is_closing:
+            with suppress(queue.Empty):
+                self._wakeups.get(timeout=FOLLOW_SECONDS)
+            if self.is_closing:
+                break
+            try:
+                self._look()
+            except TransportError as error:
+                if self.dispatcher.is_closing:
+                    break
+                why = f"its gateway does not answer: {error}"
+                self.states = MappingProxyType({name: state.queued(why) for name, state in self.states.items()})
+            except GserveError:
+                break  # the interpreter is ending
+            except Exception:
+                logger.exception("cannot update the state of the service at %s", self._url)
+        self.dispatcher.close()
+
+    def _ask[T](self, question: Callable[[Connection], Coroutine[Any, Any, T]]) -> T:
+        return self.dispatcher.ask_server(self._url, question)
+
+    def _look(self) -> None:
+        """Take over the present state of the service. Raises TransportError."""
+        try:
+            seen: ServiceOverview = self._ask(lambda connection: connection.overview())
+        except RemoteError as error:
+            if error.status == 404:  # an older gateway does not show it
+                return
+            raise
+        self.seed = seen.seed
+        self.states = MappingProxyType({server.name: _state_of(server) for server in seen.servers})
+        capacity = sum(server.capacity or 0 for server in seen.servers if server.state == State.READY)
+        if capacity and capacity != self._capacity:
+            self._capacity = capacity
+            self.dispatcher.resize(self._url, capacity)
+
+
+def _state_of(seen: ServerOverview) -> ServerState:
+    """Return the state of a server that its gateway has reported."""
+    host, _, port = (seen.address or "127.0.0.1:").rpartition(":")
+    state = State(seen.state) if seen.state in State else State.QUEUED  # a newer version may have others
+    info = None if seen.model is None else EngineInfo(model=seen.model, capacity=seen.capacity or UNKNOWN_CAPACITY)
+    return ServerState(
+        name=seen.name, pool=seen.pool, state=state, generation=seen.generation, phase=seen.phase,
+        host=host.strip("[]"), port=int(port) if port else None, restarts=seen.restarts, info=info,
+        returns=state in (State.QUEUED, State.STARTING),
+        gpu_ids=None if seen.gpu_ids is None else tuple(seen.gpu_ids),
+        failure=None if seen.error is None else GserveError(seen.error),
+    )  # fmt: skip

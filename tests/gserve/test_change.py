@@ -1,0 +1,55 @@
+"""`gserve scale` and `gserve reload` at a launched service, as a user types them."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .test_cli import Place, eventually
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Iterator[Place]:
+    made = Place(tmp_path)
+    yield made
+    made.assert_nothing_is_left()
+
+
+def servers(place: Place) -> dict[str, Any]:
+    """Return the servers that `gserve ps` shows, by name."""
+    (service,) = json.loads(place.run("ps", "--json").stdout)["services"]
+    return {server["name"]: server for server in service["servers"]}
+
+
+def test_a_launched_service_is_scaled_and_reloaded(place: Place) -> None:
+    launch = place.start("launch", place.config())
+    place.run("wait", "demo")
+    assert place.run("scale", "demo", "2").stderr == "'demo': 2 servers ready\n"
+    assert sorted(servers(place)) == ["server-0", "server-1"]
+    assert "server-1 is ready\n" in place.stderr
+    place.config(servers=1, latency=0.01)
+    assert place.run("reload", "demo").stderr == "'demo': 1 server ready\n"
+    assert list(servers(place)) == ["server-2"]
+    assert "server-2 is ready\n" in place.stderr
+    assert place.run("generate", "--attach", "demo", "a b").stdout == "a b\n"
+
+    failed = place.run("reload", "demo", place.config(fail_start="out of words"), code=1)
+    assert "the engine ran out of words" in failed.stderr
+    wrong = place.run("reload", "demo", place.config(latency="slow"), code=2)
+    assert "demo.yaml" in wrong.stderr
+    assert "latency" in wrong.stderr
+    assert "name it, as in gserve reload" in place.run("reload", "demo", "--set", "serve.servers=2", code=2).stderr
+    assert "no service named 'dem'" in place.run("scale", "dem", "2", code=2).stderr
+    assert list(servers(place)) == ["server-2"]
+
+    changed = place.run("reload", "demo", place.config(), "--in-place", "--set", "llm.model_name=other")
+    assert changed.stderr == "'demo': 1 server ready\n"
+    assert servers(place)["server-2"]["model"] == "other"
+    kept = place.run("reload", "demo", "--only-gateway").stderr
+    assert kept == "'demo': the keys and the queue_timeout of the gateway were read again\n"
+    assert servers(place)["server-2"]["generation"] == 2
+    place.run("stop", "demo")
+    assert launch.wait(30) == 0, "servers that were replaced have not failed"
+    eventually(lambda: not place.servers())
