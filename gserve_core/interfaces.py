@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mappi
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import IO, Any, ClassVar, Literal, NamedTuple, Protocol, Self, runtime_checkable
 
 from msgspec import Struct
 
@@ -232,6 +232,9 @@ class ServerApi(Protocol):
         `max_body`: maximum size of the body, in bytes.
         """
 
+    def metrics(self) -> bytes:
+        """Return the engine's own series: see `RunningEngine.metrics`. May be called in a thread."""
+
     def shut_down(self) -> None:
         """Begin to end the server. It finishes its items, and accepts no more."""
 
@@ -278,6 +281,28 @@ class Attempts(Protocol):
         """Take note that a server died while it worked on the request."""
 
 
+class Measurement(Protocol):
+    """The measurement of one request to a gateway. A context manager; the request is counted at its end.
+
+    A request whose answer has not ended counts as one whose client has disconnected.
+    """
+
+    def __enter__(self) -> Self:
+        """Begin."""
+
+    def __exit__(self, *_: object) -> None:
+        """Count the request."""
+
+    def begin_answer(self, status: int, server: str = "", *, is_stream: bool = False) -> None:
+        """Take note that the first byte of an answer is sent. `server`: name of the server that gives it."""
+
+    def end_answer(self) -> None:
+        """Take note that the whole answer is sent."""
+
+    def cut(self) -> None:
+        """Take note that the answer has begun, and cannot be completed."""
+
+
 class GatewayApi(Protocol):
     """The decisions of a gateway, independent of the protocol that it speaks."""
 
@@ -315,6 +340,15 @@ class GatewayApi(Protocol):
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         """Cancel items of the running request with this id. Never waits. Ignores unknown ids and items."""
+
+    def measured(self, route: str) -> "Measurement":
+        """Return the measurement of a new request. `route`: the path of a known route, or one word for all others."""
+
+    async def metrics(self, engines: Mapping[str, bytes]) -> bytes:
+        """Return the series of the service in Prometheus' text format.
+
+        `engines`: the answers of servers to `ServerApi.metrics`, by the name of the server. They are added.
+        """
 
 
 class Connection(ABC):
@@ -552,6 +586,20 @@ class RunningEngine(ABC):
         The application may raise RemoteError before it answers.
         """
         return None
+
+    def tokens(self) -> tuple[int, int]:
+        """Return the numbers of prompt tokens and of generated tokens of all requests since the start.
+
+        Neither ever falls. Requests of gserve itself, such as `check`, do not count. Called every few seconds.
+        """
+        return 0, 0
+
+    def metrics(self) -> bytes:
+        """Return the engine's own series in Prometheus' text format. There are none unless overridden.
+
+        Called in a thread, while the engine works.
+        """
+        return b""
 
     @abstractmethod
     async def check(self) -> None:

@@ -29,6 +29,7 @@ from msgspec import Struct
 from .config import LLMConfig
 from .host.forks import call_in_child
 from .interfaces import Address, EngineInfo
+from .overview import Counters
 
 HEARTBEAT_SECONDS = 5.0
 """Interval between two heartbeats of the owner, in seconds."""
@@ -115,10 +116,12 @@ class Pulse(Struct, frozen=True, tag="pulse"):
 
     finished: number of items that the server has finished.
     alone: whether the server works only on a request that must run alone. One of its items may crash servers.
+    counters: its counters now. A `Pulse` that was not sent is not missed: the next one has later values.
     """
 
     finished: int = 0
     alone: bool = False
+    counters: Counters = Counters()
 
 
 class Failed(Struct, frozen=True, tag="failed"):

@@ -13,6 +13,8 @@ from gserve_core.messages import Event
 
 CONTENT_TYPE = "application/vnd.gserve.frames"
 INSTANCE_HEADER = "x-gserve-instance"
+METRICS_PATH, METRICS_TYPE = "/metrics", "text/plain; version=0.0.4; charset=utf-8"
+"""Route of the series of a server or a gateway, and the content type of Prometheus' text format."""
 MAX_FRAME = 1 << 30
 KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),

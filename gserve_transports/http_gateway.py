@@ -17,24 +17,27 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from gserve_core.commands import Command
 from gserve_core.config import GatewayConfig
 from gserve_core.errors import RemoteError
-from gserve_core.interfaces import Address, ApiKey, Attempts, Backend, GatewayApi
+from gserve_core.interfaces import Address, ApiKey, Attempts, Backend, GatewayApi, Measurement
 from gserve_core.messages import Event, RunRequest
 from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
 
-from .frames import CONTENT_TYPE, INSTANCE_HEADER, packed
+from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, packed
 from .http_bodies import read_cancel, read_json, read_run
 from .http_front import BODIES, CALL_WHEN_LOST, Bodies, given_secret, host_names, hostname, listen
+from .http_scrape import scrape
 from .http_upstream import Answer, Gone, Headers, Upstream
 
 PASSED_ROUTES = {*ROUTES, ("POST", "/chat"), ("POST", "/generate")}
 """Routes that are passed on to a server."""
-BATCH_ROUTES = {("POST", "/run"), ("POST", "/cancel")}
-"""Routes of gserve's batches, which all servers work on together."""
-ANSWERED = {("GET", "/status")}
+RUN_ROUTE = ("POST", "/run")
+"""Route of gserve's batches, which all servers work on together."""
+ANSWERED = {("GET", "/status"), ("GET", METRICS_PATH), ("POST", "/cancel")}
 """Routes that the gateway answers itself, to a client with the key."""
 CONTROL_PATH = "/control"
 """Route that needs the control secret instead of an API key."""
-ALL_ROUTES = {*PASSED_ROUTES, *BATCH_ROUTES, *ANSWERED, ("GET", "/health"), ("POST", CONTROL_PATH)}
+ALL_ROUTES = {*PASSED_ROUTES, *ANSWERED, RUN_ROUTE, ("GET", "/health"), ("POST", CONTROL_PATH)}
+MEASURED = frozenset(path for _, path in ALL_ROUTES)
+"""Paths that the metrics name. All others are "other", so that a client cannot make new series."""
 PASSED = frozenset({b"content-type", b"accept", b"traceparent", b"tracestate", b"x-request-id"})
 """Headers of a request that a server gets. The API key is not among them: each server has its own token."""
 NOT_RETURNED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"x-gserve-instance"})
@@ -73,47 +76,53 @@ class _Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        if scope["type"] != "http":
-            return
+        if scope["type"] == "http":
+            path = scope["path"]
+            with self._api.measured(path if path in MEASURED else "other") as measurement:
+                await self._serve(scope, receive, send, measurement)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, measurement: Measurement) -> None:
         try:
             self._check_host(scope)
             if (scope["method"], scope["path"]) == ("GET", "/health"):
                 health = self._api.health()
-                await _answer(send, 200 if health.status == "ok" else 503, msgspec.json.encode(health), JSON)
+                status = 200 if health.status == "ok" else 503
+                await _answer(send, status, msgspec.json.encode(health), JSON, measurement)
                 return
             if scope["path"] == CONTROL_PATH:
-                await self._answer_control(scope, receive, send)
+                await _answer(send, 200, await self._control(scope, receive), JSON, measurement)
                 return
             key = self._check_access(scope)
             if (scope["method"], scope["path"]) in ANSWERED:
-                await self._answer(scope, send)
-            elif scope["path"] == "/cancel":
-                content_type = dict(scope["headers"]).get(b"content-type", b"")
-                asked = read_cancel(await read_body(scope, receive, self._max_body), content_type.decode("latin-1"))
-                self._api.cancel(asked.id, asked.items)
-                await _answer(send, 200, msgspec.json.encode({"status": "ok"}), JSON)
-            else:
-                with key.request():
-                    body = await read_body(scope, receive, self._max_body)
-                    if scope["path"] == "/run":
-                        await _unless_lost(scope, self._run(read_run(body), send))
-                    else:
-                        await _unless_lost(scope, self._attempt(scope, bytes(body), send))
+                await _answer(send, 200, *await self._own_answer(scope, receive), measurement)
+                return
+            with key.request():
+                body = await read_body(scope, receive, self._max_body)
+                if scope["path"] == "/run":
+                    await _unless_lost(scope, self._run(read_run(body), send, measurement))
+                else:
+                    await _unless_lost(scope, self._attempt(scope, bytes(body), send, measurement))
         except RemoteError as error:
             headers = [*JSON, *_allowed(scope, error.status)]
             if error.retry_after is not None:
                 headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
             elif error.status == 503:  # OpenAI's clients would send it again, and kill more servers
                 headers.append((b"x-should-retry", b"false"))
-            await _answer(send, error.status, _error(scope["path"], error.status, str(error)), headers)
+            await _answer(send, error.status, _error(scope["path"], error.status, str(error)), headers, measurement)
+
+    async def _metrics(self) -> bytes:
+        """Return all series. Those of the engines come from the servers that answer in time."""
+        backends = self._api.backends()
+        texts = await asyncio.gather(*(scrape(self._upstream(backend), backend) for backend in backends))
+        return await self._api.metrics({backend.name: text for backend, text in zip(backends, texts, strict=True)})
 
     def _check_host(self, scope: Scope) -> None:
         hosts = [value for name, value in scope["headers"] if name == b"host"]
         if len(hosts) != 1 or hostname(hosts[0].decode("latin-1")) not in self._hosts:
             raise RemoteError("the Host header does not name this gateway: see gateway.allowed_hosts", status=400)
 
-    async def _answer_control(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Execute a command. Raises RemoteError: it is refused, or has failed."""
+    async def _control(self, scope: Scope, receive: Receive) -> bytes:
+        """Execute a command, and return the answer. Raises RemoteError: it is refused, or has failed."""
         secret = given_secret(scope["headers"])
         if not self._api.is_control(secret):
             status = 401 if self._api.key_of(secret) is None else 403
@@ -121,7 +130,7 @@ class _Gateway:
         if scope["method"] != "POST":
             raise RemoteError(f"Method Not Allowed: {scope['method']} {CONTROL_PATH}", status=405)
         command: Command = read_json(await read_body(scope, receive, self._max_body), Command)  # type: ignore[arg-type]
-        await _answer(send, 200, msgspec.json.encode(await self._api.control(command)), JSON)
+        return msgspec.json.encode(await self._api.control(command))
 
     def _check_access(self, scope: Scope) -> ApiKey:
         """Return the API key of a request. Raises RemoteError: it has none, or its route does not exist."""
@@ -137,22 +146,31 @@ class _Gateway:
             raise RemoteError(f"Not Found: {method} {path}", status=404)
         return key
 
-    async def _answer(self, scope: Scope, send: Send) -> None:
-        """Answer a request of `ANSWERED`."""
-        await _answer(send, 200, msgspec.json.encode(self._api.status()), JSON)
+    async def _own_answer(self, scope: Scope, receive: Receive) -> tuple[bytes, Headers]:
+        """Return the body and the headers of the answer to a request of `ANSWERED`. Raises RemoteError."""
+        if scope["path"] == METRICS_PATH:
+            return await self._metrics(), [(b"content-type", METRICS_TYPE.encode())]
+        if scope["path"] == "/status":
+            return msgspec.json.encode(self._api.status()), JSON
+        content_type = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
+        asked = read_cancel(await read_body(scope, receive, self._max_body), content_type)
+        self._api.cancel(asked.id, asked.items)
+        return b'{"status":"ok"}', JSON
 
-    async def _run(self, request: RunRequest, send: Send) -> None:
+    async def _run(self, request: RunRequest, send: Send, measurement: Measurement) -> None:
         """Answer a batch with a stream of its events. Raises RemoteError: it is refused."""
         async with contextlib.aclosing(self._api.run(request)) as events:
             nothing: list[Event] = []
             first = await anext(events, nothing)  # here an error is a status; later, a broken stream
             headers = [(b"content-type", CONTENT_TYPE.encode())]
+            measurement.begin_answer(200)
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for frame in packed(first, events):
                 await send({"type": "http.response.body", "body": frame, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
+        measurement.end_answer()
 
-    async def _attempt(self, scope: Scope, body: bytes, send: Send) -> None:
+    async def _attempt(self, scope: Scope, body: bytes, send: Send, measurement: Measurement) -> None:
         """Send a request to servers until one answers. Raises RemoteError: none does."""
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
@@ -172,7 +190,7 @@ class _Gateway:
                     attempts.refused(backend)
                     continue
                 try:
-                    if await self._deliver(answer, attempts, backend, send):
+                    if await self._deliver(answer, attempts, backend, send, measurement):
                         return
                 except Gone:
                     attempts.died(backend)
@@ -191,7 +209,9 @@ class _Gateway:
             backend.on_gone = found.close
         return found
 
-    async def _deliver(self, answer: Answer, attempts: Attempts, backend: Backend, send: Send) -> bool:
+    async def _deliver(
+        self, answer: Answer, attempts: Attempts, backend: Backend, send: Send, measurement: Measurement
+    ) -> bool:
         """Pass an answer on. Return False if another server should be asked.
 
         Raises Gone: the server died before the first byte of the answer.
@@ -214,10 +234,11 @@ class _Gateway:
             return False
         headers = [header for header in answer.headers if header[0] not in NOT_RETURNED]
         if answer.is_complete:
-            await _answer(send, answer.status, first, headers)
+            await _answer(send, answer.status, first, headers, measurement, backend.name)
             return True
-        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         is_stream = any(b"event-stream" in value for _, value in headers)
+        measurement.begin_answer(answer.status, backend.name, is_stream=is_stream)
+        await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         part: bytes | None = first
         rest = last = b""
         try:
@@ -232,11 +253,13 @@ class _Gateway:
                     await send({"type": "http.response.body", "body": part, "more_body": True})
                 part = await answer.part()
         except Gone:
+            measurement.cut()
             if is_stream and not last.rpartition(EVENT_END[:-1])[0].rpartition(EVENT_END)[2].startswith(ERROR_EVENT):
                 event = b"data: " + error_body(503, DIED) + EVENT_END
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             return True  # the answer is incomplete, so its connection is cut
         await send({"type": "http.response.body", "body": rest})
+        measurement.end_answer()
         return True
 
 
@@ -267,11 +290,15 @@ def _allowed(scope: Scope, status: int) -> Headers:
     return [(b"allow", ", ".join(methods).encode())] if status == 405 else []
 
 
-async def _answer(send: Send, status: int, body: bytes, headers: Headers) -> None:
-    """Send an answer in one piece."""
+async def _answer(
+    send: Send, status: int, body: bytes, headers: Headers, measurement: Measurement, server: str = ""
+) -> None:
+    """Send an answer in one piece. `server`: name of the server that gives it."""
+    measurement.begin_answer(status, server)
     own = [*headers, (b"content-length", b"%d" % len(body))]
     await send({"type": "http.response.start", "status": status, "headers": own})
     await send({"type": "http.response.body", "body": body})
+    measurement.end_answer()
 
 
 def _error(path: str, status: int, message: str) -> bytes:

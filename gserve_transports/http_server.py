@@ -26,7 +26,7 @@ from gserve_core.messages import (
 )
 from gserve_core.openai_api import PATHS, ROUTES, error_body
 
-from .frames import CONTENT_TYPE, INSTANCE_HEADER, packed
+from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, packed
 from .http_bodies import read_cancel, read_json, read_run
 from .http_front import BODIES, Bodies, has_secret, host_names, hostname, listen
 
@@ -115,6 +115,10 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
         asked = read_cancel(await read(request), request.headers.get("content-type"))
         api.cancel(asked.id, asked.items)
         return _json({"status": "ok"})
+
+    @app.get(METRICS_PATH)
+    async def metrics() -> Response:
+        return Response(await asyncio.to_thread(api.metrics), media_type=METRICS_TYPE)
 
     @app.post(CONTROL_PATH)
     async def shutdown() -> Response:

@@ -1,5 +1,6 @@
 """README and docs/ are complete and true: every name, key, option, command, route and message stands there."""
 
+import asyncio
 import re
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from gserve import GatewayConfig, LLMConfig, ServeConfig
 from gserve.cli import app
 from gserve_core import config, diagnosis, errors, hookspecs, interfaces, messages, openai_api, plugins
 from gserve_core.engines.vllm.known_errors import KNOWN_ERRORS
+from gserve_core.service.metrics import Metrics
+from gserve_core.service.routing import Routing
 from gserve_core.service.service import VLLMService
 from gserve_core.service.state import ServerState
 from gserve_launchers.slurm import process as slurm
@@ -110,7 +113,7 @@ def test_every_command_and_its_options_are_in_it() -> None:
                     assert re.search(rf"(?<![\w-]){option}(?![\w-])", section), f"{option} of gserve {name}"
 
 
-@pytest.mark.parametrize("route", ["/health", "/chat", "/generate", "/shutdown", "/run", "/cancel"])
+@pytest.mark.parametrize("route", ["/health", "/metrics", "/chat", "/generate", "/shutdown", "/run", "/cancel"])
 def test_every_route_is_in_it(route: str) -> None:
     assert re.search(rf"`(GET|POST) {route}`", page("reference/http.md"))
 
@@ -126,6 +129,27 @@ def test_every_route_of_openais_api_is_in_it(method: str, path: str) -> None:
 def test_every_field_of_a_body_is_in_it(cls: type[msgspec.Struct]) -> None:
     for field in msgspec.structs.fields(cls):
         assert f"`{field.encode_name}`" in page("reference/http.md"), field.name
+
+
+def test_every_series_is_in_it() -> None:
+    text, names = page("reference/metrics.md"), re.findall(r"# TYPE (\w+) ", all_series())
+    assert len(names) > 10
+    for name in names:
+        assert f"`{name}`" in text, name
+    for label in set(re.findall(r"(\w+)=\"", all_series())) - {"le"}:
+        assert f"`{label}`" in text, label
+
+
+def all_series() -> str:
+    """Return the text of a service with at least one sample of each series."""
+    routing = Routing(None)
+    series = Metrics(routing)
+    series.update(ServerState(name="server-0"))
+    with series.measured("/chat") as request:
+        request.begin_answer(200, "server-0", is_stream=True)
+        request.end_answer()
+    routing.resends["server-0", "died"] = 1
+    return asyncio.run(series.text({})).decode()
 
 
 def test_every_environment_variable_is_in_it() -> None:
@@ -154,7 +178,7 @@ def test_every_hook_and_every_member_of_a_contract_is_in_it() -> None:
             assert f"`{name}`" in text
     for cls in (
         interfaces.Launcher, interfaces.Transport, interfaces.Connection, interfaces.Engine, interfaces.RunningEngine,
-        interfaces.GatewayApi, interfaces.Attempts,
+        interfaces.GatewayApi, interfaces.Measurement, interfaces.Attempts,
     ):  # fmt: skip
         for name in vars(cls):
             if not name.startswith("_"):

@@ -160,6 +160,7 @@ class RunningEcho(RunningEngine):
         self._reader: asyncio.Task[None] | None = None
         self._is_flushing = False
         self._steps = 0
+        self._prompt_tokens = self._completion_tokens = 0
         self._stopping = False
 
     async def wait_until_loaded(self, report: Report) -> None:
@@ -202,6 +203,10 @@ class RunningEcho(RunningEngine):
         """Return the number of answers and progress reports from the engine process."""
         return self._steps
 
+    def tokens(self) -> tuple[int, int]:
+        """Return the numbers of words of all prompts and of all answers."""
+        return self._prompt_tokens, self._completion_tokens
+
     async def prepare(
         self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
     ) -> Sequence[Any]:
@@ -230,6 +235,7 @@ class RunningEcho(RunningEngine):
                 f"the prompt has {len(words)} tokens, which leaves no room in the model's {self._max_model_len}"
             )
         wanted = room if params.max_tokens is None else min(params.max_tokens, room)
+        self._prompt_tokens += len(words)
         words += sampled
         source = itertools.cycle(words) if params.ignore_eos else iter(words)
         return text, list(itertools.islice(source, wanted)), params
@@ -248,6 +254,7 @@ class RunningEcho(RunningEngine):
             ones, zeros = [1] * len(ids), [0.0] * len(ids)
             flat = FlatLogprobs(ones, ids, zeros, [*ones], [*words])
             output = FlatOutput(answer, ids, ends, cumulative_logprob=0.0, flat_logprobs=flat)
+        self._completion_tokens += len(ids) * params.n
         return [output] * params.n
 
     def _fault(self, text: str) -> str:
@@ -301,8 +308,13 @@ class RunningEcho(RunningEngine):
         for word in words:
             if error := await self._request(1, fault):
                 raise GserveError(error)
+            self._completion_tokens += 1
             yield space + word
             fault, space = NEXT_TOKEN, " "
+
+    def prompt_tokens(self, prepared: "tuple[str, list[str], EchoParams]") -> int:
+        """Return the number of words of a prompt."""
+        return len(prepared[0].split())
 
     async def http(self) -> ASGIApp | None:
         """Return a small form of OpenAI's API."""

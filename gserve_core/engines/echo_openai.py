@@ -34,6 +34,9 @@ class Streaming(Protocol):
     def stream(self, prepared: Any) -> AsyncIterator[str]:
         """Yield the parts of one completion of a prompt as they are made."""
 
+    def prompt_tokens(self, prepared: Any) -> int:
+        """Return the number of tokens of a prompt."""
+
 
 def application(engine: Streaming) -> ASGIApp:
     """Return the application over a running engine."""
@@ -67,7 +70,8 @@ def application(engine: Streaming) -> ASGIApp:
                 await reply.stream(send, [engine.stream(it) for it in prepared for _ in range(params.get("n", 1))])
             else:
                 outputs = await asyncio.gather(*map(engine.run, prepared))
-                await reply.whole(send, [output for item in outputs for output in item])
+                prompt_tokens = sum(map(engine.prompt_tokens, prepared))
+                await reply.whole(send, [output for item in outputs for output in item], prompt_tokens)
 
     return answer
 
@@ -92,13 +96,15 @@ class _Reply:
         self._kind = kind
         self._head = {"id": number, "created": int(time.time()), "model": model}
 
-    async def whole(self, send: ASGISend, outputs: Sequence[ResponseOutput]) -> None:
+    async def whole(self, send: ASGISend, outputs: Sequence[ResponseOutput], prompt_tokens: int) -> None:
         choices = [
             self._choice(index, {"message": {"role": "assistant", "content": it.text}}, it.text, it.finish_reason)
             for index, it in enumerate(outputs)
         ]
         tokens = sum(len(it.token_ids) for it in outputs)
-        usage = {"prompt_tokens": 0, "completion_tokens": tokens, "total_tokens": tokens}
+        usage = {
+            "prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens
+        }  # fmt: skip
         whole = self._head | {"object": self._kind, "choices": choices, "usage": usage}
         await _send(send, 200, msgspec.json.encode(whole))
 

@@ -53,11 +53,13 @@ async def answer(
                 task.cancel()
             await asyncio.gather(running, over, gone, return_exceptions=True)
         if isinstance(failure, RemoteError) and not reply.is_begun:
+            work.failed += items
             raise failure
         if failure is None or isinstance(failure, _Ended) or await work.is_ending():
             await reply.finish(503, ENDED)
         else:
             logger.error("a request failed", exc_info=failure)
+            work.failed += 0 if reply.is_complete else items
             await reply.finish(500, redact(sentence_of(failure), secrets))
 
 
@@ -87,6 +89,8 @@ class _Reply:
         self.is_begun = False
         """Whether a part of the answer has been sent."""
         self.is_complete = False
+        self._has_failed = False
+        """Whether the answer is an error, or a part of it is."""
         self._has_told = False
         """Whether an error event has been sent."""
 
@@ -100,18 +104,23 @@ class _Reply:
             if more and (not body or body.startswith(b":")):  # a comment of server-sent events
                 return
             status = self._head["status"]
-            if (status >= 500 or (status < 400 and _is_error(body))) and await self._work.is_ending():
+            self._has_failed = status >= 400 or _is_error(body)
+            if self._has_failed and not 400 <= status < 500 and await self._work.is_ending():
                 raise _Ended
             self.is_begun = True
             await self._send(self._head)
-        elif _is_error(body) and await self._work.is_ending():
-            self._has_told = True
-            await self._send({**message, "more_body": True})
-            raise _Ended
+        elif _is_error(body):
+            self._has_failed = True
+            if await self._work.is_ending():
+                self._has_told = True
+                await self._send({**message, "more_body": True})
+                raise _Ended
         await self._send(message)
         if not more:
             self.is_complete = True
-            if self._head["status"] < 400:
+            if self._has_failed:
+                self._work.failed += self._items
+            else:
                 self._work.finish(self._items)
 
     async def _send(self, message: ASGIMessage) -> None:

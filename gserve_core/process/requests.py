@@ -76,6 +76,11 @@ class Piece:
         self._taken.set()
         return batch
 
+    @property
+    def waiting(self) -> int:
+        """Number of items that wait for the engine."""
+        return self.size - self.begun - sum(index >= self.begun for index in self.cancelled)
+
     def is_full(self) -> bool:
         """Return whether the results that wait for the client exceed `BACKLOG_BYTES`."""
         while self._weighed < len(self._events):

@@ -126,6 +126,10 @@ class Server:
         except RemoteError as error:
             await openai_face.refuse(error, send)
 
+    def metrics(self) -> bytes:
+        """Return the engine's own series; none before it is ready."""
+        return b"" if self._work is None or self._engine is None else self._engine.metrics()
+
     def shut_down(self) -> None:
         """Start to drain: finish the admitted requests, accept no more."""
         self._begin_drain(DRAIN_SECONDS)
@@ -167,6 +171,7 @@ class Server:
                 self._state = "draining"
                 starting.cancel()
                 if self._work is not None:
+                    self._send_pulse()  # with the last counters
                     self._work.close()
                 if self._engine is not None:
                     with contextlib.suppress(TimeoutError):
@@ -292,7 +297,7 @@ class Server:
 
     def _send_pulse(self) -> None:
         if self._work is not None:
-            self._send(lease.Pulse(self._work.finished, self._work.is_alone))
+            self._send(lease.Pulse(self._work.finished, self._work.is_alone, self._work.counters()))
 
     async def _report_alone(self) -> None:
         """Report that an item which may crash this server is about to begin; wait until the owner has the report."""

@@ -11,6 +11,7 @@ from ..errors import ItemError, RemoteError, sentence_of
 from ..host.redaction import redact
 from ..interfaces import RunningEngine
 from ..messages import Event, Failure, Group, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
+from ..overview import Counters
 from ..run_requests import MOST_ITEMS, EarlyCancellations, cancelled_item, check_count, count_items, result_of
 from .requests import Piece, prepared_items
 
@@ -49,8 +50,9 @@ class Work:
         on_alone: Callable[[], Awaitable[object]],
         secrets: Collection[str],
     ) -> None:
-        self.running = self.ended = self.finished = 0
-        """Number of items in the engine, of those that have left it, and of those that it answered."""
+        self.running = self.ended = self.finished = self.failed = 0
+        """Number of items in the engine, of those that have left it, of those that it answered, and of those that
+        failed. A cancelled item is neither answered nor failed."""
         self.is_alone = False
         """Whether the request in flight must run alone."""
         self.is_doubtful = False
@@ -176,6 +178,7 @@ class Work:
             event = result_of(index, await piece.engine.run(prepared))
             self.finish(1)
         except ItemError as error:
+            self.failed += 1
             event = Failure(index, str(error), error.invalid)
         except asyncio.CancelledError:
             self.is_doubtful = True  # it may have been cancelled because no answer came
@@ -187,6 +190,7 @@ class Work:
             if await self.is_ending():
                 return
             logger.exception("item %d failed", index)
+            self.failed += 1
             event = Failure(index, redact(sentence_of(error), self._secrets), invalid=False)
         finally:
             self.running -= 1
@@ -230,6 +234,14 @@ class Work:
         else:
             self.finished += items
 
+    def counters(self) -> Counters:
+        """Return the counters of this server."""
+        prompt_tokens, completion_tokens = self._engine.tokens()
+        return Counters(
+            running=self.running, waiting=sum(piece.waiting for piece in self._pieces), items=self.finished,
+            failed=self.failed, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
+        )  # fmt: skip
+
     @contextlib.contextmanager
     def hold(self, items: int) -> Iterator[None]:
         """Admit a request that the engine's own application answers, for the block.
@@ -240,6 +252,7 @@ class Work:
         """
         with self._admit(items) as piece:
             self.running += items
+            piece.begun = items
             try:
                 yield
             finally:

@@ -7,7 +7,7 @@ import logging
 import re
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import uvloop
@@ -21,6 +21,7 @@ from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
 from ..messages import Event, Health, RunRequest
 from ..overview import ServiceOverview
+from .metrics import Measurement, Metrics
 from .records import GatewayRecord
 from .remote_calls import RemoteCalls
 from .routing import Attempts, Routing
@@ -101,6 +102,7 @@ class Gateway:
         self._watch = Watch(name, seed)
         self._dispatcher: Dispatcher | None = None
         self._routing: Routing | None = None
+        self._metrics: Metrics | None = None
         self._calls: RemoteCalls | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
@@ -141,7 +143,8 @@ class Gateway:
         """
         self._set_keys(config)
         self._config = config
-        self._call_routing(lambda routing: routing.set_timeout(config.queue_timeout))
+        if self._routing is not None:
+            self._call_soon(self._routing.set_timeout, config.queue_timeout)
         if self.record is not None:
             self.record = structs.replace(self.record, api_key=self._keys[0].config.key)
 
@@ -152,24 +155,26 @@ class Gateway:
 
     def update(self, state: ServerState) -> None:
         """Take over a server's new state. May be called from any thread."""
-        self._call_routing(lambda routing: routing.update(state))
-        self._call_routing(lambda _: self._watch.update(state))
+        for follower in (self._routing, self._watch, self._metrics):
+            if follower is not None:
+                self._call_soon(follower.update, state)
 
     def forget(self, name: str) -> None:
         """Forget a server that has ended and does not return. May be called from any thread."""
-        self._call_routing(lambda routing: routing.forget(name))
-        self._call_routing(lambda _: self._watch.forget(name))
+        for follower in (self._routing, self._watch, self._metrics):
+            if follower is not None:
+                self._call_soon(follower.forget, name)
 
     def drain(self, why: str) -> None:
         """Accept no more requests. Those in flight go on. May be called from any thread."""
-        self._call_routing(lambda routing: routing.end(why))
+        if self._routing is not None:
+            self._call_soon(self._routing.end, why)
 
-    def _call_routing(self, act: Callable[[Routing], object]) -> None:
-        """Call a function with the routing, in the gateway's thread."""
-        loop, routing = self._loop, self._routing
-        if loop is not None and routing is not None:
+    def _call_soon[T](self, act: Callable[[T], object], value: T) -> None:
+        """Call a function in the gateway's thread, unless it has ended."""
+        if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(act, routing)
+                self._loop.call_soon_threadsafe(act, value)
 
     def close(self) -> None:
         """Stop to listen, and wait until the thread has ended. Idempotent. May be called from any thread."""
@@ -232,6 +237,16 @@ class Gateway:
         assert self._calls is not None
         self._calls.cancel(request_id, items)
 
+    def measured(self, route: str) -> Measurement:
+        """Return the measurement of a new request."""
+        assert self._metrics is not None
+        return self._metrics.measured(route)
+
+    async def metrics(self, engines: Mapping[str, bytes]) -> bytes:
+        """Return all series of the service."""
+        assert self._metrics is not None
+        return await self._metrics.text(engines)
+
     # ---------------------------------------------------------------------------------------------------- in its thread
 
     def _run(self) -> None:
@@ -251,8 +266,10 @@ class Gateway:
     async def _serve(self) -> None:
         self._end = asyncio.Event()
         assert self._dispatcher is not None
-        self._calls = RemoteCalls(self._dispatcher)
-        self._routing = Routing(self._config.queue_timeout, self._dispatcher.in_flight)
+        dispatcher = self._dispatcher
+        self._calls = RemoteCalls(dispatcher)
+        self._routing = routing = Routing(self._config.queue_timeout, dispatcher.in_flight)
+        self._metrics = Metrics(routing, lambda: dispatcher.waiting)
         self._loop = asyncio.get_running_loop()
         async with self._transport.serve_gateway(self, self._config) as address:
             scheme = "http" if self._config.certfile is None else "https"

@@ -20,6 +20,7 @@ from ..errors import GserveError, LaunchError, TransportError
 from ..host import folders
 from ..host.environment import check_not_patched
 from ..interfaces import Connection
+from ..overview import Counters
 from ..service import records
 from ..service.records import GatewayRecord, ServiceRecord
 from .gateway import Gateway
@@ -212,7 +213,8 @@ class _Session:
         if self._record is not None:
             self._record.logs = str(logs)
         for state in self._published.states.values():
-            self._published.publish(replace(state, restarts=0, failure=None).queued(BEGINNING).following(state))
+            begun = replace(state, restarts=0, failure=None, counters=Counters()).queued(BEGINNING)
+            self._published.publish(begun.following(state))
             self._update_queue(self._published.states[state.name])
             if self.gateway is not None:
                 self.gateway.update(self._published.states[state.name])

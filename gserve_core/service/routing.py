@@ -1,7 +1,8 @@
 """The choice of a server for each request that comes to a gateway.
 
-A request goes to the ready server with the fewest requests and items in flight. It is sent again while its answer has not begun:
-after the death of its server, and after a refusal. `Routing` follows the states that the supervisor publishes.
+A request goes to the ready server with the fewest requests and items in flight. It is sent again while its answer has
+not begun: after the death of its server, and after a refusal. `Routing` follows the states that the supervisor
+publishes.
 """
 
 import asyncio
@@ -36,11 +37,14 @@ class Routing:
         self._turn = 0
         self.waiting = 0
         """Number of requests that wait for a server."""
+        self.resends: dict[tuple[str, str], int] = {}
+        """Number of requests sent again, by the server that had failed them, and "died" or "refused"."""
         self.ending = ""
         """Why no more requests are accepted."""
 
     def update(self, state: ServerState) -> None:
         """Take over a server's new state. If the server has died, the requests in flight there end."""
+        before = self._states.get(state.name)
         self._states[state.name] = state
         known = self._backends.get(state.name)
         if known is not None and (known.instance != state.instance or not state.works):
@@ -50,7 +54,8 @@ class Routing:
         if known is None and state.usable:
             assert state.address is not None
             self._backends[state.name] = Backend(state.name, state.instance, state.address, state.token)
-        self._notify()
+        if before is None or _choice(before) != _choice(state):
+            self._notify()
 
     def forget(self, name: str) -> None:
         """Forget a server that has ended and does not return."""
@@ -117,6 +122,11 @@ class Routing:
         return min(found[first:] + found[:first], key=lambda it: it.requests + self._items(it.name))
 
 
+def _choice(state: ServerState) -> tuple[object, ...]:
+    """Return the part of a state that matters for the choice of a server."""
+    return state.instance, state.usable, state.works, state.returns
+
+
 class Attempts:
     """The attempts to have one request answered."""
 
@@ -128,6 +138,8 @@ class Attempts:
         """Instances that refused the request, or seemed to die while they worked on it, a moment ago."""
         self._tried_at = 0.0
         self._deaths = 0
+        self._failed: tuple[str, str] | None = None
+        """The server of the last attempt, and why it failed."""
         self._busy: RemoteError | None = None
 
     async def next(self) -> Backend:
@@ -145,6 +157,8 @@ class Attempts:
                 raise RemoteError(self._routing.ending, status=503)
             backend = self._routing.least_busy(self._tried)
             if backend is not None:
+                if self._failed is not None:
+                    self._routing.resends[self._failed] = self._routing.resends.get(self._failed, 0) + 1
                 return backend
             if self._busy is not None:
                 raise self._busy
@@ -169,14 +183,15 @@ class Attempts:
 
     def refused(self, backend: Backend, busy: RemoteError | None = None) -> None:
         """Take note that a server refused the request. `busy`: its answer if it had too much work."""
-        self._exclude(backend)
+        self._exclude(backend, "refused")
         self._busy = busy or self._busy
 
     def died(self, backend: Backend) -> None:
         """Take note that a server died while it worked on the request."""
-        self._exclude(backend)
+        self._exclude(backend, "died")
         self._deaths += 1
 
-    def _exclude(self, backend: Backend) -> None:
+    def _exclude(self, backend: Backend, why: str) -> None:
+        self._failed = backend.name, why
         self._tried.add(backend.instance)
         self._tried_at = asyncio.get_running_loop().time()

@@ -23,12 +23,15 @@ from ..host.logs import LEVEL_VARIABLE, forward, keep_logging_from_waiting, log_
 from ..host.memory import memory_kills
 from ..host.server_log import BoundedLog
 from ..interfaces import Address, Job, Process
+from ..overview import Counters
 from ..plugins import Parts
 from .nursery import Nursery
+from .rates import Rates
 from .server_command import make_hello, pinning, server_command
 from .state import (
     BEGINNING,
     TICK,
+    Counted,
     Ended,
     Gone,
     Listening,
@@ -169,6 +172,8 @@ class ServerRun:
         self._address: Address | None = None
         self._is_ready = False
         self._pulse = lease.Pulse()
+        self._counted = Counted(self._pulse.counters)
+        self._rates = Rates()
         self._phase: str | None = BEGINNING
         self._step: str | None = None
         self._progress = lease.Silence(TICK)
@@ -397,6 +402,14 @@ class ServerRun:
                 self._report(Ready(info))
             case lease.Pulse():
                 self._pulse = message
+                self._report_counters(message.counters)
+
+    def _report_counters(self, counters: Counters) -> None:
+        """Report the counters and the rates, unless they are the same as before."""
+        counted = Counted(counters, *self._rates.update(counters, time.monotonic()))
+        if counted != self._counted:
+            self._counted = counted
+            self._report(counted)
 
     def _read_log(self, log: Path, position: int) -> int:
         """Read new output in the log, and return the position after it, in bytes.

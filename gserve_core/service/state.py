@@ -14,10 +14,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Self
 
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from ..errors import GserveError
 from ..interfaces import Address, EngineInfo
+from ..overview import Counters
 
 TICK = 0.2
 """Maximum time between two checks of a state that a thread waits for, in seconds."""
@@ -51,6 +52,8 @@ class ServerState:
     `died`: whether its process died or hung, and not on request. Its items in flight may be the reason.
     `is_held`: whether it gets no work yet although it is ready, since others are started together with it.
     `unkillable`: ids of processes that could not be killed. They may occupy its GPUs.
+    `counters`: the counters of this generation. What it finished in its last two seconds is missing if it was killed.
+    `prompt_rate`, `completion_rate`: tokens per second, over the last seconds.
     """
 
     name: str
@@ -75,6 +78,9 @@ class ServerState:
     is_held: bool = False
     token: str = field(default="", repr=False)
     control: str = field(default="", repr=False)
+    counters: Counters = field(default_factory=Counters)
+    prompt_rate: float = 0.0
+    completion_rate: float = 0.0
 
     @property
     def usable(self) -> bool:
@@ -113,7 +119,17 @@ class ServerState:
                 return replace(self, address=address, host=address.hosts[0], port=address.port)
             case Ready(info) if self.state in (State.QUEUED, State.STARTING) and self.address is not None:
                 return replace(self, state=State.READY, phase=None, info=info, failure=None, returns=False, died=False)
+            case Counted(counters, prompt_rate, completion_rate):
+                counted = replace(
+                    self, counters=counters, prompt_rate=prompt_rate, completion_rate=completion_rate
+                )  # fmt: skip
+                return counted if self.works else counted._at_rest()
         return self
+
+    def _at_rest(self) -> Self:
+        """Return the state of a server that does no work any more. Its totals remain until its next start."""
+        at_rest = structs.replace(self.counters, running=0, waiting=0)
+        return replace(self, counters=at_rest, prompt_rate=0.0, completion_rate=0.0)
 
     def begun(self, start: "Start", first: "ServerState") -> Self:
         """Return the state at the start of another generation. `first`: the state before its first start."""
@@ -121,6 +137,7 @@ class ServerState:
             self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=first.host,
             port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False, returns=True,
             unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
+            counters=Counters(),
         )  # fmt: skip
 
     def queued(self, phase: str) -> Self:
@@ -133,15 +150,17 @@ class ServerState:
 
     def draining(self, phase: str, *, finishing: bool = False, returns: bool = False, died: bool = False) -> Self:
         """Return the state of a server that is about to end, or that has ended and is being cleaned up."""
-        return replace(self, state=State.DRAINING, phase=phase, finishing=finishing, returns=returns, died=died)
+        ending = self if finishing else self._at_rest()
+        return replace(ending, state=State.DRAINING, phase=phase, finishing=finishing, returns=returns, died=died)
 
     def stopped(self) -> Self:
         """Return the state of a server that has ended on request."""
-        return replace(self, state=State.STOPPED, phase=None, returns=False, finishing=False)
+        return replace(self._at_rest(), state=State.STOPPED, phase=None, returns=False, finishing=False)
 
     def failed(self, failure: GserveError, why: str | None = None) -> Self:
         """Return the state of a failed server. `why`: why it is not restarted."""
-        return replace(self, state=State.FAILED, phase=why, failure=failure, returns=False, finishing=False)
+        ended = self._at_rest()
+        return replace(ended, state=State.FAILED, phase=why, failure=failure, returns=False, finishing=False)
 
 
 def sort_key(name: str) -> tuple[int, str]:
@@ -195,6 +214,14 @@ class Ready(Struct, frozen=True):
     info: EngineInfo
 
 
+class Counted(Struct, frozen=True):
+    """The server has other counters, or other rates of prompt and completion tokens, in tokens per second."""
+
+    counters: Counters
+    prompt_rate: float = 0.0
+    completion_rate: float = 0.0
+
+
 class Ended(Struct, frozen=True):
     """The server has ended, or is about to be killed. Its cleanup follows, and may take seconds.
 
@@ -224,7 +251,7 @@ class Released(Struct, frozen=True):
     """The launcher keeps nothing of the server any more."""
 
 
-type Report = Logging | Queued | Phase | Listening | Ready | Ended | Gone | Released
+type Report = Logging | Queued | Phase | Listening | Ready | Counted | Ended | Gone | Released
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

@@ -179,6 +179,9 @@ class _Api:
     async def answer_openai(self, scope: ASGIMessage, receive: ASGIReceive, send: ASGISend, *, max_body: int) -> None:
         raise AssertionError("only a transport that speaks HTTP calls this, and no request of these checks asks for it")
 
+    def metrics(self) -> bytes:
+        return b""
+
     def shut_down(self) -> None:
         self.was_shut_down = True
 

@@ -69,6 +69,9 @@ class Noted:
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": b"{}"})
 
+    def metrics(self) -> bytes:
+        return b""
+
     def shut_down(self) -> None:
         self.effects.append("shut_down")
 

@@ -21,7 +21,7 @@ BODIES = {
 EFFECTS = {
     "/chat": "run_whole", "/generate": "run_whole", "/run": "run", "/cancel": "cancel", "/shutdown": "shut_down",
 }  # fmt: skip
-UNKNOWN = ("/", "/docs", "/redoc", "/openapi.json", "/metrics", "/v1/models", "/drain", "/nothing", "*", "")
+UNKNOWN = ("/", "/docs", "/redoc", "/openapi.json", "/v1/models", "/drain", "/nothing", "*", "")
 TOKEN, CONTROL = "a-token-of-this-server", "the-control-secret"
 NEAR = {
     "none": None,
@@ -74,6 +74,14 @@ def test_without_the_token_nothing_acts(noted: Noted, method: str, near: str) ->
         else:
             assert status(answer) in (400, 401), f"{method} {target}: {answer[:200]!r}"
         assert b"a-token" not in answer
+
+
+def test_the_series_of_the_engine_need_the_token(noted: Noted) -> None:
+    for secret in (None, b"Bearer wrong", f"Bearer {CONTROL}".encode()):
+        assert status(exchange(noted.port, request("GET", "/metrics", secret))) == 401
+    answer = exchange(noted.port, request("GET", "/metrics", f"Bearer {TOKEN}".encode()))
+    assert status(answer) == 200
+    assert b"content-type: text/plain; version=0.0.4" in answer
 
 
 @pytest.mark.parametrize("method", METHODS)

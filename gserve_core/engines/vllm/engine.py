@@ -26,12 +26,13 @@ from ...hookspecs import hookimpl
 from ...interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, LogForm, Report, RunningEngine
 from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
 from ...sampling import read_params
-from . import compile_turn, demo_model, differences, examination, installed, openai_app
+from . import compile_turn, demo_model, differences, examination, installed, openai_app, series
 from .files import adapter_folder, adapter_rank, chat_template
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
 from .patches import START_METHOD, fork_on_cpu
 from .progress import Progress
+from .token_counts import OWN, TokenCounts
 from .tokenizing import Ahead, quicken
 
 CPU_KV_CACHE = 4 << 30
@@ -83,6 +84,7 @@ class VLLMEngine(Engine):
     `chat_template_kwargs`: variables for the model's chat template, besides the conversation.
     `allow_insecure_vllm`: also start vLLM versions below 0.26.
     `openai`: offer OpenAI's API.
+    `metrics`: offer vLLM's own series for Prometheus.
     `tool_call_parser`: vLLM's name of the form in which the model calls tools.
     `openai_args`: flags of `vllm serve` that concern the answers of OpenAI's API.
 
@@ -96,6 +98,7 @@ class VLLMEngine(Engine):
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     allow_insecure_vllm: bool = False
     openai: bool = True
+    metrics: bool = True
     tool_call_parser: str | None = None
     openai_args: list[str] = field(default_factory=list)
 
@@ -217,7 +220,7 @@ class RunningVLLM(RunningEngine):
         level = arguments.get("compilation_config")
         if isinstance(level, int):  # `vllm.LLM` accepts a number here, `AsyncEngineArgs` does not
             arguments["compilation_config"] = vllm.CompilationConfig(mode=vllm.CompilationMode(level))
-        arguments.setdefault("disable_log_stats", True)
+        arguments.setdefault("disable_log_stats", not options.metrics)
         given = arguments.get("structured_outputs_config", {})
         if isinstance(given, dict) and "backend" not in given and differences.has_one_backend():
             with differences.optional("one library for all structured outputs"):
@@ -266,6 +269,7 @@ class RunningVLLM(RunningEngine):
         """Why this vLLM cannot render conversations, if that is not their fault."""
         self._numbers = iter(range(1 << 62))
         self._progress = Progress(self._engine)
+        self._tokens = TokenCounts(self._engine)
         self._warming: asyncio.Task[None] | None = None
         self._stopped = False
         self.info = EngineInfo(
@@ -294,6 +298,14 @@ class RunningVLLM(RunningEngine):
     def progress(self) -> int:
         """Return the number of generated tokens, ended items, and observed turns of the engine's loop."""
         return self._progress.count()
+
+    def tokens(self) -> tuple[int, int]:
+        """Return the numbers of prompt tokens and of generated tokens of all requests."""
+        return self._tokens.prompt, self._tokens.completion
+
+    def metrics(self) -> bytes:
+        """Return vLLM's own series."""
+        return series.text()
 
     # -------------------------------------------------------------------------------------------- from prompt to input
 
@@ -398,12 +410,16 @@ class RunningVLLM(RunningEngine):
 
         Raises ItemError: vLLM rejects the item. Raises GserveError: the engine has died, or ended the prompt early.
         """
+        return await self._run(prepared, "gserve-")
+
+    async def _run(self, prepared: tuple[Any, Any], prefix: str) -> list[ResponseOutput]:
+        """Do the work of `run`. `prefix`: the beginning of the request's id."""
         made, sampling = prepared
         last = None
         self._progress.begin()
         try:
             async for output in self._engine.generate(
-                made, sampling, f"gserve-{next(self._numbers)}", lora_request=self._lora
+                made, sampling, f"{prefix}{next(self._numbers)}", lora_request=self._lora
             ):
                 last = output
         except self._vllm.EngineDeadError as error:
@@ -445,7 +461,7 @@ class RunningVLLM(RunningEngine):
             (prompt,) = self._render([[0] * max(1, min(CHECKED_TOKENS, self._config.max_model_len - 1))])
         try:
             with differences.expected("generating a token"):
-                await self.run((prompt, sampling))
+                await self._run((prompt, sampling), OWN)
         except GserveError as error:
             cause = error.__cause__
             if isinstance(cause, self._vllm.EngineDeadError):
@@ -488,7 +504,7 @@ class RunningVLLM(RunningEngine):
         with contextlib.suppress(Exception):  # an item that needs it will fail with the reason
             (prompt,) = self._render([[0]])
             self._progress.expect_silence(WARM_UP_SECONDS)
-            await self.run((prompt, sampling))
+            await self._run((prompt, sampling), OWN)
         self._progress.expect_silence(0.0)
 
     async def died(self) -> str:

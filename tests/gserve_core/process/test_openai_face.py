@@ -90,7 +90,7 @@ def test_a_wrong_request_has_an_error_in_the_form_of_openai(fast: int) -> None:
     assert reply.headers["allow"] == "POST"
 
 
-@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/invocations", "/ping", "/v1/models/m", "/metrics", "/v1"])
+@pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/invocations", "/ping", "/v1/models/m", "/load", "/v1"])
 def test_no_other_route_is_let_through(fast: int, path: str) -> None:
     assert ask(fast, "POST", path, {}).status == 404
     assert ask(fast, "GET", path).status == 404

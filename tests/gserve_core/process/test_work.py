@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
-from gserve_core.errors import RemoteError
+from gserve_core.errors import ItemError, RemoteError
 from gserve_core.interfaces import EngineInfo, RunningEngine
 from gserve_core.messages import Group, Params, Prompt, ResponseOutput, RunRequest
+from gserve_core.overview import Counters
 from gserve_core.process.work import Work
 
 
@@ -56,3 +57,44 @@ def test_a_request_that_begins_when_the_server_no_longer_takes_any_is_refused() 
         assert work.idle.is_set()
 
     asyncio.run(requests())
+
+
+class Slow(Engine):
+    """An engine that works on each item until it is released. It refuses the item "bad"."""
+
+    def __init__(self) -> None:
+        self.released = asyncio.Event()
+
+    async def run(self, prepared: Any) -> list[ResponseOutput]:
+        await self.released.wait()
+        if prepared == "bad":
+            raise ItemError("refused")
+        return await super().run(prepared)
+
+    def tokens(self) -> tuple[int, int]:
+        return 12, 34
+
+
+def test_the_counters_show_what_runs_waits_has_ended_and_has_failed() -> None:
+    async def requests() -> None:
+        engine = Slow()
+
+        async def on_alone() -> None:
+            """Do nothing."""
+
+        work = Work(engine, check_ready=lambda: None, on_progress=lambda: None, on_alone=on_alone, secrets=())
+        assert work.counters() == Counters(prompt_tokens=12, completion_tokens=34)
+        events = work.run(RunRequest([Group([*["a"] * 10, "bad"])], id="r"))
+        first = asyncio.ensure_future(anext(events))
+        while work.running < 8:
+            await asyncio.sleep(0)
+        with work.hold(3):
+            assert (work.counters().running, work.counters().waiting) == (8 + 3, 3)
+        work.cancel("r", [0, 9])
+        assert (work.counters().running, work.counters().waiting) == (8, 2)
+        engine.released.set()
+        await first
+        assert [event async for event in events]
+        assert work.counters() == Counters(items=8, failed=1, prompt_tokens=12, completion_tokens=34)
+
+    asyncio.run(asyncio.wait_for(requests(), 20))

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from gserve_core.errors import RemoteError
 from gserve_core.interfaces import Address, Backend
+from gserve_core.overview import Counters
 from gserve_core.service.routing import Attempts, Routing
 from gserve_core.service.state import ServerState, State
 
@@ -58,7 +60,8 @@ def test_items_of_the_services_own_calls_count_like_requests() -> None:
         for name in "abc":
             made.update(ready(name))
         attempts = made.attempts()
-        assert (backend := await attempts.next()).name == "b"
+        backend = await attempts.next()
+        assert backend.name == "b"
         with attempts.at_work(backend), made.attempts().at_work(backend):
             assert {(await made.attempts().next()).name for _ in range(2)} == {"a", "c"}
 
@@ -199,5 +202,40 @@ def test_a_server_that_refused_by_chance_is_asked_again_after_a_moment() -> None
         attempts = made.attempts()
         attempts.refused(one := await attempts.next())
         assert await attempts.next() is one
+
+    run(work())
+
+
+def test_counters_of_servers_do_not_wake_requests_that_wait() -> None:
+    async def work() -> None:
+        made = routing(starting("a"))
+        asking = asyncio.ensure_future(made.wait_changed(10.0))
+        await asyncio.sleep(0)
+        assert made.waiting == 1
+        made.update(replace(starting("a"), counters=Counters(items=1), completion_rate=3.0, phase="loading"))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not asking.done()
+        made.update(ready("a"))
+        await asking
+        assert made.waiting == 0
+
+    run(work())
+
+
+def test_a_request_sent_again_is_counted_at_the_server_that_failed_it() -> None:
+    async def work() -> None:
+        made = routing(ready("a"), ready("b"), ready("c"))
+        attempts = made.attempts()
+        attempts.died(one := await attempts.next())
+        attempts.refused(two := await attempts.next())
+        assert made.resends == {(one.name, "died"): 1}
+        await attempts.next()
+        assert made.resends == {(one.name, "died"): 1, (two.name, "refused"): 1}
+        lost = made.attempts()
+        for backend in made.backends:
+            lost.refused(backend, RemoteError("enough to do", status=429))
+        await refusal(lost)
+        assert sum(made.resends.values()) == 2
 
     run(work())

@@ -10,7 +10,19 @@ import pytest
 
 from gserve_core.errors import LaunchError
 from gserve_core.interfaces import Address, EngineInfo
-from gserve_core.service.state import Listening, Logging, Phase, Published, Queued, Ready, ServerState, Start, State
+from gserve_core.overview import Counters
+from gserve_core.service.state import (
+    Counted,
+    Listening,
+    Logging,
+    Phase,
+    Published,
+    Queued,
+    Ready,
+    ServerState,
+    Start,
+    State,
+)
 
 NEW = ServerState(name="server-0", host="0.0.0.0", port=4000)
 START = Start("an-instance", "canary-token", "canary-control")
@@ -97,3 +109,16 @@ def test_a_signal_handler_may_wait_while_the_main_thread_waits() -> None:
         assert waited == [True]
     finally:
         signal.signal(signal.SIGUSR2, usual)
+
+
+def test_counters_belong_to_a_generation_and_rates_to_a_server_that_works() -> None:
+    counters = Counters(running=2, waiting=3, items=4, failed=1, prompt_tokens=10, completion_tokens=20)
+    busy = ready().after(Counted(counters, 5.0, 7.0))
+    assert (busy.counters, busy.prompt_rate, busy.completion_rate) == (counters, 5.0, 7.0)
+    assert busy.draining("finishing", finishing=True).completion_rate == 7.0
+    totals = Counters(items=4, failed=1, prompt_tokens=10, completion_tokens=20)
+    for ended in (busy.draining("ending"), busy.stopped(), busy.failed(LaunchError("boom"))):
+        assert (ended.counters, ended.prompt_rate, ended.completion_rate) == (totals, 0.0, 0.0)
+        late = ended.after(Counted(Counters(running=1, items=5), 5.0, 7.0))
+        assert (late.counters, late.completion_rate) == (Counters(items=5), 0.0)
+        assert ended.begun(Start("another"), NEW).counters == Counters()

@@ -34,6 +34,8 @@ PARAMETERS = {  # function of vLLM: the parameters with which gserve calls it
     "vllm.renderers.base:BaseRenderer.render_chat": ("conversations", "chat_params", "tok_params"),
     "vllm.lora.request:LoRARequest": ("lora_name", "lora_int_id", "lora_path"),
     "vllm.outputs:RequestOutput": ("outputs", "prompt_logprobs"),
+    "vllm.v1.engine.output_processor:OutputProcessor.add_request": ("request", "request_index"),
+    "vllm.v1.engine.output_processor:OutputProcessor.process_outputs": ("engine_core_outputs",),
     "vllm.utils.ompmultiprocessing:OMPProcessManager": ("config",),
 }  # fmt: skip
 ARGUMENTS = {
@@ -80,6 +82,17 @@ def test_a_running_engine_shows_its_tokens_and_its_death() -> None:
     assert {"request_states", "detokenizer"} <= processor
     differences.find("vllm.v1.engine.detokenizer:IncrementalDetokenizer.num_output_tokens")
     assert {"output_processor", "renderer", "model_config", "vllm_config"} <= attributes_of("vllm.v1.engine.async_llm")
+
+
+def test_the_tokens_of_requests_and_of_steps_can_be_counted() -> None:
+    added = differences.find("vllm.v1.engine:EngineCoreRequest").__struct_fields__
+    assert {"request_id", "prompt_token_ids", "prompt_embeds"} <= set(added)
+    assert {"request_id", "new_token_ids", "finish_reason"} <= set(
+        differences.find("vllm.v1.engine:EngineCoreOutput").__struct_fields__
+    )
+    source = Path(inspect.getfile(differences.find("vllm.v1.engine.async_llm:AsyncLLM"))).read_text()
+    assert "output_processor.add_request(request, " in source
+    assert "output_processor.process_outputs(" in source
 
 
 def test_the_changes_to_vllm_on_a_cpu_have_what_they_need() -> None:

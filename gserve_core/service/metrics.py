@@ -1,0 +1,318 @@
+"""The series of a service for Prometheus: what its gateway counts, what its servers report, and their engines' own."""
+
+import asyncio
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any, Self
+
+from ..overview import Counters
+from .routing import Routing
+from .state import ServerState, State
+
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
+"""Upper bounds of the buckets of the histograms, in seconds."""
+LEFT, CUT = "499", "cut"
+"""Values of the label `status` if the client disconnects, and if the server dies after the answer has begun."""
+PREFIX = "gserve_"
+"""Beginning of the names of gserve's series. Those of an engine must begin otherwise."""
+
+logger = logging.getLogger("gserve.gateway")
+
+
+class _Histogram:
+    """Counts of values, by bucket, and their sum."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float) -> None:
+        """Count a value."""
+        self.counts[bisect_left(BOUNDS, value)] += 1
+        self.sum += value
+
+    def buckets(self) -> list[tuple[str, int]]:
+        """Return each upper bound, with the number of values up to it."""
+        total, found = 0, []
+        for bound, count in zip((*map(str, BOUNDS), "+Inf"), self.counts, strict=True):
+            total += count
+            found.append((bound, total))
+        return found
+
+
+@dataclass
+class _Server:
+    """A server. `ended`: the totals of its earlier generations. `restarts`: number of times it was started again."""
+
+    state: ServerState
+    ended: Counters = field(default_factory=Counters)
+    restarts: int = 0
+
+
+class Measurement:
+    """Measures one request. A context manager for the time of the request; it counts the request at its end."""
+
+    __slots__ = ("_answered", "_began", "_first", "_metrics", "_route", "_server", "_status")
+
+    def __init__(self, metrics: "Metrics", route: str) -> None:
+        self._metrics = metrics
+        self._route = route
+        self._status, self._server = LEFT, ""
+        self._first: float | None = None
+        self._answered: float | None = None
+        self._began = metrics.clock()
+
+    def begin_answer(self, status: int, server: str = "", *, is_stream: bool = False) -> None:
+        """Note that the first byte of the answer is sent. `server`: name of the server that gives it."""
+        self._status, self._server = str(status), server
+        if is_stream:
+            self._first = self._metrics.clock()
+
+    def end_answer(self) -> None:
+        """Note that the whole answer is sent."""
+        self._answered = self._metrics.clock()
+
+    def cut(self) -> None:
+        """Note that the answer has begun, and cannot be completed."""
+        self._status, self._answered = CUT, self._began
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        metrics, route, server = self._metrics, self._route, self._server
+        status = LEFT if self._answered is None else self._status
+        key = route, status, server
+        metrics.requests[key] = metrics.requests.get(key, 0) + 1
+        if server and status[0] == "2":
+            where = route, server
+            if self._first is not None:
+                _histogram(metrics.first_events, where).add(self._first - self._began)
+            assert self._answered is not None
+            _histogram(metrics.durations, where).add(self._answered - self._began)
+
+
+def _histogram(histograms: dict[tuple[str, str], _Histogram], where: tuple[str, str]) -> _Histogram:
+    found = histograms.get(where)
+    if found is None:
+        found = histograms[where] = _Histogram()
+    return found
+
+
+class Metrics:
+    """The series of a service. All methods run in the event loop of its gateway.
+
+    A total counts all generations of a server since the start of the service, so it does not fall when a server
+    restarts. What a killed server finished after its last message is missing from it: the work of two seconds at most.
+
+    `routing`: the gateway's.
+    `waiting`: returns the number of items in the service's own queue.
+    """
+
+    def __init__(
+        self, routing: Routing, waiting: Callable[[], int] = lambda: 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._routing = routing
+        self._waiting = waiting
+        self._version = version("gserve")
+        self.clock = clock
+        self._servers: dict[str, _Server] = {}
+        self.requests: dict[tuple[str, str, str], int] = {}
+        """Number of requests, by route, status and server."""
+        self.first_events: dict[tuple[str, str], _Histogram] = {}
+        """Time to the first byte of streamed answers, by route and server."""
+        self.durations: dict[tuple[str, str], _Histogram] = {}
+        """Time to the end of an answer, by route and server."""
+
+    def update(self, state: ServerState) -> None:
+        """Take over a server's new state."""
+        known = self._servers.get(state.name)
+        if known is None:
+            self._servers[state.name] = _Server(state)
+            return
+        if state.generation != known.state.generation:
+            known.ended = _sum(known.ended, known.state.counters)
+            known.restarts += known.state.generation > 0
+        known.state = state
+
+    def forget(self, name: str) -> None:
+        """Forget a server that has ended and does not return. Its requests remain counted."""
+        self._servers.pop(name, None)
+
+    def measured(self, route: str) -> Measurement:
+        """Return the measurement of a new request. `route`: the path of a known route, or one word for all others."""
+        return Measurement(self, route)
+
+    async def text(self, engines: Mapping[str, bytes]) -> bytes:
+        """Return all series in Prometheus' text format.
+
+        `engines`: the text of each server's engine, by the name of the server. They get the server's labels. A text
+        that cannot be read is left out.
+        """
+        own = [family for family in self._families() if family.samples]  # here, where nothing changes meanwhile
+        pools = {name: server.state.pool for name, server in self._servers.items()}
+        return await asyncio.to_thread(_text, own, pools, engines)
+
+    def _families(self) -> Iterator["_Family"]:
+        """Yield gserve's own series."""
+        servers = [(_labels(it.state), it, _sum(it.ended, it.state.counters)) for it in self._servers.values()]
+        pools = {name: it.state.pool for name, it in self._servers.items()}
+
+        yield _Family("info", "gauge", "The version of gserve.", [({"version": self._version}, 1)])
+        yield _Family(
+            "requests", "counter", "Requests to the gateway that have ended.",
+            [
+                ({"route": route, "status": status, "pool": pools.get(server, ""), "server": server}, number)
+                for (route, status, server), number in self.requests.items()
+            ],
+        )  # fmt: skip
+        for name, what, histograms in (
+            ("first_event_seconds", "Time to the first byte of a streamed answer.", self.first_events),
+            ("request_seconds", "Time to the end of an answer.", self.durations),
+        ):
+            yield _Family(
+                name, "histogram", what,
+                [
+                    ({"route": route, "pool": pools.get(server, ""), "server": server}, (it.buckets(), it.sum))
+                    for (route, server), it in histograms.items()
+                ],
+            )  # fmt: skip
+        yield _Family(
+            "resends", "counter", "Requests that the gateway sent again, by the server that had failed them, and why.",
+            [
+                ({"pool": pools.get(server, ""), "server": server, "reason": reason}, number)
+                for (server, reason), number in self._routing.resends.items()
+            ],
+        )  # fmt: skip
+        yield _Family(
+            "requests_waiting", "gauge", "Requests that wait in the gateway for a server.",
+            [({}, self._routing.waiting)],
+        )  # fmt: skip
+        yield _Family(
+            "queue_items", "gauge", "Items that wait in the queue of the service's own process.",
+            [({}, self._waiting())],
+        )  # fmt: skip
+        in_flight = self._routing.requests
+        yield _Family(
+            "requests_in_flight", "gauge", "Requests of the gateway that a server works on.",
+            [(labels, in_flight.get(it.state.name, 0)) for labels, it, _ in servers],
+        )  # fmt: skip
+        yield _Family(
+            "server_state", "gauge", "1 for the current state of a server, 0 for the others.",
+            [(labels | {"state": state}, int(it.state.state is state)) for labels, it, _ in servers for state in State],
+        )  # fmt: skip
+        yield _Family(
+            "server_restarts", "counter", "Times that a server was started again.",
+            [(labels, it.restarts) for labels, it, _ in servers],
+        )  # fmt: skip
+        for name, kind, what in (
+            ("running", "gauge", "Items in the engine."),
+            ("waiting", "gauge", "Items that a server has admitted, and that wait for the engine."),
+            ("items", "counter", "Items that a server has answered."),
+            ("failed", "counter", "Items that have failed in a server."),
+            ("prompt_tokens", "counter", "Tokens of the prompts that the engine got."),
+            ("completion_tokens", "counter", "Tokens that the engine generated."),
+        ):
+            yield _Family(
+                _SERVER_NAMES[name], kind, what, [(labels, getattr(total, name)) for labels, _, total in servers]
+            )
+
+
+_SERVER_NAMES: Mapping[str, str] = {
+    "running": "server_items_running",
+    "waiting": "server_items_waiting",
+    "items": "server_items",
+    "failed": "server_items_failed",
+    "prompt_tokens": "server_prompt_tokens",
+    "completion_tokens": "server_completion_tokens",
+}
+"""The names of the series of `Counters`, by field."""
+
+
+@dataclass(frozen=True)
+class _Family:
+    """The series of one name, as plain values. A counter's name gets "_total" at its end."""
+
+    name: str
+    kind: str
+    what: str
+    samples: list[tuple[dict[str, str], Any]]
+
+
+def _labels(state: ServerState) -> dict[str, str]:
+    return {"pool": state.pool, "server": state.name}
+
+
+def _sum(ended: Counters, now: Counters) -> Counters:
+    """Return the totals of generations that have ended and of the current one, and the current work."""
+    return Counters(
+        running=now.running, waiting=now.waiting, items=ended.items + now.items, failed=ended.failed + now.failed,
+        prompt_tokens=ended.prompt_tokens + now.prompt_tokens,
+        completion_tokens=ended.completion_tokens + now.completion_tokens,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- in a thread
+
+
+def _text(own: Iterable[_Family], pools: Mapping[str, str], engines: Mapping[str, bytes]) -> bytes:
+    """Return all series as a text."""
+    from prometheus_client import generate_latest
+
+    text: bytes = generate_latest(_Collected([*map(_made, own), *_merged(pools, engines)]))
+    return text
+
+
+class _Collected:
+    """Families of series, in the form of a registry."""
+
+    def __init__(self, families: list[Any]) -> None:
+        self._families = families
+
+    def collect(self) -> list[Any]:
+        return self._families
+
+
+def _made(family: _Family) -> Any:
+    """Return a family as prometheus_client has it."""
+    from prometheus_client.core import Metric
+
+    made = Metric(PREFIX + family.name, family.what, family.kind)
+    for labels, value in family.samples:
+        match family.kind:
+            case "counter":
+                made.add_sample(f"{made.name}_total", labels, value)
+            case "histogram":
+                buckets, total = value
+                for bound, count in buckets:
+                    made.add_sample(f"{made.name}_bucket", labels | {"le": bound}, count)
+                made.add_sample(f"{made.name}_count", labels, buckets[-1][1])
+                made.add_sample(f"{made.name}_sum", labels, total)
+            case _:
+                made.add_sample(made.name, labels, value)
+    return made
+
+
+def _merged(pools: Mapping[str, str], engines: Mapping[str, bytes]) -> list[Any]:
+    """Return the families of all engines. Each name occurs once, with the samples of all servers."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    merged: dict[str, Any] = {}
+    for server, text in engines.items():
+        own = {"pool": pools.get(server, ""), "server": server}
+        try:
+            families = list(text_string_to_metric_families(text.decode()))
+        except ValueError as error:  # UnicodeDecodeError is one
+            logger.warning("cannot read the engine's own series of %s: %s", server, error)
+            continue
+        for family in families:
+            known = merged.setdefault(family.name, family)
+            if family.name.startswith(PREFIX) or family.type != known.type:
+                continue
+            samples = [sample._replace(labels={**sample.labels, **own}) for sample in family.samples]
+            known.samples = samples if known is family else known.samples + samples
+    return [family for name, family in merged.items() if not name.startswith(PREFIX)]

@@ -1,0 +1,231 @@
+"""The series of a service, from states and measurements that the tests make, without a server or a socket."""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+import pytest
+from prometheus_client import Metric
+from prometheus_client.parser import text_string_to_metric_families
+
+from gserve_core.interfaces import Address
+from gserve_core.overview import Counters
+from gserve_core.service.metrics import Metrics
+from gserve_core.service.routing import Routing
+from gserve_core.service.state import BEGINNING, Counted, Ready, ServerState, Start, State
+
+NEW = ServerState(name="server-0")
+A, B = "server-0", "server-1"
+CHAT = "/v1/chat/completions"
+ENGINE = """\
+# HELP vllm:tokens_total Tokens.
+# TYPE vllm:tokens_total counter
+vllm:tokens_total{engine="0",model_name="a \\"name\\""} %d
+# HELP vllm:running Requests.
+# TYPE vllm:running gauge
+vllm:running 2
+"""
+
+
+class Clock:
+    """A clock that shows what the test sets."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def ready(name: str, generation: int = 1, **counters: int) -> ServerState:
+    return ServerState(
+        name=name, pool="small", state=State.READY, generation=generation, instance=f"{name}-{generation}",
+        address=Address(["127.0.0.1"], 8000), token="a-token", control="a-control-secret",
+        counters=Counters(**counters),
+    )  # fmt: skip
+
+
+def metrics(*states: ServerState, clock: Clock | None = None, waiting: int = 0) -> Metrics:
+    made = Metrics(Routing(None), lambda: waiting, clock or Clock())
+    for state in states:
+        made.update(state)
+    return made
+
+
+def families(made: Metrics, engines: Mapping[str, str] | None = None) -> dict[str, Metric]:
+    """Return the families of the text by name. Each must occur once, and have a help text and a type."""
+    given = {name: text.encode() for name, text in (engines or {}).items()}
+    text = asyncio.run(made.text(given)).decode()
+    found = list(text_string_to_metric_families(text))
+    assert len({family.name for family in found}) == len(found)
+    assert all(family.documentation and family.type != "unknown" for family in found), text
+    assert text.count("# TYPE ") == text.count("# HELP ") == len(found)
+    samples = [line.rpartition(" ")[0] for line in text.splitlines() if not line.startswith("#")]
+    assert len(samples) == len(set(samples))
+    return {family.name: family for family in found}
+
+
+def values(family: Metric, label: str = "server") -> dict[str, float]:
+    """Return the values of a family by one label."""
+    return {sample.labels[label]: sample.value for sample in family.samples}
+
+
+# ------------------------------------------------------------------------------------------------------------- servers
+
+
+def test_the_counters_of_each_server_are_shown_with_its_labels() -> None:
+    made = metrics(ready(A, items=3, failed=1, running=2, waiting=4, prompt_tokens=30, completion_tokens=7), ready(B))
+    found = families(made)
+    assert values(found["gserve_server_items"]) == {A: 3, B: 0}
+    assert values(found["gserve_server_items_failed"])[A] == 1
+    assert values(found["gserve_server_items_running"])[A] == 2
+    assert values(found["gserve_server_items_waiting"])[A] == 4
+    assert values(found["gserve_server_prompt_tokens"])[A] == 30
+    assert values(found["gserve_server_completion_tokens"])[A] == 7
+    assert found["gserve_server_items"].samples[0].labels == {"pool": "small", "server": A}
+
+
+def test_a_total_does_not_fall_when_a_server_restarts() -> None:
+    state = ready(A, items=10, running=3, completion_tokens=100)
+    made = metrics(state)
+    state = state.draining("cleaning up: it died", returns=True, died=True).queued("waiting to restart")
+    made.update(state)
+    assert values(families(made)["gserve_server_items"]) == {A: 10}
+    assert values(families(made)["gserve_server_items_running"]) == {A: 0}
+    state = state.begun(Start("next", "token", "control"), NEW)
+    made.update(state)
+    state = replace(state, address=Address(["127.0.0.1"], 8001), state=State.READY)
+    made.update(state)
+    made.update(state.after(Counted(Counters(items=4, running=1, completion_tokens=5))))
+    found = families(made)
+    assert values(found["gserve_server_items"]) == {A: 14}
+    assert values(found["gserve_server_completion_tokens"]) == {A: 105}
+    assert values(found["gserve_server_items_running"]) == {A: 1}
+    assert values(found["gserve_server_restarts"]) == {A: 1}
+
+
+def test_the_first_start_is_no_restart() -> None:
+    before = ServerState(name=A).queued(BEGINNING)
+    made = metrics(before)
+    made.update(before.begun(Start("first"), NEW))
+    assert values(families(made)["gserve_server_restarts"]) == {A: 0}
+
+
+def test_the_state_of_a_server_is_the_one_that_is_1() -> None:
+    made = metrics(ready(A), ready(B).draining("ending"))
+    shown = [sample.labels for sample in families(made)["gserve_server_state"].samples if sample.value == 1]
+    assert [(it["server"], it["state"]) for it in shown] == [(A, "ready"), (B, "draining")]
+
+
+def test_no_secret_is_shown() -> None:
+    text = asyncio.run(metrics(ready(A)).text({}))
+    assert b"a-token" not in text
+    assert b"a-control-secret" not in text
+
+
+# ------------------------------------------------------------------------------------------------------------ requests
+
+
+def test_a_request_is_counted_by_its_route_status_and_server() -> None:
+    made = metrics(ready(A))
+    with made.measured(CHAT) as one:
+        one.begin_answer(200, A)
+        one.end_answer()
+    with made.measured("other") as refused:
+        refused.begin_answer(404)
+        refused.end_answer()
+    found = {tuple(sorted(it.labels.items())): it.value for it in families(made)["gserve_requests"].samples}
+    assert found == {
+        (("pool", "small"), ("route", CHAT), ("server", A), ("status", "200")): 1,
+        (("pool", ""), ("route", "other"), ("server", ""), ("status", "404")): 1,
+    }
+
+
+def test_a_client_that_leaves_and_an_answer_that_is_cut_have_statuses_of_their_own() -> None:
+    made = metrics(ready(A))
+    with made.measured(CHAT):
+        pass
+    with made.measured(CHAT) as left:
+        left.begin_answer(200, A, is_stream=True)
+    with made.measured(CHAT) as cut:
+        cut.begin_answer(200, A, is_stream=True)
+        cut.cut()
+    found = families(made)
+    shown = [(it.labels["status"], it.labels["server"], it.value) for it in found["gserve_requests"].samples]
+    assert sorted(shown) == [("499", "", 1), ("499", A, 1), ("cut", A, 1)]
+    assert "gserve_request_seconds" not in found
+
+
+def test_the_times_of_answers_are_in_their_buckets() -> None:
+    clock = Clock()
+    made = metrics(ready(A), clock=clock)
+    for first, last in ((0.02, 3.0), (0.2, 3.0), (5000.0, 5000.0)):
+        clock.now = 0.0
+        with made.measured(CHAT) as request:
+            clock.now = first
+            request.begin_answer(200, A, is_stream=True)
+            clock.now = last
+            request.end_answer()
+    with made.measured(CHAT) as failed:
+        failed.begin_answer(500, A)
+        failed.end_answer()
+    found = families(made)
+    begun = {it.labels.get("le", it.name): it.value for it in found["gserve_first_event_seconds"].samples}
+    assert (begun["0.01"], begun["0.025"], begun["0.25"], begun["600.0"], begun["+Inf"]) == (0, 1, 2, 2, 3)
+    whole = {it.labels.get("le", it.name): it.value for it in found["gserve_request_seconds"].samples}
+    assert (whole["2.5"], whole["5.0"], whole["+Inf"]) == (0, 2, 3)
+    assert whole["gserve_request_seconds_count"] == 3
+    assert whole["gserve_request_seconds_sum"] == 5006.0
+
+
+def test_what_waits_is_shown() -> None:
+    found = families(metrics(ready(A), waiting=17))
+    assert found["gserve_queue_items"].samples[0].value == 17
+    assert found["gserve_requests_waiting"].samples[0].value == 0
+
+
+# ------------------------------------------------------------------------------------------------------------- engines
+
+
+def test_the_series_of_engines_get_the_label_of_their_server() -> None:
+    made = metrics(ready(A), ready(B))
+    found = families(made, {A: ENGINE % 5, B: ENGINE % 6})
+    assert values(found["vllm:tokens"]) == {A: 5, B: 6}
+    assert found["vllm:tokens"].samples[0].labels == {
+        "engine": "0", "model_name": 'a "name"', "pool": "small", "server": A
+    }  # fmt: skip
+    assert values(found["vllm:running"]) == {A: 2, B: 2}
+
+
+@pytest.mark.parametrize("wrong", ["{", "vllm:running one\n", "\udcff"])
+def test_a_text_that_cannot_be_read_is_left_out(wrong: str, caplog: pytest.LogCaptureFixture) -> None:
+    made = metrics(ready(A), ready(B))
+    with caplog.at_level(logging.WARNING):
+        text = asyncio.run(made.text({A: wrong.encode(errors="surrogateescape"), B: (ENGINE % 1).encode()}))
+    found = {family.name: family for family in text_string_to_metric_families(text.decode())}
+    assert values(found["vllm:running"]) == {B: 2}
+    (record,) = caplog.records
+    assert record.getMessage().startswith("cannot read the engine's own series of server-0: ")
+
+
+def test_an_engine_cannot_change_the_series_of_gserve_or_those_of_another_engine() -> None:
+    made = metrics(ready(A, items=3), ready(B))
+    other = "# HELP vllm:running_total x\n# TYPE vllm:running_total counter\nvllm:running_total 9\n"
+    forged = "# HELP gserve_server_items_total x\n# TYPE gserve_server_items_total counter\n"
+    forged += 'gserve_server_items_total{server="server-1"} 9\n'
+    found = families(made, {A: ENGINE % 5, B: other + forged})
+    assert values(found["gserve_server_items"]) == {A: 3, B: 0}
+    assert values(found["vllm:running"]) == {A: 2}
+
+
+def test_the_registry_of_the_process_is_neither_read_nor_written() -> None:
+    found = families(metrics(ready(A)))
+    assert {name.partition("_")[0] for name in found} == {"gserve"}
+
+
+def test_a_server_that_is_ready_keeps_no_count_of_its_last_generation() -> None:
+    state = ready(A, items=5).queued(BEGINNING).begun(Start("next"), NEW)
+    state = replace(state, address=Address(["127.0.0.1"], 1))
+    assert state.counters == Counters()
+    made = state.after(Ready(None))  # type: ignore[arg-type]
+    assert made.counters == Counters()
