@@ -8,8 +8,10 @@ endif
 VENV ?= .venv
 RUN := $(VENV)/bin
 READY := $(VENV)/.ready
+CLIENTS := $(VENV)-clients
+CLIENTS_READY := $(CLIENTS)/.ready
 UV := $(RUN)/uv
-COMPILE := $(UV) pip compile pyproject.toml --quiet --universal --python-version 3.12 --no-strip-extras --generate-hashes \
+COMPILE := $(UV) pip compile --quiet --universal --python-version 3.12 --no-strip-extras --generate-hashes \
   --custom-compile-command "make lock"
 
 .PHONY: help quickstart test cover docs faults versions bench bench-gpu scale lint lock clean
@@ -19,10 +21,10 @@ help: ## say what there is to make
 quickstart: $(READY) ## ask the demo model a question, on real vLLM
 	$(RUN)/gserve chat configs/quickstart.yaml "Write a haiku about the sea." --params '{"temperature": 0, "max_tokens": 60}'
 
-test: $(READY) ## pass the tests
+test: $(READY) $(CLIENTS_READY) ## pass the tests
 	$(RUN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-cover: $(READY) ## pass the tests, and show which lines of the product they run, in servers too
+cover: $(READY) $(CLIENTS_READY) ## pass the tests, and show which lines of the product they run, in servers too
 	rm -f .coverage .coverage.*
 	$(RUN)/coverage run -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS) || true
 	$(RUN)/coverage combine --quiet
@@ -51,9 +53,10 @@ lint: $(READY) ## check style and types
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 
-lock: $(RUN)/uv ## write uv.lock and uv-cpu.lock anew
-	$(COMPILE) --extra cuda --output-file uv.lock
-	$(COMPILE) --extra cpu --extra dev --override uv-cpu.override --output-file uv-cpu.lock
+lock: $(RUN)/uv ## write uv.lock, uv-cpu.lock and uv-clients.lock anew
+	$(COMPILE) pyproject.toml --extra cuda --output-file uv.lock
+	$(COMPILE) pyproject.toml --extra cpu --extra dev --override uv-cpu.override --output-file uv-cpu.lock
+	$(COMPILE) uv-clients.in --output-file uv-clients.lock
 	awk "$$WITHOUT_EXTRAS" uv.lock >uv.lock.new && mv uv.lock.new uv.lock
 
 # pip takes "name[extra]" and "name" for two packages when it checks hashes: what is locked with an extra is locked
@@ -67,8 +70,8 @@ END { flush() }
 endef
 export WITHOUT_EXTRAS
 
-clean: ## remove the environment
-	rm -rf $(VENV)
+clean: ## remove the environments
+	rm -rf $(VENV) $(CLIENTS)
 
 $(RUN)/uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
@@ -80,4 +83,10 @@ $(RUN)/uv:
 $(READY): uv-cpu.lock pyproject.toml | $(RUN)/uv
 	$(UV) pip install --quiet --python $(RUN)/python --no-deps --compile-bytecode -r uv-cpu.lock
 	$(UV) pip install --quiet --python $(RUN)/python --no-deps --editable .
+	touch $@
+
+# An environment of their own: these change no pin of vLLM, and need neither it nor torch.
+$(CLIENTS_READY): uv-clients.lock | $(RUN)/uv
+	$(UV) venv --quiet --clear --python $(RUN)/python $(CLIENTS)
+	$(UV) pip install --quiet --python $(CLIENTS)/bin/python --no-deps -r uv-clients.lock
 	touch $@

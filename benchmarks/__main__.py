@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gserve import GserveError
 
-from . import balance, gateway, gpus, machine, models, starting, table, workloads
+from . import balance, gateway, gpus, machine, models, openai_api, starting, table, workloads
 from .rooms import KINDS
 from .rounds import Benchmark, say
 
@@ -23,16 +23,21 @@ def _demo(bench: Benchmark, options: argparse.Namespace) -> None:
     bench.compare(models.DEMO, [workload.scaled(options.scale) for workload in workloads.of_demo()], options.sides)
 
 
+def _real(options: argparse.Namespace) -> str:
+    """Return the chosen model, or the demo model in place of the random one."""
+    return models.DEMO if options.model == "tiny" else str(options.model)
+
+
 MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
     "demo": _demo,
     "balance": lambda bench, options: balance.measure(bench, options.model, options.scale),
-    "starting": lambda bench, options: starting.measure(
-        bench, models.DEMO if options.model == "tiny" else options.model
-    ),
+    "starting": lambda bench, options: starting.measure(bench, _real(options)),
     "scaling": lambda bench, options: gpus.scaling(bench, options.model, options.gpus, options.scale),
     "sharing": lambda bench, options: gpus.sharing(bench, options.model, options.scale),
     "tensor-parallel": lambda bench, options: gpus.tensor_parallel(bench, options.model, options.scale),
     "gateway": lambda bench, options: gateway.measure(bench, options.scale),
+    "openai": lambda bench, options: openai_api.measure(bench, _real(options), options.scale),
+    "priority": lambda bench, options: openai_api.measure_priority(bench, _real(options), options.scale),
     "lora": lambda bench, options: gpus.lora(bench, options.model),
     "memory": lambda bench, options: gpus.memory(bench, options.model),
 }

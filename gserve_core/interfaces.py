@@ -21,7 +21,7 @@ from .commands import Command, Done
 from .config import GatewayConfig, LLMConfig
 from .errors import ConfigError, RemoteError
 from .messages import Event, Health, Params, Prompt, ResponseOutput, RunRequest
-from .overview import ServiceOverview
+from .overview import LogPart, ServiceOverview
 
 # ------------------------------------------------------------------------------------------------------------ launcher
 
@@ -312,6 +312,15 @@ class GatewayApi(Protocol):
     def status(self) -> ServiceOverview:
         """Return the overview of the service. Never waits."""
 
+    async def log_part(self, server: str, after: int | None, file: str) -> LogPart:
+        """Return what follows position `after` in a server's log, or its last lines if `after` is None.
+
+        `file`: the file that `after` belongs to, from an earlier part; "" for any. If the server has another log now,
+        its last lines are returned.
+
+        Raises RemoteError: there is no such server, or no log of it (404), or it cannot be read (503).
+        """
+
     def key_of(self, secret: bytes) -> "ApiKey | None":
         """Return the API key with this secret, if any. The time taken does not reveal how much of it is right."""
 
@@ -570,6 +579,14 @@ class RunningEngine(ABC):
 
         Raises ItemError: the parameters are wrong.
         """
+
+    def in_background(self, prepared: Any) -> Any:
+        """Return a prepared prompt that gives way to others, if the engine schedules by priority.
+
+        The server calls this for the items of batches, and not for interactive requests. Unless overridden, it returns
+        the prompt as it is.
+        """
+        return prepared
 
     @abstractmethod
     async def run(self, prepared: Any) -> list[ResponseOutput]:

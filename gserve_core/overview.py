@@ -82,9 +82,11 @@ class ServiceOverview(Struct, frozen=True, kw_only=True):
 
 
 class LogPart(Struct, frozen=True):
-    """A part of a server's log. `end`: position after it, in bytes; ask for what follows with `after=end`.
+    """A part of a server's log: whole lines. `end`: position after it, in bytes.
 
     `file`: name of the log file. It changes when the server is started again: `end` then counts from 0 again.
+    Ask for what follows with both. If the answer has another `file`, or an `end` before that position, it begins anew
+    with the last lines of the log.
     """
 
     file: str

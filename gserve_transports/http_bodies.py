@@ -14,7 +14,7 @@ HEARTBEATS = 0.01, 3600.0
 """Minimum and maximum heartbeat interval that a client may request, in seconds."""
 
 
-def read_run(body: bytearray) -> RunRequest:
+def read_run(body: bytes | bytearray) -> RunRequest:
     """Return the request in the body of `/run`. Raises RemoteError: it is wrong (400)."""
     asked = _decode_msgpack(body, RunRequest)
     if not HEARTBEATS[0] <= asked.heartbeat <= HEARTBEATS[1]:
@@ -22,19 +22,19 @@ def read_run(body: bytearray) -> RunRequest:
     return asked
 
 
-def read_cancel(body: bytearray, content_type: str | None) -> CancelRequest:
+def read_cancel(body: bytes | bytearray, content_type: str | None) -> CancelRequest:
     """Return the request in the body of `/cancel`. Raises RemoteError: it is wrong (400, 422)."""
     return _decode_msgpack(body, CancelRequest) if content_type == CONTENT_TYPE else read_json(body, CancelRequest)
 
 
-def _decode_msgpack[T](body: bytearray, type_: type[T]) -> T:
+def _decode_msgpack[T](body: bytes | bytearray, type_: type[T]) -> T:
     try:
         return msgspec.msgpack.decode(body, type=type_)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteError(f"the body cannot be read: {error}", status=400) from error
 
 
-def read_json[T](body: bytearray, type_: type[T]) -> T:
+def read_json[T](body: bytes | bytearray, type_: type[T]) -> T:
     """Return the request in a body of JSON. Raises RemoteError: it is wrong (400, 422)."""
     try:
         made = msgspec.json.decode(body, type=type_)

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, contextmanager
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gserve_core.errors import RemoteError
 from gserve_core.host.descriptors import connection_limit, raise_limit
@@ -105,6 +105,8 @@ class _Protocol(HttpToolsProtocol):
     """
 
     _timer: asyncio.TimerHandle | None = None
+    _is_arriving = False
+    """Whether a request is awaited or has arrived in part."""
     _reading_check: asyncio.TimerHandle | None = None
     _when_lost: Callable[[], object] | None = None
 
@@ -118,15 +120,21 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_begin()
         self.scope["extensions"] = {CALL_WHEN_LOST: self.call_when_lost}  # type: ignore[dict-item]
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        cycle.transport = _HeadLater(cycle, self.loop)  # type: ignore[assignment]
+        super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > connection_limit():
             transport.abort()
             return
-        self._start_timer()
+        self._begin_arrival()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
+        self._end_arrival()
+        if self._timer is not None:
+            self._timer.cancel()
         self._stop_reading_checks()
         super().connection_lost(exc)
         if self._when_lost is not None:
@@ -158,8 +166,8 @@ class _Protocol(HttpToolsProtocol):
             self._reading_check = None
 
     def data_received(self, data: bytes) -> None:
-        if self._timer is None:
-            self._start_timer()
+        if not self._is_arriving:
+            self._begin_arrival()
         self._received += len(data)
         super().data_received(data)
         if self._received - self._body * (1 + CHUNKING) > MAX_HEAD:
@@ -174,32 +182,37 @@ class _Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._stop_timer()
+        self._end_arrival()
         super().on_message_complete()
 
-    def _start_timer(self) -> None:
+    def _begin_arrival(self) -> None:
         """Start the time limit of a request."""
+        self._is_arriving = True
         self._received = self._body = self._leftover = 0
         self._began = self.loop.time()
-        self._check_due = self._began + PATIENCE
-        self._timer = self.loop.call_later(PATIENCE, self._check_arrival)
+        if self._timer is None:  # a timer for each request would cost more than all else here
+            self._schedule_check(self._began + PATIENCE)
 
-    def _stop_timer(self) -> None:
+    def _end_arrival(self) -> None:
         """Stop the time limit: the request has arrived."""
+        self._is_arriving = False
         self._received = self._body = self._leftover = 0
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+
+    def _schedule_check(self, due: float) -> None:
+        self._check_due = due
+        self._timer = self.loop.call_at(due, self._check_arrival)
 
     def _check_arrival(self) -> None:
+        self._timer = None
+        if not self._is_arriving:
+            return
         if self.pipeline:  # it is not read until earlier requests are answered
             self._began = self.loop.time()
         elif (late := self.loop.time() - self._check_due) > LATE:
             self._began += late
         due = self._began + PATIENCE + self._received / SLOWEST
         if self.loop.time() < due:
-            self._check_due = due
-            self._timer = self.loop.call_at(due, self._check_arrival)
+            self._schedule_check(due)
         else:
             self._refuse("the request did not arrive in time")
 
@@ -210,6 +223,42 @@ class _Protocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self.send_400_response(why)
+
+
+class _HeadLater:
+    """The transport of an answer until its head is out: it sends the head together with the first part of the body.
+
+    Otherwise the client would be woken up twice. If no body comes in this turn of the loop, the head goes alone.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._loop = loop
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if not self._cycle.response_started:  # 100 Continue
+            self._transport.write(data)
+        elif self._head:
+            self._head += data
+            self._flush()
+        else:
+            self._head = data
+            self._loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._cycle.transport = self._transport
+        if self._head and not self._transport.is_closing():
+            self._transport.write(self._head)
+        self._head = b""
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
 
 
 @contextmanager

@@ -7,9 +7,11 @@ completed ends with an error event, and its connection is cut.
 import asyncio
 import contextlib
 import math
-from collections.abc import AsyncIterator, Coroutine
+import re
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,7 +20,7 @@ from gserve_core.commands import Command
 from gserve_core.config import GatewayConfig
 from gserve_core.errors import RemoteError
 from gserve_core.interfaces import Address, ApiKey, Attempts, Backend, GatewayApi, Measurement
-from gserve_core.messages import Event, RunRequest
+from gserve_core.messages import Event
 from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, packed
@@ -26,16 +28,19 @@ from .http_bodies import read_cancel, read_json, read_run
 from .http_front import BODIES, CALL_WHEN_LOST, Bodies, given_secret, host_names, hostname, listen
 from .http_scrape import scrape
 from .http_upstream import Answer, Gone, Headers, Upstream
+from .status_page import status_page
 
 PASSED_ROUTES = {*ROUTES, ("POST", "/chat"), ("POST", "/generate")}
 """Routes that are passed on to a server."""
 RUN_ROUTE = ("POST", "/run")
 """Route of gserve's batches, which all servers work on together."""
-ANSWERED = {("GET", "/status"), ("GET", METRICS_PATH), ("POST", "/cancel")}
+ANSWERED = {("GET", "/status"), ("GET", "/logs"), ("GET", METRICS_PATH), ("POST", "/cancel")}
 """Routes that the gateway answers itself, to a client with the key."""
+OPEN_ROUTES = {("GET", "/"), ("GET", "/health")}
+"""Routes that need no key."""
 CONTROL_PATH = "/control"
 """Route that needs the control secret instead of an API key."""
-ALL_ROUTES = {*PASSED_ROUTES, *ANSWERED, RUN_ROUTE, ("GET", "/health"), ("POST", CONTROL_PATH)}
+ALL_ROUTES = {*PASSED_ROUTES, *ANSWERED, *OPEN_ROUTES, RUN_ROUTE, ("POST", CONTROL_PATH)}
 MEASURED = frozenset(path for _, path in ALL_ROUTES)
 """Paths that the metrics name. All others are "other", so that a client cannot make new series."""
 PASSED = frozenset({b"content-type", b"accept", b"traceparent", b"tracestate", b"x-request-id"})
@@ -45,6 +50,9 @@ NOT_RETURNED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"
 JSON = ((b"content-type", b"application/json"),)
 EVENT_END, ERROR_EVENT = b"\n\n", b'data: {"error"'
 """The end of an event of a stream, and the beginning of one that is an error."""
+LOG_PARAMETERS = ("server", "after", "file")
+"""Parameters of `GET /logs`."""
+_POSITION = re.compile(r"[0-9]{1,15}")
 DIED = "the server died before the answer was complete"
 
 
@@ -67,6 +75,7 @@ class _Gateway:
         self._api = api
         self._max_body = max_body
         self._hosts = hosts
+        self._page = status_page()
         self._upstreams: dict[str, Upstream] = {}
 
     def close(self) -> None:
@@ -82,8 +91,12 @@ class _Gateway:
                 await self._serve(scope, receive, send, measurement)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, measurement: Measurement) -> None:
+        """Answer a request. Each answer is noted in `measurement`."""
         try:
             self._check_host(scope)
+            if (scope["method"], scope["path"]) == ("GET", "/"):
+                await _answer(send, 200, *self._page, measurement)
+                return
             if (scope["method"], scope["path"]) == ("GET", "/health"):
                 health = self._api.health()
                 status = 200 if health.status == "ok" else 503
@@ -97,11 +110,8 @@ class _Gateway:
                 await _answer(send, 200, *await self._own_answer(scope, receive), measurement)
                 return
             with key.request():
-                body = await read_body(scope, receive, self._max_body)
-                if scope["path"] == "/run":
-                    await _unless_lost(scope, self._run(read_run(body), send, measurement))
-                else:
-                    await _unless_lost(scope, self._attempt(scope, bytes(body), send, measurement))
+                body = bytes(await read_body(scope, receive, self._max_body))
+                await self._pass_on(scope, body, send, measurement)
         except RemoteError as error:
             headers = [*JSON, *_allowed(scope, error.status)]
             if error.retry_after is not None:
@@ -148,18 +158,44 @@ class _Gateway:
 
     async def _own_answer(self, scope: Scope, receive: Receive) -> tuple[bytes, Headers]:
         """Return the body and the headers of the answer to a request of `ANSWERED`. Raises RemoteError."""
-        if scope["path"] == METRICS_PATH:
-            return await self._metrics(), [(b"content-type", METRICS_TYPE.encode())]
-        if scope["path"] == "/status":
-            return msgspec.json.encode(self._api.status()), JSON
-        content_type = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
-        asked = read_cancel(await read_body(scope, receive, self._max_body), content_type)
-        self._api.cancel(asked.id, asked.items)
-        return b'{"status":"ok"}', JSON
+        match scope["path"]:
+            case "/status":
+                return msgspec.json.encode(self._api.status()), JSON
+            case "/logs":
+                return msgspec.json.encode(await self._api.log_part(*_wanted_log(scope))), JSON
+            case "/cancel":
+                content_type = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1")
+                asked = read_cancel(await read_body(scope, receive, self._max_body), content_type)
+                self._api.cancel(asked.id, asked.items)
+                return b'{"status":"ok"}', JSON
+        return await self._metrics(), [(b"content-type", METRICS_TYPE.encode())]
 
-    async def _run(self, request: RunRequest, send: Send, measurement: Measurement) -> None:
+    async def _pass_on(self, scope: Scope, body: bytes, send: Send, measurement: Measurement) -> None:
+        """Have a request answered by the servers, and stop if the client disconnects."""
+        working, is_lost = asyncio.current_task(), False
+        assert working is not None
+
+        def cancel() -> None:
+            nonlocal is_lost
+            is_lost = True
+            working.cancel()
+
+        call_when_lost = scope["extensions"][CALL_WHEN_LOST]
+        call_when_lost(cancel)
+        try:
+            if (scope["method"], scope["path"]) == RUN_ROUTE:
+                await self._run(body, send, measurement)
+            else:
+                await self._attempt(scope, body, send, measurement)
+        except asyncio.CancelledError:
+            if not is_lost:
+                raise
+        finally:
+            call_when_lost(None)
+
+    async def _run(self, body: bytes, send: Send, measurement: Measurement) -> None:
         """Answer a batch with a stream of its events. Raises RemoteError: it is refused."""
-        async with contextlib.aclosing(self._api.run(request)) as events:
+        async with contextlib.aclosing(self._api.run(read_run(body))) as events:
             nothing: list[Event] = []
             first = await anext(events, nothing)  # here an error is a status; later, a broken stream
             headers = [(b"content-type", CONTENT_TYPE.encode())]
@@ -263,25 +299,21 @@ class _Gateway:
         return True
 
 
-async def _unless_lost(scope: Scope, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`, and cancel it if the client disconnects."""
-    working, is_lost = asyncio.current_task(), False
-    assert working is not None
-
-    def cancel() -> None:
-        nonlocal is_lost
-        is_lost = True
-        working.cancel()
-
-    call_when_lost = scope["extensions"][CALL_WHEN_LOST]
-    call_when_lost(cancel)
-    try:
-        await work
-    except asyncio.CancelledError:
-        if not is_lost:
-            raise
-    finally:
-        call_when_lost(None)
+def _wanted_log(scope: Scope) -> tuple[str, int | None, str]:
+    """Return the arguments of `log_part` from a request's URL. Raises RemoteError: they are wrong (400)."""
+    given = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    for name, _ in given:
+        if name not in LOG_PARAMETERS:
+            raise RemoteError(f"unknown parameter '{name}'; there are: {', '.join(LOG_PARAMETERS)}", status=400)
+    query = dict(given)
+    if len(query) < len(given):
+        raise RemoteError("expected each parameter once", status=400)
+    after = query.get("after")
+    if after is not None and not _POSITION.fullmatch(after):
+        raise RemoteError(f"expected a position in bytes in 'after', got '{after}'", status=400)
+    if "server" not in query:
+        raise RemoteError("expected a server: GET /logs?server=NAME", status=400)
+    return query["server"], None if after is None else int(after), query.get("file", "")
 
 
 def _allowed(scope: Scope, status: int) -> Headers:

@@ -5,7 +5,7 @@ httpx needs 1.1 ms a request and 71 µs a part for this. With httptools it is 0.
 
 import asyncio
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 import httptools
 
@@ -16,6 +16,9 @@ from .frames import KEEPALIVE
 
 CONNECT_SECONDS = 5.0
 """Maximum time to connect to a server, in seconds."""
+MAX_CONNECTING = 8
+"""Maximum number of connections that are opened at once to each server.
+After a death, hundreds of requests need one at once. All in one turn of the event loop, they would delay all others."""
 MAX_UNREAD = 256 << 10
 """Size of the parts of an answer above which no more is read until they are taken, in bytes."""
 IDLE_SECONDS = 60.0
@@ -35,7 +38,7 @@ class Gone(TransportError):
 
 
 class Answer:
-    """An answer whose head has come. Call `Upstream.finish` in any case."""
+    """An answer that has begun. Call `Upstream.finish` in any case."""
 
     def __init__(self, connection: "_Connection") -> None:
         self.connection = connection
@@ -47,9 +50,9 @@ class Answer:
         """Whether all parts of the body have been taken."""
         return self.connection.is_complete
 
-    async def part(self) -> bytes | None:
+    def part(self) -> Awaitable[bytes | None]:
         """Return the next part of the body; None at its end. Raises Gone: the connection was lost."""
-        return await self.connection.part()
+        return self.connection.part()
 
 
 class Upstream:
@@ -60,12 +63,13 @@ class Upstream:
         self._host = str(address).encode()
         self._idle: list[tuple[float, _Connection]] = []
         self._busy: set[_Connection] = set()
+        self._may_connect = asyncio.Semaphore(MAX_CONNECTING)
 
     async def request(self, method: str, target: bytes, headers: Headers, body: bytes) -> Answer:
-        """Send a request; return its answer once the head of the answer has come.
+        """Send a request; return its answer once the first part of its body has come, or its end.
 
         Raises OSError or TimeoutError: the server cannot be reached. It has not seen the request.
-        Raises Gone: the connection was lost before the head of the answer had come.
+        Raises Gone: the connection was lost before that.
         """
         head = b"".join([b"%s: %s\r\n" % header for header in headers])
         text = b"%s %s HTTP/1.1\r\nhost: %s\r\n%scontent-length: %d\r\n\r\n" % (
@@ -75,7 +79,7 @@ class Upstream:
         self._busy.add(connection)
         try:
             connection.send(text + body)
-            await connection.wait_head()
+            await connection.wait_begun()
             return Answer(connection)
         except BaseException:
             self._busy.discard(connection)
@@ -106,7 +110,7 @@ class Upstream:
         error = OSError("the server has no address")
         for host in self._address.hosts:
             try:
-                async with asyncio.timeout(CONNECT_SECONDS):
+                async with asyncio.timeout(CONNECT_SECONDS), self._may_connect:
                     _, connection = await loop.create_connection(_Connection, host, self._address.port)
                 return connection
             except OSError as refused:
@@ -142,9 +146,9 @@ class _Connection(asyncio.Protocol):
         self._prepare()
         self._transport.write(request)
 
-    async def wait_head(self) -> None:
-        """Wait for the head of the answer. Raises Gone."""
-        while not self._has_head:
+    async def wait_begun(self) -> None:
+        """Wait for the first part of the answer's body, or its end. Raises Gone."""
+        while not self._parts and not self._is_complete:
             await self._wait()
 
     async def part(self) -> bytes | None:
@@ -194,9 +198,9 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
         sock: socket.socket = transport.get_extra_info("socket")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for option in KEEPALIVE:
-            sock.setsockopt(*option)
+        with socket.fromfd(sock.fileno(), sock.family, sock.type) as duplicate:  # uvloop makes one for each option
+            for option in KEEPALIVE:
+                duplicate.setsockopt(*option)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_closed = True
@@ -215,7 +219,6 @@ class _Connection(asyncio.Protocol):
     def on_headers_complete(self) -> None:
         self._has_head = True
         self._may_continue = self.parser.should_keep_alive()  # once the answer has ended, it says no
-        self._wake()
 
     def on_body(self, body: bytes) -> None:
         self._parts.append(body)

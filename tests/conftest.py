@@ -23,7 +23,7 @@ nothing_left = testing.nothing_left
 slurm_cluster = cluster.slurm_cluster
 pytest_terminal_summary = cluster.pytest_terminal_summary
 ENGINE = (
-    "tests/gserve_core/engines/vllm/", "tests/test_faults_vllm.py", "tests/test_quickstart.py",
+    "tests/gserve_core/engines/vllm/", "tests/clients/", "tests/test_faults_vllm.py", "tests/test_quickstart.py",
     "tests/test_seed_readme.py", "tests/slurm/test_vllm_on_nodes.py",
 )  # fmt: skip
 """Tests that start real vLLM. Two cores bear one engine at a time: with several test processes, all are in one."""

@@ -22,8 +22,8 @@ from gserve_core.service.routing import Routing
 from gserve_core.service.service import VLLMService
 from gserve_core.service.state import ServerState
 from gserve_launchers.slurm import process as slurm
+from tests.pages import ROOT, blocks
 
-ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *DOCS.rglob("*.md")])
 CONFIGS = {"llm": LLMConfig, "serve": ServeConfig, "gateway": GatewayConfig}
@@ -32,10 +32,6 @@ MENTIONED = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 
 def page(name: str) -> str:
     return (DOCS / name).read_text()
-
-
-def blocks(text: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def anchors(text: str) -> set[str]:

@@ -13,8 +13,8 @@ import pytest
 from gserve import GatewayConfig, LLMConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import run_files
+from tests.pages import ROOT, blocks
 
-ROOT = Path(__file__).parent.parent
 QUICKSTART = "llm: {model_name: any}\nengine: {type: echo}\n"
 PYTHON = ("README.md", "docs/index.md", "docs/guides/batches.md", "docs/guides/openai.md", "docs/reference/python.md")
 SHELL = {  # page: words by which the blocks are chosen that need no GPU, SLURM, systemd or container
@@ -27,10 +27,6 @@ SHELL = {  # page: words by which the blocks are chosen that need no GPU, SLURM,
     "docs/reference/config.md": ("gserve check",),
     "docs/reference/http.md": ("GSERVE_TOKEN",),
 }
-
-
-def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / name).read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture
@@ -49,7 +45,11 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.parametrize(
     "block",
-    [pytest.param(block, id=f"{name}-{n}") for name in PYTHON for n, block in enumerate(blocks(name, "python"))],
+    [
+        pytest.param(block, id=f"{name}-{n}")
+        for name in PYTHON
+        for n, block in enumerate(blocks((ROOT / name).read_text(), "python"))
+    ],
 )
 def test_its_python_runs(block: str, folder: Path) -> None:
     block = re.sub(r"(VLLMService\(llm, ServeConfig\(.*?\))\)", r"\1, engine=EchoEngine())", block)
@@ -71,14 +71,16 @@ def test_its_python_runs(block: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", SHELL)
 def test_its_shell_session_runs(name: str, folder: Path) -> None:
-    chosen = [block for block in blocks(name, "bash") if any(words in block for words in SHELL[name])]
+    chosen = [
+        block for block in blocks((ROOT / name).read_text(), "bash") if any(words in block for words in SHELL[name])
+    ]
     assert len(chosen) >= len(SHELL[name]) - 1, "the page has these examples"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     script = "\n".join(chosen).replace("8000", str(port))
     script = re.sub(
         r"^(gserve launch.*?)(#.*)?$",
-        r"\1 & until gserve ps | grep -q ' server-0 '; do sleep 0.2; done",
+        r"\1 & until gserve ps | grep -q ' server-0 *ready '; do sleep 0.2; done",
         script,
         flags=re.MULTILINE,
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,23 +19,46 @@ import psutil
 import pytest
 import uvloop
 
+from gserve_core.host import processes
 from gserve_core.interfaces import Address
 from gserve_core.service import records
-from gserve_core.service.records import ServiceRecord
+from gserve_core.service.records import ServerRecord, ServiceRecord
 from gserve_transports.http_upstream import Answer, Gone, Headers, Upstream
 
 WORDS = 25
 NAME = "storm"
+ASK_HEALTH = """
+import json, sys, time
+from http.client import HTTPConnection
+
+host, port, seconds = sys.argv[1:]
+asking, times, end = HTTPConnection(host, int(port), timeout=60), [], time.monotonic() + float(seconds)
+while time.monotonic() < end:
+    began = time.perf_counter()
+    asking.request("GET", "/health")
+    asking.getresponse().read()
+    times.append(time.perf_counter() - began)
+    time.sleep(0.05)
+print(json.dumps(times))
+"""
+"""Program that asks for health every 50 ms and prints the time of each answer, in seconds.
+
+It has a process of its own: the one with the streams would notice an answer only when it has read all of them.
+"""
 
 
 @dataclass(frozen=True)
 class Storm:
-    """The size of a run: `streams` at once to `servers`, for `seconds`; a server is killed every `pause` seconds."""
+    """The size of a run: `streams` at once to `servers`, for `seconds`; a server is killed every `pause` seconds.
+
+    `max_health`: maximum time of `/health` in 99 of 100 cases, in seconds.
+    """
 
     streams: int
     servers: int
     seconds: float
     pause: float = 3.0
+    max_health: float = math.inf
 
 
 @dataclass
@@ -50,7 +74,7 @@ class Seen:
 STORMS = [
     Storm(streams=100, servers=2, seconds=10),
     pytest.param(
-        Storm(streams=1000, servers=4, seconds=60),
+        Storm(streams=1000, servers=4, seconds=60, max_health=0.1),
         marks=pytest.mark.skipif("GSERVE_LONG" not in os.environ, reason="takes two minutes: LONG=1 runs it"),
     ),
 ]
@@ -64,8 +88,9 @@ def test_every_stream_ends_while_servers_are_killed(tmp_path: Path, storm: Storm
     assert seen.ends["whole"] >= storm.streams
     assert seen.kills >= 2
     assert seen.ends["cut after an error event"], "no stream was under way when a server was killed"
-    health = sorted(seen.health)
-    sys.stdout.write(f"{dict(seen.ends)}, {seen.kills} kills, p99 of /health {health[len(health) * 99 // 100]:.3f} s\n")
+    p99 = sorted(seen.health)[len(seen.health) * 99 // 100]
+    sys.stdout.write(f"{dict(seen.ends)}, {seen.kills} kills, p99 of /health {p99:.3f} s\n")
+    assert p99 < storm.max_health
 
 
 @contextmanager
@@ -76,7 +101,12 @@ def launched(folder: Path, servers: int) -> Iterator[ServiceRecord]:
     engine = {"type": "echo", "latency": 0.2, "capacity": 4096}
     config.write_text(json.dumps({"llm": {"model_name": "m"}, "serve": serve, "engine": engine}))
     command = [sys.executable, "-m", "gserve.cli", "launch", str(config), "--name", NAME]
-    with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+    # In a session of its own, as a daemon is: the kernel shares the processor between sessions, and would else give
+    # the gateway and the 1,000 clients together as much as one server.
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True) as process,
+    ):
         try:
             subprocess.run([sys.executable, "-m", "gserve.cli", "wait", NAME], check=True, timeout=60)
             yield records.find_service(NAME)
@@ -117,18 +147,17 @@ async def blow(storm: Storm, record: ServiceRecord) -> Seen:
             await asyncio.sleep(storm.pause)
             found = await asyncio.to_thread(records.find_service, NAME)
             if found.servers:
-                pid = await asyncio.to_thread(listener, found.servers[turn % len(found.servers)].address.port)
+                pid = await asyncio.to_thread(listener, found.servers[turn % len(found.servers)])
                 if pid is not None:
                     os.kill(pid, signal.SIGKILL)
                     seen.kills += 1
             turn += 1
 
     async def ask_health() -> None:
-        while time.monotonic() < end:
-            began = time.perf_counter()
-            upstream.finish(await whole(upstream, "GET", b"/health", [], b"", bytearray()))
-            seen.health.append(time.perf_counter() - began)
-            await asyncio.sleep(0.05)
+        command = [sys.executable, "-c", ASK_HEALTH, str(url.hostname), str(url.port), str(storm.seconds)]
+        asking = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, start_new_session=True)
+        printed, _ = await asking.communicate()
+        seen.health = json.loads(printed)
 
     try:
         await asyncio.gather(*map(client, range(storm.streams)), kill(), ask_health())
@@ -174,9 +203,11 @@ async def whole(
     return answer
 
 
-def listener(port: int) -> int | None:
-    """Return the process that listens at a port of this machine."""
-    for found in psutil.net_connections("tcp"):
-        if found.status == psutil.CONN_LISTEN and found.laddr and found.laddr.port == port:
-            return found.pid
+def listener(server: ServerRecord) -> int | None:
+    """Return the process that listens for a server; None: it has ended."""
+    for pid in processes.processes_of(server.instance):
+        with suppress(psutil.Error):
+            for found in psutil.Process(pid).net_connections("tcp"):
+                if found.status == psutil.CONN_LISTEN and found.laddr.port == server.address.port:
+                    return pid
     return None

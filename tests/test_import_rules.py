@@ -20,9 +20,9 @@ PACKAGES = {  # package: the packages that it may import
     "gserve": {"gserve_core", "gserve_launchers", "gserve_transports"},
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
-    {"errors", "host.sweep"},
-    {"messages", "commands", "document", "host.redaction", "host.environment"},
-    {"config", "overview"},
+    {"errors", "host.sweep", "overview", "commands"},
+    {"messages", "document", "host.redaction", "host.environment"},
+    {"config"},
     {"interfaces"},
     {"host.descriptors", "host.child_process", "host.memory", "host.poll", "host.ports", "host.forks", "host.locks"},
     {"host.processes"},

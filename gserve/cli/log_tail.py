@@ -23,7 +23,7 @@ class LogTail:
     """
 
     def __init__(self, server: str, path: Path, lines: int) -> None:
-        self.server = server
+        self._server = server
         self.folder = path.parent
         number = path.name.removeprefix(server).removesuffix("log").strip(".")
         self._number = int(number or 1)
@@ -35,7 +35,7 @@ class LogTail:
         """Yield the lines that have been written since the last call."""
         while True:
             yield from self._read_file(is_complete=False)
-            following = log_file(self.folder, self.server, self._number + 1)
+            following = log_file(self.folder, self._server, self._number + 1)
             if not following.exists():
                 return
             yield from self._read_file(is_complete=True)
@@ -83,11 +83,10 @@ def _open(path: Path) -> BinaryIO:
 
 def _start_of_last(stream: BinaryIO, lines: int) -> int:
     """Return the position of the last `lines` lines of a file."""
-    position = end = stream.seek(0, os.SEEK_END)
-    data = b""
-    while position and len(data.splitlines()) <= lines:
-        position = max(0, position - BLOCK)
-        stream.seek(position)
-        data = stream.read(end - position)
-    found = data.splitlines(keepends=True)
-    return end - sum(map(len, found[len(found) - min(lines, len(found)) :]))
+    end, size = stream.seek(0, os.SEEK_END), BLOCK
+    while True:
+        start = stream.seek(max(0, end - size))
+        found = stream.read(end - start).splitlines(keepends=True)
+        if start == 0 or len(found) > lines:
+            return end - sum(map(len, found[max(0, len(found) - lines) :]))
+        size *= 4

@@ -19,6 +19,7 @@ from .display import Page, print_page, print_stderr, print_table, printable, sho
 from .signals import Signalled
 
 if TYPE_CHECKING:
+    from gserve.cli.log_tail import LogTail
     from gserve_core.overview import ServerOverview, ServiceOverview
     from gserve_core.service.records import ServiceRecord
 
@@ -67,7 +68,9 @@ def ps(
     header = (
         "name", "pid", "server", "state", "time", "running", "waiting", "tokens/s", "address", "model", "log"
     )  # fmt: skip
-    print_table(header, [row for view in views for row in _rows(view)], keys=3, numbers=range(4, 8))
+    rows = [row for view in views for row in _rows(view)]
+    wrapped = {header.index("state"), header.index("model")}
+    print_table(header, rows, numbers=range(4, 8), wrapped=wrapped, is_last_apart=True)
 
 
 def _rows(view: "View") -> Iterator[tuple[str, ...]]:
@@ -210,68 +213,83 @@ def logs(
     lines: Annotated[int, typer.Option("--lines", "-n", metavar="N", min=0, help="Number of last lines.")] = 50,
 ) -> None:
     """Show the last lines of the servers' logs. Restarts are followed too."""
-    from gserve.cli.log_tail import LogTail
     from gserve_core.service import records
 
     record = records.find_service(name)
     found = _log_paths(record)
     if server is not None and server not in found:
         raise ConfigError(f"the service '{name}' has no server '{server}'{did_you_mean(server, list(found))}")
-    tails: dict[str, LogTail] = {}
-
-    def update(found: Mapping[str, Path | None], lines: int) -> None:
-        """Take over the logs of new servers, and new folders."""
-        for one, path in found.items():
-            if path is None or server not in (None, one):
-                continue
-            if one not in tails or tails[one].folder != path.parent:
-                if one in tails:
-                    _print_log(one, tails[one].finish(), is_alone=server is not None)
-                tails[one] = LogTail(one, path, lines)
-
-    update(found, lines)
-    for one in found if server is None else [server]:
-        if one not in tails:
-            print_stderr(f"{one} has no log yet")
+    tails = _Tails(server)
+    for missing in tails.update(found, lines):
+        print_stderr(f"{missing} has no log yet")
     if not follow:
-        for tail in tails.values():
-            _print_log(tail.server, tail.finish(), is_alone=server is not None)
+        tails.finish()
         return
-    watch, checked = _Watch(record), time.monotonic()
     try:
-        while True:
-            for tail in tails.values():
-                _print_log(tail.server, tail.read(), is_alone=server is not None)
-            if time.monotonic() - checked > CHECK_SECONDS:
-                now, checked = watch.read(), time.monotonic()
-                if now is None:
-                    break
-                update(_log_paths(now), sys.maxsize)
-            time.sleep(FOLLOW_SECONDS)
+        _follow(tails, record)
     except Signalled as signalled:
         if signalled.number != signal.SIGINT:  # Ctrl-C is the normal way to end it
             raise
-        return
-    for tail in tails.values():
-        _print_log(tail.server, tail.finish(), is_alone=server is not None)
-    print_stderr(f"the service '{name}' has ended")
+    else:
+        print_stderr(f"the service '{name}' has ended")
+
+
+def _follow(tails: "_Tails", record: "ServiceRecord") -> None:
+    """Print new lines of logs until the service has ended."""
+    watch, checked = _Watch(record), time.monotonic()
+    now: ServiceRecord | None = record
+    while now is not None:
+        tails.read()
+        time.sleep(FOLLOW_SECONDS)
+        if time.monotonic() - checked > CHECK_SECONDS:
+            now, checked = watch.read(), time.monotonic()
+            if now is not None:
+                tails.update(_log_paths(now), sys.maxsize)
+    tails.finish()
 
 
 def _log_paths(record: "ServiceRecord") -> dict[str, Path | None]:
-    """Return the log of each server of a service, by the server's name; None: it has none yet."""
-    view = look_at(record)
-    found: dict[str, Path | None] = {}
-    if not view.is_live:
-        found |= _logs_on_disk(record)
-    return found | {it.name: None if it.log is None else Path(it.log) for it in view.overview.servers}
+    """Return the newest log of each server of a service, by the server's name; None: it has none yet."""
+    view, on_disk = look_at(record), _logs_on_disk(record)
+    found = {it.name: on_disk.get(it.name) if it.log is None else Path(it.log) for it in view.overview.servers}
+    return found if view.is_live else {**on_disk, **found}
 
 
-def _print_log(server: str, lines: Iterator[str], *, is_alone: bool) -> None:
-    """Print lines of a log, with the name of their server unless it is the only one."""
-    prefix = "" if is_alone else f"[{server}] "
-    for line in lines:
-        print(f"{prefix}{printable(line) if sys.stdout.isatty() else line}")
-    sys.stdout.flush()
+class _Tails:
+    """The logs of all servers of a service, or of `server`, which are printed line by line."""
+
+    def __init__(self, server: str | None) -> None:
+        self._server = server
+        self._tails: dict[str, LogTail] = {}
+
+    def update(self, found: Mapping[str, Path | None], lines: int) -> list[str]:
+        """Take over the logs of servers, new ones from their last `lines` on. Return the servers without a log."""
+        from gserve.cli.log_tail import LogTail
+
+        wanted = {name: path for name, path in found.items() if self._server in (None, name)}
+        for name, path in wanted.items():
+            known = self._tails.get(name)
+            if path is not None and (known is None or known.folder != path.parent):
+                if known is not None:
+                    self._print(name, known.finish())
+                self._tails[name] = LogTail(name, path, lines)
+        return [name for name in wanted if name not in self._tails]
+
+    def read(self) -> None:
+        """Print the lines that have been added."""
+        for name, tail in self._tails.items():
+            self._print(name, tail.read())
+
+    def finish(self) -> None:
+        """Print all lines that are left."""
+        for name, tail in self._tails.items():
+            self._print(name, tail.finish())
+
+    def _print(self, name: str, lines: Iterator[str]) -> None:
+        prefix = f"[{name}] " if self._server is None else ""
+        for line in lines:
+            print(f"{prefix}{printable(line) if sys.stdout.isatty() else line}")
+        sys.stdout.flush()
 
 
 # ----------------------------------------------------------------------------------------------------------------- top
@@ -307,8 +325,7 @@ def _pages(record: "ServiceRecord") -> Iterator[Page]:
 def _page(view: View) -> Page:
     """Return a view as a page of `top`."""
     header = (
-        "server", "state", "time", "requests", "running", "waiting", "tokens/s in", "out", "items", "failed",
-        "restarts",
+        "server", "state", "time", "reqs", "run", "wait", "in/s", "out/s", "items", "failed", "restarts",
     )  # fmt: skip
     servers = view.overview.servers
     figures = [

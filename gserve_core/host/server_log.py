@@ -26,7 +26,28 @@ LONGEST_LINE = 64 << 10
 """Maximum length of a line, in bytes. The rest is cut."""
 TAIL_LINES = 50
 """Number of lines from the end of a log that an error shows. They are kept in memory too."""
+PART = 64 << 10
+"""Maximum size of a part of a log that `read_part` returns, in bytes."""
 _CHUNK = 1 << 20
+
+
+def read_part(path: Path, after: int | None) -> tuple[str, int]:
+    """Return some lines of a log, and the position after them, in bytes. A line is returned once it is complete.
+
+    `after`: the position after which to read; None: return the last lines. The last lines are also returned if the log
+    ends before that position, since it has lost its middle. Raises OSError: it cannot be read.
+    """
+    with path.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        is_tail = after is None or after > size
+        start = max(0, size - PART) if is_tail else after or 0
+        stream.seek(start)
+        data = stream.read(PART)
+    begin = data.find(b"\n") + 1 if is_tail and start else 0
+    end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+    if not end and len(data) == PART:  # a part of a very long line
+        end = PART
+    return data[begin:end].decode(errors="replace"), start + end
 
 
 class ServerLog:

@@ -55,6 +55,8 @@ class Piece:
         self.size = self.unfinished = size
         self.has_events = asyncio.Event()
         self._taken = asyncio.Event()
+        self.is_batch = False
+        """Whether its items give way to interactive requests."""
         self.begun = 0
         """Number of items passed to the engine, cancelled ones included. Items are begun in order."""
         self.cancelled: set[int] = set()

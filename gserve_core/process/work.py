@@ -79,6 +79,7 @@ class Work:
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Run a request; yield its events in batches as they happen. Raises RemoteError: the request is refused."""
         with self._admit_items(request) as piece:
+            piece.is_batch = True
             if request.alone:  # its items may crash this server: report that first
                 yield [Heartbeat(piece.unfinished)]
                 await self._on_alone()
@@ -175,6 +176,8 @@ class Work:
         try:
             if isinstance(prepared, ItemError):
                 raise prepared
+            if piece.is_batch:
+                prepared = piece.engine.in_background(prepared)
             event = result_of(index, await piece.engine.run(prepared))
             self.finish(1)
         except ItemError as error:

@@ -116,30 +116,20 @@ class Deployment:
 
     def __init__(self, plan: Plan, name: str | None, source: Source | None = None) -> None:
         self.plan = plan
-        self._name = name
+        self._name = name or ""
         self._source = source
         self._changes = threading.Lock()
         """Held during a change."""
         self._groups = plan.placement
         """The GPUs of all servers of the file. After `scale`, the plan may have fewer."""
-        serve, gateway = plan.config.serve, plan.config.gateway
+        serve = plan.config.serve
         self.pool = Pool(
             plan.programs(),
             logs=lambda: folders.log_folder(name or uuid.uuid4().hex[:8]),
             max_restarts=serve.max_restarts,
             min_ready=serve.min_ready,
             queue=lambda: Queue(self._connect, lambda: self.plan.config.serve),
-            gateway=None
-            if gateway is None
-            else partial(
-                Gateway,
-                plan.parts.transport,
-                gateway,
-                partial(api_key, name),
-                self.handle,
-                name or "",
-                plan.config.llm.item_seed,
-            ),
+            gateway=None if plan.config.gateway is None else self._make_gateway,
             record=None if name is None else Record(name, partial(self._record, name)),
             nursery=self,
         )
@@ -147,6 +137,14 @@ class Deployment:
     def close(self) -> None:
         """End the nursery. Called by the pool once all servers have ended."""
         self.plan.nursery.close()
+
+    def _make_gateway(self) -> Gateway:
+        config = self.plan.config
+        assert config.gateway is not None
+        key = partial(api_key, self._name)
+        return Gateway(
+            self.plan.parts.transport, config.gateway, key, self.handle, self._name, config.llm.item_seed
+        )  # fmt: skip
 
     def _connect(self, state: ServerState) -> Connection:
         return connect(self.plan.parts, record_of(state), self.plan.config.serve.client_timeout)
@@ -374,14 +372,17 @@ def connect(parts: Parts, server: ServerRecord, timeout: float | None) -> Connec
     return parts.transport.connect(server.address, access)
 
 
-def api_key(name: str | None, config: GatewayConfig) -> str:
-    """Return the key of a gateway. Raises GserveError: it is not allowed, or cannot be kept."""
+def api_key(name: str, config: GatewayConfig) -> str:
+    """Return the key of a gateway. `name`: its service's; "": it has none.
+
+    Raises GserveError: the key is not allowed, or cannot be kept.
+    """
     given = config.api_key or os.environ.get(KEY_VARIABLE)
     if given:
         if wrong := wrong_key(given):
             raise ConfigError(f"the API key in ${KEY_VARIABLE} is not allowed: {wrong}", at="$.gateway.api_key")
         return given
-    if name is None:
+    if not name:
         return new_key()
     kept = kept_key(name, new_key)
     if wrong := wrong_key(kept):

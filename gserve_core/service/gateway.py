@@ -20,7 +20,7 @@ from ..errors import ConfigError, GserveError, LaunchError, PluginError, RemoteE
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
 from ..messages import Event, Health, RunRequest
-from ..overview import ServiceOverview
+from ..overview import LogPart, ServiceOverview
 from .metrics import Measurement, Metrics
 from .records import GatewayRecord
 from .remote_calls import RemoteCalls
@@ -217,6 +217,10 @@ class Gateway:
         assert self._dispatcher is not None
         waiting, requests = self._routing.waiting + self._dispatcher.waiting, self._routing.requests
         return self._watch.overview(self._routing.status, waiting=waiting, requests=requests)
+
+    async def log_part(self, server: str, after: int | None, file: str) -> LogPart:
+        """Return a part of a server's log."""
+        return await self._watch.log_part(server, after, file)
 
     def attempts(self) -> Attempts:
         """Return the attempts of a new request."""

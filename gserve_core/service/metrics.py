@@ -56,44 +56,43 @@ class _Server:
 class Measurement:
     """Measures one request. A context manager for the time of the request; it counts the request at its end."""
 
-    __slots__ = ("_answered", "_began", "_first", "_metrics", "_route", "_server", "_status")
+    __slots__ = ("_began", "_ended", "_first", "_metrics", "_route", "_sent", "_server", "_status")
 
     def __init__(self, metrics: "Metrics", route: str) -> None:
         self._metrics = metrics
         self._route = route
-        self._status, self._server = LEFT, ""
+        self._status, self._server, self._sent = LEFT, "", 0
         self._first: float | None = None
-        self._answered: float | None = None
+        self._ended: float | None = None
         self._began = metrics.clock()
 
     def begin_answer(self, status: int, server: str = "", *, is_stream: bool = False) -> None:
         """Note that the first byte of the answer is sent. `server`: name of the server that gives it."""
-        self._status, self._server = str(status), server
+        self._sent, self._server = status, server
         if is_stream:
             self._first = self._metrics.clock()
 
     def end_answer(self) -> None:
         """Note that the whole answer is sent."""
-        self._answered = self._metrics.clock()
+        self._status = str(self._sent)
+        self._ended = self._metrics.clock()
 
     def cut(self) -> None:
         """Note that the answer has begun, and cannot be completed."""
-        self._status, self._answered = CUT, self._began
+        self._status = CUT
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         metrics, route, server = self._metrics, self._route, self._server
-        status = LEFT if self._answered is None else self._status
-        key = route, status, server
+        key = route, self._status, server
         metrics.requests[key] = metrics.requests.get(key, 0) + 1
-        if server and status[0] == "2":
+        if server and self._ended is not None and self._sent < 300:
             where = route, server
             if self._first is not None:
                 _histogram(metrics.first_events, where).add(self._first - self._began)
-            assert self._answered is not None
-            _histogram(metrics.durations, where).add(self._answered - self._began)
+            _histogram(metrics.durations, where).add(self._ended - self._began)
 
 
 def _histogram(histograms: dict[tuple[str, str], _Histogram], where: tuple[str, str]) -> _Histogram:
@@ -310,9 +309,12 @@ def _merged(pools: Mapping[str, str], engines: Mapping[str, bytes]) -> list[Any]
             logger.warning("cannot read the engine's own series of %s: %s", server, error)
             continue
         for family in families:
-            known = merged.setdefault(family.name, family)
-            if family.name.startswith(PREFIX) or family.type != known.type:
+            if family.name.startswith(PREFIX):
                 continue
             samples = [sample._replace(labels={**sample.labels, **own}) for sample in family.samples]
-            known.samples = samples if known is family else known.samples + samples
-    return [family for name, family in merged.items() if not name.startswith(PREFIX)]
+            known = merged.setdefault(family.name, family)
+            if known is family:
+                family.samples = samples
+            elif known.type == family.type:
+                known.samples += samples
+    return list(merged.values())

@@ -24,6 +24,7 @@ from ..command_launcher import LocalProcess
 from ..errors import StartupTimeout
 from ..host import processes
 from ..host.child_process import KILL_SECONDS, UNKNOWN
+from ..host.folders import NURSERY_LOG
 from ..host.forks import call_in_child
 from ..host.poll import readable
 from ..host.process_groups import reap_group
@@ -149,7 +150,7 @@ def _close_on_error(stack: contextlib.ExitStack, descriptors: tuple[int, int]) -
 
 def log_of(job: Job) -> Path:
     """Return the path of the log of a job's nursery."""
-    return job.log.with_name("nursery.log")
+    return job.log.with_name(NURSERY_LOG)
 
 
 def _kill_processes_of(nursery: str) -> None:

@@ -30,7 +30,6 @@ CLOSE_SECONDS = 30.0
 """Maximum time for `close`, in seconds."""
 UNKNOWN_CAPACITY = 1024
 """Assumed number of items that the servers work on at once, while it is unknown."""
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 logger = logging.getLogger("gserve.remote")
 
@@ -64,16 +63,10 @@ class Url:
     def find_key(self) -> str | None:
         """Return the API key if this is the gateway of a service of this user on this machine, else None."""
         for record in records.services():
-            if record.gateway is not None and self._leads_to(record.gateway.base_url):
+            # another name of this machine may lead to a program of another user, which must not see the key
+            if record.gateway is not None and record.gateway.base_url == self.base_url:
                 return record.gateway.api_key
         return None
-
-    def _leads_to(self, base_url: str) -> bool:
-        if self.base_url == base_url:
-            return True
-        other = urlsplit(base_url)  # the gateway may listen on all addresses of this machine
-        is_same = (other.scheme == "https", other.port) == (self.is_tls, self.address.port)
-        return is_same and self.address.hosts[0] in LOOPBACK
 
 
 def _is_root(url: SplitResult) -> bool:
@@ -184,9 +177,7 @@ class _Following:
         self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="gserve-follow", daemon=True)
         self.dispatcher = Dispatcher()
-        self.dispatcher.add(
-            url, connect, self._capacity, timeout, is_watched=True, return_timeout=RETURN_SECONDS
-        )  # fmt: skip
+        self.dispatcher.add(url, connect, self._capacity, timeout, is_watched=True, return_timeout=RETURN_SECONDS)
 
     def start(self, seconds: float) -> None:
         """Wait until a server is ready, for `seconds` at most; then begin to follow. For the errors see `Remote`."""

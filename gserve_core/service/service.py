@@ -4,6 +4,7 @@ import os
 import sys
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -79,9 +80,10 @@ class VLLMService(Inference):
         `overrides`: texts of the form `"key.key=value"`. For the other arguments see the class.
         `gateway`: the gateway if the file describes none. It is left out if the transport has none.
         """
-        source = Source(Path(path).absolute(), tuple(overrides), launcher, transport, engine, gateway)
+        source = Source(Path(path), tuple(overrides), launcher, transport, engine, gateway)
+        plan = source.read()
         self = cls.__new__(cls)
-        self._set_up(Deployment(source.read(), name, source))
+        self._set_up(Deployment(plan, name, replace(source, path=source.path.absolute())))
         return self
 
     @classmethod

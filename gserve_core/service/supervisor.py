@@ -323,6 +323,8 @@ class Supervisor:
         if now >= self._keep_at:
             self._keep_at = now + KEEP_SECONDS
             self._hooks.keep()
+            for server in self._servers.values():
+                self._count_restarts(server)
         for server in list(self._servers.values()):
             if server.due is not None and server.due <= now:
                 server.due = None
@@ -437,9 +439,7 @@ class Supervisor:
             logger.error("%s", failure)
         else:
             server.failed_starts += 1
-        now = time.monotonic()
-        while server.restarts and now - server.restarts[0][0] > WINDOW:
-            server.restarts.popleft()
+        self._count_restarts(server)
         counted = sum(counts for _, counts in server.restarts)
         if not server.was_ready and server.fallback is not None and not self._is_draining:
             self._publish(replace(self._state(server).queued(GOING_BACK), failure=failure))
@@ -458,12 +458,21 @@ class Supervisor:
             reason = f"it was restarted {counted} times in ten minutes (max_restarts)"
             self._mark_failed(server, failure, reason if self._max_restarts else None, keeps_place=self._keeps_places)
         else:
+            now = time.monotonic()
             server.restarts.append((now, not server.was_expected))
             wait = _delay(server)
             why = "" if server.is_ready else f": {_first_line(failure)}"
             logger.warning("%s restarts%s%s", name, f" in {wait:g} s" if wait else "", why)
             self._publish(replace(self._state(server).queued(WAITING_TO_RESTART), restarts=len(server.restarts)))
             server.due = now + wait
+
+    def _count_restarts(self, server: _Server) -> None:
+        """Forget the restarts that do not count any more, and publish the number of the others."""
+        while server.restarts and time.monotonic() - server.restarts[0][0] > WINDOW:
+            server.restarts.popleft()
+        state = self._state(server)
+        if state.restarts > len(server.restarts):
+            self._publish(replace(state, restarts=len(server.restarts)))
 
     def _mark_failed(
         self, server: _Server, failure: GserveError | None, why: str | None, *, keeps_place: bool = False

@@ -1,21 +1,26 @@
 """What a gateway shows of its service: an overview of the servers, and parts of their logs."""
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from ..overview import Counters, Ending, ServerOverview, ServiceOverview
+from ..errors import RemoteError
+from ..host.server_log import read_part
+from ..overview import Ending, LogPart, ServerOverview, ServiceOverview
 from .state import ServerState, sort_key
 
 MAX_ENDINGS = 50
 """Number of unexpected ends of servers that an overview shows at most."""
+READ_SECONDS = 10.0
+"""Maximum time to read a part of a log, in seconds."""
 
 
 class Watch:
     """The latest states of the servers of a service, and its latest failures. It begins when the service starts.
 
-    All methods run in one event loop, and never wait.
+    All methods run in one event loop.
     """
 
     def __init__(self, name: str, seed: int) -> None:
@@ -50,6 +55,23 @@ class Watch:
             ],
         )  # fmt: skip
 
+    async def log_part(self, server: str, after: int | None, file: str) -> LogPart:
+        """Return a part of a server's log: see `GatewayApi.log_part`. Secrets were redacted when it was written."""
+        state = self._states.get(server)
+        if state is None:
+            known = ", ".join(sorted(self._states, key=sort_key)) or "none"
+            raise RemoteError(f"there is no server '{server}' here; the servers: {known}", status=404)
+        if (log := state.log) is None:
+            raise RemoteError(f"{server} has no log yet: it is {state.state}", status=404)
+        name = f"{log.parent.name}/{log.name}"  # a service that is started again has another folder
+        try:
+            async with asyncio.timeout(READ_SECONDS):
+                text, end = await asyncio.to_thread(read_part, log, after if file in ("", name) else None)
+        except OSError as error:  # a timeout too
+            why = error.strerror or f"it took more than {READ_SECONDS:g} s"
+            raise RemoteError(f"the log of {server} cannot be read: {why}", status=503) from error
+        return LogPart(name, text, end)
+
 
 def _overview(state: ServerState, now: float, requests: int) -> ServerOverview:
     info = state.info if state.works else None
@@ -65,9 +87,9 @@ def _overview(state: ServerState, now: float, requests: int) -> ServerOverview:
         model=None if info is None else info.model,
         capacity=None if info is None else info.capacity,
         requests=requests,
-        counters=Counters(),
-        prompt_rate=0.0,
-        completion_rate=0.0,
+        counters=state.counters,
+        prompt_rate=state.prompt_rate,
+        completion_rate=state.completion_rate,
         restarts=state.restarts,
         error=state.error,
         log=None if state.log is None else str(state.log),

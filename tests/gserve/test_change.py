@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from .test_cli import Place, eventually
+from tests.gserve.place import Place, eventually
 
 
 @pytest.fixture

@@ -1,115 +1,24 @@
 """The command line, run as its users run it: as a process of its own."""
 
-import fcntl
 import json
 import os
-import pty
 import re
 import shlex
 import signal
 import subprocess
 import sys
-import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+
+from tests.gserve.place import Place, Terminal, eventually
 
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 SLOW = {"max_tokens": 3000, "ignore_eos": True}
 """Parameters of an item that the shared service works on for 30 seconds."""
-
-
-class Place:
-    """A folder to run `gserve` in, and a user's environment that nobody else has."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.runtime = folder / "runtime"
-        self.runtime.mkdir(mode=0o700)
-        self.started: list[subprocess.Popen[str]] = []
-        self.environ = os.environ | {
-            "XDG_RUNTIME_DIR": str(self.runtime),
-            "XDG_STATE_HOME": str(folder / "state"),
-            "TERM": "xterm",
-            "PYTHONPYCACHEPREFIX": str(folder.parent / "bytecode"),  # a third of the time of these tests
-            "PYTHONDONTWRITEBYTECODE": "",
-        }
-
-    def config(self, name: str = "demo", servers: int = 1, **engine: Any) -> str:
-        text = {"llm": {"model_name": "demo-model"}, "serve": {"servers": servers}, "engine": {"type": "echo"} | engine}
-        (self.folder / f"{name}.yaml").write_text(json.dumps(text))
-        return f"{name}.yaml"
-
-    def write(self, name: str, *lines: Any) -> Path:
-        path = self.folder / name
-        dump = json.dumps if path.suffix == ".jsonl" else str
-        path.write_text("".join(f"{dump(line)}\n" for line in lines))
-        return path
-
-    def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "gserve.cli", *arguments]
-        with (self.folder / "stderr").open("w") as stderr:
-            usual: dict[str, Any] = {
-                "cwd": self.folder, "env": self.environ, "text": True,
-                "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": stderr,
-            }  # fmt: skip
-            process: subprocess.Popen[str] = subprocess.Popen(command, **(usual | options))
-        self.started.append(process)
-        return process
-
-    def run(
-        self, *arguments: str, stdin: str = "", code: int = 0, **environ: str
-    ) -> "subprocess.CompletedProcess[str]":
-        done = subprocess.run(
-            [sys.executable, "-m", "gserve.cli", *arguments],
-            cwd=self.folder, env=self.environ | environ, input=stdin, text=True, capture_output=True, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        assert "Traceback" not in done.stderr
-        assert "Exception ignored" not in done.stderr
-        return done
-
-    @property
-    def stderr(self) -> str:
-        return (self.folder / "stderr").read_text()
-
-    def processes(self) -> list[psutil.Process]:
-        """Return the living processes that have this place's environment, the parent before its child."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                ours = process.environ().get("XDG_STATE_HOME") == self.environ["XDG_STATE_HOME"]
-                if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.Error:
-                continue
-        return sorted(found, key=lambda process: process.create_time())
-
-    def servers(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if "--lease" in process.cmdline()]
-
-    def assert_nothing_is_left(self) -> None:
-        for process in self.started:
-            process.kill()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-        eventually(lambda: not self.processes())
-        state = self.runtime / "gserve"
-        assert not state.exists() or list(state.iterdir()) == []
-
-
-def eventually(condition: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Wait until `condition` holds, and return what it gave."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.02)
-    return found
 
 
 def records(text: str) -> dict[Any, Any]:
@@ -159,7 +68,21 @@ def test_the_version_is_printed(place: Place) -> None:
 
 def test_help_names_every_command_and_loads_neither_rich_nor_the_core_behind_them(place: Place) -> None:
     shown = place.run("--help").stdout
-    for command in ("launch", "generate", "chat", "run", "sbatch", "check", "doctor", "plugins", "ps", "stop", "reap"):
+    for command in (
+        "launch",
+        "generate",
+        "chat",
+        "run",
+        "sbatch",
+        "check",
+        "doctor",
+        "plugins",
+        "ps",
+        "logs",
+        "top",
+        "stop",
+        "reap",
+    ):
         assert f"\n  {command} " in shown
     loaded = subprocess.run(
         [sys.executable, "-c", "import sys, gserve.cli; print(*sys.modules)"],
@@ -268,8 +191,8 @@ def test_a_launched_service_is_listed_and_ends_by_stop(place: Place) -> None:
     assert [[row[0], *row[2:]] for row in table[1:]] == [[f"server-{i}", "-", "other", "ready"] for i in (0, 1)]
     for ready in ("server-0: ready", "server-1: ready"):  # what comes before it may be too short to be seen
         assert ready in place.stderr
-    listed = [row.split() for row in place.run("ps").stdout.splitlines()[1:]]
-    assert listed == [["two", str(process.pid), row[0], row[1], "other"] for row in table[1:]]
+    listed = [row.split()[:4] for row in place.run("ps").stdout.splitlines()[1:]]
+    assert listed == [["two", str(process.pid), row[0], "ready"] for row in table[1:]]
     taken = place.run("launch", place.config("again"), "--name", "two", code=2)
     assert f"a service named 'two' is already running (process {process.pid})" in taken.stderr
     assert "did you mean 'two'?" in place.run("stop", "tow", code=2).stderr
@@ -283,6 +206,7 @@ def test_a_launched_service_has_an_address_that_a_shell_can_use(place: Place) ->
     process = place.start("launch", place.config(load_time=0.5))
     assert waiting.wait(60) == 0
     (line,) = eventually(lambda: re.findall(r"^OpenAI's API: (http://127.0.0.1:\d+/v1)$", place.stderr, re.MULTILINE))
+    assert f"status page: {line.removesuffix('v1')}\n" in place.stderr
     assert 'its key: eval "$(gserve env demo)"\n' in place.stderr
     assert place.run("wait", "demo").stderr == "", "it is ready"
     exports = place.run("env", "demo").stdout
@@ -448,7 +372,8 @@ set -e
 gserve() { "$PYTHON" -m gserve.cli "$@"; }
 "$PYTHON" -m gserve.cli launch killed.yaml >/dev/null & killed=$!
 "$PYTHON" -m gserve.cli launch alive.yaml >/dev/null & alive=$!
-until [ "$(gserve ps 2>/dev/null | grep -c server-0)" = 2 ]; do sleep 0.2; done
+gserve wait killed
+gserve wait alive
 nursery=$(cat /proc/$killed/task/*/children | tr -d ' ')
 server=$(cat /proc/$nursery/task/*/children)
 kill -STOP $server # so that it cannot end itself
@@ -711,45 +636,6 @@ def test_chat_continues_conversations_from_a_file(attached: Place) -> None:
 def test_chat_reads_messages_from_a_pipe_without_prompting(attached: Place) -> None:
     done = attached.run("chat", "--attach", "shared", stdin="one\n\ntwo\n/exit\nthree\n")
     assert (done.stdout, done.stderr) == ("one\ntwo\n", "")
-
-
-class Terminal:
-    """A terminal, with `gserve` as its foreground process."""
-
-    def __init__(self, place: Place, *arguments: str, **options: Any) -> None:
-        self.master, slave = pty.openpty()
-        ends = {"stdin": slave, "stdout": slave, "stderr": slave} | options
-        self.process = place.start(
-            *arguments, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY), **ends
-        )
-        os.close(slave)
-        self.seen = ""
-
-    def expect(self, text: str) -> None:
-        """Read until `text` has come, and forget what came before it."""
-        os.set_blocking(self.master, False)
-
-        def has_come() -> bool:
-            self._read()
-            return text in self.seen
-
-        eventually(has_come)
-        self.seen = self.seen.partition(text)[2]
-
-    def _read(self) -> None:
-        try:
-            self.seen += os.read(self.master, 65536).decode()
-        except OSError:  # nothing there yet, or the other end is closed
-            return
-
-    def type(self, text: str) -> None:
-        os.write(self.master, text.encode())
-
-    def end(self) -> int:
-        code = self.process.wait(30)
-        self._read()
-        os.close(self.master)
-        return code
 
 
 def test_a_conversation_at_the_terminal_outlives_a_cancelled_and_a_failed_answer(attached: Place) -> None:

@@ -15,10 +15,12 @@ from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from gserve_core import lease
 from gserve_core.host import processes
+from gserve_core.overview import Counters
 
 PROGRAM = Path(__file__).parents[2] / "gserve" / "vllm_server.py"
 HELLO = {"type": "hello", "instance": "the-instance", "token": "the-token"}
@@ -597,3 +599,10 @@ def test_a_server_that_can_start_no_thread_ends_with_its_owner_too() -> None:
         [sys.executable, "-c", WITHOUT_THREADS], start_new_session=True, timeout=60.0, check=False, capture_output=True
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr.decode()
+
+
+def test_messages_of_a_server_of_another_version_are_read() -> None:
+    older = msgspec.json.decode(b'{"type":"pulse","finished":3,"alone":true}', type=lease.Pulse)
+    assert older == lease.Pulse(3, alone=True, counters=Counters())
+    newer = b'{"type":"pulse","counters":{"items":3,"of_the_future":1},"of_the_future":1}'
+    assert msgspec.json.decode(newer, type=lease.Pulse) == lease.Pulse(counters=Counters(items=3))

@@ -278,6 +278,34 @@ def test_a_step_that_finds_no_place_waits_for_one_and_says_so_when_none_comes(
     assert told.endswith("[['it came']]\n")
 
 
+CHANGED = """
+import json
+from pathlib import Path
+from gserve import VLLMService
+
+def write(servers, model):
+    config = {"llm": {"model_name": model}, "serve": {"servers": servers}, "engine": {"type": "echo"},
+              "launcher": {"type": "slurm", "gpus_per_server": 1, "cpus_per_server": 1}}
+    Path("changed.yaml").write_text(json.dumps(config))
+    return "changed.yaml"
+
+with VLLMService.from_yaml(write(2, "old")) as service:
+    write(2, "new")
+    service.reload()
+    print([(it.name, it.generation, it.info.model) for it in service.status()])
+    service.scale(1)
+    service.scale(2)
+    print([it.name for it in service.status() if it.usable], service.generate(["a b"]))
+"""
+
+
+def test_a_service_in_an_allocation_without_spare_gpus_is_reloaded_and_scaled(tmp_path: Path) -> None:
+    told = in_allocation(tmp_path, CHANGED, "--nodes=1", "--gres=gpu:2", "--cpus-per-task=2")
+    reloaded, scaled = told.splitlines()
+    assert reloaded == "[('server-0', 2, 'new'), ('server-1', 2, 'new')]"
+    assert scaled == "['server-0', 'server-1'] [['a b']]"
+
+
 def test_a_job_that_waits_too_long_is_given_up_with_slurms_reason_and_leaves_the_queue(
     slurm_cluster: SlurmCluster,
 ) -> None:

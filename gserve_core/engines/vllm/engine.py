@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import msgspec
 
@@ -44,6 +44,11 @@ CHECKED_TOKENS = 16
 """Maximum length of the prompt that tests an engine, in tokens."""
 LOOPBACK = {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
 """Environment that keeps traffic between an engine's processes, all on one machine, on its loopback interface."""
+BACKGROUND = 1
+"""Priority of a batch's items, where vLLM schedules by priority: those with a smaller number go first.
+
+Interactive requests have vLLM's default, 0. Without that policy, vLLM refuses any other number.
+"""
 CORES_VARIABLE = "VLLM_CPU_OMP_THREADS_BIND"
 HARMLESS_ENVIRON = {
     "VLLM_SERVER_DEV_MODE": "0",  # routes that reset caches, put the engine to sleep, and call any of its methods
@@ -168,6 +173,14 @@ class VLLMEngine(Engine):
         return engine
 
 
+class Item(NamedTuple):
+    """A prepared prompt: vLLM's input, its sampling parameters, and its priority."""
+
+    made: Any
+    sampling: Any
+    priority: int = 0
+
+
 class RunningVLLM(RunningEngine):
     """A loaded `vllm.v1.engine.async_llm.AsyncLLM`."""
 
@@ -260,7 +273,8 @@ class RunningVLLM(RunningEngine):
             self._tokenize_in_template = (
                 differences.is_a(self._renderer.tokenizer, "MistralTokenizer") or self._config.enable_prompt_embeds
             )
-            capacity = self._engine.vllm_config.scheduler_config.max_num_seqs
+            scheduler = self._engine.vllm_config.scheduler_config
+            self._background = BACKGROUND if scheduler.policy == "priority" else 0
         self._ahead: Ahead = {}
         if self._renderer.tokenizer is not None:
             with differences.optional("the faster tokenizer"):
@@ -275,7 +289,7 @@ class RunningVLLM(RunningEngine):
         self.info = EngineInfo(
             model=llm.model_name,
             max_model_len=self._config.max_model_len,
-            capacity=capacity,
+            capacity=scheduler.max_num_seqs,
             version=f"vllm {vllm.release}",
         )
 
@@ -401,25 +415,29 @@ class RunningVLLM(RunningEngine):
             longest = self._config.max_model_len
             if len(tokens) >= longest:
                 return ItemError(f"the prompt has {len(tokens)} tokens, which leaves no room in the model's {longest}")
-        return made, sampling
+        return Item(made, sampling)
 
     # -------------------------------------------------------------------------------------------- from input to output
 
-    async def run(self, prepared: tuple[Any, Any]) -> list[ResponseOutput]:
+    def in_background(self, prepared: Item) -> Item:
+        """Return a prepared prompt with the priority of batches."""
+        return prepared._replace(priority=self._background)
+
+    async def run(self, prepared: Item) -> list[ResponseOutput]:
         """Return the completions of one prepared prompt.
 
         Raises ItemError: vLLM rejects the item. Raises GserveError: the engine has died, or ended the prompt early.
         """
         return await self._run(prepared, "gserve-")
 
-    async def _run(self, prepared: tuple[Any, Any], prefix: str) -> list[ResponseOutput]:
+    async def _run(self, prepared: Item, prefix: str) -> list[ResponseOutput]:
         """Do the work of `run`. `prefix`: the beginning of the request's id."""
-        made, sampling = prepared
+        made, sampling, priority = prepared
         last = None
         self._progress.begin()
         try:
             async for output in self._engine.generate(
-                made, sampling, f"{prefix}{next(self._numbers)}", lora_request=self._lora
+                made, sampling, f"{prefix}{next(self._numbers)}", lora_request=self._lora, priority=priority
             ):
                 last = output
         except self._vllm.EngineDeadError as error:
@@ -461,7 +479,7 @@ class RunningVLLM(RunningEngine):
             (prompt,) = self._render([[0] * max(1, min(CHECKED_TOKENS, self._config.max_model_len - 1))])
         try:
             with differences.expected("generating a token"):
-                await self._run((prompt, sampling), OWN)
+                await self._run(Item(prompt, sampling), OWN)
         except GserveError as error:
             cause = error.__cause__
             if isinstance(cause, self._vllm.EngineDeadError):
@@ -504,7 +522,7 @@ class RunningVLLM(RunningEngine):
         with contextlib.suppress(Exception):  # an item that needs it will fail with the reason
             (prompt,) = self._render([[0]])
             self._progress.expect_silence(WARM_UP_SECONDS)
-            await self._run((prompt, sampling), OWN)
+            await self._run(Item(prompt, sampling), OWN)
         self._progress.expect_silence(0.0)
 
     async def died(self) -> str:

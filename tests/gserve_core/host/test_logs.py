@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gserve_core.host import logs
-from gserve_core.host.server_log import HEAD, LIMIT, LONGEST_LINE, TAIL_LINES, BoundedLog
+from gserve_core.host.server_log import HEAD, LIMIT, LONGEST_LINE, PART, TAIL_LINES, BoundedLog, read_part
 
 SECRET = "hf_canary_0123456789"
 PREAMBLE = f"""
@@ -361,3 +361,57 @@ def test_a_handler_that_waits_holds_up_no_thread_that_must_not_wait(monkeypatch:
     notes = [it for it in seen if it.endswith("records were dropped here: a log handler takes none")]
     assert len(seen) - len(notes) + sum(int(it.split()[0]) for it in notes) == 100, "every record is seen, or counted"
     assert notes
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def test_a_log_is_read_line_by_line_as_it_grows(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("one\ntwo\nthr")
+    assert read_part(log, None) == ("one\ntwo\n", 8)
+    assert read_part(log, 8) == ("", 8)
+    with log.open("a") as stream:
+        stream.write("ee\n50%\r")
+    assert read_part(log, 8) == ("three\n50%\r", 18)
+    assert read_part(log, 4) == ("two\nthree\n50%\r", 18)
+    log.write_text("")
+    assert read_part(log, None) == ("", 0)
+
+
+def test_a_long_log_is_read_from_its_end_or_in_parts(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    lines = "".join(f"line {number} \N{SNOWMAN}\n" for number in range(20_000))
+    log.write_text(lines)
+    text, end = read_part(log, None)
+    assert end == log.stat().st_size
+    assert PART - 30 < len(text.encode()) <= PART
+    assert text.startswith("line ")
+    assert lines.endswith(text)
+    text, end = "", 0
+    while end < log.stat().st_size:
+        part, end = read_part(log, end)
+        assert 0 < len(part.encode()) <= PART
+        text += part
+    assert text == lines
+
+
+def test_a_line_longer_than_a_part_is_read_in_pieces(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("x" * (PART + 10) + "\nend\n")
+    assert read_part(log, 0) == ("x" * PART, PART)
+    assert read_part(log, PART) == ("x" * 10 + "\nend\n", PART + 15)
+    log.write_text("x" * (PART + 10))
+    assert read_part(log, None) == ("x" * PART, PART + 10)
+
+
+def test_a_log_that_has_lost_its_middle_is_read_from_its_end(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_text("one\ntwo\n")
+    assert read_part(log, 1000) == ("one\ntwo\n", 8)
+
+
+def test_bytes_that_are_no_text_are_replaced(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.write_bytes(b"a\xff\xfeb\n")
+    assert read_part(log, None) == ("a\ufffd\ufffdb\n", 5)

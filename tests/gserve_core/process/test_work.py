@@ -8,7 +8,7 @@ import pytest
 
 from gserve_core.errors import ItemError, RemoteError
 from gserve_core.interfaces import EngineInfo, RunningEngine
-from gserve_core.messages import Group, Params, Prompt, ResponseOutput, RunRequest
+from gserve_core.messages import Group, Params, Prompt, ResponseOutput, Result, RunRequest
 from gserve_core.overview import Counters
 from gserve_core.process.work import Work
 
@@ -20,6 +20,9 @@ class Engine(RunningEngine):
         self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
     ) -> Sequence[Any]:
         return prompts
+
+    def in_background(self, prepared: Any) -> Any:
+        return f"{prepared}, later"
 
     async def run(self, prepared: Any) -> list[ResponseOutput]:
         return [ResponseOutput(prepared, [], "stop", None, None)]
@@ -98,3 +101,18 @@ def test_the_counters_show_what_runs_waits_has_ended_and_has_failed() -> None:
         assert work.counters() == Counters(items=8, failed=1, prompt_tokens=12, completion_tokens=34)
 
     asyncio.run(asyncio.wait_for(requests(), 20))
+
+
+def test_only_the_items_of_batches_give_way_to_others() -> None:
+    async def requests() -> None:
+        async def on_alone() -> None:
+            """Do nothing."""
+
+        work = Work(Engine(), check_ready=lambda: None, on_progress=lambda: None, on_alone=on_alone, secrets=())
+        request = RunRequest([Group(["a"])])
+        ((event,),) = [events async for events in work.run(request)]
+        assert isinstance(event, Result)
+        assert event.outputs[0].text == "a, later"
+        assert [output.text for (output,) in await work.run_whole(request)] == ["a"]
+
+    asyncio.run(requests())

@@ -192,6 +192,40 @@ def test_the_status_shows_a_death_and_its_cause_after_the_restart_too() -> None:
             assert token not in asking.get("/status").text
 
 
+def test_the_log_of_a_server_is_followed_in_parts(fast: VLLMService) -> None:
+    with client(fast) as asking:
+        parts = [asking.get("/logs", params={"server": server.name}).json() for server in fast.servers]
+        assert len({part["file"] for part in parts}) == 2
+        for part, state in zip(parts, fast.status(), strict=True):
+            assert state.log is not None
+            text = state.log.read_text()
+            assert (part["text"], part["end"]) == (text, len(text.encode()))
+            with state.log.open("a") as log:
+                log.write("<script>one more</script>\n")
+            params = {"server": state.name, "after": part["end"], "file": part["file"]}
+            assert asking.get("/logs", params=params).json()["text"] == "<script>one more</script>\n"
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"),
+    [
+        ("", (400, "expected a server: GET /logs?server=NAME")),
+        ("server=server-7", (404, "there is no server 'server-7' here; the servers: server-0, server-1")),
+        ("server=../server-0", (404, "there is no server '../server-0' here; the servers: server-0, server-1")),
+        ("server=server-0&after=-1", (400, "expected a position in bytes in 'after', got '-1'")),
+        ("server=server-0&after=", (400, "expected a position in bytes in 'after', got ''")),
+        ("server=server-0&after=" + "9" * 40, (400, f"expected a position in bytes in 'after', got '{'9' * 40}'")),
+        ("server=server-0&server=server-1", (400, "expected each parameter once")),
+        ("server=server-0&key=x", (400, "unknown parameter 'key'; there are: server, after, file")),
+    ],
+)
+def test_a_wrong_question_for_a_log_is_told(fast: VLLMService, query: str, expected: tuple[int, str]) -> None:
+    with client(fast) as asking:
+        assert error_of(asking.get(f"/logs?{query}")) == expected
+    with client(fast, Authorization="Bearer wrong") as stranger:
+        assert stranger.get(f"/logs?{query}").status_code == 401
+
+
 # ---------------------------------------------------------------------------------------------------------------- keys
 
 
@@ -215,7 +249,7 @@ def test_the_gateway_has_a_key_of_its_own(fast: VLLMService) -> None:
 @pytest.mark.parametrize("path", ["/shutdown", "/metrics", "/docs", "/v1", "/v1/load_lora_adapter", "/health"])
 def test_no_other_route_is_passed_on(fast: VLLMService, path: str) -> None:
     with client(fast) as asking:
-        assert asking.post(path, json={}).status_code == (405 if path == "/health" else 404)
+        assert asking.post(path, json={}).status_code == (405 if path in ("/health", "/metrics") else 404)
         assert asking.delete(path).status_code in (404, 405)
 
 

@@ -164,6 +164,10 @@ def test_a_killed_server_leaves_its_totals_and_its_requests_count_as_sent_again(
         wait(lambda: series(asking, "gserve_server_restarts_total", server="server-0") == 1)
         wait(lambda: series(asking, "gserve_server_items_total") == 44)
         assert series(asking, "gserve_requests_total", route=CHAT, status="200") == 4
+        service.generate(["one two"] * 10)
+        service.servers[0].shutdown()  # what it has finished by now is in its last message
+        assert series(asking, "gserve_server_state", server="server-0", state="stopped") == 1
+        wait(lambda: series(asking, "gserve_server_items_total") == 54)
 
 
 def test_a_stream_that_is_cut_and_a_client_that_leaves_are_counted_and_a_frozen_server_is_left_out() -> None:

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import pytest
 
 from gserve_core.errors import ConfigError, LaunchError, StartupTimeout
+from gserve_core.overview import Counters
 from gserve_core.service import supervisor as module
-from gserve_core.service.state import Phase, Published, Ready, State
+from gserve_core.service.state import Counted, Phase, Published, Ready, State
 from gserve_core.service.supervisor import Supervisor
 from tests.gserve_core.fake_servers import FakeProgram, Notes, published, until
 
@@ -91,6 +92,17 @@ def test_a_death_is_published_before_the_cleanup_and_the_restart_begins_after_it
         assert case.notes.seen() == [
             State.STARTING, State.READY, State.DRAINING, State.QUEUED, State.STARTING, State.READY,
         ]  # fmt: skip
+
+
+def test_restarts_are_forgotten_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    with started() as case:
+        case.supervisor.wait_ready(10)
+        case.die(finished=1)
+        until(lambda: case.published.states["server-0"].restarts == 1)
+        until(lambda: case.state() == State.READY)
+        monkeypatch.setattr(module, "WINDOW", 0.1)
+        until(lambda: case.published.states["server-0"].restarts == 0)
+        assert case.state() == State.READY
 
 
 def test_a_state_knows_since_when_it_holds() -> None:
@@ -360,6 +372,24 @@ def test_a_hook_that_fails_does_not_end_the_supervisor(monkeypatch: pytest.Monke
     assert case.supervisor.wait_ready(10)
     case.supervisor.close()
     assert case.supervisor.wait_ended(10)
+
+
+def test_counters_are_published_and_begin_anew_with_the_next_generation() -> None:
+    with started() as case:
+        case.supervisor.wait_ready(10)
+        (program,) = case.programs
+        program.runs[0].report(Counted(Counters(items=5, running=2), 1.0, 2.0))
+        until(lambda: case.published.states["server-0"].counters == Counters(items=5, running=2))
+        assert case.published.states["server-0"].completion_rate == 2.0
+        program.ready = False
+        case.die()
+        until(lambda: len(program.runs) == 2)
+        program.runs[0].report(Counted(Counters(items=9)))  # late
+        program.runs[1].become_ready()
+        until(lambda: case.state() == State.READY)
+        assert case.published.states["server-0"].counters == Counters()
+    totals = [state.counters.items for state in case.notes.states if state.generation == 1]
+    assert totals[-1] == 5
 
 
 # -------------------------------------------------------------------------------------------- changes of a running pool

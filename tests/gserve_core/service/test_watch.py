@@ -1,11 +1,15 @@
 """What a gateway shows of its service, without a server or a socket."""
 
+import asyncio
 from dataclasses import replace
+from pathlib import Path
 
-from gserve_core.errors import LaunchError
+import pytest
+
+from gserve_core.errors import LaunchError, RemoteError
 from gserve_core.interfaces import Address, EngineInfo
 from gserve_core.overview import ServerOverview
-from gserve_core.service.state import Listening, Ready, ServerState, Start
+from gserve_core.service.state import Listening, Logging, Ready, ServerState, Start
 from gserve_core.service.watch import MAX_ENDINGS, Watch
 
 NEW = ServerState(name="server-0")
@@ -71,3 +75,37 @@ def test_an_overview_holds_no_secret() -> None:
     watch = Watch("", 0)
     watch.update(READY)
     assert "canary" not in str(watch.overview("ok", waiting=0, requests={}))
+
+
+# ---------------------------------------------------------------------------------------------------------------- logs
+
+
+def test_a_log_begins_anew_when_the_server_is_started_again(tmp_path: Path) -> None:
+    watch = Watch("", 0)
+    first, second = tmp_path / "server-0.log", tmp_path / "server-0.2.log"
+    first.write_text("one\ntwo\n")
+    second.write_text("three\nfour\nfive\n")
+    watch.update(STARTING.after(Logging(first)))
+    part = asyncio.run(watch.log_part("server-0", None, ""))
+    assert (part.text, part.end) == ("one\ntwo\n", 8)
+    assert asyncio.run(watch.log_part("server-0", 4, part.file)).text == "two\n"
+    watch.update(STARTING.after(Logging(second)))
+    again = asyncio.run(watch.log_part("server-0", part.end, part.file))
+    assert (again.text, again.end) == ("three\nfour\nfive\n", 16)
+    assert again.file != part.file
+
+
+def test_a_log_that_is_not_there_is_told(tmp_path: Path) -> None:
+    watch = Watch("", 0)
+    for number in (10, 2):
+        watch.update(replace(NEW, name=f"server-{number}"))
+    with pytest.raises(RemoteError, match="no server 'x' here; the servers: server-2, server-10") as error:
+        asyncio.run(watch.log_part("x", None, ""))
+    assert error.value.status == 404
+    with pytest.raises(RemoteError, match="server-2 has no log yet: it is stopped") as error:
+        asyncio.run(watch.log_part("server-2", None, ""))
+    assert error.value.status == 404
+    watch.update(STARTING.after(Logging(tmp_path / "removed.log")))
+    with pytest.raises(RemoteError, match="the log of server-0 cannot be read: No such file") as error:
+        asyncio.run(watch.log_part("server-0", None, ""))
+    assert error.value.status == 503

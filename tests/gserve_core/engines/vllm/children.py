@@ -50,6 +50,22 @@ async def read_in_steps(running: RunningEngine) -> list[str]:
     return [(await running.run(item))[0].text for item in prepared]
 
 
+async def done_before(running: RunningEngine) -> int:
+    """Return how many of 40 items of a batch are done when an interactive request is, which was sent after them.
+
+    The engine works on 16 at once, and all items of the batch are equally long.
+    """
+    prompts = [f"Number {number}" for number in range(40)]
+    batch = await running.prepare(prompts, {"max_tokens": 12, "ignore_eos": True})
+    tasks = [asyncio.create_task(running.run(running.in_background(item))) for item in batch]
+    await asyncio.sleep(0.1)
+    (prepared,) = await running.prepare(["Once"], {"max_tokens": 2, "ignore_eos": True})
+    await running.run(prepared)
+    done = sum(task.done() for task in tasks)
+    await asyncio.gather(*tasks)
+    return done
+
+
 async def working(running: RunningEngine) -> dict[str, Any]:
     found: dict[str, Any] = {
         "prefill": await watched(running, [28] * 2000, {"max_tokens": 1}),
@@ -65,6 +81,7 @@ async def working(running: RunningEngine) -> dict[str, Any]:
     found["idle"] = [idle, running.progress()]
     greedy = await running.prepare(["a", "b"], {"temperature": 0.0}, [1, 2])
     found["shared"] = greedy[0][1] is greedy[1][1]
+    found["done before, first come"] = await done_before(running)
     return found
 
 
@@ -105,7 +122,9 @@ async def main() -> dict[str, Any]:
     found["cores"] = {"engine": sorted(os.sched_getaffinity(engine.pid)), "here": sorted(os.sched_getaffinity(0))}
     found["engine killed"] = await killed(running, "VLLM::EngineCore")
     apart = LLM.llm_kwargs | {"distributed_executor_backend": "mp"}  # by itself there is none without a GPU
+    apart["scheduling_policy"] = "priority"
     running = await VLLMEngine().start(replace(LLM, llm_kwargs=apart), print)
+    found["done before, by priority"] = await done_before(running)
     found["worker killed"] = await killed(running, "VLLM::Worker")
     return found
 

