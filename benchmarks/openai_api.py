@@ -85,8 +85,7 @@ def measure(bench: Benchmark, model: str, scale: float) -> None:
     together, alone = TOGETHER.scaled(scale), ALONE.scaled(scale)
     whole = {side: no_figures("openai", f"{together.title}, at once", side, model, "s") for side in (GSERVE, BARE)}
     first = {
-        side: no_figures("openai first token", f"first token of {alone.title}, streamed", side, model, "s")
-        for side in (GSERVE, BARE)
+        side: no_figures("openai first token", f"{alone.title}, streamed", side, model, "s") for side in (GSERVE, BARE)
     }
     with both_sides(arguments, bench) as ends:
         for turn in itertools.chain([0], bench.turns("openai")):  # 0: to warm up

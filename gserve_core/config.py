@@ -24,6 +24,8 @@ from .errors import ConfigError, did_you_mean, reworded
 from .host.environment import RESERVED
 from .host.redaction import hidden
 
+OWNER = "owner"
+"""Name of the key that a service itself shows, as by `gserve env`."""
 MIN_KEY = 16
 """Minimum length of an API key, in characters."""
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
@@ -306,6 +308,8 @@ class GatewayConfig:
         if self.api_key is not None and wrong_key(self.api_key):
             raise ConfigError(f"the API key is not allowed: {wrong_key(self.api_key)}", at="$.api_key")
         object.__setattr__(self, "keys", {name: _key_config(name, given) for name, given in self.keys.items()})
+        if OWNER in self.keys:
+            raise ConfigError(f"'{OWNER}' is the name of api_key: choose another name", at=f"$.keys.{OWNER}")
         secrets = [self.api_key, *(it.key for it in self.keys.values())]
         for name, it in self.keys.items():
             if secrets.count(it.key) > 1:

@@ -52,18 +52,18 @@ def cancelled_item(index: int) -> Failure:
 class EarlyCancellations:
     """Items that were cancelled before their requests arrived, over another connection.
 
-    Only those of the latest `MAX_EARLY` requests are kept.
+    Only those of the latest `MAX_EARLY` requests are kept, and `MOST_ITEMS` of each.
     """
 
     def __init__(self) -> None:
-        self._items: OrderedDict[str, list[int]] = OrderedDict()
+        self._items: OrderedDict[str, set[int]] = OrderedDict()
 
     def add(self, request_id: str, items: Sequence[int]) -> None:
         """Keep cancelled items for the request with this id."""
-        self._items.setdefault(request_id, []).extend(items)
+        self._items.setdefault(request_id, set()).update(item for item in items if 0 <= item < MOST_ITEMS)
         if len(self._items) > MAX_EARLY:
             self._items.popitem(last=False)
 
     def take(self, request_id: str) -> Sequence[int]:
         """Return the kept items of a request that has arrived, and forget them."""
-        return self._items.pop(request_id, ())
+        return sorted(self._items.pop(request_id, ()))

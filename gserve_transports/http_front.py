@@ -190,7 +190,7 @@ class _Protocol(HttpToolsProtocol):
         self._is_arriving = True
         self._received = self._body = self._leftover = 0
         self._began = self.loop.time()
-        if self._timer is None:  # a timer for each request would cost more than all else here
+        if self._timer is None:  # it is kept from request to request, since making one takes time
             self._schedule_check(self._began + PATIENCE)
 
     def _end_arrival(self) -> None:

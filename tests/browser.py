@@ -18,8 +18,8 @@ import pytest
 from gserve_core.testing import RUN_VARIABLE
 
 PROGRAMS = ("chromium", "chromedriver")
-ENTER = "\ue007"
-"""The key, as WebDriver spells it."""
+ENTER, TAB = "\ue007", "\ue004"
+"""Keys, as WebDriver spells them."""
 _ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 
 
@@ -63,6 +63,11 @@ class Browser:
         """Type text into an element, as a keyboard does."""
         self._do("POST", f"/element/{self._find(selector)}/value", {"text": text})
 
+    def press(self, keys: str) -> None:
+        """Press keys where the focus is."""
+        presses = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
+        self._do("POST", "/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": presses}]})
+
     def until(self, script: str, *arguments: Any, seconds: float = 20.0) -> Any:
         """Wait until an expression of JavaScript is true; return its value."""
         deadline = time.monotonic() + seconds
@@ -101,7 +106,7 @@ def browser(profile: Path) -> Iterator[Browser]:
     environ = {name: value for name, value in os.environ.items() if name != RUN_VARIABLE}  # a browser forks at any time
     process = subprocess.Popen(
         ["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True, start_new_session=True,
-        env=environ | {"TMPDIR": str(profile)},
+        env=environ | dict.fromkeys(("HOME", "TMPDIR", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"), str(profile)),
     )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -115,8 +120,10 @@ def browser(profile: Path) -> Iterator[Browser]:
             reply = asking.post("/session", json={"capabilities": {"alwaysMatch": options}})
             assert reply.status_code == 200, reply.text
             session = reply.json()["value"]["sessionId"]
-            yield Browser(asking, session)
-            asking.delete(f"/session/{session}")
+            try:
+                yield Browser(asking, session)
+            finally:
+                asking.delete(f"/session/{session}")
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()

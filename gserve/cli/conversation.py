@@ -25,10 +25,14 @@ type Messages = Sequence[Mapping[str, str]]
 
 
 def converse(service: VLLMService, opening: Messages, params: Params | None) -> None:
-    """Run a conversation. A message that fails or is cancelled is not kept in it."""
+    """Run a conversation. A message that fails or is cancelled is not kept in it.
+
+    Raises GserveError at the end: messages failed, and they did not come from a terminal.
+    """
     prompt = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     history = [*opening]
     answers = Answers(service, params)
+    count = failed = 0
     with serving(service):
         while True:
             try:
@@ -36,11 +40,12 @@ def converse(service: VLLMService, opening: Messages, params: Params | None) -> 
             except EOFError:
                 if prompt:
                     print()
-                return
+                break
             if text == "/exit":
-                return
+                break
             if not text:
                 continue
+            count += 1
             asked = [*history, {"role": "user", "content": text}]
             line = _Line()
             try:
@@ -54,9 +59,12 @@ def converse(service: VLLMService, opening: Messages, params: Params | None) -> 
             except (ItemError, TransportError) as error:
                 line.end()
                 print_stderr(f"error: {error}")
+                failed += 1
             else:
                 line.end(always=True)
                 history = [*asked, {"role": "assistant", "content": answer}]
+    if failed and not sys.stdin.isatty():
+        raise GserveError(f"{failed} of {count} messages failed")
 
 
 class Answers:

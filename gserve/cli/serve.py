@@ -16,7 +16,7 @@ from gserve_core.errors import ConfigError, GserveError, RemoteError
 
 from .display import TICK, print_stderr, print_table
 from .options import ConfigFile, Overrides, Verbose
-from .service import changes, drain_service, names_down, serving
+from .service import changes, drain_service, is_down, serving
 from .signals import Signalled
 
 if TYPE_CHECKING:
@@ -65,14 +65,13 @@ def launch(
                 print_stderr(f"OpenAI's API: {service.base_url}")
                 print_stderr(f"status page: {service.base_url.removesuffix('v1')}")
                 print_stderr(f'its key: eval "$(gserve env {shlex.quote(name)})"')
-            generations = {server.name: server.generation for server in service.status()}
-            while len(down := names_down(service)) < len(service.servers):
-                died = down  # the log has the cause
-                for server in service.status():
-                    known = generations.get(server.name, 0)
-                    if server.usable and server.generation > known:
-                        generations[server.name] = server.generation
-                        print_stderr(f"{server.name} is ready{' again' if known else ''}")
+            announced = {server.name: server.instance for server in service.status()}
+            while not all(map(is_down, servers := service.status())):
+                died = {server.name for server in servers if is_down(server)}  # the log has the cause
+                for server in servers:
+                    if server.usable and server.instance != announced.get(server.name):
+                        print_stderr(f"{server.name} is ready{' again' if server.generation > 1 else ''}")
+                        announced[server.name] = server.instance
                 time.sleep(TICK)
             raise GserveError("no server is running any more")
         except Signalled as signalled:  # a signal is the normal way to end it

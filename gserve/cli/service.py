@@ -18,6 +18,7 @@ from .signals import Signalled, ignore, on_signals, raise_signalled
 if TYPE_CHECKING:
     from gserve_core.config import GatewayConfig
     from gserve_core.service.service import VLLMService
+    from gserve_core.service.state import ServerState
 
 
 DRAIN_SECONDS = 30.0
@@ -117,6 +118,6 @@ def drain_service(service: "VLLMService") -> None:
         on_signals(ignore)
 
 
-def names_down(service: "VLLMService") -> set[str]:
-    """Return the names of the servers that are stopped or have failed."""
-    return {server.name for server in service.status() if server.state in ("failed", "stopped")}
+def is_down(server: "ServerState") -> bool:
+    """Return whether a server is stopped or has failed."""
+    return server.state in ("failed", "stopped")

@@ -36,6 +36,10 @@ class Seeds:
     """
 
     def __init__(self, seed: int = 0) -> None:
+        self.begin(seed)
+
+    def begin(self, seed: int) -> None:
+        """Begin anew with another seed of the model. The next call is the first one."""
         self._seed = seed
         self._calls = itertools.count()
 

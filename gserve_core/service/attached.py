@@ -193,6 +193,9 @@ class _Following:
             self.dispatcher.expect(SERVICE_KEY)
         all_failed = f"all servers of the service '{self._name}' have failed"
         for name in gone:
+            if self.servers[name].instance in record.finishing:
+                self.dispatcher.retire(name)
+                continue
             died = self.servers[name].instance in record.deaths
             why = all_failed if record.status == "failed" else f"its service reports {name} as not ready"
             self.dispatcher.remove(name, why, died=died)
@@ -204,7 +207,11 @@ class _Following:
                     name, connect, server.capacity, self._timeout, is_watched=True, stall_timeout=record.stall_timeout
                 )
                 self.servers = MappingProxyType({**self.servers, name: server})
-        known = {name: state for name, state in self.states.items() if name not in now}
+        known = {
+            name: state
+            for name, state in self.states.items()
+            if name not in now and (name in record.names or not record.names)
+        }
         if record.status == "failed":
             self.dispatcher.remove(SERVICE_KEY, all_failed, died=False)
         elif now and not known:  # else the missing servers may return

@@ -4,12 +4,13 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
+from ..batch.items import Seeds
 from ..commands import DRAIN_SECONDS, Command, Reload, Scale
 from ..config import Config, GatewayConfig, check_placement, check_ports, load, wrong_key
 from ..errors import ConfigError, GserveError, LaunchError
@@ -82,12 +83,15 @@ class Plan:
         with self.located():
             self.parts.engine.check_config(self.config.llm, runs_here=launcher.owner_variable is None)
 
-    def program(self, index: int, gpu_ids: tuple[int, ...] | None) -> ServerProgram:
-        """Return the program of the server with this index, on these GPUs."""
+    def program(self, index: int, gpu_ids: tuple[int, ...] | None, place: int | None = None) -> ServerProgram:
+        """Return the program of the server with this index, on these GPUs.
+
+        `place`: number of its port, counted from `serve.port`; None: the index.
+        """
         serve = self.config.serve
         own = replace(
             serve, gpu_ids=None if gpu_ids is None else list(gpu_ids), servers=None, min_ready=None,
-            port=None if serve.port is None else serve.port + index,
+            port=None if serve.port is None else serve.port + (index if place is None else place),
         )  # fmt: skip
         return ServerProgram(
             llm=self.config.llm, serve=own, gpu_ids=gpu_ids, parts=self.parts, nursery=self.nursery, index=index,
@@ -118,6 +122,8 @@ class Deployment:
         self.plan = plan
         self._name = name or ""
         self._source = source
+        self.seeds = Seeds(plan.config.llm.item_seed)
+        """The seeds of items of the service's own calls."""
         self._changes = threading.Lock()
         """Held during a change."""
         self._groups = plan.placement
@@ -143,7 +149,8 @@ class Deployment:
         assert config.gateway is not None
         key = partial(api_key, self._name)
         return Gateway(
-            self.plan.parts.transport, config.gateway, key, self.handle, self._name, config.llm.item_seed
+            self.plan.parts.transport, config.gateway, key, self.handle, self._name,
+            lambda: self.plan.config.llm.item_seed,
         )  # fmt: skip
 
     def _connect(self, state: ServerState) -> Connection:
@@ -206,6 +213,7 @@ class Deployment:
         """
         with self._changing():
             plan = self._resized(servers)
+            self.pool.running()
             members = self.members()
             if servers > len(members):
                 added = [plan.program(*place) for place in self._free_places(plan, servers - len(members))]
@@ -236,12 +244,12 @@ class Deployment:
             resized = replace(serve, gpu_ids=ids, min_ready=least)
         return replace(plan, config=replace(plan.config, serve=resized))
 
-    def _free_places(self, plan: Plan, count: int) -> list[tuple[int, tuple[int, ...] | None]]:
-        """Return the index and the GPUs of `count` more servers."""
+    def _free_places(self, plan: Plan, count: int) -> Iterator[tuple[int, tuple[int, ...] | None, int]]:
+        """Yield the index, the GPUs and the place of `count` more servers."""
         members = self.members()
-        used = [program.gpu_ids for program in members]
-        groups = [group for group in plan.placement if group is None or group not in used]
-        return list(zip(_free_indexes(members, count), groups[:count], strict=True))
+        groups = [group for group in plan.placement if group is None or group not in {it.gpu_ids for it in members}]
+        places = _free({(it.serve.port or 0) - (plan.config.serve.port or 0) for it in members}, count)
+        yield from zip(_free({it.index for it in members}, count), groups[:count], places, strict=True)
 
     def reload(
         self,
@@ -282,6 +290,7 @@ class Deployment:
             self.plan, self._source = plan, source
             if not only_gateway:
                 self._groups = plan.placement
+                self.seeds.begin(plan.config.llm.item_seed)
 
     def _check_change(self, plan: Plan) -> None:
         """Raise ConfigError if a plan changes what clients of the running service know."""
@@ -297,54 +306,60 @@ class Deployment:
             raise ConfigError("the transport cannot change while the service runs: launch it anew", at="$.transport")
 
     def _replace_servers(self, plan: Plan, *, in_place: bool, drain: float) -> None:
-        olds, old_plan = self.members(), self.plan
-        is_beside = (
-            not in_place
-            and plan.config.serve.port is None
-            and not any(plan.competes(old, gpu_ids) for old in olds for gpu_ids in plan.placement)
-        )
-        self.plan = plan  # what the queue and the record read of it fits the old servers too
+        olds, before = self.members(), self.plan
+        if (
+            in_place
+            or plan.config.serve.port is not None
+            or any(plan.competes(old, gpu_ids) for old in olds for gpu_ids in plan.placement)
+        ):
+            self._replace_in_turn(plan, olds, drain)
+        else:
+            self._replace_at_once(plan, olds, drain)
+        before.nursery.close()
+
+    @contextmanager
+    def _trying(self, plan: Plan) -> Iterator[None]:
+        """Use another plan from the block on. If the block fails, the service returns to the plan that it had."""
+        before, self.plan = self.plan, plan  # what the queue and the record read of it fits the old servers too
         try:
-            if is_beside:
-                self._replace_at_once(plan, olds, drain)
-            else:
-                self._replace_in_turn(plan, olds, drain)
+            yield
         except BaseException:
-            self.plan = old_plan
+            self.plan = before
             plan.nursery.close()
             raise
-        old_plan.nursery.close()
 
     def _replace_at_once(self, plan: Plan, olds: Sequence[ServerProgram], drain: float) -> None:
-        indexes = _free_indexes(olds, len(plan.placement))
+        indexes = _free({old.index for old in olds}, len(plan.placement))
         added = [plan.program(index, gpu_ids) for index, gpu_ids in zip(indexes, plan.placement, strict=True)]
-        self.pool.add(added, held=True)
-        self.pool.release([program.name for program in added])
+        with self._trying(plan):
+            self.pool.add(added, held=True)
+            self.pool.release([program.name for program in added])
         self.pool.remove([program.name for program in olds], drain)
 
     def _replace_in_turn(self, plan: Plan, olds: Sequence[ServerProgram], drain: float) -> None:
         """Replace one server after another. If a new server fails, the old ones return in their places."""
         left = list(olds)
         done: list[tuple[ServerProgram, list[ServerProgram]]] = []
-        for gpu_ids in plan.placement:
-            competing = [old for old in left if plan.competes(old, gpu_ids)]
-            if all(old.gpu_ids is None for old in competing):
-                competing = left[:1]
-            left = [old for old in left if old not in competing]
-            index = competing[0].index if competing else _free_indexes(self.members(), 1)[0]
-            new = plan.program(index, gpu_ids)
-            done.append((new, competing))
-            try:
-                self.pool.remove([old.name for old in competing[1:]], drain)
-                if competing:
-                    self.pool.replace(new, drain)
-                else:
-                    self.pool.add([new])
-            except LaunchError:
-                self._restore(done[:-1], drain)
-                if len(competing) > 1:  # the first one returns by itself
-                    self.pool.add(competing[1:])
-                raise
+        with self._trying(plan):
+            for place, gpu_ids in enumerate(plan.placement):
+                competing = [old for old in left if plan.competes(old, gpu_ids)]
+                if all(old.gpu_ids is None for old in competing):
+                    competing = left[:1]
+                left = [old for old in left if old not in competing]
+                index = competing[0].index if competing else _free({it.index for it in self.members()}, 1)[0]
+                new = plan.program(index, gpu_ids, place)
+                done.append((new, competing))
+                try:
+                    self.pool.remove([old.name for old in competing[1:]], drain)
+                    if competing:
+                        self.pool.replace(new, drain)
+                    else:
+                        self.pool.add([new])
+                except LaunchError:
+                    self._restore(done[:-1], drain)
+                    if len(competing) > 1:  # the first one returns by itself
+                        self.pool.add(competing[1:])
+                    raise
         self.pool.remove([old.name for old in left], drain)
 
     def _restore(self, done: Sequence[tuple[ServerProgram, list[ServerProgram]]], drain: float) -> None:
@@ -360,10 +375,9 @@ class Deployment:
                 logger.error("cannot bring back %s: %s", new.name, error)
 
 
-def _free_indexes(members: Sequence[ServerProgram], count: int) -> list[int]:
-    """Return the lowest `count` indexes that no server has."""
-    used = {program.index for program in members}
-    return [index for index in range(len(used) + count) if index not in used][:count]
+def _free(used: Collection[int], count: int) -> list[int]:
+    """Return the lowest `count` numbers, from 0, that are not used."""
+    return [number for number in range(len(used) + count) if number not in used][:count]
 
 
 def connect(parts: Parts, server: ServerRecord, timeout: float | None) -> Connection:

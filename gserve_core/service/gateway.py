@@ -15,8 +15,8 @@ from msgspec import structs
 
 from ..batch.dispatcher import Dispatcher
 from ..commands import Command, Done
-from ..config import GatewayConfig, KeyConfig
-from ..errors import ConfigError, GserveError, LaunchError, PluginError, RemoteError
+from ..config import OWNER, GatewayConfig, KeyConfig
+from ..errors import ConfigError, GserveError, LaunchError, PluginError, RemoteError, sentence_of
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
 from ..messages import Event, Health, RunRequest
@@ -42,8 +42,6 @@ logger = logging.getLogger("gserve.gateway")
 
 BUSY_SECONDS = 1.0
 """Retry delay for a client whose key has as many requests in progress as it may have, in seconds."""
-OWNER = "owner"
-"""Name of the key that the service itself shows, as by `gserve env`."""
 
 
 def new_key() -> str:
@@ -52,13 +50,22 @@ def new_key() -> str:
 
 
 class Key:
-    """An API key, and its requests in progress. Implements `interfaces.ApiKey`."""
+    """The API key of a client, and its requests in progress. Implements `interfaces.ApiKey`."""
 
     def __init__(self, name: str, config: KeyConfig) -> None:
         self.name = name
         self.config = config
-        self.secret = config.key.encode()
         self.requests = 0
+
+    @property
+    def config(self) -> KeyConfig:
+        """The key and its limit. They may change while requests are in progress."""
+        return self._config
+
+    @config.setter
+    def config(self, config: KeyConfig) -> None:
+        self._config = config
+        self.secret = config.key.encode()
 
     @contextlib.contextmanager
     def request(self) -> Iterator[None]:
@@ -81,7 +88,7 @@ class Gateway:
 
     `key`: returns the owner's key for a config. It is called at the start, and when the config changes.
     `handle`: executes a command, and returns in one line what was done. It is called in a thread.
-    `name`, `seed`: name and item seed of its service.
+    `name`: of its service. `seed`: returns the item seed of the service.
     """
 
     def __init__(
@@ -91,7 +98,7 @@ class Gateway:
         key: Callable[[GatewayConfig], str],
         handle: Callable[[Command], str],
         name: str,
-        seed: int,
+        seed: Callable[[], int],
     ) -> None:
         self._transport = transport
         self._config = config
@@ -150,8 +157,10 @@ class Gateway:
 
     def _set_keys(self, config: GatewayConfig) -> None:
         wanted = {OWNER: KeyConfig(self._make_key(config)), **config.keys}
-        known = {key.name: key for key in self._keys if key.config == wanted.get(key.name)}
-        self._keys = [known.get(name) or Key(name, given) for name, given in wanted.items()]
+        keys = {key.name: key for key in self._keys}
+        for name, given in wanted.items():
+            keys.setdefault(name, Key(name, given)).config = given
+        self._keys = [keys[name] for name in wanted]
 
     def update(self, state: ServerState) -> None:
         """Take over a server's new state. May be called from any thread."""
@@ -210,6 +219,9 @@ class Gateway:
             return Done(await asyncio.shield(asyncio.to_thread(self._handle, command)))
         except GserveError as error:
             raise RemoteError(str(error), status=400 if isinstance(error, CONFIG_ERRORS) else 500) from error
+        except Exception as error:
+            logger.exception("a command failed")
+            raise RemoteError(sentence_of(error), status=500) from error
 
     def status(self) -> ServiceOverview:
         """Return the overview of the service."""

@@ -146,6 +146,8 @@ class Record:
             self._make([] if is_draining else ready, status),
             id=self._run,
             deaths=list(self._deaths),
+            names=[state.name for state in states],
+            finishing=[state.instance for state in states if state.finishing],
             gateway=self.gateway,
             logs=self.logs,
             error=next((state.error or "" for state in states if state.error), "") if status == "failed" else "",
@@ -213,7 +215,7 @@ class _Session:
         if self._record is not None:
             self._record.logs = str(logs)
         for state in self._published.states.values():
-            begun = replace(state, restarts=0, failure=None, counters=Counters()).queued(BEGINNING)
+            begun = replace(state, restarts=0, failure=None, counters=Counters(), is_held=False).queued(BEGINNING)
             self._published.publish(begun.following(state))
             self._update_queue(self._published.states[state.name])
             if self.gateway is not None:
@@ -225,7 +227,7 @@ class _Session:
         self._update_queue(new)
         if self.gateway is not None:
             self.gateway.update(new)
-        if old.usable != new.usable or old.returns != new.returns:
+        if (old.usable, old.works, old.returns) != (new.usable, new.works, new.returns):
             self._write_record({**self._published.states, new.name: new})
 
     def configure_gateway(self, config: GatewayConfig) -> None:
@@ -239,6 +241,7 @@ class _Session:
             self.queue.forget(name)
         if self.gateway is not None:
             self.gateway.forget(name)
+        self._write_record({other: state for other, state in self._published.states.items() if other != name})
 
     def _update_queue(self, state: ServerState) -> None:
         if self.queue is not None:
@@ -397,6 +400,8 @@ class Pool:
 
     def _new_session(self) -> _Session:
         check_not_patched()
+        for name in self.states.keys() - self._programs.keys():  # removed while the last session ended
+            self._published.forget(name)
         queue = None
         try:
             queue = None if self._make_queue is None else self._make_queue()
@@ -446,14 +451,20 @@ class Pool:
         if (session := self._session) is None or self.is_foreign:
             return
         supervisor = session.supervisor
+
+        def is_stopped() -> bool:
+            state = self.states.get(name)
+            return state is None or state.state == State.STOPPED
+
         self._published.wait(
-            lambda: supervisor.has_ended or (self.states[name].state == State.STOPPED and not supervisor.is_closing),
-            END_SECONDS + MARGIN,
+            lambda: supervisor.has_ended or (is_stopped() and not supervisor.is_closing), END_SECONDS + MARGIN
         )
 
     def begin_one(self, name: str) -> None:
-        """Start one server unless it runs. Raises GserveError: the pool is not started."""
+        """Start one server unless it runs. Raises GserveError: the pool is not started, or the server was removed."""
         session = self._session
+        if name not in self._programs:
+            raise GserveError(f"{name} was removed from {self._what}")
         if session is None or session.supervisor.is_closing:
             raise GserveError(f"{name} belongs to {self._what}, which is not started: start it first")
         session.supervisor.begin([name])
@@ -470,7 +481,7 @@ class Pool:
 
         Raises LaunchError: one of them failed. All of them are removed.
         """
-        supervisor = self._running()
+        supervisor = self.running()
         names = [program.name for program in programs]
         self._programs |= dict(zip(names, programs, strict=True))
         supervisor.add(programs, held=held)
@@ -481,8 +492,12 @@ class Pool:
             raise
 
     def release(self, names: Sequence[str]) -> None:
-        """Let held servers work."""
-        self._running().release(names)
+        """Let held servers work. Raises GserveError: the pool ends. They are removed."""
+        try:
+            self.running().release(names)
+        except GserveError:
+            self._forget(names)
+            raise
 
     def replace(self, program: Program, drain: float) -> None:
         """Stop the server with the name of `program`, start `program` in its place, and wait until it is ready.
@@ -491,40 +506,56 @@ class Pool:
 
         Raises LaunchError: the new server failed. The old one is started again.
         """
-        self._running().replace(program, drain).result()
+        supervisor = self.running()
+        replaced = supervisor.replace(program, drain)
+        replaced.add_done_callback(lambda done: self._keep(program) if done.exception() is None else None)
+        self._published.wait(lambda: replaced.done() or supervisor.is_closing)
+        if not replaced.done():
+            raise LaunchError(f"{self._what} is ending: it starts no more servers")
+        replaced.result()
+
+    def _keep(self, program: Program) -> None:
+        """Make a program the one of its name, also if nobody waits for it any more."""
         self._programs[program.name] = program
 
     def remove(self, names: Sequence[str], drain: float) -> None:
         """Stop servers, and wait until they have ended. `drain`: see `replace`."""
-        self._remove(self._running(), names, drain)
+        self._remove(self.running(), names, drain)
 
     def limit(self, *, max_restarts: int, min_ready: int | None) -> None:
         """Replace these limits; see the class. `min_ready` applies from the next start."""
         self._max_restarts, self._min_ready = max_restarts, min_ready
-        self._running().limit_restarts(max_restarts)
+        self.running().limit_restarts(max_restarts)
 
     def configure_gateway(self, config: GatewayConfig) -> None:
         """Apply new keys and a new `queue_timeout`, if there is a gateway. Raises GserveError: there is no key."""
         if (session := self._session) is not None:
             session.configure_gateway(config)
 
-    def _running(self) -> Supervisor:
-        """Return the supervisor. Raises GserveError: the servers do not run, or another process owns them."""
+    def running(self) -> Supervisor:
+        """Return the supervisor of servers that may be changed.
+
+        Raises GserveError: they do not run, are still starting, or belong to another process.
+        """
         session = self._session
         if session is None or session.supervisor.is_closing or self.is_foreign:
             raise GserveError(f"{self._what} does not run here: start it first")
+        if not session.supervisor.has_started:
+            raise GserveError(f"{self._what} is still starting: wait until it is ready, then change it")
         return session.supervisor
 
     def _remove(self, supervisor: Supervisor, names: Sequence[str], drain: float | None) -> None:
         supervisor.remove(names, drain)
+        self._forget(names)  # first: a signal may end the wait
         self._published.wait(
-            lambda: supervisor.has_ended or not any(name in self.states for name in names),
+            lambda: supervisor.is_closing or not any(name in self.states for name in names),
             END_SECONDS + MARGIN + (drain or 0.0),
         )
+
+    def _forget(self, names: Sequence[str]) -> None:
+        """Forget the programs of servers, so that no start begins them again."""
         for name in names:
             self._programs.pop(name, None)
-            if supervisor.has_ended:
-                self._published.forget(name)
 
     def _wait_started(self, supervisor: Supervisor, names: Sequence[str]) -> None:
         """Wait until servers that were added are ready. Raises LaunchError: one failed."""

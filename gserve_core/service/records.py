@@ -71,6 +71,8 @@ class ServiceRecord(Struct, frozen=True):
     `deaths`: instances of the servers that died while they worked, at most the last `MAX_DEATHS`.
     `seed`: see `LLMConfig.item_seed`.
     `error`: why the servers have failed, if all have.
+    `names`: the names of all servers, ready or not; empty in records of older versions.
+    `finishing`: instances of the servers that accept no more items, and finish those that they have.
     `logs`: the folder of the servers' logs; "" in records of older versions.
     """
 
@@ -91,6 +93,8 @@ class ServiceRecord(Struct, frozen=True):
     gateway: GatewayRecord | None = None
     error: str = ""
     logs: str = ""
+    names: list[str] = []
+    finishing: list[str] = []
 
     @property
     def is_alive(self) -> bool:

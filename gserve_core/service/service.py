@@ -160,7 +160,7 @@ class VLLMService(Inference):
         self._deployment: Deployment | None = deployment
         self._pool: Pool | Attached | Remote = deployment.pool
         self._parts = deployment.plan.parts
-        self._seeds = Seeds(deployment.plan.config.llm.item_seed)
+        self._seeds = deployment.seeds
         self._members: list[VLLMServer] = []
         weakref.finalize(self, self._pool.ask_to_close)
 
@@ -237,7 +237,7 @@ class VLLMService(Inference):
         Raises GserveError: the service does not run here, there is no file, or another change is in progress.
         """
         deployment = self._changeable()
-        source = None if path is None else deployment.source_at(Path(path), overrides)
+        source = None if path is None else deployment.source_at(Path(path).absolute(), overrides)
         deployment.reload(source, in_place=in_place, only_gateway=only_gateway, drain=drain)
 
     def _changeable(self) -> Deployment:

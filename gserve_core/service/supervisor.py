@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -271,7 +272,10 @@ class Supervisor:
             if self._answered < asked:
                 return False
             min_ready = self._min_ready if names is None else len(names)
-            states = [self._published.states[name] for name in names or list(self._servers)]
+            known = self._published.states
+            states = [known[name] for name in names or list(self._servers) if name in known]
+            if names is not None and len(states) < len(names):
+                raise LaunchError(f"{', '.join(set(names) - known.keys())} was removed from {self._what}")
             if sum(state.usable for state in states) >= min_ready:
                 return True
             over = [state for state in states if state.is_over]
@@ -361,7 +365,7 @@ class Supervisor:
                 self._close(None)
                 return
             self._keep_at = time.monotonic() + KEEP_SECONDS
-        for server in (self._servers[name] for name in names):
+        for server in (self._servers[name] for name in names if name in self._servers):
             if server.is_stopping or server.is_releasing:
                 server.is_wanted = True
                 self._publish(self._state(server).queued(BEGINNING))
@@ -515,9 +519,9 @@ class Supervisor:
         added = [_Server(program) for program in programs]
         for server in added:
             state = replace(server.program.state.queued(BEGINNING), is_held=held)
-            self._servers[state.name] = server
             self._hooks.changed(server.program.state, state)
             self._published.publish(state)
+            self._servers[state.name] = server
         for server in added:
             self._launch(server)
 
@@ -531,8 +535,13 @@ class Supervisor:
         if server is None or self._deadline is not None or self._is_draining:
             replaced.set_exception(LaunchError(f"{program.name} is not replaced: {self._what} is ending"))
             return
-        self._stop(server, drain, is_wanted=server.run is not None)
-        server.fallback, server.replaced = server.program if server.was_ready else None, replaced
+        fallback = server.program if server.was_ready else None
+        try:
+            self._stop(server, drain, is_wanted=server.run is not None)
+        except Exception as error:  # of a plugin
+            replaced.set_exception(LaunchError(f"cannot stop {program.name}: {error}"))
+            raise
+        server.fallback, server.replaced = fallback, replaced
         server.program, server.was_ready = program, False
         server.restarts.clear()
         server.useless = server.fruitless = server.failed_starts = 0
@@ -593,8 +602,8 @@ class Supervisor:
         self._try(lambda: self._hooks.closing(drain))
         ends = time.monotonic() + END_SECONDS + (drain or 0.0)
         self._deadline = min(self._deadline or math.inf, ends)
-        for server in self._servers.values():
-            self._stop(server, drain)
+        for server in list(self._servers.values()):
+            self._try(partial(self._stop, server, drain))
 
     def _abandon_servers(self) -> None:
         for server in self._servers.values():

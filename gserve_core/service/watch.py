@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 
 from ..errors import RemoteError
@@ -23,7 +23,7 @@ class Watch:
     All methods run in one event loop.
     """
 
-    def __init__(self, name: str, seed: int) -> None:
+    def __init__(self, name: str, seed: Callable[[], int]) -> None:
         self._name = name
         self._seed = seed
         self._version = version("gserve")
@@ -49,7 +49,7 @@ class Watch:
         states = [self._states[name] for name in sorted(self._states, key=sort_key)]
         return ServiceOverview(
             name=self._name, status=status, version=self._version, seconds=now - self._began, waiting=waiting,
-            seed=self._seed, servers=[_overview(state, now, requests.get(state.name, 0)) for state in states],
+            seed=self._seed(), servers=[_overview(state, now, requests.get(state.name, 0)) for state in states],
             endings=[
                 Ending(state.name, state.generation, now - then, state.error or "") for then, state in self._endings
             ],

@@ -124,7 +124,7 @@ def test_a_model_that_is_not_there_is_told_by_the_check_and_before_a_server_star
     (place.folder / "bad.yaml").write_text("llm:\n  model_name: demo:foo\n")
     said = "there is no demo model 'demo:foo'; expected demo:smollm2-135m - at $.llm.model_name\n"
     assert place.run("check", "bad.yaml", code=2).stderr == f"error: bad.yaml:2: {said}"
-    assert place.run("launch", "bad.yaml", code=2).stderr.endswith(f"error: {said}")
+    assert place.run("launch", "bad.yaml", code=2).stderr.endswith(f"error: bad.yaml:2: {said}")
     assert "starting" not in place.run("generate", "bad.yaml", "x", code=2).stderr
 
 

@@ -190,11 +190,11 @@ def test_ctrl_c_and_the_death_of_a_server_end_an_answer_and_not_the_conversation
 
 def test_a_turn_that_fails_is_not_kept(place: Place) -> None:
     config = str(config_of(place.folder, {"id": "m"}))
-    done = place.run("chat", config, "--system", "be brief", stdin="one\n\nbreak\ntwo\n/exit\nthree\n")
+    done = place.run("chat", config, "--system", "be brief", stdin="one\n\nbreak\ntwo\n/exit\nthree\n", code=1)
     first, _, second = (json.loads(line.strip()) for line in done.stdout.split("\n") if '"turns"' in line)
     assert second["turns"] == ["be brief", "one", "\u2028" + json.dumps(first), "two"]
     assert second["model"] is None, "there is no adapter"
-    assert done.stderr.splitlines()[-1] == "error: it broke"
+    assert done.stderr.splitlines()[-2:] == ["error: it broke", "error: 1 of 3 messages failed"]
 
 
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(place: Place) -> None:

@@ -140,7 +140,7 @@ def test_ps_fits_a_terminal_of_100_columns(shared: Place) -> None:
     lines = [line.rstrip() for line in re.sub(r"\x1b\[\d*m", "", terminal.seen).split("\r\n")]
     assert max(map(len, lines)) <= 100
     pid = str(shared.started[0].pid)
-    assert any(line.startswith(f"demo   {pid}") and "demo-model" in line for line in lines)
+    assert any(line.startswith(f"demo   {pid}") and "demo-model" in line for line in lines), lines
     assert any(re.fullmatch(r"~/gserve/logs/\S+-demo-\S+/server-0\.log", line) for line in lines)
 
 

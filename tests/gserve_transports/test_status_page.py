@@ -15,7 +15,7 @@ import pytest
 from gserve import GatewayConfig, LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.testing import our_processes
-from tests.browser import ENTER, Browser, browser
+from tests.browser import ENTER, TAB, Browser, browser
 
 MARKUP = "<b>bold</b><img src=x onerror=hacked=1><script>hacked=1</script>"
 """Text that would set a variable of the page if it were taken for HTML."""
@@ -331,11 +331,21 @@ def test_the_page_fits_its_width(page: Browser, width: int) -> None:
         page.devtools("Emulation.clearDeviceMetricsOverride")
 
 
-def test_every_field_has_a_label_and_the_keyboard_reaches_it(page: Browser) -> None:
-    unnamed = page.run(
-        "return [...document.querySelectorAll('input, select, textarea, button')].filter(it =>"
-        " !(it.labels?.length || it.textContent.trim())).map(it => it.id)"
-    )
+def test_every_field_has_a_label(page: Browser) -> None:
+    fields = "[...document.querySelectorAll('input, select, textarea, button')]"
+    assert page.run(f"return {fields}.length") == 11
+    unnamed = page.run(f"return {fields}.filter(it => !(it.labels?.length || it.textContent.trim())).map(it => it.id)")
     assert unnamed == []
-    page.run("document.querySelector('#model').focus()")
-    assert page.run("return document.querySelector('#log').tabIndex") == 0
+
+
+def test_everything_can_be_done_with_the_keyboard(page: Browser) -> None:
+    reached = set()
+    page.run("document.querySelector('#forget').focus()")
+    for _ in range(12):
+        page.press(TAB)
+        reached.add(page.run("return document.activeElement.id"))
+    wanted = {"log-server", "follow", "log", "model", "max-tokens", "clear", "chat-log", "prompt", "send"}
+    assert wanted <= reached
+    page.run("document.querySelector('#log-server').focus()")
+    page.press("server-1")
+    page.until("document.querySelector('#log-server').value === 'server-1'")

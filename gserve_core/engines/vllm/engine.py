@@ -103,7 +103,7 @@ class VLLMEngine(Engine):
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     allow_insecure_vllm: bool = False
     openai: bool = True
-    metrics: bool = True
+    metrics: bool = False
     tool_call_parser: str | None = None
     openai_args: list[str] = field(default_factory=list)
 
@@ -421,7 +421,7 @@ class RunningVLLM(RunningEngine):
 
     def in_background(self, prepared: Item) -> Item:
         """Return a prepared prompt with the priority of batches."""
-        return prepared._replace(priority=self._background)
+        return prepared._replace(priority=self._background) if self._background else prepared
 
     async def run(self, prepared: Item) -> list[ResponseOutput]:
         """Return the completions of one prepared prompt.

@@ -70,7 +70,7 @@ class Slow(Engine):
 
     async def run(self, prepared: Any) -> list[ResponseOutput]:
         await self.released.wait()
-        if prepared == "bad":
+        if prepared.startswith("bad"):
             raise ItemError("refused")
         return await super().run(prepared)
 

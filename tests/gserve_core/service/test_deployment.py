@@ -1,7 +1,9 @@
 """A service whose servers are added, removed and replaced while clients use it."""
 
 import asyncio
+import contextlib
 import json
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,16 +20,19 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.plugins import assemble
 from gserve_core.service.deployment import Deployment, Plan
 from gserve_core.testing import our_processes
+from tests.gserve_core.fake_servers import until
 
 CLIENTS = 64
 CHAT = "/v1/chat/completions"
 KEY = "a-key-of-the-owner"
 
 
-def write(folder: Path, *, servers: int = 2, model: str = "old", gateway: Any = None, **engine: Any) -> Path:
+def write(
+    folder: Path, *, servers: int = 2, model: str = "old", gateway: Any = None, llm: Any = None, **engine: Any
+) -> Path:
     """Write a config, and return its path."""
     config = {
-        "llm": {"model_name": model, "max_model_len": 100_000},
+        "llm": {"model_name": model, "max_model_len": 100_000, **(llm or {})},
         "serve": {"servers": servers},
         "engine": {"type": "echo", **engine},
         "gateway": {"api_key": KEY, **(gateway or {})},
@@ -38,8 +43,8 @@ def write(folder: Path, *, servers: int = 2, model: str = "old", gateway: Any = 
 
 
 @contextmanager
-def running(folder: Path, **config: Any) -> Iterator[VLLMService]:
-    with VLLMService.from_yaml(write(folder, **config)) as service:
+def running(folder: Path, name: str | None = None, **config: Any) -> Iterator[VLLMService]:
+    with VLLMService.from_yaml(write(folder, **config), name=name) as service:
         yield service
 
 
@@ -55,6 +60,16 @@ def ask(service: VLLMService, path: str, body: Any = None, *, key: str = KEY, me
 
 def model_of(service: VLLMService) -> Any:
     return ask(service, "/v1/models", method="GET").json()["data"][0]["id"]
+
+
+def free_ports(count: int) -> int:
+    """Return the first of so many free ports in a row."""
+    for first in range(20_000, 30_000, count):
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise AssertionError("no free ports")
 
 
 def names(service: VLLMService) -> list[str]:
@@ -162,8 +177,43 @@ def test_a_server_that_does_not_start_is_not_added(tmp_path: Path) -> None:
             with pytest.raises(ConfigError, match=why):
                 service.scale(number)
         assert names(service) == ["server-0", "server-1"]
-    with pytest.raises(GserveError, match="does not run here"):
-        service.scale(3)
+        removed = service.servers[1]
+        service.scale(1)
+        uses: list[Callable[[], object]] = [removed.start, removed.status, removed.client]
+        for use in uses:
+            with pytest.raises(GserveError, match="server-1 was removed"):
+                use()
+        removed.shutdown()
+    for number in (1, 3):
+        with pytest.raises(GserveError, match="does not run here"):
+            service.scale(number)
+
+
+def test_a_service_that_is_still_starting_is_not_changed(tmp_path: Path) -> None:
+    service = VLLMService.from_yaml(write(tmp_path, servers=1, load_time=2.0))
+    starting = threading.Thread(target=service.start)
+    starting.start()
+    try:
+        until(lambda: service.status()[0].phase)
+        changes: list[Callable[[], object]] = [service.reload, lambda: service.scale(3)]
+        for change in changes:
+            with pytest.raises(GserveError, match="still starting: wait until it is ready"):
+                change()
+        starting.join(30)
+        assert service.is_running()
+    finally:
+        service.shutdown()
+
+
+def test_an_attached_process_lets_a_removed_server_finish_and_forgets_it(tmp_path: Path) -> None:
+    with running(tmp_path, name="changing", latency=0.05) as service, VLLMService.attach("changing") as attached:
+        items = attached.generate_iter(["short", *["word " * 20] * 8], {"max_tokens": 20})
+        assert next(items)[0] == 0
+        service.scale(1)
+        assert service.status()[0].counters.items < 9, "all of them were made again"
+        assert len([outcome for _, outcome in items if isinstance(outcome, list)]) == 8
+        until(lambda: [state.name for state in attached.status()] == ["server-0"])
+        assert attached.generate(["a b"]) == [["a b"]]
 
 
 # -------------------------------------------------------------------------------------------------------------- reload
@@ -206,6 +256,31 @@ def test_the_old_servers_go_on_if_a_new_one_fails(tmp_path: Path, in_place: bool
         write(tmp_path, servers=1, model="new")
         service.reload()
         assert model_of(service) == "new"
+
+
+def test_a_reload_begins_with_the_seed_of_its_config(tmp_path: Path) -> None:
+    def sampled(service: VLLMService) -> Any:
+        return service.generate(["a", "b"], {"temperature": 1.0, "max_tokens": 5})
+
+    with running(tmp_path, servers=1, sample=True, llm={"llm_kwargs": {"seed": 8}}) as service:
+        expected = sampled(service)
+    with running(tmp_path, servers=1, sample=True, llm={"llm_kwargs": {"seed": 7}}) as service:
+        assert sampled(service) != expected
+        write(tmp_path, servers=1, sample=True, llm={"llm_kwargs": {"seed": 8}})
+        service.reload()
+        assert sampled(service) == expected
+        with VLLMService.attach(root(service), api_key=KEY) as attached:
+            assert sampled(attached) == expected
+
+
+def test_ports_are_those_of_the_config_after_each_reload(tmp_path: Path) -> None:
+    with running(tmp_path) as service:
+        service.reload()
+        assert names(service) == ["server-2", "server-3"]
+        port = free_ports(3)
+        service.reload(overrides=[f"serve.port={port}"], path=tmp_path / "service.yaml")
+        service.scale(3)
+        assert [state.port for state in service.status()] == [port, port + 1, port + 2]
 
 
 def test_a_wrong_config_changes_nothing(tmp_path: Path) -> None:
@@ -321,6 +396,7 @@ def test_wrong_keys_are_refused() -> None:
     refused({"alice": "short"}, "expected at least 16 characters")
     refused({"alice": {"key": "a-key-of-alice-alone", "max_request": 2}}, "did you mean 'max_requests'")
     refused({"alice": {"key": "a-key-of-alice-alone", "max_requests": 0}}, "a number of requests from 1 up")
+    refused({"owner": "a-key-of-alice-alone"}, "'owner' is the name of api_key")
     refused({"alice": "a-key-of-alice-alone", "bob": "a-key-of-alice-alone"}, "this one stands twice")
     assert "alone" not in repr(GatewayConfig(keys={"alice": KeyConfig("a-key-of-alice-alone")}))
 

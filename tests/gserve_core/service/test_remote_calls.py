@@ -215,7 +215,7 @@ def test_the_requests_of_one_client_have_the_share_of_one_call() -> None:
         sent = len(gateway.server.prompts)
         await gateway.events(RunRequest([Group(["small"] * 50)], id="small-0"))
         beside = gateway.server.prompts[sent:].count("large")
-        assert beside < 150, "the requests of the other client each had a share"
+        assert beside < 300, "the nine requests of the other client each had a share, which would be 450"
         for each in asking:
             assert len(by_index(await each)) == 100
 

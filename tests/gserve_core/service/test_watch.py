@@ -23,7 +23,7 @@ def only(watch: Watch) -> ServerOverview:
 
 
 def test_the_servers_come_in_the_order_of_their_numbers() -> None:
-    watch = Watch("a-service", 7)
+    watch = Watch("a-service", lambda: 7)
     for number in (10, 2, 0):
         watch.update(replace(NEW, name=f"server-{number}"))
     shown = watch.overview("starting", waiting=3, requests={"server-2": 5})
@@ -37,7 +37,7 @@ def test_the_servers_come_in_the_order_of_their_numbers() -> None:
 
 
 def test_a_ready_server_has_an_address_and_a_model_and_a_dead_one_has_none() -> None:
-    watch = Watch("", 0)
+    watch = Watch("", lambda: 0)
     watch.update(READY)
     shown = only(watch)
     assert (shown.state, shown.address, shown.model, shown.capacity) == ("ready", "10.0.0.1:4321", "m", 8)
@@ -48,7 +48,7 @@ def test_a_ready_server_has_an_address_and_a_model_and_a_dead_one_has_none() -> 
 
 
 def test_each_failure_is_shown_once_and_stays_when_the_server_is_ready_again() -> None:
-    watch = Watch("", 0)
+    watch = Watch("", lambda: 0)
     dying = READY.draining("cleaning up: killed", returns=True, died=True)
     for failure in (LaunchError("killed"), LaunchError("killed")):
         failed = replace(dying, failure=failure)
@@ -62,7 +62,7 @@ def test_each_failure_is_shown_once_and_stays_when_the_server_is_ready_again() -
 
 
 def test_the_newest_failures_are_kept() -> None:
-    watch = Watch("", 0)
+    watch = Watch("", lambda: 0)
     for generation in range(MAX_ENDINGS + 10):
         watch.update(replace(NEW, generation=generation).failed(LaunchError(f"failure {generation}")))
     endings = watch.overview("stopped", waiting=0, requests={}).endings
@@ -72,7 +72,7 @@ def test_the_newest_failures_are_kept() -> None:
 
 
 def test_an_overview_holds_no_secret() -> None:
-    watch = Watch("", 0)
+    watch = Watch("", lambda: 0)
     watch.update(READY)
     assert "canary" not in str(watch.overview("ok", waiting=0, requests={}))
 
@@ -81,7 +81,7 @@ def test_an_overview_holds_no_secret() -> None:
 
 
 def test_a_log_begins_anew_when_the_server_is_started_again(tmp_path: Path) -> None:
-    watch = Watch("", 0)
+    watch = Watch("", lambda: 0)
     first, second = tmp_path / "server-0.log", tmp_path / "server-0.2.log"
     first.write_text("one\ntwo\n")
     second.write_text("three\nfour\nfive\n")
@@ -96,7 +96,7 @@ def test_a_log_begins_anew_when_the_server_is_started_again(tmp_path: Path) -> N
 
 
 def test_a_log_that_is_not_there_is_told(tmp_path: Path) -> None:
-    watch = Watch("", 0)
+    watch = Watch("", lambda: 0)
     for number in (10, 2):
         watch.update(replace(NEW, name=f"server-{number}"))
     with pytest.raises(RemoteError, match="no server 'x' here; the servers: server-2, server-10") as error:

@@ -151,7 +151,7 @@ def service(adapter: Path) -> Iterator[VLLMService]:
         lora_path=str(adapter), llm_kwargs={"structured_outputs_config": GRAMMARS},
     )  # fmt: skip
     serve = ServeConfig(servers=1, startup_timeout=300.0, env={"VLLM_API_KEY": KEY})
-    engine = VLLMEngine(tool_call_parser="hermes")
+    engine = VLLMEngine(tool_call_parser="hermes", metrics=True)
     with VLLMService(llm, serve, engine=engine, gateway=GatewayConfig()) as running:
         yield running
 
