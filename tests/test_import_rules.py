@@ -52,6 +52,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"batch.items", "batch.dispatcher"},
     {"batch.batch", "service.remote_calls"},
     {"service.inference", "service.gateway"},
+    {"service.followed"},
     {"service.client", "service.pool", "service.attached", "service.remote"},
     {"service.server_command"},
     {"service.server_life"},

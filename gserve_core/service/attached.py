@@ -1,21 +1,17 @@
 """The servers of a service that another process launched. They are followed by the name of the service."""
 
 import logging
-import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from types import MappingProxyType
 
 from ..batch.dispatcher import Dispatcher
 from ..errors import GserveError, TransportError
-from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Connection, EngineInfo
 from ..service import records
 from ..service.records import GatewayRecord, ServerRecord, ServiceRecord
+from .followed import Followed, Following
 from .state import ServerState, State, sort_key
 
 FOLLOW_SECONDS = 1.0
@@ -24,15 +20,13 @@ MISSING_SECONDS = 3.0
 """Time before a missing or unreadable record has an effect, in seconds."""
 RETURN_SECONDS = 60.0
 """Maximum time that items wait for a missing service to return under its name, in seconds. Then they are lost."""
-CLOSE_SECONDS = 30.0
-"""Maximum time for `close`, in seconds."""
 SERVICE_KEY = "the service"
 """Key of the server that the queue expects while no server is known."""
 
 logger = logging.getLogger("gserve.attached")
 
 
-class Attached:
+class Attached(Followed["_Following"]):
     """The servers of a service that another process launched, and the queue of items for them.
 
     A thread follows the record with the service's name. It notices restarted servers, and a restarted service. Items
@@ -43,117 +37,39 @@ class Attached:
     """
 
     def __init__(self, name: str, connect: Callable[[ServerRecord], Connection], timeout: float | None) -> None:
+        super().__init__()
         self._name = name
         self._connect = connect
         self._timeout = timeout
-        self._session: _Following | None = None
-        self._last: Mapping[str, ServerState] = MappingProxyType({})
-
-    @property
-    def states(self) -> Mapping[str, ServerState]:
-        """The latest states of the servers, by name, as their owner has written them. Never waits."""
-        session = self._session
-        return self._last if session is None else session.states
 
     @property
     def gateway(self) -> GatewayRecord | None:
         """The gateway of the service; None if it has none."""
         return None if self._session is None else self._session.gateway
 
-    @property
-    def dispatcher(self) -> Dispatcher | None:
-        """The dispatcher of the servers; None if this is closed."""
-        session = self._session
-        if session is None or session.is_closing:
-            return None
-        return session.dispatcher
-
-    def start(self) -> None:
-        """Begin to follow the service. Does nothing if this has begun.
-
-        Raises ConfigError: there is no such service.
-        """
-        if self._session is None:
-            session = _Following(self._name, self._connect, self._timeout, records.find_service(self._name))
-            if self._session is None:
-                self._session = session
-            else:
-                session.ask_to_close()
-
-    def drain(self, why: str) -> None:
-        """Accept no more items in this process. The service continues."""
-        if (session := self._session) is not None and not session.is_closing:
-            with suppress(TransportError):  # the dispatcher was closed
-                session.dispatcher.drain(why)
-
-    def ask_to_close(self) -> None:
-        """Begin to close the connections, without waiting. May be called from any thread and from a finalizer."""
-        if (session := self._session) is not None and session.pid == os.getpid():
-            session.ask_to_close()
-
-    def close(self, drain: float | None = None) -> None:
-        """End the open calls, and close the connections. Idempotent. The service continues.
-
-        `drain` is ignored.
-        """
-        session, self._session = self._session, None
-        if session is None:
-            return
-        if session.pid != os.getpid():
-            session.dispatcher.close()
-            return
-        self._last = MappingProxyType({name: state.stopped() for name, state in session.states.items()})
-        session.close()
+    def _follow(self) -> "_Following":
+        """Begin to follow the service. Raises ConfigError: there is no such service."""
+        return _Following(self._name, self._connect, self._timeout, records.find_service(self._name))
 
 
-class _Following:
-    """One period of following a service, in its own thread."""
+class _Following(Following):
+    """One period of following a service by its record."""
 
     def __init__(
         self, name: str, connect: Callable[[ServerRecord], Connection], timeout: float | None, first: ServiceRecord
     ) -> None:
+        super().__init__(Dispatcher(), FOLLOW_SECONDS, f"the service '{name}'")
         self._name = name
         self._connect = connect
         self._timeout = timeout
-        self.pid = os.getpid()
-        self.dispatcher = Dispatcher()
         self.servers: Mapping[str, ServerRecord] = MappingProxyType({})
         self.gateway: GatewayRecord | None = None
-        self.states: Mapping[str, ServerState] = MappingProxyType({})
-        self.is_closing = False
         self._is_drained = False
         self._missing_since: float | None = None
-        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._apply_record(first)
-        self._thread = threading.Thread(target=self._run, name="gserve-follow", daemon=True)
-        self._thread.start()
+        self.begin()
 
-    def ask_to_close(self) -> None:
-        self.is_closing = True
-        self._wakeups.put(None)
-
-    def close(self) -> None:
-        self.ask_to_close()
-        self.dispatcher.close()  # here: an interrupted call of this thread may hold resources that it needs
-        if self._thread is not threading.current_thread():
-            self._thread.join(CLOSE_SECONDS)
-
-    def _run(self) -> None:
-        keep_logging_from_waiting()
-        while not self.is_closing:
-            with suppress(queue.Empty):
-                self._wakeups.get(timeout=FOLLOW_SECONDS)
-            if self.is_closing:
-                break
-            try:
-                self._read_record()
-            except TransportError:
-                break  # the queue is closed, so the states are not needed any more
-            except Exception:
-                logger.exception("cannot update the state of the service '%s'", self._name)
-        self.dispatcher.close()
-
-    def _read_record(self) -> None:
+    def look(self) -> None:
         """Read the record of the service, and apply its changes."""
         now = time.monotonic()
         try:

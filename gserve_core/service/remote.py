@@ -1,22 +1,18 @@
 """A service that is used through its gateway, by URL, from this machine or another one."""
 
 import logging
-import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Coroutine
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 from ..batch.dispatcher import Dispatcher
 from ..errors import ConfigError, GserveError, RemoteError, TransportError
-from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Address, Connection, EngineInfo
 from ..overview import ServerOverview, ServiceOverview
 from . import records
+from .followed import Followed, Following
 from .records import GatewayRecord
 from .state import ServerState, State
 
@@ -26,8 +22,6 @@ START_CHECK_SECONDS = 0.5
 """Time between two looks at a service that is starting, in seconds."""
 RETURN_SECONDS = 60.0
 """Maximum time that items wait for a gateway that does not answer, in seconds. Then they are lost."""
-CLOSE_SECONDS = 30.0
-"""Maximum time for `close`, in seconds."""
 UNKNOWN_CAPACITY = 1024
 """Assumed number of items that the servers work on at once, while it is unknown."""
 
@@ -73,7 +67,7 @@ def _is_root(url: SplitResult) -> bool:
     return url.path.rstrip("/") in ("", "/v1") and not url.query and not url.fragment
 
 
-class Remote:
+class Remote(Followed["_Following"]):
     """A service behind a gateway, and the queue of items for it.
 
     The gateway counts as one server, which never dies. If it goes away, items wait up to `RETURN_SECONDS` for it.
@@ -87,18 +81,11 @@ class Remote:
     def __init__(
         self, gateway: GatewayRecord, connect: Callable[[], Connection], timeout: float | None, start_timeout: float
     ) -> None:
+        super().__init__()
         self._gateway = gateway
         self._connect = connect
         self._timeout = timeout
         self._start_timeout = start_timeout
-        self._session: _Following | None = None
-        self._last: Mapping[str, ServerState] = MappingProxyType({})
-
-    @property
-    def states(self) -> Mapping[str, ServerState]:
-        """The latest states of the servers, by name, as their owner has reported them. Never waits."""
-        session = self._session
-        return self._last if session is None else session.states
 
     @property
     def gateway(self) -> GatewayRecord | None:
@@ -106,77 +93,34 @@ class Remote:
         return None if self._session is None else self._gateway
 
     @property
-    def dispatcher(self) -> Dispatcher | None:
-        """The dispatcher of the items; None if this is closed."""
-        session = self._session
-        if session is None or session.is_closing:
-            return None
-        return session.dispatcher
-
-    @property
     def seed(self) -> int:
         """See `LLMConfig.item_seed`. 0 before the start."""
         return 0 if self._session is None else self._session.seed
 
-    def start(self) -> None:
-        """Connect to the gateway, and wait until a server is ready. Does nothing if this has been done.
+    def _follow(self) -> "_Following":
+        """Connect to the gateway, and wait until a server is ready.
 
         Raises RemoteError: the gateway refuses the API key.
         Raises TransportError: no gateway answers at the URL.
         Raises GserveError: the service is ending, has failed, or is not ready in time.
         """
-        if self._session is not None:
-            return
         session = _Following(self._gateway.base_url, self._connect, self._timeout)
         try:
             session.start(self._start_timeout)
         except BaseException:
             session.close()
             raise
-        if self._session is None:
-            self._session = session
-        else:
-            session.ask_to_close()
-
-    def drain(self, why: str) -> None:
-        """Accept no more items in this process. The service continues."""
-        if (session := self._session) is not None and not session.is_closing:
-            with suppress(TransportError):  # the dispatcher was closed
-                session.dispatcher.drain(why)
-
-    def ask_to_close(self) -> None:
-        """Begin to close the connections, without waiting. May be called from any thread and from a finalizer."""
-        if (session := self._session) is not None and session.pid == os.getpid():
-            session.ask_to_close()
-
-    def close(self, drain: float | None = None) -> None:
-        """End the open calls, and close the connections. Idempotent. The service continues.
-
-        `drain` is ignored.
-        """
-        session, self._session = self._session, None
-        if session is None:
-            return
-        if session.pid != os.getpid():
-            session.dispatcher.close()
-            return
-        self._last = MappingProxyType({name: state.stopped() for name, state in session.states.items()})
-        session.close()
+        return session
 
 
-class _Following:
-    """One period of using a service, whose state is followed in a thread of its own."""
+class _Following(Following):
+    """One period of using a service through its gateway."""
 
     def __init__(self, url: str, connect: Callable[[], Connection], timeout: float | None) -> None:
+        super().__init__(Dispatcher(), FOLLOW_SECONDS, f"the service at {url}")
         self._url = url
-        self.pid = os.getpid()
         self.seed = 0
-        self.states: Mapping[str, ServerState] = MappingProxyType({})
-        self.is_closing = False
         self._capacity = UNKNOWN_CAPACITY
-        self._wakeups: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="gserve-follow", daemon=True)
-        self.dispatcher = Dispatcher()
         self.dispatcher.add(url, connect, self._capacity, timeout, is_watched=True, return_timeout=RETURN_SECONDS)
 
     def start(self, seconds: float) -> None:
@@ -203,37 +147,17 @@ class _Following:
             if time.monotonic() > deadline:
                 raise GserveError(f"the service at {self._url} is still starting after {seconds:g} s")
             time.sleep(START_CHECK_SECONDS)
-        self._thread.start()
+        self.begin()
 
-    def ask_to_close(self) -> None:
-        self.is_closing = True
-        self._wakeups.put(None)
-
-    def close(self) -> None:
-        self.ask_to_close()
-        self.dispatcher.close()  # here: an interrupted call of this thread may hold resources that it needs
-        if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join(CLOSE_SECONDS)
-
-    def _run(self) -> None:
-        keep_logging_from_waiting()
-        while not self.is_closing:
-            with suppress(queue.Empty):
-                self._wakeups.get(timeout=FOLLOW_SECONDS)
-            if self.is_closing:
-                break
-            try:
-                self._look()
-            except TransportError as error:
-                if self.dispatcher.is_closing:
-                    break
-                why = f"its gateway does not answer: {error}"
-                self.states = MappingProxyType({name: state.queued(why) for name, state in self.states.items()})
-            except GserveError:
-                break  # the interpreter is ending
-            except Exception:
-                logger.exception("cannot update the state of the service at %s", self._url)
-        self.dispatcher.close()
+    def look(self) -> None:
+        """Take over the present state of the service. If its gateway does not answer, its servers count as queued."""
+        try:
+            self._look()
+        except TransportError as error:
+            if self.dispatcher.is_closing:
+                raise
+            why = f"its gateway does not answer: {error}"
+            self.states = MappingProxyType({name: state.queued(why) for name, state in self.states.items()})
 
     def _ask[T](self, question: Callable[[Connection], Coroutine[Any, Any, T]]) -> T:
         return self.dispatcher.ask_server(self._url, question)
