@@ -45,10 +45,9 @@ class RunningWedging(RunningVLLM):
         for place, prompt in enumerate(prompts):
             if MARKER in str(prompt) and self.order.exists():
                 self.order.unlink()
-                made, sampling = prepared[place]
-                broken = copy.copy(sampling)
+                broken = copy.copy(prepared[place].sampling)
                 broken.detokenize = "no"
-                prepared[place] = made, broken
+                prepared[place] = prepared[place]._replace(sampling=broken)
         return prepared
 
 

@@ -111,7 +111,8 @@ class Terminal:
     def __init__(self, place: Place, *arguments: str, columns: int = 80, **options: Any) -> None:
         self.master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-        ends = {"stdin": slave, "stdout": slave, "stderr": slave} | options
+        environ = {name: value for name, value in place.environ.items() if name not in ("COLUMNS", "LINES")}
+        ends = {"stdin": slave, "stdout": slave, "stderr": slave, "env": environ} | options
         self.process = place.start(
             *arguments, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY), **ends
         )

@@ -134,13 +134,13 @@ def test_ps_does_not_wait_for_a_service_that_does_not_answer(shared: Place) -> N
 
 
 def test_ps_fits_a_terminal_of_100_columns(shared: Place) -> None:
-    home = {"HOME": str(shared.folder / "state")}
+    home = {"HOME": str(shared.folder / "state"), "COLUMNS": "100"}
     terminal = Terminal(shared, "ps", env=shared.environ | home, columns=100)
     assert terminal.end() == 0
     lines = [line.rstrip() for line in re.sub(r"\x1b\[\d*m", "", terminal.seen).split("\r\n")]
     assert max(map(len, lines)) <= 100
     pid = str(shared.started[0].pid)
-    assert any(line.startswith(f"demo   {pid}") and "demo-model" in line for line in lines), lines
+    assert any(line.startswith(f"demo   {pid}") and "demo-model" in line for line in lines), "\n".join(lines)
     assert any(re.fullmatch(r"~/gserve/logs/\S+-demo-\S+/server-0\.log", line) for line in lines)
 
 
