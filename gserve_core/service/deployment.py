@@ -262,7 +262,7 @@ class Deployment:
         """Replace all servers by those of a config; requests and batches go on meanwhile.
 
         If there is room, all new servers are started beside the old ones, and get the work at the same moment.
-        Otherwise one server after another is replaced. If a new server fails, the old ones go on.
+        Otherwise one server after another is replaced. If a new server fails, the old ones go on, or are started again.
 
         `source`: the file; None: the file of the start.
         `in_place`, `only_gateway`, `drain`: see `commands.Reload`.

@@ -225,7 +225,7 @@ class VLLMService(Inference):
         """Replace all servers by those of a YAML file while requests and batches go on. Returns when it is done.
 
         If there is room, all new servers are started beside the old ones, and get the work at the same moment.
-        Otherwise one server after another is replaced. If a new server fails, the old ones go on.
+        Otherwise one server after another is replaced. If a new server fails, the old ones go on, or are started again.
 
         `path`, `overrides`: see `from_yaml`. None: the file and the overrides of the start.
         `in_place`: replace one server after another, even if there is room.

@@ -1,20 +1,9 @@
 """`gserve scale` and `gserve reload` at a launched service, as a user types them."""
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.gserve.place import Place, eventually
-
-
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    made = Place(tmp_path)
-    yield made
-    made.assert_nothing_is_left()
 
 
 def servers(place: Place) -> dict[str, Any]:

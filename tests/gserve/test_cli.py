@@ -29,13 +29,6 @@ def records(text: str) -> dict[Any, Any]:
     return found
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path)
-    yield place
-    place.assert_nothing_is_left()
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Return a place where a service named "shared" runs, 10 ms a token, which fails at prompts with "POISON"."""

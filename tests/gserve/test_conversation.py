@@ -103,13 +103,6 @@ def asked(answers: Answers, *contents: str) -> Any:
     return json.loads(text.strip())
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path)
-    yield place
-    place.assert_nothing_is_left()
-
-
 # --------------------------------------------------------------------------------------------------------- its answers
 
 

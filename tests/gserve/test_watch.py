@@ -28,13 +28,6 @@ with VLLMService(LLMConfig("plain-model"), ServeConfig(), engine=EchoEngine(), n
 """A program whose service has a name, and no gateway."""
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    place = Place(tmp_path)
-    yield place
-    place.assert_nothing_is_left()
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     """Return a place where "demo" runs, with a gateway and two servers, and "plain", without a gateway."""
