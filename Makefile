@@ -55,7 +55,7 @@ lint: $(READY) ## check style and types
 
 lock: $(RUN)/uv ## write uv.lock, uv-cpu.lock and uv-clients.lock anew
 	$(COMPILE) pyproject.toml --extra cuda --output-file uv.lock
-	$(COMPILE) pyproject.toml --extra cpu --extra dev --override uv-cpu.override --output-file uv-cpu.lock
+	$(COMPILE) pyproject.toml --extra cpu --extra data --extra dev --override uv-cpu.override --output-file uv-cpu.lock
 	$(COMPILE) uv-clients.in --output-file uv-clients.lock
 	awk "$$WITHOUT_EXTRAS" uv.lock >uv.lock.new && mv uv.lock.new uv.lock
 
