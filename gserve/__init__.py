@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gserve_core.batch.results import Results, Usage
     from gserve_core.command_launcher import CommandLauncher
     from gserve_core.config import GatewayConfig, KeyConfig, LLMConfig, ServeConfig
     from gserve_core.errors import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     __version__: str
 
 _MODULES = {
+    "batch.results": ("Results", "Usage"),
     "service.client": ("VLLMClient",),
     "command_launcher": ("CommandLauncher",),
     "config": ("GatewayConfig", "KeyConfig", "LLMConfig", "ServeConfig"),
@@ -70,12 +72,14 @@ __all__ = [
     "PluginError",
     "RemoteError",
     "ResponseOutput",
+    "Results",
     "ServeConfig",
     "ServerExited",
     "StallTimeout",
     "StartupTimeout",
     "Transport",
     "TransportError",
+    "Usage",
     "VLLMClient",
     "VLLMServer",
     "VLLMService",

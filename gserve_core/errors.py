@@ -147,10 +147,13 @@ class DeadlineExceeded(ItemError):
 
 
 class BatchInterrupted(KeyboardInterrupt):
-    """A call was interrupted. `results` has the result of each item in the order of the call; None if unfinished."""
+    """A call was interrupted. `results` has the result of each item in the order of the call; None if unfinished.
+
+    It is a list with a `usage`, as the call would have returned it.
+    """
 
     def __init__(self, results: Sequence[Any]) -> None:
-        self.results = list(results)
+        self.results = results if isinstance(results, list) else list(results)
         finished = sum(result is not None for result in self.results)
         super().__init__(f'interrupted: {finished} of {len(self.results)} items had finished (see "results")')
 
@@ -158,11 +161,12 @@ class BatchInterrupted(KeyboardInterrupt):
 class BatchError(GserveError):
     """Some items of a call failed. All other items have finished.
 
-    `results`: the result of each item, in the order of the call: its outputs or its `ItemError`.
+    `results`: the result of each item, in the order of the call: its outputs or its `ItemError`. It is a list with a
+    `usage`, as the call would have returned it.
     """
 
     def __init__(self, results: Sequence[Any]) -> None:
-        self.results = list(results)
+        self.results = results if isinstance(results, list) else list(results)
         self.errors = [result for result in self.results if isinstance(result, ItemError)]
         first = self.errors[0]
         super().__init__(

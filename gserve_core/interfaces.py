@@ -525,6 +525,14 @@ class Engine(ABC):
         Raises ConfigError: `llm` is wrong. Its place begins with `$.llm`.
         """
 
+    def check_params(self, params: Params) -> None:  # noqa: B027
+        """Check sampling parameters as far as it takes neither a model nor more than a second.
+
+        Does nothing unless overridden.
+
+        Raises ItemError: they are wrong.
+        """
+
     def bind_cores(self, cores: Sequence[Sequence[int]]) -> Mapping[str, str]:
         """Return the variables that bind a server without GPUs to cores. None are needed unless overridden.
 
@@ -579,6 +587,10 @@ class RunningEngine(ABC):
 
         Raises ItemError: the parameters are wrong.
         """
+
+    def prompt_token_ids(self, prepared: Any) -> Sequence[int] | None:
+        """Return the tokens of a prepared prompt. Unless overridden, they are not known."""
+        return None
 
     def in_background(self, prepared: Any) -> Any:
         """Return a prepared prompt that gives way to others, if the engine schedules by priority.

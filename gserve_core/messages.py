@@ -1,4 +1,6 @@
-"""The messages between a client and a server, as msgspec types. Unknown fields are refused everywhere.
+"""The messages between a client and a server, as msgspec types.
+
+Unknown fields are refused, except in the messages of a conversation: public data has fields of its own there.
 
 The JSON bodies of `/chat` and `/generate` are `ChatRequest` and `GenerateRequest`. Their answers are lists of lists of
 `ResponseOutput`. gserve's own client sends a `RunRequest`, and its server answers with a stream of lists of `Event`.
@@ -7,32 +9,82 @@ The JSON bodies of `/chat` and `/generate` are `ChatRequest` and `GenerateReques
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from msgspec import Meta, Struct, structs
+from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
+from .plain import without_none
 
-class TextPart(Struct, frozen=True, forbid_unknown_fields=True):
-    """A part of a message: `{"type": "text", "text": …}`."""
-
-    type: Literal["text"]
-    text: str
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
+"""Types of parts that are texts, each with the field that holds its text. As in vLLM, all of them count as `text`."""
 
 
-class Message(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """One turn of a conversation, as in OpenAI's chat API."""
+class TextPart(Struct, frozen=True, omit_defaults=True):
+    """A part of a message: `{"type": "text", "text": …}`. Parts of the other `TEXT_PARTS` become such a part.
+
+    `text` None: the part is empty, and is left out.
+    """
+
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+    thinking: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.type == "text":
+            return
+        if self.type not in TEXT_PARTS:
+            raise ValueError(f"a part of type '{self.type}' is not supported: only texts are")
+        structs.force_setattr(self, "text", getattr(self, TEXT_PARTS[self.type]))
+        for name, value in (("type", "text"), ("refusal", None), ("thinking", None)):
+            structs.force_setattr(self, name, value)
+
+
+class Message(Struct, frozen=True, omit_defaults=True):
+    """One turn of a conversation, as in OpenAI's chat API. A field that is None is absent; unknown ones are ignored.
+
+    `content` may be None. It may be absent only beside another field that says something.
+    `reasoning_content`: another name of `reasoning`.
+    `function_call`: the older form of `tool_calls`.
+    """
 
     role: str
-    content: str | list[TextPart]
+    content: str | list[TextPart] | UnsetType | None = UNSET
     name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    refusal: str | None = None
+    function_call: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.content is UNSET:
+            others = self.tool_calls, self.reasoning, self.reasoning_content, self.refusal, self.function_call
+            if all(other is None for other in others):
+                raise ValueError("a message needs 'content'")
+            structs.force_setattr(self, "content", None)
+        if self.tool_calls is not None:
+            structs.force_setattr(self, "tool_calls", without_none(self.tool_calls))
+        if self.function_call is not None:
+            structs.force_setattr(self, "function_call", without_none(self.function_call))
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of its content."""
+        if isinstance(self.content, str):
+            return [self.content]
+        return [part.text for part in self.content or () if part.text is not None]
 
 
 class Conversation(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """A conversation to continue. The two flags mean the same as in `vllm.LLM.chat`."""
+    """A conversation to continue. All fields after the first mean the same as in `vllm.LLM.chat`."""
 
     messages: list[Message]
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
 
 
 type Prompt = str | list[int] | Conversation
@@ -49,6 +101,9 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     params: Params | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_prompt_token_ids: bool = False
 
 
 class GenerateRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -56,6 +111,7 @@ class GenerateRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defa
 
     prompts: list[str | list[int]]
     params: Params | None = None
+    return_prompt_token_ids: bool = False
 
 
 class Logprob(Struct, frozen=True, omit_defaults=True, gc=False):
@@ -71,10 +127,12 @@ type Logprobs = list[dict[int, Logprob] | None]
 
 
 class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
-    """One completion: the fields of `vllm.CompletionOutput`, and the prompt's log probabilities.
+    """One completion: the fields of `vllm.CompletionOutput`, and those of its prompt.
 
     `finish_reason`: "stop", "length" or "repetition".
     `stop_reason`: the stop string or token id that ended the completion.
+    `prompt_tokens`: number of tokens of the prompt; None if the engine does not count them.
+    `prompt_token_ids`: the tokens of the prompt, if the call requests them.
     """
 
     text: str
@@ -84,6 +142,8 @@ class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
     cumulative_logprob: float | None = None
     logprobs: Logprobs | None = None
     prompt_logprobs: Logprobs | None = None
+    prompt_tokens: int | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class FlatLogprobs(Struct, frozen=True, array_like=True, gc=False):
@@ -118,6 +178,7 @@ class FlatOutput(ResponseOutput, frozen=True, omit_defaults=True, gc=False):
             self.text, self.token_ids, self.finish_reason, self.stop_reason, self.cumulative_logprob,
             self.logprobs if flat is None else flat.unfold(),
             self.prompt_logprobs if of_prompt is None else of_prompt.unfold(),
+            self.prompt_tokens, self.prompt_token_ids,
         )  # fmt: skip
 
 
@@ -129,12 +190,16 @@ def unfolded(outputs: list[ResponseOutput]) -> list[ResponseOutput]:
     return outputs
 
 
-class Group(Struct, frozen=True, forbid_unknown_fields=True):
-    """Prompts that share their sampling parameters. `seeds` has one seed per prompt if `params` have none."""
+class Group(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Prompts that share their sampling parameters. `seeds` has one seed per prompt if `params` have none.
+
+    `return_prompt_token_ids`: whether the outputs have the tokens of their prompts.
+    """
 
     prompts: list[str | list[int] | Conversation]
     params: Params | None = None
     seeds: list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]] | None = None
+    return_prompt_token_ids: bool = False
 
 
 class RunRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -199,6 +264,8 @@ def weight(outputs: Sequence[ResponseOutput]) -> int:
     size = ITEM_BYTES
     for output in outputs:
         size += 2 * len(output.text) + TOKEN_BYTES * len(output.token_ids)
+        if output.prompt_token_ids is not None:
+            size += TOKEN_BYTES * len(output.prompt_token_ids)
         for logprobs in (output.logprobs, output.prompt_logprobs):
             if logprobs is not None:
                 size += LOGPROB_BYTES * sum(len(it or ()) for it in logprobs)

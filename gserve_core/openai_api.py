@@ -14,6 +14,7 @@ import msgspec
 from .errors import ItemError, RemoteError
 from .interfaces import ASGIReceive
 from .sampling import BOUNDS, check_bounds, check_grammar, check_value
+from .template_kwargs import RESERVED, check_template_kwargs
 
 
 class Kind(Enum):
@@ -50,7 +51,7 @@ ROUTES: Mapping[tuple[str, str], Kind] = {
 """The routes that are let through, by method and path. All others are refused, whatever the engine offers."""
 PATHS = frozenset(path for _, path in ROUTES)
 REFUSED = {
-    "chat_template": "it is a program that the server would run; set it in the config of the server",
+    "chat_template": RESERVED["chat_template"],
     "prompt_embeds": "send the prompt as a text or as token ids",
     "image_embeds": "send the image as a data: URL",
     "audio_embeds": "send the audio as data",
@@ -149,6 +150,7 @@ def _check_fields(asked: dict[str, Any]) -> None:
         _check_allowed({name: value})
     for name in ("chat_template_kwargs", "vllm_xargs"):
         _check_allowed(asked.get(name))
+    check_template_kwargs(asked.get("chat_template_kwargs"))
     for name in asked.keys() - GRAMMARS:
         for part in _mappings(asked[name]):
             _check_allowed(part)

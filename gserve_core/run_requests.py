@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import RemoteError
 from .messages import Failure, FlatOutput, FlatResult, Prompt, ResponseOutput, Result, RunRequest
@@ -32,8 +33,24 @@ def prompt_size(prompt: Prompt) -> int:
         return len(prompt)
     if isinstance(prompt, list):
         return 4 * len(prompt)
-    contents = (message.content for message in prompt.messages)
-    return sum(len(it) if isinstance(it, str) else sum(len(part.text) for part in it) for it in contents)
+    size = sum(len(text) for message in prompt.messages for text in message.texts)
+    for more in (prompt.tools, prompt.chat_template_kwargs, *(message.tool_calls for message in prompt.messages)):
+        if more is not None:
+            size += _value_size(more)
+    return size
+
+
+def _value_size(value: Any) -> int:
+    """Return the approximate size of a value from outside, in bytes. It may be nested to any depth."""
+    size, rest = 0, [value]
+    while rest:
+        one = rest.pop()
+        size += len(one) if isinstance(one, str) else 1
+        if isinstance(one, list):
+            rest += one
+        elif isinstance(one, dict):
+            rest += [*one, *one.values()]
+    return size
 
 
 def result_of(index: int, outputs: list[ResponseOutput]) -> Result:

@@ -7,7 +7,7 @@ known names are allowed, and only values within bounds that no real use exceeds.
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_args
 
@@ -15,6 +15,7 @@ import msgspec
 
 from .errors import ItemError, did_you_mean, reworded
 from .messages import Params
+from .plain import encodable
 
 NOT_FROM_OUTSIDE = frozenset({
     "output_kind", "stream_interval", "skip_clone",  # the server's own business
@@ -24,6 +25,11 @@ NOT_FROM_OUTSIDE = frozenset({
 })  # fmt: skip
 """Public fields of `vllm.SamplingParams` that a request may not set, in addition to names with a leading underscore."""
 
+TRUNCATE = "truncate_prompt_tokens"
+"""A parameter of the prompt, not of the sampling: the number of its tokens that are used.
+
+-1 stands for as many as leave room for `max_tokens`. With nothing beside it, the model's own defaults apply.
+"""
 _STRUCTURED = "write structured_outputs={{'{}': …}}".format
 _NO_BEAMS = (
     "beam search is not supported: sample several completions with 'n', and choose by their 'cumulative_logprob'"
@@ -75,6 +81,7 @@ BOUNDS = {
     "logprobs": (-1, 1 << 20),
     "prompt_logprobs": (-1, 1 << 20),
     "seed": (-(1 << 63), (1 << 63) - 1),
+    TRUNCATE: (-1, (1 << 31) - 1),
 }
 WHEN_ABOVE = {"n": " (a retry repeats all completions of an item): for more completions, send the prompt several times"}
 """Hint for values above an upper bound."""
@@ -92,6 +99,11 @@ MAX_MESSAGE = 500
 def public_fields(cls: type) -> list[str]:
     """Return the fields of a parameters class that a request may set."""
     names: Iterable[str] = cls.__struct_fields__  # type: ignore[attr-defined]
+    return public_names(names)
+
+
+def public_names(names: Iterable[str]) -> list[str]:
+    """Return those names of parameters that a request may set."""
     return [name for name in names if not name.startswith("_") and name not in NOT_FROM_OUTSIDE]
 
 
@@ -100,14 +112,8 @@ def read_params[T](params: Mapping[str, Any], cls: type[T]) -> T:
 
     Raises ItemError: a name is unknown, a type is wrong, a value is out of range, or no token may be chosen.
     """
-    known = public_fields(cls)
+    check_params(params, public_fields(cls))
     for name, value in params.items():
-        if not isinstance(name, str):
-            raise ItemError(f"expected the name of a sampling parameter, got {type(name).__name__}")
-        if name not in known:
-            raise ItemError(f"unknown sampling parameter {name!r}{_hint(name, known)}")
-        check_value(f"sampling parameter '{name}'", value, MAX_DEPTH)
-        check_bounds(name, value)
         if isinstance(value, dict):
             _check_names(name, value, cls)
     try:
@@ -123,7 +129,35 @@ def read_params[T](params: Mapping[str, Any], cls: type[T]) -> T:
     return made
 
 
-def _hint(name: str, known: list[str]) -> str:
+def check_params(params: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Check what can be checked of parameters by their `known` names alone.
+
+    Raises ItemError: a name is unknown, or a value is out of range.
+    """
+    for name, value in params.items():
+        if not isinstance(name, str):
+            raise ItemError(f"expected the name of a sampling parameter, got {type(name).__name__}")
+        if name not in known:
+            raise ItemError(f"unknown sampling parameter {name!r}{_hint(name, known)}")
+        check_value(f"sampling parameter '{name}'", value, MAX_DEPTH)
+        check_bounds(name, value)
+
+
+def split_prompt_params(params: Params | None) -> tuple[Params | None, int | None]:
+    """Return the parameters of the sampling, and the number of tokens to which the prompt is truncated, if any.
+
+    Raises ItemError: that number is wrong.
+    """
+    if not params or TRUNCATE not in params:
+        return params, None
+    kept = params[TRUNCATE]
+    if kept is not None and (not isinstance(kept, int) or isinstance(kept, bool)):
+        raise ItemError(f"sampling parameter '{TRUNCATE}': expected an integer, got {kept!r:.50}")
+    check_bounds(TRUNCATE, kept)
+    return {name: value for name, value in params.items() if name != TRUNCATE} or None, kept
+
+
+def _hint(name: str, known: Sequence[str]) -> str:
     """Return the hint for an unknown name."""
     ours, sentence = OTHER_NAMES.get(name, ("", ""))
     if ours not in known:
@@ -237,11 +271,13 @@ def params_from(given: Any) -> Params | None:
     try:
         if isinstance(given, msgspec.Struct):
             public = set(public_fields(type(given)))
-            made = {name: value for name, value in msgspec.to_builtins(given).items() if name in public}
+            made = {
+                name: value for name, value in msgspec.to_builtins(given, enc_hook=encodable).items() if name in public
+            }
             if isinstance(constraint := made.get("structured_outputs"), dict):
                 made["structured_outputs"] = {k: v for k, v in constraint.items() if not k.startswith("_")}
         else:
-            made = msgspec.to_builtins(dict(given), str_keys=True)
+            made = msgspec.to_builtins(dict(given), str_keys=True, enc_hook=encodable)
         msgspec.msgpack.encode(made)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ItemError(f"the sampling parameters cannot be sent to a server: {error}") from error

@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 
 import msgspec
@@ -20,6 +20,7 @@ from gserve_core.messages import (
     Event,
     GenerateRequest,
     Group,
+    Prompt,
     ResponseOutput,
     RunRequest,
     json_safe,
@@ -92,15 +93,21 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
     async def chat(request: Request) -> Response:
         asked = await asyncio.to_thread(read_json, await read(request), ChatRequest)
         conversations = [
-            Conversation(messages, asked.add_generation_prompt, asked.continue_final_message)
+            Conversation(
+                messages,
+                asked.add_generation_prompt,
+                asked.continue_final_message,
+                asked.tools,
+                asked.chat_template_kwargs,
+            )
             for messages in asked.conversations
         ]
-        return await answer_request(request, RunRequest([Group([*conversations], asked.params)]))
+        return await answer_request(request, _run_request(conversations, asked))
 
     @app.post("/generate")
     async def generate(request: Request) -> Response:
         asked = await asyncio.to_thread(read_json, await read(request), GenerateRequest)
-        return await answer_request(request, RunRequest([Group([*asked.prompts], asked.params)]))
+        return await answer_request(request, _run_request(asked.prompts, asked))
 
     @app.post("/run")
     async def run(request: Request) -> Response:
@@ -221,6 +228,10 @@ class _Guard:
         elif api.token is None or has_secret(headers, api.token):
             return None
         return _refusal(401, "this server requires its token: send it as 'Authorization: Bearer TOKEN'", path)
+
+
+def _run_request(prompts: Iterable[Prompt], asked: ChatRequest | GenerateRequest) -> RunRequest:
+    return RunRequest([Group([*prompts], asked.params, return_prompt_token_ids=asked.return_prompt_token_ids)])
 
 
 def _outputs(outputs: list[list[ResponseOutput]]) -> Response:

@@ -20,7 +20,7 @@ PACKAGES = {  # package: the packages that it may import
     "gserve": {"gserve_core", "gserve_launchers", "gserve_transports"},
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
-    {"errors", "host.sweep", "overview", "commands"},
+    {"errors", "host.sweep", "overview", "commands", "plain"},
     {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
@@ -39,6 +39,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "host.scratch",
         "host.gpus", "host.gpu_locks",
     },
+    {"template_kwargs"},
     {"host.server_log", "openai_api", "run_requests"},
     {"host.tokens", "host.api_keys", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
@@ -46,7 +47,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.rates", "service.routing", "service.watch"},
     {"service.metrics"},
     {"service.supervisor"},
-    {"batch.pieces"},
+    {"batch.pieces", "batch.progress", "batch.results"},
     {"batch.retries"},
     {"batch.item_queue"},
     {"batch.items", "batch.dispatcher"},
@@ -96,12 +97,13 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "testing.leftovers": {"host.processes", "host.run_files"},
     "testing.signals": set(),
     "engines.echo": {
-        "errors", "messages", "config", "interfaces", "hookspecs", "sampling", "engines.echo_openai",
-        "engines.orphans",
+        "errors", "messages", "config", "interfaces", "hookspecs", "sampling", "template_kwargs",
+        "engines.echo_openai", "engines.orphans",
     },
     "engines.echo_openai": {"errors", "messages", "interfaces"},
     "engines.vllm.engine": {
-        "errors", "config", "interfaces", "hookspecs", "sampling", "messages", "engines.vllm.compile_turn",
+        "errors", "config", "interfaces", "hookspecs", "sampling", "template_kwargs", "messages",
+        "engines.vllm.chats", "engines.vllm.compile_turn",
         "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
         "engines.vllm.installed",
         "engines.vllm.known_errors", "engines.vllm.openai_app", "engines.vllm.outputs", "engines.vllm.patches",
@@ -110,6 +112,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
 }  # fmt: skip
 OF_AN_ENGINE = {
     "engines.vllm.differences": {"errors", "engines.vllm.installed"},
+    "engines.vllm.chats": {"messages"},
     "engines.vllm.openai_app": {"errors", "interfaces", "engines.vllm.differences"},
     "engines.vllm.progress": {"engines.vllm.differences"},
     "engines.vllm.series": set(),
@@ -161,6 +164,7 @@ HOMES = {  # third parties: the only files that may import them
     "uvloop": {f"gserve_core/{name}.py" for name in ("batch/dispatcher", "process/main", "service/gateway")},
     "typer": {f"gserve/cli/{name}.py" for name in ("app", "batch", "examine", "options", "serve", "slurm", "watch")},
     "rich": {"gserve/cli/display.py"},
+    "tqdm": {"gserve_core/batch/progress.py"},
     "pytest": {"gserve_core/testing/__init__.py"},
 }
 EVERYWHERE = {"msgspec"}
@@ -169,6 +173,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm/patches.py": {"torch", "vllm"},  # vLLM is there when they are called
     "gserve_core/engines/vllm/demo_model.py": {"torch", "transformers"},
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
+    "gserve_core/batch/progress.py": {"tqdm"},  # it may be missing
     "gserve_core/engines/vllm/series.py": {"prometheus_client"},  # 0.15 s, and only a scrape needs it
     "gserve_core/service/metrics.py": {"prometheus_client"},
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used

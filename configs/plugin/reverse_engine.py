@@ -120,8 +120,7 @@ def _text(prompt: Prompt) -> str:
         return prompt
     if not isinstance(prompt, Conversation):
         return " ".join(map(str, prompt))
-    content = prompt.messages[-1].content if prompt.messages else ""
-    return content if isinstance(content, str) else " ".join(part.text for part in content)
+    return " ".join(prompt.messages[-1].texts) if prompt.messages else ""
 
 
 @hookimpl

@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
 from ..messages import unfolded
 from .dispatcher import Dispatcher
 from .items import Items
 from .pieces import Call, Item, Outcome, size_of
+from .progress import bar
+from .results import Results
 
 MAX_READ_AHEAD = 1 << 16
 """Maximum number of items of a call that are read and not yet handed to the caller.
@@ -295,10 +297,21 @@ def outcome_lists(
 
 
 async def collect_async(
-    dispatcher: Dispatcher, items: Items, deadline: float | None, return_extra: bool, on_error: OnError
-) -> list[Any]:
+    dispatcher: Dispatcher,
+    items: Items,
+    deadline: float | None,
+    return_extra: bool,
+    on_error: OnError,
+    use_tqdm: Any = None,
+) -> Results[Any]:
     """Return the same as `collect`, without blocking the event loop. Raises BatchError."""
-    found = _Found(items, return_extra, on_error)
+    with _Found(items, return_extra, on_error, use_tqdm) as found:
+        await _find_async(dispatcher, items, deadline, found)
+    return found.all()
+
+
+async def _find_async(dispatcher: Dispatcher, items: Items, deadline: float | None, found: "_Found") -> None:
+    """Add all outcomes to `found`."""
     loop = asyncio.get_running_loop()
     incoming: asyncio.Queue[list[tuple[int, Outcome]]] = asyncio.Queue()
 
@@ -322,38 +335,55 @@ async def collect_async(
     except BaseException:
         batch.cancel()
         raise
-    return found.all()
 
 
 def collect(
-    dispatcher: Dispatcher, items: Items, deadline: float | None, return_extra: bool, on_error: OnError
-) -> list[Any]:
-    """Return all outcomes in the order of the call.
+    dispatcher: Dispatcher,
+    items: Items,
+    deadline: float | None,
+    return_extra: bool,
+    on_error: OnError,
+    use_tqdm: Any = None,
+) -> Results[Any]:
+    """Return all outcomes in the order of the call. `use_tqdm`: see `progress.bar`.
 
     Raises BatchError: some items failed, and `on_error` is "raise".
     Raises BatchInterrupted: Ctrl-C.
     """
-    found = _Found(items, return_extra, on_error)
-    try:
-        for outcomes in outcome_lists(dispatcher, items, deadline, finishes=False):
-            found.add(outcomes)
-    except KeyboardInterrupt as interrupt:
-        raise BatchInterrupted(found.so_far) from interrupt
+    with _Found(items, return_extra, on_error, use_tqdm) as found:
+        try:
+            for outcomes in outcome_lists(dispatcher, items, deadline, finishes=False):
+                found.add(outcomes)
+        except KeyboardInterrupt as interrupt:
+            raise BatchInterrupted(found.so_far) from interrupt
     return found.all()
 
 
 class _Found:
-    """The outcomes of a call so far, in its order. Items without an outcome have None."""
+    """The outcomes of a call so far, in its order. Items without an outcome have None.
 
-    def __init__(self, items: Items, return_extra: bool, on_error: OnError) -> None:
+    A context manager, for the progress bar.
+    """
+
+    def __init__(self, items: Items, return_extra: bool, on_error: OnError, use_tqdm: Any) -> None:
         if on_error not in ("raise", "return"):
             raise ConfigError(f"expected on_error as 'raise' or 'return', got {on_error!r}")
-        self.so_far: list[Any] = [None] * (items.size or 0)
+        self.so_far: Results[Any] = Results([None] * (items.size or 0))
+        self._bar = bar(items.size, use_tqdm)
         self._return_extra = return_extra
         self._raises = on_error == "raise"
         self._failed = False
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
     def add(self, outcomes: list[tuple[int, Outcome]]) -> None:
+        if self._bar is not None:
+            self._bar.update(len(outcomes))
         for index, outcome in outcomes:
             if index >= len(self.so_far):
                 self.so_far += [None] * (index + 1 - len(self.so_far))
@@ -361,9 +391,10 @@ class _Found:
                 self._failed = True
                 self.so_far[index] = outcome
             else:
+                self.so_far.usage.add(outcome)
                 self.so_far[index] = unfolded(outcome) if self._return_extra else [output.text for output in outcome]
 
-    def all(self) -> list[Any]:
+    def all(self) -> Results[Any]:
         if self._failed and self._raises:
             raise BatchError(self.so_far)
         return self.so_far

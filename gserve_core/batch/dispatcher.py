@@ -516,18 +516,23 @@ def _groups(items: Sequence[Item]) -> list[Group]:
     encoded: dict[int, bytes] = {}
     groups: list[Group] = []
     last: Item | None = None
-    kind: tuple[bytes, bool] | None = None
+    kind: tuple[bytes, bool, bool] | None = None
     prompts: list[Prompt] = []
     seeds: list[int] | None = None
     for item in items:
-        params, seed = item.params, item.seed
-        if last is None or params is not last.params or (seed is None) is not (last.seed is None):
+        params, seed, returns_prompt = item.params, item.seed, item.returns_prompt
+        if (
+            last is None
+            or params is not last.params
+            or (seed is None) is not (last.seed is None)
+            or returns_prompt is not last.returns_prompt
+        ):
             last = item
             if id(params) not in encoded:  # equal parameters of two calls are separate objects
                 encoded[id(params)] = msgspec.msgpack.encode(params)
-            if kind != (kind := (encoded[id(params)], seed is None)):
+            if kind != (kind := (encoded[id(params)], seed is None, returns_prompt)):
                 prompts, seeds = [], None if seed is None else []
-                groups.append(Group(prompts, params, seeds))
+                groups.append(Group(prompts, params, seeds, returns_prompt))
         prompts.append(item.prompt)
         if seeds is not None and seed is not None:
             seeds.append(seed)

@@ -40,7 +40,10 @@ class Call:
 
 
 class Item(Struct, eq=False, gc=False):
-    """One prompt or conversation. `size` is in bytes. `seed` is used if the sampling parameters have none."""
+    """One prompt or conversation. `size` is in bytes. `seed` is used if the sampling parameters have none.
+
+    `returns_prompt`: see `Group.return_prompt_token_ids`.
+    """
 
     call: Call
     index: int
@@ -48,6 +51,7 @@ class Item(Struct, eq=False, gc=False):
     params: Params | None
     seed: int | None
     size: int
+    returns_prompt: bool = False
     losses: int = 0
     returns: int = 0
     is_over: bool = False

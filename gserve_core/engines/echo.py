@@ -34,7 +34,8 @@ from ..errors import GserveError, ItemError
 from ..hookspecs import hookimpl
 from ..interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, Report, RunningEngine
 from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
-from ..sampling import read_params
+from ..sampling import read_params, split_prompt_params
+from ..template_kwargs import check_template_kwargs
 from . import echo_openai, orphans
 
 FAULTS = ("die", "hang", "wedge", "error")
@@ -93,6 +94,10 @@ class EchoEngine(Engine):
         """Report that the model needs no files."""
         if llm is not None:
             yield Finding("model", "ok", f"'{llm.model_name}': the engine '{self.name}' needs no files of it")
+
+    def check_params(self, params: Params) -> None:
+        """Check all of them."""
+        read_params(split_prompt_params(params)[0] or {}, EchoParams)
 
     def command(self, role: str) -> list[str]:
         """Return the command line of a process below the server. `role`: "engine", or "worker" for its child."""
@@ -211,22 +216,33 @@ class RunningEcho(RunningEngine):
         self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
     ) -> Sequence[Any]:
         """Split prompts into words, and choose the words of each answer."""
+        params, kept = split_prompt_params(params)
         sampling = read_params(params or {}, EchoParams)
+        if kept is not None and kept < 0:
+            kept = max(1, self._max_model_len - (sampling.max_tokens or 1))
         if not self._engine.sample or sampling.temperature == 0:
-            return [self._prepare(prompt, sampling) for prompt in prompts]
+            return [self._prepare(prompt, sampling, kept) for prompt in prompts]
         if sampling.seed is not None:
             seeds = [sampling.seed] * len(prompts)
         elif seeds is None:
             seeds = [secrets.randbits(32) for _ in prompts]
         return [
-            self._prepare(prompt, sampling, f"seed-{seed}") for prompt, seed in zip(prompts, seeds, strict=True)
+            self._prepare(prompt, sampling, kept, f"seed-{seed}") for prompt, seed in zip(prompts, seeds, strict=True)
         ]  # fmt: skip
 
     def _prepare(
-        self, prompt: Prompt, params: EchoParams, *sampled: str
-    ) -> "tuple[str, list[str], EchoParams] | ItemError":
+        self, prompt: Prompt, params: EchoParams, kept: int | None, *sampled: str
+    ) -> "tuple[str, list[str], EchoParams, int] | ItemError":
+        if isinstance(prompt, Conversation) and prompt.chat_template_kwargs is not None:
+            try:
+                check_template_kwargs(prompt.chat_template_kwargs)
+            except ItemError as error:
+                return error
         text = _text(prompt)
         words = text.split()
+        if kept is not None:
+            words = words[:kept]
+            text = " ".join(words)
         if not words:
             return ItemError("the prompt is empty")
         room = self._max_model_len - len(words)
@@ -235,25 +251,28 @@ class RunningEcho(RunningEngine):
                 f"the prompt has {len(words)} tokens, which leaves no room in the model's {self._max_model_len}"
             )
         wanted = room if params.max_tokens is None else min(params.max_tokens, room)
-        self._prompt_tokens += len(words)
+        tokens = len(words)
+        self._prompt_tokens += tokens
         words += sampled
         source = itertools.cycle(words) if params.ignore_eos else iter(words)
-        return text, list(itertools.islice(source, wanted)), params
+        return text, list(itertools.islice(source, wanted)), params, tokens
 
-    async def run(self, prepared: "tuple[str, list[str], EchoParams]") -> list[ResponseOutput]:
+    async def run(self, prepared: "tuple[str, list[str], EchoParams, int]") -> list[ResponseOutput]:
         """Return the answer to one prepared prompt, after the engine process has done its work."""
-        text, words, params = prepared
+        text, words, params, tokens = prepared
         error = await self._request(len(words), self._fault(text))
         if error:
             raise ItemError(error, invalid=False)
         ends = "stop" if params.max_tokens is None or len(words) < params.max_tokens else "length"
         answer = " ".join(words)
-        ids = [zlib.crc32(word) % 50_000 for word in answer.encode(errors="replace").split(b" ")]
-        output = ResponseOutput(answer, ids, ends)
+        ids = _ids(answer)
+        output = ResponseOutput(answer, ids, ends, prompt_tokens=tokens)
         if params.logprobs is not None:
             ones, zeros = [1] * len(ids), [0.0] * len(ids)
             flat = FlatLogprobs(ones, ids, zeros, [*ones], [*words])
-            output = FlatOutput(answer, ids, ends, cumulative_logprob=0.0, flat_logprobs=flat)
+            output = FlatOutput(
+                answer, ids, ends, cumulative_logprob=0.0, prompt_tokens=tokens, flat_logprobs=flat
+            )  # fmt: skip
         self._completion_tokens += len(ids) * params.n
         return [output] * params.n
 
@@ -301,9 +320,9 @@ class RunningEcho(RunningEngine):
             with contextlib.suppress(ConnectionError):
                 self._child.stdin.write(len(frame).to_bytes(4, "big") + frame)
 
-    async def stream(self, prepared: "tuple[str, list[str], EchoParams]") -> AsyncIterator[str]:
+    async def stream(self, prepared: "tuple[str, list[str], EchoParams, int]") -> AsyncIterator[str]:
         """Yield the words of one answer, each after the engine process has done its work on it."""
-        text, words, _ = prepared
+        text, words, *_ = prepared
         fault, space = self._fault(text), ""
         for word in words:
             if error := await self._request(1, fault):
@@ -312,9 +331,13 @@ class RunningEcho(RunningEngine):
             yield space + word
             fault, space = NEXT_TOKEN, " "
 
-    def prompt_tokens(self, prepared: "tuple[str, list[str], EchoParams]") -> int:
+    def prompt_tokens(self, prepared: "tuple[str, list[str], EchoParams, int]") -> int:
         """Return the number of words of a prompt."""
-        return len(prepared[0].split())
+        return prepared[3]
+
+    def prompt_token_ids(self, prepared: "tuple[str, list[str], EchoParams, int]") -> Sequence[int]:
+        """Return the tokens of a prompt."""
+        return _ids(" ".join(prepared[0].split()))
 
     async def http(self) -> ASGIApp | None:
         """Return a small form of OpenAI's API."""
@@ -356,8 +379,12 @@ def _text(prompt: Prompt) -> str:
         return " ".join(map(str, prompt))
     if not isinstance(prompt, Conversation) or not prompt.messages:
         return ""
-    content = prompt.messages[-1].content
-    return content if isinstance(content, str) else " ".join(part.text for part in content)
+    return " ".join(prompt.messages[-1].texts)
+
+
+def _ids(text: str) -> list[int]:
+    """Return the tokens of words that are separated by one space each."""
+    return [zlib.crc32(word) % 50_000 for word in text.encode(errors="replace").split(b" ")]
 
 
 # ------------------------------------------------------------------------------------ in the engine and worker process

@@ -13,7 +13,7 @@ import msgspec
 
 from ..errors import ItemError, RemoteError
 from ..interfaces import ASGIApp, ASGIMessage, ASGIReceive, ASGISend, EngineInfo
-from ..messages import Conversation, Message, Params, Prompt, ResponseOutput, TextPart
+from ..messages import Conversation, Message, Params, Prompt, ResponseOutput
 
 PARAMS = ("n", "max_tokens", "min_tokens", "ignore_eos", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 """Fields of a request that are sampling parameters of `echo`."""
@@ -78,11 +78,7 @@ def application(engine: Streaming) -> ASGIApp:
 
 def _prompts(asked: dict[str, Any], *, is_chat: bool) -> list[Prompt]:
     if is_chat:
-        messages = [
-            Message(str(it.get("role")), msgspec.convert(it.get("content") or "", str | list[TextPart]))
-            for it in msgspec.convert(asked.get("messages"), list[dict[str, Any]])
-        ]
-        return [Conversation(messages)]
+        return [Conversation(msgspec.convert(asked.get("messages"), list[Message]))]
     given = asked.get("prompt")
     several = given if isinstance(given, list) and given and not isinstance(given[0], int) else [given]
     return [msgspec.convert(prompt, str | list[int]) for prompt in several]

@@ -7,6 +7,8 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
 
+from msgspec import structs
+
 from ..errors import ItemError, RemoteError, sentence_of
 from ..host.redaction import redact
 from ..interfaces import RunningEngine
@@ -149,7 +151,8 @@ class Work:
                     piece.begun = index + 1
                     if index in piece.cancelled:
                         continue
-                    task = asyncio.Task(self._run_item(piece, index, item), loop=loop, eager_start=True)
+                    work = self._run_item(piece, index, item, group.return_prompt_token_ids)
+                    task = asyncio.Task(work, loop=loop, eager_start=True)
                     if not task.done():
                         piece.tasks[index] = task
             first += len(group.prompts)
@@ -169,8 +172,11 @@ class Work:
         finally:
             self._waiting -= 1
 
-    async def _run_item(self, piece: Piece, index: int, prepared: Any) -> None:
-        """Run one item in the engine; add its event to its piece."""
+    async def _run_item(self, piece: Piece, index: int, prepared: Any, returns_prompt: bool) -> None:
+        """Run one item in the engine; add its event to its piece.
+
+        `returns_prompt`: see `Group.return_prompt_token_ids`.
+        """
         event: Event
         self.running += 1
         try:
@@ -178,7 +184,11 @@ class Work:
                 raise prepared
             if piece.is_batch:
                 prepared = piece.engine.in_background(prepared)
-            event = result_of(index, await piece.engine.run(prepared))
+            outputs = await piece.engine.run(prepared)
+            if returns_prompt and (ids := piece.engine.prompt_token_ids(prepared)) is not None:
+                ids = [*ids]
+                outputs = [structs.replace(output, prompt_token_ids=ids) for output in outputs]
+            event = result_of(index, outputs)
             self.finish(1)
         except ItemError as error:
             self.failed += 1

@@ -1,15 +1,40 @@
 """The calls that clients and services share: `chat`, `generate` and their variants."""
 
 import math
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Generator, Iterable
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from ..batch.batch import OnError, collect, collect_async, outcome_lists
 from ..batch.dispatcher import Dispatcher
-from ..batch.items import Items, Seeds, check_list, conversation_reader, read_prompt
+from ..batch.items import ConversationReader, Items, Seeds, list_conversations, list_prompts, read_prompt
 from ..batch.pieces import Outcome
+from ..batch.results import Results
 from ..errors import ConfigError, ItemError
 from ..messages import ResponseOutput, unfolded
+
+
+class PromptOptions(TypedDict, total=False):
+    """Options of all calls.
+
+    `deadline`: time after which unfinished items are cancelled, in seconds. They fail with DeadlineExceeded.
+    `truncate_prompt_tokens`: maximum number of tokens of a prompt; -1: as many as the model can take.
+    `return_prompt_token_ids`: whether each `ResponseOutput` has the tokens of its prompt.
+    `lora_request`: must be None.
+    """
+
+    deadline: float | None
+    truncate_prompt_tokens: int | None
+    return_prompt_token_ids: bool
+    lora_request: None
+
+
+class ChatOptions(PromptOptions, total=False):
+    """Options of calls with conversations: see `vllm.LLM.chat`."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: Iterable[Any] | None
+    chat_template_kwargs: Any
 
 
 class Inference:
@@ -28,21 +53,18 @@ class Inference:
     @overload
     def chat(
         self, conversations: Iterable[Any], sampling_params: Any = None, return_extra: Literal[False] = False, *,
-        on_error: Literal["raise"] = "raise", deadline: float | None = None,
-        add_generation_prompt: bool = True, continue_final_message: bool = False,
-    ) -> list[list[str]]: ...  # fmt: skip
+        on_error: Literal["raise"] = "raise", use_tqdm: Any = None, **options: Unpack[ChatOptions],
+    ) -> Results[list[str]]: ...  # fmt: skip
     @overload
     def chat(
         self, conversations: Iterable[Any], sampling_params: Any = None, *, return_extra: Literal[True],
-        on_error: Literal["raise"] = "raise", deadline: float | None = None,
-        add_generation_prompt: bool = True, continue_final_message: bool = False,
-    ) -> list[list[ResponseOutput]]: ...  # fmt: skip
+        on_error: Literal["raise"] = "raise", use_tqdm: Any = None, **options: Unpack[ChatOptions],
+    ) -> Results[list[ResponseOutput]]: ...  # fmt: skip
     @overload
     def chat(
         self, conversations: Iterable[Any], sampling_params: Any = None, return_extra: bool = False, *,
-        on_error: Literal["return"], deadline: float | None = None,
-        add_generation_prompt: bool = True, continue_final_message: bool = False,
-    ) -> list[Any]: ...  # fmt: skip
+        on_error: Literal["return"], use_tqdm: Any = None, **options: Unpack[ChatOptions],
+    ) -> Results[Any]: ...  # fmt: skip
     def chat(
         self,
         conversations: Iterable[Any],
@@ -50,44 +72,45 @@ class Inference:
         return_extra: bool = False,
         *,
         on_error: OnError = "raise",
-        deadline: float | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
+        use_tqdm: Any = None,
+        **options: Unpack[ChatOptions],
     ) -> Any:
         """Continue conversations. Return a list with the completions of each conversation, in order.
 
-        `conversations`: lists of messages `{"role": …, "content": …}`.
-        `sampling_params`: a `vllm.SamplingParams`, a mapping of its fields, or a list with one of these per item. None
-        uses the model's defaults.
+        Its attribute `usage` holds the numbers of tokens.
+
+        `conversations`: lists of messages `{"role": …, "content": …}`, or mappings with `messages` and with `tools` or
+        `chat_template_kwargs` of their own. One conversation alone counts as a list of one.
+        `sampling_params`: a `vllm.SamplingParams`, a mapping of its fields, or an iterable with one of these per item.
+        None uses the model's defaults.
         `return_extra`: whether a completion is a `ResponseOutput` instead of a text.
         `on_error`: "raise" raises BatchError once all items have finished; it contains every result. "return" returns
         an ItemError in the place of each failed item.
-        `deadline`: time after which unfinished items are cancelled, in seconds. They fail with DeadlineExceeded.
-        `add_generation_prompt`, `continue_final_message`: see `vllm.LLM.chat`.
+        `use_tqdm`: True shows a progress bar if tqdm is installed. See `vllm.LLM.chat`.
+        `options`: see `ChatOptions`.
 
         Raises BatchError: items failed, and `on_error` is "raise".
         Raises ConfigError: an argument is wrong.
         Raises BatchInterrupted: Ctrl-C was pressed.
         """
-        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-        items = self._conversations(conversations, sampling_params, **flags)
-        return collect(self._dispatcher(), items, _check_deadline(deadline), return_extra, on_error)
+        items, deadline = self._conversations(conversations, sampling_params, **options)
+        return collect(self._dispatcher(), items, deadline, return_extra, on_error, use_tqdm)
 
     @overload
     def generate(
         self, prompts: Iterable[Any], sampling_params: Any = None, return_extra: Literal[False] = False, *,
-        on_error: Literal["raise"] = "raise", deadline: float | None = None,
-    ) -> list[list[str]]: ...  # fmt: skip
+        on_error: Literal["raise"] = "raise", use_tqdm: Any = None, **options: Unpack[PromptOptions],
+    ) -> Results[list[str]]: ...  # fmt: skip
     @overload
     def generate(
         self, prompts: Iterable[Any], sampling_params: Any = None, *, return_extra: Literal[True],
-        on_error: Literal["raise"] = "raise", deadline: float | None = None,
-    ) -> list[list[ResponseOutput]]: ...  # fmt: skip
+        on_error: Literal["raise"] = "raise", use_tqdm: Any = None, **options: Unpack[PromptOptions],
+    ) -> Results[list[ResponseOutput]]: ...  # fmt: skip
     @overload
     def generate(
         self, prompts: Iterable[Any], sampling_params: Any = None, return_extra: bool = False, *,
-        on_error: Literal["return"], deadline: float | None = None,
-    ) -> list[Any]: ...  # fmt: skip
+        on_error: Literal["return"], use_tqdm: Any = None, **options: Unpack[PromptOptions],
+    ) -> Results[Any]: ...  # fmt: skip
     def generate(
         self,
         prompts: Iterable[Any],
@@ -95,42 +118,37 @@ class Inference:
         return_extra: bool = False,
         *,
         on_error: OnError = "raise",
-        deadline: float | None = None,
+        use_tqdm: Any = None,
+        **options: Unpack[PromptOptions],
     ) -> Any:
         """Complete prompts. Return a list with the completions of each prompt, in order.
 
-        `prompts`: texts, or lists of token ids. For the other arguments, the results and the errors see `chat`.
+        `prompts`: texts, lists of token ids, or mappings with a `prompt` or `prompt_token_ids`. One prompt alone counts
+        as a list of one. `options`: see `PromptOptions`. For the rest see `chat`.
         """
-        items = self._prompts(prompts, sampling_params)
-        return collect(self._dispatcher(), items, _check_deadline(deadline), return_extra, on_error)
+        items, deadline = self._prompts(prompts, sampling_params, **options)
+        return collect(self._dispatcher(), items, deadline, return_extra, on_error, use_tqdm)
 
     def chat_iter(
-        self,
-        conversations: Iterable[Any],
-        sampling_params: Any = None,
-        *,
-        deadline: float | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
+        self, conversations: Iterable[Any], sampling_params: Any = None, **options: Unpack[ChatOptions]
     ) -> Generator[tuple[int, Outcome]]:
         """Like `chat`, but yield the index and the outcome of each item as soon as it is ready.
 
         Conversations are read lazily, so an infinite iterator works. Closing the returned iterator early cancels the
         unfinished items.
         """
-        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-        items = self._conversations(conversations, sampling_params, **flags)
-        return self._keep_alive(_outcomes(self._dispatcher(), items, _check_deadline(deadline)))
+        items, deadline = self._conversations(conversations, sampling_params, **options)
+        return self._keep_alive(_outcomes(self._dispatcher(), items, deadline))
 
     def generate_iter(
-        self, prompts: Iterable[Any], sampling_params: Any = None, *, deadline: float | None = None
+        self, prompts: Iterable[Any], sampling_params: Any = None, **options: Unpack[PromptOptions]
     ) -> Generator[tuple[int, Outcome]]:
         """Like `generate`, but yield the index and the outcome of each item as soon as it is ready.
 
         Prompts are read lazily. Closing the returned iterator early cancels the unfinished items.
         """
-        items = self._prompts(prompts, sampling_params)
-        return self._keep_alive(_outcomes(self._dispatcher(), items, _check_deadline(deadline)))
+        items, deadline = self._prompts(prompts, sampling_params, **options)
+        return self._keep_alive(_outcomes(self._dispatcher(), items, deadline))
 
     def _keep_alive(self, outcomes: Iterable[tuple[int, Outcome]]) -> Generator[tuple[int, Outcome]]:
         """Yield the outcomes. The iterator keeps this object and its servers alive."""
@@ -143,14 +161,12 @@ class Inference:
         return_extra: bool = False,
         *,
         on_error: OnError = "raise",
-        deadline: float | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-    ) -> list[Any]:
+        use_tqdm: Any = None,
+        **options: Unpack[ChatOptions],
+    ) -> Results[Any]:
         """Like `chat`, without blocking the event loop. Cancelling the call cancels its unfinished items."""
-        flags = {"add_generation_prompt": add_generation_prompt, "continue_final_message": continue_final_message}
-        items = self._conversations(conversations, sampling_params, **flags)
-        return await collect_async(self._dispatcher(), items, _check_deadline(deadline), return_extra, on_error)
+        items, deadline = self._conversations(conversations, sampling_params, **options)
+        return await collect_async(self._dispatcher(), items, deadline, return_extra, on_error, use_tqdm)
 
     async def generate_async(
         self,
@@ -159,21 +175,54 @@ class Inference:
         return_extra: bool = False,
         *,
         on_error: OnError = "raise",
-        deadline: float | None = None,
-    ) -> list[Any]:
+        use_tqdm: Any = None,
+        **options: Unpack[PromptOptions],
+    ) -> Results[Any]:
         """Like `generate`, without blocking the event loop. Cancelling the call cancels its unfinished items."""
-        items = self._prompts(prompts, sampling_params)
-        return await collect_async(self._dispatcher(), items, _check_deadline(deadline), return_extra, on_error)
+        items, deadline = self._prompts(prompts, sampling_params, **options)
+        return await collect_async(self._dispatcher(), items, deadline, return_extra, on_error, use_tqdm)
 
-    def _conversations(self, given: Iterable[Any], sampling_params: Any, **flags: bool) -> Items:
-        check_list(given, "conversations", "[[{'role': 'user', 'content': …}], …]")
-        if isinstance(given, Sequence) and given and isinstance(given[0], Mapping):
-            raise ConfigError("expected a list of conversations, got one conversation: put it into a list")
-        return Items(given, sampling_params, conversation_reader(**flags), self._seeds.of_next_call())
+    def _conversations(
+        self,
+        given: Any,
+        sampling_params: Any,
+        *,
+        deadline: float | None = None,
+        truncate_prompt_tokens: int | None = None,
+        return_prompt_token_ids: bool = False,
+        lora_request: None = None,
+        **options: Any,
+    ) -> tuple[Items, float | None]:
+        _refuse_lora(lora_request)
+        items = Items(
+            list_conversations(given), sampling_params, ConversationReader(**options), self._seeds.of_next_call(),
+            truncate_prompt_tokens=truncate_prompt_tokens, return_prompt_token_ids=return_prompt_token_ids,
+        )  # fmt: skip
+        return items, _check_deadline(deadline)
 
-    def _prompts(self, given: Iterable[Any], sampling_params: Any) -> Items:
-        check_list(given, "prompts", '["a prompt", …]')
-        return Items(given, sampling_params, read_prompt, self._seeds.of_next_call())
+    def _prompts(
+        self,
+        given: Any,
+        sampling_params: Any,
+        *,
+        deadline: float | None = None,
+        truncate_prompt_tokens: int | None = None,
+        return_prompt_token_ids: bool = False,
+        lora_request: None = None,
+    ) -> tuple[Items, float | None]:
+        _refuse_lora(lora_request)
+        items = Items(
+            list_prompts(given), sampling_params, read_prompt, self._seeds.of_next_call(),
+            truncate_prompt_tokens=truncate_prompt_tokens, return_prompt_token_ids=return_prompt_token_ids,
+        )  # fmt: skip
+        return items, _check_deadline(deadline)
+
+
+def _refuse_lora(lora_request: Any) -> None:
+    if lora_request is not None:
+        raise ConfigError(
+            "lora_request is not supported: set the adapter as lora_path in the LLMConfig; it applies to all items"
+        )
 
 
 def _check_deadline(deadline: float | None) -> float | None:

@@ -195,7 +195,8 @@ class _Request:
             for prompt, seed, index in zip(group.prompts, seeds, indexes, strict=False):
                 if index in self.client.unfinished:
                     size = prompt_size(prompt) + params_size
-                    yield Item(self.client.call, index, prompt, group.params, seed, size)
+                    returns_prompt = group.return_prompt_token_ids
+                    yield Item(self.client.call, index, prompt, group.params, seed, size, returns_prompt)
 
     def cancel(self, items: Sequence[int]) -> None:
         """Cancel items of the request."""

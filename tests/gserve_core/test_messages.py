@@ -35,6 +35,8 @@ CONVERSATION = Conversation(
     [Message("system", "be brief"), Message("user", [TextPart("text", "é\x00"), TextPart("text", "")], "Ann")],
     add_generation_prompt=False,
     continue_final_message=True,
+    tools=[{"type": "function", "function": {"name": "f"}}],
+    chat_template_kwargs={"enable_thinking": False},
 )
 FULL = ResponseOutput(
     " ?", [1, 2], "stop", 2, -1.5, [{1: Logprob(-0.5, 1, "a")}, None], [None, {7: Logprob(-2.0), 8: Logprob(-3.0, 2)}]
@@ -46,9 +48,13 @@ FULL = ResponseOutput(
     ("value", "kind"),
     [
         (ChatRequest([CONVERSATION.messages], {"n": 2, "stop": ["x"]}, False, True), ChatRequest),
+        (ChatRequest([], None, tools=[{}], chat_template_kwargs={"a": 1}, return_prompt_token_ids=True), ChatRequest),
+        ([Message("assistant", None, tool_calls=[{"id": "1"}], reasoning="r")], list[Message]),
         (ChatRequest([]), ChatRequest),
         (GenerateRequest(["a", [1, 2], "", []], {"temperature": 0.0}), GenerateRequest),
         (RunRequest([Group(["a", [1], CONVERSATION], {"seed": 2**63 - 1}), Group([])], 0.5), RunRequest),
+        (RunRequest([Group(["a"], None, [1], return_prompt_token_ids=True)]), RunRequest),
+        (ResponseOutput("a", prompt_tokens=2, prompt_token_ids=[5, 6]), ResponseOutput),
         ([Result(3, [FULL, ResponseOutput("")]), Failure(4, "no", False, True), Heartbeat(2)], list[Event]),
         (FULL, ResponseOutput),
         (ResponseOutput("", stop_reason="###"), ResponseOutput),
@@ -67,14 +73,14 @@ def test_what_travels_arrives_as_it_was(codec: Any, value: object, kind: Any) ->
         ({"prompts": ["a"], "parms": {}}, GenerateRequest, "Object contains unknown field `parms`"),
         ({"conversations": [], "prompts": []}, ChatRequest, "Object contains unknown field `prompts`"),
         (
-            {"conversations": [[{"role": "user", "content": "a", "tool_calls": []}]]},
+            {"conversations": [[{"role": "user", "contnet": "a"}]]},
             ChatRequest,
-            "Object contains unknown field `tool_calls` - at `$.conversations[0][0]`",
+            "a message needs 'content' - at `$.conversations[0][0]`",
         ),
         (
-            {"conversations": [[{"role": "user", "content": [{"type": "text", "text": "a", "x": 1}]}]]},
+            {"conversations": [[{"role": "user", "content": "a", "tool_calls": "f"}]]},
             ChatRequest,
-            "Object contains unknown field `x` - at `$.conversations[0][0].content[0]`",
+            "Expected `array | null`, got `str` - at `$.conversations[0][0].tool_calls`",
         ),
         ({"groups": [{"prompts": [], "x": 1}]}, RunRequest, "Object contains unknown field `x` - at `$.groups[0]`"),
         ({"groups": [], "x": 1}, RunRequest, "Object contains unknown field `x`"),
@@ -90,7 +96,7 @@ def test_what_travels_arrives_as_it_was(codec: Any, value: object, kind: Any) ->
         (
             {"conversations": [[{"role": "user", "content": [{"type": "image_url", "text": ""}]}]]},
             ChatRequest,
-            "Invalid enum value 'image_url' - at `$.conversations[0][0].content[0].type`",
+            "a part of type 'image_url' is not supported: only texts are - at `$.conversations[0][0].content[0]`",
         ),
         (
             {"prompts": [], "params": {"stop": 1}, "model": "m"},
@@ -149,6 +155,87 @@ def test_flat_outputs_travel_as_they_are_and_beside_others() -> None:
         Heartbeat(1),
     ]
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(events), type=list[Event]) == events
+
+
+TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": null}'}}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"role": "user", "content": "a", "name": None, "tool_calls": None}, Message("user", "a")),
+        ({"role": "user", "content": "a", "id": 7, "weight": 0.5, "annotations": []}, Message("user", "a")),
+        ({"role": "critic", "content": None}, Message("critic", None)),
+        ({"role": "assistant", "refusal": "no"}, Message("assistant", None, refusal="no")),
+        ({"role": "assistant", "tool_calls": [TOOL_CALL]}, Message("assistant", None, tool_calls=[TOOL_CALL])),
+        (
+            {"role": "assistant", "tool_calls": [TOOL_CALL | {"index": None, "function": {"name": "f", "x": None}}]},
+            Message("assistant", None, tool_calls=[TOOL_CALL | {"function": {"name": "f"}}]),
+        ),
+        (
+            {"role": "assistant", "function_call": {"name": "f", "arguments": "{}", "x": None}},
+            Message("assistant", None, function_call={"name": "f", "arguments": "{}"}),
+        ),
+        ({"role": "tool", "content": "9", "tool_call_id": "1"}, Message("tool", "9", tool_call_id="1")),
+        (
+            {"role": "assistant", "content": "a", "reasoning_content": "b"},
+            Message("assistant", "a", reasoning_content="b"),
+        ),
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a", "image_url": None, "cache_control": {}}]},
+            Message("user", [TextPart("text", "a")]),
+        ),
+        (
+            {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}]},
+            Message("user", [TextPart("text", "a"), TextPart("text", "b")]),
+        ),
+        (
+            {
+                "role": "assistant",
+                "content": [{"type": "thinking", "thinking": "a"}, {"type": "refusal", "refusal": "b"}],
+            },
+            Message("assistant", [TextPart("text", "a"), TextPart("text", "b")]),
+        ),
+    ],
+)
+def test_messages_are_taken_in_all_text_forms_of_openai(given: dict[str, Any], expected: Message) -> None:
+    made = msgspec.convert(given, Message)
+    assert made == expected
+    assert msgspec.json.decode(msgspec.json.encode(given), type=Message) == expected
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=Message) == expected
+
+
+def test_the_texts_of_a_message_leave_out_empty_parts() -> None:
+    assert Message("user", "a").texts == ["a"]
+    assert Message("user", [TextPart("text", "a"), TextPart("text"), TextPart("text", "")]).texts == ["a", ""]
+    assert Message("assistant", None, refusal="b").texts == []
+
+
+class OldMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `Message` of gserve before it took tools."""
+
+    role: str
+    content: str | list[Any]
+    name: str | None = None
+
+
+class OldGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A `Group` of gserve before it took options of prompts."""
+
+    prompts: list[Any]
+    params: dict[str, Any] | None = None
+    seeds: list[int] | None = None
+
+
+def test_plain_messages_and_groups_are_understood_by_older_versions() -> None:
+    encode, decode = msgspec.msgpack.encode, msgspec.msgpack.decode
+    messages = [Message("user", "a"), Message("user", [TextPart("text", "b")], "Ann")]
+    assert decode(encode(messages), type=list[OldMessage]) == [
+        OldMessage("user", "a"),
+        OldMessage("user", [{"type": "text", "text": "b"}], "Ann"),
+    ]
+    assert decode(encode(Group(["a"], {"n": 1}, [3])), type=OldGroup) == OldGroup(["a"], {"n": 1}, [3])
+    assert decode(encode(OldGroup(["a"])), type=Group) == Group(["a"])
 
 
 class OldFailure(msgspec.Struct, frozen=True, tag="failure", array_like=True):

@@ -174,6 +174,23 @@ def test_chat_takes_and_gives_what_the_readme_says(echo: int) -> None:
     assert [[output["text"] for output in item] for item in reply.json] == [["hello there"], ["in parts"]]
 
 
+def test_chat_takes_tools_and_the_messages_of_a_call(echo: int) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    conversation = [
+        {"role": "user", "content": "call it", "name": None, "weight": 1},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "the answer", "tool_call_id": "1"},
+    ]
+    body = {"tools": [{"type": "function", "function": {"name": "f"}}], "chat_template_kwargs": {"big": 2**70}}
+    refused = ask(echo, "POST", "/chat", {"conversations": [conversation], **body})
+    assert (refused.status, "integers of at most 64 bits" in str(refused.json)) == (400, True)
+    body["chat_template_kwargs"] = {"enable_thinking": False}
+    reply = ask(echo, "POST", "/chat", {"conversations": [conversation], "return_prompt_token_ids": True, **body})
+    ((output,),) = reply.json
+    assert output["text"] == "the answer"
+    assert (output["prompt_tokens"], output["prompt_token_ids"]) == (2, output["token_ids"])
+
+
 def test_logprobs_come_where_they_were_asked_for(echo: int) -> None:
     reply = ask(echo, "POST", "/generate", {"prompts": ["a"], "params": {"logprobs": 1}})
     (logprobs,) = reply.json[0][0]["logprobs"]
@@ -533,7 +550,11 @@ CHATS: dict[str, bytes] = {
     "one conversation": b'{"conversations": [{"role": "user", "content": "a"}]}',
     "no role": b'{"conversations": [[{"content": "a"}]]}',
     "no content": b'{"conversations": [[{"role": "user"}]]}',
-    "an unknown field of a message": b'{"conversations": [[{"role": "user", "content": "a", "tool": 1}]]}',
+    "a misspelt content": b'{"conversations": [[{"role": "user", "contents": "a"}]]}',
+    "tool calls in a text": b'{"conversations": [[{"role": "user", "content": "a", "tool_calls": "f"}]]}',
+    "a template in its variables": (
+        b'{"conversations": [[{"role": "user", "content": "a"}]], "chat_template_kwargs": {"chat_template": "x"}}'
+    ),
     "an image": b'{"conversations": [[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]]}',
     "a template": b'{"conversations": [], "chat_template": "x"}',
     "an empty conversation": b'{"conversations": [[]]}',

@@ -116,7 +116,14 @@ RIGHT_PARAMS = st.none() | st.fixed_dictionaries({}, optional={"n": st.integers(
 RIGHT_TEXTS = st.lists(st.sampled_from(["a", "b c", "é 𝄞"]) | st.lists(st.integers(0, 9), min_size=1), max_size=4)
 CHATS = st.fixed_dictionaries(
     {"conversations": st.lists(MESSAGES, max_size=3)},
-    optional={"params": PARAMS, "add_generation_prompt": st.booleans() | JUNK, "continue_final_message": st.booleans()},
+    optional={
+        "params": PARAMS,
+        "add_generation_prompt": st.booleans() | JUNK,
+        "continue_final_message": st.booleans(),
+        "tools": JUNK | st.lists(st.dictionaries(TEXTS, JUNK), max_size=2),
+        "return_prompt_token_ids": st.booleans(),
+        "chat_template_kwargs": st.dictionaries(TEXTS | st.just("tokenize"), JUNK | NUMBERS, max_size=2),
+    },
 )
 COMPLETIONS = st.one_of(
     st.fixed_dictionaries({"prompts": RIGHT_TEXTS, "params": RIGHT_PARAMS}),

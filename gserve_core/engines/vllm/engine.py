@@ -18,15 +18,15 @@ from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from typing import Any, ClassVar, NamedTuple
 
-import msgspec
-
 from ...config import LLMConfig, check
 from ...errors import ConfigError, GserveError, ItemError
 from ...hookspecs import hookimpl
 from ...interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, LogForm, Report, RunningEngine
 from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
-from ...sampling import read_params
+from ...sampling import TRUNCATE, check_params, public_names, read_params, split_prompt_params
+from ...template_kwargs import check_template_kwargs
 from . import compile_turn, demo_model, differences, examination, installed, openai_app, series
+from .chats import Options, messages_of, options_of
 from .files import adapter_folder, adapter_rank, chat_template
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
@@ -134,6 +134,12 @@ class VLLMEngine(Engine):
             if (adapter := adapter_folder(llm.lora_path)) is not None:
                 adapter_rank(adapter)
             chat_template(llm.llm_kwargs.get("chat_template"))
+
+    def check_params(self, params: Params) -> None:
+        """Check their names, if vLLM is installed here, and their bounds."""
+        known = installed.known_params()
+        if known is not None:
+            check_params(split_prompt_params(params)[0] or {}, public_names(known))
 
     def bind_cores(self, cores: Sequence[Sequence[int]]) -> Mapping[str, str]:
         """Return vLLM's variable for the cores of each rank, when it computes on the CPU."""
@@ -327,7 +333,10 @@ class RunningVLLM(RunningEngine):
         self, prompts: Sequence[Prompt], params: Params | None, seeds: Sequence[int] | None = None
     ) -> Sequence[Any]:
         """Render and tokenize prompts as `vllm.LLM` does."""
+        params, kept = split_prompt_params(params)
         sampling = self._sampling(params)
+        if kept is not None and kept < 0:
+            kept = max(1, self._config.max_model_len - (sampling.max_tokens or 1))
         samplings = [sampling] * len(prompts)
         if seeds is not None and sampling.seed is None and sampling.temperature > 0:
             samplings = [_seeded(sampling, seed) for seed in seeds]
@@ -335,9 +344,9 @@ class RunningVLLM(RunningEngine):
         for start in range(0, len(prompts), RENDER_CHUNK):
             chunk = prompts[start : start + RENDER_CHUNK]
             try:
-                inputs: Iterable[Any] = self._render(chunk)
+                inputs: Iterable[Any] = self._render(chunk, kept)
             except Exception:  # at least one prompt is invalid: find out which
-                inputs = [self._render_one(prompt) for prompt in chunk]
+                inputs = [self._render_one(prompt, kept) for prompt in chunk]
             prepared += [
                 made if isinstance(made, ItemError) else self._checked(made, own)
                 for made, own in zip(inputs, samplings[start : start + RENDER_CHUNK], strict=True)
@@ -355,45 +364,52 @@ class RunningVLLM(RunningEngine):
         differences.request_flat_logprobs(sampling)
         return sampling
 
-    def _render(self, prompts: Sequence[Prompt]) -> list[Any]:
+    def _render(self, prompts: Sequence[Prompt], kept: int | None = None) -> list[Any]:
         """Return vLLM's engine inputs for prompts, in order.
 
-        All texts and token ids are rendered in one call, and all conversations with the same flags in one call.
+        All texts and token ids are rendered in one call, and all conversations with the same options in one call.
+
+        `kept`: number of tokens to which prompts are truncated; None: they are not.
         """
+        truncation = {} if kept is None else {TRUNCATE: kept}
         inputs: dict[int, Any] = {}
         plain = {place: prompt for place, prompt in enumerate(prompts) if not isinstance(prompt, Conversation)}
         if plain:
             parsed = [self._vllm.parse_model_prompt(self._config, prompt) for prompt in plain.values()]
             self._ahead |= {text: None for text in plain.values() if isinstance(text, str)}
             try:
-                rendered = self._renderer.render_cmpl(parsed, self._renderer.default_cmpl_tok_params)
+                token_params = self._renderer.default_cmpl_tok_params
+                if truncation:
+                    token_params = token_params.with_kwargs(**truncation)
+                rendered = self._renderer.render_cmpl(parsed, token_params)
             finally:
                 self._ahead.clear()
             inputs |= zip(plain, rendered, strict=True)
-        chats: dict[tuple[bool, bool], dict[int, Conversation]] = {}
+        chats: dict[Options, dict[int, Conversation]] = {}
         for place, prompt in enumerate(prompts):
             if isinstance(prompt, Conversation):
-                flags = prompt.add_generation_prompt, prompt.continue_final_message
-                chats.setdefault(flags, {})[place] = prompt
-        for (add_generation_prompt, continue_final_message), group in chats.items():
+                chats.setdefault(options_of(prompt), {})[place] = prompt
+        for group in chats.values():
+            chat = next(iter(group.values()))
             own = {
-                "add_generation_prompt": add_generation_prompt,
-                "continue_final_message": continue_final_message,
-                "tools": None,
+                "add_generation_prompt": chat.add_generation_prompt,
+                "continue_final_message": chat.continue_final_message,
+                "tools": chat.tools,
                 "tokenize": self._tokenize_in_template,
             }
+            check_template_kwargs(chat.chat_template_kwargs)
+            variables = self._template_kwargs | (chat.chat_template_kwargs or {})
             chat_params = self._vllm.ChatParams(
                 chat_template=self._template,
                 chat_template_content_format="auto",
-                chat_template_kwargs=self._vllm.merge_kwargs(self._template_kwargs, own),
+                chat_template_kwargs=self._vllm.merge_kwargs(variables, own),
             )
-            token_params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)
-            messages = [msgspec.to_builtins(chat.messages) for chat in group.values()]
-            _, rendered = self._renderer.render_chat(messages, chat_params, token_params)
+            token_params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False, **truncation)
+            _, rendered = self._renderer.render_chat([*map(messages_of, group.values())], chat_params, token_params)
             inputs |= zip(group, rendered, strict=True)
         return [inputs[place] for place in range(len(prompts))]
 
-    def _render_one(self, prompt: Prompt) -> Any:
+    def _render_one(self, prompt: Prompt, kept: int | None) -> Any:
         if isinstance(prompt, Conversation) and not prompt.messages:
             return ItemError("the conversation is empty")
         if isinstance(prompt, Conversation) and self._chat_failure is not None:
@@ -401,7 +417,7 @@ class RunningVLLM(RunningEngine):
         if isinstance(prompt, list) and any(not 0 <= token < 1 << 31 for token in prompt):
             return ItemError("the prompt holds a token id below 0 or above 2147483647")
         try:
-            return self._render([prompt])[0]
+            return self._render([prompt], kept)[0]
         except Exception as error:
             return ItemError(_first_line(error))
 
@@ -418,6 +434,11 @@ class RunningVLLM(RunningEngine):
         return Item(made, sampling)
 
     # -------------------------------------------------------------------------------------------- from input to output
+
+    def prompt_token_ids(self, prepared: Item) -> Sequence[int] | None:
+        """Return the tokens of a prepared prompt."""
+        ids: Sequence[int] | None = prepared.made.get("prompt_token_ids")
+        return ids
 
     def in_background(self, prepared: Item) -> Item:
         """Return a prepared prompt with the priority of batches."""
@@ -454,9 +475,10 @@ class RunningVLLM(RunningEngine):
         if last is None:
             raise GserveError("the engine gave no output")
         with differences.expected("reading an output"):
-            return [self._completion(it, last.prompt_logprobs, sampling) for it in last.outputs]
+            tokens = None if last.prompt_token_ids is None else len(last.prompt_token_ids)
+            return [self._completion(it, last.prompt_logprobs, tokens, sampling) for it in last.outputs]
 
-    def _completion(self, it: Any, prompt_logprobs: Any, sampling: Any) -> ResponseOutput:
+    def _completion(self, it: Any, prompt_logprobs: Any, prompt_tokens: int | None, sampling: Any) -> ResponseOutput:
         if it.finish_reason == "error" and sampling.structured_outputs is not None:
             raise ItemError(
                 "structured_outputs and the other sampling parameters leave no token to go on with, or the grammar"
@@ -464,7 +486,7 @@ class RunningVLLM(RunningEngine):
             )
         if it.finish_reason in ("abort", "error", None):
             raise GserveError(f"the engine ended this prompt early ({it.finish_reason})")
-        return converted(it, prompt_logprobs)
+        return converted(it, prompt_logprobs, prompt_tokens)
 
     async def check(self) -> None:
         """Generate one token from a prompt of several tokens. The first time, also find out whether chats work.

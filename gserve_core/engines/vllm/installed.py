@@ -73,16 +73,33 @@ def known_arguments() -> frozenset[str] | None:
 
     Return the fields of `vllm.AsyncEngineArgs` and gserve's own arguments; None if they cannot be found.
     """
-    try:
-        spec = find_spec("vllm")
-        if spec is None or spec.origin is None:
-            return None
-        module = ast.parse((Path(spec.origin).parent / "engine" / "arg_utils.py").read_text())
-    except (ImportError, OSError, ValueError, SyntaxError):
-        return None
-    classes = {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+    classes = _classes("engine/arg_utils.py")
     own, base = classes.get("AsyncEngineArgs"), classes.get("EngineArgs")
     if own is None or base is None or base.bases or [ast.unparse(above) for above in own.bases] != [base.name]:
         return None  # another version of vLLM, which defines them elsewhere
-    fields = [node.target for node in base.body + own.body if isinstance(node, ast.AnnAssign)]
-    return frozenset({"chat_template"} | {target.id for target in fields if isinstance(target, ast.Name)})
+    return frozenset(["chat_template", *_fields(base), *_fields(own)])
+
+
+@functools.cache
+def known_params() -> frozenset[str] | None:
+    """Read the names of the fields of `vllm.SamplingParams` from its source. None: they cannot be found."""
+    own = _classes("sampling_params.py").get("SamplingParams")
+    return None if own is None else frozenset(_fields(own)) or None
+
+
+def _classes(file: str) -> dict[str, ast.ClassDef]:
+    """Return the classes in a file of vLLM's package, by name. There are none if it cannot be read."""
+    try:
+        spec = find_spec("vllm")
+        if spec is None or spec.origin is None:
+            return {}
+        module = ast.parse((Path(spec.origin).parent / file).read_text())
+    except (ImportError, OSError, ValueError, SyntaxError):
+        return {}
+    return {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+
+
+def _fields(defined: ast.ClassDef) -> list[str]:
+    """Return the fields of a dataclass or a struct."""
+    targets = [node.target for node in defined.body if isinstance(node, ast.AnnAssign)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pickle
 import random
 import signal
 import threading
@@ -12,7 +13,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
+import torch
 
 from gserve import (
     BatchError,
@@ -20,7 +26,9 @@ from gserve import (
     ItemError,
     LLMConfig,
     ResponseOutput,
+    Results,
     ServeConfig,
+    Usage,
     VLLMClient,
     VLLMServer,
     VLLMService,
@@ -97,6 +105,102 @@ def test_token_ids_texts_and_their_subclasses_are_prompts(service: VLLMService) 
     assert service.chat([[{"role": Text("user"), "content": Text("hello")}]]) == [["hello"]]
 
 
+def test_prompts_and_parameters_of_other_libraries_are_taken(service: VLLMService) -> None:
+    given = [np.array([1, 2]), torch.tensor([3]), pa.scalar([4]), [np.int64(5)], np.str_("a"), pa.scalar("b")]
+    expected = [["1 2"], ["3"], ["4"], ["5"], ["a"], ["b"]]
+    assert service.generate(given) == expected
+    assert service.generate(np.array([[1, 2], [3, 4]])) == [["1 2"], ["3 4"]]
+    for column in (pd.Series(["a", "b"]), pa.chunked_array([["a"], ["b"]]), np.array(["a", "b"])):
+        assert service.generate(column) == [["a"], ["b"]]
+    params = pd.Series([{"n": np.int64(2)}, {"max_tokens": np.int32(1), "temperature": np.float64(0)}])
+    assert service.generate(["a b", "c d"], params) == [["a b", "a b"], ["c"]]
+    assert service.generate(["a b", "c d"], ({"max_tokens": size} for size in (1, 2))) == [["a"], ["c d"]]
+
+
+def test_conversations_of_other_libraries_are_taken(service: VLLMService) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "name": "x"}]},
+        {"messages": [{"role": "user", "content": "b"}]},
+    ]
+    table = pa.Table.from_pylist(rows)
+    expected: list[Any] = ["the prompt is empty", ["b"]]
+    for column in (table["messages"], table.to_pandas()["messages"], datasets.Dataset.from_list(rows)["messages"]):
+        results = service.chat(column, on_error="return")
+        assert [str(it) if isinstance(it, ItemError) else it for it in results] == expected
+
+
+def test_forms_of_vllm_are_taken_where_their_meaning_is_plain(service: VLLMService) -> None:
+    assert service.generate("a b") == [["a b"]]
+    assert service.generate({"prompt": "a b"}) == service.generate([{"prompt": "a b", "extra": None}]) == [["a b"]]
+    assert service.generate({"prompt_token_ids": [1, 2]}) == service.generate([1, 2]) == [["1 2"]]
+    assert service.chat(say("a")) == service.chat({"messages": say("a")}) == [["a"]]
+    assert service.generate("a b c", truncate_prompt_tokens=2) == [["a b"]]
+    assert service.generate("a b c", {"truncate_prompt_tokens": 1}) == [["a"]]
+    assert service.generate("w " * 2000, {"max_tokens": 2, "truncate_prompt_tokens": -1}) == [["w w"]]
+    with pytest.raises(BatchError, match="expected a mapping with 'prompt' or 'prompt_token_ids', got one with 'x'"):
+        service.generate([{"x": 1}])
+
+
+def test_options_of_a_conversation_may_be_its_own(service: VLLMService) -> None:
+    own = {"messages": say("a"), "tools": [{"type": "function"}], "chat_template_kwargs": {"x": np.int64(1)}}
+    assert service.chat([own, say("b")], tools=[], chat_template_kwargs={"y": 1}) == [["a"], ["b"]]
+    wrong: list[Any] = [{"messages": say("a"), "tool": 1}, own | {"chat_template_kwargs": {"tokenize": True}}]
+    results = service.chat(wrong, on_error="return")
+    assert "a conversation has no field 'tool'; expected messages, " in str(results[0])
+    assert "'tokenize' is not allowed in chat_template_kwargs" in str(results[1])
+
+
+def test_a_table_in_place_of_a_column_is_refused(service: VLLMService) -> None:
+    table = pd.DataFrame({"prompt": ["a"]})
+    with pytest.raises(ConfigError, match=r"got a table \(pandas.DataFrame\): pass a column, as in df\['prompt'\]"):
+        service.generate(table)
+    with pytest.raises(ConfigError, match=r"pass a column, as in df\['messages'\], or use service.map\(df\)"):
+        service.chat_iter(pa.Table.from_pandas(table))
+
+
+def test_the_tokens_of_a_call_are_counted(service: VLLMService) -> None:
+    results = service.generate(["a b", "", "c d e"], {"n": 2, "max_tokens": 2}, on_error="return")
+    assert (results.usage.prompt_tokens, results.usage.completion_tokens, results.usage.total_tokens) == (5, 8, 13)
+    with pytest.raises(BatchError) as caught:
+        service.generate(["a b", ""])
+    assert isinstance(caught.value.results, Results)
+    assert caught.value.results.usage == Usage(2, 2)
+    assert asyncio.run(service.chat_async([say("a b")])).usage == Usage(2, 2)
+    assert pickle.loads(pickle.dumps(results)).usage == Usage(5, 8)
+
+
+def test_outputs_have_the_size_of_their_prompt_and_its_tokens_if_asked_for(service: VLLMService) -> None:
+    ((plain,),) = service.generate(["a b c"], {"max_tokens": 1}, return_extra=True)
+    assert (plain.prompt_tokens, plain.prompt_token_ids) == (3, None)
+    ((full,),) = service.generate(["a b c"], {"logprobs": 1}, return_extra=True, return_prompt_token_ids=True)
+    assert full.prompt_tokens == 3
+    assert full.prompt_token_ids == full.token_ids
+    _, outputs = next(service.generate_iter(["a b"], {"n": 2}, return_prompt_token_ids=True))
+    assert isinstance(outputs, list)
+    assert [len(output.prompt_token_ids or ()) for output in outputs] == [2, 2]
+
+
+def test_a_progress_bar_is_shown_where_it_is_wanted(service: VLLMService, capfd: pytest.CaptureFixture[str]) -> None:
+    service.generate(["a", "b"])
+    assert "Processed" not in capfd.readouterr().err
+    service.generate(["a", "b"], use_tqdm=True)
+    assert "Processed prompts: 100%" in capfd.readouterr().err
+    counted: list[int] = []
+
+    class Bar:
+        def __init__(self, **options: Any) -> None:
+            counted.append(options["total"])
+
+        def update(self, n: int) -> None:
+            counted.append(n)
+
+        def close(self) -> None:
+            counted.append(-1)
+
+    service.chat([say("a")], use_tqdm=Bar)
+    assert counted == [1, 1, -1]
+
+
 def test_prompts_may_come_from_any_iterable(service: VLLMService) -> None:
     assert service.generate(f"p{index}" for index in range(3)) == [["p0"], ["p1"], ["p2"]]
     assert service.generate([]) == []
@@ -162,18 +266,25 @@ def test_bad_parameters_of_one_item_are_its_own_error(service: VLLMService) -> N
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda it: it.generate("a prompt"), r"expected a list of prompts like \[\"a prompt\", …\], got str"),
+        (lambda it: it.generate(b"a prompt"), r"expected a list of prompts like \[\"a prompt\", …\], got bytes"),
         (lambda it: it.generate(7), "expected a list of prompts .* got int"),
-        (lambda it: it.generate({"prompts": ["a"]}), "expected a list of prompts .* got dict"),
+        (lambda it: it.generate({"a": "b"}), "expected a list of prompts .* got dict"),
+        (lambda it: it.generate({"prompts": ["a"]}), "got a dict of columns: pass a column, as in df"),
         (lambda it: it.chat("hello"), "expected a list of conversations .* got str"),
-        (lambda it: it.chat(say("hello")), "got one conversation: put it into a list"),
+        (lambda it: it.chat({"messages": [say("a"), say("b")]}), "got a dict of columns: pass a column, as in df"),
+        (lambda it: it.generate("a", lora_request="x"), "set the adapter as lora_path in the LLMConfig"),
+        (lambda it: it.chat(say("a"), tools="x"), "expected tools as a list .* got 'x'"),
+        (lambda it: it.chat(say("a"), chat_template_kwargs=[]), "expected chat_template_kwargs as a mapping, got list"),
+        (lambda it: it.chat(say("a"), chat_template_kwargs={"tools": []}), "'tools' is not allowed .* use 'tools'"),
         (
             lambda it: it.generate(["a", "b"], [None]),
             r"one sampling_params for all items, or one per item \(2\); got 1",
         ),
         (lambda it: it.generate(["a"], "hot"), "expected sampling_params as vllm.SamplingParams or a mapping, got str"),
         (lambda it: it.generate(["a"], on_error="x"), "expected on_error as 'raise' or 'return', got 'x'"),
-        (lambda it: it.generate_iter("a prompt"), "expected a list of prompts"),
+        (lambda it: it.generate_iter(None), "expected a list of prompts"),
+        (lambda it: it.generate(["a"], iter([None, None])), r"one per item \(1\); got more"),
+        (lambda it: it.generate(["a", "b"], iter([None])), r"one per item \(more than 1\); got 1"),
     ],
 )
 def test_wrong_arguments_are_told(service: VLLMService, call: Callable[[VLLMService], Any], message: str) -> None:

@@ -202,6 +202,35 @@ def test_a_sampled_answer_shows_the_seed_that_came_with_the_item() -> None:
     asyncio.run(run())
 
 
+def test_its_prompts_are_counted_and_truncated_in_words() -> None:
+    async def run() -> None:
+        async with started() as running:
+            for params, expected in (
+                ({}, "one two three"),
+                ({"truncate_prompt_tokens": 2}, "one two"),
+                ({"truncate_prompt_tokens": 9}, "one two three"),
+                ({"truncate_prompt_tokens": None}, "one two three"),
+            ):
+                (prepared,) = await running.prepare(["one  two three"], params)
+                (output,) = await running.run(prepared)
+                assert (output.text, output.prompt_tokens) == (expected, len(expected.split()))
+                assert running.prompt_token_ids(prepared) == output.token_ids
+            (prepared,) = await running.prepare(["w " * 5000], {"truncate_prompt_tokens": -1, "max_tokens": 96})
+            (output,) = await running.run(prepared)
+            assert (output.prompt_tokens, len(output.token_ids)) == (4000, 96)
+            for wrong in (-2, 2**31, "2", True):
+                with pytest.raises(ItemError, match="'truncate_prompt_tokens': expected "):
+                    await running.prepare(["a"], {"truncate_prompt_tokens": wrong})
+
+    asyncio.run(run())
+
+
+def test_wrong_parameters_are_found_without_a_process() -> None:
+    EchoEngine().check_params({"max_tokens": 5, "truncate_prompt_tokens": 2})
+    with pytest.raises(ItemError, match="unknown sampling parameter 'max_token'; did you mean 'max_tokens'"):
+        EchoEngine().check_params({"max_token": 5})
+
+
 def test_stop_ends_a_worker_that_takes_no_signal() -> None:
     async def run() -> None:
         async with started(processes=2):

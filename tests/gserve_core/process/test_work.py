@@ -62,6 +62,26 @@ def test_a_request_that_begins_when_the_server_no_longer_takes_any_is_refused() 
     asyncio.run(requests())
 
 
+class Counting(Engine):
+    """An engine that knows the tokens of its prompts."""
+
+    def prompt_token_ids(self, prepared: Any) -> Sequence[int] | None:
+        return range(len(prepared.partition(",")[0]))
+
+
+def test_the_tokens_of_a_prompt_come_with_each_output_of_the_groups_that_want_them() -> None:
+    async def requests() -> None:
+        async def on_alone() -> None:
+            """Do nothing."""
+
+        request = RunRequest([Group(["a"]), Group(["bc", "d"], return_prompt_token_ids=True)])
+        for engine, expected in ((Counting(), [None, [0, 1], [0]]), (Engine(), [None] * 3)):
+            work = Work(engine, check_ready=lambda: None, on_progress=lambda: None, on_alone=on_alone, secrets=())
+            assert [output.prompt_token_ids for (output,) in await work.run_whole(request)] == expected
+
+    asyncio.run(requests())
+
+
 class Slow(Engine):
     """An engine that works on each item until it is released. It refuses the item "bad"."""
 

