@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gserve import GserveError
 
-from . import balance, gateway, gpus, machine, models, openai_api, starting, table, workloads
+from . import balance, files, gateway, gpus, machine, models, openai_api, starting, table, workloads
 from .rooms import KINDS
 from .rounds import Benchmark, say
 
@@ -36,6 +36,7 @@ MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
     "sharing": lambda bench, options: gpus.sharing(bench, options.model, options.scale),
     "tensor-parallel": lambda bench, options: gpus.tensor_parallel(bench, options.model, options.scale),
     "gateway": lambda bench, options: gateway.measure(bench, options.scale),
+    "files": lambda bench, options: files.measure(bench, options.scale),
     "openai": lambda bench, options: openai_api.measure(bench, _real(options), options.scale),
     "priority": lambda bench, options: openai_api.measure_priority(bench, _real(options), options.scale),
     "lora": lambda bench, options: gpus.lora(bench, options.model),

@@ -186,6 +186,7 @@ class Access(Struct, frozen=True, kw_only=True):
     `instance`: the id of the server that is expected there; None: any.
     `timeout`: maximum time without a heartbeat or result, in seconds; None: no limit.
     `tls`: whether the connection is encrypted, and the certificate checked. Only gateways can do that.
+    `certificate`: the certificate that is expected, in PEM format; "": any that this machine trusts.
     """
 
     token: str | None = None
@@ -193,6 +194,7 @@ class Access(Struct, frozen=True, kw_only=True):
     instance: str | None = None
     timeout: float | None = None
     tls: bool = False
+    certificate: str = ""
 
     def __repr__(self) -> str:
         """Return a text without secrets."""
@@ -360,6 +362,14 @@ class GatewayApi(Protocol):
         """
 
 
+class Reply(NamedTuple):
+    """The whole answer to a request of OpenAI's API. `retry_after`: delay that it asks for, in seconds."""
+
+    status: int
+    body: bytes
+    retry_after: float | None = None
+
+
 class Connection(ABC):
     """The client's half of a conversation with one server. Its methods run in one event loop.
 
@@ -393,6 +403,16 @@ class Connection(ABC):
 
         Raises RemoteError: the access is refused (401), or there is no gateway of this version (404).
         Raises TransportError: the request failed.
+        """
+        raise RemoteError("this transport has no gateway", status=404)
+
+    async def post(self, path: str, body: bytes, request_id: str) -> Reply:
+        """Send a JSON body to a route of OpenAI's API of a gateway. Return the answer, an error too.
+
+        `request_id`: identifies the request in logs.
+
+        Raises TransportError: the gateway could not be reached, so it has not seen the request (`is_gone`), or the
+        connection broke before the answer was complete.
         """
         raise RemoteError("this transport has no gateway", status=404)
 
@@ -532,6 +552,13 @@ class Engine(ABC):
 
         Raises ItemError: they are wrong.
         """
+
+    def prompt_lengths(self, llm: LLMConfig, prompts: "Sequence[Prompt]") -> list[int] | None:
+        """Return the number of tokens of each prompt, without a start; None if the engine is not installed here.
+
+        Raises GserveError: they cannot be counted.
+        """
+        return None
 
     def bind_cores(self, cores: Sequence[Sequence[int]]) -> Mapping[str, str]:
         """Return the variables that bind a server without GPUs to cores. None are needed unless overridden.

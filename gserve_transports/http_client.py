@@ -12,11 +12,12 @@ import sniffio
 
 from gserve_core.commands import Command, Done
 from gserve_core.errors import RemoteError, StallTimeout, TransportError
-from gserve_core.interfaces import Access, Address, Connection
+from gserve_core.interfaces import Access, Address, Connection, Reply
 from gserve_core.messages import CancelRequest, Event, Health, RunRequest
 from gserve_core.overview import ServiceOverview
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, Unpacker
+from .http_upstream import Upstream
 
 CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 2.0
@@ -36,9 +37,10 @@ class HttpConnection(Connection):
         self._finding = asyncio.Lock()
         self._scheme = "https" if access.tls else "http"
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=8)
-        # without TLS there is nothing to verify, and loading the certificates takes 100 ms and a descriptor;
-        # with it, OpenSSL's own defaults are used: the system's certificates, or those of $SSL_CERT_FILE
-        verify = ssl.create_default_context() if access.tls else False
+        # without TLS there is nothing to verify, and loading the certificates takes 100 ms and a descriptor
+        self._tls = _verification(access.certificate) if access.tls else None
+        verify = False if self._tls is None else self._tls
+        self._upstream: Upstream | None = None
         self._client = httpx.AsyncClient(
             transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE, verify=verify),
             timeout=httpx.Timeout(access.timeout, connect=CONNECT_SECONDS, pool=None),
@@ -94,6 +96,30 @@ class HttpConnection(Connection):
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise TransportError(f"the program at {address} is not a gserve gateway") from error
 
+    async def post(self, path: str, body: bytes, request_id: str) -> Reply:
+        """Send a JSON body to a route of OpenAI's API of a gateway. Return the answer.
+
+        Not by httpx: a batch sends thousands of requests per second, and httpx takes 1.1 ms for each.
+        """
+        address = await self._find_address()
+        if self._upstream is None:
+            self._upstream = Upstream(address, self._tls)
+        sent = {"content-type": "application/json", "x-request-id": request_id, **_bearer(self._access.token)}
+        headers = [(name.encode(), value.encode()) for name, value in sent.items()]
+        try:
+            answer = await self._upstream.request("POST", path.encode(), headers, body)
+            try:
+                parts = []
+                while (part := await answer.part()) is not None:
+                    parts.append(part)
+            finally:
+                self._upstream.finish(answer)
+        except OSError as error:
+            why = str(error) or type(error).__name__
+            raise TransportError(f"the gateway at {address} cannot be reached: {why}", is_gone=True) from error
+        wait = dict(answer.headers).get(b"retry-after", b"").decode("latin-1")
+        return Reply(answer.status, b"".join(parts), float(wait) if wait.isdecimal() else None)
+
     async def shut_down(self) -> None:
         """Ask the server to end."""
         address = await self._find_address()
@@ -106,6 +132,8 @@ class HttpConnection(Connection):
 
     async def close(self) -> None:
         """Release the connection."""
+        if self._upstream is not None:
+            self._upstream.close()
         await self._client.aclose()
 
     def _url(self, address: Address, route: str) -> str:
@@ -241,7 +269,7 @@ class GatewayClient:
         timeout = httpx.Timeout(seconds, connect=LOOK_SECONDS)
         try:
             with (
-                httpx.Client(timeout=timeout, verify=self._verification(), trust_env=False) as client,
+                httpx.Client(timeout=timeout, verify=self._verify(), trust_env=False) as client,
                 client.stream(method, self._root + path, content=content, headers=headers) as reply,
             ):
                 if reply.status_code != 200:
@@ -257,18 +285,25 @@ class GatewayClient:
         except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, ValueError) as error:
             raise TransportError(f"the gateway at {self._root} sent an unexpected answer: {error}") from error
 
-    def _verification(self) -> ssl.SSLContext | bool:
-        """Return how to verify the gateway's certificate.
+    def _verify(self) -> ssl.SSLContext | bool:
+        if self._root.startswith("https:"):  # without TLS, reading the certificates would only take time
+            return _verification(self._certificate)
+        return False
 
-        The certificate of the record is the only one that is accepted. Its names and its issuer do not matter then.
-        """
-        if not self._certificate:
-            return self._root.startswith("https:")  # without TLS, reading the certificates would only take time
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname = False
-        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-        context.load_verify_locations(cadata=self._certificate)
-        return context
+
+def _verification(certificate: str) -> ssl.SSLContext:
+    """Return how to verify a gateway's certificate.
+
+    `certificate`: the only one that is accepted. Its names and its issuer do not matter then.
+    "": those that OpenSSL trusts: the system's, or those of $SSL_CERT_FILE.
+    """
+    if not certificate:
+        return ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(cadata=certificate)
+    return context
 
 
 class _Models(msgspec.Struct):

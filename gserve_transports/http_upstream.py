@@ -5,6 +5,7 @@ httpx needs 1.1 ms a request and 71 µs a part for this. With httptools it is 0.
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Awaitable, Sequence
 
 import httptools
@@ -56,10 +57,11 @@ class Answer:
 
 
 class Upstream:
-    """The connections to one server."""
+    """The connections to one server, or to a gateway. `tls`: how to verify its certificate; None: plain HTTP."""
 
-    def __init__(self, address: Address) -> None:
+    def __init__(self, address: Address, tls: ssl.SSLContext | None = None) -> None:
         self._address = address
+        self._tls = tls
         self._host = str(address).encode()
         self._idle: list[tuple[float, _Connection]] = []
         self._busy: set[_Connection] = set()
@@ -111,7 +113,7 @@ class Upstream:
         for host in self._address.hosts:
             try:
                 async with asyncio.timeout(CONNECT_SECONDS), self._may_connect:
-                    _, connection = await loop.create_connection(_Connection, host, self._address.port)
+                    _, connection = await loop.create_connection(_Connection, host, self._address.port, ssl=self._tls)
                 return connection
             except OSError as refused:
                 error = refused

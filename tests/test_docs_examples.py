@@ -1,5 +1,7 @@
 """The examples of README and docs/ run, on the engine without a model in the place of vLLM."""
 
+import csv
+import json
 import os
 import re
 import socket
@@ -9,24 +11,34 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from gserve import GatewayConfig, LLMConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import run_files
-from tests.pages import ROOT, blocks
+from tests.pages import ROOT, blocks, files
 
 QUICKSTART = "llm: {model_name: any}\nengine: {type: echo}\n"
-PYTHON = ("README.md", "docs/index.md", "docs/guides/batches.md", "docs/guides/openai.md", "docs/reference/python.md")
+PYTHON = (
+    "README.md",
+    "docs/index.md",
+    "docs/guides/batches.md",
+    "docs/guides/openai.md",
+    "docs/guides/openai-batch.md",
+    "docs/reference/python.md",
+)
 SHELL = {  # page: words by which the blocks are chosen that need no GPU, SLURM, systemd or container
-    "README.md": ("gserve generate configs", "gserve launch", "gserve ps"),
+    "README.md": ("gserve chat configs", "gserve launch", "gserve ps"),
     "docs/guides/batches.md": ("gserve generate configs", "gserve launch", "gserve generate --attach"),
     "docs/guides/http.md": ("gserve launch", "eval", "/health\n", "/generate \\", "/chat \\"),
     "docs/guides/openai.md": ("gserve launch", "eval", "/models --", '"Name three colours."'),
+    "docs/guides/openai-batch.md": ("gserve run-batch",),
     "docs/guides/server.md": ("gserve check", "gserve stop demo "),
     "docs/guides/troubleshooting.md": ("gserve check",),
     "docs/reference/config.md": ("gserve check",),
     "docs/reference/http.md": ("GSERVE_TOKEN",),
 }
+JOBS = (ROOT / "docs" / "guides" / "files.md").read_text()
 
 
 @pytest.fixture
@@ -34,7 +46,11 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "quickstart.yaml").write_text(QUICKSTART)
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
+    (tmp_path / "towns.csv").write_text("town,country\nOslo,Norway\nLisbon,Portugal\n")
     (tmp_path / "conversations.jsonl").write_text('[{"role": "user", "content": "Name a colour."}]\n')
+    body = {"messages": [{"role": "user", "content": "Name three colours."}]}
+    line = {"custom_id": "question-1", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    (tmp_path / "batch.jsonl").write_text(f"{json.dumps(line)}\n")
     (tmp_path / "gserve").symlink_to(ROOT / "gserve")
     return tmp_path
 
@@ -94,3 +110,76 @@ def test_its_shell_session_runs(name: str, folder: Path) -> None:
     assert ran.returncode == 0, f"{script}\n{ran.stderr[-3000:]}"
     if "results.jsonl" in script:
         assert len((folder / "results.jsonl").read_text().splitlines()) == 2
+    if "facts.csv" in script:
+        assert (folder / "facts.csv").read_text().count("Norway") == 2, "in the column and in the answer"
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder in which all examples of the guide to jobs have run, in order, with one service for all."""
+    folder = tmp_path_factory.mktemp("jobs")
+    for name, text in files(JOBS).items():
+        (folder / name).write_text(text)
+    (folder / "configs").mkdir()
+    (folder / "parts").mkdir()
+    (folder / "configs" / "slurm.yaml").write_text(f"{QUICKSTART}launcher: {{type: slurm}}\n")
+    with VLLMService(LLMConfig("any"), engine=EchoEngine(), gateway=GatewayConfig(), name="jobs"):
+        for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", JOBS, flags=re.MULTILINE | re.DOTALL):
+            block = block.replace(" configs/quickstart.yaml", "")
+            block = block.replace('from_yaml("configs/quickstart.yaml")', "attach()")
+            block = block.replace("gserve sbatch", "gserve sbatch --print").replace("gserve status parts", "")
+            command = ["bash", "-ec", block] if language == "bash" else [sys.executable, "-c", block]
+            ran = subprocess.run(
+                command, cwd=folder, env=environment() | {"GSERVE_ATTACH": "jobs"}, capture_output=True, text=True,
+                check=False,
+            )  # fmt: skip
+            assert ran.returncode == 0, f"{block}\n{ran.stderr[-3000:]}"
+            with (folder / "stdout").open("a") as stdout:
+                stdout.write(ran.stdout)
+    return folder
+
+
+def test_the_first_job_of_the_guide_keeps_the_columns_and_adds_the_answers(jobs: Path) -> None:
+    rows = [json.loads(line) for line in (jobs / "facts.jsonl").read_text().splitlines()]
+    (shown,) = (json.loads(block) for block in blocks(JOBS, "json") if '"_row"' in block)
+    assert {tuple(row) for row in rows} == {tuple(shown)}
+    assert sorted(row["response"] for row in rows) == ["What is Lisbon known for?", "What is Oslo known for?"]
+
+
+def test_the_classification_of_the_guide_has_a_label_for_each_row(jobs: Path) -> None:
+    header, *rows = csv.reader((jobs / "labels.csv").read_text().splitlines())
+    (shown,) = (block for block in blocks(JOBS, "csv") if "response" in block)
+    assert header == shown.splitlines()[0].split(",")
+    label = json.dumps({"sentiment": "positive", "topic": "quality"}, separators=(",", ":"))
+    assert [row[header.index("parsed")] for row in rows] == [label] * 3
+
+
+def test_the_synthetic_data_of_the_guide_are_four_texts_for_each_subject(jobs: Path) -> None:
+    rows = parquet.read_table(jobs / "questions.parquet").to_pylist()
+    assert [len(row["response"]) for row in rows] == [4, 4, 4]
+    assert "Use simple words." in rows[0]["response"][0]
+    assert parquet.read_table(jobs / "dataset.parquet").num_rows == 12
+
+
+def test_the_evaluation_of_the_guide_scores_eight_answers_to_each_question(jobs: Path) -> None:
+    rows = [json.loads(line) for line in (jobs / "samples.jsonl").read_text().splitlines()]
+    assert [len(row["response"]) for row in rows] == [8, 8]
+    assert "0% of the answers are right\n0 of 2 questions" in (jobs / "stdout").read_text(), "echo does not reckon"
+
+
+def test_the_batch_file_of_the_guide_gets_an_answer_to_each_request(jobs: Path) -> None:
+    rows = [json.loads(line) for line in (jobs / "answers.jsonl").read_text().splitlines()]
+    assert sorted(row["custom_id"] for row in rows) == ["question-1", "question-2"]
+    assert {row["response"]["status_code"] for row in rows} == {200}
+
+
+def test_the_shards_of_the_guide_have_each_row_once(jobs: Path) -> None:
+    text = (jobs / "stdout").read_text()
+    assert "--array=1-4 " in text
+    assert re.search(r"^first.csv +done +1 +0 +1\nsecond.csv +done +1 +0 +1$", text, flags=re.MULTILINE)
+
+
+def test_the_python_of_the_guide_writes_a_table_and_prints_the_totals(jobs: Path) -> None:
+    assert parquet.read_table(jobs / "summaries.parquet").num_rows == 3
+    assert "\n3 0 " in (jobs / "stdout").read_text()
+    assert "Oslo Oslo is the capital of\n" in (jobs / "stdout").read_text()

@@ -47,14 +47,22 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.rates", "service.routing", "service.watch"},
     {"service.metrics"},
     {"service.supervisor"},
-    {"batch.pieces", "batch.progress", "batch.results"},
+    {"batch.pieces", "batch.progress", "batch.results", "batch.output_lock"},
     {"batch.retries"},
     {"batch.item_queue"},
     {"batch.items", "batch.dispatcher"},
     {"batch.batch", "service.remote_calls"},
+    {"rows.kinds", "rows.fingerprint", "rows.id_set", "rows.formats", "rows.answers", "rows.templates"},
+    {"rows.prompts", "rows.batch_files"},
+    {"rows.reading"},
+    {"rows.writing"},
+    {"rows.row_items", "rows.output", "rows.openai_batch"},
+    {"rows.job", "rows.mapping"},
+    {"rows.parts"},
     {"service.inference", "service.gateway"},
     {"service.followed"},
     {"service.client", "service.pool", "service.attached", "service.remote"},
+    {"service.gateway_requests"},
     {"service.server_command"},
     {"service.server_life"},
     {"service.server"},
@@ -83,8 +91,6 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "process.requests": {"errors", "messages", "interfaces", "run_requests"},
     "reap": {"host.processes", "host.scratch", "service.records"},
     "openai_params": {"messages"},
-    "batch.item_files": {"errors", "messages"},
-    "batch.output_lock": {"errors", "host.processes", "host.folders", "host.locks"},
     "doctor.examination": {
         "errors", "config", "interfaces", "plugins", "service.service", "doctor.machine", "doctor.node",
     },
@@ -98,8 +104,9 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "testing.signals": set(),
     "engines.echo": {
         "errors", "messages", "config", "interfaces", "hookspecs", "sampling", "template_kwargs",
-        "engines.echo_openai", "engines.orphans",
+        "engines.echo_json", "engines.echo_openai", "engines.orphans",
     },
+    "engines.echo_json": set(),
     "engines.echo_openai": {"errors", "messages", "interfaces"},
     "engines.vllm.engine": {
         "errors", "config", "interfaces", "hookspecs", "sampling", "template_kwargs", "messages",
@@ -107,6 +114,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
         "engines.vllm.installed",
         "engines.vllm.known_errors", "engines.vllm.openai_app", "engines.vllm.outputs", "engines.vllm.patches",
+        "engines.vllm.prompt_lengths",
         "engines.vllm.progress", "engines.vllm.series", "engines.vllm.token_counts", "engines.vllm.tokenizing",
     },
 }  # fmt: skip
@@ -130,12 +138,20 @@ OF_AN_ENGINE = {
     "engines.vllm.files": {"errors", "host.folders"},
     "engines.vllm.installed": {"errors"},
     "engines.vllm.outputs": {"messages"},
+    "engines.echo_json": set(),
+    "engines.vllm.prompt_lengths": {
+        "config",
+        "errors",
+        "messages",
+        "engines.vllm.demo_model",
+        "engines.vllm.files",
+    },
     "engines.vllm.patches": {"engines.orphans", "engines.vllm.differences"},
     "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep", "host.forks"},
     "engines.vllm.known_errors": {"interfaces"},
     "engines.vllm.tokenizing": set(),
 }
-ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "service"}
+ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "rows", "service"}
 """Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {
     "errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.child_process",
@@ -146,7 +162,7 @@ FOR_PLUGINS = {
 HOMES = {  # third parties: the only files that may import them
     "vllm": {"gserve_core/engines/vllm/differences.py"},
     "torch": {"gserve_core/engines/vllm/demo_model.py", "gserve_core/engines/vllm/patches.py"},
-    "transformers": {"gserve_core/engines/vllm/demo_model.py"},
+    "transformers": {f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "prompt_lengths")},
     "httpx": {"gserve_transports/http_client.py"},
     "anyio": {"gserve_core/batch/dispatcher.py"},
     "sniffio": {"gserve_transports/http_client.py"},
@@ -161,29 +177,56 @@ HOMES = {  # third parties: the only files that may import them
         for name in ("reap", "host/gpu_locks", "host/processes", "process/main", "testing/leftovers")
     },
     "yaml": {"gserve_core/document.py"},
-    "uvloop": {f"gserve_core/{name}.py" for name in ("batch/dispatcher", "process/main", "service/gateway")},
-    "typer": {f"gserve/cli/{name}.py" for name in ("app", "batch", "examine", "options", "serve", "slurm", "watch")},
-    "rich": {"gserve/cli/display.py"},
+    "uvloop": {
+        f"gserve_core/{name}.py"
+        for name in ("batch/dispatcher", "process/main", "rows/openai_batch", "service/gateway")
+    },
+    "typer": {
+        f"gserve/cli/{name}.py"
+        for name in ("app", "batch", "examine", "job_flags", "options", "run_batch", "serve", "slurm", "watch")
+    },
+    "rich": {"gserve/cli/display.py", "gserve/cli/job_progress.py"},
     "tqdm": {"gserve_core/batch/progress.py"},
     "pytest": {"gserve_core/testing/__init__.py"},
+    "jinja2": {"gserve_core/rows/templates.py"},
+    "jsonschema": {"gserve_core/rows/answers.py"},
+    "referencing": {"gserve_core/rows/answers.py"},
+    "pyarrow": {f"gserve_core/rows/{name}.py" for name in ("formats", "reading", "writing")},
 }
 EVERYWHERE = {"msgspec"}
 LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm/engine.py": {"vllm"},  # takes 10 s, and health is answered meanwhile
     "gserve_core/engines/vllm/patches.py": {"torch", "vllm"},  # vLLM is there when they are called
     "gserve_core/engines/vllm/demo_model.py": {"torch", "transformers"},
+    "gserve_core/engines/vllm/prompt_lengths.py": {"transformers"},  # takes seconds
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
     "gserve_core/batch/progress.py": {"tqdm"},  # it may be missing
     "gserve_core/engines/vllm/series.py": {"prometheus_client"},  # 0.15 s, and only a scrape needs it
     "gserve_core/service/metrics.py": {"prometheus_client"},
+    **{f"gserve_core/rows/{name}.py": {"pyarrow"} for name in ("formats", "reading", "writing")},  # it is optional
+    "gserve_core/rows/templates.py": {"jinja2"},  # only a job with a template needs it
+    "gserve_core/rows/answers.py": {"jsonschema", "referencing"},
+    "gserve_core/service/inference.py": {"gserve_core"},  # only jobs on tables need `rows`
+    "gserve_core/service/service.py": {"gserve_core"},
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used
     "gserve/vllm_server.py": {"gserve_core"},  # after the search path is right
     **{  # `gserve --help` needs none of them
         f"gserve/cli/{name}.py": {"gserve", "gserve_core", "gserve_launchers", "gserve_transports", "rich"}
-        for name in ("batch", "display", "examine", "serve", "service", "slurm", "watch")
+        for name in (
+            "batch",
+            "display",
+            "examine",
+            "job_flags",
+            "job_progress",
+            "run_batch",
+            "serve",
+            "service",
+            "slurm",
+            "watch",
+        )
     },
 }
-HEAVY = {"vllm", "torch", "fastapi", "uvicorn", "httpx", "numpy", "transformers", "prometheus_client"}
+HEAVY = {"vllm", "torch", "fastapi", "uvicorn", "httpx", "numpy", "transformers", "prometheus_client", "pyarrow"}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from gserve_core.errors import ConfigError, GserveError, PluginError
 from gserve_core.host.environment import open_missing_descriptors
 from gserve_core.host.logs import LEVEL_VARIABLE, setup_logging
 
-from . import batch, examine, serve, slurm, watch
+from . import batch, examine, run_batch, serve, slurm, watch
 from .display import print_stderr
 from .signals import Signalled, ignore, on_signals, raise_signalled
 
@@ -62,7 +62,9 @@ app.command()(serve.launch)
 app.command()(batch.generate)
 app.command()(batch.chat)
 app.command()(batch.run)
+app.command()(run_batch.run_batch)
 app.command()(slurm.sbatch)
+app.command()(slurm.status)
 app.command()(examine.check)
 app.command()(examine.doctor)
 app.command("plugins")(examine.list_plugins)

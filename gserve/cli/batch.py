@@ -1,107 +1,79 @@
 """The commands that send items: `generate`, `chat`, `run`."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+import gc
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 import gserve
-from gserve_core.batch.item_files import (
-    STDIO,
-    ConversationLine,
-    Line,
-    Outcomes,
-    Params,
-    PromptLine,
-    encode,
-    finished_ids,
-    has_system,
-    in_order,
-    number_items,
-    open_output,
-    parse_params,
-    read_items,
-)
 from gserve_core.errors import ConfigError, GserveError, ItemError
+from gserve_core.messages import Conversation
 
-from .display import print_stderr, printable, progress
-from .options import Attach, Command, ConfigFile, ConfigFileOrNot, Output, Overrides, ParamsText, Verbose
+from .cuts import cut_notice
+from .display import print_stderr, printable
+from .job_flags import JobFlags, with_job_flags
+from .job_progress import show_progress
+from .options import Attach, Command, ConfigFile, ConfigFileOrNot, Overrides, Verbose
 from .service import changes, open_service, serving, split_words
 
 if TYPE_CHECKING:
+    from gserve_core.rows.job import FileJob
     from gserve_core.service.service import VLLMService
 
+PREVIEWS = 3
+"""Number of prompts that --dry-run shows, unless --limit gives another one."""
+GC_THRESHOLD = 100_000
+"""Number of new objects after which Python looks for garbage. By default, that takes a fifth of a job."""
+NO_ROWS = "the input has no rows"
+FOR_TEXTS = {"--output", "--system", "--params", "--schema", "--failed", "--overwrite", "--prefix", "--extra"}
+"""Options of a job whose prompts are arguments."""
 
+
+@with_job_flags
 def generate(
+    flags: JobFlags,
     config: ConfigFileOrNot = None,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to complete.")] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--input", "-i", metavar="IN",
-            help="Prompts: a text file with one prompt per line, or a .jsonl file of texts or"
-            ' {"prompt": …, "id": …, "params": {…}}; - for stdin (either format).',
-        ),
-    ] = None,
-    output: Output = None,
-    params: ParamsText = None,
     attach: Attach = None,
     overrides: Overrides = None,
     verbose: Verbose = False,
-) -> None:  # fmt: skip
-    """Complete prompts."""
+) -> None:
+    """Complete prompts: texts, or one for each row of a file."""
     file, texts = split_words("generate", config, prompts or (), attach)
-    if bool(texts) == (source is not None):
+    if bool(texts) == (flags.source is not None):
         raise ConfigError("expected prompts, either as arguments after CONFIG or in a file (--input)")
-    lines = read_items(source, PromptLine) if source else number_items(texts, PromptLine)
-    shared = parse_params(params)
-    service = open_service(file, attach, changes(overrides, verbose))
-    _answer(service, lines, shared, output, as_text=not source and not output)
+    job = flags.job([{"prompt": text} for text in texts], is_chat=False)
+    _answer(flags, job, file, attach, changes(overrides, verbose))
 
 
+@with_job_flags
 def chat(
+    flags: JobFlags,
     config: ConfigFileOrNot = None,
     message: Annotated[str | None, typer.Argument(metavar="MESSAGE", help="A user message, in quotes.")] = None,
-    source: Annotated[
-        Path | None,
-        typer.Option(
-            "--input", "-i", metavar="IN.jsonl",
-            help='Conversations, one per line: [{"role": …, "content": …}, …] or'
-            ' {"messages": […], "id": …, "params": {…}}; - for stdin.',
-        ),
-    ] = None,
-    output: Output = None,
-    params: ParamsText = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Begin with this system message.")] = None,
     attach: Attach = None,
     overrides: Overrides = None,
     verbose: Verbose = False,
-) -> None:  # fmt: skip
+) -> None:
     """Continue conversations. Without MESSAGE and --input, chat at the terminal (/exit or Ctrl-D ends it)."""
     from gserve.cli.conversation import converse
 
     file, texts = split_words("chat", config, [message] if message is not None else [], attach)
-    if len(texts) + (source is not None) > 1:
+    if len(texts) + (flags.source is not None) > 1:
         raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
-    shared = parse_params(params)
-    opening = [{"role": "system", "content": system}] if system else []
-    if source is None and not texts:
-        if output is not None:
-            raise ConfigError("--output requires a MESSAGE or --input")
+    job = flags.job([{"prompt": text} for text in texts], is_chat=True)
+    if flags.source is None and not texts:
+        if given := set(flags.given) - {"--system", "--params"}:
+            raise ConfigError(f"{min(given)} requires a MESSAGE or --input")
         gateway = gserve.GatewayConfig()  # it streams the answers
-        converse(open_service(file, attach, changes(overrides, verbose), gateway), opening, shared)
+        opening = [{"role": "system", "content": flags.system}] if flags.system else []
+        converse(open_service(file, attach, changes(overrides, verbose), gateway), opening, job.prompts.params)
         return
-    if source is None:
-        lines = number_items([[{"role": "user", "content": texts[0]}]], ConversationLine)
-    else:
-        lines = read_items(source, ConversationLine)
-    for line in lines:
-        if not has_system(line.messages):
-            line.messages[:0] = opening
-    service = open_service(file, attach, changes(overrides, verbose))
-    _answer(service, lines, shared, output, as_text=not source and not output)
+    _answer(flags, job, file, attach, changes(overrides, verbose))
 
 
 def run(
@@ -127,51 +99,100 @@ def run(
     raise typer.Exit(ended.code)
 
 
-def _answer(
-    service: "VLLMService", lines: Sequence[Line], params: Params | None, output: Path | None, *, as_text: bool
-) -> None:
-    """Send items, and write each result as soon as possible: texts in order, JSON lines as they arrive.
+def _answer(flags: JobFlags, job: "FileJob", config: Path | None, attach: str | None, changes: Sequence[str]) -> None:
+    """Answer the rows of a job, or the texts of the command line. Raises GserveError: at least one failed."""
+    if flags.source is None and (wrong := set(flags.given) - FOR_TEXTS):
+        raise ConfigError(f"{min(wrong)} requires --input")
+    if flags.dry_run:
+        service = open_service(config, None, changes) if config is not None else None
+        _show_previews(job, flags.limit or PREVIEWS, service)
+        return
+    service = open_service(config, attach, changes)
+    service.check_params(job.make_prompts().params)
+    if flags.source is None and job.output is None:
+        _answer_texts(job, service)
+    else:
+        _answer_rows(job, service)
 
-    Raises GserveError: at least one item failed.
-    """
-    from gserve_core.batch.output_lock import only_writer
+
+def _answer_texts(job: "FileJob", service: "VLLMService") -> None:
+    """Write the answers to the texts of the command line to stdout, in order."""
+    from gserve_core.batch.batch import in_order
+
+    prompts = job.make_prompts()
+    assert not isinstance(job.source, (str, Path))
+    rows = job.source
+    made: list[Any] = [prompts.make(row)[0] for row in rows]
+    failed, ended = 0, []
+    with serving(service):
+        outcomes = (
+            service.chat_iter([msgspec.to_builtins(it.messages) for it in made], prompts.params)
+            if job.prompts.is_chat
+            else service.generate_iter(made, prompts.params)
+        )
+        for index, outcome in in_order(outcomes):
+            ended.append(outcome)
+            if isinstance(outcome, ItemError):
+                failed += 1
+                print_stderr(f"error: item {index}: {outcome}")
+                continue
+            text = "".join(f"{it.text}\n" for it in outcome)
+            print(printable(text) if sys.stdout.isatty() else text, end="", flush=True)
+    if (notice := cut_notice(ended, prompts.params)) is not None:
+        print_stderr(notice)
+    if failed:
+        raise GserveError(f"{failed} of {len(rows)} items failed")
+
+
+def _answer_rows(job: "FileJob", service: "VLLMService") -> None:
+    """Write each row of a file with its answer."""
     from gserve_launchers.slurm.batch import is_over
 
-    output = None if output == STDIO else output
-    with nullcontext() if output is None else only_writer(output, is_over):
-        _answer_into(output, service, lines, params, as_text=as_text)
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)  # thousands of rows wait in memory, and are no garbage
+    with job.begin(service.model_facts(), is_over) as run:
+        totals = run.totals
+        if run.remaining == 0:
+            run.complete()
+            print_stderr(f"all {totals.before:,} rows are answered already: {job.output}" if totals.rows else NO_ROWS)
+            return
+        if totals.before:
+            print_stderr(f"{totals.before:,} of {totals.rows:,} rows are answered already")
+        with serving(service), show_progress(totals, service) as show:
+            service.answer_rows(run, show)
+    if totals.failed:
+        raise GserveError(f"{totals}" + (f"; the failed rows: {job.failed_file}" if job.failed_file else ""))
+    print_stderr(str(totals))
 
 
-def _answer_into(
-    output: Path | None, service: "VLLMService", lines: Sequence[Line], params: Params | None, *, as_text: bool
-) -> None:
-    finished = finished_ids(output, lines) if output is not None and output.is_file() else set()
-    todo = [line for line in lines if line.id not in finished]
-    if len(todo) < len(lines):
-        print_stderr(f"skipped {len(lines) - len(todo)} of {len(lines)} items: already in {output}")
-    if not todo:
-        return
-    contents = [line.content for line in todo]
-    each = [params if line.params is None else (params or {}) | line.params for line in todo]
-    failed = 0
-    with open_output(output) as stream, serving(service), progress(len(todo), stream) as advance:
-        outcomes: Outcomes = (
-            service.generate_iter(contents, each)
-            if isinstance(todo[0], PromptLine)
-            else service.chat_iter(contents, each)
-        )
-        is_terminal = stream.isatty()
-        for index, outcome in in_order(outcomes) if as_text else outcomes:
-            failed += isinstance(outcome, ItemError)
-            if not as_text:
-                result = encode(todo[index], outcome)
-            elif isinstance(outcome, ItemError):
-                print_stderr(f"error: item {index}: {outcome}")
-                result = b""
-            else:
-                result = "".join(f"{it.text}\n" for it in outcome).encode()
-            stream.write(printable(result.decode()).encode() if is_terminal else result)
-            stream.flush()
-            advance()
-    if failed:
-        raise GserveError(f"{failed} of {len(todo)} items failed")
+def _show_previews(job: "FileJob", count: int, service: "VLLMService | None") -> None:
+    """Write the first prompts to stdout, with their lengths if they can be counted here."""
+    shown = list(job.previews(count))
+    good = [prompt for _, prompt in shown if not isinstance(prompt, ItemError)]
+    lengths: Iterator[int] = iter(())
+    if service is not None:
+        try:
+            lengths = iter(service.prompt_lengths(good) or ())
+        except GserveError as error:
+            print_stderr(str(error))
+    for row, prompt in shown:
+        length = None if isinstance(prompt, ItemError) else next(lengths, None)
+        tokens = "" if length is None else f", {length} tokens"
+        print(printable(f"--- row {row.place} ({row.file}:{row.line}{tokens})\n{_shown(prompt)}"))
+
+
+def _shown(prompt: Any) -> str:
+    """Return a prompt, or its error, as text."""
+    if isinstance(prompt, ItemError):
+        return f"error: {prompt}"
+    if not isinstance(prompt, Conversation):
+        return str(prompt)
+    messages = msgspec.to_builtins(prompt.messages)
+    return "\n".join(f"{message.pop('role')}> {_content(message)}" for message in messages)
+
+
+def _content(message: dict[str, Any]) -> str:
+    """Return a message without its role as text."""
+    if message.keys() == {"content"} and isinstance(message["content"], str):
+        return message["content"]
+    return msgspec.json.encode(message).decode()

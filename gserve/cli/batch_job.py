@@ -264,21 +264,22 @@ def _patience(patience: float | None, notices: Notices) -> float:
 def _run_task(file: Path) -> int:
     """Run the task in the file of a job; return the exit code. The file remains while the job may be run again."""
     restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
-    order = batch.read(file, is_again=restarts > 0)
+    order = batch.read(file, is_again=restarts > 0).of_task(os.environ.get("SLURM_ARRAY_TASK_ID", ""))
     job = os.environ["SLURM_JOB_ID"]
-    if not order.requeue:
+    is_ours = not order.tasks  # the tasks of an array share the file: the next submission removes it
+    if is_ours and not order.requeue:
         file.unlink()
     try:
         if order.output:
             check_free(Path(order.output), batch.is_over)
         ended = run(order.config, order.overrides, order.command, order.patience, order.notice)
     except (GserveError, OSError):
-        if not _is_ended_by_slurm(job):
+        if is_ours and not _is_ended_by_slurm(job):
             file.unlink(missing_ok=True)
         raise
     if order.requeue and ended.notice == signal.SIGUSR1 and ended.code:
         _requeue(job, restarts)
-    elif order.requeue and ended.notice in (None, signal.SIGUSR1) and not _is_ended_by_slurm(job):
+    elif is_ours and order.requeue and ended.notice in (None, signal.SIGUSR1) and not _is_ended_by_slurm(job):
         file.unlink(missing_ok=True)
     return ended.code
 

@@ -16,14 +16,12 @@ Overrides = Annotated[
 ]
 Attach = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Use a launched service (see: gserve ps) or the URL of a gateway."),
+    typer.Option(
+        "--attach", "--url", metavar="NAME", help="Use a launched service (see: gserve ps) or the URL of a gateway."
+    ),
 ]
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show the servers' logs on stderr, as serve.verbose=true does.")
-]
-ParamsText = Annotated[
-    str | None,
-    typer.Option("--params", metavar="JSON", help='Sampling parameters, as in {"max_tokens": 64, "temperature": 0}.'),
 ]
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="A program and its arguments.")]
 CommandOrNot = Annotated[
@@ -31,10 +29,3 @@ CommandOrNot = Annotated[
 ]
 SlurmText = Annotated[str | None, typer.Option(help="As under 'launcher' in CONFIG.")]
 SlurmNumber = Annotated[int | None, typer.Option(help="As under 'launcher' in CONFIG.")]
-Output = Annotated[
-    Path | None,
-    typer.Option(
-        "--output", "-o", metavar="OUT.jsonl",
-        help="Write JSON lines to this file. Items with results in it are skipped.",
-    ),
-]  # fmt: skip

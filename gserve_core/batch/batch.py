@@ -5,7 +5,7 @@ import contextvars
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal, Self
@@ -13,7 +13,7 @@ from typing import Any, Literal, Self
 from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
 from ..messages import unfolded
 from .dispatcher import Dispatcher
-from .items import Items
+from .items import Items, ItemSource
 from .pieces import Call, Item, Outcome, size_of
 from .progress import bar
 from .results import Results
@@ -26,6 +26,8 @@ MAX_READ_AHEAD_SIZE = 64 << 20, 8 << 10
 The first number holds in total, the second for each item that the servers have room for. The larger limit applies."""
 MAX_STEP_ITEMS = 1 << 12
 """Maximum number of items that are read in one step."""
+MAX_LIST_SIZE = 1 << 20
+"""Size of outcomes from which on they are not joined with later ones, in bytes. The caller may take one at a time."""
 MAX_STEP_SECONDS = 0.05
 """Maximum time of one step on a list or tuple, in seconds."""
 ROOM_CHECK_SECONDS = 1.0
@@ -52,7 +54,7 @@ class Batch:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        items: Items,
+        items: ItemSource,
         deadline: float | None,
         deliver: Callable[[list[tuple[int, Outcome]]], object],
         *,
@@ -271,7 +273,7 @@ class Batch:
 
 
 def outcome_lists(
-    dispatcher: Dispatcher, items: Items, deadline: float | None, *, finishes: bool = True
+    dispatcher: Dispatcher, items: ItemSource, deadline: float | None, *, finishes: bool = True
 ) -> Iterator[list[tuple[int, Outcome]]]:
     """Yield the outcomes of all items as they come, in lists. Nothing is sent before the first list is requested.
 
@@ -290,10 +292,26 @@ def outcome_lists(
                     yield from batch.expire()
                     return
                 continue
-            yield batch.count(outcomes)
+            size, outcomes = size_of(outcomes), batch.count(outcomes)
+            while len(outcomes) < MAX_STEP_ITEMS and size < MAX_LIST_SIZE and not incoming.empty():
+                more = incoming.get()  # the caller is slow: fewer, longer lists
+                size += size_of(more)
+                outcomes = outcomes + batch.count(more)
+            yield outcomes
     except BaseException:  # Ctrl-C, or the caller stops early: the servers need not continue
         batch.cancel()
         raise
+
+
+def in_order[T](outcomes: Iterable[tuple[int, T]]) -> Iterator[tuple[int, T]]:
+    """Yield outcomes in the order of their indexes. Those that come early are kept until it is their turn."""
+    waiting: dict[int, T] = {}
+    turn = 0
+    for index, outcome in outcomes:
+        waiting[index] = outcome
+        while turn in waiting:
+            yield turn, waiting.pop(turn)
+            turn += 1
 
 
 async def collect_async(

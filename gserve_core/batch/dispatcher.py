@@ -151,13 +151,15 @@ class Dispatcher:
         self._scheduled_for = -1
         """Value of `_runs` when `_queue_incoming` was last scheduled. If they are equal, that run has not started."""
         self._is_closing = False
+        self._coming: deque[str] = deque(self._known)
+        """An entry for each change that is scheduled and has not been made."""
         self._queue = ItemQueue(
             start=self._start, stop=self._stop, cancel=self._cancel_items, probe=self._probe,
             wake=lambda when: self._loop.call_at(when, self._queue.pump), clock=self._loop.time,
         )  # fmt: skip
         self._thread = threading.Thread(target=self._run, name="gserve-dispatch", daemon=True)
         for key, known in self._known.items():
-            self._loop.call_soon(self._add, key, known, known.connect())
+            self._loop.call_soon(self._change, self._add, key, known, known.connect())
         self._thread.start()
         self._is_forked = False
 
@@ -240,6 +242,11 @@ class Dispatcher:
 
     def _count_room(self) -> None:
         self.room = sum(2 * known.capacity for known in list(self._known.values()))
+
+    @property
+    def ending(self) -> str | None:
+        """Why no more items are accepted; None: they are. May be read in any thread."""
+        return None if self._coming else self._queue.ending  # perhaps the first server comes
 
     def drain(self, why: str) -> None:
         """Send no more items. Items in flight go on; all others, present and future, are lost because of `why`."""
@@ -337,7 +344,14 @@ class Dispatcher:
 
     def _call_soon(self, function: Callable[..., object], *arguments: Any) -> None:
         self.check()
-        self._schedule(function, *arguments)
+        self._coming.append("")
+        self._schedule(self._change, function, *arguments)
+
+    def _change(self, function: Callable[..., object], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        finally:
+            self._coming.popleft()
 
     def check(self) -> None:
         """Check that this can be used. In a forked process, start the thread and connections if necessary.

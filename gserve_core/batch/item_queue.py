@@ -268,6 +268,11 @@ class ItemQueue:
             if not rest:
                 self._calls.remove(call)
 
+    @property
+    def ending(self) -> str | None:
+        """Why waiting items are lost, and no more are accepted; None: they are. May be read from any thread."""
+        return self._no_server if self._ending is None and self._has_no_servers() else self._ending
+
     def drain(self, why: str) -> None:
         """Send no more items. Items in flight go on; all others are lost because of `why`."""
         self._ending = why
@@ -483,8 +488,8 @@ class ItemQueue:
         if not self._waiting_in_calls and not self._suspects and not self._paused:
             self._reserved = None
             return
-        if self._ending is not None or self._has_no_servers():
-            self._lose_all(self._no_server if self._ending is None else self._ending)
+        if (ending := self.ending) is not None:
+            self._lose_all(ending)
             return
         now = self._clock()
         usable = [server for server in self._servers.values() if server.is_usable(now)]
@@ -496,7 +501,7 @@ class ItemQueue:
 
     def _has_no_servers(self) -> bool:
         """Return whether every server is gone or given up, and none is expected."""
-        return not self._expected and all(server.is_given_up for server in self._servers.values())
+        return not self._expected and all(server.is_given_up for server in [*self._servers.values()])
 
     def _start_suspects(self, usable: list[Server]) -> None:
         """Start groups of suspects on idle servers. If none is idle, reserve one, in turn with the calls."""

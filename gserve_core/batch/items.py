@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import msgspec
 
@@ -27,6 +27,9 @@ TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 type Read = Callable[[Any], tuple[Prompt, int]]
 """Reads an item as the user gave it, and returns it with its size in bytes. Raises ItemError, or an encoding error."""
+
+INVALID = ItemError, msgspec.ValidationError, UnicodeEncodeError, RecursionError, OverflowError
+"""What reading an item raises if the item is invalid."""
 
 # Our own generator, so that the program's global one keeps its seed. The system's (`secrets`) would release the GIL for
 # every item, and wait until another thread gives it back.
@@ -62,13 +65,26 @@ class Seeds:
         return seed
 
 
+class ItemSource(Protocol):
+    """The items of a call.
+
+    `size`: number of items; None if unknown.
+    `is_at_hand`: whether reading an item never blocks.
+    """
+
+    size: int | None
+    is_at_hand: bool
+
+    def read(self, call: Call) -> Iterator[Item | ItemError]:
+        """Yield each item, or its error. Raises what the source raises."""
+        raise NotImplementedError
+
+
 class Items:
-    """The items of a call as the user gave them, with their parameters.
+    """The items of a call as the user gave them, with their parameters. An `ItemSource`.
 
     `truncate_prompt_tokens`: number of tokens to which prompts are truncated; None: as the parameters say.
     `return_prompt_token_ids`: whether the outputs have the tokens of their prompts.
-    `size`: number of items; None if unknown.
-    `is_at_hand`: whether reading an item never blocks.
 
     Raises ConfigError: the parameters are wrong, or their number differs from the number of items. For an iterator,
     `read` raises this error at its end.
@@ -121,16 +137,12 @@ class Items:
                 if isinstance(params, ItemError):
                     raise params
                 if params is not known:
-                    known, needs_seed = params, _may_be_sampled(params)
+                    known, needs_seed = params, may_be_sampled(params)
                 prompt, size = read(given)
                 item_seed = seed(index) if needs_seed else None
                 yield Item(call, index, prompt, params, item_seed, size + params_size, returns_prompt)
-            except ItemError as error:
-                yield ItemError(str(error), index=index)
-            except msgspec.ValidationError as error:
-                yield ItemError(f"invalid item: {str(error).replace('`', '')}", index=index)
-            except (UnicodeEncodeError, RecursionError, OverflowError) as error:
-                yield ItemError(f"cannot be sent: {error}", index=index)
+            except INVALID as error:
+                yield error_of(error, index)
         if self._counts_params:
             for _ in own:
                 raise _one_each(self._params_count, str(index + 1))
@@ -152,7 +164,16 @@ def _length(given: Any) -> int | None:
     return None
 
 
-def _may_be_sampled(params: Params | None) -> bool:
+def error_of(error: Exception, index: int) -> ItemError:
+    """Return an error of `INVALID` as that of the item with this index."""
+    if isinstance(error, ItemError):
+        return ItemError(str(error), index=index, invalid=error.invalid)
+    if isinstance(error, msgspec.ValidationError):
+        return ItemError(f"invalid item: {str(error).replace('`', '')}", index=index)
+    return ItemError(f"cannot be sent: {error}", index=index)
+
+
+def may_be_sampled(params: Params | None) -> bool:
     """Return whether items with these parameters may be sampled, and have no seed."""
     return params is None or (params.get("seed") is None and params.get("temperature") != 0)
 

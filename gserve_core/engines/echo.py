@@ -1,7 +1,8 @@
 """The engine `echo`: it answers with the prompt, without a model or vLLM, to test programs and faults.
 
 A token is a word. The answer repeats the words of the prompt, up to `max_tokens` of them. With `ignore_eos` it repeats
-them until it has `max_tokens`. For a conversation, it repeats the last message.
+them until it has `max_tokens`. For a conversation, it repeats the last message. With a JSON schema in
+`structured_outputs`, the answer is a value that fits, unless the prompt is JSON itself.
 
 As in vLLM, a child process of the server does the work: `-m gserve_core.engines.echo engine OPTIONS`. Options make it
 slow, or make it fail. With `processes: 2` it passes the work on to a child of its own:
@@ -37,6 +38,7 @@ from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, R
 from ..sampling import read_params, split_prompt_params
 from ..template_kwargs import check_template_kwargs
 from . import echo_openai, orphans
+from .echo_json import fitting_text
 
 FAULTS = ("die", "hang", "wedge", "error")
 NEXT_TOKEN = "next"
@@ -99,6 +101,10 @@ class EchoEngine(Engine):
         """Check all of them."""
         read_params(split_prompt_params(params)[0] or {}, EchoParams)
 
+    def prompt_lengths(self, llm: LLMConfig, prompts: Sequence[Prompt]) -> list[int]:
+        """Count words."""
+        return [len(prompt) if isinstance(prompt, list) else len(_text(prompt).split()) for prompt in prompts]
+
     def command(self, role: str) -> list[str]:
         """Return the command line of a process below the server. `role`: "engine", or "worker" for its child."""
         options = {item.name: getattr(self, item.name) for item in fields(EchoEngine)}
@@ -137,6 +143,7 @@ class EchoParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     stop: str | list[str] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    structured_outputs: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:
@@ -253,6 +260,9 @@ class RunningEcho(RunningEngine):
         wanted = room if params.max_tokens is None else min(params.max_tokens, room)
         tokens = len(words)
         self._prompt_tokens += tokens
+        schema = (params.structured_outputs or {}).get("json")
+        if schema is not None and not _is_json(text):
+            words = fitting_text(schema).split(" ")
         words += sampled
         source = itertools.cycle(words) if params.ignore_eos else iter(words)
         return text, list(itertools.islice(source, wanted)), params, tokens
@@ -380,6 +390,15 @@ def _text(prompt: Prompt) -> str:
     if not isinstance(prompt, Conversation) or not prompt.messages:
         return ""
     return " ".join(prompt.messages[-1].texts)
+
+
+def _is_json(text: str) -> bool:
+    """Return whether a text is JSON."""
+    try:
+        msgspec.json.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _ids(text: str) -> list[int]:

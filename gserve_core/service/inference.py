@@ -1,8 +1,9 @@
 """The calls that clients and services share: `chat`, `generate` and their variants."""
 
 import math
-from collections.abc import Generator, Iterable
-from typing import Any, Literal, TypedDict, Unpack, overload
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
 from ..batch.batch import OnError, collect, collect_async, outcome_lists
 from ..batch.dispatcher import Dispatcher
@@ -11,6 +12,10 @@ from ..batch.pieces import Outcome
 from ..batch.results import Results
 from ..errors import ConfigError, ItemError
 from ..messages import ResponseOutput, unfolded
+
+if TYPE_CHECKING:
+    from ..rows.job import Report, Run
+    from ..rows.output import Totals
 
 
 class PromptOptions(TypedDict, total=False):
@@ -181,6 +186,140 @@ class Inference:
         """Like `generate`, without blocking the event loop. Cancelling the call cancels its unfinished items."""
         items, deadline = self._prompts(prompts, sampling_params, **options)
         return await collect_async(self._dispatcher(), items, deadline, return_extra, on_error, use_tqdm)
+
+    def map(
+        self,
+        rows: Any,
+        *,
+        chat: bool = False,
+        template: str | None = None,
+        column: str | None = None,
+        system: str | None = None,
+        sampling_params: Any = None,
+        tools: Sequence[Any] | None = None,
+        schema: Any = None,
+        drop_answer: bool = False,
+        prefix: str = "",
+        extra: bool = False,
+        deadline: float | None = None,
+    ) -> Any:
+        """Answer each row of a table. Return all rows in order, in the same kind, with their answers beside them.
+
+        The columns of an answer are `response`, `finish_reason`, `prompt_tokens` and `completion_tokens`. With several
+        completions per row, the first two are lists. If rows fail, a column `error` says why; the others are null then.
+
+        `rows`: a list of mappings, a mapping of columns, a DataFrame of pandas or polars, an Arrow table, a
+        `datasets.Dataset`; or an iterator, a streaming dataset or an Arrow reader, whose rows are read and yielded one
+        by one.
+        `chat`: whether a prompt is a conversation.
+        `template`: a template of Jinja2 over the columns of a row.
+        `column`: the column with the prompt. Without both it is `prompt` or `text`, and in a chat also `messages` or
+        `conversations`. The columns `params`, `tools` and `chat_template_kwargs` of a row are its own options.
+        `system`: a template for the system message of conversations that have none.
+        `sampling_params`: a `vllm.SamplingParams`, or a mapping of its fields.
+        `tools`: tools for all conversations, in OpenAI's form.
+        `schema`: a JSON schema, or a class of pydantic, for the answers. It adds the column `parsed`; a row whose
+        answer does not fit fails.
+        `drop_answer`: whether a final message of the assistant is left out.
+        `prefix`: begins the names of the answers' columns.
+        `extra`: whether token ids and log probabilities are added.
+        `deadline`: see `chat`.
+
+        Raises ConfigError: an argument is wrong, these are no rows, or they have a column of the answers already.
+        """
+        from ..rows.answers import Answers
+        from ..rows.mapping import map_rows
+        from ..rows.prompts import Prompts, RowOptions, schema_of
+
+        schema = schema_of(schema)
+        options = RowOptions(
+            is_chat=chat, template=template, column=column, system=system, params=sampling_params, tools=tools,
+            schema=schema, drop_answer=drop_answer,
+        )  # fmt: skip
+        answers = Answers(prefix=prefix, extra=extra, schema=schema)
+        self.check_params(sampling_params)
+        seed, deadline = self._seeds.of_next_call(), _check_deadline(deadline)
+        return map_rows(self._dispatcher(), rows, Prompts(options), answers, seed, deadline)
+
+    def run_file(
+        self,
+        source: str | Path,
+        output: str | Path,
+        *,
+        chat: bool = False,
+        template: str | None = None,
+        column: str | None = None,
+        system: str | None = None,
+        sampling_params: Any = None,
+        tools: Sequence[Any] | None = None,
+        schema: Any = None,
+        drop_answer: bool = False,
+        prefix: str = "",
+        extra: bool = False,
+        input_format: str | None = None,
+        ordered: bool = False,
+        failed: str | Path | None = None,
+        limit: int | None = None,
+        shard: str | None = None,
+        overwrite: bool = False,
+        on_progress: "Report | None" = None,
+    ) -> "Totals":
+        """Answer each row of a file, and write the rows with their answers to another file. Return the totals.
+
+        The same call continues a job that was interrupted. Rows that fail are written to a file of their own.
+
+        `source`: a file, a folder, or a pattern such as `data/*.parquet`.
+        `output`: a file, whose name tells its format.
+        `input_format`: the format of the input, if its name does not tell, such as "csv".
+        `ordered`: whether JSON lines are in the order of the input. Tables always are.
+        `failed`: the file for failed rows; None: beside the output, with the suffix `.failed.jsonl`.
+        `limit`: number of rows of the input to work on; None: all.
+        `shard`: "I/N": work on every N-th row, from the I-th on, counted from 1.
+        `overwrite`: whether an earlier output is discarded.
+        `on_progress`: called with the totals after each step.
+        For the other arguments see `map`.
+
+        Raises ConfigError: an argument or the input is wrong, or the output is written by another process or was made
+        with another model, input or parameters.
+        Raises GserveError: the output cannot be written, or the service ends before all rows are answered.
+        """
+        from ..rows.job import FileJob
+        from ..rows.prompts import RowOptions, schema_of
+
+        options = RowOptions(
+            is_chat=chat, template=template, column=column, system=system, params=sampling_params, tools=tools,
+            schema=schema_of(schema), drop_answer=drop_answer,
+        )  # fmt: skip
+        job = FileJob(
+            source=source, output=Path(output), prompts=options, format=input_format, prefix=prefix, extra=extra,
+            ordered=ordered, failed=None if failed is None else Path(failed), limit=limit, shard=shard,
+            overwrite=overwrite,
+        )  # fmt: skip
+        self.check_params(sampling_params)
+        with job.begin(self.model_facts()) as run:
+            if run.remaining != 0:
+                return self.answer_rows(run, on_progress)
+            run.complete()
+            return run.totals
+
+    def answer_rows(self, run: "Run", report: "Report | None" = None) -> "Totals":
+        """Answer the rows of a job on a file that has begun. Return the totals. Most callers use `run_file`.
+
+        `report`: called with the totals after each step.
+
+        Raises GserveError: the output cannot be written, or the service ends before all rows are answered.
+        """
+        return run.answer(self._dispatcher(), self._seeds.of_next_call(), report)
+
+    def check_params(self, sampling_params: Any) -> None:
+        """Check sampling parameters as far as it takes no server.
+
+        Raises ConfigError: they are wrong.
+        """
+
+    def model_facts(self) -> dict[str, Any]:
+        """Return what is known about the model and decides its answers. `run_file` compares it with earlier runs."""
+        return {}
 
     def _conversations(
         self,

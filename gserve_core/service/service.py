@@ -3,25 +3,31 @@
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
 from ..commands import DRAIN_SECONDS
 from ..config import Config, GatewayConfig, LLMConfig, ServeConfig, wrong_key
-from ..errors import ConfigError, GserveError
+from ..errors import ConfigError, GserveError, ItemError
 from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
 from ..interfaces import Access, Engine, Job, Launcher, Transport
+from ..messages import Prompt
 from ..plugins import assemble
+from ..rows import openai_batch
+from ..rows.batch_files import BatchSummary
+from ..sampling import params_from
 from ..service import records
 from ..service.records import GatewayRecord
 from .attached import Attached, drain_reason
 from .deployment import Deployment, Plan, Source, connect
+from .gateway_requests import GatewayRequests
 from .inference import Inference
 from .pool import Pool
 from .remote import Remote, Url
@@ -254,6 +260,53 @@ class VLLMService(Inference):
     ) -> None:
         self.shutdown()
 
+    # ----------------------------------------------------------------------------------------------------------- files
+
+    def run_batch(
+        self,
+        source: Path | str,
+        output: Path | str,
+        *,
+        overwrite: bool = False,
+        serving: Callable[[int], AbstractContextManager[Callable[[], object]]] | None = None,
+        is_over: Callable[[str], bool] = lambda _: False,
+    ) -> BatchSummary:
+        """Have a batch file of OpenAI's answered through the gateway, and return the totals.
+
+        The answers are written as they come. The same call continues an interrupted one: it skips the lines with an
+        answer, and tries failed ones again.
+
+        `source`, `output`: paths of the batch file, and of the file for the answers.
+        `overwrite`: begin anew, instead of continuing `output`.
+        `serving`: returns the context in which the service runs, if lines are to be sent. It is given their number, and
+        yields a function that is called after each. By default, the service runs already.
+        `is_over`: returns whether a SLURM job is known to have ended, such as one that seems to write `output`.
+
+        Raises ConfigError: the input cannot be read, or the output belongs to another job or another process.
+        Raises TransportError: the gateway does not answer for a minute, or refuses the key.
+        Raises GserveError: the service has no gateway, or an answer cannot be written.
+        """
+        self._check_has_gateway()
+        facts = self.model_facts()
+        requests = GatewayRequests(self._parts.transport, lambda: self.gateway, self.status)
+
+        def running(_: int) -> AbstractContextManager[Callable[[], object]]:
+            self._dispatcher()  # raises unless it runs
+            return nullcontext(lambda: None)
+
+        return openai_batch.run(
+            Path(source), Path(output), requests, facts, overwrite=overwrite, serving=serving or running,
+            is_over=is_over,
+        )  # fmt: skip
+
+    def _check_has_gateway(self) -> None:
+        deployment = self._deployment
+        if (self._pool.gateway if deployment is None else deployment.plan.config.gateway) is None:
+            raise GserveError(
+                "a batch of OpenAI's requests goes through the gateway, and this service has none: add a section"
+                " 'gateway' to its config, or pass gateway=GatewayConfig()"
+            )
+
     # ---------------------------------------------------------------------------------------------------------- status
 
     @property
@@ -300,6 +353,39 @@ class VLLMService(Inference):
         """Return the job of each server, with the command line of the launcher. Starts nothing."""
         jobs = [server.job(Path(os.devnull)) for server in self.servers]
         return [(job, self.launcher.command(job)) for job in jobs]
+
+    def check_params(self, sampling_params: Any) -> None:
+        """Check sampling parameters as far as it takes no server. Does nothing for an attached service.
+
+        Raises ConfigError: they are wrong.
+        """
+        try:
+            params = params_from(sampling_params)
+            if params is not None and self._deployment is not None:
+                self._deployment.plan.parts.engine.check_params(params)
+        except ItemError as error:
+            raise ConfigError(str(error)) from error
+
+    def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int] | None:
+        """Return the number of tokens of each prompt. Starts nothing.
+
+        None: the engine is not installed here, or another process runs the service.
+
+        Raises GserveError: they cannot be counted.
+        """
+        if self._deployment is None:
+            return None
+        plan = self._deployment.plan
+        return plan.parts.engine.prompt_lengths(plan.config.llm, prompts)
+
+    def model_facts(self) -> dict[str, Any]:
+        """Return what is known about the model and decides its answers. `run_file` compares it with earlier runs."""
+        from ..rows.fingerprint import model_facts
+
+        if self._deployment is not None:
+            return model_facts(self._deployment.plan.config.llm, self._deployment.plan.parts.engine)
+        models = {state.info.model for state in self.status() if state.info is not None}
+        return {"model": min(models)} if models else {}
 
     def _dispatcher(self) -> Dispatcher:
         dispatcher = None if sys.is_finalizing() else self._pool.dispatcher

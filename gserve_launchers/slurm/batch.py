@@ -13,10 +13,10 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import msgspec
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from gserve_core.errors import ConfigError, GserveError
 from gserve_core.host.child_process import output_of
@@ -39,6 +39,8 @@ SUBMIT_SECONDS = 60.0
 """Timeout of SLURM's commands that submit or requeue a job, in seconds."""
 NEW_SECONDS = 2 * SUBMIT_SECONDS
 """Age in seconds from which the file of a job that SLURM does not list is stale. A newer one may still be submitted."""
+TASK = "%TASK%"
+"""Stands for the number of a task in the order of a job array."""
 PREFERENCES = {
     f"SBATCH_{name}"
     for name in (
@@ -58,6 +60,8 @@ class Order(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     `requeue`: whether the work continues in another run of the job after that.
     `notice`: the requested time between notice and time limit, in seconds; 0: the notice counts whenever it comes.
     `output`: the file to which the command writes its results; "": unknown.
+    `tasks`: numbers of the tasks of a job array, which share this; empty: no array. Each puts its own number for `TASK`
+    in `command` and `output`.
     """
 
     config: str
@@ -67,6 +71,14 @@ class Order(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     requeue: bool
     notice: int = 0
     output: str = ""
+    tasks: list[int] = []
+
+    def of_task(self, number: str) -> Self:
+        """Return the order of one task of the array. `number`: as in $SLURM_ARRAY_TASK_ID."""
+        if not self.tasks:
+            return self
+        command = [word.replace(TASK, number) for word in self.command]
+        return structs.replace(self, command=command, output=self.output.replace(TASK, number))
 
 
 def configured(launcher: Launcher, options: Mapping[str, Any]) -> SlurmLauncher:
@@ -213,7 +225,7 @@ def _cluster() -> str:
 
 def command(launcher: SlurmLauncher, jobs: Sequence[Job], order: Order, file: str) -> list[str]:
     """Return the command line that submits a job with room for all of `jobs`. `file`: the path of the order's file."""
-    return sbatch(launcher, jobs, str(SCRIPT), sys.executable, file, notice=order.notice)
+    return sbatch(launcher, jobs, str(SCRIPT), sys.executable, file, notice=order.notice, tasks=order.tasks)
 
 
 def submit(launcher: SlurmLauncher, jobs: Sequence[Job], order: Order) -> str:

@@ -82,11 +82,14 @@ def srun(launcher: "SlurmLauncher", job: Job, environ: Mapping[str, str]) -> lis
     return [*words, "--", *task, *command]
 
 
-def sbatch(launcher: "SlurmLauncher", jobs: Sequence[Job], *script: str, notice: int) -> list[str]:
+def sbatch(
+    launcher: "SlurmLauncher", jobs: Sequence[Job], *script: str, notice: int, tasks: Sequence[int] = ()
+) -> list[str]:
     """Return the command line that submits `script` as a job with room for all of `jobs`.
 
     `script`: a path and its arguments.
     `notice`: time between the notice (SIGUSR1) and the time limit, in seconds.
+    `tasks`: numbers of the tasks of a job array; empty: no array.
     Raises ConfigError: more nodes than servers, or a folder that SLURM cannot write to.
     """
     nodes = launcher.nodes or 1
@@ -108,8 +111,20 @@ def sbatch(launcher: "SlurmLauncher", jobs: Sequence[Job], *script: str, notice:
     words += [
         f"--signal=B:USR1@{notice}", "--requeue" if launcher.requeue else "--no-requeue",
         "--open-mode=append", "--export=ALL", f"--output={_output(Path.cwd())}",
+        *([f"--array={','.join(_ranges(tasks))}"] if tasks else ()),
     ]  # fmt: skip
     return [*words, *script]
+
+
+def _ranges(numbers: Sequence[int]) -> list[str]:
+    """Return ascending numbers as SLURM writes them, such as "1-3" and "7"."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ["-".join(map(str, it)) for it in ranges]
 
 
 def _gpus(launcher: "SlurmLauncher", jobs: Sequence[Job], on_a_node: int) -> int:

@@ -629,11 +629,11 @@ class Owner:
 def count(outcome: Outcome, items: Sequence[str], results: Path) -> None:
     """Count what became of items, by the file of their results."""
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    counts = Counter(row["id"] for row in rows if "outputs" in row)
+    counts = Counter(row["_row"] for row in rows)
     outcome.figures["items"] = outcome.figures.get("items", 0) + len(items)
     outcome.lost += len(items) - len(counts)
-    outcome.duplicated += len(rows) - len({row["id"] for row in rows})
-    outcome.out_of_order += sum(row["outputs"][0]["text"] != items[row["id"]] for row in rows if "outputs" in row)
+    outcome.duplicated += len(rows) - len(counts)
+    outcome.out_of_order += sum(row["response"] != items[row["_row"]] or row["text"] != row["response"] for row in rows)
 
 
 @contextlib.contextmanager

@@ -40,12 +40,20 @@ def work(found: dict[str, Any]) -> None:
         first = oracles.of(service.servers[0])["server"]
         oracles.kill([it for it in oracles.marked() if it.pid == first or it.role == "nursery"])
         tally.batch(service, 200)
-        until(lambda: all(server.is_running() for server in service.servers), HEAL_SECONDS, "both servers ready")
+        until(lambda: restarts(service) and service_is_whole(service), HEAL_SECONDS, "both servers ready again")
         tally.batch(service, 200)
-        found["restarts"] = sum(status.restarts for status in service.status())
+        found["restarts"] = restarts(service)
     ended = [it for it in psutil.process_iter(["status", "ppid"]) if it.info["status"] == psutil.STATUS_ZOMBIE]
     zombies = [it.pid for it in ended if it.info["ppid"] == os.getpid()]
     found |= {"items": tally.items, "lost": tally.lost, "wrong": tally.out_of_order, "zombies": len(zombies)}
+
+
+def restarts(service: VLLMService) -> int:
+    return sum(status.restarts for status in service.status())
+
+
+def service_is_whole(service: VLLMService) -> bool:
+    return all(server.is_running() for server in service.servers)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ SLOW = {"max_tokens": 3000, "ignore_eos": True}
 
 
 def records(text: str) -> dict[Any, Any]:
-    """Return the results in JSON lines by their id: texts, or an error."""
+    """Return the results in JSON lines by the place of the row: a text, several ones, or an error."""
     rows = [json.loads(row) for row in text.splitlines()]
-    found = {row["id"]: row.get("error") or [output["text"] for output in row["outputs"]] for row in rows}
+    found = {row["_row"]: row.get("error") or row["response"] for row in rows}
     assert len(found) == len(rows)
     return found
 
@@ -273,7 +273,7 @@ def test_stop_lets_the_servers_finish_3000_running_items(place: Place) -> None:
     assert place.run("stop", "demo").stderr == "stopped 'demo'\n"
     assert generating.wait(30) == 0
     assert launched.wait(30) == 0
-    assert records((place.folder / "out.jsonl").read_text()) == {it: [prompt] for it, prompt in enumerate(prompts)}
+    assert records((place.folder / "out.jsonl").read_text()) == dict(enumerate(prompts))
 
 
 @pytest.mark.parametrize("options", [("--now",), ("--timeout", "0.5")])
@@ -433,7 +433,7 @@ def test_generate_starts_servers_prints_texts_in_order_and_ends_the_servers(plac
 def test_a_command_whose_descriptors_are_closed_does_its_work(place: Place) -> None:
     command = f"exec {sys.executable} -m gserve.cli generate {place.config()} hello -o out.jsonl <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command], cwd=place.folder, env=place.environ, timeout=60).returncode == 0
-    assert records((place.folder / "out.jsonl").read_text()) == {0: ["hello"]}
+    assert records((place.folder / "out.jsonl").read_text()) == {0: "hello"}
 
 
 @pytest.mark.parametrize("number", SIGNALS[:2])
@@ -446,7 +446,7 @@ def test_a_signal_during_generate_keeps_what_is_finished_and_ends_the_servers(pl
     process.send_signal(number)
     process.communicate(timeout=30)
     assert process.returncode == 128 + number
-    assert records(output.read_text()) == {0: ["fast"]}
+    assert records(output.read_text()) == {0: "fast"}
 
 
 def test_generate_with_attach_takes_all_arguments_as_prompts(attached: Place) -> None:
@@ -480,8 +480,8 @@ def test_a_prompt_without_a_config_is_told_what_to_write(place: Place, command: 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("one two\n\nthree\r\n", {0: ["one two"], 1: ["three"]}),
-        ('"one\\ntwo"\n{"prompt": "three", "id": "x", "params": {"n": 2}}\n', {0: ["one two"], "x": ["three"] * 2}),
+        ("one two\n\nthree\r\n", {0: "one two", 1: "three"}),
+        ('"one\\ntwo"\n{"prompt": "three", "id": "x", "params": {"n": 2}}\n', {0: "one two", 1: ["three"] * 2}),
     ],
 )  # fmt: skip
 def test_generate_reads_texts_and_json_lines_from_a_file_and_from_stdin(
@@ -489,26 +489,26 @@ def test_generate_reads_texts_and_json_lines_from_a_file_and_from_stdin(
 ) -> None:
     name = "in.jsonl" if text.startswith('"') else "in.txt"
     (attached.folder / name).write_text(text)
-    for source, stdin in ((name, ""), ("-", text)):
-        assert records(attached.run("generate", "--attach", "shared", "-i", source, stdin=stdin).stdout) == expected
+    for source, stdin in (([name], ""), (["-", "--format", name.removeprefix("in.")], text)):
+        assert records(attached.run("generate", "--attach", "shared", "-i", *source, stdin=stdin).stdout) == expected
 
 
 def test_results_are_written_the_moment_they_are_ready_and_survive_a_kill(attached: Place) -> None:
-    slow = {"prompt": "slow", "id": "late"}
     command = ("generate", "--attach", "shared", "-i", "in.jsonl", "-o", "out.jsonl")
     output = attached.folder / "out.jsonl"
-    attached.write("in.jsonl", slow | {"params": SLOW}, "fast", "quick")
+    slow = {"prompt": "slow", "params": {"max_tokens": 60, "ignore_eos": True}}
+    attached.write("in.jsonl", slow, "fast", "quick")
     process = attached.start(*command)
     eventually(lambda: output.exists() and output.read_text().count("\n") == 2)
     process.kill()
     process.communicate(timeout=30)
     with output.open("a") as stream:
-        stream.write('{"id":"late","prompt":"sl')
-    attached.write("in.jsonl", slow, "fast", "quick")
+        stream.write('{"prompt":"slow","_ro')
     done = attached.run(*command)
-    assert done.stderr == "skipped 2 of 3 items: already in out.jsonl\n"
-    assert records(output.read_text()) == {1: ["fast"], 2: ["quick"], "late": ["slow"]}
-    assert attached.run(*command).stderr == "skipped 3 of 3 items: already in out.jsonl\n"
+    assert done.stderr.startswith("2 of 3 rows are answered already\nrows: 1 answered, 2 answered before; ")
+    answers = records(output.read_text())
+    assert (answers[1], answers[2], answers[0].split()) == ("fast", "quick", ["slow"] * 60)
+    assert attached.run(*command).stderr == "all 3 rows are answered already: out.jsonl\n"
 
 
 def test_a_second_run_with_the_same_output_is_refused_at_once_and_the_first_has_all_results(attached: Place) -> None:
@@ -527,23 +527,27 @@ def test_a_second_run_with_the_same_output_is_refused_at_once_and_the_first_has_
     first.communicate(timeout=30)
     assert first.returncode == 0
     assert sorted(records(output.read_text())) == [0, 1]
-    assert attached.run(*command).stderr == "skipped 2 of 2 items: already in out.jsonl\n"
-    assert sorted(path.name for path in attached.folder.glob("*out*")) == ["out.jsonl"]
-    assert not list(attached.folder.glob(".out*"))
+    assert attached.run(*command).stderr == "all 2 rows are answered already: out.jsonl\n"
+    assert sorted(path.name for path in attached.folder.glob("*out*")) == [".out.jsonl.gserve.json", "out.jsonl"]
 
 
-def test_items_that_fail_are_counted_and_done_again_by_the_next_run(attached: Place) -> None:
+def test_rows_that_fail_are_counted_kept_and_tried_again_by_the_next_run(attached: Place) -> None:
     command = ("generate", "--attach", "shared", "-i", "in.jsonl", "-o", "out.jsonl")
-    attached.write("in.jsonl", {"prompt": "a", "id": 7}, {"prompt": "b", "params": {"max_tokens": -1}})
-    assert "error: 1 of 2 items failed\n" in attached.run(*command, code=1).stderr
-    output = attached.folder / "out.jsonl"
-    assert "max_tokens" in records(output.read_text())[1]
+    output, failed = attached.folder / "out.jsonl", attached.folder / "out.failed.jsonl"
+    attached.write("in.jsonl", {"prompt": "a", "id": 7}, {"prompt": "POISON", "id": 8})
+    said = attached.run(*command, code=1).stderr
+    assert "error: rows: 1 answered, 1 failed (1 x an error, as requested)" in said
+    assert f"the failed rows: {failed}" in said
+    assert records(output.read_text()) == {0: "a"}
+    row = {"prompt": "POISON", "id": 8, "error": "an error, as requested", "_row": 1, "_line": 2}
+    assert json.loads(failed.read_text()) == row
     output.chmod(0o640)
-    attached.write("in.jsonl", {"prompt": "a", "id": 7}, "b")
-    attached.run(*command)
-    assert records(output.read_text()) == {7: ["a"], 1: ["b"]}
+    said = attached.run(*command, code=1).stderr
+    assert "1 of 2 rows are answered already" in said
+    assert json.loads(failed.read_text()) == row
     assert output.stat().st_mode & 0o777 == 0o640
-    assert sorted(path.name for path in attached.folder.glob("*out*")) == ["out.jsonl"]
+    attached.write("in.jsonl", {"prompt": "a", "id": 7}, {"prompt": "b", "id": 8})
+    assert "out.jsonl was made with input.in.jsonl" in attached.run(*command, code=2).stderr
 
 
 def test_an_item_that_fails_among_arguments_is_named_on_stderr(attached: Place) -> None:
@@ -557,7 +561,7 @@ def test_an_output_file_that_holds_something_else_is_left_alone(attached: Place,
     output = attached.folder / "out.jsonl"
     output.write_text(held)
     done = attached.run("generate", "--attach", "shared", "a", "-o", "out.jsonl", code=2)
-    assert "error: out.jsonl:1: " in done.stderr
+    assert "out.jsonl exists and gserve does not know what made it" in done.stderr
     assert "choose another --output" in done.stderr
     assert output.read_text() == held
 
@@ -570,10 +574,19 @@ def test_an_output_file_that_holds_something_else_is_left_alone(attached: Place,
         (("demo.yaml", "a", "-i", "in.jsonl"), 2, "expected prompts"),
         (("demo.yaml", "a", "--params", "[1]"), 2, "expected --params as a JSON object"),
         (("demo.yaml", "a", "--set", "serve.prot=1"), 2, "error: --set serve.prot=1: unknown key 'prot'"),
-        (("demo.yaml", "-i", "none.txt"), 2, "error: none.txt: cannot read the input: No such file"),
-        (("demo.yaml", "-i", "in.jsonl"), 2, "error: in.jsonl:2: not a prompt line: Object contains unknown field"),
-        (("demo.yaml", "-i", "twice.jsonl"), 2, "error: twice.jsonl:2: the id 1 occurs twice"),
+        (("demo.yaml", "-i", "none.txt"), 2, "error: none.txt: no such file or folder"),
+        (
+            ("demo.yaml", "-i", "in.jsonl"),
+            2,
+            "error: in.jsonl:1: no prompt can be made of the first rows: expected one",
+        ),
+        (("demo.yaml", "-i", "in.jsonl", "--column", "x", "--template", "y"), 2, "expected a template or a column"),
+        (("demo.yaml", "-i", "in.jsonl", "--template", "{% if %}"), 2, "error: the template is wrong in line 1"),
+        (("demo.yaml", "-i", "in.jsonl", "--tools", "tools.json"), 2, "error: tools.json: cannot read a list of tools"),
+        (("demo.yaml", "-i", "in.xlsx"), 2, "error: in.xlsx: "),
+        (("demo.yaml", "a", "--column", "x"), 2, "error: --column requires --input"),
         (("demo.yaml", "a", "-o", "no/out.jsonl"), 2, "error: no/out.jsonl: cannot write the results"),
+        (("demo.yaml", "a", "-o", "out.doc"), 2, "error: out.doc: cannot tell the format from the name"),
         (("--attach", "nobody", "a"), 2, "no service named 'nobody'"),
         (("--attach", "nobody", "a", "--set", "llm.seed=1"), 2, "--set and --verbose change a config"),
     ],
@@ -582,8 +595,8 @@ def test_wrong_arguments_are_told_before_a_server_starts(
     place: Place, arguments: tuple[str, ...], code: int, said: str
 ) -> None:
     place.config()
-    place.write("in.jsonl", "fine", {"prompt": "a", "promt": "b"})
-    place.write("twice.jsonl", {"prompt": "a", "id": 1}, "b")
+    place.write("in.jsonl", {"promt": "b"})
+    (place.folder / "in.xlsx").write_bytes(b"PK\x03\x04 binary")
     done = place.run("generate", *arguments, code=code)
     assert said in done.stderr
     assert "server-0" not in done.stderr
@@ -598,7 +611,7 @@ def test_a_reader_that_leaves_early_and_a_full_disk_end_generate_without_a_trace
     assert process.wait(30) == 1
     assert attached.stderr == ""
     full = attached.run("generate", "--attach", "shared", "a", "-o", "/dev/full", code=1)
-    assert full.stderr == "error: [Errno 28] No space left on device\n"
+    assert full.stderr.startswith("error: /dev/full: cannot write the results: No space left on device")
 
 
 # ---------------------------------------------------------------------------------------------------------------- chat
@@ -608,22 +621,23 @@ def test_chat_answers_one_message(attached: Place) -> None:
     done = attached.run(
         "chat", "--attach", "shared", "hello you", "--system", "Be brief.", "--params", '{"max_tokens": 1}'
     )
-    assert (done.stdout, done.stderr) == ("hello\n", "")
+    notice = "1 answer was cut at max_tokens=1: use --params '{\"max_tokens\":256}'\n"
+    assert (done.stdout, done.stderr) == ("hello\n", notice)
 
 
 def test_chat_continues_conversations_from_a_file(attached: Place) -> None:
     own = [{"role": "system", "content": "Be long."}, {"role": "user", "content": "b"}]
-    attached.write("in.jsonl", [{"role": "user", "content": "a"}], {"id": "x", "messages": own}, [])
+    attached.write("in.jsonl", [{"role": "user", "content": "a"}], {"id": "x", "messages": own}, {"messages": []})
     command = ("chat", "--attach", "shared", "-i", "in.jsonl", "-o", "out.jsonl")
-    assert "error: 1 of 3 items failed" in attached.run(*command, code=1).stderr
-    output = attached.folder / "out.jsonl"
-    assert records(output.read_text()) == {0: ["a"], "x": ["b"], 2: "the conversation is empty"}
-    assert "skipped 2 of 3" in attached.run(*command, code=1).stderr
-    output.unlink()
-    attached.run(*command, "--system", "Be brief.")
-    asked = {row["id"]: row.get("messages") for row in map(json.loads, output.read_text().splitlines())}
-    assert asked[0] == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]
-    assert asked["x"] == own
+    assert "rows: 2 answered, 1 failed (1 x the conversation is empty)" in attached.run(*command, code=1).stderr
+    assert records((attached.folder / "out.jsonl").read_text()) == {0: "a", 1: "b"}
+    assert "2 of 3 rows are answered already" in attached.run(*command, code=1).stderr
+    other = attached.run(*command, "--system", "Be brief.", code=2)
+    assert 'out.jsonl was made without system, not with "Be brief."' in other.stderr
+    shown = attached.run("chat", "-i", "in.jsonl", "--system", "Be brief.", "--dry-run", GSERVE_ATTACH="nobody").stdout
+    assert "system> Be brief.\nuser> a\n" in shown
+    assert "system> Be long.\nuser> b\n" in shown
+    assert "error: the conversation is empty" in shown
 
 
 def test_chat_reads_messages_from_a_pipe_without_prompting(attached: Place) -> None:
@@ -665,10 +679,10 @@ def test_a_terminal_that_closes_ends_what_was_launched_in_it(place: Place) -> No
     assert terminal.process.wait(30) == 0
 
 
-def test_a_progress_bar_is_shown_on_a_terminal_only(attached: Place) -> None:
+def test_a_terminal_gets_a_summary_and_stdout_only_the_results(attached: Place) -> None:
     attached.write("in.txt", "a", "b", "c")
     terminal = Terminal(attached, "generate", "--attach", "shared", "-i", "in.txt", stdout=subprocess.PIPE)
     assert terminal.process.stdout is not None
-    assert records(terminal.process.stdout.read()) == {0: ["a"], 1: ["b"], 2: ["c"]}
-    terminal.expect("3/3")
+    assert records(terminal.process.stdout.read()) == {0: "a", 1: "b", 2: "c"}
+    terminal.expect("rows: 3 answered")
     assert terminal.end() == 0

@@ -123,7 +123,7 @@ def test_the_command_finds_the_service_also_as_gserve_itself(tmp_path: Path) -> 
     code, _ = run(tmp_path, "run", config(tmp_path), "--", *command)
     assert code == 0
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert {row["id"]: row["outputs"][0]["text"] for row in rows} == {0: "one", 1: "two"}
+    assert {row["_row"]: row["response"] for row in rows} == {0: "one", 1: "two"}
 
 
 def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_an_interrupt_reaches_the_command_as_from_a_terminal(tmp_path: Path) -> 
 
 def test_at_a_terminal_the_command_reads_from_it_and_ctrl_c_reaches_it(tmp_path: Path) -> None:
     leader, terminal = pty.openpty()
-    command = "trap 'echo interrupted; exit 5' INT; read line; echo read $line > read; sleep 99"
+    command = "trap 'echo interrupted; exit 5' INT; read line; echo read $line > read; while :; do sleep 0.1; done"
     with (tmp_path / "out").open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "gserve.cli", "run", config(tmp_path), "--", "sh", "-c", command],
@@ -385,10 +385,11 @@ def test_print_shows_the_script_and_the_command_line_and_submits_nothing(tmp_pat
         (["-i", "in.txt", "-o", "x", "--", "true"], "expected either a COMMAND after -- or --input"),
         (["-i", "in.txt"], "expected files as --input and --output"),
         (["-i", "-", "-o", "x"], "expected files as --input and --output"),
-        (["-i", "none.txt", "-o", "x"], "cannot read the input"),
+        (["-i", "none.txt", "-o", "x.jsonl"], "none.txt: no such file or folder"),
         (["-i", "in.txt", "-o", "none/x"], "the folder .* does not exist"),
         (["-i", "in.txt", "-o", "x", "--params", "{"], "expected --params as a JSON object"),
-        (["--params", "{}", "--", "true"], "require --input"),
+        (["-i", "in.txt", "-o", "x", "--shards", "2", "--failed", "f"], "each part has a file of its own for failed"),
+        (["--params", "{}", "--", "true"], "--params requires --input"),
         (["--time", "soon", "--", "true"], "expected a time such as 02:00:00 .* - at --time"),
         (["--set", "serve.env={API_KEY: canary-0123456789}", "--", "true"], "--set contains a secret"),
         (["--set", "launcher.type=subprocess", "--nodes", "2", "--", "true"], "on one node"),
@@ -403,3 +404,17 @@ def test_what_is_wrong_is_said_before_a_job_waits_in_the_queue(
     assert code == 2, said
     assert re.search(error, said), said
     assert not state.exists()
+
+
+@pytest.mark.parametrize("options", [("--shards", "3"), ("--shards", "2", "--part-format", "csv")])
+def test_a_folder_with_the_parts_of_another_array_is_refused(tmp_path: Path, options: tuple[str, ...]) -> None:
+    (tmp_path / "in.txt").write_text("one\n")
+    (tmp_path / "parts").mkdir()
+    for name in ("part-1-of-2.failed.jsonl", "part-1-of-2.jsonl"):
+        (tmp_path / "parts" / name).touch()
+    arguments = "sbatch", config(tmp_path), "-i", "in.txt", "-o", "parts", "--print"
+    code, said = run(tmp_path, *arguments, *options)
+    assert code == 2, said
+    assert "has parts of another job, such as part-1-of-2.jsonl: " in said
+    code, said = run(tmp_path, *arguments, "--shards", "2")
+    assert code == 0, said

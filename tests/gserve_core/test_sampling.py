@@ -10,7 +10,10 @@ from gserve import ItemError
 from gserve_core.engines.echo import EchoParams
 from gserve_core.sampling import params_from, public_fields, read_params
 
-KNOWN = "ignore_eos, logprobs, max_tokens, min_p, min_tokens, n, prompt_logprobs, seed, stop, temperature, top_k, top_p"
+KNOWN = (
+    "ignore_eos, logprobs, max_tokens, min_p, min_tokens, n, prompt_logprobs, seed, stop, structured_outputs,"
+    " temperature, top_k, top_p"
+)
 UNSENT = "the sampling parameters cannot be sent to a server"
 N = " (a retry repeats all completions of an item): for more completions, send the prompt several times"
 NAN = float("nan")
@@ -69,7 +72,7 @@ def test_right_parameters_are_read(params: dict[str, Any], expected: EchoParams)
          " sampling"),
         ({"num_beams": 4}, "unknown sampling parameter 'num_beams'; beam search is not supported: sample several"
          " completions with 'n', and choose by their 'cumulative_logprob'"),
-        ({"guided_json": {}}, f"unknown sampling parameter 'guided_json'; expected one of {KNOWN}"),
+        ({"guided_json": {}}, "unknown sampling parameter 'guided_json'; write structured_outputs={'json': …}"),
         ({"n": 10**5000}, "sampling parameter 'n': expected integers of at most 64 bits"),
         ({"seed": 2**63}, "sampling parameter 'seed': expected -9223372036854775808 to 9223372036854775807,"
          " got 9223372036854775808"),

@@ -1,5 +1,6 @@
 """The client of a gateway, over a real one."""
 
+import json
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,3 +70,7 @@ def test_the_certificate_of_the_gateway_is_accepted_and_no_other(tmp_path: Path)
         for certificate in ((tmp_path / "other.pem").read_text(), ""):
             with pytest.raises(TransportError, match="certificate verify failed"):
                 client(service, certificate=certificate).overview()
+        body = {"messages": [{"role": "user", "content": "one two"}]}
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+        (tmp_path / "batch.jsonl").write_text(json.dumps(line))
+        assert service.run_batch(tmp_path / "batch.jsonl", tmp_path / "out.jsonl").answered == 1

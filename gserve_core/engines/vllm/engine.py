@@ -32,6 +32,7 @@ from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
 from .patches import START_METHOD, fork_on_cpu
 from .progress import Progress
+from .prompt_lengths import prompt_lengths
 from .token_counts import OWN, TokenCounts
 from .tokenizing import Ahead, quicken
 
@@ -140,6 +141,10 @@ class VLLMEngine(Engine):
         known = installed.known_params()
         if known is not None:
             check_params(split_prompt_params(params)[0] or {}, public_names(known))
+
+    def prompt_lengths(self, llm: LLMConfig, prompts: Sequence[Prompt]) -> list[int] | None:
+        """Load the tokenizer, if vLLM is installed here, and count."""
+        return prompt_lengths(llm, self.chat_template_kwargs, prompts) if installed.package() else None
 
     def bind_cores(self, cores: Sequence[Sequence[int]]) -> Mapping[str, str]:
         """Return vLLM's variable for the cores of each rank, when it computes on the CPU."""

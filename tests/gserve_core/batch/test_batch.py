@@ -365,8 +365,16 @@ def pid_of(server: VLLMServer) -> int:
     """Return the process id of a server, not of its engine: it carries its instance's id, as the engine does."""
     mark = b"GSERVE_ID=" + server.record().instance.encode()
     ours = [pid for pid, command in our_processes().items() if "vllm_server.py" in command]
-    (pid,) = [pid for pid in ours if mark in Path(f"/proc/{pid}/environ").read_bytes()]
+    (pid,) = [pid for pid in ours if mark in environ_of(pid)]
     return pid
+
+
+def environ_of(pid: int) -> bytes:
+    """Return the environment of a process, and nothing if it has ended."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def test_a_server_that_is_slow_gets_less_of_a_batch() -> None:

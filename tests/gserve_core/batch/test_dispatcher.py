@@ -29,7 +29,7 @@ from gserve_core.batch.items import Items, Seeds, read_prompt
 from gserve_core.errors import DeadlineExceeded, ItemLost, TransportError
 from gserve_core.host.logs import flush
 from gserve_core.interfaces import Access, Address, Connection, ServerApi, Transport
-from gserve_core.messages import Event, Group, Health, ResponseOutput, Result, RunRequest
+from gserve_core.messages import Event, Failure, Group, Health, ResponseOutput, Result, RunRequest
 from gserve_transports import HttpTransport
 
 
@@ -71,7 +71,10 @@ class MadeUp(Connection):
             if self.notes.breaks:
                 self.notes.breaks -= 1
                 raise TransportError("connection reset")
-            yield [Result(index, [ResponseOutput(self.notes.answer or str(prompt))])]
+            if prompt == "bad":
+                yield [Failure(index, "it is bad")]
+            else:
+                yield [Result(index, [ResponseOutput(self.notes.answer or str(prompt))])]
 
     async def cancel(self, request_id: str, items: list[int]) -> None:
         self.notes.cancelled.append((request_id, items))
@@ -648,6 +651,17 @@ def test_large_results_are_not_made_far_ahead_of_a_caller_that_is_slow(kind: Cal
             time.sleep(0.2)
         assert client.generate(["a"]) == [[large]], "a call that is not read holds up others"
         each.close()
+
+
+def test_failures_among_large_results_do_not_hold_up_a_caller_that_was_slow() -> None:
+    with client_of(Notes(answer="x" * (1 << 20)), capacity=4) as client:
+        each = client.generate_iter(["a", "bad"] * 100)
+        found = []
+        for _ in range(8):
+            found.append(next(each)[0])
+            time.sleep(0.1)  # so that results are held back
+        found += [index for index, _ in each]
+        assert sorted(found) == list(range(200))
 
 
 # -------------------------------------------------------------------------------------------------------- cancellation

@@ -1,6 +1,7 @@
 """The engine without a model: its processes die, hang and wedge as those of vLLM do."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import jsonschema
 import psutil
 import pytest
 
@@ -297,3 +299,28 @@ def test_stopped_processes_end_when_their_server_is_killed_and_they_go_on(
     gone, left = psutil.wait_procs(below, timeout=10.0)
     assert not left
     assert len(gone) == processes
+
+
+def test_with_a_schema_the_answer_is_a_value_that_fits_it_unless_the_prompt_is_json() -> None:
+    schema = {
+        "$defs": {"mood": {"enum": ["very good", "bad"]}},
+        "type": "object",
+        "properties": {
+            "mood": {"$ref": "#/$defs/mood"},
+            "stars": {"type": "integer", "minimum": 1},
+            "tags": {"type": "array", "items": {"type": "string", "minLength": 3}, "minItems": 2},
+            "note": {"anyOf": [{"type": "null"}, {"type": "string"}]},
+        },
+        "required": ["mood", "stars", "tags", "note"],
+    }
+
+    async def main() -> tuple[str, str]:
+        async with started() as running:
+            params = {"structured_outputs": {"json": schema}, "max_tokens": 99}
+            return await item(running, "How was it?", **params), await item(running, '{"mood": "odd"}', **params)
+
+    fitting, repeated = asyncio.run(main())
+    value = json.loads(fitting)
+    jsonschema.validate(value, schema)
+    assert value == {"mood": "very good", "stars": 1, "tags": ["xxx", "xxx"], "note": None}
+    assert repeated == '{"mood": "odd"}'

@@ -306,16 +306,16 @@ def test_a_prompt_may_fill_the_context_but_for_one_token(service: VLLMService, t
 
 
 def test_the_tokens_of_prompts_are_counted_and_truncated(service: VLLMService) -> None:
-    results = service.generate(["The sea", [1, 9, 28]], GREEDY, return_extra=True, return_prompt_token_ids=True)
+    results = service.generate(["The sea and sun", [1, 9, 28]], GREEDY, return_extra=True, return_prompt_token_ids=True)
     (text,), (tokens,) = results
     assert text.prompt_token_ids is not None
     assert (text.prompt_tokens, tokens.prompt_tokens) == (len(text.prompt_token_ids), 3)
     assert tokens.prompt_token_ids == [1, 9, 28]
     assert results.usage.prompt_tokens == len(text.prompt_token_ids) + 3
     assert results.usage.completion_tokens == len(text.token_ids) + len(tokens.token_ids)
-    long: Any = ["The sea and the sun", [28] * 600], GREEDY | {"max_tokens": 2}
+    long: Any = ["The sea and sun", [28] * 600], GREEDY | {"max_tokens": 2}
     outputs = service.generate(*long, return_extra=True, truncate_prompt_tokens=2, return_prompt_token_ids=True)
-    assert [item[0].prompt_token_ids for item in outputs] == [text.prompt_token_ids, [28, 28]]
+    assert [item[0].prompt_token_ids for item in outputs] == [text.prompt_token_ids[-2:], [28, 28]], "as vLLM does"
     fitting = service.generate(["word " * 600], GREEDY, return_extra=True, truncate_prompt_tokens=-1)
     assert [(it.prompt_tokens, len(it.token_ids)) for it in fitting[0]] == [(512 - 24, 24)]
     with pytest.raises(BatchError, match="truncate_prompt_tokens=1000 cannot be greater than"):

@@ -109,6 +109,11 @@ REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "an unknown token": (CHAT, {"messages": ASK, "max_tokens": 1, "logit_bias": {"99999999": 5}}),
 }
 """Requests whose answers are compared with those of `vllm serve`: greedy, or with a seed, and one at a time."""
+IN_A_BATCH = (
+    "chat", "chat of the adapter", "log probabilities", "tools, required", "tools, auto", "JSON", "a regex",
+    "an unknown model", "an empty conversation", "an unknown token",
+)  # fmt: skip
+"""Those of `REQUESTS` that `vllm run-batch` takes too. Any other would end it."""
 VARYING = ("id", "item_id", "created", "created_at", "completed_at", "system_fingerprint")
 """Fields that differ from answer to answer."""
 ELSEWHERE = {
@@ -570,30 +575,72 @@ def test_a_server_answers_again_after_the_death_of_its_engine(
 
 
 @pytest.fixture(scope="module")
+def our_batch(service: VLLMService, batch: Path) -> dict[str, Any]:
+    """Return the lines of the output of `run_batch`."""
+    output = batch.with_name("ours.jsonl")
+    summary = service.run_batch(batch, output)
+    assert summary.lines == len(IN_A_BATCH)
+    assert summary.failures == {"status 404": 1, "status 400": 2}
+    return lines_of(output)
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write a batch file with the requests of `IN_A_BATCH`."""
+    path = tmp_path_factory.mktemp("batch") / "batch.jsonl"
+    with path.open("w") as stream:
+        for name in IN_A_BATCH:
+            url, body = REQUESTS[name]
+            asked = {"custom_id": name, "method": "POST", "url": url, "body": {"model": DEMO} | body}
+            stream.write(f"{json.dumps(asked)}\n")
+    return path
+
+
+def lines_of(output: Path) -> dict[str, Any]:
+    """Return the lines of the output of a batch by their ids."""
+    return {line["custom_id"]: line for line in map(json.loads, output.read_text().splitlines())}
+
+
+def reference(adapter: Path) -> list[str]:
+    """Return the options of vLLM's own programs for the service's model."""
+    return [
+        "--served-model-name", DEMO, "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024",
+        "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
+        "--structured-outputs-config", json.dumps(GRAMMARS), "--enable-lora", "--max-lora-rank", "8",
+        "--lora-modules", f"{LORA}={adapter}",
+    ]  # fmt: skip
+
+
+def reference_environ(folder: Path) -> dict[str, str]:
+    """Return the environment of vLLM's own programs."""
+    environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # spares the third of three imports of vLLM
+    environ["PYTHONPATH"] = os.pathsep.join([str(named_vllm(folder)), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return environ
+
+
+@pytest.fixture(scope="module")
 def theirs(
     service: VLLMService,
     ours: dict[str, Any],
     direct: dict[str, Any],
+    our_batch: dict[str, Any],
     adapter: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Any]:
     """End the server, and return what `vllm serve` answers to all `REQUESTS`."""
     assert ours
     assert direct
+    assert our_batch
     service.shutdown()  # two engines at once are too many for this machine
     folder = tmp_path_factory.mktemp("reference")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [
         sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", demo_model.resolve(DEMO, print),
-        "--served-model-name", DEMO, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
-        "--enforce-eager", "--max-model-len", "1024", "--enable-auto-tool-choice", "--tool-call-parser", "hermes",
-        "--structured-outputs-config", json.dumps(GRAMMARS), "--enable-lora", "--max-lora-rank", "8",
-        "--lora-modules", f"{LORA}={adapter}",
+        "--host", "127.0.0.1", "--port", str(port), *reference(adapter),
     ]  # fmt: skip
-    environ = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-    environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # spares the third of three imports of vLLM
-    environ["PYTHONPATH"] = os.pathsep.join([str(named_vllm(folder)), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environ = reference_environ(folder)
     with (folder / "log").open("w") as log:
         program = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=folder, start_new_session=True)
     try:
@@ -633,3 +680,34 @@ def test_the_answer_of_the_gateway_and_of_the_server_is_that_of_vllm_serve(
 ) -> None:
     assert comparable(ours[name]) == comparable(theirs[name])
     assert comparable(direct[name]) == comparable(theirs[name])
+
+
+@pytest.fixture(scope="module")
+def their_batch(
+    theirs: dict[str, Any], batch: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    """Return the lines of the output of `vllm run-batch`, once no other engine runs."""
+    assert theirs
+    folder = tmp_path_factory.mktemp("reference")
+    output = batch.with_name("theirs.jsonl")
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.run_batch", "-i", str(batch), "-o", str(output),
+        "--model", demo_model.resolve(DEMO, print), *reference(adapter),
+    ]  # fmt: skip
+    ran = subprocess.run(
+        command, env=reference_environ(folder), cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return lines_of(output)
+
+
+@pytest.mark.parametrize("name", IN_A_BATCH)
+def test_a_line_of_a_batch_has_the_answer_of_vllm_run_batch(
+    our_batch: dict[str, Any], their_batch: dict[str, Any], name: str
+) -> None:
+    ours, theirs = our_batch[name]["response"], their_batch[name]["response"]
+    assert our_batch[name]["error"] is None
+    assert ours["status_code"] == theirs["status_code"]
+    assert ours.keys() == theirs.keys()
+    # vLLM has the body of a refusal as the error of the line; in OpenAI's files it is the body of the answer
+    assert comparable(ours["body"]) == comparable(their_batch[name]["error"] or theirs["body"])

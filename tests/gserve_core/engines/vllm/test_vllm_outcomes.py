@@ -62,7 +62,7 @@ def ended(reason: str | None) -> Any:
     it = SimpleNamespace(
         text="a", token_ids=[1], finish_reason=reason, stop_reason=None, cumulative_logprob=None, logprobs=None
     )
-    return SimpleNamespace(outputs=[it], prompt_logprobs=None)
+    return SimpleNamespace(outputs=[it], prompt_logprobs=None, prompt_token_ids=[1])
 
 
 @pytest.mark.parametrize("error", [ValueError("too long\nmore"), VLLMClientError("too long")])

@@ -1,0 +1,154 @@
+"""The columns of an answer: what stands beside a row once its item has ended."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ..errors import ConfigError, ItemError
+from ..messages import Logprob, ResponseOutput, json_safe
+
+if TYPE_CHECKING:
+    from jsonschema.protocols import Validator
+    from referencing import Specification
+    from referencing._core import Resolver
+
+RESPONSE, REASON, PROMPT_TOKENS, TOKENS, PARSED = (
+    "response", "finish_reason", "prompt_tokens", "completion_tokens", "parsed",
+)  # fmt: skip
+ERROR, PLACE, LINE, FILE = "error", "_row", "_line", "_file"
+"""Columns of a failed row: why it failed, its place in the input from 0, its line in its file from 1, and that file."""
+EXTRA = ("token_ids", "logprobs", "prompt_token_ids", "prompt_logprobs", "cumulative_logprob")
+"""Fields of an output that are added on request."""
+CUT = "length"
+"""The `finish_reason` of an answer that was cut at max_tokens."""
+DATA = {"const", "default", "enum", "examples"}
+"""Keys of a schema whose values are no schemas."""
+MAX_REASON = 300
+"""Maximum length of what a validator says, in characters."""
+
+
+class Answers:
+    """Makes the columns of answers.
+
+    `prefix`: begins the name of each column. `extra`: whether token ids and log probabilities are added.
+    `schema`: a JSON schema that each answer must fit. It adds the column `parsed`.
+    `has_place`: whether an answer stands beside the place of its row too, in the column `_row`.
+
+    Raises ConfigError: the schema is wrong.
+    """
+
+    def __init__(
+        self, *, prefix: str = "", extra: bool = False, schema: Mapping[str, Any] | None = None, has_place: bool = False
+    ) -> None:
+        self.prefix = prefix
+        self.has_extra = extra
+        self._validator = None if schema is None else _validator(schema)
+        self._is_plain = schema is None and not extra
+        more = (*((PARSED,) if schema is not None else ()), *(EXTRA if extra else ()))
+        self.names = [prefix + name for name in (RESPONSE, REASON, *more, PROMPT_TOKENS, TOKENS)]
+        self._place = prefix + PLACE
+        self._plain_names = [*([self._place] if has_place else ()), *self.names]
+        """The columns of an answer, in order."""
+        self._reserved = frozenset([*self.names, prefix + ERROR, *([prefix + PLACE] if has_place else ())])
+
+    def check_columns(self, row: Mapping[str, Any]) -> None:
+        """Raise ConfigError if a row has a column that an answer has."""
+        if not self._reserved.isdisjoint(row):
+            taken = min(self._reserved.intersection(row))
+            raise ConfigError(
+                f"the rows have the column '{taken}', which is a column of the answers too: choose a prefix for these,"
+                " such as new_"
+            )
+
+    def columns(self, outputs: Sequence[ResponseOutput], place: int | None = None) -> dict[str, Any]:
+        """Return the columns of an answer. With several outputs, those of each output are lists.
+
+        `place`: of its row, if it stands beside the answer.
+
+        Raises ItemError: an output does not fit the schema.
+        """
+        prefix = self.prefix
+        if len(outputs) == 1 and self._is_plain:  # in a short way, since there may be millions
+            (one,) = outputs
+            values = one.text, one.finish_reason, one.prompt_tokens, len(one.token_ids)
+            return dict(zip(self._plain_names, values if place is None else (place, *values), strict=True))
+        made: dict[str, list[Any]] = {
+            RESPONSE: [it.text for it in outputs],
+            REASON: [it.finish_reason for it in outputs],
+        }
+        if self._validator is not None:
+            made[PARSED] = [self._parsed(it) for it in outputs]
+        if self.has_extra:
+            safe = [json_safe(it) for it in outputs]
+            made |= {name: [_plain(getattr(it, name)) for it in safe] for name in EXTRA}
+        tokens = {
+            PROMPT_TOKENS: outputs[0].prompt_tokens if outputs else None,
+            TOKENS: sum(len(it.token_ids) for it in outputs),
+        }
+        own = made if len(outputs) != 1 else {name: values[0] for name, values in made.items()}
+        found = {prefix + name: value for name, value in (own | tokens).items()}
+        return found if place is None else {self._place: place, **found}
+
+    def _parsed(self, output: ResponseOutput) -> Any:
+        assert self._validator is not None
+        cut = ": it was cut at max_tokens" if output.finish_reason == CUT else ""
+        try:
+            value = msgspec.json.decode(output.text)
+        except (ValueError, RecursionError) as error:
+            raise ItemError(f"the answer is not JSON{cut or f': {error}'}", invalid=False) from error
+        try:
+            misfit = next(self._validator.iter_errors(value), None)
+        except Exception as error:  # the schema refers to itself without end, say
+            raise ItemError(f"the answer cannot be checked: {error}"[:MAX_REASON], invalid=False) from error
+        if misfit is not None:
+            text = f"the answer does not fit the schema at {misfit.json_path}: {misfit.message[:MAX_REASON]}"
+            raise ItemError(text, invalid=False)
+        return value
+
+
+def _plain(value: Any) -> Any:
+    """Return a field of an output. Log probabilities become lists of mappings, which all have the same names."""
+    if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
+        return value
+    return [None if entry is None else [_entry(token, it) for token, it in entry.items()] for entry in value]
+
+
+def _entry(token: int, it: Logprob) -> dict[str, Any]:
+    return {"token_id": token, "logprob": it.logprob, "rank": it.rank, "decoded_token": it.decoded_token}
+
+
+def _validator(schema: Mapping[str, Any]) -> "Validator":
+    from jsonschema import exceptions, validators
+    from referencing import Registry
+    from referencing.jsonschema import specification_with
+
+    if not isinstance(schema.get("$schema", ""), str):
+        raise ConfigError("the schema is wrong at $.$schema: expected a text")
+    kind = validators.validator_for(schema, default=validators.Draft202012Validator)
+    try:
+        kind.check_schema(schema)
+    except exceptions.SchemaError as error:
+        raise ConfigError(f"the schema is wrong at {error.json_path}: {error.message[:MAX_REASON]}") from error
+    registry: Registry[Any] = Registry()  # it fetches nothing
+    specification = specification_with(kind.META_SCHEMA["$schema"])
+    _check_references(schema, specification, registry.resolver_with_root(specification.create_resource(schema)))
+    return kind(schema, registry=registry)
+
+
+def _check_references(part: Any, specification: "Specification[Any]", resolver: "Resolver[Any]") -> None:
+    """Raise ConfigError: a part of a schema refers to something that is not in the schema."""
+    from referencing.exceptions import Unresolvable
+
+    if isinstance(part, Mapping):
+        resolver = resolver.in_subresource(specification.create_resource(part))
+        target = part.get("$ref")
+        try:
+            if isinstance(target, str):
+                resolver.lookup(target)
+        except (Unresolvable, ValueError) as error:
+            raise ConfigError(f"the schema refers to '{target}', which is not in it") from error
+        part = [value for name, value in part.items() if name not in DATA]
+    if isinstance(part, (list, tuple)):
+        for one in part:
+            _check_references(one, specification, resolver)

@@ -1,0 +1,68 @@
+"""The items of rows: each row is made into a prompt when it is sent, and kept until its item has ended."""
+
+from collections.abc import Callable, Iterator
+
+from ..batch.dispatcher import Dispatcher
+from ..batch.items import INVALID, error_of, may_be_sampled
+from ..batch.pieces import Call, Item
+from ..errors import ConfigError, ItemError
+from .answers import Answers
+from .prompts import Prompts
+from .reading import Row
+
+CHECKED = 64
+"""Number of rows between two checks whether the service ends."""
+
+
+class RowItems:
+    """The items of rows, for a `Batch`. An `ItemSource`.
+
+    `prompts`: makes the prompts. `answers`: knows the columns that a row may not have.
+    `seed`: returns the seed of an item by the place of its row.
+    `is_at_hand`: whether reading a row never blocks.
+    """
+
+    size: int | None = None
+
+    def __init__(
+        self,
+        rows: Iterator[Row],
+        prompts: Prompts,
+        answers: Answers,
+        seed: Callable[[int], int],
+        dispatcher: Dispatcher,
+        *,
+        is_at_hand: bool = True,
+    ) -> None:
+        self._rows = rows
+        self._prompts = prompts
+        self._answers = answers
+        self._seed = seed
+        self._dispatcher = dispatcher
+        self.is_at_hand = is_at_hand
+        self._kept: dict[int, Row] = {}
+
+    def take(self, index: int) -> Row:
+        """Return the row of an item that has ended, and forget it."""
+        return self._kept.pop(index)
+
+    def read(self, call: Call) -> Iterator[Item | ItemError]:
+        """Yield each item, or its error, until the service ends. Raises what the rows raise."""
+        make, seed, check = self._prompts.make, self._seed, self._answers.check_columns
+        returns_prompt = self._answers.has_extra
+        for index, row in enumerate(self._rows):
+            if not index % CHECKED and self._dispatcher.ending is not None:
+                return
+            self._kept[index] = row
+            try:
+                if row.values is None:
+                    raise ItemError(row.error or "it cannot be read")
+                check(row.values)
+                prompt, size, params = make(row.values)
+                size += size if row.raw is None else len(row.raw)  # the row is kept too
+                item_seed = seed(row.place) if may_be_sampled(params) else None
+                yield Item(call, index, prompt, params, item_seed, size, returns_prompt)
+            except ConfigError as error:  # a column with the name of an answer's
+                yield ItemError(str(error), index=index)
+            except INVALID as error:
+                yield error_of(error, index)
