@@ -345,7 +345,11 @@ class Dispatcher:
     def _call_soon(self, function: Callable[..., object], *arguments: Any) -> None:
         self.check()
         self._coming.append("")
-        self._schedule(self._change, function, *arguments)
+        try:
+            self._schedule(self._change, function, *arguments)
+        except TransportError:  # it will never be made
+            self._coming.pop()
+            raise
 
     def _change(self, function: Callable[..., object], *arguments: Any) -> None:
         try:
