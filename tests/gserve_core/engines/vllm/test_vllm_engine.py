@@ -101,7 +101,7 @@ TOOL_CHAT: list[dict[str, Any]] = [
     {"role": "assistant", "content": None, "reasoning": "I ask.", "tool_calls": [
         {"type": "function", "id": "call-1", "function": {"name": "weather", "arguments": '{"b": [1]}'}},
         {"id": "call-2", "type": "function", "function": {"arguments": {"city": "Bonn"}, "name": "weather"}},
-        {"id": "call-3", "type": "function", "function": {"name": "weather", "arguments": "no JSON"}},
+        {"id": "call-3", "type": "function", "function": {"name": "weather", "arguments": ""}},
     ]},
     {"role": "tool", "tool_call_id": "call-1", "content": [{"type": "text", "text": it} for it in ("rain", "2")]},
     {"role": "tool", "tool_call_id": "call-2", "content": "sun"},
