@@ -11,7 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -474,6 +475,52 @@ def test_a_job_whose_service_is_stopped_continues_with_another_service(place: Pl
         (number, row["prompt"]) for number, row in enumerate(rows)
     ]
     assert beside(output) == [".out.jsonl.gserve.json"]
+
+
+# -------------------------------------------------------------------------------------------------- another machine
+
+
+@contextmanager
+def another_machine() -> Iterator[tuple[str, list[str]]]:
+    """Make a network namespace. Yield its address, and the words that start a command in it."""
+    if os.geteuid() or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2")
+    tag, net = f"gs{os.getpid() % 100_000}", f"10.{random.randrange(200, 250)}.{random.randrange(256)}"
+    ip = partial(subprocess.run, check=True, capture_output=True)
+    ip(["ip", "netns", "add", tag])
+    try:
+        ip(["ip", "link", "add", f"{tag}a", "type", "veth", "peer", "name", f"{tag}b", "netns", tag])
+        ip(["ip", "addr", "add", f"{net}.1/24", "dev", f"{tag}a"])
+        ip(["ip", "link", "set", f"{tag}a", "up"])
+        for words in (f"addr add {net}.2/24 dev {tag}b", f"link set {tag}b up", "link set lo up"):
+            ip(["ip", "-n", tag, *words.split()])
+        yield f"{net}.2", ["ip", "netns", "exec", tag]
+    finally:
+        ip(["ip", "netns", "del", tag])
+
+
+def test_a_job_through_the_gateway_of_another_machine_makes_the_same_output(place: Place, tmp_path: Path) -> None:
+    write_rows(place, 2000)
+    place.run(*generate("near.jsonl", "--ordered"))
+    (tmp_path / "far").mkdir()
+    far = Place(tmp_path / "far")
+    config = json.loads((far.folder / far.config(servers=2)).read_text()) | {"gateway": {"port": 8000}}
+    with another_machine() as (host, inside):
+        config["gateway"]["host"] = host
+        (far.folder / "demo.yaml").write_text(json.dumps(config))
+        key = {"GSERVE_API_KEY": "sk-0123456789abcdef"}
+        command = [*inside, sys.executable, "-m", "gserve.cli", "launch", "demo.yaml", "--name", "far"]
+        service = subprocess.Popen(command, cwd=far.folder, env=far.environ | key, stderr=subprocess.DEVNULL)
+        try:
+            far.run("wait", "far")
+            job = ["generate", "--url", f"http://{host}:8000", "-i", "in.jsonl", "-o", "far.jsonl", "--ordered"]
+            assert "refuses the API key" in place.run(*job, code=1, GSERVE_API_KEY="sk-fedcba9876543210").stderr
+            place.run(*job, **key)
+        finally:
+            service.terminate()
+            service.wait(60)
+    assert (place.folder / "far.jsonl").read_bytes() == (place.folder / "near.jsonl").read_bytes()
+    far.assert_nothing_is_left()
 
 
 # ----------------------------------------------------------------------------------------------- inputs and outputs
