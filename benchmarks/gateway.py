@@ -31,10 +31,12 @@ from .table import GSERVE, no_figures
 DIRECT = "direct"
 NAME = "gateway-benchmark"
 CONFIG = "llm: {model_name: m}\nserve: {servers: 2}\nengine: {type: echo, latency: %s, capacity: 4096}\n"
-CONNECTIONS, REQUESTS, ALONE = 64, 6_000, 600
-"""Number of connections at once, of requests over them, and of requests over one connection."""
+CONNECTIONS, REQUESTS, ALONE = 64, 6_000, 1_500
+"""Number of connections at once, of requests over them, and of requests one at a time."""
 STREAMS, EVENTS, PAUSE = 100, 400, 0.02
 """Number of streams at once, of events of each, and the time between two events, in seconds."""
+SHORT = msgspec.json.encode({"prompt": "one two three", "max_tokens": 3})
+"""The body of a request."""
 READY_SECONDS = 60.0
 
 
@@ -64,8 +66,9 @@ def measure(bench: Benchmark, scale: float) -> None:
             for side, way in sides if turn % 2 else sides[::-1]:
                 times = uvloop.run(requests(way, round(REQUESTS * scale), CONNECTIONS))
                 rate[side].figures.append(len(times) / (max(end for _, end in times) - min(it for it, _ in times)))
-                times = uvloop.run(requests(way, round(ALONE * scale), 1))
-                alone[side].figures.append(1000 * median(end - begin for begin, end in times))
+            taken = uvloop.run(alternately([way for _, way in sides], round(ALONE * scale)))
+            for (side, _), seconds in zip(sides, taken, strict=True):
+                alone[side].figures.append(1000 * median(seconds))
             added.figures.append(alone[GSERVE].figures[-1] - alone[DIRECT].figures[-1])
             rates = " and ".join(f"{rate[side].figures[-1]:.0f}" for side, _ in sides)
             say(f"round {turn}: {rates} requests/s, {added.figures[-1]:.2f} ms added")
@@ -107,17 +110,35 @@ def launched(folder: Path, latency: float) -> Iterator[tuple[Way, Way, psutil.Pr
 
 async def requests(way: Way, count: int, connections: int) -> list[tuple[float, float]]:
     """Send this number of requests over connections of the way; return when each began and ended."""
-    body = msgspec.json.encode({"prompt": "one two three", "max_tokens": 3})
     ends, times, left = way.connect(), list[tuple[float, float]](), itertools.count()
 
     async def client(number: int) -> None:
         upstream, key = ends[number % len(ends)]
         while next(left) < count:
             began = time.perf_counter()
-            await _ask(upstream, key, body)
+            await _ask(upstream, key, SHORT)
             times.append((began, time.perf_counter()))
 
     await _all(ends, [client(number) for number in range(connections)])
+    return times
+
+
+async def alternately(ways: Sequence[Way], count: int) -> list[list[float]]:
+    """Send this number of requests each way, one at a time, in turn. Return the time of each in seconds, by way.
+
+    So whatever else the machine does meets all ways alike.
+    """
+    ends = [way.connect()[0] for way in ways]
+    times: list[list[float]] = [[] for _ in ways]
+
+    async def client() -> None:
+        for _ in range(count):
+            for (upstream, key), taken in zip(ends, times, strict=True):
+                began = time.perf_counter()
+                await _ask(upstream, key, SHORT)
+                taken.append(time.perf_counter() - began)
+
+    await _all(ends, [client()])
     return times
 
 
