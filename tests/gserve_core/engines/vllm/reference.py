@@ -7,6 +7,7 @@ REQUESTS is a list of {llm, lora_path, calls}: a `vllm.LLM` each, one after the 
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,15 @@ from vllm.lora.request import LoRARequest
 
 def answer(asked: dict[str, Any]) -> list[Any]:
     """Return the outputs of every call."""
-    llm = LLM(**asked["llm"])
+    arguments = dict(asked["llm"])
+    template = arguments.pop("chat_template", None)  # before vLLM 0.32, `LLM.chat` does not use that of its `LLM`
+    llm = LLM(**arguments)
     lora = LoRARequest("adapter", 1, asked["lora_path"]) if asked["lora_path"] else None
     answers = []
+    run: Any
     for call in asked["calls"]:
         if call["kind"] == "chat":
-            run, inputs = llm.chat, call["inputs"]
+            run, inputs = partial(llm.chat, chat_template=template), call["inputs"]
         else:
             run, inputs = (
                 llm.generate,
