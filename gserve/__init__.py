@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gserve_core.batch.results import Results, Usage
     from gserve_core.command_launcher import CommandLauncher
-    from gserve_core.config import GatewayConfig, KeyConfig, LLMConfig, ServeConfig
+    from gserve_core.config import GatewayConfig, KeyConfig, LLMConfig, ModelConfig, ServeConfig
     from gserve_core.errors import (
         BatchError,
         BatchInterrupted,
@@ -39,7 +39,7 @@ _MODULES = {
     "batch.results": ("Results", "Usage"),
     "service.client": ("VLLMClient",),
     "command_launcher": ("CommandLauncher",),
-    "config": ("GatewayConfig", "KeyConfig", "LLMConfig", "ServeConfig"),
+    "config": ("GatewayConfig", "KeyConfig", "LLMConfig", "ModelConfig", "ServeConfig"),
     "errors": (
         "BatchError", "BatchInterrupted", "ConfigError", "DeadlineExceeded", "GserveError", "ItemError", "ItemLost",
         "LaunchError", "PluginError", "RemoteError", "ServerExited", "StallTimeout", "StartupTimeout", "TransportError",
@@ -69,6 +69,7 @@ __all__ = [
     "LLMConfig",
     "LaunchError",
     "Launcher",
+    "ModelConfig",
     "PluginError",
     "RemoteError",
     "ResponseOutput",

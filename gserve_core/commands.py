@@ -10,10 +10,15 @@ DRAIN_SECONDS = 60.0
 
 
 class Scale(Struct, frozen=True, forbid_unknown_fields=True, tag="scale"):
-    """Change the number of servers. `drain`: time for removed servers to finish their items in flight, in seconds."""
+    """Change the number of servers.
+
+    `drain`: time for removed servers to finish their items in flight, in seconds.
+    `model`: the name of their model, if the service has several.
+    """
 
     servers: Annotated[int, Meta(ge=1, le=65535)]
     drain: Seconds = DRAIN_SECONDS
+    model: str | None = None
 
 
 class Reload(Struct, frozen=True, forbid_unknown_fields=True, tag="reload"):

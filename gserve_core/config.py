@@ -10,9 +10,9 @@ import ipaddress
 import math
 import re
 import socket
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -221,8 +221,10 @@ class ServeConfig:
         """Show the fields, without secrets."""
         return _shown(self)
 
-    def placement(self, gpus_per_server: int) -> list[tuple[int, ...] | None]:
+    def placement(self, gpus_per_server: int, least: int = 1) -> list[tuple[int, ...] | None]:
         """Return the GPU ids of each server, in order; None for a server that is not pinned.
+
+        `least`: the least value of `min_ready`.
 
         Raises ConfigError: the GPUs, the ports or `min_ready` do not fit the number of servers.
         """
@@ -240,9 +242,9 @@ class ServeConfig:
             for group in placement:
                 if group is not None and len(set(group)) < gpus_per_server:
                     raise ConfigError(f"a server would get the same GPU twice: {list(group)}", at="$.gpu_ids")
-        if self.min_ready is not None and not 1 <= self.min_ready <= len(placement):
+        if self.min_ready is not None and not least <= self.min_ready <= len(placement):
             raise ConfigError(
-                f"expected min_ready from 1 to {len(placement)}, the number of servers, got {self.min_ready}",
+                f"expected min_ready from {least} to {len(placement)}, the number of servers, got {self.min_ready}",
                 at="$.min_ready",
             )
         if self.port is not None and self.port + len(placement) - 1 > 65535:
@@ -341,29 +343,116 @@ DEFAULT_TYPES = {"launcher": "subprocess", "transport": "http", "engine": "vllm"
 """The plugins of a config that names no others."""
 
 
+@_checks_calls
+@dataclass(frozen=True)
+class ModelConfig:
+    """One of several models of a service, and its servers.
+
+    `llm`, `serve`: as for a service with one model.
+    `launcher`, `engine`: mappings with a `type`, as in a YAML file; None: those of the service.
+
+    Raises ConfigError: `llm` or `serve` is not an instance of its class.
+    """
+
+    llm: LLMConfig
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    launcher: dict[str, Any] | None = None
+    engine: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        _check_kinds(self, llm=LLMConfig, serve=ServeConfig)
+
+    @property
+    def gpu_memory(self) -> float | None:
+        """The fraction of a GPU's memory that each server takes, if it is set to a number."""
+        value = self.llm.engine_kwargs.get("gpu_memory_utilization")
+        return value if isinstance(value, (int, float)) else None
+
+
 @dataclass(frozen=True)
 class Config:
     """A complete service, as in a YAML file. `launcher`, `transport` and `engine` are still mappings with a `type`.
 
+    `llm`, `serve`: the only model, and its servers. `models`: several models by name, instead of these two.
     `gateway`: None: the service has none.
 
-    Raises ConfigError: `llm`, `serve` or `gateway` is not an instance of its class, but a mapping for example.
+    Raises ConfigError: `llm`, `serve`, `models` or `gateway` does not hold instances of its class, but a mapping for
+    example. Or both `llm` and `models` are given, or none, or the models do not fit beside each other.
     """
 
-    llm: LLMConfig
+    llm: LLMConfig | None = None
     serve: ServeConfig = field(default_factory=ServeConfig)
     launcher: dict[str, Any] = field(default_factory=lambda: {"type": DEFAULT_TYPES["launcher"]})
     transport: dict[str, Any] = field(default_factory=lambda: {"type": DEFAULT_TYPES["transport"]})
     engine: dict[str, Any] = field(default_factory=lambda: {"type": DEFAULT_TYPES["engine"]})
     plugins: list[str] = field(default_factory=list)
     gateway: GatewayConfig | None = None
+    models: dict[str, ModelConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, kind in (("llm", LLMConfig), ("serve", ServeConfig), ("gateway", GatewayConfig)):
-            given = getattr(self, name)
-            if not isinstance(given, kind) and (name, given) != ("gateway", None):
-                what, made = type(given).__name__, f"gserve.{kind.__name__}"
-                raise ConfigError(f"expected an instance of {made}, got {what}: write {made}(…)", at=f"$.{name}")
+        if not self.models:
+            if self.llm is None:
+                raise ConfigError("missing key 'llm', or 'models' for several models")
+            _check_kinds(self, llm=LLMConfig, serve=ServeConfig)
+        elif self.llm is not None:
+            raise ConfigError(
+                "'llm' and 'models' are both given: move this model under a name into 'models'", at="$.llm"
+            )
+        elif self.serve != ServeConfig():
+            raise ConfigError("each of several models has a 'serve' of its own: write it there", at="$.serve")
+        if self.gateway is not None:
+            _check_kinds(self, gateway=GatewayConfig)
+        for name, given in self.models.items():
+            if not _NAME.fullmatch(name):
+                raise ConfigError(
+                    f"expected a name of at most 64 letters, digits and '-_.' for a model, got {name!r}", at="$.models"
+                )
+            if not isinstance(given, ModelConfig):
+                what = type(given).__name__
+                raise ConfigError(
+                    f"expected an instance of gserve.ModelConfig, got {what}: write gserve.ModelConfig(…)",
+                    at=f"$.models.{name}",
+                )
+
+    @property
+    def pools(self) -> dict[str, ModelConfig]:
+        """All models by name, with a launcher and an engine each. A model alone has its `model_name` as name."""
+        models = self.models or {self.llm.model_name: ModelConfig(self.llm, self.serve)} if self.llm else self.models
+        return {
+            name: replace(it, launcher=it.launcher or self.launcher, engine=it.engine or self.engine)
+            for name, it in models.items()
+        }
+
+    def only(self, name: str) -> "Config":
+        """Return the config of a service with one of the models alone."""
+        it = self.pools[name]
+        assert it.launcher is not None
+        assert it.engine is not None
+        return Config(it.llm, it.serve, it.launcher, self.transport, it.engine, self.plugins, self.gateway)
+
+    @contextmanager
+    def placing(self, name: str) -> Iterator[None]:
+        """Have a `ConfigError` that is raised inside name the place of the model `name`, if that has several."""
+        try:
+            yield
+        except ConfigError as error:
+            section = error.at.removeprefix("$.").partition(".")[0].partition("[")[0]
+            own = self.models.get(name)
+            if own is not None and section in (
+                "$",
+                *(it.name for it in fields(own) if getattr(own, it.name) is not None),
+            ):
+                error.at = f"$.models.{name}{error.at.removeprefix('$')}"
+            raise
+
+
+def _check_kinds(config: Any, **kinds: type) -> None:
+    """Raise ConfigError unless the named fields hold instances of these classes."""
+    for name, kind in kinds.items():
+        given = getattr(config, name)
+        if not isinstance(given, kind):
+            what, made = type(given).__name__, f"gserve.{kind.__name__}"
+            raise ConfigError(f"expected an instance of {made}, got {what}: write {made}(…)", at=f"$.{name}")
 
 
 def _shown(value: Any) -> str:
@@ -398,8 +487,8 @@ def _wrong_host(host: str) -> str | None:
 
 def _hint_for_unknown(cls: Any, name: str, known: Sequence[str]) -> str:
     """Return the hint for an unknown field."""
-    for section in ("llm", "serve") if cls is Config else ():
-        if name in _hints(_hints(cls)[section]):
+    for section, below in {"llm": LLMConfig, "serve": ServeConfig}.items() if cls in (Config, ModelConfig) else ():
+        if name in _hints(below):
             return f"; did you mean '{section}.{name}'?"
     hint = did_you_mean(name, known)
     if cls is LLMConfig and "did you mean" not in hint:
@@ -437,13 +526,7 @@ def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
     for item in fields(cls):  # type: ignore[arg-type]
         if item.init and item.name not in mapping and item.default is MISSING and item.default_factory is MISSING:
             raise ConfigError(f"missing key '{item.name}'", at=at)
-    values = {
-        key: build(below, value, f"{at}.{key}")
-        if (below := _dataclass_of(hints[key])) is not None and not isinstance(value, below)
-        and (value is not None or below is hints[key])
-        else _convert(value, hints[key], f"{at}.{key}")
-        for key, value in mapping.items()
-    }  # fmt: skip
+    values = {key: _made(value, hints[key], f"{at}.{key}") for key, value in mapping.items()}
     try:
         return cls(**values)
     except ConfigError as error:
@@ -451,6 +534,16 @@ def build[T](cls: type[T], mapping: Any, at: str = "$") -> T:
         raise
     except (TypeError, ValueError) as error:
         raise ConfigError(str(error), at=at) from error
+
+
+def _made(value: Any, hint: Any, at: str) -> Any:
+    """Return the value of a field of type `hint`: itself converted, or a dataclass or a mapping of these."""
+    below = _dataclass_of(hint)
+    if below is None or isinstance(value, below) or (value is None and below is not hint):
+        return _convert(value, hint, at)
+    if get_origin(hint) is dict:
+        return {name: build(below, it, f"{at}.{name}") for name, it in _convert(value, dict[str, Any], at).items()}
+    return build(below, value, at)
 
 
 def _dataclass_of(hint: Any) -> Any:
@@ -494,8 +587,14 @@ def _check_serialisable(value: Any, at: str) -> None:
         raise ConfigError(f"expected a text, number, list or mapping, got {type_name(value)}", at=at)
 
 
-def check_placement(llm: LLMConfig, serve: ServeConfig) -> list[tuple[int, ...] | None]:
+type Placement = Sequence[tuple[int, ...] | None]
+"""The GPU ids of each server of a model, in order; None for a server that is not pinned."""
+
+
+def check_placement(llm: LLMConfig, serve: ServeConfig, least: int = 1) -> list[tuple[int, ...] | None]:
     """Return the GPU ids of each server of the two configs; None for a server that is not pinned.
+
+    `least`: the least value of `min_ready`.
 
     Raises ConfigError: they do not fit together.
     """
@@ -505,24 +604,76 @@ def check_placement(llm: LLMConfig, serve: ServeConfig) -> list[tuple[int, ...] 
         error.at = error.at.replace("$", "$.llm", 1)
         raise
     try:
-        return serve.placement(gpus_per_server)
+        return serve.placement(gpus_per_server, least)
     except ConfigError as error:
         error.at = error.at.replace("$", "$.serve", 1)
         raise
 
 
-def check_ports(config: Config, servers: int) -> None:
-    """Raise ConfigError if the gateway of a config has the port of one of its servers.
+def check_places(config: Config) -> dict[str, Placement]:
+    """Return the GPU ids of each server of each model, by the name of the model.
 
-    `servers`: their number.
+    Raises ConfigError: the GPUs, the ports or the memory of the models do not fit beside each other.
     """
-    gateway, first = config.gateway, config.serve.port
-    port = None if gateway is None else gateway.port
-    if port is not None and first is not None and first <= port < first + servers:
+    placements: dict[str, Placement] = {}
+    for name, model in config.pools.items():
+        with config.placing(name):
+            placements[name] = check_placement(model.llm, model.serve, 0 if config.models else 1)
+    _check_ports(config, placements)
+    _check_gpus(config, placements)
+    return placements
+
+
+def _check_ports(config: Config, placements: Mapping[str, Placement]) -> None:
+    """Raise ConfigError if two servers have the same port, or if the gateway has one of them."""
+    taken: dict[int, tuple[str, int, str]] = {}
+    for name, model in config.pools.items():
+        first, where = model.serve.port, f"models.{name}.serve.port" if config.models else "serve.port"
+        if first is None:
+            continue
+        for index in range(len(placements[name])):
+            server = server_name(name if config.models else None, index)
+            if (other := taken.get(first + index)) is not None:
+                raise ConfigError(
+                    f"port {first + index} of {server} is that of {other[0]} too ({other[2]}: {other[1]}):"
+                    " choose another port",
+                    at=f"$.{where}",
+                )
+            taken[first + index] = server, first, where
+    port = None if config.gateway is None else config.gateway.port
+    if port is not None and port in taken:
+        server, first, where = taken[port]
         raise ConfigError(
-            f"port {port} is that of server-{port - first} too (serve.port: {first}): choose another port",
-            at="$.gateway.port",
+            f"port {port} is that of {server} too ({where}: {first}): choose another port", at="$.gateway.port"
         )
+
+
+def _check_gpus(config: Config, placements: Mapping[str, Placement]) -> None:
+    """Raise ConfigError if two models on the same machine want a GPU that they do not share, or too much of it."""
+    users: dict[tuple[object, int], list[str]] = {}
+    models = config.pools if config.models else {}  # the ids of one model alone are checked there
+    for name, model in models.items():
+        for gpu in (gpu for group in placements[name] for gpu in group or ()):
+            users.setdefault(((model.launcher or {}).get("type"), gpu), []).append(name)
+    for (_, gpu), names in users.items():
+        last, all_names = names[-1], " and ".join(f"'{name}'" for name in dict.fromkeys(names))
+        if len(set(names)) > 1 and not all(models[name].serve.share_gpu for name in names):
+            raise ConfigError(
+                f"GPU {gpu} is that of {all_names}: choose different ids, or set share_gpu: true for all of them",
+                at=f"$.models.{last}.serve.gpu_ids",
+            )
+        total = sum(models[name].gpu_memory or 0.0 for name in names)
+        if len(names) > 1 and total > 1 + 1e-9:
+            raise ConfigError(
+                f"the servers of {all_names} would take {total:.3g} of the memory of GPU {gpu}: their"
+                " gpu_memory_utilization may be 1 in all",
+                at=f"$.models.{last}.llm.gpu_memory_utilization",
+            )
+
+
+def server_name(model: str | None, index: int) -> str:
+    """Return the name of a server, unique in its service. `model`: its model; None: the service has only one."""
+    return f"{'server' if model is None else model}-{index}"
 
 
 def load(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Config, Document]:
@@ -532,6 +683,23 @@ def load(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Config, Docum
     """
     document = Document(path, overrides)
     with document.located():
-        config = build(Config, document.data)
-        check_ports(config, len(check_placement(config.llm, config.serve)))
+        config = build(Config, _with_shared_serve(document.data))
+        check_places(config)
     return config, document
+
+
+def _with_shared_serve(data: Any) -> Any:
+    """Return the data of a config, where each of several models has the keys of the shared `serve` that it lacks.
+
+    Raises ConfigError: the shared section is wrong.
+    """
+    if not isinstance(data, Mapping) or "models" not in data or data.get("llm") is not None:
+        return data
+    models, shared = data["models"], data.get("serve", {})
+    if not isinstance(models, Mapping) or not models:
+        raise ConfigError(f"expected a mapping of models by name, got {type_name(models)}", at="$.models")
+    build(ServeConfig, shared, "$.serve")
+    for name, model in models.items():
+        if isinstance(model, Mapping) and isinstance(own := model.get("serve", {}), Mapping):
+            models = {**models, name: {**model, "serve": {**shared, **own}}}
+    return {**{key: value for key, value in data.items() if key != "serve"}, "models": models}

@@ -335,18 +335,27 @@ class GatewayApi(Protocol):
         Raises RemoteError: the command is wrong (400), or has failed (500).
         """
 
-    def attempts(self) -> Attempts:
-        """Return the attempts of a new request."""
+    def models(self) -> Sequence[Mapping[str, Any]]:
+        """Return the models from which a request chooses, as `GET /v1/models` lists them. Never waits.
+
+        Empty if the service has only one: then a server lists it, and a request may name any.
+        """
+
+    def attempts(self, model: str | None = None) -> Attempts:
+        """Return the attempts of a new request. `model`: the model that it names.
+
+        Raises RemoteError: it must name a model of the service (400, 404).
+        """
 
     def backends(self) -> Sequence[Backend]:
         """Return the ready servers."""
 
     def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
-        """Work on a request with all servers, and yield events in the order in which they happen.
+        """Work on a request with all servers of its model, and yield events in the order in which they happen.
 
         Closing the iterator cancels the work. If the service ends, some items get no event.
 
-        Raises RemoteError: the request is wrong (400, 413), or the service is closed (503, with `retry_after`).
+        Raises RemoteError: the request is wrong (400, 404, 413), or the service is closed (503, with `retry_after`).
         """
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:

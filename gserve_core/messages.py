@@ -95,7 +95,10 @@ type Params = dict[str, Any]
 
 
 class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Body of `POST /chat`. `params` None: the model's own defaults, as in `vllm.LLM.chat`."""
+    """Body of `POST /chat`. `params` None: the model's own defaults, as in `vllm.LLM.chat`.
+
+    `model`: the name of the model, for a gateway with several. A server ignores it.
+    """
 
     conversations: list[list[Message]]
     params: Params | None = None
@@ -104,14 +107,16 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     return_prompt_token_ids: bool = False
+    model: str | None = None
 
 
 class GenerateRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Body of `POST /generate`: texts, or lists of token ids."""
+    """Body of `POST /generate`: texts, or lists of token ids. `model`: see `ChatRequest`."""
 
     prompts: list[str | list[int]]
     params: Params | None = None
     return_prompt_token_ids: bool = False
+    model: str | None = None
 
 
 class Logprob(Struct, frozen=True, omit_defaults=True, gc=False):
@@ -209,12 +214,14 @@ class RunRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=
     `id`: the id for a `CancelRequest`; "" for none. A gateway treats requests with the same text before the last "-" as
     requests of one client.
     `alone`: the server must work on nothing else, so that the cause of its death is clear.
+    `model`: the name of the model, for a gateway with several.
     """
 
     groups: list[Group]
     heartbeat: float = 5.0
     id: str = ""
     alone: bool = False
+    model: str | None = None
 
 
 class CancelRequest(Struct, frozen=True, forbid_unknown_fields=True):

@@ -61,14 +61,31 @@ class Ending(Struct, frozen=True):
     cause: str
 
 
+class ModelOverview(Struct, frozen=True, kw_only=True):
+    """A model of a service.
+
+    `name`: the name by which requests choose it. `model`: its model id or folder.
+    `status`: "ok" if a server is ready, "starting" if one will be, or "stopped".
+    `seed`: see `LLMConfig.item_seed`.
+    `waiting`: number of items and requests that wait for one of its servers.
+    """
+
+    name: str
+    model: str
+    status: str
+    seed: int = 0
+    waiting: int = 0
+
+
 class ServiceOverview(Struct, frozen=True, kw_only=True):
     """A service.
 
     `status`: as in `GET /health` of the gateway: "ok", "starting", "draining" or "stopped".
     `seconds`: time since its start.
     `waiting`: number of items and requests that wait for a server.
-    `seed`: see `LLMConfig.item_seed`.
+    `seed`: that of the first model.
     `endings`: the latest unexpected ends of servers, newest first.
+    `models`: empty in an answer of an older version.
     """
 
     name: str
@@ -79,6 +96,7 @@ class ServiceOverview(Struct, frozen=True, kw_only=True):
     waiting: int = 0
     seed: int = 0
     endings: list[Ending] = []
+    models: list[ModelOverview] = []
 
 
 class LogPart(Struct, frozen=True):

@@ -1,7 +1,10 @@
 """The bodies of requests to gserve's own routes, as servers and gateways read them."""
 
 import json
+import re
+from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qs
 
 import msgspec
 
@@ -12,6 +15,34 @@ from .frames import CONTENT_TYPE
 
 HEARTBEATS = 0.01, 3600.0
 """Minimum and maximum heartbeat interval that a client may request, in seconds."""
+
+
+class _Named(msgspec.Struct):
+    """The part of a body that names the model."""
+
+    model: Any = None
+
+
+FORM_MODEL = re.compile(rb'name="model"[^\r\n]*\r\n(?:[^\r\n]+\r\n)*\r\n([^\r\n]*)\r\n--')
+"""The field `model` in the body of a form with a file."""
+
+
+def asked_model(scope: Mapping[str, Any], body: bytes) -> str | None:
+    """Return the model that a request names, in its body or, if it has none, in its URL; None: it names none.
+
+    Raises RemoteError: the body cannot be read (400).
+    """
+    if not body:
+        query: str = scope["query_string"].decode("latin-1")
+        given = parse_qs(query).get("model")
+        return given[0] if given else None
+    if dict(scope["headers"]).get(b"content-type", b"").startswith(b"multipart/"):
+        found = FORM_MODEL.search(body)
+        return None if found is None else found[1].decode(errors="replace")
+    model: object = read_json(body, _Named).model
+    if model is None or isinstance(model, str):
+        return model
+    raise RemoteError(f"'model': expected a text, got {model!r:.50}", status=400)
 
 
 def read_run(body: bytes | bytearray) -> RunRequest:

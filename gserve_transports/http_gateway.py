@@ -24,7 +24,7 @@ from gserve_core.messages import Event
 from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, packed
-from .http_bodies import read_cancel, read_json, read_run
+from .http_bodies import asked_model, read_cancel, read_json, read_run
 from .http_front import BODIES, CALL_WHEN_LOST, Bodies, given_secret, host_names, hostname, listen
 from .http_scrape import scrape
 from .http_upstream import Answer, Gone, Headers, Upstream
@@ -34,6 +34,8 @@ PASSED_ROUTES = {*ROUTES, ("POST", "/chat"), ("POST", "/generate")}
 """Routes that are passed on to a server."""
 RUN_ROUTE = ("POST", "/run")
 """Route of gserve's batches, which all servers work on together."""
+MODELS_ROUTE = ("GET", "/v1/models")
+"""Route that the gateway answers itself if its service has several models."""
 ANSWERED = {("GET", "/status"), ("GET", "/logs"), ("GET", METRICS_PATH), ("POST", "/cancel")}
 """Routes that the gateway answers itself, to a client with the key."""
 OPEN_ROUTES = {("GET", "/"), ("GET", "/health")}
@@ -183,10 +185,16 @@ class _Gateway:
         call_when_lost = scope["extensions"][CALL_WHEN_LOST]
         call_when_lost(cancel)
         try:
-            if (scope["method"], scope["path"]) == RUN_ROUTE:
+            route = scope["method"], scope["path"]
+            if route == RUN_ROUTE:
                 await self._run(body, send, measurement)
+            elif not (models := self._api.models()):
+                await self._attempt(self._api.attempts(), scope, body, send, measurement)
+            elif route == MODELS_ROUTE:
+                listed = msgspec.json.encode({"object": "list", "data": models})
+                await _answer(send, 200, listed, JSON, measurement)
             else:
-                await self._attempt(scope, body, send, measurement)
+                await self._attempt(self._api.attempts(asked_model(scope, body)), scope, body, send, measurement)
         except asyncio.CancelledError:
             if not is_lost:
                 raise
@@ -206,12 +214,13 @@ class _Gateway:
         await send({"type": "http.response.body", "body": b""})
         measurement.end_answer()
 
-    async def _attempt(self, scope: Scope, body: bytes, send: Send, measurement: Measurement) -> None:
+    async def _attempt(
+        self, attempts: Attempts, scope: Scope, body: bytes, send: Send, measurement: Measurement
+    ) -> None:
         """Send a request to servers until one answers. Raises RemoteError: none does."""
         query = scope["query_string"]
         target = scope["raw_path"] + (b"?" + query if query else b"")
         headers = [header for header in scope["headers"] if header[0] in PASSED]
-        attempts = self._api.attempts()
         while True:
             backend = await attempts.next()
             own = [*headers, (b"authorization", b"Bearer " + backend.token.encode())]

@@ -18,6 +18,7 @@ from gserve.cli import app
 from gserve_core import config, diagnosis, errors, hookspecs, interfaces, messages, openai_api, plugins
 from gserve_core.engines.vllm.known_errors import KNOWN_ERRORS
 from gserve_core.service.metrics import Metrics
+from gserve_core.service.plan import Plan
 from gserve_core.service.routing import Routing
 from gserve_core.service.service import VLLMService
 from gserve_core.service.state import ServerState
@@ -238,10 +239,9 @@ def test_its_python_compiles_and_its_yaml_is_a_config(page: Path, tmp_path: Path
         compile(block, page.name, "exec")
     for block in blocks(text, "yaml"):
         document = yaml.safe_load(block)
-        if "llm" in document:
+        if {"llm", "models"} & document.keys():
             (tmp_path / "config.yaml").write_text(block)
             for file in (ROOT / "configs" / "plugin").glob("*.py"):
                 (tmp_path / file.name).write_text(file.read_text())
             loaded, found = config.load(tmp_path / "config.yaml")
-            config.check_placement(loaded.llm, loaded.serve)
-            plugins.assemble(loaded, found.file.parent)
+            assert Plan.of(loaded, found.file.parent).servers

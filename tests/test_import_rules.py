@@ -65,8 +65,8 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.gateway_requests"},
     {"service.server_command"},
     {"service.server_life"},
-    {"service.server"},
-    {"service.deployment"},
+    {"service.server", "service.plan"},
+    {"service.model", "service.followed_models", "service.deployment"},
     {"service.service"},
 )  # fmt: skip
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
@@ -92,7 +92,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "reap": {"host.processes", "host.scratch", "service.records"},
     "openai_params": {"messages"},
     "doctor.examination": {
-        "errors", "config", "interfaces", "plugins", "service.service", "doctor.machine", "doctor.node",
+        "errors", "config", "interfaces", "plugins", "service.plan", "doctor.machine", "doctor.node",
     },
     "doctor.machine": {"errors", "config", "interfaces", "host.gpus"},
     "doctor.node": {
@@ -207,7 +207,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/rows/templates.py": {"jinja2"},  # only a job with a template needs it
     "gserve_core/rows/answers.py": {"jsonschema", "referencing"},
     "gserve_core/service/inference.py": {"gserve_core"},  # only jobs on tables need `rows`
-    "gserve_core/service/service.py": {"gserve_core"},
+    "gserve_core/service/model.py": {"gserve_core"},
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used
     "gserve/vllm_server.py": {"gserve_core"},  # after the search path is right
     **{  # `gserve --help` needs none of them

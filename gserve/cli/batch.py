@@ -18,10 +18,11 @@ from .display import print_stderr, printable
 from .job_flags import JobFlags, with_job_flags
 from .job_progress import show_progress
 from .options import Attach, Command, ConfigFile, ConfigFileOrNot, Overrides, Verbose
-from .service import changes, open_service, serving, split_words
+from .service import changes, chosen, open_service, serving, split_words
 
 if TYPE_CHECKING:
     from gserve_core.rows.job import FileJob
+    from gserve_core.service.model import Model
     from gserve_core.service.service import VLLMService
 
 PREVIEWS = 3
@@ -29,7 +30,17 @@ PREVIEWS = 3
 GC_THRESHOLD = 100_000
 """Number of new objects after which Python looks for garbage. By default, that takes a fifth of a job."""
 NO_ROWS = "the input has no rows"
-FOR_TEXTS = {"--output", "--system", "--params", "--schema", "--failed", "--overwrite", "--prefix", "--extra"}
+FOR_TEXTS = {
+    "--model",
+    "--output",
+    "--system",
+    "--params",
+    "--schema",
+    "--failed",
+    "--overwrite",
+    "--prefix",
+    "--extra",
+}
 """Options of a job whose prompts are arguments."""
 
 
@@ -67,11 +78,12 @@ def chat(
         raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
     job = flags.job([{"prompt": text} for text in texts], is_chat=True)
     if flags.source is None and not texts:
-        if given := set(flags.given) - {"--system", "--params"}:
+        if given := set(flags.given) - {"--system", "--params", "--model"}:
             raise ConfigError(f"{min(given)} requires a MESSAGE or --input")
         gateway = gserve.GatewayConfig()  # it streams the answers
         opening = [{"role": "system", "content": flags.system}] if flags.system else []
-        converse(open_service(file, attach, changes(overrides, verbose), gateway), opening, job.prompts.params)
+        service = open_service(file, attach, changes(overrides, verbose), gateway)
+        converse(service, chosen(service, flags.model), opening, job.prompts.params)
         return
     _answer(flags, job, file, attach, changes(overrides, verbose))
 
@@ -104,18 +116,19 @@ def _answer(flags: JobFlags, job: "FileJob", config: Path | None, attach: str | 
     if flags.source is None and (wrong := set(flags.given) - FOR_TEXTS):
         raise ConfigError(f"{min(wrong)} requires --input")
     if flags.dry_run:
-        service = open_service(config, None, changes) if config is not None else None
-        _show_previews(job, flags.limit or PREVIEWS, service)
+        model = chosen(open_service(config, None, changes), flags.model) if config is not None else None
+        _show_previews(job, flags.limit or PREVIEWS, model)
         return
     service = open_service(config, attach, changes)
-    service.check_params(job.make_prompts().params)
+    model = chosen(service, flags.model)
+    model.check_params(job.make_prompts().params)
     if flags.source is None and job.output is None:
-        _answer_texts(job, service)
+        _answer_texts(job, service, model)
     else:
-        _answer_rows(job, service)
+        _answer_rows(job, service, model)
 
 
-def _answer_texts(job: "FileJob", service: "VLLMService") -> None:
+def _answer_texts(job: "FileJob", service: "VLLMService", model: "VLLMService | Model") -> None:
     """Write the answers to the texts of the command line to stdout, in order."""
     from gserve_core.batch.batch import in_order
 
@@ -126,9 +139,9 @@ def _answer_texts(job: "FileJob", service: "VLLMService") -> None:
     failed, ended = 0, []
     with serving(service):
         outcomes = (
-            service.chat_iter([msgspec.to_builtins(it.messages) for it in made], prompts.params)
+            model.chat_iter([msgspec.to_builtins(it.messages) for it in made], prompts.params)
             if job.prompts.is_chat
-            else service.generate_iter(made, prompts.params)
+            else model.generate_iter(made, prompts.params)
         )
         for index, outcome in in_order(outcomes):
             ended.append(outcome)
@@ -144,13 +157,13 @@ def _answer_texts(job: "FileJob", service: "VLLMService") -> None:
         raise GserveError(f"{failed} of {len(rows)} items failed")
 
 
-def _answer_rows(job: "FileJob", service: "VLLMService") -> None:
+def _answer_rows(job: "FileJob", service: "VLLMService", model: "VLLMService | Model") -> None:
     """Write each row of a file with its answer."""
     from gserve_launchers.slurm.batch import is_over
 
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)  # thousands of rows wait in memory, and are no garbage
-    with job.begin(service.model_facts(), is_over) as run:
+    with job.begin(model.model_facts(), is_over) as run:
         totals = run.totals
         if run.remaining == 0:
             run.complete()
@@ -158,21 +171,21 @@ def _answer_rows(job: "FileJob", service: "VLLMService") -> None:
             return
         if totals.before:
             print_stderr(f"{totals.before:,} of {totals.rows:,} rows are answered already")
-        with serving(service), show_progress(totals, service) as show:
-            service.answer_rows(run, show)
+        with serving(service), show_progress(totals, model) as show:
+            model.answer_rows(run, show)
     if totals.failed:
         raise GserveError(f"{totals}" + (f"; the failed rows: {job.failed_file}" if job.failed_file else ""))
     print_stderr(str(totals))
 
 
-def _show_previews(job: "FileJob", count: int, service: "VLLMService | None") -> None:
+def _show_previews(job: "FileJob", count: int, model: "VLLMService | Model | None") -> None:
     """Write the first prompts to stdout, with their lengths if they can be counted here."""
     shown = list(job.previews(count))
     good = [prompt for _, prompt in shown if not isinstance(prompt, ItemError)]
     lengths: Iterator[int] = iter(())
-    if service is not None:
+    if model is not None:
         try:
-            lengths = iter(service.prompt_lengths(good) or ())
+            lengths = iter(model.prompt_lengths(good) or ())
         except GserveError as error:
             print_stderr(str(error))
     for row, prompt in shown:

@@ -9,6 +9,7 @@ from gserve_core.batch.items import Seeds
 from gserve_core.errors import GserveError, ItemError, RemoteError, TransportError
 from gserve_core.messages import Params
 from gserve_core.openai_params import chat_fields
+from gserve_core.service.model import Model
 from gserve_core.service.service import VLLMService
 from gserve_transports.http_client import GatewayClient
 
@@ -24,14 +25,14 @@ NOT_FOUND = 404
 type Messages = Sequence[Mapping[str, str]]
 
 
-def converse(service: VLLMService, opening: Messages, params: Params | None) -> None:
-    """Run a conversation. A message that fails or is cancelled is not kept in it.
+def converse(service: VLLMService, model: VLLMService | Model, opening: Messages, params: Params | None) -> None:
+    """Run a conversation with a model of a service. A message that fails or is cancelled is not kept in it.
 
     Raises GserveError at the end: messages failed, and they did not come from a terminal.
     """
     prompt = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     history = [*opening]
-    answers = Answers(service, params)
+    answers = Answers(service, params, model)
     count = failed = 0
     with serving(service):
         while True:
@@ -68,14 +69,16 @@ def converse(service: VLLMService, opening: Messages, params: Params | None) -> 
 
 
 class Answers:
-    """The answers of a service, streamed by OpenAI's API of its gateway.
+    """The answers of a service, streamed by OpenAI's API of its gateway. `model`: one of several models.
 
     Without a gateway, or if this API does not have the engine, the model or the parameters, an answer comes in one
     piece.
     """
 
-    def __init__(self, service: VLLMService, params: Params | None) -> None:
+    def __init__(self, service: VLLMService, params: Params | None, model: VLLMService | Model | None = None) -> None:
         self._service = service
+        self._calls = model or service
+        self._name = model.name if isinstance(model, Model) else None
         self._params = params
         self._fields = chat_fields(params)
         self._seeds: Seeds | None = None
@@ -93,7 +96,7 @@ class Answers:
             except TransportError as error:  # a service whose gateway is gone may come back
                 if not error.is_gone and not (isinstance(error, RemoteError) and error.status == NOT_FOUND):
                     raise
-        (outcome,) = self._service.chat([messages], self._params, return_extra=True, on_error="return")
+        (outcome,) = self._calls.chat([messages], self._params, return_extra=True, on_error="return")
         if isinstance(outcome, ItemError):
             raise outcome
         text: str = outcome[0].text
@@ -119,15 +122,19 @@ class Answers:
 
     def _model(self, client: GatewayClient) -> dict[str, str]:
         """Return the field that names the adapter, if there is one. gserve's other routes always apply it."""
-        has_adapter = any(model["id"] == ADAPTER and model.get("parent") for model in client.models())
-        return {"model": ADAPTER} if has_adapter else {}
+        has_adapter = any(
+            model["id"] == ADAPTER and model.get("parent") and self._name in (None, model["parent"])
+            for model in client.models()
+        )
+        return {"model": ADAPTER} if has_adapter else {} if self._name is None else {"model": self._name}
 
     def _seed(self, client: GatewayClient) -> int:
         """Return the seed of the next answer. It follows from the seed of the model, as for other items."""
         if self._seeds is None:
             seed = 0
             with suppress(GserveError):  # a service of an older version
-                seed = client.overview().seed
+                seen = client.overview()
+                seed = next((it.seed for it in seen.models if it.name == self._name), seen.seed)
             self._seeds = Seeds(seed)
         return self._seeds.of_next_call()(0)
 

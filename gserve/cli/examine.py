@@ -18,9 +18,10 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check CONFIG, and print the commands that would run. Starts nothing, and uses no network."""
     from gserve_core.doctor.examination import check_config
 
-    for job, command in check_config(config, overrides or ()):
+    for model, job, command in check_config(config, overrides or ()):
         gpus = f" on GPU {','.join(map(str, job.gpu_ids))}" if job.gpu_ids else ""
-        print(f"# {job.name}{gpus}")
+        of = "" if model.is_alone else f" of the model {model.name}"
+        print(f"# {job.name}{of}{gpus}")
         print(*(f"{key}={shlex.quote(value)}" for key, value in hidden(job.env).items()), shlex.join(command))
 
 

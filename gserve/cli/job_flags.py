@@ -13,6 +13,8 @@ import typer
 from gserve_core.errors import ConfigError
 from gserve_core.messages import Params
 
+from .options import Model
+
 if TYPE_CHECKING:
     from gserve_core.rows.job import FileJob
 
@@ -29,6 +31,7 @@ class JobFlags:
         str | None,
         typer.Option("--input", "-i", metavar="ROWS", help=f"A file, a folder, a pattern in quotes, or - ({FORMATS})."),
     ] = None
+    model: Model = None
     output: Annotated[
         Path | None,
         typer.Option(

@@ -10,6 +10,7 @@ from .display import print_stderr
 
 if TYPE_CHECKING:
     from gserve_core.rows.output import Totals
+    from gserve_core.service.model import Model
     from gserve_core.service.service import VLLMService
 
 LINE_SECONDS = 30.0
@@ -19,7 +20,7 @@ BAR_SECONDS = 0.5
 
 
 @contextmanager
-def show_progress(totals: "Totals", service: "VLLMService") -> "Iterator[Callable[[Totals], object]]":
+def show_progress(totals: "Totals", model: "VLLMService | Model") -> "Iterator[Callable[[Totals], object]]":
     """Show the progress of a job. Yields a function to call with the totals after each step."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
@@ -36,7 +37,7 @@ def show_progress(totals: "Totals", service: "VLLMService") -> "Iterator[Callabl
             if now < shown_at + (BAR_SECONDS if is_bar else LINE_SECONDS):
                 return
             shown_at = now
-            text = describe(totals, sum(it.usable for it in service.status()))
+            text = describe(totals, sum(it.usable for it in model.status()))
             if is_bar:
                 bar.update(task, completed=totals.ended, description=text)
             else:

@@ -23,6 +23,7 @@ Attach = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", help="Show the servers' logs on stderr, as serve.verbose=true does.")
 ]
+Model = Annotated[str | None, typer.Option(metavar="NAME", help="One of several models: its name under 'models'.")]
 Command = Annotated[list[str], typer.Argument(metavar="-- COMMAND", help="A program and its arguments.")]
 CommandOrNot = Annotated[
     list[str] | None, typer.Argument(metavar="[-- COMMAND]", help="A program and its arguments.", show_default=False)

@@ -15,7 +15,7 @@ import gserve
 from gserve_core.errors import ConfigError, GserveError, RemoteError
 
 from .display import TICK, print_stderr, print_table
-from .options import ConfigFile, Overrides, Verbose
+from .options import ConfigFile, Model, Overrides, Verbose
 from .service import changes, drain_service, is_down, serving
 from .signals import Signalled
 
@@ -92,6 +92,7 @@ def _make_full_collections_rare() -> None:
 def wait(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service, or one that will be.")],
     timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Maximum time to wait.")] = 600.0,
+    model: Model = None,
 ) -> None:
     """Wait until a service is ready, also if it has not been launched yet."""
     from gserve_core.service import records
@@ -109,6 +110,18 @@ def wait(
     if record.status != "ready":
         cause = f": {record.error}" if record.error else ""
         raise GserveError(f"the service '{name}' cannot be used, it is {record.status}{cause}")
+    while model is not None:  # it may join later than the others
+        from gserve_core.service.attached import models_of
+        from gserve_core.service.plan import find_model
+
+        models = models_of(record)
+        find_model({it: it for it in models}, model)
+        if (status := models[model].status) == "ready":
+            break
+        if status == "failed" or time.monotonic() >= deadline:
+            raise GserveError(f"the model '{model}' of the service '{name}' cannot be used, it is {status}")
+        time.sleep(TICK)
+        record = records.find_service(name)
 
 
 def env(
@@ -133,14 +146,15 @@ def scale(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
     servers: Annotated[int, typer.Argument(metavar="N", min=1, help="The number of servers that it shall have.")],
     timeout: Drain = 60.0,
+    model: Model = None,
 ) -> None:
-    """Change the number of servers of a launched service, while they work.
+    """Change the number of servers of a launched service, or of one of its models, while they work.
 
     Removed servers first finish their items in flight. Ctrl-C ends the command, not the change.
     """
     from gserve_core.commands import Scale
 
-    _command(name, Scale(servers, timeout))
+    _command(name, Scale(servers, timeout, model))
 
 
 def reload(
@@ -161,6 +175,7 @@ def reload(
 
     If there is room, all new servers start beside the old ones, and get the work at the same moment. Otherwise one is
     replaced after another. If a new server fails, the old ones go on. Ctrl-C ends the command, not the change.
+    Of several models, those whose section has not changed keep their servers.
     """
     from gserve_core.commands import Reload
 

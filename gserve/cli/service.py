@@ -17,6 +17,7 @@ from .signals import Signalled, ignore, on_signals, raise_signalled
 
 if TYPE_CHECKING:
     from gserve_core.config import GatewayConfig
+    from gserve_core.service.model import Model
     from gserve_core.service.service import VLLMService
     from gserve_core.service.state import ServerState
 
@@ -80,6 +81,15 @@ def open_service(
             " running service"
         )
     return gserve.VLLMService.attach(attach)
+
+
+def chosen(service: "VLLMService", model: str | None) -> "VLLMService | Model":
+    """Return the calls to the model with a name; None: to the only one. Raises ConfigError: there are others."""
+    if model is None and len(service.models) <= 1:
+        return service
+    from gserve_core.service.plan import find_model
+
+    return service[find_model({name: name for name in service.models}, model)]
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from gserve_core.errors import ConfigError
 from .display import print_table
 from .job_flags import JobFlags, with_job_flags
 from .options import CommandOrNot, ConfigFile, Overrides, SlurmNumber, SlurmText
+from .service import chosen
 
 if TYPE_CHECKING:
     from gserve_core.rows.job import FileJob
@@ -63,11 +64,12 @@ def sbatch(
         raise ConfigError("--set contains a secret: write it into CONFIG or the environment")
     launcher = batch.configured(service.launcher, {name: value for name, value in given.items() if value is not None})
     jobs = [job for job, _ in service.jobs()]
+    model = chosen(service, flags.model) if flags.source is not None else None
     tasks = list(range(1, (shards or 0) + 1))
     if shards and not flags.overwrite:
-        model = service.model_facts()
+        facts = {} if model is None else model.model_facts()
         tasks = [
-            it for it in tasks if not _task(flags, output, shards, it, is_chat=is_chat).is_done(model, batch.is_over)
+            it for it in tasks if not _task(flags, output, shards, it, is_chat=is_chat).is_done(facts, batch.is_over)
         ]
         if not tasks:
             print(f"all rows are answered already: {flags.output}")

@@ -6,16 +6,18 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
+from msgspec import structs
 
 from gserve_core.errors import ConfigError, GserveError, TransportError, did_you_mean
 
 from .display import Page, print_page, print_stderr, print_table, printable, show_live
+from .options import Model
 from .signals import Signalled
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ MISSING_SECONDS = 3.0
 """Time after which a service whose record is missing counts as ended, in seconds. Its owner may write it again."""
 AT_ONCE = 32
 """Maximum number of services that are asked at once."""
-RECORDED = ("name", "state", "address", "gpu_ids", "model", "capacity", "log")
+RECORDED = ("name", "pool", "state", "address", "gpu_ids", "model", "capacity", "log")
 """Fields of `ServerOverview` that are known without the gateway."""
 ENDINGS = 8
 """Maximum number of unexpected ends of servers that `top` shows with their causes."""
@@ -45,6 +47,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")
 
 def ps(
     as_json: Annotated[bool, typer.Option("--json", help="Print all that is known as one JSON document.")] = False,
+    model: Model = None,
 ) -> None:
     """List the launched services of this user on this machine, with the state of each server."""
     from gserve_core.service import records
@@ -53,7 +56,7 @@ def ps(
     for file in unreadable:
         print_stderr(f"error: {file}")
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        views = list(threads.map(look_at, services))
+        views = [view.of(model) for view in threads.map(look_at, services)]
     if as_json:
         document = msgspec.json.encode({"services": [view.as_json() for view in views]})
         print(msgspec.json.format(document, indent=2).decode())
@@ -131,6 +134,13 @@ class View:
     is_live: bool
     problem: str = ""
 
+    def of(self, model: str | None) -> "View":
+        """Return the view with the servers of one model alone. None: of all models."""
+        if model is None:
+            return self
+        servers = [server for server in self.overview.servers if server.pool == model]
+        return replace(self, overview=structs.replace(self.overview, servers=servers))
+
     def as_json(self) -> dict[str, Any]:
         """Return all that is known as JSON values, None for the rest. It contains no secret."""
         found: dict[str, Any] = msgspec.to_builtins(self.overview)
@@ -164,7 +174,7 @@ def look_at(record: "ServiceRecord") -> View:
     logs = _logs_on_disk(record)
     servers = [
         ServerOverview(
-            name=server.name, state="ready", seconds=0.0, generation=0, address=str(server.address),
+            name=server.name, pool=server.pool, state="ready", seconds=0.0, generation=0, address=str(server.address),
             gpu_ids=server.gpu_ids, model=server.model, capacity=server.capacity,
             log=str(logs[server.name]) if server.name in logs else None,
         )
@@ -211,12 +221,13 @@ def logs(
     server: Annotated[str | None, typer.Argument(metavar="SERVER", help="One of its servers [default: all].")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show new lines too, until Ctrl-C.")] = False,
     lines: Annotated[int, typer.Option("--lines", "-n", metavar="N", min=0, help="Number of last lines.")] = 50,
+    model: Model = None,
 ) -> None:
     """Show the last lines of the servers' logs. Restarts are followed too."""
     from gserve_core.service import records
 
     record = records.find_service(name)
-    found = _log_paths(record)
+    found = _log_paths(record, model)
     if server is not None and server not in found:
         raise ConfigError(f"the service '{name}' has no server '{server}'{did_you_mean(server, list(found))}")
     tails = _Tails(server)
@@ -226,7 +237,7 @@ def logs(
         tails.finish()
         return
     try:
-        _follow(tails, record)
+        _follow(tails, record, model)
     except Signalled as signalled:
         if signalled.number != signal.SIGINT:  # Ctrl-C is the normal way to end it
             raise
@@ -234,7 +245,7 @@ def logs(
         print_stderr(f"the service '{name}' has ended")
 
 
-def _follow(tails: "_Tails", record: "ServiceRecord") -> None:
+def _follow(tails: "_Tails", record: "ServiceRecord", model: str | None) -> None:
     """Print new lines of logs until the service has ended."""
     watch, checked = _Watch(record), time.monotonic()
     now: ServiceRecord | None = record
@@ -244,13 +255,23 @@ def _follow(tails: "_Tails", record: "ServiceRecord") -> None:
         if time.monotonic() - checked > CHECK_SECONDS:
             now, checked = watch.read(), time.monotonic()
             if now is not None:
-                tails.update(_log_paths(now), sys.maxsize)
+                tails.update(_log_paths(now, model), sys.maxsize)
     tails.finish()
 
 
-def _log_paths(record: "ServiceRecord") -> dict[str, Path | None]:
-    """Return the newest log of each server of a service, by the server's name; None: it has none yet."""
+def _log_paths(record: "ServiceRecord", model: str | None) -> dict[str, Path | None]:
+    """Return the newest log of each server of a service, or of one model; None: it has none yet. By the server's name.
+
+    Raises ConfigError: the service has no such model.
+    """
     view, on_disk = look_at(record), _logs_on_disk(record)
+    if model is not None:
+        from gserve_core.service.attached import models_of
+        from gserve_core.service.plan import find_model
+
+        find_model({it: it for it in models_of(record)}, model)
+        view = view.of(model)
+        on_disk = {name: path for name, path in on_disk.items() if name.rpartition("-")[0] == model}
     found = {it.name: on_disk.get(it.name) if it.log is None else Path(it.log) for it in view.overview.servers}
     return found if view.is_live else {**on_disk, **found}
 
@@ -295,11 +316,11 @@ class _Tails:
 # ----------------------------------------------------------------------------------------------------------------- top
 
 
-def top(name: Name) -> None:
+def top(name: Name, model: Model = None) -> None:
     """Show a service and its servers, each second anew, until q or Ctrl-C. Into a file or a pipe, show them once."""
     from gserve_core.service import records
 
-    pages = _pages(records.find_service(name))
+    pages = _pages(records.find_service(name), model)
     if not sys.stdout.isatty():
         print_page(next(pages))
         return
@@ -313,12 +334,12 @@ def top(name: Name) -> None:
         print_stderr(f"the service '{name}' has ended")
 
 
-def _pages(record: "ServiceRecord") -> Iterator[Page]:
-    """Yield the current view of a service as a page, until the service has ended."""
+def _pages(record: "ServiceRecord", model: str | None) -> Iterator[Page]:
+    """Yield the current view of a service, or of one model, as a page, until the service has ended."""
     watch = _Watch(record)
     now: ServiceRecord | None = record
     while now is not None:
-        yield _page(look_at(now))
+        yield _page(look_at(now).of(model))
         now = watch.read()
 
 
@@ -345,6 +366,8 @@ def _page(view: View) -> Page:
     facts = [f"{view.record.name}: {view.record.status}"]
     if view.is_live:
         facts += [f"for {_duration(view.overview.seconds)}", f"{view.overview.waiting} waiting for a server"]
+        if len(view.overview.models) > 1:
+            facts += [f"{it.name} {it.status}" for it in view.overview.models]
     if view.record.gateway is not None:
         facts.append(view.record.gateway.base_url)
     notes = [

@@ -122,9 +122,12 @@ class Dispatcher:
     Its methods may be called from any thread and from signal handlers.
 
     A forked process may go on using it. There it has its own thread and connections, to the servers known at the fork.
+
+    `model`: the model that the requests name, for a gateway with several.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: str | None = None) -> None:
+        self._model = model
         check_not_patched()
         open_missing_descriptors()  # an event loop breaks if one of its descriptors is below 3
         self._known: dict[str, _Known] = {}
@@ -444,7 +447,9 @@ class Dispatcher:
 
     async def _send(self, piece: Piece, link: _Link) -> None:
         """Send a piece, and pass its events to the queue."""
-        request = RunRequest(_groups(piece.sent), link.heartbeat, piece.request, piece.is_narrowing)
+        request = RunRequest(
+            _groups(piece.sent), link.heartbeat, piece.request, piece.is_narrowing, model=self._model
+        )  # fmt: skip
         async with contextlib.aclosing(link.connection.run(request)) as stream:
             async for events in stream:
                 link.has_answered = True

@@ -6,11 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import plugins
-from ..config import DEFAULT_TYPES, load
+from ..config import DEFAULT_TYPES
 from ..errors import ConfigError
-from ..interfaces import Finding, Job
-from ..plugins import assemble
-from ..service.service import VLLMService
+from ..interfaces import Finding, Job, Launcher
+from ..service.plan import ModelPlan, Plan, Source
 from .machine import examine_machine, examine_pinning
 from .node import Errand, visit
 
@@ -40,40 +39,55 @@ def examine(
         yield from examine_machine(None, registry.build("engine", {"type": DEFAULT_TYPES["engine"]}), runs_here=False)
         yield from _examine_launchers()
         return
-    loaded, document = load(config, overrides)
-    with document.located():
-        parts = assemble(loaded, document.file.parent)
-        service = VLLMService(
-            loaded.llm, loaded.serve, launcher=parts.launcher, transport=parts.transport, engine=parts.engine,
-            plugins=loaded.plugins,
-        )  # fmt: skip
-        jobs = [job for job, _ in service.jobs()]
+    plan = Source(config, tuple(overrides)).read()
+    jobs = [(model, job) for model, job, _ in plan.jobs()]
+    seen: set[Finding] = set()
+    visited: list[Launcher] = []
+    for model in plan.models.values():
+        own, launcher = [job for known, job in jobs if known is model], model.parts.launcher
+        is_new = on_node or launcher not in visited
+        visited.append(launcher)
+        for finding in _examine_model(plan, model, own, config.parent, waiting, on_node=on_node, visits=is_new):
+            if finding not in seen:  # models have much in common
+                seen.add(finding)
+                yield finding
+
+
+def _examine_model(
+    plan: Plan,
+    model: ModelPlan,
+    jobs: Sequence[Job],
+    folder: Path,
+    waiting: Callable[[str], object],
+    *,
+    on_node: bool,
+    visits: bool,
+) -> Iterator[Finding]:
+    """Yield findings about what one model needs. `visits`: whether to try to reach a node, if servers start there."""
+    parts, config = model.parts, plan.config.only(model.name)
     is_here = parts.launcher.owner_variable is None
-    yield from examine_machine(loaded, parts.engine, runs_here=is_here)
+    yield from examine_machine(config, parts.engine, runs_here=is_here)
     if is_here:
         yield from examine_pinning(jobs)
     found = list(parts.launcher.examine())
     yield from found
-    if is_here and not on_node:
+    if not visits or (is_here and not on_node):
         return
     if any(finding.state == "problem" for finding in found):
         yield Finding("node", "note", f"not tried: the launcher '{parts.launcher.name}' has a problem, see above")
         return
-    folder, variable = str(document.file.parent.resolve()), parts.launcher.owner_variable
-    errand = Errand(loaded, folder, variable, secrets.token_hex(16), look=on_node)
+    errand = Errand(config, str(folder.resolve()), parts.launcher.owner_variable, secrets.token_hex(16), look=on_node)
     yield from visit(parts, jobs[0], errand, waiting)
 
 
-def check_config(config: Path, overrides: Sequence[str] = ()) -> list[tuple[Job, list[str]]]:
-    """Check a config with the files of this machine; return the jobs that would start, as `VLLMService.jobs` does.
+def check_config(config: Path, overrides: Sequence[str] = ()) -> list[tuple[ModelPlan, Job, list[str]]]:
+    """Check a config with the files of this machine; return the jobs that would start, as `Plan.jobs` does.
 
     Raises ConfigError or PluginError.
     """
-    loaded, document = load(config, overrides)
-    with document.located():
-        parts = assemble(loaded, document.file.parent)
-        parts.engine.check_config(loaded.llm, runs_here=parts.launcher.owner_variable is None)
-    return VLLMService.from_yaml(config, overrides=overrides).jobs()
+    plan = Source(config, tuple(overrides)).read()
+    plan.check()
+    return list(plan.jobs())
 
 
 def _examine_launchers() -> Iterator[Finding]:

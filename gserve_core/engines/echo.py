@@ -164,6 +164,8 @@ class RunningEcho(RunningEngine):
         self.info = EngineInfo(
             model=llm.model_name, max_model_len=self._max_model_len, capacity=engine.capacity, version="echo"
         )
+        names = llm.llm_kwargs.get("served_model_name") or llm.model_name
+        self.names = [names] if isinstance(names, str) else names
         self._waiting: dict[int, asyncio.Future[str]] = {}
         self._numbers = itertools.count()
         self._queue: deque[tuple[int, int, str]] = deque()

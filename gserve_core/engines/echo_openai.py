@@ -24,6 +24,8 @@ class Streaming(Protocol):
     """The part of a running engine that this API needs. For the first two methods, see `RunningEngine`."""
 
     info: EngineInfo
+    names: Sequence[str]
+    """The names that a request may give the model."""
 
     async def prepare(self, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
         """Check prompts."""
@@ -40,7 +42,7 @@ class Streaming(Protocol):
 
 def application(engine: Streaming) -> ASGIApp:
     """Return the application over a running engine."""
-    model, numbers, started = engine.info.model, itertools.count(), int(time.time())
+    (model, *others), numbers, started = engine.names, itertools.count(), int(time.time())
 
     async def answer(scope: ASGIMessage, receive: ASGIReceive, send: ASGISend) -> None:
         path = scope["path"]
@@ -54,7 +56,7 @@ def application(engine: Streaming) -> ASGIApp:
             asked = msgspec.json.decode((await receive())["body"])
             try:
                 prompts = _prompts(asked, is_chat="chat" in path)
-                if asked.get("model") not in (None, model):
+                if asked.get("model") not in (None, model, *others):
                     raise RemoteError(f"The model `{asked['model']}` does not exist.", status=404)
                 params = {name: asked[name] for name in PARAMS if asked.get(name) is not None}
                 if (most := asked.get("max_completion_tokens")) is not None:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
+from msgspec import structs
+
 from ..batch.dispatcher import Dispatcher
 from ..errors import GserveError, TransportError
 from ..interfaces import Connection, EngineInfo
 from ..service import records
-from ..service.records import GatewayRecord, ServerRecord, ServiceRecord
+from ..service.records import GatewayRecord, ModelRecord, ServerRecord, ServiceRecord
 from .followed import Followed, Following
 from .state import ServerState, State, sort_key
 
@@ -34,13 +36,26 @@ class Attached(Followed["_Following"]):
 
     `connect`: makes a connection to a server.
     `timeout`: see `Dispatcher.add`.
+    `model`: only the servers of this model; None: all servers.
     """
 
-    def __init__(self, name: str, connect: Callable[[ServerRecord], Connection], timeout: float | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[ServerRecord], Connection],
+        timeout: float | None,
+        model: str | None = None,
+    ) -> None:
         super().__init__()
         self._name = name
         self._connect = connect
         self._timeout = timeout
+        self._model = model
+
+    @property
+    def models(self) -> Mapping[str, ModelRecord]:
+        """The models of the service, by name."""
+        return {} if self._session is None else self._session.models
 
     @property
     def gateway(self) -> GatewayRecord | None:
@@ -49,14 +64,19 @@ class Attached(Followed["_Following"]):
 
     def _follow(self) -> "_Following":
         """Begin to follow the service. Raises ConfigError: there is no such service."""
-        return _Following(self._name, self._connect, self._timeout, records.find_service(self._name))
+        return _Following(self._name, self._connect, self._timeout, records.find_service(self._name), self._model)
 
 
 class _Following(Following):
     """One period of following a service by its record."""
 
     def __init__(
-        self, name: str, connect: Callable[[ServerRecord], Connection], timeout: float | None, first: ServiceRecord
+        self,
+        name: str,
+        connect: Callable[[ServerRecord], Connection],
+        timeout: float | None,
+        first: ServiceRecord,
+        model: str | None,
     ) -> None:
         super().__init__(Dispatcher(), FOLLOW_SECONDS, f"the service '{name}'")
         self._name = name
@@ -64,6 +84,8 @@ class _Following(Following):
         self._timeout = timeout
         self.servers: Mapping[str, ServerRecord] = MappingProxyType({})
         self.gateway: GatewayRecord | None = None
+        self.models: Mapping[str, ModelRecord] = {}
+        self._model = model
         self._is_drained = False
         self._missing_since: float | None = None
         self._apply_record(first)
@@ -96,7 +118,9 @@ class _Following(Following):
 
     def _apply_record(self, record: ServiceRecord) -> None:
         """Apply the record of a living owner to the queue and the states."""
-        self.gateway = record.gateway
+        self.gateway, self.models = record.gateway, models_of(record)
+        if self._model is not None:
+            record = _record_of(record, self._model)
         if record.status == "draining":
             self.dispatcher.drain(drain_reason(self._name))
             self._is_drained = True
@@ -107,7 +131,8 @@ class _Following(Following):
         gone = [name for name, server in self.servers.items() if now.get(name) != server]
         if record.status != "failed":
             self.dispatcher.expect(SERVICE_KEY)
-        all_failed = f"all servers of the service '{self._name}' have failed"
+        of = "" if self._model is None else f" of the model '{self._model}'"
+        all_failed = f"all servers{of} of the service '{self._name}' have failed"
         for name in gone:
             if self.servers[name].instance in record.finishing:
                 self.dispatcher.retire(name)
@@ -170,10 +195,27 @@ class _Following(Following):
         return last.queued(why) if state == State.QUEUED else last.draining("finishing its requests", finishing=True)
 
 
+def models_of(record: ServiceRecord) -> Mapping[str, ModelRecord]:
+    """Return the models of a service by name, also if an older version wrote its record."""
+    alone = ModelRecord(record.seed, record.client_timeout, record.stall_timeout, record.status)
+    return record.models or {server.model: alone for server in record.servers[:1]}
+
+
+def _record_of(record: ServiceRecord, model: str) -> ServiceRecord:
+    """Return the record as that of a service with one of the models alone."""
+    own = record.models.get(model)
+    if own is None:  # it was removed
+        return structs.replace(record, servers=[], status="draining" if record.status == "draining" else "failed")
+    return structs.replace(
+        record, servers=[server for server in record.servers if server.pool == model],
+        status="draining" if record.status == "draining" else own.status, stall_timeout=own.stall_timeout,
+    )  # fmt: skip
+
+
 def _ready_state(record: ServerRecord) -> ServerState:
     """Return the state of a server that its owner reports as ready."""
     return ServerState(
-        name=record.name, state=State.READY, host=record.address.hosts[0], port=record.address.port,
+        name=record.name, pool=record.pool, state=State.READY, host=record.address.hosts[0], port=record.address.port,
         gpu_ids=None if record.gpu_ids is None else tuple(record.gpu_ids), address=record.address,
         info=EngineInfo(model=record.model, capacity=record.capacity), instance=record.instance,
         token=record.token, control=record.control or "",

@@ -4,112 +4,31 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ..batch.items import Seeds
 from ..commands import DRAIN_SECONDS, Command, Reload, Scale
-from ..config import Config, GatewayConfig, check_placement, check_ports, load, wrong_key
+from ..config import GatewayConfig, ServeConfig, wrong_key
 from ..errors import ConfigError, GserveError, LaunchError
 from ..host import folders, processes
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
-from ..interfaces import Access, Connection, Engine, Launcher, Transport
-from ..plugins import Parts, assemble
-from .gateway import Gateway, new_key
-from .nursery import Nursery
-from .pool import Pool, Queue, Record
-from .records import ServerRecord, ServiceRecord
+from ..interfaces import Access, Connection, Transport
+from .gateway import Gateway, ModelCard, new_key
+from .plan import ModelPlan, Plan, Source
+from .pool import Pool, Queue, Record, status_of
+from .records import ModelRecord, ServerRecord, ServiceRecord
 from .server import record_of
 from .server_life import ServerProgram
-from .state import ServerState
+from .state import ONLY, ServerState
 
 logger = logging.getLogger("gserve.service")
 IMMUTABLE = ("port", "host", "certfile", "keyfile", "allowed_hosts")
 """Options of a gateway that cannot change while it listens."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A YAML file with a config, and what the program that reads it adds. See `VLLMService.from_yaml`."""
-
-    path: Path
-    overrides: Sequence[str] = ()
-    launcher: Launcher | None = None
-    transport: Transport | None = None
-    engine: Engine | None = None
-    gateway: GatewayConfig | None = None
-
-    def read(self) -> "Plan":
-        """Read the file. Raises ConfigError or PluginError; the error has the file and the line."""
-        config, document = load(self.path, self.overrides)
-        with document.located():
-            parts = assemble(
-                config, document.file.parent, launcher=self.launcher, transport=self.transport, engine=self.engine
-            )
-            if config.gateway is None and parts.transport.has_gateway:
-                config = replace(config, gateway=self.gateway)
-            return Plan(config, parts, located=document.located)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A config, with the plugins that it names, and the nursery of its servers.
-
-    `located`: returns a context that adds the file and the line to errors.
-
-    Raises ConfigError: the GPUs, the ports or `min_ready` do not fit the number of servers.
-    """
-
-    config: Config
-    parts: Parts
-    nursery: Nursery = field(default_factory=Nursery)
-    located: Callable[[], AbstractContextManager[None]] = nullcontext
-
-    def __post_init__(self) -> None:
-        check_ports(self.config, len(self.placement))
-
-    @cached_property
-    def placement(self) -> list[tuple[int, ...] | None]:
-        """The GPU ids of each server, in order; None for a server that is not pinned."""
-        return check_placement(self.config.llm, self.config.serve)
-
-    def check(self) -> None:
-        """Check that the engine can load the config. Raises ConfigError."""
-        launcher = self.parts.launcher
-        with self.located():
-            self.parts.engine.check_config(self.config.llm, runs_here=launcher.owner_variable is None)
-
-    def program(self, index: int, gpu_ids: tuple[int, ...] | None, place: int | None = None) -> ServerProgram:
-        """Return the program of the server with this index, on these GPUs.
-
-        `place`: number of its port, counted from `serve.port`; None: the index.
-        """
-        serve = self.config.serve
-        own = replace(
-            serve, gpu_ids=None if gpu_ids is None else list(gpu_ids), servers=None, min_ready=None,
-            port=None if serve.port is None else serve.port + (index if place is None else place),
-        )  # fmt: skip
-        return ServerProgram(
-            llm=self.config.llm, serve=own, gpu_ids=gpu_ids, parts=self.parts, nursery=self.nursery, index=index,
-            servers=len(self.placement),
-        )  # fmt: skip
-
-    def programs(self) -> list[ServerProgram]:
-        """Return the programs of all servers."""
-        return [self.program(index, gpu_ids) for index, gpu_ids in enumerate(self.placement)]
-
-    def competes(self, old: ServerProgram, gpu_ids: tuple[int, ...] | None) -> bool:
-        """Return whether a new server on these GPUs may need the GPUs, or the place in a scheduler, of `old`."""
-        both_need_some = all(
-            parts.engine.uses_gpus or parts.launcher.owner_variable is not None for parts in (old.parts, self.parts)
-        )
-        if not both_need_some or (self.config.serve.share_gpu and old.serve.share_gpu):
-            return False
-        return old.gpu_ids is None or gpu_ids is None or bool({*old.gpu_ids} & {*gpu_ids})
 
 
 class Deployment:
@@ -119,52 +38,73 @@ class Deployment:
     """
 
     def __init__(self, plan: Plan, name: str | None, source: Source | None = None) -> None:
-        self.plan = plan
+        self.plan = self._known = self._given = plan
+        """The plan. Also the last one with each model, and the one before any `scale`."""
+        self._tried: Plan | None = None
+        """A plan whose servers have failed. One of them may still have started its nursery."""
         self._name = name or ""
         self._source = source
-        self.seeds = Seeds(plan.config.llm.item_seed)
-        """The seeds of items of the service's own calls."""
+        self.seeds = {key: Seeds(model.llm.item_seed) for key, model in plan.models.items()}
+        """The seeds of items of the service's own calls, for each model."""
         self._changes = threading.Lock()
         """Held during a change."""
-        self._groups = plan.placement
-        """The GPUs of all servers of the file. After `scale`, the plan may have fewer."""
-        serve = plan.config.serve
         self.pool = Pool(
-            plan.programs(),
+            list(plan.programs()),
             logs=lambda: folders.log_folder(name or uuid.uuid4().hex[:8]),
-            max_restarts=serve.max_restarts,
-            min_ready=serve.min_ready,
-            queue=lambda: Queue(self._connect, lambda: self.plan.config.serve),
+            limits=plan.limits,
+            queues=lambda: self._make_queues(self.plan.models),
             gateway=None if plan.config.gateway is None else self._make_gateway,
             record=None if name is None else Record(name, partial(self._record, name)),
             nursery=self,
         )
 
     def close(self) -> None:
-        """End the nursery. Called by the pool once all servers have ended."""
-        self.plan.nursery.close()
+        """End the nurseries. Called by the pool once all servers have ended."""
+        for plan in (self.plan, self._tried):
+            if plan is not None:
+                plan.close()
+
+    def _make_queues(self, keys: Iterable[str]) -> dict[str, Queue]:
+        return {key: Queue(partial(self._connect, key), partial(self._serve_of, key)) for key in keys}
+
+    def _serve_of(self, key: str) -> ServeConfig:
+        """Return the config of a model's servers. The model may be about to be removed."""
+        return (self.plan.models.get(key) or self._known.models[key]).serve
 
     def _make_gateway(self) -> Gateway:
         config = self.plan.config
         assert config.gateway is not None
         key = partial(api_key, self._name)
-        return Gateway(
-            self.plan.parts.transport, config.gateway, key, self.handle, self._name,
-            lambda: self.plan.config.llm.item_seed,
-        )  # fmt: skip
+        return Gateway(self.plan.transport, config.gateway, key, self.handle, self._name, self._model_cards)
 
-    def _connect(self, state: ServerState) -> Connection:
-        return connect(self.plan.parts, record_of(state), self.plan.config.serve.client_timeout)
+    def _model_cards(self) -> dict[str, ModelCard]:
+        """Return what the gateway knows of each model."""
+        return {
+            key: ModelCard(model.name, model.llm.model_name, model.llm.item_seed, model.served_names)
+            for key, model in self.plan.models.items()
+        }
 
-    def _record(self, name: str, ready: Sequence[ServerState], status: str) -> ServiceRecord:
-        """Return the record with which other processes can use the service."""
-        pid, config, parts = os.getpid(), self.plan.config, self.plan.parts
+    def _connect(self, key: str, state: ServerState) -> Connection:
+        return connect(self.plan.transport, record_of(state), self._serve_of(key).client_timeout)
+
+    def _record(self, name: str, states: Sequence[ServerState], status: str) -> ServiceRecord:
+        """Return the record with which other processes can use the service. `states`: those of all servers."""
+        pid, models = os.getpid(), self.plan.models
+        first = next(iter(models.values()))
+        parts = first.parts
         return ServiceRecord(
             name=name, pid=pid, started=processes.process_start(pid) or 0,
-            servers=[record_of(state) for state in ready],
+            servers=[record_of(state) for state in states if state.usable],
             transport=parts.registry.section("transport", parts.transport), plugins=list(parts.plugins),
-            folder=str(parts.folder.resolve()) if parts.folder else None, client_timeout=config.serve.client_timeout,
-            status=status, stall_timeout=config.serve.stall_timeout, seed=config.llm.item_seed,
+            folder=str(parts.folder.resolve()) if parts.folder else None, client_timeout=first.serve.client_timeout,
+            status=status, stall_timeout=first.serve.stall_timeout, seed=first.llm.item_seed,
+            models={
+                model.name: ModelRecord(
+                    model.llm.item_seed, model.serve.client_timeout, model.serve.stall_timeout,
+                    status_of([state for state in states if key in (ONLY, state.pool)]),
+                )
+                for key, model in models.items()
+            },
         )  # fmt: skip
 
     # --------------------------------------------------------------------------------------------------------- changes
@@ -172,15 +112,18 @@ class Deployment:
     def handle(self, command: Command) -> str:
         """Execute a command, and return in one line what was done. Raises what `scale` and `reload` raise."""
         match command:
-            case Scale(servers, drain):
-                self.scale(servers, drain)
+            case Scale(servers, drain, model):
+                self.scale(servers, drain, model)
             case Reload(path, overrides, in_place, only_gateway, drain):
                 source = self._source if path is None else self.source_at(Path(path), overrides)
                 self.reload(source, in_place=in_place, only_gateway=only_gateway, drain=drain)
                 if only_gateway:
                     return "the keys and the queue_timeout of the gateway were read again"
-        count = len(self.plan.placement)
-        return f"{count} server{'s' if count > 1 else ''} ready"
+        counts = {model.name: len(model.placement) for model in self.plan.models.values()}
+        texts = [f"{count} server{'s' if count > 1 else ''}" for count in counts.values()]
+        if len(counts) > 1:
+            texts = [f"{text} of {name}" for name, text in zip(counts, texts, strict=True)]
+        return f"{', '.join(texts)} ready"
 
     def source_at(self, path: Path, overrides: Sequence[str]) -> Source:
         """Return the source for another file, with what the program added to the first one."""
@@ -197,58 +140,62 @@ class Deployment:
         finally:
             self._changes.release()
 
-    def members(self) -> list[ServerProgram]:
-        """Return the programs of the servers, in the order of their indexes."""
+    def members(self, key: str | None = None) -> list[ServerProgram]:
+        """Return the programs of the servers of a model, or of all models, in the order of their indexes."""
         programs = [it for it in self.pool.programs if isinstance(it, ServerProgram)]
-        return sorted(programs, key=lambda program: program.index)
+        keys = list(self.plan.models)
+        programs.sort(key=lambda it: (keys.index(own) if (own := _key(it)) in keys else len(keys), it.index))
+        return [it for it in programs if key in (None, _key(it))]
 
-    def scale(self, servers: int, drain: float = DRAIN_SECONDS) -> None:
+    def scale(self, servers: int, drain: float = DRAIN_SECONDS, model: str | None = None) -> None:
         """Change the number of servers. Returns when all are ready, and those that are too many have ended.
 
         `drain`: maximum time for the removed servers to finish their items in flight, in seconds.
+        `model`: the name of their model, if there are several.
 
-        Raises ConfigError: there are no GPUs or ports for so many.
+        Raises ConfigError: there are no GPUs or ports for so many, or no such model.
         Raises LaunchError: a new server failed. The number stays as it was.
         Raises GserveError: the service does not run, or another change is in progress.
         """
         with self._changing():
-            plan = self._resized(servers)
+            key = self.plan.key_of(model)
+            with self.plan.config.placing(self.plan.models[key].name):
+                plan = self._resized(key, servers)
             self.pool.running()
-            members = self.members()
+            members = self.members(key)
             if servers > len(members):
-                added = [plan.program(*place) for place in self._free_places(plan, servers - len(members))]
-                self.pool.add(added)
+                places = self._free_places(plan, key, servers - len(members))
+                self.pool.add([plan.program(key, *place) for place in places])
             elif servers < len(members):
                 states = self.pool.states
                 members.sort(key=lambda program: (not states[program.name].usable, program.index))
                 self.pool.remove([program.name for program in members[servers:]], drain)
             self.plan = plan
 
-    def _resized(self, servers: int) -> Plan:
+    def _resized(self, key: str, servers: int) -> Plan:
         """Return the plan for another number of servers. Raises ConfigError: there is no place for so many."""
-        plan, serve = self.plan, self.plan.config.serve
+        serve = self.plan.models[key].serve
         least = None if serve.min_ready is None else min(serve.min_ready, servers)
         if serve.gpu_ids is None:
-            resized = replace(serve, servers=servers, min_ready=least)
-        else:
-            groups = [program.gpu_ids for program in self.members() if program.gpu_ids is not None]
-            groups += [group for group in self._groups if group is not None and group not in groups]
-            if servers > len(groups):
-                raise ConfigError(
-                    f"gpu_ids has GPUs for {len(groups)} servers, got {servers}: name more ids, and use gserve reload",
-                    at="$.serve.gpu_ids",
-                )
-            if servers < 1:
-                raise ConfigError(f"expected at least 1 server, got {servers}", at="$.serve.servers")
-            ids = [gpu for group in groups[:servers] for gpu in group]
-            resized = replace(serve, gpu_ids=ids, min_ready=least)
-        return replace(plan, config=replace(plan.config, serve=resized))
+            return self.plan.resized(key, replace(serve, servers=servers, min_ready=least))
+        groups = [program.gpu_ids for program in self.members(key) if program.gpu_ids is not None]
+        # after `scale`, the plan may have fewer than the file
+        groups += [group for group in self._given.models[key].placement if group is not None and group not in groups]
+        if servers > len(groups):
+            raise ConfigError(
+                f"gpu_ids has GPUs for {len(groups)} servers, got {servers}: name more ids, and use gserve reload",
+                at="$.serve.gpu_ids",
+            )
+        if servers < 1:
+            raise ConfigError(f"expected at least 1 server, got {servers}", at="$.serve.servers")
+        ids = [gpu for group in groups[:servers] for gpu in group]
+        return self.plan.resized(key, replace(serve, gpu_ids=ids, min_ready=least))
 
-    def _free_places(self, plan: Plan, count: int) -> Iterator[tuple[int, tuple[int, ...] | None, int]]:
-        """Yield the index, the GPUs and the place of `count` more servers."""
-        members = self.members()
-        groups = [group for group in plan.placement if group is None or group not in {it.gpu_ids for it in members}]
-        places = _free({(it.serve.port or 0) - (plan.config.serve.port or 0) for it in members}, count)
+    def _free_places(self, plan: Plan, key: str, count: int) -> Iterator[tuple[int, tuple[int, ...] | None, int]]:
+        """Yield the index, the GPUs and the place of `count` more servers of a model."""
+        members, model = self.members(key), plan.models[key]
+        groups = [group for group in model.placement if group is None or group not in {it.gpu_ids for it in members}]
+        places = _free({(it.serve.port or 0) - (model.serve.port or 0) for it in members}, count)
         yield from zip(_free({it.index for it in members}, count), groups[:count], places, strict=True)
 
     def reload(
@@ -260,6 +207,8 @@ class Deployment:
         drain: float = DRAIN_SECONDS,
     ) -> None:
         """Replace all servers by those of a config; requests and batches go on meanwhile.
+
+        Of several models, those that are the same in the config keep their servers.
 
         If there is room, all new servers are started beside the old ones, and get the work at the same moment.
         Otherwise one server after another is replaced. If a new server fails, the old ones go on, or are started again.
@@ -275,22 +224,21 @@ class Deployment:
         if source is None:
             raise GserveError("this service does not come from a file: name a CONFIG")
         with self._changing():
-            plan = source.read()
-            with plan.located():
-                self._check_change(plan)
-            gateway = plan.config.gateway
+            given = source.read()
+            with given.located():
+                self._check_change(given)
+            gateway = given.config.gateway
             if only_gateway:
-                plan = replace(self.plan, config=replace(self.plan.config, gateway=gateway))
+                self.plan = replace(self.plan, config=replace(self.plan.config, gateway=gateway))
             else:
-                plan.check()
-                self._replace_servers(plan, in_place=in_place, drain=drain)
-                self.pool.limit(max_restarts=plan.config.serve.max_restarts, min_ready=plan.config.serve.min_ready)
+                given.check()
+                plan = self._with_same_models(given)
+                self._replace_models(plan, in_place=in_place, drain=drain)
+                self._given = given
+                self.pool.limit(plan.limits)
             if gateway is not None:
                 self.pool.configure_gateway(gateway)
-            self.plan, self._source = plan, source
-            if not only_gateway:
-                self._groups = plan.placement
-                self.seeds.begin(plan.config.llm.item_seed)
+            self._source = source
 
     def _check_change(self, plan: Plan) -> None:
         """Raise ConfigError if a plan changes what clients of the running service know."""
@@ -301,78 +249,134 @@ class Deployment:
         for name in IMMUTABLE if before is not None else ():
             if getattr(before, name) != getattr(after, name):
                 raise ConfigError(f"{name} cannot change while it listens: launch it anew", at=f"$.gateway.{name}")
-        sections = [it.parts.registry.section("transport", it.parts.transport) for it in (known, new)]
-        if sections[0] != sections[1]:
+        if known.transport != new.transport:
             raise ConfigError("the transport cannot change while the service runs: launch it anew", at="$.transport")
+        if bool(known.config.models) != bool(new.config.models):
+            raise ConfigError(
+                "a service with one model under 'llm' cannot become one with 'models' while it runs, nor the other way"
+                " round: launch it anew",
+                at="$.models" if new.config.models else "$.llm",
+            )
 
-    def _replace_servers(self, plan: Plan, *, in_place: bool, drain: float) -> None:
-        olds, before = self.members(), self.plan
-        if (
-            in_place
-            or plan.config.serve.port is not None
-            or any(plan.competes(old, gpu_ids) for old in olds for gpu_ids in plan.placement)
-        ):
-            self._replace_in_turn(plan, olds, drain)
-        else:
-            self._replace_at_once(plan, olds, drain)
-        before.nursery.close()
+    def _with_same_models(self, given: Plan) -> Plan:
+        """Return a plan that was read, with the present plans of models that have not changed in the file."""
+        plan = given
+        for key, model in given.models.items():
+            if not model.is_alone and _is_same(self._given.models.get(key), model):
+                kept = self.plan.models[key]
+                plan = plan.resized(key, kept.serve)
+                plan = replace(plan, models={**plan.models, key: kept})
+        return plan
+
+    def _replace_models(self, plan: Plan, *, in_place: bool, drain: float) -> None:
+        """Replace the servers of the models that differ between the present plan and another one."""
+        before = self.plan
+        changed = [key for key, model in plan.models.items() if before.models.get(key) is not model]
+        removed = [key for key in before.models if key not in plan.models]
+        added = [key for key in changed if key not in before.models]
+        olds = [program for key in [*changed, *removed] for program in self.members(key)]
+        self._known = replace(plan, models={**before.models, **plan.models})
+        self.pool.add_queues(self._make_queues(added))
+        self.pool.limit({**before.limits, **plan.limits})
+        try:
+            if in_place or any(
+                plan.models[key].serve.port is not None or plan.models[key].competes(old, gpu_ids)
+                for key in changed for old in olds for gpu_ids in plan.models[key].placement
+            ):  # fmt: skip
+                self._replace_in_turn(plan, changed, olds, drain)
+            else:
+                self._replace_at_once(plan, changed, olds, drain)
+        except BaseException:
+            self.pool.limit(before.limits)
+            for key in added:
+                self.pool.remove_queue(key, f"the model '{key}' could not be added")
+            raise
+        for key in removed:
+            self.pool.remove_queue(key, f"the model '{key}' was removed")
+            del self.seeds[key]
+        for key in changed:
+            self.seeds.setdefault(key, Seeds()).begin(plan.models[key].llm.item_seed)
+        before.close(but=plan)
 
     @contextmanager
     def _trying(self, plan: Plan) -> Iterator[None]:
         """Use another plan from the block on. If the block fails, the service returns to the plan that it had."""
+        self._tried = plan
         before, self.plan = self.plan, plan  # what the queue and the record read of it fits the old servers too
         try:
             yield
         except BaseException:
             self.plan = before
-            plan.nursery.close()
+            plan.close(but=before)
             raise
 
-    def _replace_at_once(self, plan: Plan, olds: Sequence[ServerProgram], drain: float) -> None:
-        indexes = _free({old.index for old in olds}, len(plan.placement))
-        added = [plan.program(index, gpu_ids) for index, gpu_ids in zip(indexes, plan.placement, strict=True)]
+    def _replace_at_once(self, plan: Plan, keys: Sequence[str], olds: Sequence[ServerProgram], drain: float) -> None:
+        added = [
+            plan.program(key, index, gpu_ids)
+            for key in keys
+            for index, gpu_ids in zip(
+                _free({old.index for old in olds if _key(old) == key}, len(plan.models[key].placement)),
+                plan.models[key].placement, strict=True,
+            )
+        ]  # fmt: skip
         with self._trying(plan):
             self.pool.add(added, held=True)
             self.pool.release([program.name for program in added])
         self.pool.remove([program.name for program in olds], drain)
 
-    def _replace_in_turn(self, plan: Plan, olds: Sequence[ServerProgram], drain: float) -> None:
+    def _replace_in_turn(self, plan: Plan, keys: Sequence[str], olds: Sequence[ServerProgram], drain: float) -> None:
         """Replace one server after another. If a new server fails, the old ones return in their places."""
         left = list(olds)
         done: list[tuple[ServerProgram, list[ServerProgram]]] = []
         with self._trying(plan):
-            for place, gpu_ids in enumerate(plan.placement):
-                competing = [old for old in left if plan.competes(old, gpu_ids)]
+            places = [(key, *place) for key in keys for place in enumerate(plan.models[key].placement)]
+            for key, place, gpu_ids in places:
+                competing = [old for old in left if plan.models[key].competes(old, gpu_ids)]
                 if all(old.gpu_ids is None for old in competing):
-                    competing = left[:1]
+                    competing = [old for old in left if _key(old) == key][:1] or competing[:1]
                 left = [old for old in left if old not in competing]
-                index = competing[0].index if competing else _free({it.index for it in self.members()}, 1)[0]
-                new = plan.program(index, gpu_ids, place)
+                twin = next((old for old in competing if _key(old) == key), None)
+                index = _free({it.index for it in self.members(key)}, 1)[0] if twin is None else twin.index
+                new = plan.program(key, index, gpu_ids, place)
                 done.append((new, competing))
+                others = [old for old in competing if old is not twin]
                 try:
-                    self.pool.remove([old.name for old in competing[1:]], drain)
-                    if competing:
+                    self.pool.remove([old.name for old in others], drain)
+                    if twin is not None:
                         self.pool.replace(new, drain)
                     else:
                         self.pool.add([new])
                 except LaunchError:
                     self._restore(done[:-1], drain)
-                    if len(competing) > 1:  # the first one returns by itself
-                        self.pool.add(competing[1:])
+                    if others:  # the twin returns by itself
+                        self.pool.add(others)
                     raise
         self.pool.remove([old.name for old in left], drain)
 
     def _restore(self, done: Sequence[tuple[ServerProgram, list[ServerProgram]]], drain: float) -> None:
         """Undo replacements: start the old servers again in the places of the new ones."""
         for new, olds in reversed(done):
+            twin = next((old for old in olds if old.name == new.name), None)
             try:
-                if not olds:
-                    self.pool.remove([new.name], drain)
+                if twin is not None:
+                    self.pool.replace(twin, drain)
                 else:
-                    self.pool.replace(olds[0], drain)
-                    self.pool.add(olds[1:])
+                    self.pool.remove([new.name], drain)
+                self.pool.add([old for old in olds if old is not twin])
             except GserveError as error:
                 logger.error("cannot bring back %s: %s", new.name, error)
+
+
+def _key(program: ServerProgram) -> str:
+    """Return the key of a server's model in a plan."""
+    return ONLY if program.is_alone else program.model
+
+
+def _is_same(one: ModelPlan | None, other: ModelPlan) -> bool:
+    """Return whether a model is the same in two plans, so that its servers may stay."""
+    return one is not None and (one.llm, one.serve, one.parts.launcher, one.parts.engine, one.parts.plugins) == (
+        other.llm, other.serve, other.parts.launcher, other.parts.engine, other.parts.plugins
+    )  # fmt: skip
 
 
 def _free(used: Collection[int], count: int) -> list[int]:
@@ -380,10 +384,10 @@ def _free(used: Collection[int], count: int) -> list[int]:
     return [number for number in range(len(used) + count) if number not in used][:count]
 
 
-def connect(parts: Parts, server: ServerRecord, timeout: float | None) -> Connection:
+def connect(transport: Transport, server: ServerRecord, timeout: float | None) -> Connection:
     """Return a connection to a server."""
     access = Access(token=server.token, control=server.control, instance=server.instance, timeout=timeout)
-    return parts.transport.connect(server.address, access)
+    return transport.connect(server.address, access)
 
 
 def api_key(name: str, config: GatewayConfig) -> str:

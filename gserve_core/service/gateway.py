@@ -7,8 +7,11 @@ import logging
 import re
 import secrets
 import threading
+import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import uvloop
 from msgspec import structs
@@ -20,12 +23,12 @@ from ..errors import ConfigError, GserveError, LaunchError, PluginError, RemoteE
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
 from ..messages import Event, Health, RunRequest
-from ..overview import LogPart, ServiceOverview
+from ..overview import LogPart, ModelOverview, ServiceOverview
 from .metrics import Measurement, Metrics
 from .records import GatewayRecord
 from .remote_calls import RemoteCalls
 from .routing import Attempts, Routing
-from .state import ServerState
+from .state import ONLY, ServerState
 from .watch import Watch
 
 START_SECONDS = 30.0
@@ -83,12 +86,26 @@ class Key:
             self.requests -= 1
 
 
+class ModelCard(NamedTuple):
+    """What a gateway knows of a model.
+
+    `name`: the name by which requests choose it. `model`: its model id or folder.
+    `seed`: see `LLMConfig.item_seed`.
+    `others`: more names by which requests may choose it, such as that of its adapter.
+    """
+
+    name: str
+    model: str
+    seed: int
+    others: Sequence[str] = ()
+
+
 class Gateway:
     """A gateway. It listens from `start` to `close`. Implements `interfaces.GatewayApi`.
 
     `key`: returns the owner's key for a config. It is called at the start, and when the config changes.
     `handle`: executes a command, and returns in one line what was done. It is called in a thread.
-    `name`: of its service. `seed`: returns the item seed of the service.
+    `name`: of its service. `cards`: returns what is known of each model, by the key of its dispatcher.
     """
 
     def __init__(
@@ -98,7 +115,7 @@ class Gateway:
         key: Callable[[GatewayConfig], str],
         handle: Callable[[Command], str],
         name: str,
-        seed: Callable[[], int],
+        cards: Callable[[], Mapping[str, ModelCard]],
     ) -> None:
         self._transport = transport
         self._config = config
@@ -106,11 +123,13 @@ class Gateway:
         self._handle = handle
         self._keys: Sequence[Key] = ()
         self._control = new_key()
-        self._watch = Watch(name, seed)
-        self._dispatcher: Dispatcher | None = None
+        self._cards = cards
+        self._began = int(time.time())
+        self._watch = Watch(name, lambda: next(iter(cards().values())).seed)
+        self._dispatchers: Mapping[str, Dispatcher] = {}
         self._routing: Routing | None = None
         self._metrics: Metrics | None = None
-        self._calls: RemoteCalls | None = None
+        self._calls: dict[str, RemoteCalls] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -121,16 +140,16 @@ class Gateway:
 
     # ------------------------------------------------------------------------------------------- called by its service
 
-    def start(self, dispatcher: Dispatcher) -> GatewayRecord:
+    def start(self, dispatchers: Mapping[str, Dispatcher]) -> GatewayRecord:
         """Begin to listen. Return the address and the key for clients.
 
-        `dispatcher`: the queue of the service.
+        `dispatchers`: the queue of each model. One under `ONLY` gets all requests, whatever model they name.
 
         Raises LaunchError: it cannot listen.
         Raises GserveError: the transport has no gateway, or there is no key.
         """
         self._set_keys(self._config)
-        self._dispatcher = dispatcher
+        self._dispatchers = dispatchers
         self._thread = threading.Thread(target=self._run, name="gserve-gateway", daemon=True)
         self._thread.start()
         if not self._listening.wait(START_SECONDS):
@@ -142,6 +161,14 @@ class Gateway:
             raise LaunchError(f"the gateway cannot start: {getattr(error, 'strerror', None) or error}") from error
         assert self.record is not None
         return self.record
+
+    def set_dispatchers(self, dispatchers: Mapping[str, Dispatcher]) -> None:
+        """Replace the queues. May be called from any thread."""
+        self._call_soon(self._apply_dispatchers, dispatchers)
+
+    def _apply_dispatchers(self, dispatchers: Mapping[str, Dispatcher]) -> None:
+        self._calls = {key: self._calls.get(key) or RemoteCalls(it) for key, it in dispatchers.items()}
+        self._dispatchers = dispatchers
 
     def configure(self, config: GatewayConfig) -> None:
         """Apply the keys and the `queue_timeout` of another config. Requests in progress go on.
@@ -225,19 +252,66 @@ class Gateway:
 
     def status(self) -> ServiceOverview:
         """Return the overview of the service."""
-        assert self._routing is not None
-        assert self._dispatcher is not None
-        waiting, requests = self._routing.waiting + self._dispatcher.waiting, self._routing.requests
-        return self._watch.overview(self._routing.status, waiting=waiting, requests=requests)
+        routing = self._routing
+        assert routing is not None
+        waiting = {key: it.waiting + routing.waiting_by_pool[key] for key, it in self._dispatchers.items()}
+        models = [
+            ModelOverview(
+                name=card.name, model=card.model, status=routing.status_of(key), seed=card.seed,
+                waiting=waiting.get(key, 0),
+            )
+            for key, card in self._cards().items()
+        ]  # fmt: skip
+        return self._watch.overview(
+            routing.status, waiting=sum(waiting.values()), requests=routing.requests, models=models
+        )
 
     async def log_part(self, server: str, after: int | None, file: str) -> LogPart:
         """Return a part of a server's log."""
         return await self._watch.log_part(server, after, file)
 
-    def attempts(self) -> Attempts:
-        """Return the attempts of a new request."""
+    def models(self) -> list[dict[str, Any]]:
+        """Return the models from which a request chooses, as OpenAI's API lists them; empty if there is only one."""
+        if ONLY in self._dispatchers:
+            return []
         assert self._routing is not None
-        return self._routing.attempts()
+        cards = self._cards()
+        found: dict[str, dict[str, Any]] = {}
+        for name, key in self._names(cards).items():
+            card = cards[key]
+            info = next((it.info for it in self._routing.states_of(key) if it.info is not None), None)
+            found[name] = {
+                "id": name, "object": "model", "created": self._began, "owned_by": "gserve", "root": card.model,
+                "parent": None if name == card.name else card.name,
+                "max_model_len": None if info is None else info.max_model_len,
+            }  # fmt: skip
+        return list(found.values())
+
+    def _names(self, cards: Mapping[str, ModelCard]) -> dict[str, str]:
+        """Return all names of models, with the key of each. A name that several have is left out."""
+        others = Counter(name for card in cards.values() for name in {*card.others})
+        own = {card.name: key for key, card in cards.items()}
+        more = {name: key for key, card in cards.items() for name in card.others if others[name] == 1}
+        return {**own, **{name: key for name, key in more.items() if name not in own}}
+
+    def _key_of(self, model: str | None) -> str:
+        """Return the key of the model that a request names. Raises RemoteError: there is none (400, 404)."""
+        if ONLY in self._dispatchers:
+            return ONLY
+        names = self._names(self._cards())
+        known = ", ".join(f"'{name}'" for name in names)
+        if model is None:
+            raise RemoteError(
+                f"this service has several models: choose one in the field 'model', of {known}", status=400
+            )
+        if names.get(model) not in self._dispatchers:
+            raise RemoteError(f"the model '{model}' does not exist here; the models: {known}", status=404)
+        return names[model]
+
+    def attempts(self, model: str | None = None) -> Attempts:
+        """Return the attempts of a new request. Raises RemoteError: there is no such model (400, 404)."""
+        assert self._routing is not None
+        return self._routing.attempts(self._key_of(model))
 
     def backends(self) -> Sequence[Backend]:
         """Return the ready servers."""
@@ -245,13 +319,12 @@ class Gateway:
 
     def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Work on a request, and yield events in the order in which they happen."""
-        assert self._calls is not None
-        return self._calls.run(request)
+        return self._calls[self._key_of(request.model)].run(request)
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         """Cancel items of the running request with this id."""
-        assert self._calls is not None
-        self._calls.cancel(request_id, items)
+        for calls in self._calls.values():
+            calls.cancel(request_id, items)
 
     def measured(self, route: str) -> Measurement:
         """Return the measurement of a new request."""
@@ -281,11 +354,9 @@ class Gateway:
 
     async def _serve(self) -> None:
         self._end = asyncio.Event()
-        assert self._dispatcher is not None
-        dispatcher = self._dispatcher
-        self._calls = RemoteCalls(dispatcher)
-        self._routing = routing = Routing(self._config.queue_timeout, dispatcher.in_flight)
-        self._metrics = Metrics(routing, lambda: dispatcher.waiting)
+        self._apply_dispatchers(self._dispatchers)
+        self._routing = routing = Routing(self._config.queue_timeout, self._items_at)
+        self._metrics = Metrics(routing, lambda: sum(it.waiting for it in self._dispatchers.values()))
         self._loop = asyncio.get_running_loop()
         async with self._transport.serve_gateway(self, self._config) as address:
             scheme = "http" if self._config.certfile is None else "https"
@@ -296,6 +367,10 @@ class Gateway:
             )  # fmt: skip
             self._listening.set()
             await self._end.wait()
+
+    def _items_at(self, server: str) -> int:
+        """Return the number of items of the service's own calls that a server works on."""
+        return sum(dispatcher.in_flight(server) for dispatcher in self._dispatchers.values())
 
 
 def _certificate(file: str | None) -> str:

@@ -1,4 +1,4 @@
-"""A pool: the servers of one model, their supervisor and their queue."""
+"""The servers of a service, their supervisor, and a queue for each model."""
 
 import logging
 import os
@@ -24,8 +24,8 @@ from ..overview import Counters
 from ..service import records
 from ..service.records import GatewayRecord, ServiceRecord
 from .gateway import Gateway
-from .state import BEGINNING, Published, ServerState, State
-from .supervisor import CLEANING_UP, END_SECONDS, Program, Supervisor, failure_of
+from .state import BEGINNING, ONLY, Published, ServerState, State
+from .supervisor import CLEANING_UP, END_SECONDS, Limits, Program, Supervisor, failure_of
 
 MARGIN = 10.0
 """Time that `close` waits for the supervisor in addition to the time limit of the servers, in seconds."""
@@ -41,7 +41,7 @@ class Closable(Protocol):
 
 
 class Queue:
-    """The dispatcher of a pool, kept up to date with the states of its servers.
+    """The dispatcher of a model, kept up to date with the states of its servers.
 
     `connect`: makes a connection to a server.
     `serve`: returns the config of the servers. Their time limits are read when a server becomes ready.
@@ -102,12 +102,19 @@ def _reason(state: ServerState) -> str:
     return f"{cause}; {state.phase}" if state.state == State.FAILED and state.phase else cause
 
 
+def status_of(states: Sequence[ServerState]) -> str:
+    """Return "ready" if one of these servers is ready, "failed" if all have ended for good, or "starting"."""
+    if any(state.usable for state in states):
+        return "ready"
+    return "failed" if states and all(state.is_over for state in states) else "starting"
+
+
 class Record:
     """The record of a service: a copy of a pool's states for other processes.
 
     Only this class of the module accesses records on disk.
 
-    `make`: returns the record for the ready servers and a status: "starting", "ready", "draining" or "failed".
+    `make`: returns the record for the states of servers and a status: "starting", "ready", "draining" or "failed".
     """
 
     def __init__(self, name: str, make: Callable[[Sequence[ServerState], str], ServiceRecord]) -> None:
@@ -134,16 +141,12 @@ class Record:
 
     def write(self, states: Sequence[ServerState], *, is_draining: bool) -> None:
         """Write the record if it has changed."""
-        ready = [state for state in states if state.usable]
-        status = (
-            "draining" if is_draining else "ready" if ready
-            else "failed" if all(state.is_over for state in states) else "starting"
-        )  # fmt: skip
+        status = "draining" if is_draining else status_of(states)
         for state in states:
             if state.died and state.state == State.DRAINING and state.instance not in self._deaths:
                 self._deaths.append(state.instance)
         record = structs.replace(
-            self._make([] if is_draining else ready, status),
+            self._make([] if is_draining else states, status),
             id=self._run,
             deaths=list(self._deaths),
             names=[state.name for state in states],
@@ -181,12 +184,11 @@ class _Session:
         programs: Sequence[Program],
         published: Published,
         *,
-        max_restarts: int,
-        min_ready: int | None,
+        limits: Mapping[str, Limits],
         keeps_places: bool,
         what: str,
         logs: Callable[[], Path],
-        queue: Queue | None,
+        queues: Mapping[str, Queue],
         gateway: Gateway | None,
         record: Record | None,
         nursery: Closable | None,
@@ -194,23 +196,20 @@ class _Session:
         self._published = published
         self._open_logs = logs
         self._logs: Path | None = None
-        self.queue = queue
+        self.queues = queues
+        """The queue of each model. Never changed, but replaced."""
         self.gateway = gateway
         self._record = record
         self._nursery = nursery
         self._is_open = self._is_draining = self._is_closing = False
-        self.supervisor = Supervisor(
-            programs, published, self, max_restarts=max_restarts, min_ready=min_ready, keeps_places=keeps_places,
-            what=what,
-        )  # fmt: skip
+        self.supervisor = Supervisor(programs, published, self, limits=limits, keeps_places=keeps_places, what=what)
 
     def open(self) -> Path:
         self._is_open = True
         if self._record is not None:
             self._record.reserve()
         if self.gateway is not None:
-            assert self.queue is not None, "a gateway needs the queue of its service"
-            self.gateway.start(self.queue.dispatcher)
+            self.gateway.start(self.dispatchers)
         self._logs = logs = self._open_logs()
         if self._record is not None:
             self._record.logs = str(logs)
@@ -222,6 +221,22 @@ class _Session:
                 self.gateway.update(self._published.states[state.name])
         self._write_record(self._published.states)
         return logs
+
+    @property
+    def dispatchers(self) -> Mapping[str, Dispatcher]:
+        """The dispatcher of each model."""
+        return {model: queue.dispatcher for model, queue in self.queues.items()}
+
+    def close_queues(self) -> None:
+        """Close all queues. Idempotent. See `Queue.close`."""
+        for queue in self.queues.values():
+            queue.close()
+
+    def set_queues(self, queues: Mapping[str, Queue]) -> None:
+        """Replace the queues. The caller closes those that are left out."""
+        self.queues = queues
+        if self.gateway is not None:
+            self.gateway.set_dispatchers(self.dispatchers)
 
     def changed(self, old: ServerState, new: ServerState) -> None:
         self._update_queue(new)
@@ -237,16 +252,17 @@ class _Session:
             self.supervisor.call_soon(lambda: self._write_record(self._published.states))
 
     def removed(self, name: str) -> None:
-        if self.queue is not None:
-            self.queue.forget(name)
+        for queue in self.queues.values():
+            queue.forget(name)
         if self.gateway is not None:
             self.gateway.forget(name)
         self._write_record({other: state for other, state in self._published.states.items() if other != name})
 
     def _update_queue(self, state: ServerState) -> None:
-        if self.queue is not None:
+        queues = self.queues
+        if (queue := queues.get(state.pool, queues.get(ONLY))) is not None:
             try:
-                self.queue.update(state)
+                queue.update(state)
             except OSError as error:
                 logger.warning("cannot send items to %s yet: %s; retrying", state.name, error)
 
@@ -275,8 +291,8 @@ class _Session:
         if drain is not None:
             self.draining()
         self._is_closing = True  # the record keeps its last states until it is removed
-        if self.queue is not None and drain is None:
-            self.queue.close()
+        if drain is None:
+            self.close_queues()
 
     def ended(self) -> None:
         with ExitStack() as cleanup:
@@ -288,20 +304,19 @@ class _Session:
                 cleanup.callback(self._nursery.close)
             if self.gateway is not None:
                 cleanup.callback(self.gateway.close)
-            if self.queue is not None:
-                cleanup.callback(self.queue.close)
+            cleanup.callback(self.close_queues)
 
 
 class Pool:
-    """The servers of one model, their supervisor and their queue. May be started again after `close`.
+    """The servers of a service, their supervisor, and a queue for each model. May be started again after `close`.
 
     No method holds a lock while it waits, so a signal handler may call any method. A process forked from the owner can
     read the states, but cannot stop the servers.
 
     `logs`: creates and returns the folder for the logs of a start.
-    `max_restarts`: see `ServeConfig`.
-    `min_ready`, `keeps_places`: see `Supervisor`.
-    `queue`, `gateway`: create the queue and the gateway of a start; None: there is none.
+    `limits`, `keeps_places`: see `Supervisor`.
+    `queues`: creates the queue of each model for a start. A service with one model has one, under `ONLY`.
+    `gateway`: creates the gateway of a start; None: there is none.
     `what`: name of the pool in messages.
     """
 
@@ -310,10 +325,9 @@ class Pool:
         programs: Sequence[Program],
         *,
         logs: Callable[[], Path],
-        max_restarts: int = 0,
-        min_ready: int | None = None,
+        limits: Mapping[str, Limits] | None = None,
         keeps_places: bool = False,
-        queue: Callable[[], Queue] | None = None,
+        queues: Callable[[], Mapping[str, Queue]] = dict,
         gateway: Callable[[], Gateway] | None = None,
         record: Record | None = None,
         nursery: Closable | None = None,
@@ -321,14 +335,13 @@ class Pool:
     ) -> None:
         self._programs = {program.name: program for program in programs}
         self._published = Published(program.state for program in programs)
-        self._make_queue = queue
+        self._make_queues = queues
         self._make_gateway = gateway
         self._make_session = partial(
             _Session, published=self._published, keeps_places=keeps_places, what=what, logs=logs, record=record,
             nursery=nursery,
         )  # fmt: skip
-        self._max_restarts = max_restarts
-        self._min_ready = min_ready
+        self._limits = limits or {ONLY: Limits()}
         self._what = what
         self._session: _Session | None = None
         self._lock = threading.RLock()
@@ -356,12 +369,10 @@ class Pool:
         return None if session is None or session.gateway is None else session.gateway.record
 
     @property
-    def dispatcher(self) -> Dispatcher | None:
-        """The dispatcher of the servers; None if the pool is not started."""
+    def dispatchers(self) -> Mapping[str, Dispatcher]:
+        """The dispatcher of each model; empty if the pool is not started."""
         session = self._session
-        if session is None or session.queue is None or session.supervisor.is_closing or self._make_queue is None:
-            return None
-        return session.queue.dispatcher
+        return {} if session is None or session.supervisor.is_closing else session.dispatchers
 
     def begin(self) -> None:
         """Start all servers that do not run, without waiting for them. Waits for a `close` in progress.
@@ -402,15 +413,13 @@ class Pool:
         check_not_patched()
         for name in self.states.keys() - self._programs.keys():  # removed while the last session ended
             self._published.forget(name)
-        queue = None
+        queues: Mapping[str, Queue] = {}
         try:
-            queue = None if self._make_queue is None else self._make_queue()
+            queues = self._make_queues()
             gateway = None if self._make_gateway is None else self._make_gateway()
-            return self._make_session(
-                self.programs, queue=queue, gateway=gateway, max_restarts=self._max_restarts, min_ready=self._min_ready
-            )
+            return self._make_session(self.programs, queues=queues, gateway=gateway, limits=self._limits)
         except (RuntimeError, OSError) as error:  # no more threads or descriptors, or the interpreter is ending
-            if queue is not None:
+            for queue in queues.values():
                 queue.close()
             raise LaunchError(f"cannot start {self._what}: {error}") from error
 
@@ -522,10 +531,26 @@ class Pool:
         """Stop servers, and wait until they have ended. `drain`: see `replace`."""
         self._remove(self.running(), names, drain)
 
-    def limit(self, *, max_restarts: int, min_ready: int | None) -> None:
-        """Replace these limits; see the class. `min_ready` applies from the next start."""
-        self._max_restarts, self._min_ready = max_restarts, min_ready
-        self.running().limit_restarts(max_restarts)
+    def limit(self, limits: Mapping[str, Limits]) -> None:
+        """Replace the limits; see the class. `min_ready` applies from the next start."""
+        self._limits = limits
+        if (session := self._session) is not None:
+            session.supervisor.limit(limits)
+
+    def add_queues(self, queues: Mapping[str, Queue]) -> None:
+        """Add the queues of more models. Their servers come afterwards."""
+        self.running()
+        if (session := self._session) is not None:
+            session.set_queues({**session.queues, **queues})
+
+    def remove_queue(self, model: str, why: str) -> None:
+        """Close the queue of a model whose servers have been removed. Its items end as ItemLost. `why`: the reason."""
+        if (session := self._session) is not None and model in session.queues:
+            queue = session.queues[model]
+            session.set_queues({other: it for other, it in session.queues.items() if other != model})
+            with suppress(TransportError):  # it was closed
+                queue.dispatcher.drain(why)
+            queue.close()
 
     def configure_gateway(self, config: GatewayConfig) -> None:
         """Apply new keys and a new `queue_timeout`, if there is a gateway. Raises GserveError: there is no key."""
@@ -575,9 +600,9 @@ class Pool:
         session = self._session
         if session is None or session.supervisor.is_closing or self.is_foreign:
             return
-        if session.queue is not None:
+        for dispatcher in session.dispatchers.values():
             with suppress(TransportError):  # the dispatcher was closed
-                session.queue.dispatcher.drain(f"the service is ending: {why}")
+                dispatcher.drain(f"the service is ending: {why}")
         session.supervisor.drain()
 
     def ask_to_close(self) -> None:
@@ -595,8 +620,7 @@ class Pool:
             return
         if self.is_foreign:
             self._session = None
-            if session.queue is not None:
-                session.queue.close()
+            session.close_queues()
             return
         if drain is not None:
             self.drain("as requested")
@@ -606,8 +630,8 @@ class Pool:
         session = self._session
         try:
             supervisor.is_closing = True  # first: from now on, `begin` waits until everything has ended
-            if drain is None and session is not None and session.supervisor is supervisor and session.queue is not None:
-                session.queue.close()
+            if drain is None and session is not None and session.supervisor is supervisor:
+                session.close_queues()
         finally:
             supervisor.close(drain)
         if not supervisor.wait_ended(END_SECONDS + MARGIN + (drain or 0.0)):

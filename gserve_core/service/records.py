@@ -27,7 +27,7 @@ MAX_DEATHS = 256
 
 
 class ServerRecord(Struct, frozen=True):
-    """A ready server of a launched service."""
+    """A ready server of a launched service. `pool`: the name of its model; "" in records of older versions."""
 
     name: str
     address: Address
@@ -37,6 +37,7 @@ class ServerRecord(Struct, frozen=True):
     model: str
     gpu_ids: list[int] | None = None
     control: str | None = None
+    pool: str = ""
 
     def __repr__(self) -> str:
         """Show no secret."""
@@ -60,6 +61,18 @@ class GatewayRecord(Struct, frozen=True):
         return f"GatewayRecord(base_url={self.base_url!r})"
 
 
+class ModelRecord(Struct, frozen=True):
+    """A model of a launched service. For the first fields see `ServiceRecord`.
+
+    `status`: "starting", "ready", or "failed" if all of its servers have failed.
+    """
+
+    seed: int = 0
+    client_timeout: float | None = None
+    stall_timeout: float | None = 60.0
+    status: str = "ready"
+
+
 class ServiceRecord(Struct, frozen=True):
     """A launched service with its ready servers. Another version of gserve may write more fields.
 
@@ -74,6 +87,8 @@ class ServiceRecord(Struct, frozen=True):
     `names`: the names of all servers, ready or not; empty in records of older versions.
     `finishing`: instances of the servers that accept no more items, and finish those that they have.
     `logs`: the folder of the servers' logs; "" in records of older versions.
+    `models`: the models by name; empty in records of older versions. `client_timeout`, `stall_timeout` and `seed` are
+    those of the first one.
     """
 
     name: str
@@ -95,6 +110,7 @@ class ServiceRecord(Struct, frozen=True):
     logs: str = ""
     names: list[str] = []
     finishing: list[str] = []
+    models: dict[str, ModelRecord] = {}
 
     @property
     def is_alive(self) -> bool:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import SplitResult, urlsplit
@@ -13,7 +13,7 @@ from ..interfaces import Address, Connection, EngineInfo
 from ..overview import ServerOverview, ServiceOverview
 from . import records
 from .followed import Followed, Following
-from .records import GatewayRecord
+from .records import GatewayRecord, ModelRecord
 from .state import ServerState, State
 
 FOLLOW_SECONDS = 5.0
@@ -76,16 +76,23 @@ class Remote(Followed["_Following"]):
     `connect`: makes a connection to the gateway.
     `timeout`: see `Dispatcher.add`.
     `start_timeout`: maximum wait of `start` for a service that is starting, in seconds.
+    `model`: the model that the requests name; None: the service has only one.
     """
 
     def __init__(
-        self, gateway: GatewayRecord, connect: Callable[[], Connection], timeout: float | None, start_timeout: float
+        self,
+        gateway: GatewayRecord,
+        connect: Callable[[], Connection],
+        timeout: float | None,
+        start_timeout: float,
+        model: str | None = None,
     ) -> None:
         super().__init__()
         self._gateway = gateway
         self._connect = connect
         self._timeout = timeout
         self._start_timeout = start_timeout
+        self._model = model
 
     @property
     def gateway(self) -> GatewayRecord | None:
@@ -93,9 +100,9 @@ class Remote(Followed["_Following"]):
         return None if self._session is None else self._gateway
 
     @property
-    def seed(self) -> int:
-        """See `LLMConfig.item_seed`. 0 before the start."""
-        return 0 if self._session is None else self._session.seed
+    def models(self) -> Mapping[str, ModelRecord]:
+        """The models of the service, by name. Empty before the start."""
+        return {} if self._session is None else self._session.models
 
     def _follow(self) -> "_Following":
         """Connect to the gateway, and wait until a server is ready.
@@ -104,7 +111,7 @@ class Remote(Followed["_Following"]):
         Raises TransportError: no gateway answers at the URL.
         Raises GserveError: the service is ending, has failed, or is not ready in time.
         """
-        session = _Following(self._gateway.base_url, self._connect, self._timeout)
+        session = _Following(self._gateway.base_url, self._connect, self._timeout, self._model)
         try:
             session.start(self._start_timeout)
         except BaseException:
@@ -116,10 +123,12 @@ class Remote(Followed["_Following"]):
 class _Following(Following):
     """One period of using a service through its gateway."""
 
-    def __init__(self, url: str, connect: Callable[[], Connection], timeout: float | None) -> None:
-        super().__init__(Dispatcher(), FOLLOW_SECONDS, f"the service at {url}")
+    def __init__(self, url: str, connect: Callable[[], Connection], timeout: float | None, model: str | None) -> None:
+        super().__init__(Dispatcher(model), FOLLOW_SECONDS, f"the service at {url}")
         self._url = url
-        self.seed = 0
+        self._model = model
+        self._timeout = timeout
+        self.models: Mapping[str, ModelRecord] = {}
         self._capacity = UNKNOWN_CAPACITY
         self.dispatcher.add(url, connect, self._capacity, timeout, is_watched=True, return_timeout=RETURN_SECONDS)
 
@@ -170,9 +179,11 @@ class _Following(Following):
             if error.status == 404:  # an older gateway does not show it
                 return
             raise
-        self.seed = seen.seed
-        self.states = MappingProxyType({server.name: _state_of(server) for server in seen.servers})
-        capacity = sum(server.capacity or 0 for server in seen.servers if server.state == State.READY)
+        servers = [server for server in seen.servers if self._model in (None, server.pool)]
+        models = {it.name: it.seed for it in seen.models} or {it.model: seen.seed for it in servers[:1] if it.model}
+        self.models = {name: ModelRecord(seed, self._timeout) for name, seed in models.items()}
+        self.states = MappingProxyType({server.name: _state_of(server) for server in servers})
+        capacity = sum(server.capacity or 0 for server in servers if server.state == State.READY)
         if capacity and capacity != self._capacity:
             self._capacity = capacity
             self.dispatcher.resize(self._url, capacity)

@@ -8,11 +8,12 @@ publishes.
 import asyncio
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 from ..errors import RemoteError
 from ..interfaces import Backend
-from .state import ServerState
+from .state import ONLY, ServerState
 
 MAX_DEATHS = 3
 """Number of servers that may die while they work on a request. Then it is not sent again."""
@@ -35,8 +36,8 @@ class Routing:
         """The servers that may have requests in flight, by name."""
         self._changed = asyncio.Event()
         self._turn = 0
-        self.waiting = 0
-        """Number of requests that wait for a server."""
+        self.waiting_by_pool: Counter[str] = Counter()
+        """Number of requests that wait for a server, by the key of the pool."""
         self.resends: dict[tuple[str, str], int] = {}
         """Number of requests sent again, by the server that had failed them, and "died" or "refused"."""
         self.ending = ""
@@ -86,35 +87,48 @@ class Routing:
         return {name: backend.requests for name, backend in self._backends.items()}
 
     @property
+    def waiting(self) -> int:
+        """Number of requests that wait for a server."""
+        return self.waiting_by_pool.total()
+
+    @property
     def status(self) -> str:
         """Return "ok" if a server is ready, "starting" if one will be, "draining", or "stopped"."""
-        if self.ending:
-            return "draining"
-        if self.backends:
+        return "draining" if self.ending else self.status_of(ONLY)
+
+    def status_of(self, pool: str) -> str:
+        """Return "ok" if a server of a pool is ready, "starting" if one will be, or "stopped". `ONLY`: any pool."""
+        states = self.states_of(pool)
+        if any(state.name in self._backends and state.usable for state in states):
             return "ok"
-        return "starting" if any(state.returns for state in self._states.values()) else "stopped"
+        return "starting" if any(state.returns for state in states) else "stopped"
 
-    def attempts(self) -> "Attempts":
-        """Return the attempts of a new request."""
-        return Attempts(self, self._queue_timeout)
+    def states_of(self, pool: str) -> list[ServerState]:
+        """Return the states of the servers of a pool. `ONLY`: of all pools."""
+        return [state for state in self._states.values() if pool in (ONLY, state.pool)]
 
-    async def wait_changed(self, seconds: float) -> None:
-        """Have a request wait until a state changes, for `seconds` at most."""
-        self.waiting += 1
+    def attempts(self, pool: str = ONLY) -> "Attempts":
+        """Return the attempts of a new request to a pool. `ONLY`: to any pool."""
+        return Attempts(self, self._queue_timeout, pool)
+
+    async def wait_changed(self, seconds: float, pool: str = ONLY) -> None:
+        """Have a request to a pool wait until a state changes, for `seconds` at most."""
+        self.waiting_by_pool[pool] += 1
         try:
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
         except TimeoutError:
             pass
         finally:
-            self.waiting -= 1
+            self.waiting_by_pool[pool] -= 1
 
-    def least_busy(self, without: set[str]) -> Backend | None:
-        """Return the server with the least work, but for the instances in `without`. Equal servers take turns.
+    def least_busy(self, pool: str, without: set[str]) -> Backend | None:
+        """Return the server of a pool with the least work, but for the instances in `without`. Equal ones take turns.
 
         A request counts as much as an item of the service's own calls.
         """
-        found = [backend for backend in self.backends if backend.instance not in without]
+        names = {state.name for state in self.states_of(pool)}
+        found = [backend for backend in self.backends if backend.name in names and backend.instance not in without]
         if not found:
             return None
         self._turn += 1
@@ -130,8 +144,9 @@ def _choice(state: ServerState) -> tuple[object, ...]:
 class Attempts:
     """The attempts to have one request answered."""
 
-    def __init__(self, routing: Routing, queue_timeout: float | None) -> None:
+    def __init__(self, routing: Routing, queue_timeout: float | None, pool: str) -> None:
         self._routing = routing
+        self._pool = pool
         self._patience = math.inf if queue_timeout is None else queue_timeout
         """Remaining time to wait for a server, in seconds. The time in servers does not count."""
         self._tried: set[str] = set()
@@ -155,19 +170,20 @@ class Attempts:
                 )
             if self._routing.ending:
                 raise RemoteError(self._routing.ending, status=503)
-            backend = self._routing.least_busy(self._tried)
+            backend = self._routing.least_busy(self._pool, self._tried)
             if backend is not None:
                 if self._failed is not None:
                     self._routing.resends[self._failed] = self._routing.resends.get(self._failed, 0) + 1
                 return backend
             if self._busy is not None:
                 raise self._busy
-            if self._routing.status == "stopped":
-                raise RemoteError("no server is running", status=503)
+            if self._routing.status_of(self._pool) == "stopped":
+                of = f" of the model '{self._pool}'" if self._pool else ""
+                raise RemoteError(f"no server{of} is running", status=503)
             if self._patience <= 0:
                 raise RemoteError("no server became ready in time", status=503, retry_after=RETRY_SECONDS)
             began = loop.time()
-            await self._routing.wait_changed(min(self._patience, RETRY_SECONDS))
+            await self._routing.wait_changed(min(self._patience, RETRY_SECONDS), self._pool)
             self._patience -= loop.time() - began
             if loop.time() > self._tried_at + RETRY_SECONDS:
                 self._tried.clear()  # those that are ready still are alive

@@ -68,8 +68,9 @@ class VLLMServer:
         )
         nursery = Nursery()
         program = ServerProgram(
-            llm=llm_config, serve=serve, gpu_ids=None if ids is None else tuple(ids), parts=parts, nursery=nursery
-        )
+            llm=llm_config, serve=serve, gpu_ids=None if ids is None else tuple(ids), parts=parts, nursery=nursery,
+            model=llm_config.model_name,
+        )  # fmt: skip
         pool = Pool(
             [program], logs=lambda: folders.log_folder(uuid.uuid4().hex[:8]), nursery=nursery,
             keeps_places=True, what=program.name,
@@ -208,7 +209,7 @@ def record_of(state: ServerState) -> records.ServerRecord:
     assert state.info is not None
     return records.ServerRecord(
         state.name, state.address, state.instance, state.token, state.info.capacity, state.info.model,
-        None if state.gpu_ids is None else list(state.gpu_ids), state.control,
+        None if state.gpu_ids is None else list(state.gpu_ids), state.control, state.pool,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .. import diagnosis, lease
-from ..config import LLMConfig, ServeConfig
+from ..config import LLMConfig, ServeConfig, server_name
 from ..errors import GserveError, LaunchError, StartupTimeout
 from ..host import folders, processes, run_files, scratch, tokens
 from ..host.child_process import UNKNOWN
@@ -90,7 +90,12 @@ def _new_log(folder: Path, name: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerProgram:
-    """The program of one of the servers of a service. Implements `supervisor.Program`."""
+    """The program of one of the servers of a service. Implements `supervisor.Program`.
+
+    `index`: its number among the servers of its model.
+    `first`, `servers`: number of servers of the models before it, and of all models. They divide the cores.
+    `model`: name of its model. `is_alone`: whether the service has no other model.
+    """
 
     llm: LLMConfig
     serve: ServeConfig
@@ -98,17 +103,22 @@ class ServerProgram:
     parts: Parts
     nursery: Nursery
     index: int = 0
+    first: int = 0
     servers: int = 1
+    model: str = ""
+    is_alone: bool = True
 
     @property
     def name(self) -> str:
         """The server's name, unique in its service."""
-        return f"server-{self.index}"
+        return server_name(None if self.is_alone else self.model, self.index)
 
     @property
     def state(self) -> ServerState:
         """The state of the server before its first start."""
-        return ServerState(name=self.name, host=self.serve.host, port=self.serve.port, gpu_ids=self.gpu_ids)
+        return ServerState(
+            name=self.name, pool=self.model, host=self.serve.host, port=self.serve.port, gpu_ids=self.gpu_ids
+        )  # fmt: skip
 
     def job(self, log: Path, instance: str = "", environ: Mapping[str, str] = os.environ) -> Job:
         """Return the job for the launcher, in the environment `environ`. Raises ConfigError or PluginError."""
@@ -126,7 +136,7 @@ class ServerProgram:
             gpu_ids=self.gpu_ids,
             gpus=len(self.gpu_ids) if self.gpu_ids else wanted,
             bind_cores=self.parts.engine.bind_cores,
-            index=self.index,
+            index=self.first + self.index,
             servers=self.servers,
             log=log,
         )

@@ -3,37 +3,41 @@
 import os
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
 from ..commands import DRAIN_SECONDS
-from ..config import Config, GatewayConfig, LLMConfig, ServeConfig, wrong_key
-from ..errors import ConfigError, GserveError, ItemError
+from ..config import Config, GatewayConfig, LLMConfig, ModelConfig, ServeConfig, wrong_key
+from ..errors import ConfigError, GserveError
 from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
 from ..interfaces import Access, Engine, Job, Launcher, Transport
 from ..messages import Prompt
 from ..plugins import assemble
 from ..rows import openai_batch
 from ..rows.batch_files import BatchSummary
-from ..sampling import params_from
 from ..service import records
 from ..service.records import GatewayRecord
 from .attached import Attached, drain_reason
-from .deployment import Deployment, Plan, Source, connect
+from .deployment import Deployment, connect
+from .followed_models import FollowedModels
 from .gateway_requests import GatewayRequests
 from .inference import Inference
+from .model import Model, check_params, model_facts, prompt_lengths
+from .plan import ModelPlan, Plan, Source, find_model
 from .pool import Pool
 from .remote import Remote, Url
 from .server import VLLMServer, member_of
 from .state import ServerState
 
+type Follow = Callable[..., Attached | Remote]
+"""Returns what follows the servers of a model (None: of all), with the maximum time without a sign of life."""
 ATTACH_SECONDS = 180.0
 """Maximum wait of `attach` for a starting service, in seconds."""
 
@@ -45,6 +49,7 @@ class VLLMService(Inference):
     unfinished items move to the other servers. The servers end at the latest when the service is garbage-collected, or
     when the interpreter ends.
 
+    `models`: several models by name, in place of `llm_config` and `serve_config`. `service[name]` then has the calls.
     `launcher`, `transport`, `engine`: instances to use. By default: this machine, HTTP and vLLM.
     `plugins`: modules that provide more of these.
     `name`: makes the service visible to `attach` and `gserve ps`.
@@ -55,9 +60,10 @@ class VLLMService(Inference):
 
     def __init__(
         self,
-        llm_config: LLMConfig,
+        llm_config: LLMConfig | None = None,
         serve_config: ServeConfig | None = None,
         *,
+        models: Mapping[str, ModelConfig] | None = None,
         launcher: Launcher | None = None,
         transport: Transport | None = None,
         engine: Engine | None = None,
@@ -65,9 +71,10 @@ class VLLMService(Inference):
         name: str | None = None,
         gateway: GatewayConfig | None = None,
     ) -> None:
-        config = Config(llm_config, serve_config or ServeConfig(), plugins=list(plugins), gateway=gateway)
-        parts = assemble(config, None, launcher=launcher, transport=transport, engine=engine)
-        self._set_up(Deployment(Plan(config, parts), name))
+        config = Config(
+            llm_config, serve_config or ServeConfig(), plugins=list(plugins), gateway=gateway, models=dict(models or {})
+        )
+        self._set_up(Deployment(Plan.of(config, launcher=launcher, transport=transport, engine=engine), name))
 
     @classmethod
     def from_yaml(
@@ -126,19 +133,14 @@ class VLLMService(Inference):
             raise GserveError(drain_reason(name))
         if record.status == "failed":
             raise GserveError(f"all servers of the service '{name}' have failed: end it with: gserve stop {name}")
-        config = Config(
-            LLMConfig(record.servers[0].model if record.servers else "any"),
-            ServeConfig(client_timeout=record.client_timeout),
-            transport=record.transport, plugins=record.plugins,
-        )  # fmt: skip
-        parts, timeout = assemble(config, Path(record.folder) if record.folder else None), record.client_timeout
-        self = cls.__new__(cls)
-        self._deployment, self._parts = None, parts
-        self._seeds = Seeds(record.seed)
-        self._pool = Attached(record.name, lambda server: connect(parts, server, timeout), timeout)
-        weakref.finalize(self, self._pool.ask_to_close)
-        self.start()
-        return self
+        config = Config(LLMConfig("any"), transport=record.transport, plugins=record.plugins)
+        parts = assemble(config, Path(record.folder) if record.folder else None)
+        transport, timeout, service_name = parts.transport, record.client_timeout, record.name
+
+        def follow(model: str | None, timeout: float | None = timeout) -> Attached:
+            return Attached(service_name, lambda server: connect(transport, server, timeout), timeout, model)
+
+        return cls._attached(transport, follow)
 
     @classmethod
     def _attach_url(cls, url: Url, api_key: str | None) -> Self:
@@ -150,25 +152,91 @@ class VLLMService(Inference):
             )
         if wrong := wrong_key(key):
             raise ConfigError(f"the API key for {url.base_url} is not allowed: {wrong}")
+        transport = assemble(Config(LLMConfig("any"))).transport
+        usual = ServeConfig().client_timeout
+
+        def follow(model: str | None, timeout: float | None = usual) -> Remote:
+            access = Access(token=key, timeout=timeout, tls=url.is_tls)
+            connect = partial(transport.connect, url.address, access)
+            return Remote(GatewayRecord(url.base_url, key), connect, timeout, ATTACH_SECONDS, model)
+
+        return cls._attached(transport, follow)
+
+    @classmethod
+    def _attached(cls, transport: Transport, follow: "Follow") -> Self:
+        """Return a service that follows the servers of another process."""
         self = cls.__new__(cls)
-        config = Config(LLMConfig("any"))
-        self._deployment, self._parts = None, assemble(config)
-        timeout = config.serve.client_timeout
-        access = Access(token=key, timeout=timeout, tls=url.is_tls)
-        connect = partial(self._parts.transport.connect, url.address, access)
-        pool = self._pool = Remote(GatewayRecord(url.base_url, key), connect, timeout, ATTACH_SECONDS)
-        weakref.finalize(self, pool.ask_to_close)
+        pool = follow(None)
+        self._deployment, self._transport, self._pool = None, transport, pool
+        self._followed = FollowedModels(pool, follow)
+        self._members = []
+        weakref.finalize(self, self._followed.ask_to_close)
         pool.start()
-        self._seeds = Seeds(pool.seed)
         return self
 
     def _set_up(self, deployment: Deployment) -> None:
         self._deployment: Deployment | None = deployment
         self._pool: Pool | Attached | Remote = deployment.pool
-        self._parts = deployment.plan.parts
-        self._seeds = deployment.seeds
+        self._transport = deployment.plan.transport
+        self._followed: FollowedModels | None = None
         self._members: list[VLLMServer] = []
         weakref.finalize(self, self._pool.ask_to_close)
+
+    # ---------------------------------------------------------------------------------------------------------- models
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models. The name of a model alone is its `model_name`."""
+        if self._followed is not None:
+            return list(self._followed.models)
+        assert self._deployment is not None
+        return [model.name for model in self._deployment.plan.models.values()]
+
+    def __getitem__(self, name: str) -> "Model":
+        """Return the calls to one model. Raises ConfigError: there is no such model."""
+        find_model({it: it for it in self.models}, name)
+        return Model(self, name)
+
+    def __iter__(self) -> NoReturn:
+        """Refuse: a service is no sequence, although it has items."""
+        raise TypeError("a VLLMService is not iterable: see its attribute 'models'")
+
+    def plan_of(self, name: str | None = None) -> ModelPlan | None:
+        """Return the plan of a model; None if another process runs the service. For the errors see `dispatcher_of`."""
+        if self._deployment is None:
+            return None
+        plan = self._deployment.plan
+        return plan.models[plan.key_of(name)]
+
+    def seeds_of(self, name: str | None = None) -> Seeds:
+        """Return the seeds of the items of a model. For the errors see `dispatcher_of`."""
+        if self._followed is not None:
+            return self._followed.seeds(name)
+        assert self._deployment is not None
+        return self._deployment.seeds[self._deployment.plan.key_of(name)]
+
+    def dispatcher_of(self, name: str | None = None) -> Dispatcher:
+        """Return the queue of a model. Most callers use `service[name]`. None: the only model.
+
+        Raises ConfigError: there is no such model, or no name is given and there are several.
+        Raises GserveError: the service does not run.
+        """
+        found = None
+        if self._followed is not None:
+            found = None if sys.is_finalizing() else self._followed.dispatcher(name)
+        elif self._deployment is not None:
+            key = self._deployment.plan.key_of(name)
+            found = None if sys.is_finalizing() else self._deployment.pool.dispatchers.get(key)
+        if found is None:
+            raise GserveError("the service is not running: call start(), or use it in a with statement")
+        return found
+
+    @property
+    def _seeds(self) -> Seeds:  # type: ignore[override]
+        return self.seeds_of()
+
+    def _dispatcher(self) -> Dispatcher:
+        return self.dispatcher_of()
 
     # --------------------------------------------------------------------------------------------------------- control
 
@@ -194,7 +262,7 @@ class VLLMService(Inference):
 
         `why`: the reason in ItemLost.
         """
-        self._pool.drain(why)
+        (self._followed or self._pool).drain(why)
 
     def shutdown(self, drain: float | None = None) -> None:
         """Stop all servers, and close all connections. Idempotent. May be called from any thread.
@@ -206,18 +274,19 @@ class VLLMService(Inference):
         """
         if sys.is_finalizing():  # no thread runs any more that could do this: the end of the leases stops the servers
             return
-        self._pool.close(drain)
+        (self._followed or self._pool).close(drain)
 
-    def scale(self, servers: int, *, drain: float = DRAIN_SECONDS) -> None:
+    def scale(self, servers: int, *, drain: float = DRAIN_SECONDS, model: str | None = None) -> None:
         """Change the number of servers while they work. Returns when it is done.
 
         `drain`: maximum time for removed servers to finish their items in flight, in seconds.
+        `model`: the name of their model, if there are several.
 
-        Raises ConfigError: there are no GPUs or ports for so many.
+        Raises ConfigError: there are no GPUs or ports for so many, or no such model.
         Raises LaunchError: a new server failed. The number stays as it was.
         Raises GserveError: the service does not run here, or another change is in progress.
         """
-        self._changeable().scale(servers, drain)
+        self._changeable().scale(servers, drain, model)
 
     def reload(
         self,
@@ -229,6 +298,8 @@ class VLLMService(Inference):
         drain: float = DRAIN_SECONDS,
     ) -> None:
         """Replace all servers by those of a YAML file while requests and batches go on. Returns when it is done.
+
+        Of several models, those whose section has not changed keep their servers. Others are added and removed.
 
         If there is room, all new servers are started beside the old ones, and get the work at the same moment.
         Otherwise one server after another is replaced. If a new server fails, the old ones go on, or are started again.
@@ -287,11 +358,13 @@ class VLLMService(Inference):
         Raises GserveError: the service has no gateway, or an answer cannot be written.
         """
         self._check_has_gateway()
-        facts = self.model_facts()
-        requests = GatewayRequests(self._parts.transport, lambda: self.gateway, self.status)
+        several = {name: self[name].model_facts() for name in self.models}
+        facts = {"models": several} if len(several) > 1 else self.model_facts()
+        requests = GatewayRequests(self._transport, lambda: self.gateway, self.status)
 
         def running(_: int) -> AbstractContextManager[Callable[[], object]]:
-            self._dispatcher()  # raises unless it runs
+            for name in self.models:
+                self.dispatcher_of(name)  # raises unless it runs
             return nullcontext(lambda: None)
 
         return openai_batch.run(
@@ -321,8 +394,10 @@ class VLLMService(Inference):
 
     @property
     def launcher(self) -> Launcher:
-        """The launcher of the servers."""
-        return self._parts.launcher if self._deployment is None else self._deployment.plan.parts.launcher
+        """The launcher of the servers; of several models, that of the first one."""
+        if self._deployment is None:
+            raise GserveError("another process runs this service, and knows its launcher")
+        return next(iter(self._deployment.plan.models.values())).parts.launcher
 
     @property
     def base_url(self) -> str | None:
@@ -351,20 +426,15 @@ class VLLMService(Inference):
 
     def jobs(self) -> list[tuple[Job, list[str]]]:
         """Return the job of each server, with the command line of the launcher. Starts nothing."""
-        jobs = [server.job(Path(os.devnull)) for server in self.servers]
-        return [(job, self.launcher.command(job)) for job in jobs]
+        made = [(server.job(Path(os.devnull)), server.program.parts.launcher) for server in self.servers]
+        return [(job, launcher.command(job)) for job, launcher in made]
 
     def check_params(self, sampling_params: Any) -> None:
         """Check sampling parameters as far as it takes no server. Does nothing for an attached service.
 
         Raises ConfigError: they are wrong.
         """
-        try:
-            params = params_from(sampling_params)
-            if params is not None and self._deployment is not None:
-                self._deployment.plan.parts.engine.check_params(params)
-        except ItemError as error:
-            raise ConfigError(str(error)) from error
+        check_params(self.plan_of(), sampling_params)
 
     def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int] | None:
         """Return the number of tokens of each prompt. Starts nothing.
@@ -373,22 +443,8 @@ class VLLMService(Inference):
 
         Raises GserveError: they cannot be counted.
         """
-        if self._deployment is None:
-            return None
-        plan = self._deployment.plan
-        return plan.parts.engine.prompt_lengths(plan.config.llm, prompts)
+        return prompt_lengths(self.plan_of(), prompts)
 
     def model_facts(self) -> dict[str, Any]:
         """Return what is known about the model and decides its answers. `run_file` compares it with earlier runs."""
-        from ..rows.fingerprint import model_facts
-
-        if self._deployment is not None:
-            return model_facts(self._deployment.plan.config.llm, self._deployment.plan.parts.engine)
-        models = {state.info.model for state in self.status() if state.info is not None}
-        return {"model": min(models)} if models else {}
-
-    def _dispatcher(self) -> Dispatcher:
-        dispatcher = None if sys.is_finalizing() else self._pool.dispatcher
-        if dispatcher is None:
-            raise GserveError("the service is not running: call start(), or use it in a with statement")
-        return dispatcher
+        return model_facts(self.plan_of(), self.status())

@@ -22,6 +22,8 @@ from ..overview import Counters
 
 TICK = 0.2
 """Maximum time between two checks of a state that a thread waits for, in seconds."""
+ONLY = ""
+"""Key of the queue and the limits of a service with one model, which may have another name after `reload`."""
 BEGINNING = "starting the process"
 """Phase of a server that has not reported one."""
 
@@ -163,10 +165,10 @@ class ServerState:
         return replace(ended, state=State.FAILED, phase=why, failure=failure, returns=False, finishing=False)
 
 
-def sort_key(name: str) -> tuple[int, str]:
-    """Return the key that sorts the names of servers by their numbers."""
-    number = name.rpartition("-")[2]
-    return (int(number) if number.isdecimal() else 0, name)
+def sort_key(name: str) -> tuple[str, int, str]:
+    """Return the key that sorts the names of servers by their models, then by their numbers."""
+    model, _, number = name.rpartition("-")
+    return (model, int(number) if number.isdecimal() else 0, name)
 
 
 # ------------------------------------------------------------------------------------------------------------- reports

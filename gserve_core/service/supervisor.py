@@ -13,9 +13,9 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -47,6 +47,18 @@ MAX_FRUITLESS = 10
 # A broken engine exceeds it.
 
 logger = logging.getLogger("gserve.supervisor")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The limits of the servers of a model.
+
+    `max_restarts`: maximum number of restarts of a server in ten minutes.
+    `min_ready`: number of servers that must be ready; None: all.
+    """
+
+    max_restarts: int = 0
+    min_ready: int | None = None
 
 
 class Run(Protocol):
@@ -141,7 +153,7 @@ class Supervisor:
 
     Its methods may be called from any thread, signal handler or finalizer. They only send a message, and take no lock.
 
-    `min_ready`: number of servers that must be ready; None: all.
+    `limits`: those of each model, by the name of its pool. A service with one model has them under "".
     `keeps_places`: whether a dead server that is not restarted keeps its place, such as a SLURM job. `begin` restarts
     the server there; a stop gives the place up.
     """
@@ -152,16 +164,14 @@ class Supervisor:
         published: Published,
         hooks: Hooks,
         *,
-        max_restarts: int = 0,
-        min_ready: int | None = None,
+        limits: Mapping[str, Limits] | None = None,
         keeps_places: bool = False,
         what: str = "the service",
     ) -> None:
         self._servers = {program.name: _Server(program) for program in programs}
         self._published = published
         self._hooks = hooks
-        self._max_restarts = max_restarts
-        self._given_min_ready = min_ready
+        self._limits = limits or {"": Limits()}
         self._keeps_places = keeps_places
         self._what = what
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
@@ -174,7 +184,7 @@ class Supervisor:
         self.has_ended = False
         """Whether the supervisor is done: all servers have ended or failed, and the hooks have released all."""
         self.has_started = False
-        """Whether `min_ready` servers have been ready."""
+        """Whether `min_ready` servers of each model have been ready."""
         self.failure: Exception | None = None
         """Why no server could be started."""
         self._numbers = itertools.count(1)
@@ -233,9 +243,9 @@ class Supervisor:
         """Call a function in the supervisor's thread, where the states do not change meanwhile."""
         self._inbox.put(act)
 
-    def limit_restarts(self, max_restarts: int) -> None:
-        """Set the maximum number of restarts of a server in ten minutes."""
-        self._max_restarts = max_restarts
+    def limit(self, limits: Mapping[str, Limits]) -> None:
+        """Replace the limits. A new `min_ready` applies from the next start."""
+        self._limits = limits
 
     def drain(self) -> None:
         """Restart no server from now on."""
@@ -255,7 +265,7 @@ class Supervisor:
         return self._published.wait(lambda: self.has_ended, seconds)
 
     def wait_ready(self, seconds: float = math.inf, names: Sequence[str] | None = None) -> bool:
-        """Wait until `min_ready` servers are ready, or all servers in `names`.
+        """Wait until `min_ready` servers of each model are ready, or all servers in `names`.
 
         Return False if they are not ready after `seconds`.
 
@@ -271,19 +281,36 @@ class Supervisor:
                 raise LaunchError(f"{self._what} was shut down while it started")
             if self._answered < asked:
                 return False
-            min_ready = self._min_ready if names is None else len(names)
             known = self._published.states
-            states = [known[name] for name in names or list(self._servers) if name in known]
-            if names is not None and len(states) < len(names):
+            if names is None:
+                states = [known[name] for name in list(self._servers) if name in known]
+                found = [_are_enough(mine, self._min_ready(pool, len(mine))) for pool, mine in self._by_pool(states)]
+                return all([*found, _are_enough(states, 1)])
+            states = [known[name] for name in names if name in known]
+            if len(states) < len(names):
                 raise LaunchError(f"{', '.join(set(names) - known.keys())} was removed from {self._what}")
-            if sum(state.usable for state in states) >= min_ready:
-                return True
-            over = [state for state in states if state.is_over]
-            if len(states) - len(over) < min_ready:
-                raise failure_of(over)
-            return False
+            return _are_enough(states, len(states))
 
         return self._published.wait(is_ready, seconds)
+
+    def _by_pool(self, states: Sequence[ServerState]) -> Iterable[tuple[str, list[ServerState]]]:
+        """Return the states of the servers that share limits, by the key of these."""
+        found: dict[str, list[ServerState]] = {}
+        for state in states:
+            found.setdefault(self._pool(state), []).append(state)
+        return found.items()
+
+    def _pool(self, state: ServerState) -> str:
+        """Return the key of the limits of a server."""
+        return state.pool if state.pool in self._limits else ""
+
+    def _limits_of(self, state: ServerState) -> Limits:
+        return self._limits.get(self._pool(state), Limits())
+
+    def _min_ready(self, pool: str, servers: int) -> int:
+        """Return how many of so many servers of a pool must be ready."""
+        least = self._limits.get(pool, Limits()).min_ready
+        return servers if least is None else min(least, servers)
 
     # ------------------------------------------------------------------------------------ in the supervisor's thread
 
@@ -305,11 +332,6 @@ class Supervisor:
             self._try(self._hooks.ended)
             self.is_closing = self.has_ended = True
             self._published.wake()
-
-    @property
-    def _min_ready(self) -> int:
-        servers = len(self._servers)
-        return servers if self._given_min_ready is None else min(self._given_min_ready, servers)
 
     def _try(self, act: Callable[[], object]) -> None:
         try:
@@ -445,6 +467,7 @@ class Supervisor:
             server.failed_starts += 1
         self._count_restarts(server)
         counted = sum(counts for _, counts in server.restarts)
+        most = self._limits_of(self._state(server)).max_restarts
         if not server.was_ready and server.fallback is not None and not self._is_draining:
             self._publish(replace(self._state(server).queued(GOING_BACK), failure=failure))
             server.program, server.was_ready, server.is_wanted = server.fallback, True, True
@@ -458,9 +481,9 @@ class Supervisor:
             )
         elif self._is_draining:
             self._mark_failed(server, failure, None)
-        elif counted >= self._max_restarts and not server.was_expected:
+        elif counted >= most and not server.was_expected:
             reason = f"it was restarted {counted} times in ten minutes (max_restarts)"
-            self._mark_failed(server, failure, reason if self._max_restarts else None, keeps_place=self._keeps_places)
+            self._mark_failed(server, failure, reason if most else None, keeps_place=self._keeps_places)
         else:
             now = time.monotonic()
             server.restarts.append((now, not server.was_expected))
@@ -487,11 +510,17 @@ class Supervisor:
         self._complete(server, failure)
         if why:
             logger.error("%s is not restarted any more: %s", server.program.name, why)
-        elif not server.was_ready and self._min_ready < len(self._servers):  # else `wait_ready` raises it
+        elif not server.was_ready and not self._needs_all(state):  # else `wait_ready` raises it
             logger.error("%s", failure)
         self._publish(state.failed(failure, why))
         if not keeps_place:
             self._release(server)
+
+    def _needs_all(self, state: ServerState) -> bool:
+        """Return whether all servers of the pool of a server must be ready."""
+        pool = self._pool(state)
+        servers = sum(self._pool(self._state(server)) == pool for server in self._servers.values())
+        return self._min_ready(pool, servers) == servers
 
     def _release(self, server: _Server) -> None:
         if server.run is None:
@@ -614,6 +643,16 @@ class Supervisor:
                 logger.error("%s", late)
                 server.run = None
                 self._publish(self._state(server).failed(late))
+
+
+def _are_enough(states: Sequence[ServerState], min_ready: int) -> bool:
+    """Return whether `min_ready` of these servers are ready. Raises LaunchError: so many cannot become ready."""
+    if sum(state.usable for state in states) >= min_ready:
+        return True
+    over = [state for state in states if state.is_over]
+    if len(states) - len(over) < min_ready:
+        raise failure_of(over)
+    return False
 
 
 def _delay(server: _Server) -> float:

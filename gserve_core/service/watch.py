@@ -3,12 +3,12 @@
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 
 from ..errors import RemoteError
 from ..host.server_log import read_part
-from ..overview import Ending, LogPart, ServerOverview, ServiceOverview
+from ..overview import Ending, LogPart, ModelOverview, ServerOverview, ServiceOverview
 from .state import ServerState, sort_key
 
 MAX_ENDINGS = 50
@@ -43,7 +43,9 @@ class Watch:
         """Forget a server that has ended and does not return."""
         self._states.pop(name, None)
 
-    def overview(self, status: str, *, waiting: int, requests: Mapping[str, int]) -> ServiceOverview:
+    def overview(
+        self, status: str, *, waiting: int, requests: Mapping[str, int], models: Sequence[ModelOverview] = ()
+    ) -> ServiceOverview:
         """Return the overview. `requests`: number of requests of the gateway in flight, by server."""
         now = time.monotonic()
         states = [self._states[name] for name in sorted(self._states, key=sort_key)]
@@ -53,6 +55,7 @@ class Watch:
             endings=[
                 Ending(state.name, state.generation, now - then, state.error or "") for then, state in self._endings
             ],
+            models=list(models),
         )  # fmt: skip
 
     async def log_part(self, server: str, after: int | None, file: str) -> LogPart:

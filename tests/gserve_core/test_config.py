@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gserve import ConfigError, GatewayConfig, LLMConfig, ServeConfig, VLLMServer, VLLMService
-from gserve_core.config import Config, build, check_placement, load
+from gserve_core.config import Config, build, check_placement, check_places, load
 
 LLM = "llm:\n  model_name: m\n"
 
@@ -404,6 +404,12 @@ def test_only_the_model_has_to_be_said(tmp_path: Path) -> None:
     assert load(tmp_path / "c.yaml")[0] == Config(LLMConfig("m"))
 
 
+def llm_of(folder: Path) -> LLMConfig:
+    llm = load(folder / "c.yaml")[0].llm
+    assert llm is not None
+    return llm
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -437,18 +443,18 @@ def test_only_the_model_has_to_be_said(tmp_path: Path) -> None:
 )
 def test_plain_values_are_read_as_yaml_1_2(tmp_path: Path, text: str, expected: object) -> None:
     (tmp_path / "c.yaml").write_text(f"{LLM}  llm_kwargs:\n    value: {text}\n")
-    value = load(tmp_path / "c.yaml")[0].llm.llm_kwargs["value"]
+    value = llm_of(tmp_path).llm_kwargs["value"]
     assert (value, type(value)) == (expected, type(expected))
 
 
 def test_aliases_repeat_what_they_stand_for(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("llm:\n  model_name: &name m\n  llm_kwargs: {a: *name}\n")
-    assert load(tmp_path / "c.yaml")[0].llm.llm_kwargs == {"a": "m"}
+    assert llm_of(tmp_path).llm_kwargs == {"a": "m"}
 
 
 # ----------------------------------------------------------------------------------------------------------- wrong YAML
 
-TOP = "engine, gateway, launcher, llm, plugins, serve, transport"
+TOP = "engine, gateway, launcher, llm, models, plugins, serve, transport"
 ONLY = "expected texts, numbers, lists and mappings"
 WRONG: dict[str, tuple[str | bytes, str]] = {
     # what is wrong: (the file, the message after its name)
@@ -481,7 +487,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "null section": (LLM + "serve:\n", ":3: expected a mapping, got null - at $.serve"),
     "null model": ("llm:\n  model_name:\n", ":2: expected str, got null - at $.llm.model_name"),
     "null host": (LLM + "serve:\n  host: ~\n", ":4: expected str, got null - at $.serve.host"),
-    "no llm": ("serve: {}\n", ":1: missing key 'llm'"),
+    "no llm": ("serve: {}\n", ":1: missing key 'llm', or 'models' for several models"),
     "no model_name": ("\nllm: {dtype: float16}\n", ":2: missing key 'model_name' - at $.llm"),
     "empty model_name": (
         "llm: {model_name: ' '}\n",
@@ -788,8 +794,8 @@ def test_any_mapping_is_a_config_or_a_config_error(mapping: object) -> None:
         assert made.at.startswith("$")
     else:
         assert isinstance(made, Config)
-        placed = attempt(lambda: check_placement(made.llm, made.serve))
-        assert not isinstance(placed, ConfigError) or placed.at.startswith(("$.llm.", "$.serve."))
+        placed = attempt(lambda: check_places(made))
+        assert not isinstance(placed, ConfigError) or placed.at.startswith(("$.llm.", "$.serve.", "$.gateway."))
 
 
 def attempt(call: Callable[[], object]) -> object:

@@ -368,7 +368,7 @@ def test_the_check_looks_for_no_files_of_other_machines_nor_for_those_of_other_e
     path = tmp_path / "config.yaml"
     llm = {"model_name": "m", "lora_path": "/none", "llm_kwargs": {"chat_template": "/none"}}
     path.write_text(json.dumps({"llm": llm, "launcher": {"type": "slurm"}}))
-    ((job, command),) = examination.check_config(path)
+    ((_, job, command),) = examination.check_config(path)
     assert job.name == "server-0"
     assert "--model" in command
     llm |= {"model_name": "demo:foo", "llm_kwargs": {"zzz": 1}}

@@ -17,8 +17,9 @@ import pytest
 from gserve import ConfigError, GatewayConfig, GserveError, KeyConfig, LaunchError, LLMConfig, ServeConfig, VLLMService
 from gserve_core.config import Config
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.plugins import assemble
-from gserve_core.service.deployment import Deployment, Plan
+from gserve_core.service.deployment import Deployment
+from gserve_core.service.plan import Plan
+from gserve_core.service.state import ONLY
 from gserve_core.testing import our_processes
 from tests.gserve_core.fake_servers import until
 
@@ -341,16 +342,16 @@ class GpuEcho(EchoEngine):
 
 def plan(**serve: Any) -> Plan:
     config = Config(LLMConfig("m"), ServeConfig(**serve))
-    return Plan(config, assemble(config, None, engine=GpuEcho()))
+    return Plan.of(config, engine=GpuEcho())
 
 
 def test_only_servers_on_other_gpus_fit_beside_each_other() -> None:
-    on_two = plan(gpu_ids=[0, 1])
-    (first, second), alone, shared = on_two.programs(), plan(), plan(gpu_ids=[0, 1], share_gpu=True)
-    assert on_two.competes(first, (0,))
-    assert not on_two.competes(second, (0,))
-    assert on_two.competes(alone.programs()[0], (0,)), "a server that is not pinned may use any GPU"
-    assert not shared.competes(shared.programs()[0], (0,))
+    (first, second), model = plan(gpu_ids=[0, 1]).programs(), plan(gpu_ids=[0, 1]).models[ONLY]
+    (alone,), shared = plan().programs(), plan(gpu_ids=[0, 1], share_gpu=True)
+    assert model.competes(first, (0,))
+    assert not model.competes(second, (0,))
+    assert model.competes(alone, (0,)), "a server that is not pinned may use any GPU"
+    assert not shared.models[ONLY].competes(next(shared.programs()), (0,))
 
 
 def test_a_service_has_as_many_servers_as_groups_of_gpus() -> None:

@@ -24,7 +24,8 @@ from gserve_core.service import records
 from gserve_core.service import supervisor as supervising
 from gserve_core.service.pool import Pool, Queue, Record
 from gserve_core.service.records import ServiceRecord
-from gserve_core.service.state import Ended, Gone, ServerState, State
+from gserve_core.service.state import ONLY, Ended, Gone, ServerState, State
+from gserve_core.service.supervisor import Limits
 from tests.gserve_core.fake_servers import FakeProgram, until
 
 
@@ -67,8 +68,11 @@ def dispatchers(monkeypatch: pytest.MonkeyPatch) -> list[Told]:
 
 
 def pool_of(*programs: FakeProgram, **more: Any) -> Pool:
-    queue = lambda: Queue(lambda state: state.instance, ServeConfig)  # type: ignore[arg-type,return-value]  # noqa: E731
-    return Pool(programs, logs=lambda: Path("logs"), max_restarts=10, queue=queue, **more)
+    def queues() -> dict[str, Queue]:
+        return {ONLY: Queue(lambda state: state.instance, ServeConfig)}  # type: ignore[arg-type,return-value]
+
+    limits = {ONLY: Limits(max_restarts=10)}
+    return Pool(programs, logs=lambda: Path("logs"), limits=limits, queues=queues, **more)
 
 
 @contextmanager
@@ -119,7 +123,7 @@ def test_a_server_to_which_there_can_be_no_connection_yet_is_tried_again(
     monkeypatch.setattr(supervising, "KEEP_SECONDS", 0.05)
     is_short = True
     program = FakeProgram()
-    pool = Pool([program], logs=lambda: Path("logs"), queue=lambda: Queue(connect, ServeConfig))
+    pool = Pool([program], logs=lambda: Path("logs"), queues=lambda: {ONLY: Queue(connect, ServeConfig)})
     pool.start()
     threading.Event().wait(0.2)
     assert not any(told[0] == "add" for told in dispatchers[0].told)
@@ -256,7 +260,7 @@ def test_a_start_that_another_was_quicker_than_leaves_nothing(
             for act in [threads.submit(start) for _ in range(4)]:
                 act.result(30)
             live: list[object] = [it for it in dispatchers if not it.is_closed]
-            assert live == [pool.dispatcher]
+            assert live == [*pool.dispatchers.values()]
             pool.close()
 
 
@@ -275,7 +279,7 @@ def test_a_forked_process_ends_no_server(monkeypatch: pytest.MonkeyPatch) -> Non
     pool.start()
     with monkeypatch.context() as patch:
         patch.setattr(os, "getpid", lambda: 1)
-        assert isinstance(pool.dispatcher, Told)
+        assert isinstance(pool.dispatchers[ONLY], Told)
         with pytest.raises(GserveError, match="this process was forked from the one that started the service"):
             pool.begin()
         pool.ask_to_close()
@@ -288,7 +292,7 @@ def test_nothing_of_an_earlier_start_is_kept(dispatchers: list[Told]) -> None:
     known: list[weakref.ref[Any]] = []
     for _ in range(3):
         pool.start()
-        known.append(weakref.ref(pool.dispatcher))
+        known.append(weakref.ref(pool.dispatchers[ONLY]))
         pool.close()
         program.runs.clear()
     pool.start()
@@ -304,7 +308,7 @@ def test_a_failed_start_leaves_nothing_and_another_one_works() -> None:
     pool = pool_of(program)
     with pytest.raises(LaunchError, match="cannot start server-0: no more processes"):
         pool.start()
-    assert pool.dispatcher is None
+    assert not pool.dispatchers
     program.error = None
     pool.start()
     assert pool.states["server-0"].generation == 2
@@ -390,7 +394,7 @@ def record(ready: Any, status: str) -> ServiceRecord:
     return ServiceRecord(
         name="recorded", pid=os.getpid(), started=processes.process_start(os.getpid()) or 0, transport={},
         status=status, servers=[
-            records.ServerRecord(it.name, it.address, it.instance, it.token, 4, "m") for it in ready
+            records.ServerRecord(it.name, it.address, it.instance, it.token, 4, "m") for it in ready if it.usable
         ],
     )  # fmt: skip
 

@@ -497,7 +497,7 @@ def test_it_shows_the_servers_as_their_owner_reports_them(seen: tuple[Remote, Se
     there.start()
     (state,) = there.states.values()
     assert (state.usable, state.host, state.port, state.gpu_ids, state.generation) == (True, "::1", 8000, (1,), 2)
-    assert there.seed == 7
+    assert [it.seed for it in there.models.values()] == [7]
     assert there.dispatcher is not None
     assert there.dispatcher.room == 32
     gateway.servers = [server("ready", model="m", capacity=64)]
@@ -547,4 +547,4 @@ def test_a_gateway_without_an_overview_has_the_seed_0(seen: tuple[Remote, Seen])
 
     gateway.overview = none  # type: ignore[method-assign]
     there.start()
-    assert (there.seed, there.states) == (0, {})
+    assert (there.models, there.states) == ({}, {})

@@ -11,7 +11,7 @@ from gserve_core.errors import ConfigError, LaunchError, StartupTimeout
 from gserve_core.overview import Counters
 from gserve_core.service import supervisor as module
 from gserve_core.service.state import Counted, Phase, Published, Ready, State
-from gserve_core.service.supervisor import Supervisor
+from gserve_core.service.supervisor import Limits, Supervisor
 from tests.gserve_core.fake_servers import FakeProgram, Notes, published, until
 
 NEVER = 60.0
@@ -31,8 +31,7 @@ class Case:
             self.programs,
             self.published,
             self.notes,
-            max_restarts=max_restarts,
-            min_ready=min_ready,
+            limits={"": Limits(max_restarts, min_ready)},
             keeps_places=keeps_places,
         )
 

@@ -1,0 +1,76 @@
+"""`Model`: the calls to one model of a service."""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..batch.dispatcher import Dispatcher
+from ..batch.items import Seeds
+from ..errors import ConfigError, ItemError
+from ..messages import Prompt
+from ..sampling import params_from
+from .inference import Inference
+from .plan import ModelPlan
+from .state import ServerState
+
+if TYPE_CHECKING:
+    from .service import VLLMService
+
+
+class Model(Inference):
+    """The calls to one model of a service: `service[name]`. It keeps the service alive.
+
+    `name`: the name of the model.
+    """
+
+    def __init__(self, service: "VLLMService", name: str) -> None:
+        self._service = service
+        self.name = name
+
+    @property
+    def _seeds(self) -> Seeds:  # type: ignore[override]
+        return self._service.seeds_of(self.name)
+
+    def _dispatcher(self) -> Dispatcher:
+        return self._service.dispatcher_of(self.name)
+
+    def status(self) -> list[ServerState]:
+        """Return the current state of each server of the model. Never waits."""
+        states = self._service.status()
+        return states if len(self._service.models) == 1 else [state for state in states if state.pool == self.name]
+
+    def check_params(self, sampling_params: Any) -> None:
+        """See `VLLMService.check_params`."""
+        check_params(self._service.plan_of(self.name), sampling_params)
+
+    def prompt_lengths(self, prompts: Sequence[Prompt]) -> list[int] | None:
+        """See `VLLMService.prompt_lengths`."""
+        return prompt_lengths(self._service.plan_of(self.name), prompts)
+
+    def model_facts(self) -> dict[str, Any]:
+        """See `VLLMService.model_facts`."""
+        return model_facts(self._service.plan_of(self.name), self.status())
+
+
+def check_params(plan: ModelPlan | None, sampling_params: Any) -> None:
+    """Check sampling parameters for a model. `plan`: None if another process runs it. Raises ConfigError."""
+    try:
+        params = params_from(sampling_params)
+        if params is not None and plan is not None:
+            plan.parts.engine.check_params(params)
+    except ItemError as error:
+        raise ConfigError(str(error)) from error
+
+
+def prompt_lengths(plan: ModelPlan | None, prompts: Sequence[Prompt]) -> list[int] | None:
+    """Return the number of tokens of each prompt for a model; None if they cannot be counted here."""
+    return None if plan is None else plan.parts.engine.prompt_lengths(plan.llm, prompts)
+
+
+def model_facts(plan: ModelPlan | None, states: Iterable[ServerState]) -> dict[str, Any]:
+    """Return what is known about a model, by its plan or else by the states of its servers."""
+    from ..rows.fingerprint import model_facts
+
+    if plan is not None:
+        return model_facts(plan.llm, plan.parts.engine)
+    models = {state.info.model for state in states if state.info is not None}
+    return {"model": min(models)} if models else {}

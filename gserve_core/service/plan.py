@@ -1,0 +1,229 @@
+"""What a service shall run: its models, the servers of each, and its gateway."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+from ..config import Config, GatewayConfig, LLMConfig, Placement, ServeConfig, check_places, load
+from ..errors import ConfigError, did_you_mean
+from ..interfaces import Engine, Job, Launcher, Transport
+from ..plugins import Parts, assemble
+from .nursery import Nursery
+from .server_life import ServerProgram
+from .state import ONLY
+from .supervisor import Limits
+
+
+@dataclass(frozen=True)
+class Source:
+    """A YAML file with a config, and what the program that reads it adds. See `VLLMService.from_yaml`."""
+
+    path: Path
+    overrides: Sequence[str] = ()
+    launcher: Launcher | None = None
+    transport: Transport | None = None
+    engine: Engine | None = None
+    gateway: GatewayConfig | None = None
+
+    def read(self) -> "Plan":
+        """Read the file. Raises ConfigError or PluginError; the error has the file and the line."""
+        config, document = load(self.path, self.overrides)
+        with document.located():
+            plan = Plan.of(
+                config, document.file.parent, launcher=self.launcher, transport=self.transport, engine=self.engine
+            )
+            if config.gateway is None and plan.transport.has_gateway:
+                plan = replace(plan, config=replace(config, gateway=self.gateway))
+            return replace(plan, located=document.located)
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model, the config of its servers, the plugins that they need, and their nursery.
+
+    `placement`: the GPU ids of each server, in order; None for a server that is not pinned.
+    `is_alone`: whether the service has no other model.
+    """
+
+    name: str
+    llm: LLMConfig
+    serve: ServeConfig
+    parts: Parts
+    placement: Placement
+    is_alone: bool = True
+    nursery: Nursery = field(default_factory=Nursery, compare=False)
+
+    @property
+    def limits(self) -> Limits:
+        """The limits of its servers."""
+        return Limits(self.serve.max_restarts, self.serve.min_ready)
+
+    @property
+    def served_names(self) -> list[str]:
+        """The names under which OpenAI's API has the model: its own, and those of `served_model_name`."""
+        given = self.llm.llm_kwargs.get("served_model_name") or []
+        return list(dict.fromkeys([self.name, *([given] if isinstance(given, str) else given)]))
+
+    @property
+    def served_llm(self) -> LLMConfig:
+        """The model for a server's engine. One of several is served under its own name first."""
+        if self.is_alone:
+            return self.llm
+        return replace(self.llm, llm_kwargs={**self.llm.llm_kwargs, "served_model_name": self.served_names})
+
+    def competes(self, old: ServerProgram, gpu_ids: tuple[int, ...] | None) -> bool:
+        """Return whether a new server on these GPUs may need the GPUs, or the place in a scheduler, of `old`."""
+        both_need_some = all(
+            parts.engine.uses_gpus or parts.launcher.owner_variable is not None for parts in (old.parts, self.parts)
+        )
+        if not both_need_some or (self.serve.share_gpu and old.serve.share_gpu):
+            return False
+        return old.gpu_ids is None or gpu_ids is None or bool({*old.gpu_ids} & {*gpu_ids})
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A config, and what follows from it for each model.
+
+    `models`: by the key of their queue: the name, or `ONLY` for a service with one model.
+    `located`: returns a context that adds the file and the line to errors.
+    """
+
+    config: Config
+    models: Mapping[str, ModelPlan]
+    located: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        folder: Path | None = None,
+        *,
+        launcher: Launcher | None = None,
+        transport: Transport | None = None,
+        engine: Engine | None = None,
+    ) -> Self:
+        """Return the plan for a config. An instance replaces the section that is for all models. See `assemble`.
+
+        Raises ConfigError: the config is wrong, or the GPUs, the ports or `min_ready` do not fit the servers.
+        Raises PluginError.
+        """
+        placements = check_places(config)
+        models: dict[str, ModelPlan] = {}
+        for name, model in config.pools.items():
+            own = config.models.get(name)
+            with config.placing(name):
+                parts = assemble(
+                    config.only(name), folder, transport=transport,
+                    launcher=launcher if own is None or own.launcher is None else None,
+                    engine=engine if own is None or own.engine is None else None,
+                )  # fmt: skip
+            made = ModelPlan(name, model.llm, model.serve, parts, placements[name], not config.models)
+            alike = [it for it in models.values() if _can_share_nursery(it, made)]
+            models[name if config.models else ONLY] = replace(made, nursery=alike[0].nursery) if alike else made
+        return cls(config, models)
+
+    @property
+    def transport(self) -> Transport:
+        """The transport of all servers and of the gateway."""
+        return next(iter(self.models.values())).parts.transport
+
+    @property
+    def servers(self) -> int:
+        """Number of servers of all models."""
+        return sum(len(model.placement) for model in self.models.values())
+
+    @property
+    def limits(self) -> dict[str, Limits]:
+        """The limits of each model."""
+        return {key: model.limits for key, model in self.models.items()}
+
+    def key_of(self, name: str | None) -> str:
+        """Return the key of a model by its name. None: the only model.
+
+        Raises ConfigError: there is no such model, or no name is given and there are several.
+        """
+        return find_model({model.name: key for key, model in self.models.items()}, name)
+
+    def check(self) -> None:
+        """Check that the engines can load the models. Raises ConfigError."""
+        for model in self.models.values():
+            runs_here = model.parts.launcher.owner_variable is None
+            with self.located(), self.config.placing(model.name):
+                model.parts.engine.check_config(model.llm, runs_here=runs_here)
+
+    def resized(self, key: str, serve: ServeConfig) -> "Plan":
+        """Return the plan with other servers of one model. Raises ConfigError: there is no place for them."""
+        name, config = self.models[key].name, self.config
+        if config.models:
+            config = replace(config, models={**config.models, name: replace(config.models[name], serve=serve)})
+        else:
+            config = replace(config, serve=serve)
+        model = replace(self.models[key], serve=serve, placement=check_places(config)[name])
+        return replace(self, config=config, models={**self.models, key: model})
+
+    def program(self, key: str, index: int, gpu_ids: tuple[int, ...] | None, place: int | None = None) -> ServerProgram:
+        """Return the program of a model's server with this index, on these GPUs.
+
+        `place`: number of its port, counted from `serve.port`; None: the index.
+        """
+        model = self.models[key]
+        serve, launcher = model.serve, model.parts.launcher
+        own = replace(
+            serve, gpu_ids=None if gpu_ids is None else list(gpu_ids), servers=None, min_ready=None,
+            port=None if serve.port is None else serve.port + (index if place is None else place),
+        )  # fmt: skip
+        beside = {other: len(it.placement) for other, it in self.models.items() if it.parts.launcher == launcher}
+        before = list(beside).index(key)
+        return ServerProgram(
+            llm=model.served_llm, serve=own, gpu_ids=gpu_ids, parts=model.parts, nursery=model.nursery, index=index,
+            first=sum([*beside.values()][:before]), servers=sum(beside.values()), model=model.name,
+            is_alone=model.is_alone,
+        )  # fmt: skip
+
+    def programs(self) -> Iterator[ServerProgram]:
+        """Yield the programs of all servers."""
+        for key, model in self.models.items():
+            for index, gpu_ids in enumerate(model.placement):
+                yield self.program(key, index, gpu_ids)
+
+    def jobs(self) -> Iterator[tuple[ModelPlan, Job, list[str]]]:
+        """Yield the job of each server, with its model and the command line of the launcher. Starts nothing.
+
+        Raises ConfigError or PluginError.
+        """
+        for program in self.programs():
+            model = self.models[ONLY if program.is_alone else program.model]
+            with self.located(), self.config.placing(model.name):
+                job = program.job(Path(os.devnull))
+                yield model, job, model.parts.launcher.command(job)
+
+    def close(self, *, but: "Plan | None" = None) -> None:
+        """End the nurseries. `but`: a plan whose nurseries stay."""
+        kept = [] if but is None else [model.nursery for model in but.models.values()]
+        for model in self.models.values():
+            if model.nursery not in kept:
+                model.nursery.close()
+
+
+def find_model(keys: Mapping[str, str], name: str | None) -> str:
+    """Return the key of a model, of `keys` by name. None: the only model. Raises ConfigError: see `Plan.key_of`."""
+    if name is None and len(keys) == 1:
+        return next(iter(keys.values()))
+    known = ", ".join(f"'{it}'" for it in keys)
+    if name is None:
+        raise ConfigError(f"this service has several models: choose one of {known}")
+    if name not in keys:
+        hint = hint if "did you mean" in (hint := did_you_mean(name, list(keys))) else ""
+        raise ConfigError(f"this service has no model '{name}'{hint}; its models: {known}")
+    return keys[name]
+
+
+def _can_share_nursery(one: ModelPlan, other: ModelPlan) -> bool:
+    """Return whether one nursery can fork the servers of both models: their modules and variables are the same."""
+    return (one.parts.launcher, one.parts.engine, one.serve.env) == (
+        other.parts.launcher, other.parts.engine, other.serve.env
+    )  # fmt: skip
