@@ -45,6 +45,7 @@ class HttpConnection(Connection):
             transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE, verify=verify),
             timeout=httpx.Timeout(access.timeout, connect=CONNECT_SECONDS, pool=None),
             trust_env=False,
+            event_hooks={"request": [_close_cancelled_handshake]} if access.tls else {},
         )
 
     async def health(self) -> Health:
@@ -200,6 +201,19 @@ class HttpConnection(Connection):
                 f"the connection to the server at {address} broke: {type(error).__name__} {error}".rstrip(),
                 is_gone=_find_cause(error, ConnectionRefusedError) is not None,  # nothing listens there
             ) from error
+
+
+async def _close_cancelled_handshake(request: httpx.Request) -> None:
+    """Have the connection of a request closed if its TLS handshake is cancelled. httpcore would leave it open."""
+    opened: list[Any] = []
+
+    async def trace(step: str, info: Mapping[str, Any]) -> None:
+        if step == "connection.connect_tcp.complete":
+            opened.append(info["return_value"])
+        elif step == "connection.start_tls.failed":
+            await opened.pop().aclose()
+
+    request.extensions["trace"] = trace
 
 
 class GatewayClient:

@@ -79,9 +79,11 @@ class _Gateway:
         self._hosts = hosts
         self._page = status_page()
         self._upstreams: dict[str, Upstream] = {}
+        self._is_closed = False
 
     def close(self) -> None:
-        """Close the connections to servers."""
+        """Close the connections to servers, and open no more. Requests in flight end."""
+        self._is_closed = True
         for upstream in self._upstreams.values():
             upstream.close()
 
@@ -245,13 +247,15 @@ class _Gateway:
     def _upstream(self, backend: Backend) -> Upstream:
         """Return the connections to a server. Forgets servers that have ended."""
         found = self._upstreams.get(backend.instance)
-        if found is None:
+        if found is None or found.is_closed:  # a server may stop to take requests, and take them again
             live = {it.instance for it in self._api.backends()}
             for instance in self._upstreams.keys() - live:
                 if not self._upstreams[instance].is_busy:
                     self._upstreams.pop(instance).close()
             found = self._upstreams[backend.instance] = Upstream(backend.address)
             backend.on_gone = found.close
+            if self._is_closed:
+                found.close()
         return found
 
     async def _deliver(

@@ -66,11 +66,12 @@ class Upstream:
         self._idle: list[tuple[float, _Connection]] = []
         self._busy: set[_Connection] = set()
         self._may_connect = asyncio.Semaphore(MAX_CONNECTING)
+        self.is_closed = False
 
     async def request(self, method: str, target: bytes, headers: Headers, body: bytes) -> Answer:
         """Send a request; return its answer once the first part of its body has come, or its end.
 
-        Raises OSError or TimeoutError: the server cannot be reached. It has not seen the request.
+        Raises OSError or TimeoutError: the server cannot be reached, or this is closed. It has not seen the request.
         Raises Gone: the connection was lost before that.
         """
         head = b"".join([b"%s: %s\r\n" % header for header in headers])
@@ -97,7 +98,7 @@ class Upstream:
         """Release the connection of an answer. If it has not been read to its end, the connection is closed."""
         connection = answer.connection
         self._busy.discard(connection)
-        if connection.is_reusable and len(self._idle) < MAX_IDLE:
+        if connection.is_reusable and not self.is_closed and len(self._idle) < MAX_IDLE:
             self._idle.append((asyncio.get_running_loop().time(), connection))
         else:
             connection.close()
@@ -112,15 +113,29 @@ class Upstream:
         error = OSError("the server has no address")
         for host in self._address.hosts:
             try:
-                async with asyncio.timeout(CONNECT_SECONDS), self._may_connect:
-                    _, connection = await loop.create_connection(_Connection, host, self._address.port, ssl=self._tls)
-                return connection
+                return await self._open(host)
             except OSError as refused:
                 error = refused
         raise error
 
+    async def _open(self, host: str) -> "_Connection":
+        """Open a connection. Raises OSError."""
+        connection = _Connection()
+        try:
+            async with asyncio.timeout(CONNECT_SECONDS), self._may_connect:
+                if not self.is_closed:
+                    loop = asyncio.get_running_loop()
+                    await loop.create_connection(lambda: connection, host, self._address.port, ssl=self._tls)
+            if self.is_closed:
+                raise OSError("the connections to the server were closed")
+        except BaseException:
+            connection.close()  # cancelled in its last turn, a TLS handshake would have ended well, and live on
+            raise
+        return connection
+
     def close(self) -> None:
-        """Close all connections. Requests in flight end with Gone. Idempotent."""
+        """Close all connections, and open no more. Requests in flight end with Gone. Idempotent."""
+        self.is_closed = True
         for connection in self._busy:
             connection.close()
         for _, connection in self._idle:
@@ -133,7 +148,7 @@ class _Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._waiter: asyncio.Future[None] | None = None
-        self.is_closed = False
+        self.is_closed = True
         self._prepare()
 
     def _prepare(self) -> None:
@@ -193,12 +208,14 @@ class _Connection(asyncio.Protocol):
 
     def close(self) -> None:
         """Close the connection now. Idempotent."""
-        self._transport.abort()
+        if not self.is_closed:
+            self._transport.abort()
 
     # ------------------------------------------------------------------------------------- called by asyncio, httptools
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
+        self.is_closed = False
         sock: socket.socket = transport.get_extra_info("socket")
         with socket.fromfd(sock.fileno(), sock.family, sock.type) as duplicate:  # uvloop makes one for each option
             for option in KEEPALIVE:
