@@ -508,14 +508,16 @@ def test_a_job_through_the_gateway_of_another_machine_makes_the_same_output(plac
     with another_machine() as (host, inside):
         config["gateway"]["host"] = host
         (far.folder / "demo.yaml").write_text(json.dumps(config))
-        key = {"GSERVE_API_KEY": "sk-0123456789abcdef"}
+        key = "sk-0123456789abcdef"
         command = [*inside, sys.executable, "-m", "gserve.cli", "launch", "demo.yaml", "--name", "far"]
-        service = subprocess.Popen(command, cwd=far.folder, env=far.environ | key, stderr=subprocess.DEVNULL)
+        service = subprocess.Popen(
+            command, cwd=far.folder, env=far.environ | {"GSERVE_API_KEY": key}, stderr=subprocess.DEVNULL
+        )
         try:
             far.run("wait", "far")
             job = ["generate", "--url", f"http://{host}:8000", "-i", "in.jsonl", "-o", "far.jsonl", "--ordered"]
             assert "refuses the API key" in place.run(*job, code=1, GSERVE_API_KEY="sk-fedcba9876543210").stderr
-            place.run(*job, **key)
+            place.run(*job, GSERVE_API_KEY=key)
         finally:
             service.terminate()
             service.wait(60)
