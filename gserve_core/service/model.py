@@ -1,7 +1,7 @@
 """`Model`: the calls to one model of a service."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
@@ -12,8 +12,25 @@ from .inference import Inference
 from .plan import ModelPlan
 from .state import ServerState
 
-if TYPE_CHECKING:
-    from .service import VLLMService
+
+class Service(Protocol):
+    """The part of a service that a model needs. For the methods see `VLLMService`."""
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models."""
+
+    def status(self) -> list[ServerState]:
+        """Return the current state of each server."""
+
+    def plan_of(self, name: str | None = None) -> ModelPlan | None:
+        """Return the plan of a model."""
+
+    def seeds_of(self, name: str | None = None) -> Seeds:
+        """Return the seeds of the items of a model."""
+
+    def dispatcher_of(self, name: str | None = None) -> Dispatcher:
+        """Return the queue of a model."""
 
 
 class Model(Inference):
@@ -22,7 +39,7 @@ class Model(Inference):
     `name`: the name of the model.
     """
 
-    def __init__(self, service: "VLLMService", name: str) -> None:
+    def __init__(self, service: Service, name: str) -> None:
         self._service = service
         self.name = name
 
