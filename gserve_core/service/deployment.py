@@ -331,9 +331,13 @@ class Deployment:
         with self._trying(plan):
             places = [(key, *place) for key in keys for place in enumerate(plan.models[key].placement)]
             for key, place, gpu_ids in places:
-                competing = [old for old in left if plan.models[key].competes(old, gpu_ids)]
+                model = plan.models[key]
+                port = None if model.serve.port is None else model.serve.port + place
+                on_port = [old for old in left if port is not None and old.serve.port == port]
+                competing = [old for old in left if old in on_port or model.competes(old, gpu_ids)]
                 if all(old.gpu_ids is None for old in competing):
-                    competing = [old for old in left if _key(old) == key][:1] or competing[:1]
+                    own = [old for old in left if _key(old) == key][:1]
+                    competing = own + [old for old in on_port if old not in own] or competing[:1]
                 left = [old for old in left if old not in competing]
                 twin = next((old for old in competing if _key(old) == key), None)
                 index = _free({it.index for it in self.members(key)}, 1)[0] if twin is None else twin.index

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -224,6 +225,12 @@ def states(service: VLLMService) -> dict[str, Any]:
     return {state.name: state for state in service.status()}
 
 
+def free_port() -> int:
+    with socket.socket() as it:
+        it.bind(("127.0.0.1", 0))
+        return int(it.getsockname()[1])
+
+
 def pid_at(port: int) -> int:
     """Return the id of the process that listens on a port of this machine."""
     found = {it.pid for it in psutil.net_connections("tcp") if it.laddr[1:] == (port,) and it.status == "LISTEN"}
@@ -269,10 +276,12 @@ def test_scale_changes_the_servers_of_one_model(tmp_path: Path) -> None:
 
 
 def test_reload_adds_changes_and_removes_single_models(tmp_path: Path) -> None:
-    with VLLMService.from_yaml(config(tmp_path, {"writer": {}, "judge": {}, "old": {}}), name="changing") as service:
+    port = free_port()
+    path = config(tmp_path, {"writer": {}, "judge": {}, "old": {"port": port}})
+    with VLLMService.from_yaml(path, name="changing") as service:
         attached = VLLMService.attach("changing")
         kept, before = states(service)["writer-0"], states(service)["judge-0"]
-        config(tmp_path, {"writer": {}, "judge": {"client_timeout": 9}, "new": {}})
+        config(tmp_path, {"writer": {}, "judge": {"client_timeout": 9}, "new": {"port": port}})  # of a model that goes
         answers: list[Any] = []
         asking = threading.Thread(target=lambda: answers.extend(service["judge"].generate(["x"] * 500)))
         asking.start()
@@ -290,8 +299,8 @@ def test_reload_adds_changes_and_removes_single_models(tmp_path: Path) -> None:
             service["old"]
         until(lambda: attached.models == ["writer", "judge", "new"])
         assert attached["new"].generate(["c"]) == [["c"]]
-        config(tmp_path, {"writer": {}, "judge": {"client_timeout": 9}, "worse": {"engine": {"type": "echo",
-            "fail_start": "no such weights"}}})  # fmt: skip
+        worse = {"engine": {"type": "echo", "fail_start": "no such weights"}}
+        config(tmp_path, {"writer": {}, "judge": {"client_timeout": 9}, "new": {"port": port}, "worse": worse})
         with pytest.raises(LaunchError, match="worse-0"):
             service.reload()
         assert service.models == ["writer", "judge", "new"]
