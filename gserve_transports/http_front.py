@@ -45,6 +45,10 @@ BODIES = 16
 """Maximum memory for the bodies of all requests in progress, as a multiple of the largest body allowed."""
 BUSY_SECONDS = 1.0
 """Retry delay for a client that is refused because of `BODIES`, in seconds."""
+ACCEPT_SECONDS = 0.1
+"""Delay before connections with TLS are accepted again after there were no descriptors, in seconds."""
+PARTING_SECONDS = 0.5
+"""Maximum time for a client to confirm the end of TLS when this stops to listen, in seconds."""
 MAX_PIPELINED = 16
 """Maximum number of requests that wait on one connection behind the request in progress."""
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::[0-9]{1,5})?")
@@ -71,9 +75,11 @@ async def listen(
         config.load()  # reads the certificate; without a password, OpenSSL would ask the terminal for one
         logging.getLogger("uvicorn.error").addFilter(_is_no_cut)
         server = _Server(config)
-        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        by_tls = contextlib.nullcontext() if config.ssl is None else _accepting(server, listening)
+        serving = asyncio.create_task(server.serve(sockets=[listening] if config.ssl is None else []))
         try:
-            yield Address(reachable_as(host), listening.getsockname()[1])
+            async with by_tls:
+                yield Address(reachable_as(host), listening.getsockname()[1])
         finally:
             server.should_exit = True
             await serving
@@ -95,6 +101,62 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop to listen, and close all connections. Requests in progress may go on for some seconds."""
+        await super().shutdown(sockets)
+        for connection in [*self.server_state.connections]:
+            connection.transport.abort()
+
+
+@asynccontextmanager
+async def _accepting(server: _Server, listening: socket.socket) -> AsyncIterator[None]:
+    """Accept connections with TLS until the context ends. Then end all handshakes, and close `listening`.
+
+    uvicorn does not know a connection before its handshake has ended, so it could neither limit nor close it.
+    """
+    loop = asyncio.get_running_loop()
+    handshakes: set[asyncio.Task[None]] = set()
+
+    def protocol() -> _Protocol:
+        return _Protocol(config=server.config, server_state=server.server_state, app_state={})
+
+    async def shake_hands(line: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # the client wants something else, or has left
+            await loop.connect_accepted_socket(protocol, line, ssl=server.config.ssl, ssl_handshake_timeout=PATIENCE)
+
+    def accept() -> None:
+        try:
+            line, _ = listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):  # the client has left
+            return
+        except OSError:  # there are no more descriptors
+            loop.remove_reader(listening)
+            loop.call_later(ACCEPT_SECONDS, go_on)
+            return
+        if len(handshakes) + len(server.server_state.connections) >= connection_limit():
+            line.close()
+            return
+        line.setblocking(False)
+        begun = loop.create_task(shake_hands(line))
+        handshakes.add(begun)
+        begun.add_done_callback(handshakes.discard)
+
+    def go_on() -> None:
+        if listening.fileno() >= 0:
+            loop.add_reader(listening, accept)
+
+    listening.setblocking(False)
+    go_on()
+    try:
+        yield
+    finally:
+        loop.remove_reader(listening)
+        listening.close()
+        await asyncio.sleep(0)  # so that all tasks have begun, and close their sockets
+        for task in handshakes:
+            task.cancel()
+        await asyncio.gather(*handshakes, return_exceptions=True)
 
 
 class _Protocol(HttpToolsProtocol):
@@ -139,6 +201,12 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
         if self._when_lost is not None:
             self._when_lost()
+
+    def shutdown(self) -> None:
+        """Close the connection, once the request in progress is answered."""
+        super().shutdown()
+        if self.scheme == "https" and self.transport.is_closing():  # it waits until the client closes it, too
+            self.loop.call_later(PARTING_SECONDS, self.transport.abort)
 
     def pause_writing(self) -> None:
         """Begin to check whether the client reads its answer, since the write buffer is full."""

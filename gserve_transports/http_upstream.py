@@ -129,7 +129,7 @@ class Upstream:
             if self.is_closed:
                 raise OSError("the connections to the server were closed")
         except BaseException:
-            connection.close()  # cancelled in its last turn, a TLS handshake would have ended well, and live on
+            connection.close()  # TLS may be complete when it is cancelled, and would wait for the server to close it
             raise
         return connection
 

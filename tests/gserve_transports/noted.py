@@ -1,11 +1,14 @@
 """Servers for the tests of HTTP: one whose every effect is noted, and what speaks to it byte by byte."""
 
 import asyncio
+import gc
 import socket
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+import warnings
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import uvloop
 
@@ -124,3 +127,12 @@ def exchange(port: int, *pieces: bytes, timeout: float = 20.0) -> bytes:
         except ConnectionError:
             pass
     return answer
+
+
+def left_open(work: Coroutine[Any, Any, object]) -> list[str]:
+    """Run a coroutine in a loop of uvloop. Return what it has left open, as uvloop names it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        uvloop.run(work)
+        gc.collect()
+    return [str(warning.message) for warning in caught]

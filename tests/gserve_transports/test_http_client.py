@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import anyio
 import psutil
 import pytest
 
@@ -19,7 +20,7 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Access, Address, Connection
 from gserve_core.messages import Event, Group, Health, RunRequest
 from gserve_transports import HttpTransport
-from tests.gserve_transports.noted import Noted, until
+from tests.gserve_transports.noted import Noted, left_open, until
 
 ACCESS = Access(token="a-token-of-this-server", control="the-control-secret", instance="noted", timeout=5.0)
 REQUEST = RunRequest([Group(["a"])])
@@ -310,3 +311,39 @@ def test_250_requests_on_one_connection_wait_for_no_pool(noted: Noted) -> None:
     found = talk(["127.0.0.1"], noted.port, many)
     assert [[event.outputs[0].text for event in each] for each in found] == [["a"]] * 250
     assert len(noted.effects) == 250
+
+
+@pytest.mark.parametrize("by_task", [True, False])
+@pytest.mark.parametrize(
+    "what",
+    [
+        lambda connection: connection.health(),
+        lambda connection: connection.overview(),
+        lambda connection: connection.post("/v1/completions", b"{}", "id"),
+    ],
+    ids=["health", "overview", "post"],
+)
+def test_a_tls_handshake_that_is_cancelled_leaves_no_connection_open(what: Any, by_task: bool) -> None:
+    async def leave(silent: socket.socket) -> None:
+        connection = HttpTransport().connect(Address(["127.0.0.1"], silent.getsockname()[1]), Access(tls=True))
+        scope = anyio.CancelScope()
+
+        async def ask() -> None:
+            with scope:
+                await what(connection)
+
+        asking = asyncio.create_task(ask())
+        line, _ = await asyncio.to_thread(silent.accept)
+        with line:
+            assert await asyncio.to_thread(line.recv, 1), "the handshake has not begun"
+            if by_task:
+                asking.cancel()
+            else:
+                scope.cancel()
+            await asyncio.wait([asking], timeout=10)
+            assert asking.done()
+            await connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(60)
+        assert left_open(leave(silent)) == []

@@ -1,13 +1,21 @@
-"""How an answer reaches a client: in as few packets as it needs, and no later than it is sent."""
+"""How an answer reaches a client: in few packets, and no later than it is sent. How connections end with listening."""
 
 import asyncio
+import contextlib
 import socket
+import ssl
 import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
+import pytest
 import uvloop
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gserve_transports import http_front
 from gserve_transports.http_front import listen
+from tests.gserve_transports.noted import left_open
 
 REQUEST = b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HEAD: Message = {"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]}
@@ -60,3 +68,91 @@ def test_the_head_of_a_stream_comes_with_its_first_part() -> None:
 
 def test_a_head_whose_body_takes_longer_comes_at_once() -> None:
     assert read(b"/later", reads=2) == ([b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n", b"last"], 2)
+
+
+# ---------------------------------------------------------------------------------------------- at the end of listening
+
+
+async def vast(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer with more than anybody reads."""
+    await send(STREAM)
+    for _ in range(1000):
+        await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+
+
+async def empty(scope: Scope, receive: Receive, send: Send) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def plain(port: int) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", port), timeout=60)
+
+
+def encrypted(port: int) -> socket.socket:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context.wrap_socket(plain(port))
+
+
+def half_encrypted(port: int) -> socket.socket:
+    line = plain(port)
+    line.sendall(b"\x16\x03\x01\x02\x00\x01")
+    return line
+
+
+def asking(connect: Callable[[int], socket.socket]) -> Callable[[int], socket.socket]:
+    """Return a client that has read the beginning of an answer, and reads no more."""
+
+    def ask(port: int) -> socket.socket:
+        line = connect(port)
+        line.sendall(REQUEST % b"/")
+        assert line.recv(12) == b"HTTP/1.1 200"
+        return line
+
+    return ask
+
+
+@pytest.mark.parametrize(
+    ("app", "by_tls", "connect", "seconds"),
+    [
+        (empty, False, plain, 3.0), (empty, True, plain, 3.0), (empty, True, half_encrypted, 3.0),
+        (empty, True, encrypted, 3.0), (empty, False, asking(plain), 3.0), (empty, True, asking(encrypted), 3.0),
+        (vast, False, asking(plain), 20.0),
+    ],
+    ids=["silent", "silent-tls", "half-tls", "new-tls", "idle", "idle-tls", "unread"],
+)  # fmt: skip
+def test_a_connection_ends_with_the_listening_whatever_its_client_does(
+    app: ASGIApp, by_tls: bool, connect: Callable[[int], socket.socket], seconds: float, certificate: Path
+) -> None:
+    file = str(certificate) if by_tls else None
+    took = []
+
+    async def serve(stack: contextlib.ExitStack) -> None:
+        async with listen(app, "127.0.0.1", 0, certfile=file, keyfile=file) as address:
+            stack.enter_context(await asyncio.to_thread(connect, address.port))
+            with await asyncio.to_thread(asking(encrypted if by_tls else plain), address.port):
+                pass  # so the first one has been accepted, too
+            began = time.monotonic()
+        took.append(time.monotonic() - began)
+
+    with contextlib.ExitStack() as stack:
+        assert left_open(serve(stack)) == []
+    assert took[0] < seconds
+
+
+def test_tls_handshakes_count_as_connections(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_front, "connection_limit", lambda: 4)
+
+    async def serve(stack: contextlib.ExitStack) -> None:
+        async with listen(empty, "127.0.0.1", 0, certfile=str(certificate), keyfile=str(certificate)) as address:
+            lines = [stack.enter_context(await asyncio.to_thread(plain, address.port)) for _ in range(5)]
+            assert await asyncio.to_thread(lines[-1].recv, 1) == b"", "it is closed"
+            lines[0].close()
+            while True:
+                with contextlib.suppress(OSError):
+                    stack.enter_context(await asyncio.to_thread(asking(encrypted), address.port))
+                    break
+
+    with contextlib.ExitStack() as stack:
+        assert left_open(serve(stack)) == []
