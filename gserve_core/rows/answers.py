@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..errors import ConfigError, ItemError
-from ..messages import Logprob, ResponseOutput, json_safe
+from ..messages import Logprob, ResponseOutput, json_safe, unfolded
+from .writing import encode
 
 if TYPE_CHECKING:
     from jsonschema.protocols import Validator
@@ -26,6 +27,7 @@ DATA = {"const", "default", "enum", "examples"}
 """Keys of a schema whose values are no schemas."""
 MAX_REASON = 300
 """Maximum length of what a validator says, in characters."""
+_encode = msgspec.json.Encoder().encode
 
 
 class Answers:
@@ -44,12 +46,11 @@ class Answers:
         self.prefix = prefix
         self.has_extra = extra
         self._validator = None if schema is None else _validator(schema)
-        self._is_plain = schema is None and not extra
         more = (*((PARSED,) if schema is not None else ()), *(EXTRA if extra else ()))
         self.names = [prefix + name for name in (RESPONSE, REASON, *more, PROMPT_TOKENS, TOKENS)]
         self._place = prefix + PLACE
-        self._plain_names = [*([self._place] if has_place else ()), *self.names]
-        """The columns of an answer, in order."""
+        self._plain = None if more else _object_type([self._place, *self.names])
+        """The type of the JSON object of an answer with one output; None: it has other columns too."""
         self._reserved = frozenset([*self.names, prefix + ERROR, *([prefix + PLACE] if has_place else ())])
 
     def check_columns(self, row: Mapping[str, Any]) -> None:
@@ -61,18 +62,24 @@ class Answers:
                 " such as new_"
             )
 
-    def columns(self, outputs: Sequence[ResponseOutput], place: int | None = None) -> dict[str, Any]:
-        """Return the columns of an answer. With several outputs, those of each output are lists.
+    def encode(self, outputs: list[ResponseOutput], place: int) -> bytes:
+        """Return the place of a row and the columns of its answer as a JSON object.
 
-        `place`: of its row, if it stands beside the answer.
+        Raises ItemError: an output does not fit the schema.
+        Raises ConfigError: a value cannot be JSON.
+        """
+        if self._plain is not None and len(outputs) == 1:  # in a short way, since there may be millions
+            return _encode(self._plain(place, *_plain_values(outputs[0])))
+        return encode({self._place: place, **self.columns(outputs)})
+
+    def columns(self, outputs: list[ResponseOutput]) -> dict[str, Any]:
+        """Return the columns of an answer. With several outputs, those of each output are lists.
 
         Raises ItemError: an output does not fit the schema.
         """
-        prefix = self.prefix
-        if len(outputs) == 1 and self._is_plain:  # in a short way, since there may be millions
-            (one,) = outputs
-            values = one.text, one.finish_reason, one.prompt_tokens, len(one.token_ids)
-            return dict(zip(self._plain_names, values if place is None else (place, *values), strict=True))
+        if self._plain is not None and len(outputs) == 1:
+            return dict(zip(self.names, _plain_values(outputs[0]), strict=True))
+        prefix, outputs = self.prefix, unfolded(outputs)
         made: dict[str, list[Any]] = {
             RESPONSE: [it.text for it in outputs],
             REASON: [it.finish_reason for it in outputs],
@@ -87,8 +94,7 @@ class Answers:
             TOKENS: sum(len(it.token_ids) for it in outputs),
         }
         own = made if len(outputs) != 1 else {name: values[0] for name, values in made.items()}
-        found = {prefix + name: value for name, value in (own | tokens).items()}
-        return found if place is None else {self._place: place, **found}
+        return {prefix + name: value for name, value in (own | tokens).items()}
 
     def _parsed(self, output: ResponseOutput) -> Any:
         assert self._validator is not None
@@ -105,6 +111,17 @@ class Answers:
             text = f"the answer does not fit the schema at {misfit.json_path}: {misfit.message[:MAX_REASON]}"
             raise ItemError(text, invalid=False)
         return value
+
+
+def _plain_values(output: ResponseOutput) -> tuple[str, str | None, int | None, int]:
+    """Return the columns of an answer with one output, without options."""
+    return output.text, output.finish_reason, output.prompt_tokens, len(output.token_ids)
+
+
+def _object_type(names: Sequence[str]) -> Any:
+    """Return a type whose instances are encoded as objects with these names. It is much faster than a dict."""
+    fields = [f"field_{number}" for number in range(len(names))]
+    return msgspec.defstruct("Object", fields, rename=dict(zip(fields, names, strict=True)), gc=False)
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 from ..batch.batch import in_order, outcome_lists
 from ..batch.dispatcher import Dispatcher
 from ..errors import ItemError
-from ..messages import unfolded
 from .answers import ERROR, Answers
 from .kinds import row_with, table_of
 from .prompts import Prompts
@@ -59,7 +58,7 @@ def _answered(
         try:
             if isinstance(outcome, ItemError):
                 raise outcome
-            answer = answers.columns(unfolded(outcome))
+            answer = answers.columns(outcome)
         except ItemError as error:
             answer = {answers.prefix + ERROR: str(error)}
         yield items.take(index), answer

@@ -82,6 +82,9 @@ class Prompts:
             shared = (shared or {}) | {"structured_outputs": {"json": dict(options.schema)}}
         self.params: Params | None = shared
         """The parameters of rows that have none of their own."""
+        self._names = TEXT_COLUMNS if not options.is_chat else CHAT_COLUMNS
+        if options.column is not None:
+            self._names = (options.column,)
         self._read_conversation = ConversationReader(tools=options.tools)
 
     def make(self, row: Mapping[str, Any]) -> tuple[Prompt, int, Params | None]:
@@ -89,12 +92,10 @@ class Prompts:
 
         Raises ItemError, msgspec.ValidationError, UnicodeEncodeError or RecursionError: none can be made of it.
         """
-        own = _decoded(row.get(PARAMS), dict, PARAMS)
-        if own is None:
-            params = self.params
-        else:  # in Arrow, rows have all keys that one of them has
-            set_ = {name: value for name, value in own.items() if value is not None}
-            params = (self.params or {}) | (params_from(set_) or {})
+        params = self.params
+        if (own := _decoded(row.get(PARAMS), dict, PARAMS)) is not None:
+            set_ = {name: value for name, value in own.items() if value is not None}  # in Arrow, a row has all keys
+            params = (params or {}) | (params_from(set_) or {})
         given = self._given(row)
         if not self._options.is_chat:
             if isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping):
@@ -113,11 +114,10 @@ class Prompts:
         """Return what a row says: a text, token ids or messages."""
         if self._text is not None:
             return self._text.render(row)
-        named = self._options.column
-        names = (named,) if named is not None else CHAT_COLUMNS if self._options.is_chat else TEXT_COLUMNS
+        names = self._names
         for name in names:
-            if row.get(name) is not None:
-                return row[name]
+            if (given := row.get(name)) is not None:
+                return given
         if names is TEXT_COLUMNS and any(row.get(name) is not None for name in MESSAGE_COLUMNS):
             raise ItemError("the row holds a conversation: use chat")
         if empty := [name for name in names if name in row]:

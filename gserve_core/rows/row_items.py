@@ -48,19 +48,24 @@ class RowItems:
 
     def read(self, call: Call) -> Iterator[Item | ItemError]:
         """Yield each item, or its error, until the service ends. Raises what the rows raise."""
-        make, seed, check = self._prompts.make, self._seed, self._answers.check_columns
+        make, seed, check, kept = self._prompts.make, self._seed, self._answers.check_columns, self._kept
         returns_prompt = self._answers.has_extra
+        known: object = self  # the parameters that `needs_seed` is for: most rows share them
+        needs_seed = True
         for index, row in enumerate(self._rows):
             if not index % CHECKED and self._dispatcher.ending is not None:
                 return
-            self._kept[index] = row
+            kept[index] = row
+            values, raw = row.values, row.raw
             try:
-                if row.values is None:
+                if values is None:
                     raise ItemError(row.error or "it cannot be read")
-                check(row.values)
-                prompt, size, params = make(row.values)
-                size += size if row.raw is None else len(row.raw)  # the row is kept too
-                item_seed = seed(row.place) if may_be_sampled(params) else None
+                check(values)
+                prompt, size, params = make(values)
+                if params is not known:
+                    known, needs_seed = params, may_be_sampled(params)
+                size += size if raw is None else len(raw)  # the row is kept too
+                item_seed = seed(row.place) if needs_seed else None
                 yield Item(call, index, prompt, params, item_seed, size, returns_prompt)
             except ConfigError as error:  # a column with the name of an answer's
                 yield ItemError(str(error), index=index)

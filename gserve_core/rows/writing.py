@@ -77,17 +77,23 @@ def encode_row(values: Values, raw: bytes | None, extra: Values) -> bytes:
     Raises ConfigError: a value cannot be JSON. The message names its column.
     """
     if raw is None:
-        return _encode(values | extra) + b"\n"
-    if not extra:
-        return raw + b"\n"
-    added = _encode(extra)
-    return b"%b,%b\n" % (raw[:-1], added[1:]) if values else added + b"\n"
+        return encode(values | extra) + b"\n"
+    return join_objects(raw if values else b"", encode(extra)) if extra else raw + b"\n"
+
+
+def join_objects(first: bytes, second: bytes) -> bytes:
+    r"""Return a line of JSON lines: the columns of two objects of JSON, then "\n".
+
+    `first`: b"" if it has none. `second` has at least one.
+    """
+    return b"%b,%b\n" % (first[:-1], second[1:]) if first else second + b"\n"
 
 
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def _encode(values: Values) -> bytes:
+def encode(values: Values) -> bytes:
+    """Return columns as a JSON object. Raises ConfigError: a value cannot be JSON. The message names its column."""
     for name, value in values.items():
         if type(value) not in PLAIN:
             _check_text(name, value)
@@ -167,7 +173,7 @@ def _field(name: str, value: Any) -> str:
 
 def _json_text(name: str, value: Any) -> str:
     """Return the JSON text of a value in a column."""
-    return _encode({name: value})[len(msgspec.json.encode(name)) + 2 : -1].decode()
+    return encode({name: value})[len(msgspec.json.encode(name)) + 2 : -1].decode()
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
