@@ -58,6 +58,7 @@ TARGETS: Mapping[tuple[str, str, str], Target] = {  # by workload, model (the en
     ("balance, one slowed", "", "static split"): Target(1.4),
     ("gateway", "", "direct"): Target(0.5),
     ("files", "", "iterator"): Target(0.8),
+    ("files", "", "its program"): Target(0.8),
     ("openai", "", "vllm serve"): Target(1.10),
     ("openai first token", "", "vllm serve"): Target(1.10),
     ("start", "", "vllm serve"): Target(0.6, 0.3),

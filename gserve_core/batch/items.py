@@ -314,7 +314,7 @@ class ConversationReader:
         shared, size = self._shared, self._size
         if isinstance(given, Conversation):
             given = msgspec.structs.asdict(given)
-        if isinstance(given, Mapping):
+        if not isinstance(given, list) and isinstance(given, Mapping):  # the first test is much faster
             shared, size = self._own(given)
             given = given.get("messages")
         try:

@@ -308,9 +308,10 @@ class Run:
         if self._files is None and job.ordered:
             steps = ([one] for one in in_order(itertools.chain.from_iterable(steps)))
         began = time.monotonic()
+        take = items.take
         with self._sink() as sink:
             for outcomes in steps:
-                sink.write([(items.take(index), outcome) for index, outcome in outcomes])
+                sink.write([(take(index), outcome) for index, outcome in outcomes])
                 totals.seconds = time.monotonic() - began
                 if not totals.done and totals.failed >= HOPELESS and len(totals.failures) == 1:
                     raise GserveError(f"{totals}: the job ends, since the first rows fail for one reason")

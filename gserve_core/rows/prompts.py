@@ -82,9 +82,8 @@ class Prompts:
             shared = (shared or {}) | {"structured_outputs": {"json": dict(options.schema)}}
         self.params: Params | None = shared
         """The parameters of rows that have none of their own."""
-        self._names = TEXT_COLUMNS if not options.is_chat else CHAT_COLUMNS
-        if options.column is not None:
-            self._names = (options.column,)
+        by_default = CHAT_COLUMNS if options.is_chat else TEXT_COLUMNS
+        self._names = by_default if options.column is None else (options.column,)
         self._read_conversation = ConversationReader(tools=options.tools)
 
     def make(self, row: Mapping[str, Any]) -> tuple[Prompt, int, Params | None]:
@@ -93,14 +92,15 @@ class Prompts:
         Raises ItemError, msgspec.ValidationError, UnicodeEncodeError or RecursionError: none can be made of it.
         """
         params = self.params
-        if (own := _decoded(row.get(PARAMS), dict, PARAMS)) is not None:
+        if PARAMS in row and (own := _decoded(row[PARAMS], dict, PARAMS)) is not None:
             set_ = {name: value for name, value in own.items() if value is not None}  # in Arrow, a row has all keys
             params = (params or {}) | (params_from(set_) or {})
         given = self._given(row)
         if not self._options.is_chat:
             if isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping):
                 raise ItemError("expected a text or a list of token ids, got a conversation: use chat")
-            return (*read_prompt(given), params)
+            prompt, size = read_prompt(given)
+            return prompt, size, params
         messages = self._messages(given)
         if self._system is not None and not _has_system(messages):
             messages = [{"role": "system", "content": self._system.render(row)}, *messages]
@@ -145,7 +145,7 @@ class Prompts:
 
 def _message(message: Any) -> Any:
     """Return a message in OpenAI's form. ShareGPT's form has `from` and `value`."""
-    if isinstance(message, Mapping) and message.get("role") is None and message.get("from") is not None:
+    if isinstance(message, (dict, Mapping)) and message.get("role") is None and message.get("from") is not None:
         role = message["from"]
         return {"role": ROLES.get(role, role), "content": message.get("value")}
     return message

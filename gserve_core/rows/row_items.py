@@ -41,10 +41,8 @@ class RowItems:
         self._dispatcher = dispatcher
         self.is_at_hand = is_at_hand
         self._kept: dict[int, Row] = {}
-
-    def take(self, index: int) -> Row:
-        """Return the row of an item that has ended, and forget it."""
-        return self._kept.pop(index)
+        self.take: Callable[[int], Row] = self._kept.pop
+        """Returns the row of an item that has ended, and forgets it."""
 
     def read(self, call: Call) -> Iterator[Item | ItemError]:
         """Yield each item, or its error, until the service ends. Raises what the rows raise."""
