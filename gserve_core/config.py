@@ -28,10 +28,13 @@ OWNER = "owner"
 """Name of the key that a service itself shows, as by `gserve env`."""
 MIN_KEY = 16
 """Minimum length of an API key, in characters."""
+LORA = "lora"
+"""Name of the adapter of `lora_path`."""
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
 """Allowed values of `dtype` (vLLM's `ModelDType`)."""
 Fraction = Annotated[float, Meta(gt=0, le=1, description="a fraction above 0 and up to 1")]
 Tokens = Annotated[int, Meta(ge=1, description="a number of tokens")]
+Adapters = Annotated[int, Meta(ge=1, le=1024, description="1 to 1024 adapters")]
 Servers = Annotated[int, Meta(ge=1, le=65535, description="1 to 65535 servers")]
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
 Count = Annotated[int, Meta(ge=0, description="a number from 0 up")]
@@ -82,7 +85,10 @@ class LLMConfig:
     `model_name`: a model id, a local folder, or `demo:smollm2-135m`.
     `gpu_memory_utilization`: fraction of the GPU's memory, or of RAM on a CPU.
     `max_model_len`: in tokens.
+    `lora_path`: the folder of the LoRA adapter of all items that name no other. Its name is `lora`.
     `llm_kwargs`: any other arguments. Its values win over the fields.
+    `adapters`: folders of LoRA adapters, by name. An item names the one that it wants.
+    `max_adapters`: maximum number of adapters at once, that of `lora_path` included.
 
     Raises ConfigError: a field is wrong.
     """
@@ -102,9 +108,12 @@ class LLMConfig:
     download_dir: str | None = None
     lora_path: str | None = None
     llm_kwargs: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, str] = field(default_factory=dict)
+    max_adapters: Adapters = 8
 
     def __post_init__(self) -> None:
         check(self)
+        self._check_adapters()
         if not self.model_name.strip():
             raise ConfigError("model_name is empty: expected a model id or a folder", at="$.model_name")
         for name, value in (("model_name", self.model_name), ("lora_path", self.lora_path)):
@@ -118,7 +127,10 @@ class LLMConfig:
             if dtype not in (None, *DTYPES):
                 raise ConfigError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}", at=f"$.{place}")
         _convert(self.llm_kwargs.get("seed"), int | None, "$.llm_kwargs.seed")
-        for name, instead in (("model", "model_name"), ("lora_path", "lora_path")):
+        for name, instead in (
+            ("model", "model_name"), ("lora_path", "lora_path"), ("adapters", "adapters"),
+            ("max_adapters", "max_adapters"),
+        ):  # fmt: skip
             if name in self.llm_kwargs:
                 raise ConfigError(f"'{name}' is not allowed here: set {instead}", at="$.llm_kwargs")
         try:
@@ -131,12 +143,33 @@ class LLMConfig:
         """Show the fields, without secrets."""
         return _shown(self)
 
+    def _check_adapters(self) -> None:
+        """Check the names, the paths and the number of the adapters. Raises ConfigError."""
+        for name, path in self.adapters.items():
+            at = f"$.adapters.{name}"
+            if wrong := wrong_name(name):
+                raise ConfigError(wrong, at="$.adapters")
+            if name == self.model_name:
+                raise ConfigError(f"'{name}' is the name of the model: choose another one", at=at)
+            if name == LORA and self.lora_path is not None:
+                raise ConfigError(f"'{LORA}' is the name of the adapter of lora_path: choose another one", at=at)
+            if wrong := wrong_path(path):
+                raise ConfigError(wrong, at=at)
+        if (count := len(self.all_adapters)) > self.max_adapters:
+            raise ConfigError(f"{count} adapters exceed max_adapters, which is {self.max_adapters}", at="$.adapters")
+
+    @property
+    def all_adapters(self) -> dict[str, str]:
+        """The folders of all adapters by name, that of `lora_path` included."""
+        return ({} if self.lora_path is None else {LORA: self.lora_path}) | self.adapters
+
     @property
     def engine_kwargs(self) -> dict[str, Any]:
-        """The keyword arguments for `vllm.LLM`, without the adapter and without arguments that are None."""
+        """The keyword arguments for `vllm.LLM`, without the adapters and without arguments that are None."""
         named = {item.name: getattr(self, item.name) for item in fields(self)}
         named["model"] = named.pop("model_name")
-        del named["lora_path"], named["llm_kwargs"]
+        for name in ("lora_path", "llm_kwargs", "adapters", "max_adapters"):
+            del named[name]
         return {name: value for name, value in (named | self.llm_kwargs).items() if value is not None}
 
     @property
@@ -328,6 +361,22 @@ def _key_config(name: str, given: Any) -> KeyConfig:
     if isinstance(given, KeyConfig):
         return given
     return build(KeyConfig, {"key": given} if isinstance(given, str) else given, f"$.keys.{name}")
+
+
+def wrong_name(name: str) -> str | None:
+    """Return why a text cannot be the name of an adapter; None if it can."""
+    if _NAME.fullmatch(name):
+        return None
+    return f"expected a name of at most 64 letters, digits and '-_.', got {name!r:.100}"
+
+
+def wrong_path(path: str) -> str | None:
+    """Return why a text cannot be the path of a folder; None if it can."""
+    if not path.strip():
+        return "the path is empty: expected a folder"
+    if path.startswith("-"):
+        return f"'{path}' looks like an option: write a folder as ./{path}"
+    return f"{path!r} contains a line break or a control character" if _CONTROL.search(path) else None
 
 
 def wrong_key(key: str) -> str | None:

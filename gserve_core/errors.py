@@ -20,7 +20,7 @@ A message is a lower-case fragment. It names the given value, the expected value
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -202,3 +202,9 @@ def sentence_of(error: BaseException) -> str:
     if isinstance(error, GserveError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def unknown_adapter(name: str, known: Iterable[str]) -> ItemError:
+    """Return the error for an item that names an adapter which its model does not have."""
+    names = ", ".join(known) or "none"
+    return ItemError(f"there is no adapter '{name:.100}'; the adapters are: {names}")

@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from .commands import Command, Done
 from .config import GatewayConfig, LLMConfig
-from .errors import ConfigError, RemoteError
+from .errors import ConfigError, ItemError, RemoteError
 from .messages import Event, Health, Params, Prompt, ResponseOutput, RunRequest
 from .overview import LogPart, ServiceOverview
 
@@ -627,6 +627,28 @@ class RunningEngine(ABC):
     def prompt_token_ids(self, prepared: Any) -> Sequence[int] | None:
         """Return the tokens of a prepared prompt. Unless overridden, they are not known."""
         return None
+
+    def with_adapter(self, prepared: Any, adapter: str | None) -> Any:
+        """Return a prepared prompt that is answered with the adapter of this name.
+
+        The server calls this for each item before `run`, also with None: the adapter of `lora_path`, or none.
+
+        Raises ItemError: there is no such adapter, or it could not be loaded. Unless overridden, there are none.
+        """
+        if adapter is not None:
+            raise ItemError(f"there is no adapter '{adapter}': this engine has none")
+        return prepared
+
+    async def set_adapters(self, adapters: Mapping[str, str]) -> Mapping[str, str]:
+        """Load and remove adapters while the engine works, so that it has these, their folders by name.
+
+        Returns when the removed ones are gone: no new item gets them, and items in flight keep them to their end.
+        An adapter that cannot be loaded is left out, or stays the one that it was. Its items fail, and nothing else.
+        Calls do not overlap. Unless overridden, none can be loaded.
+
+        Return why adapters could not be loaded, by name.
+        """
+        return dict.fromkeys(adapters, "this engine has no adapters")
 
     def in_background(self, prepared: Any) -> Any:
         """Return a prepared prompt that gives way to others, if the engine schedules by priority.

@@ -98,6 +98,7 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     """Body of `POST /chat`. `params` None: the model's own defaults, as in `vllm.LLM.chat`.
 
     `model`: the name of the model, for a gateway with several. A server ignores it.
+    `adapter`: see `Group.adapters`.
     """
 
     conversations: list[list[Message]]
@@ -108,15 +109,17 @@ class ChatRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults
     chat_template_kwargs: dict[str, Any] | None = None
     return_prompt_token_ids: bool = False
     model: str | None = None
+    adapter: str | None = None
 
 
 class GenerateRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Body of `POST /generate`: texts, or lists of token ids. `model`: see `ChatRequest`."""
+    """Body of `POST /generate`: texts, or lists of token ids. `model`: see `ChatRequest`. `adapter`: see `Group`."""
 
     prompts: list[str | list[int]]
     params: Params | None = None
     return_prompt_token_ids: bool = False
     model: str | None = None
+    adapter: str | None = None
 
 
 class Logprob(Struct, frozen=True, omit_defaults=True, gc=False):
@@ -199,12 +202,14 @@ class Group(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     """Prompts that share their sampling parameters. `seeds` has one seed per prompt if `params` have none.
 
     `return_prompt_token_ids`: whether the outputs have the tokens of their prompts.
+    `adapters`: the name of the adapter of each prompt; None: that of `lora_path`, or none if there is no such adapter.
     """
 
     prompts: list[str | list[int] | Conversation]
     params: Params | None = None
     seeds: list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]] | None = None
     return_prompt_token_ids: bool = False
+    adapters: list[str | None] | None = None
 
 
 class RunRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):

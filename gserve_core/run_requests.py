@@ -14,9 +14,14 @@ MAX_EARLY = 256
 
 
 def count_items(request: RunRequest) -> int:
-    """Return the number of items of a request. Raises RemoteError: a group has not one seed per prompt (400)."""
-    if any(group.seeds is not None and len(group.seeds) != len(group.prompts) for group in request.groups):
-        raise RemoteError("expected a seed for each prompt", status=400)
+    """Return the number of items of a request.
+
+    Raises RemoteError: a group has not one seed per prompt, or not one adapter (400).
+    """
+    for group in request.groups:
+        for what, each in (("a seed", group.seeds), ("an adapter", group.adapters)):
+            if each is not None and len(each) != len(group.prompts):
+                raise RemoteError(f"expected {what} for each prompt", status=400)
     return sum(len(group.prompts) for group in request.groups)
 
 

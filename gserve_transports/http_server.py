@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 
 import msgspec
@@ -230,8 +230,12 @@ class _Guard:
         return _refusal(401, "this server requires its token: send it as 'Authorization: Bearer TOKEN'", path)
 
 
-def _run_request(prompts: Iterable[Prompt], asked: ChatRequest | GenerateRequest) -> RunRequest:
-    return RunRequest([Group([*prompts], asked.params, return_prompt_token_ids=asked.return_prompt_token_ids)])
+def _run_request(prompts: Sequence[Prompt], asked: ChatRequest | GenerateRequest) -> RunRequest:
+    adapters: list[str | None] | None = None if asked.adapter is None else [asked.adapter] * len(prompts)
+    group = Group(
+        [*prompts], asked.params, return_prompt_token_ids=asked.return_prompt_token_ids, adapters=adapters
+    )  # fmt: skip
+    return RunRequest([group])
 
 
 def _outputs(outputs: list[list[ResponseOutput]]) -> Response:

@@ -35,6 +35,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "lease",
         "host.addresses",
         "host.run_files",
+        "host.adapter_folders",
         "host.logs",
         "host.scratch",
         "host.gpus", "host.gpu_locks",
@@ -110,7 +111,8 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "engines.echo_openai": {"errors", "messages", "interfaces"},
     "engines.vllm.engine": {
         "errors", "config", "interfaces", "hookspecs", "sampling", "template_kwargs", "messages",
-        "engines.vllm.chats", "engines.vllm.compile_turn",
+        "engines.vllm.adapter_files", "engines.vllm.adapters", "engines.vllm.chats", "engines.vllm.compile_turn",
+        "host.adapter_folders",
         "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
         "engines.vllm.installed",
         "engines.vllm.known_errors", "engines.vllm.openai_app", "engines.vllm.outputs", "engines.vllm.patches",
@@ -120,6 +122,8 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
 }  # fmt: skip
 OF_AN_ENGINE = {
     "engines.vllm.differences": {"errors", "engines.vllm.installed"},
+    "engines.vllm.adapter_files": {"errors", "host.adapter_folders"},
+    "engines.vllm.adapters": {"errors", "engines.vllm.adapter_files", "engines.vllm.differences"},
     "engines.vllm.chats": {"messages"},
     "engines.vllm.openai_app": {"errors", "interfaces", "engines.vllm.differences"},
     "engines.vllm.progress": {"engines.vllm.differences"},
@@ -132,6 +136,7 @@ OF_AN_ENGINE = {
         "config",
         "host.folders",
         "interfaces",
+        "engines.vllm.adapter_files",
         "engines.vllm.demo_model",
         "engines.vllm.installed",
     },

@@ -31,16 +31,9 @@ GC_THRESHOLD = 100_000
 """Number of new objects after which Python looks for garbage. By default, that takes a fifth of a job."""
 NO_ROWS = "the input has no rows"
 FOR_TEXTS = {
-    "--model",
-    "--output",
-    "--system",
-    "--params",
-    "--schema",
-    "--failed",
-    "--overwrite",
-    "--prefix",
+    "--model", "--output", "--system", "--params", "--adapter", "--schema", "--failed", "--overwrite", "--prefix",
     "--extra",
-}
+}  # fmt: skip
 """Options of a job whose prompts are arguments."""
 
 
@@ -78,12 +71,13 @@ def chat(
         raise ConfigError("expected one MESSAGE (in quotes), or conversations in a file (--input)")
     job = flags.job([{"prompt": text} for text in texts], is_chat=True)
     if flags.source is None and not texts:
-        if given := set(flags.given) - {"--system", "--params", "--model"}:
+        if given := set(flags.given) - {"--system", "--params", "--model", "--adapter"}:
             raise ConfigError(f"{min(given)} requires a MESSAGE or --input")
         gateway = gserve.GatewayConfig()  # it streams the answers
         opening = [{"role": "system", "content": flags.system}] if flags.system else []
         service = open_service(file, attach, changes(overrides, verbose), gateway)
-        converse(service, chosen(service, flags.model), opening, job.prompts.params)
+        model = chosen(service, flags.model)
+        converse(service, model, opening, job.prompts.params, job.prompts.adapter)
         return
     _answer(flags, job, file, attach, changes(overrides, verbose))
 
@@ -132,16 +126,16 @@ def _answer_texts(job: "FileJob", service: "VLLMService", model: "VLLMService | 
     """Write the answers to the texts of the command line to stdout, in order."""
     from gserve_core.batch.batch import in_order
 
-    prompts = job.make_prompts()
+    prompts, adapter = job.make_prompts(), job.prompts.adapter
     assert not isinstance(job.source, (str, Path))
     rows = job.source
     made: list[Any] = [prompts.make(row)[0] for row in rows]
     failed, ended = 0, []
     with serving(service):
         outcomes = (
-            model.chat_iter([msgspec.to_builtins(it.messages) for it in made], prompts.params)
+            model.chat_iter([msgspec.to_builtins(it.messages) for it in made], prompts.params, adapter=adapter)
             if job.prompts.is_chat
-            else model.generate_iter(made, prompts.params)
+            else model.generate_iter(made, prompts.params, adapter=adapter)
         )
         for index, outcome in in_order(outcomes):
             ended.append(outcome)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 
 from gserve_core.batch.items import Seeds
+from gserve_core.config import LORA
 from gserve_core.errors import GserveError, ItemError, RemoteError, TransportError
 from gserve_core.messages import Params
 from gserve_core.openai_params import chat_fields
@@ -17,22 +18,28 @@ from .display import print_stderr, printable
 from .service import serving
 from .signals import Signalled, on_signals, raise_signalled
 
-ADAPTER = "lora"
-"""Name of the adapter of `lora_path` in OpenAI's API."""
 NOT_FOUND = 404
 """Status of a route that the engine or the model does not offer."""
 
 type Messages = Sequence[Mapping[str, str]]
 
 
-def converse(service: VLLMService, model: VLLMService | Model, opening: Messages, params: Params | None) -> None:
+def converse(
+    service: VLLMService,
+    model: VLLMService | Model,
+    opening: Messages,
+    params: Params | None,
+    adapter: str | None = None,
+) -> None:
     """Run a conversation with a model of a service. A message that fails or is cancelled is not kept in it.
+
+    `adapter`: the name of its adapter; None: the default.
 
     Raises GserveError at the end: messages failed, and they did not come from a terminal.
     """
     prompt = "you> " if sys.stdin.isatty() and sys.stdout.isatty() else ""
     history = [*opening]
-    answers = Answers(service, params, model)
+    answers = Answers(service, params, model, adapter)
     count = failed = 0
     with serving(service):
         while True:
@@ -75,10 +82,17 @@ class Answers:
     piece.
     """
 
-    def __init__(self, service: VLLMService, params: Params | None, model: VLLMService | Model | None = None) -> None:
+    def __init__(
+        self,
+        service: VLLMService,
+        params: Params | None,
+        model: VLLMService | Model | None = None,
+        adapter: str | None = None,
+    ) -> None:
         self._service = service
         self._calls = model or service
         self._name = model.name if isinstance(model, Model) else None
+        self._adapter = adapter
         self._params = params
         self._fields = chat_fields(params)
         self._seeds: Seeds | None = None
@@ -96,7 +110,9 @@ class Answers:
             except TransportError as error:  # a service whose gateway is gone may come back
                 if not error.is_gone and not (isinstance(error, RemoteError) and error.status == NOT_FOUND):
                     raise
-        (outcome,) = self._calls.chat([messages], self._params, return_extra=True, on_error="return")
+        (outcome,) = self._calls.chat(
+            [messages], self._params, return_extra=True, on_error="return", adapter=self._adapter
+        )  # fmt: skip
         if isinstance(outcome, ItemError):
             raise outcome
         text: str = outcome[0].text
@@ -121,12 +137,17 @@ class Answers:
         return answer
 
     def _model(self, client: GatewayClient) -> dict[str, str]:
-        """Return the field that names the adapter, if there is one. gserve's other routes always apply it."""
+        """Return the field that names the adapter or the model, if there is a choice.
+
+        Without the name of an adapter it is that of `lora_path`, which gserve's other routes apply too.
+        """
+        if self._adapter is not None:
+            return {"model": self._adapter}
         has_adapter = any(
-            model["id"] == ADAPTER and model.get("parent") and self._name in (None, model["parent"])
+            model["id"] == LORA and model.get("parent") and self._name in (None, model["parent"])
             for model in client.models()
         )
-        return {"model": ADAPTER} if has_adapter else {} if self._name is None else {"model": self._name}
+        return {"model": LORA} if has_adapter else {} if self._name is None else {"model": self._name}
 
     def _seed(self, client: GatewayClient) -> int:
         """Return the seed of the next answer. It follows from the seed of the model, as for other items."""

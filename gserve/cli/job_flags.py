@@ -59,6 +59,10 @@ class JobFlags:
             "--params", metavar="JSON", help='Sampling parameters, as in {"max_tokens": 64, "temperature": 0}.'
         ),
     ] = None
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The LoRA adapter of prompts that name no other in a column 'adapter'."),
+    ] = None
     schema: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="A JSON schema that each answer must fit. It adds the column 'parsed'."),
@@ -92,6 +96,7 @@ class JobFlags:
             is_chat=is_chat, template=_text(self.template), column=self.column, system=_text(self.system),
             params=parse_params(self.params), tools=_json(self.tools, list, "a list of tools"),
             schema=_json(self.schema, dict, "a JSON schema"), drop_answer=self.drop_answer,
+            adapter=self.adapter or None,
         )  # fmt: skip
         return FileJob(
             source=rows if self.source is None else self.source,

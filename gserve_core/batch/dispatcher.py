@@ -535,13 +535,18 @@ class Dispatcher:
 
 
 def _groups(items: Sequence[Item]) -> list[Group]:
-    """Return the items of a piece as groups. Neighbours with equal parameters share a group."""
+    """Return the items of a piece as groups. Neighbours with equal parameters share a group.
+
+    Each item keeps its own adapter, so that items with different adapters share a group too.
+    """
+    has_adapters = any(item.adapter is not None for item in items)
     encoded: dict[int, bytes] = {}
     groups: list[Group] = []
     last: Item | None = None
     kind: tuple[bytes, bool, bool] | None = None
     prompts: list[Prompt] = []
     seeds: list[int] | None = None
+    adapters: list[str | None] | None = None
     for item in items:
         params, seed, returns_prompt = item.params, item.seed, item.returns_prompt
         if (
@@ -554,9 +559,11 @@ def _groups(items: Sequence[Item]) -> list[Group]:
             if id(params) not in encoded:  # equal parameters of two calls are separate objects
                 encoded[id(params)] = msgspec.msgpack.encode(params)
             if kind != (kind := (encoded[id(params)], seed is None, returns_prompt)):
-                prompts, seeds = [], None if seed is None else []
-                groups.append(Group(prompts, params, seeds, returns_prompt))
+                prompts, seeds, adapters = [], None if seed is None else [], [] if has_adapters else None
+                groups.append(Group(prompts, params, seeds, returns_prompt, adapters))
         prompts.append(item.prompt)
+        if adapters is not None:
+            adapters.append(item.adapter)
         if seeds is not None and seed is not None:
             seeds.append(seed)
     return groups

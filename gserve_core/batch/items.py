@@ -20,6 +20,8 @@ from .pieces import Call, Item
 TOKEN_SIZE = 5
 """Maximum size of a token id in a request, in bytes."""
 
+ADAPTER = "adapter"
+"""Key of an item's mapping, and column of a row, that names its adapter."""
 MAX_KNOWN_PARAMS = 1024
 """Maximum number of sampling parameters of single items that are remembered, as many items may share an object."""
 
@@ -85,6 +87,7 @@ class Items:
 
     `truncate_prompt_tokens`: number of tokens to which prompts are truncated; None: as the parameters say.
     `return_prompt_token_ids`: whether the outputs have the tokens of their prompts.
+    `adapter`: the adapter of items that name no other; None: the default.
 
     Raises ConfigError: the parameters are wrong, or their number differs from the number of items. For an iterator,
     `read` raises this error at its end.
@@ -99,11 +102,13 @@ class Items:
         *,
         truncate_prompt_tokens: int | None = None,
         return_prompt_token_ids: bool = False,
+        adapter: str | None = None,
     ) -> None:
         self._given = given
         self._read = read
         self._seed = seed
         self._returns_prompt = return_prompt_token_ids
+        self._adapter = adapter
         self._params: Iterable[tuple[Params | ItemError | None, int]]
         self._params_count: int | None = None
         self._counts_params = False
@@ -126,7 +131,7 @@ class Items:
 
     def read(self, call: Call) -> Iterator[Item | ItemError]:
         """Yield each item, or its error. Raises what the source raises."""
-        read, seed, returns_prompt = self._read, self._seed, self._returns_prompt
+        read, seed, returns_prompt, adapter = self._read, self._seed, self._returns_prompt, self._adapter
         known: object = self  # the parameters that `needs_seed` is for: most items share them
         needs_seed = True
         index = -1
@@ -138,14 +143,33 @@ class Items:
                     raise params
                 if params is not known:
                     known, needs_seed = params, may_be_sampled(params)
+                named, given = _own_adapter(given)
                 prompt, size = read(given)
                 item_seed = seed(index) if needs_seed else None
-                yield Item(call, index, prompt, params, item_seed, size + params_size, returns_prompt)
+                yield Item(
+                    call, index, prompt, params, item_seed, size + params_size, returns_prompt, adapter=named or adapter
+                )
             except INVALID as error:
                 yield error_of(error, index)
         if self._counts_params:
             for _ in own:
                 raise _one_each(self._params_count, str(index + 1))
+
+
+def _own_adapter(given: Any) -> tuple[str | None, Any]:
+    """Return the adapter that a mapping names, and the mapping without it. Raises ItemError: it is not a name."""
+    if type(given) is str or not isinstance(given, Mapping) or ADAPTER not in given:
+        return None, given
+    return read_adapter(given[ADAPTER]), {name: value for name, value in given.items() if name != ADAPTER}
+
+
+def read_adapter(given: Any) -> str | None:
+    """Return the name of an adapter; None for none. Raises ItemError: it is something else."""
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str):
+        raise ItemError(f"expected the name of an adapter as a text, got {type(given).__name__}")
+    return str(given)
 
 
 def _until_missing[T](params: Iterator[T]) -> Iterator[T]:

@@ -42,7 +42,7 @@ class Call:
 class Item(Struct, eq=False, gc=False):
     """One prompt or conversation. `size` is in bytes. `seed` is used if the sampling parameters have none.
 
-    `returns_prompt`: see `Group.return_prompt_token_ids`.
+    `returns_prompt`: see `Group.return_prompt_token_ids`. `adapter`: see `Group.adapters`.
     """
 
     call: Call
@@ -55,6 +55,7 @@ class Item(Struct, eq=False, gc=False):
     losses: int = 0
     returns: int = 0
     is_over: bool = False
+    adapter: str | None = None
 
 
 class Server:

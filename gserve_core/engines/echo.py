@@ -25,13 +25,14 @@ import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import PurePath
 from typing import IO, Annotated, Any, ClassVar
 
 import msgspec
 from msgspec import Meta, Struct
 
-from ..config import LLMConfig, check
-from ..errors import GserveError, ItemError
+from ..config import LORA, LLMConfig, check
+from ..errors import GserveError, ItemError, unknown_adapter
 from ..hookspecs import hookimpl
 from ..interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, Report, RunningEngine
 from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
@@ -61,6 +62,8 @@ class EchoEngine(Engine):
     `capacity`: maximum number of items processed at once.
     `processes`: number of processes below the server, 1 or 2.
     `sample`: if the temperature is above 0, the word "seed-" plus the seed follows the words of the prompt.
+    `show_adapter`: if an item has an adapter, the word NAME=FOLDER follows the words of the prompt. FOLDER is the last
+    part of the adapter's path.
     `fail_start`: if not empty, the start fails with this message.
     `die_on`, `hang_on`, `wedge_on`, `error_on`: an item that contains this text triggers the fault.
     `die_at`, `hang_at`, `wedge_at`, `error_at`: the n-th item, counted from 1, triggers the fault.
@@ -79,6 +82,7 @@ class EchoEngine(Engine):
     capacity: Count = 256
     processes: Annotated[int, Meta(ge=1, le=2, description="1 or 2")] = 1
     sample: bool = False
+    show_adapter: bool = False
     fail_start: str = ""
     die_on: str = ""
     hang_on: str = ""
@@ -161,6 +165,7 @@ class RunningEcho(RunningEngine):
         self._engine = engine
         self._markers = [(marker, fault) for fault in FAULTS if (marker := getattr(engine, f"{fault}_on"))]
         self._max_model_len = llm.engine_kwargs.get("max_model_len") or 4096
+        self.adapters: Mapping[str, str] = llm.all_adapters
         self.info = EngineInfo(
             model=llm.model_name, max_model_len=self._max_model_len, capacity=engine.capacity, version="echo"
         )
@@ -287,6 +292,25 @@ class RunningEcho(RunningEngine):
             )  # fmt: skip
         self._completion_tokens += len(ids) * params.n
         return [output] * params.n
+
+    def with_adapter(
+        self, prepared: "tuple[str, list[str], EchoParams, int]", adapter: str | None
+    ) -> "tuple[str, list[str], EchoParams, int]":
+        """Return a prepared prompt whose answer shows the adapter, if the options say so."""
+        adapter = LORA if adapter is None and LORA in self.adapters else adapter
+        if adapter is None:
+            return prepared
+        if adapter not in self.adapters:
+            raise unknown_adapter(adapter, self.adapters)
+        if not self._engine.show_adapter:
+            return prepared
+        text, words, params, tokens = prepared
+        return text, [*words, f"{adapter}={PurePath(self.adapters[adapter]).name}"], params, tokens
+
+    async def set_adapters(self, adapters: Mapping[str, str]) -> Mapping[str, str]:
+        """Have these adapters. There is nothing to load."""
+        self.adapters = dict(adapters)
+        return {}
 
     def _fault(self, text: str) -> str:
         """Return the fault that an item with this text triggers; "" if none."""

@@ -6,7 +6,7 @@ It has the fields that programs read first. What the answers contain, `echo` dec
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -21,14 +21,21 @@ PLACES = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_co
 
 
 class Streaming(Protocol):
-    """The part of a running engine that this API needs. For the first two methods, see `RunningEngine`."""
+    """The part of a running engine that this API needs. For the first methods, see `RunningEngine`.
+
+    `adapters`: the adapters, by name.
+    """
 
     info: EngineInfo
     names: Sequence[str]
     """The names that a request may give the model."""
+    adapters: Mapping[str, str]
 
     async def prepare(self, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
         """Check prompts."""
+
+    def with_adapter(self, prepared: Any, adapter: str | None) -> Any:
+        """Return a prompt that is answered with this adapter."""
 
     async def run(self, prepared: Any) -> list[ResponseOutput]:
         """Return the completions of a prompt."""
@@ -48,16 +55,18 @@ def application(engine: Streaming) -> ASGIApp:
         path = scope["path"]
         if path == "/v1/models":
             entry = {"id": model, "object": "model", "created": started, "owned_by": "gserve"}
+            adapters = [entry | {"id": name, "parent": model} for name in engine.adapters]
             entry["max_model_len"] = engine.info.max_model_len
-            await _send(send, 200, msgspec.json.encode({"object": "list", "data": [entry]}))
+            await _send(send, 200, msgspec.json.encode({"object": "list", "data": [entry, *adapters]}))
         elif path not in PLACES:
             raise RemoteError(f"the engine 'echo' does not offer {path}", status=404)
         else:
             asked = msgspec.json.decode((await receive())["body"])
             try:
                 prompts = _prompts(asked, is_chat="chat" in path)
-                if asked.get("model") not in (None, model, *others):
-                    raise RemoteError(f"The model `{asked['model']}` does not exist.", status=404)
+                named = asked.get("model") or model
+                if named not in (model, *others, *engine.adapters):
+                    raise RemoteError(f"The model `{named}` does not exist.", status=404)
                 params = {name: asked[name] for name in PARAMS if asked.get(name) is not None}
                 if (most := asked.get("max_completion_tokens")) is not None:
                     params["max_tokens"] = most
@@ -65,9 +74,11 @@ def application(engine: Streaming) -> ASGIApp:
                 for item in prepared:
                     if isinstance(item, ItemError):
                         raise item
+                if named in engine.adapters:
+                    prepared = [engine.with_adapter(item, named) for item in prepared]
             except (ItemError, msgspec.ValidationError) as error:
                 raise RemoteError(str(error), status=400) from error
-            reply = _Reply(PLACES[path], f"echo-{next(numbers)}", model)
+            reply = _Reply(PLACES[path], f"echo-{next(numbers)}", named)
             if asked.get("stream"):
                 await reply.stream(send, [engine.stream(it) for it in prepared for _ in range(params.get("n", 1))])
             else:

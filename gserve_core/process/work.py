@@ -151,7 +151,8 @@ class Work:
                     piece.begun = index + 1
                     if index in piece.cancelled:
                         continue
-                    work = self._run_item(piece, index, item, group.return_prompt_token_ids)
+                    adapter = None if group.adapters is None else group.adapters[index - first]
+                    work = self._run_item(piece, index, item, adapter, group.return_prompt_token_ids)
                     task = asyncio.Task(work, loop=loop, eager_start=True)
                     if not task.done():
                         piece.tasks[index] = task
@@ -172,9 +173,12 @@ class Work:
         finally:
             self._waiting -= 1
 
-    async def _run_item(self, piece: Piece, index: int, prepared: Any, returns_prompt: bool) -> None:
+    async def _run_item(
+        self, piece: Piece, index: int, prepared: Any, adapter: str | None, returns_prompt: bool
+    ) -> None:
         """Run one item in the engine; add its event to its piece.
 
+        `adapter`: see `Group.adapters`.
         `returns_prompt`: see `Group.return_prompt_token_ids`.
         """
         event: Event
@@ -182,6 +186,7 @@ class Work:
         try:
             if isinstance(prepared, ItemError):
                 raise prepared
+            prepared = piece.engine.with_adapter(prepared, adapter)
             if piece.is_batch:
                 prepared = piece.engine.in_background(prepared)
             outputs = await piece.engine.run(prepared)

@@ -70,6 +70,8 @@ def model_facts(llm: LLMConfig, engine: Any) -> dict[str, Any]:
         "engine": engine.name,
         "llm": arguments,
         "chat_template_kwargs": getattr(engine, "chat_template_kwargs", None) or None,
+        # one fact each: adapters may come and go between two runs of a job, but not change
+        **{f"adapter {name}": _files_digest(path) or path for name, path in llm.adapters.items()},
     }
 
 

@@ -186,6 +186,7 @@ class FileJob:
             "command": "chat" if options.is_chat else "generate",
             "template": options.template, "column": options.column, "system": options.system,
             "drop_answer": options.drop_answer or None, "parameters": prompts.params, "tools": options.tools,
+            "adapter_name": options.adapter,
             "prefix": self.prefix or None, "extra": self.extra or None, "shard": self.shard,
             "ordered": True if self.ordered and self.output_type == JSON_LINES else None,  # tables always are
         }  # fmt: skip

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from ..batch.items import ConversationReader, read_prompt
+from ..batch.items import ADAPTER, ConversationReader, read_adapter, read_prompt
 from ..errors import ConfigError, ItemError
 from ..messages import Params, Prompt
 from ..sampling import params_from
@@ -35,9 +35,11 @@ class RowOptions:
     `tools`: tools for all conversations, in OpenAI's form.
     `schema`: a JSON schema for the answers.
     `drop_answer`: whether a final message of the assistant is left out.
+    `adapter`: the adapter of rows that name no other.
 
     Without `template` and `column`, the prompt is the column `prompt` or `text`, and for a conversation also `messages`
-    or `conversations`. The columns `params`, `tools` and `chat_template_kwargs` of a row are its own options.
+    or `conversations`. The columns `params`, `tools`, `chat_template_kwargs` and `adapter` of a row are its own
+    options.
     """
 
     is_chat: bool = False
@@ -48,6 +50,7 @@ class RowOptions:
     tools: Sequence[Any] | None = None
     schema: Mapping[str, Any] | None = None
     drop_answer: bool = False
+    adapter: str | None = None
 
 
 def schema_of(given: Any) -> Mapping[str, Any] | None:
@@ -109,6 +112,10 @@ class Prompts:
         if tools is None and kwargs is None:
             return (*self._read_conversation(messages), params)
         return (*self._read_conversation({"messages": messages, TOOLS: tools, TEMPLATE_KWARGS: kwargs}), params)
+
+    def adapter(self, row: Mapping[str, Any]) -> str | None:
+        """Return the name of the adapter of a row; None: the default. Raises ItemError: the row has something else."""
+        return read_adapter(row.get(ADAPTER)) or self._options.adapter
 
     def _given(self, row: Mapping[str, Any]) -> Any:
         """Return what a row says: a text, token ids or messages."""

@@ -47,6 +47,7 @@ class RowItems:
     def read(self, call: Call) -> Iterator[Item | ItemError]:
         """Yield each item, or its error, until the service ends. Raises what the rows raise."""
         make, seed, check, kept = self._prompts.make, self._seed, self._answers.check_columns, self._kept
+        adapter = self._prompts.adapter
         returns_prompt = self._answers.has_extra
         known: object = self  # the parameters that `needs_seed` is for: most rows share them
         needs_seed = True
@@ -64,7 +65,7 @@ class RowItems:
                     known, needs_seed = params, may_be_sampled(params)
                 size += size if raw is None else len(raw)  # the row is kept too
                 item_seed = seed(row.place) if needs_seed else None
-                yield Item(call, index, prompt, params, item_seed, size, returns_prompt)
+                yield Item(call, index, prompt, params, item_seed, size, returns_prompt, adapter=adapter(values))
             except ConfigError as error:  # a column with the name of an answer's
                 yield ItemError(str(error), index=index)
             except INVALID as error:

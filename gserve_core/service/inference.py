@@ -25,12 +25,15 @@ class PromptOptions(TypedDict, total=False):
     `truncate_prompt_tokens`: maximum number of tokens of a prompt; -1: as many as the model can take.
     `return_prompt_token_ids`: whether each `ResponseOutput` has the tokens of its prompt.
     `lora_request`: must be None.
+    `adapter`: the name of the adapter of all items that name no other; see `LLMConfig.adapters`. A mapping names its
+    own with the key `adapter`.
     """
 
     deadline: float | None
     truncate_prompt_tokens: int | None
     return_prompt_token_ids: bool
     lora_request: None
+    adapter: str | None
 
 
 class ChatOptions(PromptOptions, total=False):
@@ -202,6 +205,7 @@ class Inference:
         prefix: str = "",
         extra: bool = False,
         deadline: float | None = None,
+        adapter: str | None = None,
     ) -> Any:
         """Answer each row of a table. Return all rows in order, in the same kind, with their answers beside them.
 
@@ -214,7 +218,8 @@ class Inference:
         `chat`: whether a prompt is a conversation.
         `template`: a template of Jinja2 over the columns of a row.
         `column`: the column with the prompt. Without both it is `prompt` or `text`, and in a chat also `messages` or
-        `conversations`. The columns `params`, `tools` and `chat_template_kwargs` of a row are its own options.
+        `conversations`. The columns `params`, `tools`, `chat_template_kwargs` and `adapter` of a row are its own
+        options.
         `system`: a template for the system message of conversations that have none.
         `sampling_params`: a `vllm.SamplingParams`, or a mapping of its fields.
         `tools`: tools for all conversations, in OpenAI's form.
@@ -224,6 +229,7 @@ class Inference:
         `prefix`: begins the names of the answers' columns.
         `extra`: whether token ids and log probabilities are added.
         `deadline`: see `chat`.
+        `adapter`: the adapter of rows that name no other in their column `adapter`.
 
         Raises ConfigError: an argument is wrong, these are no rows, or they have a column of the answers already.
         """
@@ -231,10 +237,11 @@ class Inference:
         from ..rows.mapping import map_rows
         from ..rows.prompts import Prompts, RowOptions, schema_of
 
+        _check_adapter(adapter)
         schema = schema_of(schema)
         options = RowOptions(
             is_chat=chat, template=template, column=column, system=system, params=sampling_params, tools=tools,
-            schema=schema, drop_answer=drop_answer,
+            schema=schema, drop_answer=drop_answer, adapter=adapter,
         )  # fmt: skip
         answers = Answers(prefix=prefix, extra=extra, schema=schema)
         self.check_params(sampling_params)
@@ -263,6 +270,7 @@ class Inference:
         shard: str | None = None,
         overwrite: bool = False,
         on_progress: "Report | None" = None,
+        adapter: str | None = None,
     ) -> "Totals":
         """Answer each row of a file, and write the rows with their answers to another file. Return the totals.
 
@@ -286,9 +294,10 @@ class Inference:
         from ..rows.job import FileJob
         from ..rows.prompts import RowOptions, schema_of
 
+        _check_adapter(adapter)
         options = RowOptions(
             is_chat=chat, template=template, column=column, system=system, params=sampling_params, tools=tools,
-            schema=schema_of(schema), drop_answer=drop_answer,
+            schema=schema_of(schema), drop_answer=drop_answer, adapter=adapter,
         )  # fmt: skip
         job = FileJob(
             source=source, output=Path(output), prompts=options, format=input_format, prefix=prefix, extra=extra,
@@ -330,12 +339,14 @@ class Inference:
         truncate_prompt_tokens: int | None = None,
         return_prompt_token_ids: bool = False,
         lora_request: None = None,
+        adapter: str | None = None,
         **options: Any,
     ) -> tuple[Items, float | None]:
-        _refuse_lora(lora_request)
+        _check_adapter(adapter, lora_request)
         items = Items(
             list_conversations(given), sampling_params, ConversationReader(**options), self._seeds.of_next_call(),
             truncate_prompt_tokens=truncate_prompt_tokens, return_prompt_token_ids=return_prompt_token_ids,
+            adapter=adapter,
         )  # fmt: skip
         return items, _check_deadline(deadline)
 
@@ -348,20 +359,23 @@ class Inference:
         truncate_prompt_tokens: int | None = None,
         return_prompt_token_ids: bool = False,
         lora_request: None = None,
+        adapter: str | None = None,
     ) -> tuple[Items, float | None]:
-        _refuse_lora(lora_request)
+        _check_adapter(adapter, lora_request)
         items = Items(
             list_prompts(given), sampling_params, read_prompt, self._seeds.of_next_call(),
             truncate_prompt_tokens=truncate_prompt_tokens, return_prompt_token_ids=return_prompt_token_ids,
+            adapter=adapter,
         )  # fmt: skip
         return items, _check_deadline(deadline)
 
 
-def _refuse_lora(lora_request: Any) -> None:
+def _check_adapter(adapter: Any, lora_request: Any = None) -> None:
+    """Raise ConfigError if an adapter is given in another form than by its name."""
     if lora_request is not None:
-        raise ConfigError(
-            "lora_request is not supported: set the adapter as lora_path in the LLMConfig; it applies to all items"
-        )
+        raise ConfigError("lora_request is not supported: set adapters in the LLMConfig, and pass adapter=NAME")
+    if adapter is not None and not (isinstance(adapter, str) and adapter):
+        raise ConfigError(f"expected the name of an adapter as a text, or None, got {adapter!r}")
 
 
 def _check_deadline(deadline: float | None) -> float | None:

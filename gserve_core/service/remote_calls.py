@@ -191,12 +191,15 @@ class _Request:
         """Yield the items that have not been cancelled."""
         indexes = iter(self.indexes)
         for group, params_size in groups:
-            seeds = group.seeds or itertools.repeat(None, len(group.prompts))
-            for prompt, seed, index in zip(group.prompts, seeds, indexes, strict=False):
+            nothing = itertools.repeat(None, len(group.prompts))
+            each = zip(group.prompts, group.seeds or nothing, group.adapters or nothing, indexes, strict=False)
+            for prompt, seed, adapter, index in each:
                 if index in self.client.unfinished:
                     size = prompt_size(prompt) + params_size
                     returns_prompt = group.return_prompt_token_ids
-                    yield Item(self.client.call, index, prompt, group.params, seed, size, returns_prompt)
+                    yield Item(
+                        self.client.call, index, prompt, group.params, seed, size, returns_prompt, adapter=adapter
+                    )
 
     def cancel(self, items: Sequence[int]) -> None:
         """Cancel items of the request."""

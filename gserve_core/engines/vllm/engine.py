@@ -12,22 +12,25 @@ import multiprocessing
 import os
 import re
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from typing import Any, ClassVar, NamedTuple
 
-from ...config import LLMConfig, check
+from ...config import LORA, LLMConfig, check
 from ...errors import ConfigError, GserveError, ItemError
 from ...hookspecs import hookimpl
+from ...host.adapter_folders import find as find_folder
 from ...interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, LogForm, Report, RunningEngine
 from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
 from ...sampling import TRUNCATE, check_params, public_names, read_params, split_prompt_params
 from ...template_kwargs import check_template_kwargs
 from . import compile_turn, demo_model, differences, examination, installed, openai_app, series
+from .adapter_files import adapter_rank, check_adapter, max_lora_rank
+from .adapters import Adapters
 from .chats import Options, messages_of, options_of
-from .files import adapter_folder, adapter_rank, chat_template
+from .files import adapter_folder, chat_template
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
 from .patches import START_METHOD, fork_on_cpu
@@ -126,6 +129,8 @@ class VLLMEngine(Engine):
     def check_config(self, llm: LLMConfig, *, runs_here: bool) -> None:
         """Check the names of demo models and of arguments and, if `runs_here`, that all files can be read.
 
+        Adapters are compared with the model, if that is a local folder.
+
         Raises ConfigError.
         """
         installed.check_arguments(llm.llm_kwargs)
@@ -133,7 +138,11 @@ class VLLMEngine(Engine):
         demo_model.check_name(llm.tokenizer or "", "$.llm.tokenizer")
         if runs_here:
             if (adapter := adapter_folder(llm.lora_path)) is not None:
-                adapter_rank(adapter)
+                with _located("$.llm.lora_path"):
+                    adapter_rank(adapter)
+            for name, path in llm.adapters.items():
+                with _located(f"$.llm.adapters.{name}"):
+                    check_adapter(path, llm.model_name)
             chat_template(llm.llm_kwargs.get("chat_template"))
 
     def check_params(self, params: Params) -> None:
@@ -180,16 +189,17 @@ class VLLMEngine(Engine):
 
         threading.Thread(target=load, name="engine", daemon=True).start()
         engine = await loaded
-        await engine.add_adapter()
+        await engine.load_adapters(llm)
         return engine
 
 
 class Item(NamedTuple):
-    """A prepared prompt: vLLM's input, its sampling parameters, and its priority."""
+    """A prepared prompt: vLLM's input, its sampling parameters, its priority, and its adapter."""
 
     made: Any
     sampling: Any
     priority: int = 0
+    lora: Any = None
 
 
 class RunningVLLM(RunningEngine):
@@ -199,9 +209,7 @@ class RunningVLLM(RunningEngine):
         arguments = llm.engine_kwargs
         arguments["model"] = demo_model.resolve(arguments["model"], report)
         arguments["tokenizer"] = demo_model.resolve(arguments.get("tokenizer", arguments["model"]), report)
-        adapter = adapter_folder(llm.lora_path)
-        if adapter is not None:
-            arguments = {"enable_lora": True, "max_lora_rank": adapter_rank(adapter)} | arguments
+        self._lora_path = adapter_folder(llm.lora_path)
         self._template = chat_template(arguments.pop("chat_template", None))
         self._template_kwargs = dict(options.chat_template_kwargs)
         self._ended = ended
@@ -219,18 +227,18 @@ class RunningVLLM(RunningEngine):
             logger.warning("%s", warning)
         if vllm.platform.is_cuda():
             check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), llm.gpus_per_server, vllm.platform)
-        self._lora = (
-            differences.call(vllm.LoRARequest, openai_app.ADAPTER, 1, str(adapter)) if adapter is not None else None
-        )
+        has_adapters = bool(llm.all_adapters) or arguments.get("enable_lora", False)
+        if has_adapters:
+            arguments |= self._lora_arguments(llm, arguments, is_cpu=vllm.platform.is_cpu())
 
+        names = arguments.get("served_model_name") or llm.model_name
+        names = [names] if isinstance(names, str) else names
         self._front: openai_app.Front | None = None
         if options.openai:
             report("preparing OpenAI's API")
-            names = arguments.get("served_model_name") or llm.model_name
             try:
                 self._front = openai_app.Front(
-                    model=arguments["model"], names=[names] if isinstance(names, str) else names,
-                    adapter=None if adapter is None else str(adapter), template=self._template,
+                    model=arguments["model"], names=names, template=self._template,
                     template_kwargs=self._template_kwargs, tool_call_parser=options.tool_call_parser,
                     reasoning_parser=arguments.get("reasoning_parser"), flags=options.openai_args,
                 )  # fmt: skip
@@ -295,6 +303,10 @@ class RunningVLLM(RunningEngine):
         self._numbers = iter(range(1 << 62))
         self._progress = Progress(self._engine)
         self._tokens = TokenCounts(self._engine)
+        self._adapters = Adapters(
+            self._engine if has_adapters else None, vllm.LoRARequest, arguments["model"], names,
+            most=llm.max_adapters, rank=arguments.get("max_lora_rank", 0),
+        )  # fmt: skip
         self._warming: asyncio.Task[None] | None = None
         self._stopped = False
         self.info = EngineInfo(
@@ -304,17 +316,53 @@ class RunningVLLM(RunningEngine):
             version=f"vllm {vllm.release}",
         )
 
-    async def add_adapter(self) -> None:
-        """Load the LoRA adapter, if there is one. Raises: any exception."""
-        if self._lora is not None:  # loaded with a request instead, a bad adapter would kill the engine
-            await differences.call(self._engine.add_lora, self._lora)
+    def _lora_arguments(self, llm: LLMConfig, given: Mapping[str, Any], *, is_cpu: bool) -> dict[str, Any]:
+        """Return vLLM's arguments about adapters, so that it has room for all of them. `given`: those of the user.
+
+        An adapter of which none is read is dropped from the cache, and read again when it is used: if its folder is
+        gone, that kills the engine. One more has room while it replaces another.
+
+        On a CPU, one more place stays empty: there, vLLM 0.32 gives items without an adapter that of the last place.
+        """
+        ranks = [] if self._lora_path is None else [adapter_rank(self._lora_path)]
+        for path in llm.adapters.values():
+            with contextlib.suppress(ConfigError):  # its items fail with the reason
+                ranks.append(adapter_rank(find_folder(path)))
+        most = llm.max_adapters + 1
+        at_once = given.get("max_loras") or (llm.max_adapters if llm.adapters else 1)
+        places = max(at_once, most) + 1 if is_cpu else at_once
+        return {
+            "enable_lora": True, "max_lora_rank": given.get("max_lora_rank") or max_lora_rank(max(ranks, default=16)),
+            "max_loras": places, "max_cpu_loras": max(given.get("max_cpu_loras") or 0, most, places),
+        }  # fmt: skip
+
+    async def load_adapters(self, llm: LLMConfig) -> None:
+        """Load the adapters of the config. One of `adapters` that is broken fails its items later, and not the start.
+
+        Raises any exception: that of `lora_path` cannot be loaded.
+        """
+        if self._lora_path is not None:
+            await self._adapters.load(LORA, str(self._lora_path), is_trusted=True)
+        await self.set_adapters(llm.all_adapters)
+
+    def with_adapter(self, prepared: Item, adapter: str | None) -> Item:
+        """Return a prepared prompt with an adapter."""
+        if adapter is None:
+            lora = self._adapters.table.get(LORA) if self._lora_path is not None else None
+            return prepared if lora is None else prepared._replace(lora=lora)
+        return prepared._replace(lora=self._adapters.find(adapter))
+
+    async def set_adapters(self, adapters: Mapping[str, str]) -> Mapping[str, str]:
+        """Load and remove adapters."""
+        fixed = {} if self._lora_path is None else {LORA: str(self._lora_path)}
+        return await self._adapters.change({**adapters, **fixed})
 
     async def http(self) -> ASGIApp | None:
         """Return vLLM's own application for OpenAI's API."""
         if self._front is None:
             return None
         try:
-            application = await self._front.application(self._engine)
+            application = await self._front.application(self._engine, self._adapters.table)
         except GserveError as error:
             logger.warning("without OpenAI's API: %s", error)
             return None
@@ -458,12 +506,12 @@ class RunningVLLM(RunningEngine):
 
     async def _run(self, prepared: Item, prefix: str) -> list[ResponseOutput]:
         """Do the work of `run`. `prefix`: the beginning of the request's id."""
-        made, sampling, priority = prepared
+        made, sampling, priority, lora = prepared
         last = None
         self._progress.begin()
         try:
             async for output in self._engine.generate(
-                made, sampling, f"{prefix}{next(self._numbers)}", lora_request=self._lora, priority=priority
+                made, sampling, f"{prefix}{next(self._numbers)}", lora_request=lora, priority=priority
             ):
                 last = output
         except self._vllm.EngineDeadError as error:
@@ -604,6 +652,15 @@ def check_devices(visible: str, wanted: int, platform: Any) -> None:
                 f"'{entry}' in CUDA_VISIBLE_DEVICES {kind} this vLLM cannot use: {_first_line(error)};"
                 " ask for whole GPUs"
             ) from error
+
+
+@contextlib.contextmanager
+def _located(at: str) -> Iterator[None]:
+    """Add the place of a key to the ConfigError that a block raises."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(str(error), at=at) from error
 
 
 def _seeded(sampling: Any, seed: int) -> Any:

@@ -11,6 +11,7 @@ from ...errors import ConfigError
 from ...host import folders
 from ...interfaces import Finding
 from . import demo_model, installed
+from .adapter_files import check_adapter
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -26,6 +27,8 @@ def examine(llm: LLMConfig | None, environ: Mapping[str, str], *, allow_insecure
         yield _examine_model(llm, environ)
         if llm.lora_path is not None:
             yield _examine_adapter(folders.expanded(llm.lora_path))
+        for name, path in llm.adapters.items():
+            yield _examine_named(name, path, llm.model_name)
         if llm.llm_kwargs and installed.known_arguments() is not None:
             yield _examine_arguments(llm)
 
@@ -130,3 +133,10 @@ def _examine_adapter(path: Path) -> Finding:
     except OSError as error:
         what = str(error.strerror)
     return Finding("LoRA adapter", "problem", f"{what}: {folder}", "set llm.lora_path to the folder of the adapter")
+
+
+def _examine_named(name: str, path: str, base: str) -> Finding:
+    try:
+        return Finding(f"adapter {name}", "ok", f"a local folder: {check_adapter(path, base)}")
+    except ConfigError as error:
+        return Finding(f"adapter {name}", "problem", str(error), f"set llm.adapters.{name} to the folder of an adapter")

@@ -1,14 +1,10 @@
-"""The files that a config names for vLLM: a LoRA adapter and a chat template."""
+"""The files that a config names for vLLM: the LoRA adapter of `lora_path`, and a chat template."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError
 from ...host.folders import expanded
-
-LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Valid values of `max_lora_rank` (vllm/config/lora.py)."""
 
 
 def chat_template(given: Any) -> str | None:
@@ -45,19 +41,3 @@ def adapter_folder(path: str | None) -> Path | None:
     if not is_there:
         raise ConfigError(f"no LoRA adapter in {folder}: expected adapter_config.json there", at="$.llm.lora_path")
     return folder.resolve()
-
-
-def adapter_rank(adapter: Path) -> int:
-    """Return the smallest `max_lora_rank` that fits the adapter in this folder.
-
-    Raises ConfigError: its rank cannot be read, or is too high for vLLM.
-    """
-    try:
-        config = json.loads((adapter / "adapter_config.json").read_text())
-        rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"cannot read the rank 'r' in {adapter}/adapter_config.json", at="$.llm.lora_path") from error
-    for allowed in LORA_RANKS:
-        if rank <= allowed:
-            return allowed
-    raise ConfigError(f"the adapter's rank is {rank}; vLLM takes at most {LORA_RANKS[-1]}", at="$.llm.lora_path")

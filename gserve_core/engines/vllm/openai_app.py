@@ -29,7 +29,6 @@ PLACES = {  # attribute of `Front`: where vLLM has it, the newest place first
         "vllm.entrypoints.launchers.app:build_app",
         "vllm.entrypoints.openai.api_server:build_app",
     ),
-    "LoRAModulePath": ("vllm.entrypoints.openai.models.protocol:LoRAModulePath",),
     "init_state": (
         "vllm.entrypoints.launchers.api_server.app_state:init_app_state",
         "vllm.entrypoints.openai.api_server:init_app_state",
@@ -55,15 +54,13 @@ INSTEAD = {
     "--default-chat-template-kwargs": "set engine.chat_template_kwargs",
     "--enable-auto-tool-choice": "set engine.tool_call_parser",
     "--host": "set serve.host",
-    "--lora-modules": "set llm.lora_path",
+    "--lora-modules": "set llm.adapters",
     "--port": "set serve.port",
     "--reasoning-parser": "set llm.llm_kwargs.reasoning_parser",
     "--served-model-name": "set llm.llm_kwargs.served_model_name",
     "--tool-call-parser": "set engine.tool_call_parser",
 }
 """Flags of `vllm serve` whose place in a config of gserve is another one."""
-ADAPTER = "lora"
-"""Name of the adapter of `lora_path` in this API."""
 KEY_VARIABLE = "VLLM_API_KEY"
 """vLLM would require this key besides the server's token."""
 
@@ -88,7 +85,6 @@ class Front:
     """The arguments of the application, checked before the model is loaded.
 
     `model`: the name or path under which vLLM loads the model. `names`: its names for clients.
-    `adapter`: folder of the LoRA adapter.
     `template`: text of the chat template that replaces the model's own. `template_kwargs`: its default variables.
 
     Raises ConfigError: `flags` or the name of a parser is wrong.
@@ -100,7 +96,6 @@ class Front:
         *,
         model: str,
         names: Sequence[str],
-        adapter: str | None,
         template: str | None,
         template_kwargs: Mapping[str, Any],
         tool_call_parser: str | None,
@@ -119,8 +114,6 @@ class Front:
         self._args: Namespace = self._vllm.make_parser(parser).parse_args([*line, *flags])
         with differences.expected("setting the arguments of OpenAI's API"):
             own: dict[str, Any] = {"chat_template": template, "enable_tokenizer_info_endpoint": True}
-            if adapter is not None:
-                own["lora_modules"] = [differences.call(self._vllm.LoRAModulePath, name=ADAPTER, path=adapter)]
             if template_kwargs:
                 own["default_chat_template_kwargs"] = dict(template_kwargs)
             for name, value in own.items():
@@ -133,8 +126,11 @@ class Front:
         except KeyError as error:  # one of the two names is not known
             raise ConfigError(str(error.args[0]), at="$.engine") from error
 
-    async def application(self, engine: Any) -> ASGIApp:
-        """Return the application over an `AsyncLLM`. Raises GserveError: this vLLM works otherwise."""
+    async def application(self, engine: Any, adapters: dict[str, Any]) -> ASGIApp:
+        """Return the application over an `AsyncLLM`. Raises GserveError: this vLLM works otherwise.
+
+        `adapters`: the `LoRARequest` of each adapter by name. The caller may change it while the application runs.
+        """
         args = self._args
         args.structured_outputs_config = engine.vllm_config.structured_outputs_config  # it holds the reasoning parser
         args.disable_log_stats = not engine.log_stats
@@ -143,6 +139,7 @@ class Front:
             tasks = await engine.get_supported_tasks()
             app = self._vllm.build_app(args, tasks, engine.model_config)
             await self._vllm.init_state(engine, app.state, args, tasks)
+            app.state.openai_serving_models.lora_requests = adapters
         app.state.server = SimpleNamespace(should_exit=False)  # vLLM's handler for a dead engine sets it
         built: ASGIApp = app
         return built

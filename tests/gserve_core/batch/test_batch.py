@@ -272,7 +272,7 @@ def test_bad_parameters_of_one_item_are_its_own_error(service: VLLMService) -> N
         (lambda it: it.generate({"prompts": ["a"]}), "got a dict of columns: pass a column, as in df"),
         (lambda it: it.chat("hello"), "expected a list of conversations .* got str"),
         (lambda it: it.chat({"messages": [say("a"), say("b")]}), "got a dict of columns: pass a column, as in df"),
-        (lambda it: it.generate("a", lora_request="x"), "set the adapter as lora_path in the LLMConfig"),
+        (lambda it: it.generate("a", lora_request="x"), "set adapters in the LLMConfig, and pass adapter=NAME"),
         (lambda it: it.chat(say("a"), tools="x"), "expected tools as a list .* got 'x'"),
         (lambda it: it.chat(say("a"), chat_template_kwargs=[]), "expected chat_template_kwargs as a mapping, got list"),
         (lambda it: it.chat(say("a"), chat_template_kwargs={"tools": []}), "'tools' is not allowed .* use 'tools'"),

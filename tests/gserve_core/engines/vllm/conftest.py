@@ -12,18 +12,26 @@ DEMO = "demo:smollm2-135m"
 
 @pytest.fixture(scope="session")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a LoRA adapter of rank 4 for the demo model, at random and strong enough to change its answers."""
+    """Make a LoRA adapter of rank 4 for the demo model."""
+    return make_adapter(tmp_path_factory.mktemp("adapter"))
+
+
+def make_adapter(folder: Path, seed: int = 0, rank: int = 4, wider: int = 0) -> Path:
+    """Make a LoRA adapter for the demo model in a folder, at random and strong enough to change its answers.
+
+    `wider`: number of inputs that its matrices have in addition, so that they do not fit.
+    """
     import torch
     from safetensors.torch import save_file
 
-    folder = tmp_path_factory.mktemp("adapter")
+    folder.mkdir(exist_ok=True)
     config = json.loads((Path(demo_model.resolve(DEMO, print)) / "config.json").read_text())
-    hidden, rank = config["hidden_size"], 4
+    hidden = config["hidden_size"] + wider
     widths = {
         "q_proj": config["num_attention_heads"] * config["head_dim"],
         "v_proj": config["num_key_value_heads"] * config["head_dim"],
     }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     weights = {}
     for layer in range(config["num_hidden_layers"]):
         for module, width in widths.items():

@@ -10,7 +10,7 @@ from typing import get_args
 
 import pytest
 
-from gserve_core.engines.vllm import differences, engine, files, installed, patches
+from gserve_core.engines.vllm import adapter_files, differences, engine, installed, patches
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -23,6 +23,7 @@ PARAMETERS = {  # function of vLLM: the parameters with which gserve calls it
     ),
     "vllm:AsyncLLMEngine.generate": ("prompt", "sampling_params", "request_id", "lora_request"),
     "vllm:AsyncLLMEngine.add_lora": ("lora_request",),
+    "vllm:AsyncLLMEngine.remove_lora": ("lora_id",),
     "vllm:AsyncLLMEngine.is_sleeping": (),
     "vllm:AsyncLLMEngine.shutdown": ("timeout",),
     "vllm:AsyncEngineArgs.create_engine_config": ("usage_context",),
@@ -41,7 +42,8 @@ PARAMETERS = {  # function of vLLM: the parameters with which gserve calls it
 ARGUMENTS = {
     "model", "tokenizer", "tokenizer_mode", "trust_remote_code", "dtype", "quantization", "revision",
     "tokenizer_revision", "seed", "gpu_memory_utilization", "enforce_eager", "max_model_len", "download_dir",
-    "disable_log_stats", "kv_cache_memory_bytes", "enable_lora", "max_lora_rank", "structured_outputs_config",
+    "disable_log_stats", "kv_cache_memory_bytes", "enable_lora", "max_lora_rank", "max_loras",
+    "max_cpu_loras", "structured_outputs_config",
 }  # fmt: skip
 """Arguments of the engine that gserve itself gives."""
 ENVIRONMENT = ("VLLM_PLUGINS", "VLLM_RPC_BASE_PATH", "VLLM_CPU_KVCACHE_SPACE", patches.START_METHOD)
@@ -104,7 +106,7 @@ def test_the_changes_to_vllm_on_a_cpu_have_what_they_need() -> None:
 def test_the_variables_and_ranks_are_known() -> None:
     known = differences.find("vllm.envs:environment_variables")
     assert {*ENVIRONMENT, *engine.LOOPBACK} - known.keys() <= {"GLOO_SOCKET_IFNAME"}, "the last is torch's"
-    assert get_args(differences.find("vllm.config.lora:MaxLoRARanks")) == files.LORA_RANKS
+    assert get_args(differences.find("vllm.config.lora:MaxLoRARanks")) == adapter_files.LORA_RANKS
 
 
 def attributes_of(module: str) -> set[str]:
