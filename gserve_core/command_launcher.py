@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, Any
 
 from .errors import LaunchError
@@ -18,7 +18,11 @@ class CommandLauncher(Launcher):
     """A launcher with a command prefix (srun, ssh, nice, numactl, a container runtime).
 
     Subclasses override `command`.
+
+    `prefix`: words before the command of each server, such as those of a container runtime.
     """
+
+    prefix: list[str] = field(default_factory=list)
 
     def environment(self, job: Job) -> dict[str, str]:
         """Return the environment in which `launch` runs the command."""

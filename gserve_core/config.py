@@ -10,9 +10,10 @@ import ipaddress
 import math
 import re
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -639,8 +640,13 @@ def _check_serialisable(value: Any, at: str) -> None:
 type Placement = Sequence[tuple[int, ...] | None]
 """The GPU ids of each server of a model, in order; None for a server that is not pinned."""
 
+type Places = Callable[[int], int | None]
+"""Returns the number of places for servers: see `Launcher.places`."""
 
-def check_placement(llm: LLMConfig, serve: ServeConfig, least: int = 1) -> list[tuple[int, ...] | None]:
+
+def check_placement(
+    llm: LLMConfig, serve: ServeConfig, places: Places = lambda _: None, least: int = 1
+) -> list[tuple[int, ...] | None]:
     """Return the GPU ids of each server of the two configs; None for a server that is not pinned.
 
     `least`: the least value of `min_ready`.
@@ -652,6 +658,19 @@ def check_placement(llm: LLMConfig, serve: ServeConfig, least: int = 1) -> list[
     except ConfigError as error:
         error.at = error.at.replace("$", "$.llm", 1)
         raise
+    room = places(gpus_per_server)
+    if room is not None:
+        if serve.gpu_ids is not None:
+            raise ConfigError(
+                "the launcher has the GPU ids of each host: remove gpu_ids here, and set gpu_ids of its hosts",
+                at="$.serve.gpu_ids",
+            )
+        if serve.servers is not None and serve.servers > room:
+            raise ConfigError(
+                f"the hosts of the launcher have places for {room} servers, got {serve.servers}: add hosts or GPUs",
+                at="$.serve.servers",
+            )
+        serve = replace(serve, servers=serve.servers or room)
     try:
         return serve.placement(gpus_per_server, least)
     except ConfigError as error:
@@ -659,18 +678,26 @@ def check_placement(llm: LLMConfig, serve: ServeConfig, least: int = 1) -> list[
         raise
 
 
-def check_places(config: Config) -> dict[str, Placement]:
+def check_places(config: Config, places: Mapping[str, Places] | None = None) -> dict[str, Placement]:
     """Return the GPU ids of each server of each model, by the name of the model.
+
+    `places`: by the name of the model; None: the launchers are not known yet, so as many places as it takes.
 
     Raises ConfigError: the GPUs, the ports or the memory of the models do not fit beside each other.
     """
     placements: dict[str, Placement] = {}
     for name, model in config.pools.items():
         with config.placing(name):
-            placements[name] = check_placement(model.llm, model.serve, 0 if config.models else 1)
+            room = partial(_assumed_places, model.serve) if places is None else places[name]
+            placements[name] = check_placement(model.llm, model.serve, room, 0 if config.models else 1)
     _check_ports(config, placements)
     _check_gpus(config, placements)
     return placements
+
+
+def _assumed_places(serve: ServeConfig, gpus: int) -> int | None:
+    """Return a number of places that fits the config, for a launcher that may have more than one."""
+    return max(serve.min_ready or 1, 1) if serve.servers is None and serve.gpu_ids is None else None
 
 
 def _check_ports(config: Config, placements: Mapping[str, Placement]) -> None:

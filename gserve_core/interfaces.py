@@ -74,7 +74,10 @@ class Forks(Protocol):
 
 @runtime_checkable
 class Process(Protocol):
-    """A started job, like a `subprocess.Popen`. Its stdin and stdout are pipes with file descriptors."""
+    """A started job, like a `subprocess.Popen`. Its stdin and stdout are pipes with file descriptors.
+
+    It may have an attribute `machine`: the name of the machine on which the job runs.
+    """
 
     stdin: IO[bytes]
     stdout: IO[bytes]
@@ -127,13 +130,29 @@ class Launcher(ABC):
     owner_variable: ClassVar[str | None] = None
 
     @property
+    def runs_here(self) -> bool:
+        """Return whether servers are processes of this machine, with its files, its environment and its limits."""
+        return self.owner_variable is None
+
+    @property
     def is_line_cut_silently(self) -> bool:
         """Return whether the control connection to a server can be cut silently, as between two machines.
 
         If so, neither end notices the cut, and each treats the other as dead after some time of silence. If not, only
         the end of the connection means that.
         """
-        return self.owner_variable is not None
+        return not self.runs_here
+
+    def places(self, gpus: int) -> int | None:
+        """Return the number of servers that it has places for; None: it does not count places.
+
+        It is the number of servers of a config that names none.
+
+        `gpus`: number of GPUs of one server.
+
+        Raises ConfigError: no place has so many GPUs.
+        """
+        return None
 
     def command(self, job: Job) -> list[str]:
         """Return the command line that `launch` runs for `job`. `gserve check` prints it."""

@@ -31,6 +31,7 @@ class ServerOverview(Struct, frozen=True, kw_only=True):
     `prompt_rate`, `completion_rate`: tokens per second, over the last seconds.
     `error`: why its last generation ended, until it is ready again.
     `log`: path of its log, on the owner's machine.
+    `machine`: name of the machine on which it runs; "": the owner's, or one that only its address names.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ServerOverview(Struct, frozen=True, kw_only=True):
     restarts: int = 0
     error: str | None = None
     log: str | None = None
+    machine: str = ""
 
 
 class Ending(Struct, frozen=True):

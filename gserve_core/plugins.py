@@ -21,6 +21,7 @@ from .interfaces import Engine, Launcher, Transport
 BUILT_IN = (
     "gserve_launchers.local",
     "gserve_launchers.slurm.launcher",
+    "gserve_launchers.ssh.launcher",
     "gserve_transports",
     "gserve_core.engines.vllm.engine",
     "gserve_core.engines.echo",

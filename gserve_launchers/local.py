@@ -19,7 +19,7 @@ class SubprocessLauncher(CommandLauncher):
 
     `nice`: the niceness of the servers, 0 to 19.
     `nursery`: fork the servers from one process that has imported vLLM. All but the first then start in a fraction of
-    the time. If false, each server is a program of its own.
+    the time. If false, or with a `prefix`, each server is a program of its own.
     """
 
     name: ClassVar[str] = "subprocess"
@@ -42,7 +42,7 @@ class SubprocessLauncher(CommandLauncher):
             binding = job.bind_cores(share(job, sorted(os.sched_getaffinity(0))))
             given = {**os.environ, **job.env}
             job = replace(job, env={**job.env, **{name: cores for name, cores in binding.items() if name not in given}})
-        if self.nursery and job.nursery is not None:
+        if self.nursery and not self.prefix and job.nursery is not None:  # a prefix forwards no descriptors
             return job.nursery.fork(job, self.popen)
         return super().launch(job)
 

@@ -65,7 +65,7 @@ def _examine_model(
 ) -> Iterator[Finding]:
     """Yield findings about what one model needs. `visits`: whether to try to reach a node, if servers start there."""
     parts, config = model.parts, plan.config.only(model.name)
-    is_here = parts.launcher.owner_variable is None
+    is_here = parts.launcher.runs_here
     yield from examine_machine(config, parts.engine, runs_here=is_here)
     if is_here:
         yield from examine_pinning(jobs)
@@ -76,7 +76,11 @@ def _examine_model(
     if any(finding.state == "problem" for finding in found):
         yield Finding("node", "note", f"not tried: the launcher '{parts.launcher.name}' has a problem, see above")
         return
-    errand = Errand(config, str(folder.resolve()), parts.launcher.owner_variable, secrets.token_hex(16), look=on_node)
+    variable = parts.launcher.owner_variable
+    errand = Errand(
+        config, str(folder.resolve()), variable, secrets.token_hex(16), look=on_node,
+        is_reached=is_here or variable is not None,
+    )  # fmt: skip
     yield from visit(parts, jobs[0], errand, waiting)
 
 

@@ -77,7 +77,7 @@ class ModelPlan:
     def competes(self, old: ServerProgram, gpu_ids: tuple[int, ...] | None) -> bool:
         """Return whether a new server on these GPUs may need the GPUs, or the place in a scheduler, of `old`."""
         both_need_some = all(
-            parts.engine.uses_gpus or parts.launcher.owner_variable is not None for parts in (old.parts, self.parts)
+            parts.engine.uses_gpus or not parts.launcher.runs_here for parts in (old.parts, self.parts)
         )
         if not both_need_some or (self.serve.share_gpu and old.serve.share_gpu):
             return False
@@ -111,17 +111,19 @@ class Plan:
         Raises ConfigError: the config is wrong, or the GPUs, the ports or `min_ready` do not fit the servers.
         Raises PluginError.
         """
-        placements = check_places(config)
-        models: dict[str, ModelPlan] = {}
-        for name, model in config.pools.items():
+        parts: dict[str, Parts] = {}
+        for name in config.pools:
             own = config.models.get(name)
             with config.placing(name):
-                parts = assemble(
+                parts[name] = assemble(
                     config.only(name), folder, transport=transport,
                     launcher=launcher if own is None or own.launcher is None else None,
                     engine=engine if own is None or own.engine is None else None,
                 )  # fmt: skip
-            made = ModelPlan(name, model.llm, model.serve, parts, placements[name], not config.models)
+        placements = check_places(config, {name: it.launcher.places for name, it in parts.items()})
+        models: dict[str, ModelPlan] = {}
+        for name, model in config.pools.items():
+            made = ModelPlan(name, model.llm, model.serve, parts[name], placements[name], not config.models)
             alike = [it for it in models.values() if _can_share_nursery(it, made)]
             models[name if config.models else ONLY] = replace(made, nursery=alike[0].nursery) if alike else made
         return cls(config, models)
@@ -151,9 +153,8 @@ class Plan:
     def check(self) -> None:
         """Check that the engines can load the models. Raises ConfigError."""
         for model in self.models.values():
-            runs_here = model.parts.launcher.owner_variable is None
             with self.located(), self.config.placing(model.name):
-                model.parts.engine.check_config(model.llm, runs_here=runs_here)
+                model.parts.engine.check_config(model.llm, runs_here=model.parts.launcher.runs_here)
 
     def resized(self, key: str, serve: ServeConfig) -> "Plan":
         """Return the plan with other servers of one model. Raises ConfigError: there is no place for them."""
@@ -162,7 +163,8 @@ class Plan:
             config = replace(config, models={**config.models, name: replace(config.models[name], serve=serve)})
         else:
             config = replace(config, serve=serve)
-        model = replace(self.models[key], serve=serve, placement=check_places(config)[name])
+        places = {model.name: model.parts.launcher.places for model in self.models.values()}
+        model = replace(self.models[key], serve=serve, placement=check_places(config, places)[name])
         return replace(self, config=config, models={**self.models, key: model})
 
     def program(self, key: str, index: int, gpu_ids: tuple[int, ...] | None, place: int | None = None) -> ServerProgram:

@@ -26,7 +26,7 @@ def make_hello(
 
     It includes the owner's umask and resource limits only if the server runs on this machine.
     """
-    is_here = parts.launcher.owner_variable is None
+    is_here = parts.launcher.runs_here
     return lease.Hello(
         instance, token, control,
         ttl=lease.TTL if parts.launcher.is_line_cut_silently else None,

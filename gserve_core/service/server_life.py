@@ -126,7 +126,10 @@ class ServerProgram:
         return Job(
             name=self.name,
             instance=instance,
-            command=server_command(self.llm, self.parts, self.serve.host, self.serve.port or 0),
+            command=[
+                *getattr(self.parts.launcher, "prefix", ()),
+                *server_command(self.llm, self.parts, self.serve.host, self.serve.port or 0),
+            ],
             env=pinning(self.gpu_ids, environ)
             | {LEVEL_VARIABLE: log_level()}
             | self._harmless_environ(environ)
@@ -144,6 +147,8 @@ class ServerProgram:
     def _harmless_environ(self, environ: Mapping[str, str]) -> dict[str, str]:
         """Return harmless values for the inherited variables that open the engine to attacks."""
         harmless = self.parts.engine.harmless_environ
+        if not self.parts.launcher.runs_here:  # the other machine may set them itself
+            return dict(harmless)
         return {name: value for name, value in harmless.items() if environ.get(name, value) != value}
 
     def begin(self, logs: Path, report: Callable[[Report], object], previous: Run | None) -> "ServerRun":
@@ -288,7 +293,7 @@ class ServerRun:
         assert process is not None
         assert owner is not None
         assert log is not None
-        is_here = self._parts.launcher.owner_variable is None
+        is_here = self._parts.launcher.runs_here
         end = _End(kills=memory_kills() if is_here else None)
         self._bounded = None if is_here else BoundedLog(log)
         try:
@@ -402,7 +407,7 @@ class ServerRun:
         match message:
             case lease.Listening(address):
                 self._address, self._phase = address, BEGINNING
-                self._report(Listening(address))
+                self._report(Listening(address, getattr(self.process, "machine", "")))
                 self._report(Phase(BEGINNING))
             case lease.Phase(text):
                 self._phase, self._step = text, None

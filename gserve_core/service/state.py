@@ -48,6 +48,7 @@ class ServerState:
     `phase`: its activity while it is not ready; if it failed, why it is not restarted.
     `failure`: why its last generation ended, until the next one is ready. `error` is its text.
     `log`: path of its log.
+    `machine`: name of the machine on which it runs; "": this one, or one that only its address names.
     `restarts`: number of its restarts in the last ten minutes.
     `returns`: whether it will become ready, now or after its cleanup.
     `finishing`: whether it accepts no more items, and finishes its items in flight.
@@ -70,6 +71,7 @@ class ServerState:
     info: EngineInfo | None = None
     failure: GserveError | None = field(default=None, repr=False, compare=False)
     log: Path | None = None
+    machine: str = ""
     restarts: int = 0
     instance: str = ""
     address: Address | None = None
@@ -117,8 +119,8 @@ class ServerState:
                 return replace(self, state=State.STARTING, phase=text)
             case Logging(log):
                 return replace(self, log=log)
-            case Listening(address):
-                return replace(self, address=address, host=address.hosts[0], port=address.port)
+            case Listening(address, machine):
+                return replace(self, address=address, host=address.hosts[0], port=address.port, machine=machine)
             case Ready(info) if self.state in (State.QUEUED, State.STARTING) and self.address is not None:
                 return replace(self, state=State.READY, phase=None, info=info, failure=None, returns=False, died=False)
             case Counted(counters, prompt_rate, completion_rate):
@@ -139,7 +141,7 @@ class ServerState:
             self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=first.host,
             port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False, returns=True,
             unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
-            counters=Counters(),
+            counters=Counters(), machine="",
         )  # fmt: skip
 
     def queued(self, phase: str) -> Self:
@@ -205,9 +207,10 @@ class Phase(Struct, frozen=True):
 
 
 class Listening(Struct, frozen=True):
-    """The server's socket is open."""
+    """The server's socket is open. `machine`: the name of its machine, if the launcher knows one."""
 
     address: Address
+    machine: str = ""
 
 
 class Ready(Struct, frozen=True):

@@ -96,4 +96,5 @@ def _overview(state: ServerState, now: float, requests: int) -> ServerOverview:
         restarts=state.restarts,
         error=state.error,
         log=None if state.log is None else str(state.log),
+        machine=state.machine if state.works else "",
     )

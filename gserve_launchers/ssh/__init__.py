@@ -1,0 +1,1 @@
+"""The launcher `ssh`: servers on machines that are reached by OpenSSH."""

@@ -1,0 +1,175 @@
+"""The program on the other machine: it runs a server, and ends it with all below it when its owner is gone.
+
+ssh starts it by `python -m gserve_launchers.ssh.far`. Its first line tells the owner that it runs, its version, and
+whether the port for the server is free. Then it listens there itself, and sends a token to all that connect. So the
+owner knows that the tunnel works. The owner's first line has the environment of the server, which may hold secrets. All
+later lines are the server's lease: this program passes them on, and so notices when none comes.
+"""
+
+import argparse
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn
+
+import msgspec
+
+from gserve_core import lease
+from gserve_core.errors import LaunchError
+from gserve_core.host import gpus, processes, scratch
+from gserve_core.host.poll import readable
+from gserve_core.host.process_groups import GROUP_GRACE, end_group, kill_group
+from gserve_core.interfaces import Finding
+
+from ..slurm.task import ENDING, OwnerInput
+
+GREETING = "gserve-far"
+"""Beginning of this program's first line. What a login script prints before it is skipped."""
+BUSY = "busy"
+"""End of the first line if the port is taken. Otherwise it is the token."""
+PORT = "{port}"
+"""Stands for the server's port in its command."""
+ORDER_SECONDS = 60.0
+"""Maximum wait for the owner's first line, in seconds."""
+SILENCE = lease.TTL + 10.0
+"""Time without input after which the owner counts as gone, in seconds. The server itself ends a little earlier."""
+END_SECONDS = 6.0
+"""Time for a server to end by itself after its owner is gone, in seconds. Then it is killed."""
+CHECK_SECONDS = 0.05
+"""Interval between two checks of the server, in seconds."""
+NOT_FOUND = 127
+"""Exit code if the command of the server cannot be started."""
+LOST = 255
+"""Exit code of ssh if the connection fails. This program never has it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a server, or `--look` at this machine; end with the exit code of the server, as a shell would."""
+    parser = argparse.ArgumentParser(prog=GREETING)
+    parser.add_argument("--look", action="store_true")
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--gpus", default="")
+    parser.add_argument("--root", default="")
+    parser.add_argument("--after", action="append", default=[])
+    parser.add_argument("command", nargs="*")
+    given = parser.parse_args(arguments)
+    if given.look:
+        for finding in look(given.gpus):
+            print(msgspec.json.encode(finding).decode(), flush=True)  # noqa: T201
+        sys.exit(0)
+    for instance in given.after:
+        processes.end_processes_of(instance)
+        scratch.remove(scratch.path_of(instance))
+    token = secrets.token_hex(16)
+    listening: socket.socket | None = None
+    if given.port:
+        try:
+            listening = socket.create_server(("127.0.0.1", given.port))
+        except OSError:
+            token = BUSY
+    print(GREETING, version("gserve"), token, flush=True)  # noqa: T201
+    if token == BUSY:
+        sys.exit(1)
+    if listening is not None:
+        with listening:
+            _await_owner(listening, token)
+    env = _read_env()
+    if given.gpus:
+        env["CUDA_VISIBLE_DEVICES"] = given.gpus
+    sys.exit(run([_here(word, given.root, given.port) for word in given.command], env))
+
+
+def _await_owner(listening: socket.socket, token: str) -> None:
+    """Send the token to all that connect, until the owner sends its first line. End this process if it does not."""
+    deadline, opened = time.monotonic() + ORDER_SECONDS, contextlib.ExitStack()
+    with opened:
+        while 0 not in (ready := readable(max(0.0, deadline - time.monotonic()), 0, listening.fileno())):
+            if not ready:
+                os._exit(1)
+            connection, _ = listening.accept()
+            opened.push(connection)  # the other end closes it first, so that the port is free at once
+            with contextlib.suppress(OSError):
+                connection.sendall(f"{token}\n".encode())
+
+
+def _here(word: str, root: str, port: int) -> str:
+    """Return a word of the owner's command for this machine. `root`: the folder of the owner's packages."""
+    if word == PORT:
+        return str(port)
+    own = str(Path(__file__).resolve().parents[2])
+    return own + word.removeprefix(root) if root and (word == root or word.startswith(f"{root}/")) else word
+
+
+def _read_env() -> dict[str, str]:
+    """Return the variables in the owner's first line. Nothing after it is read. End this process if it is cut."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            os._exit(1)
+        line += byte
+    return msgspec.json.decode(line, type=dict[str, str])
+
+
+def run(command: Sequence[str], env: Mapping[str, str]) -> int:
+    """Run a server in a session of its own; return its exit code. No process of it remains.
+
+    Stdin is passed on to the server. It is killed if the owner is gone and it does not end by itself.
+    """
+    stopped = threading.Event()
+    for number in ENDING:
+        signal.signal(number, lambda *_: stopped.set())
+    try:
+        server = subprocess.Popen(command, env={**os.environ, **env}, stdin=subprocess.PIPE, start_new_session=True)
+    except OSError as error:
+        print(f"cannot start '{command[0]}': {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
+        return NOT_FOUND
+    assert server.stdin is not None
+    owner = OwnerInput(os.dup(server.stdin.fileno()))
+    server.stdin.close()
+    threading.Thread(target=owner.forward, daemon=True).start()
+    silence, last_input, gone_at = lease.Silence(CHECK_SECONDS), owner.last_input, None
+    while server.poll() is None:
+        if stopped.is_set():
+            stopped.clear()
+            server.terminate()
+        if owner.last_input != last_input:
+            last_input = owner.last_input
+            silence.reset()
+        if gone_at is None and (owner.is_closed or silence.update() > SILENCE):
+            gone_at = time.monotonic()
+        if gone_at is not None and time.monotonic() - gone_at > END_SECONDS:
+            kill_group(server.pid)
+        time.sleep(CHECK_SECONDS)
+    end_group(server.pid, GROUP_GRACE)
+    if instance := env.get(processes.ID_VARIABLE, ""):
+        processes.end_processes_of(instance)
+        scratch.remove(scratch.path_of(instance, env.get("TMPDIR", "")))
+    code = server.returncode if server.returncode >= 0 else 128 - server.returncode
+    return min(code, LOST - 1)
+
+
+def look(wanted: str) -> Iterator[Finding]:
+    """Yield findings about this machine. `wanted`: ids of GPUs, as in CUDA_VISIBLE_DEVICES."""
+    yield Finding("gserve", "ok", f"{version('gserve')}, Python {sys.version.split()[0]} ({sys.executable})")
+    if wanted:
+        try:
+            seen = gpus.visible(os.environ | {"CUDA_VISIBLE_DEVICES": wanted}, len(wanted.split(",")))
+        except LaunchError as error:
+            yield Finding("GPUs", "problem", str(error))
+        else:
+            yield Finding("GPUs", "ok", ", ".join(seen))
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):  # the owner is gone
+        main()

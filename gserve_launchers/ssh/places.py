@@ -1,0 +1,164 @@
+"""The places of servers on hosts, and which of them this process uses."""
+
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Annotated
+
+from msgspec import Meta
+
+from gserve_core.config import check
+from gserve_core.errors import ConfigError
+
+AVOID_SECONDS = 60.0
+"""Time for which a place is avoided after a failure there, if there is another one, in seconds."""
+
+Name = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[A-Za-z0-9_.:][A-Za-z0-9_.:%-]{0,252}\Z",
+        description="the name of a host without user and port, which does not begin with '-'",
+    ),
+]
+User = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_.][A-Za-z0-9_.@-]{0,63}\Z", description="a user's name")]
+Program = Annotated[
+    str,
+    Meta(
+        pattern=r"\A[^\x00-\x1f\x7f~-][^\x00-\x1f\x7f]{0,1023}\Z",
+        description="an absolute path, or a name in the PATH of the host",
+    ),
+]
+Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
+Count = Annotated[int, Meta(ge=1, le=1024, description="a number from 1 to 1024")]
+Gpu = Annotated[int, Meta(ge=0, le=1023, description="the number of a GPU from 0 up")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SshHost:
+    """A host for servers.
+
+    `host`: its name, as for `ssh`; a `Host` of ssh's config too.
+    `gpu_ids`: its GPUs. It takes one server for each, or for each group of them.
+    `servers`: number of servers that it takes; None: one for each group of `gpu_ids`, else 1.
+    `user`, `python`: as in `SshLauncher`, for this host.
+    `port`: the port of its sshd; None: as ssh's config says.
+    `address`: the address on which its servers listen, and at which they are reached directly; None: through a tunnel.
+    """
+
+    host: Name
+    gpu_ids: list[Gpu] | None = None
+    servers: Count | None = None
+    user: User | None = None
+    port: Port | None = None
+    python: Program | None = None
+    address: Name | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.gpu_ids is not None and self.servers is not None:
+            raise ConfigError("gpu_ids and servers are both set: remove servers, since the ids set the number")
+        if self.gpu_ids is not None and (not self.gpu_ids or len({*self.gpu_ids}) < len(self.gpu_ids)):
+            raise ConfigError(f"expected different GPU ids, at least one, got {self.gpu_ids}", at="$.gpu_ids")
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What identifies the machine among all launchers of this process."""
+        return self.host, self.port
+
+    def places(self, gpus: int) -> "list[Place]":
+        """Return its places for servers with this number of GPUs. Raises ConfigError: its GPUs cannot be divided."""
+        if self.gpu_ids is None:
+            return [Place(self, number) for number in range(self.servers or 1)]
+        if len(self.gpu_ids) % gpus:
+            raise ConfigError(
+                f"the {len(self.gpu_ids)} GPUs of {self.host} cannot be divided into servers of {gpus}"
+                " (tensor_parallel_size times pipeline_parallel_size): add or remove ids",
+                at="$.gpu_ids",
+            )
+        ids = iter(self.gpu_ids)
+        groups = zip(*[ids] * gpus, strict=True)
+        return [Place(self, number, group) for number, group in enumerate(groups)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place for one server on a host: some of its GPUs, or none."""
+
+    host: SshHost
+    number: int
+    gpu_ids: tuple[int, ...] | None = None
+
+    def __str__(self) -> str:
+        if self.gpu_ids is None:
+            return self.host.host
+        return f"{self.host.host} (GPU {', '.join(map(str, self.gpu_ids))})"
+
+    @property
+    def units(self) -> list[tuple[object, ...]]:
+        """What only one server may use at a time: the GPUs, or the number of the place."""
+        if self.gpu_ids is None:
+            return [(self.host.key, "place", self.number)]
+        return [(self.host.key, "GPU", gpu) for gpu in self.gpu_ids]
+
+
+class Places:
+    """The places that the servers of this process use. Other processes are kept away by the locks of the GPUs.
+
+    It also knows where a server may still run, since the connection to its host was lost before it ended.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._used: set[tuple[object, ...]] = set()
+        self._failed: dict[tuple[object, ...], float] = {}
+        self._left: dict[tuple[object, ...], set[str]] = {}
+
+    def take(self, places: Sequence[Place], avoided: Collection[Place] = (), last: Place | None = None) -> Place | None:
+        """Take a free place, which must be freed later; None: all are in use, or avoided.
+
+        Places that failed lately come last, and `last` comes first. Hosts are filled evenly.
+        """
+        with self._lock:
+            free = [it for it in places if it not in avoided and self._used.isdisjoint(it.units)]
+            if not free:
+                return None
+            load = {it.host.key: sum(unit[0] == it.host.key for unit in self._used) for it in free}
+            chosen = min(free, key=lambda it: (self._has_failed(it), it != last, load[it.host.key], it.number))
+            self._used.update(chosen.units)
+            return chosen
+
+    def _has_failed(self, place: Place) -> bool:
+        now = time.monotonic()
+        return any(now - self._failed.get(unit, -AVOID_SECONDS) < AVOID_SECONDS for unit in place.units)
+
+    def free(self, place: Place, *, failed: bool, left: str = "") -> None:
+        """Free a place.
+
+        `failed`: whether to avoid it for a while.
+        `left`: the instance of a server that may still run there.
+        """
+        with self._lock:
+            for unit in place.units:
+                self._used.discard(unit)
+                if failed:
+                    self._failed[unit] = time.monotonic()
+                else:
+                    self._failed.pop(unit, None)
+                if left:
+                    self._left.setdefault(unit, set()).add(left)
+
+    def left(self, place: Place) -> list[str]:
+        """Return the instances of servers that may still run there."""
+        with self._lock:
+            return sorted({instance for unit in place.units for instance in self._left.get(unit, ())})
+
+    def ended(self, place: Place, instances: Collection[str]) -> None:
+        """Take note that these servers have ended."""
+        with self._lock:
+            for unit in place.units:
+                if unit in self._left:
+                    self._left[unit] -= {*instances}
+
+
+PLACES = Places()
