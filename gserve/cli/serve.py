@@ -53,7 +53,7 @@ def launch(
                 [
                     (
                         server.name,
-                        f"{server.host}:{server.port}",
+                        f"{server.host}:{server.port}{f' ({server.machine})' if server.machine else ''}",
                         ",".join(map(str, server.gpu_ids)) if server.gpu_ids else "-",
                         server.info.model if server.info else "-",
                         server.state,

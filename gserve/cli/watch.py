@@ -86,7 +86,7 @@ def _rows(view: "View") -> Iterator[tuple[str, ...]]:
         )  # fmt: skip
         yield (
             *first, server.name, _state(server), *(live if view.is_live else (UNKNOWN,) * len(live)),
-            server.address or UNKNOWN, server.model or UNKNOWN, _path(server.log),
+            _address(server), server.model or UNKNOWN, _path(server.log),
         )  # fmt: skip
     if not view.overview.servers:
         yield (*first, UNKNOWN, view.record.status, *(UNKNOWN,) * 7)
@@ -94,6 +94,11 @@ def _rows(view: "View") -> Iterator[tuple[str, ...]]:
 
 def _state(server: "ServerOverview") -> str:
     return f"{server.state}: {server.phase}" if server.phase else server.state
+
+
+def _address(server: "ServerOverview") -> str:
+    address = server.address or UNKNOWN
+    return f"{address} ({server.machine})" if server.machine else address
 
 
 def _path(path: str | None) -> str:

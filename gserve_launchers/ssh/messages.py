@@ -63,8 +63,8 @@ MEANINGS = (
         "run ssh by hand to see the line",
     ),
     Meaning(
-        r"No module named '?gserve",
-        "Python on {host} has no gserve",
+        r"No module named",
+        "Python on {host} has no gserve, or not all that gserve needs",
         "install the same version there, and set 'python' of the host to that environment's Python",
     ),
     Meaning(

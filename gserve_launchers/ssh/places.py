@@ -31,7 +31,7 @@ Program = Annotated[
 ]
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
 Count = Annotated[int, Meta(ge=1, le=1024, description="a number from 1 to 1024")]
-Gpu = Annotated[int, Meta(ge=0, le=1023, description="the number of a GPU from 0 up")]
+Gpu = Annotated[int, Meta(ge=0, description="the number of a GPU from 0 up")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -181,6 +181,7 @@ class SshProcess:
                     return LOST
                 self._phase = f"waiting for a host: {self._why}"
                 self._wait(RETRY_SECONDS)
+                tried.clear()
                 place = PLACES.take(self._places)
         if place is not None:
             PLACES.free(place, failed=False)
@@ -229,8 +230,9 @@ class SshProcess:
     def _connect(self, place: Place, forward: tuple[int, int] | None) -> str | None:
         """Start ssh, and return the last word of `far`'s greeting; None if there is none in time."""
         left = PLACES.left(place)
-        with contextlib.suppress(OSError):
-            self._log_position = self._job.log.stat().st_size
+        with contextlib.suppress(OSError), self._job.log.open("a") as log:
+            log.write(f"{self._job.name} on {place}, over ssh\n")
+            self._log_position = log.tell()
         self._ssh = ssh = self._start(self._job, place, forward, left)
         assert ssh.stdout is not None
         deadline, text = time.monotonic() + GREETING_SECONDS, b""
@@ -360,7 +362,8 @@ class SshProcess:
             return f"its ssh to {place.host.host} was killed by {signal.Signals(-code).name}"
         if code != LOST:
             return None
-        said = "\n".join(read_from(self._job.log, self._log_position).splitlines()[-LAST_LINES:])
+        lines = read_from(self._job.log, self._log_position).splitlines()[-LAST_LINES:]
+        said = "\n".join(line for line in lines if not line.startswith("channel "))  # a client of a dead server
         return explain(said, place.host.host) or (
             f"the connection to {place.host.host} has ended, or gserve's program there was killed"
         )

@@ -156,6 +156,12 @@ class Hosts:
         """Cut the network of a host, silently, or join it again."""
         _run("ip", "link", "set", f"gs{self._id}{name}0", "down" if is_cut else "up")
 
+    def end_sessions(self, name: str) -> None:
+        """End the connections of a host that was cut off. Its sshd would notice that after hours."""
+        for pid in self.processes(name, "sshd: "):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
     def processes(self, name: str, *programs: str) -> list[int]:
         """Return the live processes in a host's namespace, but for its sshd; or those whose command has a text."""
         found = subprocess.run(
