@@ -23,6 +23,8 @@ from gserve_core.service.routing import Routing
 from gserve_core.service.service import VLLMService
 from gserve_core.service.state import ServerState
 from gserve_launchers.slurm import process as slurm
+from gserve_launchers.ssh import messages as ssh
+from gserve_launchers.ssh.places import SshHost
 from tests.pages import ROOT, blocks
 
 DOCS = ROOT / "docs"
@@ -205,6 +207,17 @@ def test_every_cause_and_every_hint_is_in_it() -> None:
 @pytest.mark.parametrize("name", [item.name for item in fields(ServerState)])
 def test_every_field_of_a_servers_state_is_in_it(name: str) -> None:
     assert f"`{name}`" in page("reference/python.md")
+
+
+def test_every_reason_why_a_host_fails_is_in_it() -> None:
+    text = page("guides/ssh.md")
+    for meaning in ssh.MEANINGS:
+        assert f"| {meaning.sentence.format(host='…')} | {meaning.hint} |" in text
+
+
+def test_every_key_of_a_host_is_in_it() -> None:
+    for item in fields(SshHost):
+        assert f"`{item.name}`" in page("reference/config.md").partition("| key of a host |")[2]
 
 
 def test_every_end_of_a_job_is_in_it() -> None:

@@ -77,6 +77,10 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "host.server_log", "host.sweep", "process.nursery",
         "process.server",
     },
+    "process.far": {
+        "errors", "interfaces", "lease", "host.gpus", "host.poll", "host.process_groups", "host.processes",
+        "host.scratch",
+    },
     "process.nursery": {
         "lease", "host.memory", "host.poll", "host.process_groups", "host.processes", "host.scratch",
     },
@@ -160,7 +164,7 @@ ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "rows"
 """Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {
     "errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.child_process",
-    "host.forks", "host.descriptors", "openai_api", "overview", "commands",
+    "host.forks", "host.descriptors", "openai_api", "overview", "commands", "process.far",
 }  # fmt: skip
 """What launchers and transports need of the core: no more than a plugin's author."""
 

@@ -26,29 +26,26 @@ AGAIN = "--again"
 
 
 class OwnerInput:
-    """The input from srun or ssh, which is passed on to a server.
-
-    `last_input`: time of the last input, in seconds of `time.monotonic`. `is_closed`: whether the input has ended.
-    """
+    """The input from srun, which is passed on to a server."""
 
     def __init__(self, server: int) -> None:
         self._server = server
-        self.last_input = time.monotonic()
-        self.is_closed = False
+        self._last_input = time.monotonic()
+        self._is_closed = False
 
     @property
     def is_owner_gone(self) -> bool:
         """Return whether the owner is gone: it closed its connection before the server ended, or sends nothing."""
-        return self.is_closed or time.monotonic() - self.last_input > SILENCE
+        return self._is_closed or time.monotonic() - self._last_input > SILENCE
 
     def forward(self) -> None:
         """Pass on all input, and its end."""
         try:
             while chunk := os.read(0, 1 << 16):
-                self.last_input = time.monotonic()
+                self._last_input = time.monotonic()
                 while chunk:
                     chunk = chunk[os.write(self._server, chunk) :]
-            self.is_closed = True
+            self._is_closed = True
             os.close(self._server)
         except BrokenPipeError:  # the server has ended
             pass

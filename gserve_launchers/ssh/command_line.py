@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gserve_core.config import ServeConfig
 from gserve_core.errors import ConfigError
-from gserve_core.host.addresses import is_loopback
 from gserve_core.interfaces import Job
+from gserve_core.process.far import PORT
 
-from .far import PORT
 from .places import SshHost
 
 if TYPE_CHECKING:
     from .launcher import SshLauncher
 
-FAR = "gserve_launchers.ssh.far"
+FAR = "gserve_core.process.far"
 """The module that runs on the other machine."""
 ROOT = Path(__file__).resolve().parents[2]
 """The folder of gserve's packages on this machine."""
@@ -71,7 +71,7 @@ def server_on(launcher: "SshLauncher", host: SshHost, job: Job) -> list[str]:
     command = [python if word == sys.executable else word for word in job.command]
     if "--host" in command:
         place = command.index("--host") + 1
-        if not is_loopback(command[place]):
+        if command[place] != ServeConfig.host:
             raise ConfigError(
                 f"the launcher ssh decides where its servers listen: remove host ({command[place]}), and set 'address'"
                 " of a host whose servers are to be reached without a tunnel",

@@ -18,7 +18,6 @@ from gserve_core.command_launcher import CommandLauncher
 from gserve_core.config import Timeout, build, check
 from gserve_core.errors import ConfigError, LaunchError
 from gserve_core.hookspecs import hookimpl
-from gserve_core.host import processes
 from gserve_core.host.child_process import Child, output_of
 from gserve_core.interfaces import Finding, Job, Launcher, Process
 
@@ -26,6 +25,9 @@ from .command_line import ROOT, far, server_on, ssh, wanted_port
 from .messages import explain, last_line
 from .places import Place, Program, SshHost, User
 from .process import GREETING_SECONDS, SshProcess, choose
+
+OWNER = "GSERVE_OWNER"
+"""The variable by which `gserve reap` finds an ssh whose owner is dead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +123,7 @@ class SshLauncher(CommandLauncher):
     ) -> "subprocess.Popen[bytes]":
         command = self._words(job, place, forward, left)
         # Not the server's id: `far` ends all processes that have it, and may do so on this machine.
-        env = {**os.environ, processes.OWNER_VARIABLE: processes.owner_mark()}
+        env = {**os.environ, **{name: value for name, value in job.env.items() if name == OWNER}}
         try:
             with job.log.open("ab") as log:
                 return Child(

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import random
+import select
 import signal
 import socket
 import subprocess
@@ -25,11 +26,9 @@ from gserve_core import lease
 from gserve_core.errors import LaunchError
 from gserve_core.host.child_process import KILL_SECONDS, UNKNOWN
 from gserve_core.host.forks import call_in_child
-from gserve_core.host.poll import readable
-from gserve_core.host.process_groups import kill_group
 from gserve_core.interfaces import Address, Job
+from gserve_core.process.far import BUSY, GREETING, LOST
 
-from .far import BUSY, GREETING, LOST
 from .messages import explain, last_line, read_from
 from .places import PLACES, Place
 
@@ -47,6 +46,8 @@ MAX_BUSY = 5
 """Maximum number of attempts in one place whose port is taken there."""
 LAST_LINES = 3
 """Number of lines at the end of a log that may tell why a connection has ended. Others are the server's own."""
+CHECK_SECONDS = 0.2
+"""Interval between two checks whether a start was given up, in seconds."""
 CHUNK = 1 << 16
 """Maximum size of one read, in bytes."""
 
@@ -138,7 +139,8 @@ class SshProcess:
     def _kill_ssh(self) -> None:
         ssh = self._ssh
         if ssh is not None and ssh.poll() is None:
-            kill_group(ssh.pid)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ssh.pid, signal.SIGKILL)
 
     def _close_in_child(self) -> None:
         """Close our ends in a forked child. An open copy there would hide the end of this process."""
@@ -236,8 +238,10 @@ class SshProcess:
         self._ssh = ssh = self._start(self._job, place, forward, left)
         assert ssh.stdout is not None
         deadline, text = time.monotonic() + GREETING_SECONDS, b""
+        news = select.poll()
+        news.register(ssh.stdout, select.POLLIN)
         while time.monotonic() < deadline and not self._is_stopping:
-            if not readable(lease.CHECK_SECONDS / 4, ssh.stdout.fileno()):
+            if not news.poll(CHECK_SECONDS * 1000):
                 continue
             byte = os.read(ssh.stdout.fileno(), 1)  # what follows the greeting is the server's
             if not byte:

@@ -1,5 +1,7 @@
 """Every registered launcher, transport and engine keeps the contracts of `gserve_core.interfaces`."""
 
+from dataclasses import fields
+
 import pytest
 
 from gserve import LLMConfig
@@ -8,7 +10,10 @@ from gserve_core import plugins, testing
 registry = plugins.load()
 
 
-@pytest.mark.parametrize("name", sorted(registry.classes["launcher"].keys() - {"slurm"}))  # that one: tests/slurm
+ELSEWHERE = {"slurm", "ssh"}  # tests/slurm, tests/ssh
+
+
+@pytest.mark.parametrize("name", sorted(registry.classes["launcher"].keys() - ELSEWHERE))
 def test_every_launcher_keeps_its_contract(name: str) -> None:
     testing.check_launcher(registry.build("launcher", {"type": name}))
 
@@ -20,6 +25,10 @@ def test_every_transport_keeps_its_contract(name: str) -> None:
 
 def test_a_launcher_with_a_prefix_keeps_the_contract() -> None:
     testing.check_launcher(registry.build("launcher", {"type": "subprocess", "nice": 5}))
+
+
+def test_every_launcher_has_a_prefix() -> None:
+    assert all("prefix" in {it.name for it in fields(launcher)} for launcher in registry.classes["launcher"].values())
 
 
 def test_echo_keeps_the_contract_of_engines() -> None:

@@ -1,9 +1,9 @@
 """The program on the other machine: it runs a server, and ends it with all below it when its owner is gone.
 
-ssh starts it by `python -m gserve_launchers.ssh.far`. Its first line tells the owner that it runs, its version, and
-whether the port for the server is free. Then it listens there itself, and sends a token to all that connect. So the
-owner knows that the tunnel works. The owner's first line has the environment of the server, which may hold secrets. All
-later lines are the server's lease: this program passes them on, and so notices when none comes.
+A launcher starts it by `python -m gserve_core.process.far`, over ssh for example. Its first line tells the owner that it
+runs, its version, and whether the port for the server is free. Then it listens there itself, and sends a token to all
+that connect. So the owner knows that the tunnel works. The owner's first line has the environment of the server, which
+may hold secrets. All later lines are the server's lease: this program passes them on, and so notices when none comes.
 """
 
 import argparse
@@ -23,14 +23,12 @@ from typing import NoReturn
 
 import msgspec
 
-from gserve_core import lease
-from gserve_core.errors import LaunchError
-from gserve_core.host import gpus, processes, scratch
-from gserve_core.host.poll import readable
-from gserve_core.host.process_groups import GROUP_GRACE, end_group, kill_group
-from gserve_core.interfaces import Finding
-
-from ..slurm.task import ENDING, OwnerInput
+from .. import lease
+from ..errors import LaunchError
+from ..host import gpus, processes, scratch
+from ..host.poll import readable
+from ..host.process_groups import GROUP_GRACE, end_group, kill_group
+from ..interfaces import Finding
 
 GREETING = "gserve-far"
 """Beginning of this program's first line. What a login script prints before it is skipped."""
@@ -46,6 +44,8 @@ END_SECONDS = 6.0
 """Time for a server to end by itself after its owner is gone, in seconds. Then it is killed."""
 CHECK_SECONDS = 0.05
 """Interval between two checks of the server, in seconds."""
+END_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+"""Signals that are passed on to the server as SIGTERM."""
 NOT_FOUND = 127
 """Exit code if the command of the server cannot be started."""
 LOST = 255
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     given = parser.parse_args(arguments)
     if given.look:
         for finding in look(given.gpus):
-            print(msgspec.json.encode(finding).decode(), flush=True)  # noqa: T201
+            _say(msgspec.json.encode(finding).decode())
         sys.exit(0)
     for instance in given.after:
         processes.end_processes_of(instance)
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             listening = socket.create_server(("127.0.0.1", given.port))
         except OSError:
             token = BUSY
-    print(GREETING, version("gserve"), token, flush=True)  # noqa: T201
+    _say(f"{GREETING} {version('gserve')} {token}")
     if token == BUSY:
         sys.exit(1)
     if listening is not None:
@@ -86,6 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     if given.gpus:
         env["CUDA_VISIBLE_DEVICES"] = given.gpus
     sys.exit(run([_here(word, given.root, given.port) for word in given.command], env))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _await_owner(listening: socket.socket, token: str) -> None:
@@ -120,23 +125,45 @@ def _read_env() -> dict[str, str]:
     return msgspec.json.decode(line, type=dict[str, str])
 
 
+class _OwnerInput:
+    """The input from the owner, which is passed on to a server.
+
+    `last_input`: time of the last input, in seconds of `time.monotonic`. `is_closed`: whether the input has ended.
+    """
+
+    def __init__(self, server: int) -> None:
+        self._server = server
+        self.last_input = time.monotonic()
+        self.is_closed = False
+
+    def pass_on(self) -> None:
+        """Pass on all input, and its end. Runs in a thread of its own."""
+        with contextlib.suppress(BrokenPipeError):  # the server has ended
+            while chunk := os.read(0, 1 << 16):
+                self.last_input = time.monotonic()
+                while chunk:
+                    chunk = chunk[os.write(self._server, chunk) :]
+            self.is_closed = True
+            os.close(self._server)
+
+
 def run(command: Sequence[str], env: Mapping[str, str]) -> int:
     """Run a server in a session of its own; return its exit code. No process of it remains.
 
     Stdin is passed on to the server. It is killed if the owner is gone and it does not end by itself.
     """
     stopped = threading.Event()
-    for number in ENDING:
+    for number in END_SIGNALS:
         signal.signal(number, lambda *_: stopped.set())
     try:
         server = subprocess.Popen(command, env={**os.environ, **env}, stdin=subprocess.PIPE, start_new_session=True)
     except OSError as error:
-        print(f"cannot start '{command[0]}': {error.strerror}", file=sys.stderr, flush=True)  # noqa: T201
+        sys.stderr.write(f"cannot start '{command[0]}': {error.strerror}\n")
         return NOT_FOUND
     assert server.stdin is not None
-    owner = OwnerInput(os.dup(server.stdin.fileno()))
+    owner = _OwnerInput(os.dup(server.stdin.fileno()))
     server.stdin.close()
-    threading.Thread(target=owner.forward, daemon=True).start()
+    threading.Thread(target=owner.pass_on, daemon=True).start()
     silence, last_input, gone_at = lease.Silence(CHECK_SECONDS), owner.last_input, None
     while server.poll() is None:
         if stopped.is_set():
