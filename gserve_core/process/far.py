@@ -1,9 +1,10 @@
 """The program on the other machine: it runs a server, and ends it with all below it when its owner is gone.
 
-A launcher starts it by `python -m gserve_core.process.far`, over ssh for example. Its first line tells the owner that it
-runs, its version, and whether the port for the server is free. Then it listens there itself, and sends a token to all
-that connect. So the owner knows that the tunnel works. The owner's first line has the environment of the server, which
-may hold secrets. All later lines are the server's lease: this program passes them on, and so notices when none comes.
+A launcher starts it by `python -m gserve_core.process.far`, over ssh for example. Its first line tells the owner that
+it runs, its version, and whether the port for the server is free. Then it listens there itself, and sends a token to
+all that connect. So the owner knows that the tunnel works. The owner's first line has the environment of the server,
+which may hold secrets. All later lines are the server's lease: this program passes them on, and so notices when none
+comes.
 """
 
 import argparse
