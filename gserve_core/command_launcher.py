@@ -22,7 +22,7 @@ class CommandLauncher(Launcher):
     `prefix`: words before the command of each server, such as those of a container runtime.
     """
 
-    prefix: list[str] = field(default_factory=list)
+    prefix: list[str] = field(default_factory=list, repr=False)
 
     def environment(self, job: Job) -> dict[str, str]:
         """Return the environment in which `launch` runs the command."""
