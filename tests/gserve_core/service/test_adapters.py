@@ -55,7 +55,7 @@ def test_an_unknown_adapter_is_the_error_of_its_item_and_names_the_known_ones(se
     assert right == ["b"]
     assert str(no_text) == "expected the name of an adapter as a text, got int"
     with pytest.raises(ConfigError, match="expected the name of an adapter as a text, or None, got 3"):
-        service.generate(["a"], adapter=3)  # type: ignore[arg-type]
+        service.generate(["a"], adapter=3)  # type: ignore[call-overload]
 
 
 def test_rows_name_their_adapters_in_a_column(service: VLLMService, tmp_path: Path) -> None:
