@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from gserve_core.service.client import VLLMClient
     from gserve_core.service.server import VLLMServer
     from gserve_core.service.service import VLLMService
+    from gserve_core.service.vector_calls import Ranked
 
     __version__: str
 
@@ -49,6 +50,7 @@ _MODULES = {
     "messages": ("ResponseOutput",),
     "service.server": ("VLLMServer",),
     "service.service": ("VLLMService",),
+    "service.vector_calls": ("Ranked",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
@@ -71,6 +73,7 @@ __all__ = [
     "Launcher",
     "ModelConfig",
     "PluginError",
+    "Ranked",
     "RemoteError",
     "ResponseOutput",
     "Results",

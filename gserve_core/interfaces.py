@@ -494,12 +494,17 @@ class Transport(ABC):
 
 
 class EngineInfo(Struct, frozen=True, kw_only=True):
-    """The data that a ready engine gives about itself. `capacity`: number of items that it works on at once."""
+    """The data that a ready engine gives about itself.
+
+    `capacity`: number of items that it works on at once.
+    `tasks`: what its model can do, of `tasks.TASKS`.
+    """
 
     model: str
     max_model_len: int | None = None
     capacity: int = 256
     version: str = ""
+    tasks: tuple[str, ...] = ("generate",)
 
 
 type Report = Callable[[str], object]
@@ -643,6 +648,17 @@ class RunningEngine(ABC):
         Raises ItemError: the parameters are wrong.
         """
 
+    async def prepare_vectors(self, task: str, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
+        """Do the same as `prepare` for another task of `info.tasks` than "generate". There is none unless overridden.
+
+        The outputs of `run` are then one `VectorOutput` each. For "score", a prompt is a pair: see `tasks.texts_of`.
+
+        `params`: from outside, unchecked: see `tasks.read_options`.
+
+        Raises ItemError: the parameters are wrong.
+        """
+        raise ItemError(f"this engine does not have the task '{task}'")
+
     def prompt_token_ids(self, prepared: Any) -> Sequence[int] | None:
         """Return the tokens of a prepared prompt. Unless overridden, they are not known."""
         return None
@@ -679,7 +695,9 @@ class RunningEngine(ABC):
 
     @abstractmethod
     async def run(self, prepared: Any) -> list[ResponseOutput]:
-        """Return the completions of one prepared prompt. Cancelling the call frees its resources in the engine.
+        """Return the completions of one prepared prompt, or its vector.
+
+        Cancelling the call frees its resources in the engine.
 
         Raises ItemError: this item failed.
         Raises any other exception: the engine's work on it failed.
@@ -709,7 +727,7 @@ class RunningEngine(ABC):
 
     @abstractmethod
     async def check(self) -> None:
-        """Make one token. Raises any exception: the engine does not work."""
+        """Make one token, or one vector if it does not generate. Raises any exception: the engine does not work."""
 
     @abstractmethod
     async def died(self) -> str:

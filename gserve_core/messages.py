@@ -190,6 +190,15 @@ class FlatOutput(ResponseOutput, frozen=True, omit_defaults=True, gc=False):
         )  # fmt: skip
 
 
+class VectorOutput(ResponseOutput, frozen=True, omit_defaults=True, gc=False):
+    """The output of another task than "generate".
+
+    `vector`: numbers as 32-bit floats, little-endian: an embedding, the probability of each class, or one score.
+    """
+
+    vector: bytes = b""
+
+
 def unfolded(outputs: list[ResponseOutput]) -> list[ResponseOutput]:
     """Return completions as users see them."""
     for output in outputs:
@@ -199,10 +208,11 @@ def unfolded(outputs: list[ResponseOutput]) -> list[ResponseOutput]:
 
 
 class Group(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """Prompts that share their sampling parameters. `seeds` has one seed per prompt if `params` have none.
+    """Prompts that share their task and its parameters. `seeds` has one seed per prompt if `params` have none.
 
     `return_prompt_token_ids`: whether the outputs have the tokens of their prompts.
     `adapters`: the name of the adapter of each prompt; None: that of `lora_path`, or none if there is no such adapter.
+    `task`: one of `tasks.TASKS`. A request may hold groups of several tasks, since calls share it.
     """
 
     prompts: list[str | list[int] | Conversation]
@@ -210,6 +220,7 @@ class Group(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True)
     seeds: list[Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]] | None = None
     return_prompt_token_ids: bool = False
     adapters: list[str | None] | None = None
+    task: str = "generate"
 
 
 class RunRequest(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -249,6 +260,12 @@ class FlatResult(Result, frozen=True, tag="flat", array_like=True, gc=False):
     outputs: list[FlatOutput]  # type: ignore[assignment]
 
 
+class VectorResult(Result, frozen=True, tag="vector", array_like=True, gc=False):
+    """A result of another task than "generate". As a plain `Result`, it would lose its numbers."""
+
+    outputs: list[VectorOutput]  # type: ignore[assignment]
+
+
 class Failure(Struct, frozen=True, tag="failure", array_like=True):
     """Item `index` failed. `invalid`: see `ItemError`. `lost`: it is an `ItemLost`; only a gateway sends that."""
 
@@ -264,7 +281,7 @@ class Heartbeat(Struct, frozen=True, tag="heartbeat", array_like=True):
     running: int
 
 
-type Event = Result | FlatResult | Failure | Heartbeat
+type Event = Result | FlatResult | VectorResult | Failure | Heartbeat
 
 
 ITEM_BYTES, TOKEN_BYTES, LOGPROB_BYTES = 500, 36, 150
@@ -281,6 +298,8 @@ def weight(outputs: Sequence[ResponseOutput]) -> int:
         for logprobs in (output.logprobs, output.prompt_logprobs):
             if logprobs is not None:
                 size += LOGPROB_BYTES * sum(len(it or ()) for it in logprobs)
+        if isinstance(output, VectorOutput):
+            size += len(output.vector)
         if isinstance(output, FlatOutput):
             flat = (output.flat_logprobs, output.flat_prompt_logprobs)
             size += LOGPROB_BYTES * sum(len(it.token_ids) for it in flat if it is not None)

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from .errors import RemoteError
-from .messages import Failure, FlatOutput, FlatResult, Prompt, ResponseOutput, Result, RunRequest
+from .messages import (
+    Failure,
+    FlatOutput,
+    FlatResult,
+    Prompt,
+    ResponseOutput,
+    Result,
+    RunRequest,
+    VectorOutput,
+    VectorResult,
+)
 
 MOST_ITEMS = 1 << 17
 """A request may always have this many items, however small the engine's capacity is."""
@@ -63,6 +73,8 @@ def result_of(index: int, outputs: list[ResponseOutput]) -> Result:
     for output in outputs:
         if isinstance(output, FlatOutput):
             return FlatResult(index, outputs)  # type: ignore[arg-type]
+        if isinstance(output, VectorOutput):
+            return VectorResult(index, outputs)  # type: ignore[arg-type]
     return Result(index, outputs)
 
 

@@ -40,7 +40,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "host.scratch",
         "host.gpus", "host.gpu_locks",
     },
-    {"template_kwargs"},
+    {"template_kwargs", "tasks"},
     {"host.server_log", "openai_api", "run_requests"},
     {"host.tokens", "host.api_keys", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
@@ -59,7 +59,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"rows.writing"},
     {"rows.row_items", "rows.output", "rows.openai_batch"},
     {"rows.job", "rows.mapping"},
-    {"rows.parts"},
+    {"rows.parts", "service.vector_calls"},
     {"service.inference", "service.gateway"},
     {"service.followed"},
     {"service.client", "service.pool", "service.attached", "service.remote"},
@@ -86,14 +86,14 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     },
     "process.server": {
         "errors", "messages", "config", "interfaces", "lease", "host.gpu_locks", "host.gpus", "host.ports",
-        "host.redaction", "host.tokens", "process.engine_watchdog", "process.openai_face", "process.work",
+        "host.redaction", "host.tokens", "process.engine_watchdog", "process.openai_face", "process.work", "tasks",
     },
     "process.openai_face": {"errors", "interfaces", "openai_api", "host.redaction", "process.work"},
     "process.engine_watchdog": {"errors", "interfaces", "lease", "process.work"},
     "process.work": {
         "errors", "messages", "interfaces", "overview", "run_requests", "host.redaction", "process.requests",
     },
-    "process.requests": {"errors", "messages", "interfaces", "run_requests"},
+    "process.requests": {"errors", "messages", "interfaces", "run_requests", "tasks"},
     "reap": {"host.processes", "host.scratch", "service.records"},
     "openai_params": {"messages"},
     "doctor.examination": {
@@ -109,10 +109,12 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "testing.signals": set(),
     "engines.echo": {
         "errors", "messages", "config", "interfaces", "hookspecs", "sampling", "template_kwargs",
-        "engines.echo_json", "engines.echo_openai", "engines.orphans",
+        "engines.echo_json", "engines.echo_openai", "engines.echo_vectors", "engines.orphans", "tasks",
     },
     "engines.echo_json": set(),
-    "engines.echo_openai": {"errors", "messages", "interfaces"},
+    "engines.echo_openai": {"errors", "messages", "interfaces", "tasks", "engines.echo_openai_vectors"},
+    "engines.echo_openai_vectors": {"errors", "messages", "interfaces", "tasks"},
+    "engines.echo_vectors": {"messages"},
     "engines.vllm.engine": {
         "errors", "config", "interfaces", "hookspecs", "sampling", "template_kwargs", "messages",
         "engines.vllm.adapter_files", "engines.vllm.adapters", "engines.vllm.chats", "engines.vllm.compile_turn",
@@ -120,7 +122,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
         "engines.vllm.installed",
         "engines.vllm.known_errors", "engines.vllm.openai_app", "engines.vllm.outputs", "engines.vllm.patches",
-        "engines.vllm.prompt_lengths",
+        "engines.vllm.pooling", "engines.vllm.prompt_lengths",
         "engines.vllm.progress", "engines.vllm.series", "engines.vllm.token_counts", "engines.vllm.tokenizing",
     },
 }  # fmt: skip
@@ -130,6 +132,7 @@ OF_AN_ENGINE = {
     "engines.vllm.adapters": {"errors", "engines.vllm.adapter_files", "engines.vllm.differences"},
     "engines.vllm.chats": {"messages"},
     "engines.vllm.openai_app": {"errors", "interfaces", "engines.vllm.differences"},
+    "engines.vllm.pooling": {"errors", "messages", "tasks", "engines.vllm.differences"},
     "engines.vllm.progress": {"engines.vllm.differences"},
     "engines.vllm.series": set(),
     "engines.vllm.token_counts": {"engines.vllm.differences"},
@@ -196,6 +199,7 @@ HOMES = {  # third parties: the only files that may import them
     },
     "rich": {"gserve/cli/display.py", "gserve/cli/job_progress.py"},
     "tqdm": {"gserve_core/batch/progress.py"},
+    "numpy": {"gserve_core/service/vector_calls.py"},
     "pytest": {"gserve_core/testing/__init__.py"},
     "jinja2": {"gserve_core/rows/templates.py"},
     "jsonschema": {"gserve_core/rows/answers.py"},
@@ -210,6 +214,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm/prompt_lengths.py": {"transformers"},  # takes seconds
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
     "gserve_core/batch/progress.py": {"tqdm"},  # it may be missing
+    "gserve_core/service/vector_calls.py": {"numpy"},  # it may be missing
     "gserve_core/engines/vllm/series.py": {"prometheus_client"},  # 0.15 s, and only a scrape needs it
     "gserve_core/service/metrics.py": {"prometheus_client"},
     **{f"gserve_core/rows/{name}.py": {"pyarrow"} for name in ("formats", "reading", "writing")},  # it is optional

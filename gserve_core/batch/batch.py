@@ -2,16 +2,17 @@
 
 import asyncio
 import contextvars
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal, Self
 
 from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
-from ..messages import unfolded
+from ..messages import ResponseOutput
 from .dispatcher import Dispatcher
 from .items import Items, ItemSource
 from .pieces import Call, Item, Outcome, size_of
@@ -36,6 +37,8 @@ CLOSED_CHECK_SECONDS = 1.0
 """Time between two checks whether the dispatcher is closed, in seconds, while the source gives nothing."""
 
 type OnError = Literal["raise", "return"]
+type ValueOf = Callable[[list[ResponseOutput]], Any]
+"""Returns the result of an item, as the caller gets it, from its outputs: `texts_of` or `unfolded`, for example."""
 
 
 class Batch:
@@ -318,12 +321,12 @@ async def collect_async(
     dispatcher: Dispatcher,
     items: Items,
     deadline: float | None,
-    return_extra: bool,
+    value_of: ValueOf,
     on_error: OnError,
     use_tqdm: Any = None,
 ) -> Results[Any]:
     """Return the same as `collect`, without blocking the event loop. Raises BatchError."""
-    with _Found(items, return_extra, on_error, use_tqdm) as found:
+    with _Found(items, value_of, on_error, use_tqdm) as found:
         await _find_async(dispatcher, items, deadline, found)
     return found.all()
 
@@ -359,16 +362,16 @@ def collect(
     dispatcher: Dispatcher,
     items: Items,
     deadline: float | None,
-    return_extra: bool,
+    value_of: ValueOf,
     on_error: OnError,
     use_tqdm: Any = None,
 ) -> Results[Any]:
-    """Return all outcomes in the order of the call. `use_tqdm`: see `progress.bar`.
+    """Return the results of all items in the order of the call. `use_tqdm`: see `progress.bar`.
 
     Raises BatchError: some items failed, and `on_error` is "raise".
     Raises BatchInterrupted: Ctrl-C.
     """
-    with _Found(items, return_extra, on_error, use_tqdm) as found:
+    with _Found(items, value_of, on_error, use_tqdm) as found:
         try:
             for outcomes in outcome_lists(dispatcher, items, deadline, finishes=False):
                 found.add(outcomes)
@@ -383,12 +386,12 @@ class _Found:
     A context manager, for the progress bar.
     """
 
-    def __init__(self, items: Items, return_extra: bool, on_error: OnError, use_tqdm: Any) -> None:
+    def __init__(self, items: Items, value_of: ValueOf, on_error: OnError, use_tqdm: Any) -> None:
         if on_error not in ("raise", "return"):
             raise ConfigError(f"expected on_error as 'raise' or 'return', got {on_error!r}")
         self.so_far: Results[Any] = Results([None] * (items.size or 0))
         self._bar = bar(items.size, use_tqdm)
-        self._return_extra = return_extra
+        self._value_of = value_of
         self._raises = on_error == "raise"
         self._failed = False
 
@@ -410,9 +413,30 @@ class _Found:
                 self.so_far[index] = outcome
             else:
                 self.so_far.usage.add(outcome)
-                self.so_far[index] = unfolded(outcome) if self._return_extra else [output.text for output in outcome]
+                self.so_far[index] = self._value_of(outcome)
 
     def all(self) -> Results[Any]:
         if self._failed and self._raises:
             raise BatchError(self.so_far)
         return self.so_far
+
+
+def texts_of(outputs: list[ResponseOutput]) -> list[str]:
+    """Return the texts of completions."""
+    return [output.text for output in outputs]
+
+
+def outcomes[T](
+    dispatcher: Dispatcher, items: ItemSource, deadline: float | None, value_of: Callable[[list[ResponseOutput]], T]
+) -> Generator[tuple[int, T | ItemError]]:
+    """Yield the index and the result, or the error, of each item as they come. Nothing is sent before the first one."""
+    for found in outcome_lists(dispatcher, items, deadline):
+        for index, outcome in found:
+            yield index, outcome if isinstance(outcome, ItemError) else value_of(outcome)
+
+
+def check_deadline(deadline: float | None) -> float | None:
+    """Return the deadline of a call. Raises ConfigError: it is no time above 0."""
+    if deadline is not None and not (isinstance(deadline, (int, float)) and 0 < deadline < math.inf):
+        raise ConfigError(f"expected a deadline in seconds above 0, or None, got {deadline!r}")
+    return deadline

@@ -543,7 +543,7 @@ def _groups(items: Sequence[Item]) -> list[Group]:
     encoded: dict[int, bytes] = {}
     groups: list[Group] = []
     last: Item | None = None
-    kind: tuple[bytes, bool, bool] | None = None
+    kind: tuple[bytes, bool, bool, str] | None = None
     prompts: list[Prompt] = []
     seeds: list[int] | None = None
     adapters: list[str | None] | None = None
@@ -554,13 +554,14 @@ def _groups(items: Sequence[Item]) -> list[Group]:
             or params is not last.params
             or (seed is None) is not (last.seed is None)
             or returns_prompt is not last.returns_prompt
+            or item.task != last.task
         ):
             last = item
             if id(params) not in encoded:  # equal parameters of two calls are separate objects
                 encoded[id(params)] = msgspec.msgpack.encode(params)
-            if kind != (kind := (encoded[id(params)], seed is None, returns_prompt)):
+            if kind != (kind := (encoded[id(params)], seed is None, returns_prompt, item.task)):
                 prompts, seeds, adapters = [], None if seed is None else [], [] if has_adapters else None
-                groups.append(Group(prompts, params, seeds, returns_prompt, adapters))
+                groups.append(Group(prompts, params, seeds, returns_prompt, adapters, item.task))
         prompts.append(item.prompt)
         if adapters is not None:
             adapters.append(item.adapter)

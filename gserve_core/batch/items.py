@@ -14,6 +14,7 @@ from ..host.forks import call_in_child
 from ..messages import Conversation, Message, Params, Prompt
 from ..plain import encodable, is_table, plain
 from ..sampling import TRUNCATE, check_value, params_from
+from ..tasks import GENERATE, PAIR, pair_of
 from ..template_kwargs import MAX_DEPTH, check_template_kwargs
 from .pieces import Call, Item
 
@@ -88,6 +89,7 @@ class Items:
     `truncate_prompt_tokens`: number of tokens to which prompts are truncated; None: as the parameters say.
     `return_prompt_token_ids`: whether the outputs have the tokens of their prompts.
     `adapter`: the adapter of items that name no other; None: the default.
+    `task`: see `Group`. Only items that generate have seeds.
 
     Raises ConfigError: the parameters are wrong, or their number differs from the number of items. For an iterator,
     `read` raises this error at its end.
@@ -103,7 +105,9 @@ class Items:
         truncate_prompt_tokens: int | None = None,
         return_prompt_token_ids: bool = False,
         adapter: str | None = None,
+        task: str = GENERATE,
     ) -> None:
+        self._task = task
         self._given = given
         self._read = read
         self._seed = seed
@@ -132,6 +136,7 @@ class Items:
     def read(self, call: Call) -> Iterator[Item | ItemError]:
         """Yield each item, or its error. Raises what the source raises."""
         read, seed, returns_prompt, adapter = self._read, self._seed, self._returns_prompt, self._adapter
+        task = self._task
         known: object = self  # the parameters that `needs_seed` is for: most items share them
         needs_seed = True
         index = -1
@@ -142,13 +147,14 @@ class Items:
                 if isinstance(params, ItemError):
                     raise params
                 if params is not known:
-                    known, needs_seed = params, may_be_sampled(params)
+                    known, needs_seed = params, task == GENERATE and may_be_sampled(params)
                 named, given = _own_adapter(given)
                 prompt, size = read(given)
                 item_seed = seed(index) if needs_seed else None
                 yield Item(
-                    call, index, prompt, params, item_seed, size + params_size, returns_prompt, adapter=named or adapter
-                )
+                    call, index, prompt, params, item_seed, size + params_size, returns_prompt, task=task,
+                    adapter=named or adapter,
+                )  # fmt: skip
             except INVALID as error:
                 yield error_of(error, index)
         if self._counts_params:
@@ -283,6 +289,25 @@ def _prompt_of(given: Mapping[str, Any]) -> Any:
         names = ", ".join(map(repr, given)) or "nothing"
         raise ItemError(f"expected a mapping with 'prompt' or 'prompt_token_ids', got one with {names}")
     return prompt
+
+
+# ---------------------------------------------------------------------------------------------------------------- pairs
+
+
+def list_pairs(given: Any) -> Iterable[Any]:
+    """Return the pairs of a call. One pair of texts may stand alone. Raises ConfigError: they are none."""
+    if isinstance(given, tuple) and len(given) == 2 and all(isinstance(text, str) for text in given):
+        return [given]
+    return _listed(given, "pairs of texts", '[("a query", "a document"), …]', "pair")
+
+
+def read_pair(given: Any) -> tuple[Conversation, int]:
+    """Return two texts as one prompt, and their size in bytes. Raises ItemError, or an encoding error."""
+    texts = [given.get(role) for role in PAIR] if isinstance(given, Mapping) else plain(given)
+    if not isinstance(texts, list) or len(texts) != 2 or not all(isinstance(text, str) for text in texts):
+        got = f"{given!r:.100}" if isinstance(given, (list, tuple, Mapping)) else type(given).__name__
+        raise ItemError(f"expected a pair of texts like ('a query', 'a document'), got {got}")
+    return pair_of(map(plain, texts)), sum(len(text.encode()) for text in texts)
 
 
 # -------------------------------------------------------------------------------------------------------- conversations

@@ -42,7 +42,7 @@ class Call:
 class Item(Struct, eq=False, gc=False):
     """One prompt or conversation. `size` is in bytes. `seed` is used if the sampling parameters have none.
 
-    `returns_prompt`: see `Group.return_prompt_token_ids`. `adapter`: see `Group.adapters`.
+    `returns_prompt`, `task`: see `Group`. `adapter`: see `Group.adapters`.
     """
 
     call: Call
@@ -52,6 +52,7 @@ class Item(Struct, eq=False, gc=False):
     seed: int | None
     size: int
     returns_prompt: bool = False
+    task: str = "generate"
     losses: int = 0
     returns: int = 0
     is_over: bool = False

@@ -26,19 +26,20 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import PurePath
-from typing import IO, Annotated, Any, ClassVar
+from typing import IO, Annotated, Any, ClassVar, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
 
 from ..config import LORA, LLMConfig, check
-from ..errors import GserveError, ItemError, unknown_adapter
+from ..errors import ConfigError, GserveError, ItemError, unknown_adapter
 from ..hookspecs import hookimpl
 from ..interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, Report, RunningEngine
 from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from ..sampling import read_params, split_prompt_params
+from ..tasks import CLASSIFY, EMBED, GENERATE, SCORE, PoolingOptions, read_options, texts_of
 from ..template_kwargs import check_template_kwargs
-from . import echo_openai, orphans
+from . import echo_openai, echo_vectors, orphans
 from .echo_json import fitting_text
 
 FAULTS = ("die", "hang", "wedge", "error")
@@ -61,6 +62,8 @@ class EchoEngine(Engine):
     `load_time`: time for the start, in seconds.
     `capacity`: maximum number of items processed at once.
     `processes`: number of processes below the server, 1 or 2.
+    `embedding`: number of dimensions; it makes the engine one for embeddings and scores, which does not generate.
+    `classes`: number of classes; it makes the engine one that sorts texts. With one class, it scores pairs too.
     `sample`: if the temperature is above 0, the word "seed-" plus the seed follows the words of the prompt.
     `show_adapter`: if an item has an adapter, the word NAME=FOLDER follows the words of the prompt. FOLDER is the last
     part of the adapter's path.
@@ -81,6 +84,8 @@ class EchoEngine(Engine):
     load_time: Seconds = 0.0
     capacity: Count = 256
     processes: Annotated[int, Meta(ge=1, le=2, description="1 or 2")] = 1
+    embedding: Annotated[int, Meta(ge=1, le=1 << 16, description="a number from 1 to 65536")] | None = None
+    classes: Annotated[int, Meta(ge=1, le=1 << 16, description="a number from 1 to 65536")] | None = None
     sample: bool = False
     show_adapter: bool = False
     fail_start: str = ""
@@ -95,6 +100,15 @@ class EchoEngine(Engine):
 
     def __post_init__(self) -> None:
         check(self)
+        if self.embedding is not None and self.classes is not None:
+            raise ConfigError("expected 'embedding' or 'classes', not both", at="$.engine.classes")
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """What the engine does, as a model of this kind does it."""
+        if self.embedding is not None:
+            return EMBED, SCORE
+        return (CLASSIFY, *((SCORE,) if self.classes == 1 else ())) if self.classes is not None else (GENERATE,)
 
     def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
         """Report that the model needs no files."""
@@ -156,6 +170,15 @@ class EchoParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
             raise ValueError(f"temperature must not be negative, got {self.temperature}")
 
 
+class EchoVector(NamedTuple):
+    """A prepared item of another task than "generate": its text or texts, and its parameters."""
+
+    texts: tuple[str, ...]
+    tokens: int
+    options: PoolingOptions
+    task: str
+
+
 class RunningEcho(RunningEngine):
     """The server's side of the engine process."""
 
@@ -167,8 +190,9 @@ class RunningEcho(RunningEngine):
         self._max_model_len = llm.engine_kwargs.get("max_model_len") or 4096
         self.adapters: Mapping[str, str] = llm.all_adapters
         self.info = EngineInfo(
-            model=llm.model_name, max_model_len=self._max_model_len, capacity=engine.capacity, version="echo"
-        )
+            model=llm.model_name, max_model_len=self._max_model_len, capacity=engine.capacity, version="echo",
+            tasks=engine.tasks,
+        )  # fmt: skip
         names = llm.llm_kwargs.get("served_model_name") or llm.model_name
         self.names = [names] if isinstance(names, str) else names
         self._waiting: dict[int, asyncio.Future[str]] = {}
@@ -244,6 +268,33 @@ class RunningEcho(RunningEngine):
             self._prepare(prompt, sampling, kept, f"seed-{seed}") for prompt, seed in zip(prompts, seeds, strict=True)
         ]  # fmt: skip
 
+    async def prepare_vectors(self, task: str, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
+        """Split prompts into words. A prompt must not have more of them than `max_model_len`."""
+        options, kept = read_options(params)
+        if kept is not None and kept < 0:
+            kept = self._max_model_len
+        if options.dimensions is not None and options.dimensions > (self._engine.embedding or 0):
+            raise ItemError(
+                f"the model makes embeddings of {self._engine.embedding or 0} dimensions, got {options.dimensions}"
+            )
+        return [self._prepare_vector(task, prompt, options, kept) for prompt in prompts]
+
+    def _prepare_vector(
+        self, task: str, prompt: Prompt, options: PoolingOptions, kept: int | None
+    ) -> EchoVector | ItemError:
+        try:
+            texts = texts_of(prompt) if task == SCORE else (_text(prompt),)
+        except ItemError as error:
+            return error
+        words = [text.split()[:kept] for text in texts]
+        tokens = sum(map(len, words))
+        if not all(words):
+            return ItemError("the prompt is empty")
+        if tokens > self._max_model_len:
+            return ItemError(f"the prompt has {tokens} tokens, and the model takes at most {self._max_model_len}")
+        self._prompt_tokens += tokens
+        return EchoVector(tuple(map(" ".join, words)), tokens, options, task)
+
     def _prepare(
         self, prompt: Prompt, params: EchoParams, kept: int | None, *sampled: str
     ) -> "tuple[str, list[str], EchoParams, int] | ItemError":
@@ -274,8 +325,25 @@ class RunningEcho(RunningEngine):
         source = itertools.cycle(words) if params.ignore_eos else iter(words)
         return text, list(itertools.islice(source, wanted)), params, tokens
 
-    async def run(self, prepared: "tuple[str, list[str], EchoParams, int]") -> list[ResponseOutput]:
-        """Return the answer to one prepared prompt, after the engine process has done its work."""
+    async def _run_vector(self, prepared: EchoVector) -> list[ResponseOutput]:
+        error = await self._request(1, self._fault(" ".join(prepared.texts)))
+        if error:
+            raise ItemError(error, invalid=False)
+        texts, tokens, options, task = prepared
+        is_normalized = options.use_activation is not False
+        if (size := options.dimensions or self._engine.embedding) is None:
+            assert self._engine.classes is not None
+            joined = "\n".join(texts)
+            numbers = echo_vectors.classes(joined, self._engine.classes, are_probabilities=is_normalized)
+        else:
+            vectors = [echo_vectors.embedding(text, size, is_normalized=is_normalized) for text in texts]
+            numbers = [echo_vectors.similarity(*vectors)] if task == SCORE else vectors[0]
+        return [echo_vectors.output(numbers, tokens)]
+
+    async def run(self, prepared: "tuple[str, list[str], EchoParams, int] | EchoVector") -> list[ResponseOutput]:
+        """Return the answer to one prepared prompt, or its vector, after the engine process has done its work."""
+        if isinstance(prepared, EchoVector):
+            return await self._run_vector(prepared)
         text, words, params, tokens = prepared
         error = await self._request(len(words), self._fault(text))
         if error:
@@ -294,15 +362,15 @@ class RunningEcho(RunningEngine):
         return [output] * params.n
 
     def with_adapter(
-        self, prepared: "tuple[str, list[str], EchoParams, int]", adapter: str | None
-    ) -> "tuple[str, list[str], EchoParams, int]":
+        self, prepared: "tuple[str, list[str], EchoParams, int] | EchoVector", adapter: str | None
+    ) -> "tuple[str, list[str], EchoParams, int] | EchoVector":
         """Return a prepared prompt whose answer shows the adapter, if the options say so."""
         adapter = LORA if adapter is None and LORA in self.adapters else adapter
         if adapter is None:
             return prepared
         if adapter not in self.adapters:
             raise unknown_adapter(adapter, self.adapters)
-        if not self._engine.show_adapter:
+        if not self._engine.show_adapter or isinstance(prepared, EchoVector):
             return prepared
         text, words, params, tokens = prepared
         return text, [*words, f"{adapter}={PurePath(self.adapters[adapter]).name}"], params, tokens
@@ -371,9 +439,10 @@ class RunningEcho(RunningEngine):
         """Return the number of words of a prompt."""
         return prepared[3]
 
-    def prompt_token_ids(self, prepared: "tuple[str, list[str], EchoParams, int]") -> Sequence[int]:
+    def prompt_token_ids(self, prepared: "tuple[str, list[str], EchoParams, int] | EchoVector") -> Sequence[int]:
         """Return the tokens of a prompt."""
-        return _ids(" ".join(prepared[0].split()))
+        text = " ".join(prepared.texts) if isinstance(prepared, EchoVector) else prepared[0]
+        return _ids(" ".join(text.split()))
 
     async def http(self) -> ASGIApp | None:
         """Return a small form of OpenAI's API."""

@@ -12,21 +12,22 @@ from typing import Any, Protocol
 import msgspec
 
 from ..errors import ItemError, RemoteError
-from ..interfaces import ASGIApp, ASGIMessage, ASGIReceive, ASGISend, EngineInfo
+from ..interfaces import ASGIApp, ASGIMessage, ASGIReceive, ASGISend
 from ..messages import Conversation, Message, Params, Prompt, ResponseOutput
+from ..tasks import GENERATE
+from . import echo_openai_vectors
 
 PARAMS = ("n", "max_tokens", "min_tokens", "ignore_eos", "temperature", "top_p", "top_k", "min_p", "seed", "stop")
 """Fields of a request that are sampling parameters of `echo`."""
 PLACES = {"/v1/chat/completions": "chat.completion", "/v1/completions": "text_completion"}
 
 
-class Streaming(Protocol):
+class Streaming(echo_openai_vectors.Preparing, Protocol):
     """The part of a running engine that this API needs. For the first methods, see `RunningEngine`.
 
     `adapters`: the adapters, by name.
     """
 
-    info: EngineInfo
     names: Sequence[str]
     """The names that a request may give the model."""
     adapters: Mapping[str, str]
@@ -58,6 +59,18 @@ def application(engine: Streaming) -> ASGIApp:
             adapters = [entry | {"id": name, "parent": model} for name in engine.adapters]
             entry["max_model_len"] = engine.info.max_model_len
             await _send(send, 200, msgspec.json.encode({"object": "list", "data": [entry, *adapters]}))
+        elif path in echo_openai_vectors.PATHS:
+            asked = msgspec.json.decode((await receive())["body"])
+            task = echo_openai_vectors.task_of(path, asked)
+            if task not in engine.info.tasks:
+                raise RemoteError(f"this model does not offer {path}", status=404)
+            try:
+                found = await echo_openai_vectors.answer(engine, path, asked, f"echo-{next(numbers)}")
+            except (ItemError, msgspec.ValidationError) as error:
+                raise RemoteError(str(error), status=400) from error
+            await _send(send, 200, msgspec.json.encode(found))
+        elif path in PLACES and GENERATE not in engine.info.tasks:
+            raise RemoteError(f"this model does not offer {path}", status=404)
         elif path not in PLACES:
             raise RemoteError(f"the engine 'echo' does not offer {path}", status=404)
         else:

@@ -15,7 +15,7 @@ async def wait_hung(engine: RunningEngine, work: Work, limit: float) -> str:
     """Wait until the engine hangs; return a description.
 
     It hangs if it has items and makes no progress for `limit` seconds. An engine that is idle and in doubt is asked
-    for one token. It hangs if none comes in that time, and is broken if the check fails.
+    for one token, or vector. It hangs if none comes in that time, and is broken if the check fails.
     """
     pause = min(CHECK_SECONDS, limit / 4)
     seen: object = None
@@ -27,7 +27,7 @@ async def wait_hung(engine: RunningEngine, work: Work, limit: float) -> str:
             if checking is not None and checking.done():
                 if error := checking.exception():
                     return (
-                        "the engine is broken: a test token was requested while it was idle, and failed:"
+                        "the engine is broken: a test request was sent while it was idle, and failed:"
                         f" {sentence_of(error)}"
                     )
                 checking = None
@@ -39,8 +39,7 @@ async def wait_hung(engine: RunningEngine, work: Work, limit: float) -> str:
                     what = f"{work.running} items are in flight, and none has made progress"
                     return f"the engine hangs: {what} for {limit:g} s"
                 return (
-                    "the engine hangs: a test token was requested while it was idle, and did not come within"
-                    f" {limit:g} s"
+                    f"the engine hangs: a test request was sent while it was idle, and had no answer within {limit:g} s"
                 )
             if work.is_doubtful and not work.running and checking is None:
                 work.is_doubtful = False

@@ -8,6 +8,7 @@ from ..errors import ItemError
 from ..interfaces import RunningEngine
 from ..messages import Event, Group, Prompt, Result, weight
 from ..run_requests import prompt_size
+from ..tasks import GENERATE, check_task
 
 BACKLOG_BYTES = 1 << 20
 """Maximum size of the results that wait for a client, in bytes. Beyond it, none of its items is begun."""
@@ -23,11 +24,24 @@ async def prepared_items(engine: RunningEngine, group: Group) -> AsyncIterator[t
     for part in _slices(group.prompts):
         prompts, seeds = group.prompts[part], group.seeds and group.seeds[part]
         try:
-            prepared: Sequence[Any] = await engine.prepare(prompts, group.params, seeds)
+            prepared = await prepare(engine, group, prompts, seeds)
         except ItemError as wrong:
             prepared = [wrong] * len(prompts)
         yield part.start, prepared
         await asyncio.sleep(0)
+
+
+async def prepare(
+    engine: RunningEngine, group: Group, prompts: Sequence[Prompt], seeds: Sequence[int] | None = None
+) -> Sequence[Any]:
+    """Prepare prompts of a group for its task.
+
+    Raises ItemError: the parameters are wrong, or the model does not have the task.
+    """
+    check_task(group.task, engine.info.tasks, engine.info.model)
+    if group.task == GENERATE:
+        return await engine.prepare(prompts, group.params, seeds)
+    return await engine.prepare_vectors(group.task, prompts, group.params)
 
 
 def _slices(prompts: Sequence[Prompt]) -> Iterator[slice]:

@@ -21,6 +21,7 @@ from ..host.ports import port_holder
 from ..host.redaction import redact
 from ..interfaces import Address, ASGIApp, ASGIMessage, ASGIReceive, ASGISend, Engine, RunningEngine, Transport
 from ..messages import Event, Health, ResponseOutput, RunRequest
+from ..tasks import GENERATE
 from . import openai_face
 from .engine_watchdog import wait_hung
 from .work import Work
@@ -206,7 +207,7 @@ class Server:
         gc.collect()
         gc.freeze()  # a full collection of the objects of torch and transformers takes a third of a second
         gc.set_threshold(GC_THRESHOLD)
-        self._report("generating the first token")
+        self._report("generating the first token" if GENERATE in running.info.tasks else "making the first vector")
         await running.check()
         locks.started()
         self._state, self._phase = "ready", None

@@ -15,7 +15,7 @@ from ..interfaces import RunningEngine
 from ..messages import Event, Failure, Group, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
 from ..overview import Counters
 from ..run_requests import MOST_ITEMS, EarlyCancellations, cancelled_item, check_count, count_items, result_of
-from .requests import Piece, prepared_items
+from .requests import Piece, prepare, prepared_items
 
 DEATH_SECONDS = 1.0
 """Maximum time from the failure of an item to the report that the engine died, in seconds."""
@@ -97,7 +97,7 @@ class Work:
         with self._admit_items(request) as piece:
             for group in request.groups:
                 try:
-                    await piece.engine.prepare([], group.params)  # invalid params are not an item's fault
+                    await prepare(piece.engine, group, [])  # invalid params are not an item's fault
                 except ItemError as error:
                     raise RemoteError(str(error), status=400) from error
             found: dict[int, list[ResponseOutput]] = {}

@@ -1,17 +1,16 @@
 """The calls that clients and services share: `chat`, `generate` and their variants."""
 
-import math
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack, overload
 
-from ..batch.batch import OnError, collect, collect_async, outcome_lists
-from ..batch.dispatcher import Dispatcher
+from ..batch.batch import OnError, check_deadline, collect, collect_async, outcomes, texts_of
 from ..batch.items import ConversationReader, Items, Seeds, list_conversations, list_prompts, read_prompt
 from ..batch.pieces import Outcome
 from ..batch.results import Results
-from ..errors import ConfigError, ItemError
+from ..errors import ConfigError
 from ..messages import ResponseOutput, unfolded
+from .vector_calls import VectorCalls
 
 if TYPE_CHECKING:
     from ..rows.job import Report, Run
@@ -45,7 +44,7 @@ class ChatOptions(PromptOptions, total=False):
     chat_template_kwargs: Any
 
 
-class Inference:
+class Inference(VectorCalls):
     """The calls that send batches. A subclass provides the dispatcher.
 
     You may call them from any thread, and from a running event loop: the variants ending in `_async` do not block it.
@@ -54,9 +53,6 @@ class Inference:
 
     _seeds = Seeds()
     """The seeds of items. A subclass that knows the seed of its model replaces them."""
-
-    def _dispatcher(self) -> Dispatcher:
-        raise NotImplementedError
 
     @overload
     def chat(
@@ -102,7 +98,8 @@ class Inference:
         Raises BatchInterrupted: Ctrl-C was pressed.
         """
         items, deadline = self._conversations(conversations, sampling_params, **options)
-        return collect(self._dispatcher(), items, deadline, return_extra, on_error, use_tqdm)
+        value_of = unfolded if return_extra else texts_of
+        return collect(self._dispatcher(), items, deadline, value_of, on_error, use_tqdm)
 
     @overload
     def generate(
@@ -135,7 +132,8 @@ class Inference:
         as a list of one. `options`: see `PromptOptions`. For the rest see `chat`.
         """
         items, deadline = self._prompts(prompts, sampling_params, **options)
-        return collect(self._dispatcher(), items, deadline, return_extra, on_error, use_tqdm)
+        value_of = unfolded if return_extra else texts_of
+        return collect(self._dispatcher(), items, deadline, value_of, on_error, use_tqdm)
 
     def chat_iter(
         self, conversations: Iterable[Any], sampling_params: Any = None, **options: Unpack[ChatOptions]
@@ -146,7 +144,7 @@ class Inference:
         unfinished items.
         """
         items, deadline = self._conversations(conversations, sampling_params, **options)
-        return self._keep_alive(_outcomes(self._dispatcher(), items, deadline))
+        return self._keep_alive(outcomes(self._dispatcher(), items, deadline, unfolded))
 
     def generate_iter(
         self, prompts: Iterable[Any], sampling_params: Any = None, **options: Unpack[PromptOptions]
@@ -156,11 +154,7 @@ class Inference:
         Prompts are read lazily. Closing the returned iterator early cancels the unfinished items.
         """
         items, deadline = self._prompts(prompts, sampling_params, **options)
-        return self._keep_alive(_outcomes(self._dispatcher(), items, deadline))
-
-    def _keep_alive(self, outcomes: Iterable[tuple[int, Outcome]]) -> Generator[tuple[int, Outcome]]:
-        """Yield the outcomes. The iterator keeps this object and its servers alive."""
-        yield from outcomes
+        return self._keep_alive(outcomes(self._dispatcher(), items, deadline, unfolded))
 
     async def chat_async(
         self,
@@ -174,7 +168,9 @@ class Inference:
     ) -> Results[Any]:
         """Like `chat`, without blocking the event loop. Cancelling the call cancels its unfinished items."""
         items, deadline = self._conversations(conversations, sampling_params, **options)
-        return await collect_async(self._dispatcher(), items, deadline, return_extra, on_error, use_tqdm)
+        return await collect_async(
+            self._dispatcher(), items, deadline, unfolded if return_extra else texts_of, on_error, use_tqdm
+        )
 
     async def generate_async(
         self,
@@ -188,7 +184,9 @@ class Inference:
     ) -> Results[Any]:
         """Like `generate`, without blocking the event loop. Cancelling the call cancels its unfinished items."""
         items, deadline = self._prompts(prompts, sampling_params, **options)
-        return await collect_async(self._dispatcher(), items, deadline, return_extra, on_error, use_tqdm)
+        return await collect_async(
+            self._dispatcher(), items, deadline, unfolded if return_extra else texts_of, on_error, use_tqdm
+        )
 
     def map(
         self,
@@ -245,7 +243,7 @@ class Inference:
         )  # fmt: skip
         answers = Answers(prefix=prefix, extra=extra, schema=schema)
         self.check_params(sampling_params)
-        seed, deadline = self._seeds.of_next_call(), _check_deadline(deadline)
+        seed, deadline = self._seeds.of_next_call(), check_deadline(deadline)
         return map_rows(self._dispatcher(), rows, Prompts(options), answers, seed, deadline)
 
     def run_file(
@@ -348,7 +346,7 @@ class Inference:
             truncate_prompt_tokens=truncate_prompt_tokens, return_prompt_token_ids=return_prompt_token_ids,
             adapter=adapter,
         )  # fmt: skip
-        return items, _check_deadline(deadline)
+        return items, check_deadline(deadline)
 
     def _prompts(
         self,
@@ -367,7 +365,7 @@ class Inference:
             truncate_prompt_tokens=truncate_prompt_tokens, return_prompt_token_ids=return_prompt_token_ids,
             adapter=adapter,
         )  # fmt: skip
-        return items, _check_deadline(deadline)
+        return items, check_deadline(deadline)
 
 
 def _check_adapter(adapter: Any, lora_request: Any = None) -> None:
@@ -376,16 +374,3 @@ def _check_adapter(adapter: Any, lora_request: Any = None) -> None:
         raise ConfigError("lora_request is not supported: set adapters in the LLMConfig, and pass adapter=NAME")
     if adapter is not None and not (isinstance(adapter, str) and adapter):
         raise ConfigError(f"expected the name of an adapter as a text, or None, got {adapter!r}")
-
-
-def _check_deadline(deadline: float | None) -> float | None:
-    if deadline is not None and not (isinstance(deadline, (int, float)) and 0 < deadline < math.inf):
-        raise ConfigError(f"expected a deadline in seconds above 0, or None, got {deadline!r}")
-    return deadline
-
-
-def _outcomes(dispatcher: Dispatcher, items: Items, deadline: float | None) -> Generator[tuple[int, Outcome]]:
-    """Yield the outcomes of all items as they come. Sends nothing before the first `next`."""
-    for outcomes in outcome_lists(dispatcher, items, deadline):
-        for index, outcome in outcomes:
-            yield index, outcome if isinstance(outcome, ItemError) else unfolded(outcome)

@@ -198,8 +198,9 @@ class _Request:
                     size = prompt_size(prompt) + params_size
                     returns_prompt = group.return_prompt_token_ids
                     yield Item(
-                        self.client.call, index, prompt, group.params, seed, size, returns_prompt, adapter=adapter
-                    )
+                        self.client.call, index, prompt, group.params, seed, size, returns_prompt, task=group.task,
+                        adapter=adapter,
+                    )  # fmt: skip
 
     def cancel(self, items: Sequence[int]) -> None:
         """Cancel items of the request."""

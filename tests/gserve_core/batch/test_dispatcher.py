@@ -113,7 +113,9 @@ def bounded(seconds: float) -> Iterator[None]:
 
 
 def collected(dispatcher: Dispatcher, prompts: list[str]) -> list[Any]:
-    return batch.collect(dispatcher, Items(prompts, None, read_prompt, Seeds().of_next_call()), None, False, "return")
+    return batch.collect(
+        dispatcher, Items(prompts, None, read_prompt, Seeds().of_next_call()), None, batch.texts_of, "return"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- nothing gets lost

@@ -22,6 +22,13 @@ PARAMETERS = {  # function of vLLM: the parameters with which gserve calls it
         "vllm_config", "usage_context", "disable_log_stats", "enable_log_requests",
     ),
     "vllm:AsyncLLMEngine.generate": ("prompt", "sampling_params", "request_id", "lora_request"),
+    "vllm:AsyncLLMEngine.encode": ("prompt", "pooling_params", "request_id", "lora_request", "priority"),
+    "vllm:AsyncLLMEngine.get_supported_tasks": (),
+    "vllm.config:ModelConfig.get_pooling_task": ("supported_tasks",),
+    "vllm.entrypoints.pooling.factories:init_pooling_io_processors": (
+        "supported_tasks", "vllm_config", "renderer", "chat_template_config",
+    ),
+    "vllm.entrypoints.pooling.scoring.io_processor:CrossEncoderIOProcessor.render": ("render_params",),
     "vllm:AsyncLLMEngine.add_lora": ("lora_request",),
     "vllm:AsyncLLMEngine.remove_lora": ("lora_id",),
     "vllm:AsyncLLMEngine.is_sleeping": (),
@@ -75,6 +82,7 @@ def test_an_output_has_the_fields_that_are_read() -> None:
     flat = {it.name for it in dataclasses.fields(differences.find("vllm.logprobs:FlatLogprobs"))}
     assert flat >= {"start_indices", "end_indices", "token_ids", "logprobs", "ranks", "decoded_tokens"}
     assert {"output_kind", "skip_clone", "seed", "temperature"} <= set(vllm.SamplingParams.__struct_fields__)
+    assert {"task", "dimensions", "use_activation"} <= set(vllm.PoolingParams.__struct_fields__)
 
 
 def test_a_running_engine_shows_its_tokens_and_its_death() -> None:

@@ -1,0 +1,67 @@
+"""Pooling models of a few thousand weights, made at random in a second, without a network."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from gserve_core.engines.vllm import demo_model
+
+DEMO = "demo:smollm2-135m"
+WORDS = (
+    "a", "the", "what", "is", "capital", "of", "france", "berlin", "paris", "city", "big", "blue", "sky", "rain", "sun",
+)  # fmt: skip
+
+
+def llama(folder: Path) -> Path:
+    """Make a Llama with the demo model's tokenizer. `convert: embed` makes it a model for embeddings of 64 numbers."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    demo = Path(demo_model.resolve(DEMO, print))
+    vocabulary = json.loads((demo / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.5,
+    )  # fmt: skip
+    config.is_matryoshka = True
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo / name, folder)
+    return folder
+
+
+def bert(folder: Path, *, labels: int) -> Path:
+    """Make a BERT that sorts texts into so many classes. With one class it scores pairs of texts: a cross-encoder."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, num_labels=labels, initializer_range=0.5,
+    )  # fmt: skip
+    BertForSequenceClassification(config).save_pretrained(folder)
+    _save_tokenizer(folder, words)
+    return folder
+
+
+def _save_tokenizer(folder: Path, words: list[str]) -> None:
+    """Write a tokenizer whose tokens are words."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    special: dict[str, Any] = {
+        f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")
+    }  # fmt: skip
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    PreTrainedTokenizerFast(tokenizer_object=made, model_input_names=names, **special).save_pretrained(folder)
