@@ -1,4 +1,4 @@
-"""The command line: `launch`, `generate`, `chat`, `run`, `sbatch`, `check`, `doctor`, `plugins`, `ps` and more.
+"""The command line: `launch`, `generate`, `chat`, `embed`, `run`, `sbatch`, `check`, `doctor`, `ps` and more.
 
 An error is written to stderr after "error:". The exit code is 2 for a config, a plugin or an argument, and 1 for other
 errors. For a signal it is 128 plus the signal's number.
@@ -61,6 +61,7 @@ def _prepare(
 app.command()(serve.launch)
 app.command()(batch.generate)
 app.command()(batch.chat)
+app.command()(batch.embed)
 app.command()(batch.run)
 app.command()(run_batch.run_batch)
 app.command()(slurm.sbatch)

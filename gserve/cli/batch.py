@@ -1,8 +1,9 @@
-"""The commands that send items: `generate`, `chat`, `run`."""
+"""The commands that send items: `generate`, `chat`, `embed`, `run`."""
 
 import gc
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 import gserve
 from gserve_core.errors import ConfigError, GserveError, ItemError
 from gserve_core.messages import Conversation
+from gserve_core.tasks import EMBED
 
 from .cuts import cut_notice
 from .display import print_stderr, printable
@@ -82,6 +84,23 @@ def chat(
     _answer(flags, job, file, attach, changes(overrides, verbose))
 
 
+@with_job_flags
+def embed(
+    flags: JobFlags,
+    config: ConfigFileOrNot = None,
+    texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts to embed.")] = None,
+    attach: Attach = None,
+    overrides: Overrides = None,
+    verbose: Verbose = False,
+) -> None:
+    """Embed texts, or one for each row of a file. Write the vectors beside the rows."""
+    file, given = split_words("embed", config, texts or (), attach)
+    if bool(given) == (flags.source is not None):
+        raise ConfigError("expected texts, either as arguments after CONFIG or in a file (--input)")
+    job = flags.job([{"text": text} for text in given], task=EMBED)
+    _answer(flags, job, file, attach, changes(overrides, verbose))
+
+
 def run(
     config: ConfigFile,
     command: Command,
@@ -115,6 +134,11 @@ def _answer(flags: JobFlags, job: "FileJob", config: Path | None, attach: str | 
         return
     service = open_service(config, attach, changes)
     model = chosen(service, flags.model)
+    if job.prompts.task == EMBED:
+        if flags.source is None:
+            job = replace(job, ordered=True)
+        _answer_rows(job, service, model)
+        return
     model.check_params(job.make_prompts().params)
     if flags.source is None and job.output is None:
         _answer_texts(job, service, model)

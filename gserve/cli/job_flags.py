@@ -12,6 +12,7 @@ import typer
 
 from gserve_core.errors import ConfigError
 from gserve_core.messages import Params
+from gserve_core.tasks import GENERATE
 
 from .options import Model
 
@@ -56,7 +57,9 @@ class JobFlags:
     params: Annotated[
         str | None,
         typer.Option(
-            "--params", metavar="JSON", help='Sampling parameters, as in {"max_tokens": 64, "temperature": 0}.'
+            "--params",
+            metavar="JSON",
+            help='Sampling parameters, as in {"max_tokens": 64, "temperature": 0}; embed: as in {"dimensions": 256}.',
         ),
     ] = None
     adapter: Annotated[
@@ -83,8 +86,8 @@ class JobFlags:
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an earlier OUT.")] = False
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the first prompts, and start nothing.")] = False
 
-    def job(self, rows: Sequence[Any] = (), *, is_chat: bool) -> "FileJob":
-        """Return the job. `rows`: the input, if it is not in files.
+    def job(self, rows: Sequence[Any] = (), *, is_chat: bool = False, task: str = GENERATE) -> "FileJob":
+        """Return the job. `rows`: the input, if it is not in files. `task`: see `RowOptions`.
 
         Raises ConfigError: an option is wrong.
         """
@@ -93,7 +96,7 @@ class JobFlags:
         from gserve_core.rows.prompts import RowOptions
 
         options = RowOptions(
-            is_chat=is_chat, template=_text(self.template), column=self.column, system=_text(self.system),
+            is_chat=is_chat, task=task, template=_text(self.template), column=self.column, system=_text(self.system),
             params=parse_params(self.params), tools=_json(self.tools, list, "a list of tools"),
             schema=_json(self.schema, dict, "a JSON schema"), drop_answer=self.drop_answer,
             adapter=self.adapter or None,

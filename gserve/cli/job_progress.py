@@ -53,7 +53,8 @@ def describe(totals: "Totals", servers: int) -> str:
     parts = [
         f"{totals.ended:,}" + ("" if totals.rows is None else f" of {totals.rows:,}") + " rows",
         f"{ended / seconds:,.1f} rows/s",
-        f"{totals.prompt_tokens / seconds:,.0f} tokens/s in, {totals.completion_tokens / seconds:,.0f} out",
+        f"{totals.prompt_tokens / seconds:,.0f} tokens/s in"
+        + (f", {totals.completion_tokens / seconds:,.0f} out" if totals.completion_tokens else ""),
     ]
     if totals.rows is not None and ended:
         parts.append(f"{_duration((totals.rows - totals.ended) * seconds / ended)} left")

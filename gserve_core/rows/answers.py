@@ -1,12 +1,13 @@
 """The columns of an answer: what stands beside a row once its item has ended."""
 
+import array
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..errors import ConfigError, ItemError
-from ..messages import Logprob, ResponseOutput, json_safe, unfolded
+from ..messages import Logprob, ResponseOutput, VectorOutput, json_safe, unfolded
 from .writing import encode
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ ERROR, PLACE, LINE, FILE = "error", "_row", "_line", "_file"
 """Columns of a failed row: why it failed, its place in the input from 0, its line in its file from 1, and that file."""
 EXTRA = ("token_ids", "logprobs", "prompt_token_ids", "prompt_logprobs", "cumulative_logprob")
 """Fields of an output that are added on request."""
+EMBEDDING = "embedding"
+"""Column with the vector of a row: a list of 32-bit floats."""
 CUT = "length"
 """The `finish_reason` of an answer that was cut at max_tokens."""
 DATA = {"const", "default", "enum", "examples"}
@@ -47,11 +50,16 @@ class Answers:
         self.has_extra = extra
         self._validator = None if schema is None else _validator(schema)
         more = (*((PARSED,) if schema is not None else ()), *(EXTRA if extra else ()))
-        self.names = [prefix + name for name in (RESPONSE, REASON, *more, PROMPT_TOKENS, TOKENS)]
+        self.vectors: frozenset[str] = frozenset()
+        """The columns that hold lists of 32-bit floats."""
         self._place = prefix + PLACE
+        self._set_names([RESPONSE, REASON, *more, PROMPT_TOKENS, TOKENS], has_place)
         self._plain = None if more else _object_type([self._place, *self.names])
         """The type of the JSON object of an answer with one output; None: it has other columns too."""
-        self._reserved = frozenset([*self.names, prefix + ERROR, *([prefix + PLACE] if has_place else ())])
+
+    def _set_names(self, names: Sequence[str], has_place: bool) -> None:
+        self.names = [self.prefix + name for name in names]
+        self._reserved = frozenset([*self.names, self.prefix + ERROR, *([self._place] if has_place else ())])
 
     def check_columns(self, row: Mapping[str, Any]) -> None:
         """Raise ConfigError if a row has a column that an answer has."""
@@ -111,6 +119,22 @@ class Answers:
             text = f"the answer does not fit the schema at {misfit.json_path}: {misfit.message[:MAX_REASON]}"
             raise ItemError(text, invalid=False)
         return value
+
+
+class VectorAnswers(Answers):
+    """Makes the columns of embeddings. `prefix`, `has_place`: see `Answers`."""
+
+    def __init__(self, *, prefix: str = "", has_place: bool = False) -> None:
+        super().__init__(prefix=prefix, has_place=has_place)
+        self.vectors = frozenset([prefix + EMBEDDING])
+        self._set_names([EMBEDDING, PROMPT_TOKENS], has_place)
+        self._plain = None
+
+    def columns(self, outputs: list[ResponseOutput]) -> dict[str, Any]:
+        """Return the columns of a vector."""
+        (one,) = outputs
+        assert isinstance(one, VectorOutput)
+        return dict(zip(self.names, (array.array("f", one.vector).tolist(), one.prompt_tokens), strict=True))
 
 
 def _plain_values(output: ResponseOutput) -> tuple[str, str | None, int | None, int]:

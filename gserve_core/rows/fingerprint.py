@@ -24,7 +24,7 @@ SUFFIX = ".gserve.json"
 DECIDING = {
     "tokenizer", "tokenizer_mode", "tokenizer_revision", "revision", "seed", "dtype", "quantization", "load_format",
     "chat_template", "reasoning_parser", "hf_overrides", "hf_config_path", "generation_config",
-    "override_generation_config", "model_impl", "rope_scaling", "rope_theta",
+    "override_generation_config", "model_impl", "rope_scaling", "rope_theta", "runner", "convert", "pooler_config",
 }  # fmt: skip
 """Arguments of `vllm.LLM` that decide its answers, besides the model."""
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth"}

@@ -24,8 +24,9 @@ from ..batch.items import INVALID, error_of
 from ..batch.output_lock import check_free, only_writer
 from ..batch.pieces import Outcome
 from ..errors import ConfigError, GserveError, ItemError
+from ..tasks import GENERATE
 from . import fingerprint
-from .answers import Answers
+from .answers import Answers, VectorAnswers
 from .formats import TABLES, FileType, Format, Source, find_sources, output_type
 from .output import STDIO, JobFiles, Sink, Totals, open_stream
 from .prompts import Prompts, RowOptions
@@ -96,7 +97,11 @@ class FileJob:
 
     def make_answers(self) -> Answers:
         """Return what makes the columns of answers."""
-        return Answers(prefix=self.prefix, extra=self.extra, schema=self.prompts.schema, has_place=True)
+        if self.prompts.task == GENERATE:
+            return Answers(prefix=self.prefix, extra=self.extra, schema=self.prompts.schema, has_place=True)
+        if self.extra:
+            raise ConfigError("'extra' is for answers that are texts: use generate or chat")
+        return VectorAnswers(prefix=self.prefix, has_place=True)
 
     @property
     def output_type(self) -> FileType:
@@ -177,13 +182,13 @@ class FileJob:
 
     def _files(self, output: Path) -> "JobFiles":
         is_direct = self.output_type == JSON_LINES and not self.ordered
-        return JobFiles(output, self.output_type, self.failed, self.prefix, is_direct=is_direct)
+        return JobFiles(output, self.output_type, self.failed, self.make_answers(), is_direct=is_direct)
 
     def facts(self) -> dict[str, Any]:
         """Return the facts that decide the answers, besides the model. None: not set."""
         options, prompts = self.prompts, self.make_prompts()
         return {
-            "command": "chat" if options.is_chat else "generate",
+            "command": "chat" if options.is_chat else options.task,
             "template": options.template, "column": options.column, "system": options.system,
             "drop_answer": options.drop_answer or None, "parameters": prompts.params, "tools": options.tools,
             "adapter_name": options.adapter,

@@ -71,7 +71,8 @@ class Totals:
         if self.cut:
             parts.append(f"answers cut at max_tokens: {self.cut:,}")
         if self.done:
-            parts.append(f"tokens: {self.prompt_tokens:,} in, {self.completion_tokens:,} out")
+            out = f", {self.completion_tokens:,} out" if self.completion_tokens else ""
+            parts.append(f"tokens: {self.prompt_tokens:,} in{out}")
             parts.append(f"{self.seconds:.1f} s")
         return "; ".join(parts)
 
@@ -192,13 +193,17 @@ def journal_of(output: Path) -> Path:
 class JobFiles:
     """The files of a job: the output, what lies beside it, and which rows they hold.
 
+    `answers`: made the columns of the answers.
     `is_direct`: whether answers are appended to the output itself, and not to a journal.
     """
 
-    def __init__(self, output: Path, type_: FileType, failed: Path | None, prefix: str, *, is_direct: bool) -> None:
+    def __init__(
+        self, output: Path, type_: FileType, failed: Path | None, answers: Answers, *, is_direct: bool
+    ) -> None:
         self._output = output.resolve()
         self._type = type_
-        self._place = prefix + PLACE
+        self._place = answers.prefix + PLACE
+        self._vectors = answers.vectors
         self.is_direct = is_direct
         self.failed = self._beside_failed() if failed is None else failed.resolve()
         self.journal = journal_of(output)
@@ -307,7 +312,7 @@ class JobFiles:
         else:
             self.scan()
             with self._answers() as answer:
-                write_table(self._output, self._type, sources, answer)
+                write_table(self._output, self._type, sources, answer, self._vectors)
         answered = totals.before + totals.done
         fingerprint.note(self._output, fingerprint.Progress(totals.rows, answered, totals.failed))
         if not totals.failed:

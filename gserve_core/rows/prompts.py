@@ -10,6 +10,7 @@ from ..batch.items import ADAPTER, ConversationReader, read_adapter, read_prompt
 from ..errors import ConfigError, ItemError
 from ..messages import Params, Prompt
 from ..sampling import params_from
+from ..tasks import GENERATE, read_options
 from .templates import Template, column_names
 
 TEXT_COLUMNS = ("prompt", "text")
@@ -28,6 +29,7 @@ class RowOptions:
     """How prompts are made of rows.
 
     `is_chat`: whether a prompt is a conversation.
+    `task`: "generate", or "embed".
     `template`: a template of Jinja2 over the columns of a row. It makes a text.
     `column`: the column with the prompt.
     `system`: a template for the system message of a conversation that has none.
@@ -43,6 +45,7 @@ class RowOptions:
     """
 
     is_chat: bool = False
+    task: str = GENERATE
     template: str | None = None
     column: str | None = None
     system: str | None = None
@@ -72,11 +75,16 @@ class Prompts:
         for name, value in (("system", options.system), ("tools", options.tools), ("drop_answer", options.drop_answer)):
             if value not in (None, False) and not options.is_chat:
                 raise ConfigError(f"'{name}' is for conversations: use chat")
+        if options.task != GENERATE and options.schema is not None:
+            raise ConfigError("'schema' is for answers that are texts: use generate or chat")
         self._options = options
+        self.task = options.task
         self._text = None if options.template is None else Template(options.template, "the template")
         self._system = None if options.system is None else Template(options.system, "the system message")
         try:
             shared = params_from(options.params)
+            if self.task != GENERATE:
+                read_options(shared)
         except ItemError as error:
             raise ConfigError(str(error)) from error
         if options.schema is not None:

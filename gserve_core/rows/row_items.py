@@ -6,6 +6,7 @@ from ..batch.dispatcher import Dispatcher
 from ..batch.items import INVALID, error_of, may_be_sampled
 from ..batch.pieces import Call, Item
 from ..errors import ConfigError, ItemError
+from ..tasks import GENERATE
 from .answers import Answers
 from .prompts import Prompts
 from .reading import Row
@@ -47,7 +48,7 @@ class RowItems:
     def read(self, call: Call) -> Iterator[Item | ItemError]:
         """Yield each item, or its error, until the service ends. Raises what the rows raise."""
         make, seed, check, kept = self._prompts.make, self._seed, self._answers.check_columns, self._kept
-        adapter = self._prompts.adapter
+        adapter, task = self._prompts.adapter, self._prompts.task
         returns_prompt = self._answers.has_extra
         known: object = self  # the parameters that `needs_seed` is for: most rows share them
         needs_seed = True
@@ -62,10 +63,11 @@ class RowItems:
                 check(values)
                 prompt, size, params = make(values)
                 if params is not known:
-                    known, needs_seed = params, may_be_sampled(params)
+                    known, needs_seed = params, task == GENERATE and may_be_sampled(params)
                 size += size if raw is None else len(raw)  # the row is kept too
                 item_seed = seed(row.place) if needs_seed else None
-                yield Item(call, index, prompt, params, item_seed, size, returns_prompt, adapter=adapter(values))
+                own = adapter(values)
+                yield Item(call, index, prompt, params, item_seed, size, returns_prompt, task=task, adapter=own)
             except ConfigError as error:  # a column with the name of an answer's
                 yield ItemError(str(error), index=index)
             except INVALID as error:

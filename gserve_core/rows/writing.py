@@ -9,7 +9,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -39,7 +39,13 @@ type Values = dict[str, Any]
 type Answers = Callable[[int], Values | None]
 
 
-def write_table(path: Path, type: FileType, sources: Sequence[Source], answers: Answers) -> None:  # noqa: A002
+def write_table(
+    path: Path,
+    type: FileType,  # noqa: A002
+    sources: Sequence[Source],
+    answers: Answers,
+    vectors: Collection[str] = (),
+) -> None:
     """Write the rows that have an answer to `path`, in the order of the input. The file appears whole, or not at all.
 
     The caller makes sure that no other process writes this file. Memory does not grow with the rows.
@@ -53,6 +59,7 @@ def write_table(path: Path, type: FileType, sources: Sequence[Source], answers: 
 
     `sources`: files; they are read twice, except for JSON and JSON lines.
     `answers`: returns the columns of the answer to the row at a place; None for none. It is called as often.
+    `vectors`: columns of answers that are lists of 32-bit floats in Parquet and Arrow.
 
     Raises ConfigError: a source cannot be read or is stdin, the file cannot be written, or it cannot hold a value.
     """
@@ -60,7 +67,7 @@ def write_table(path: Path, type: FileType, sources: Sequence[Source], answers: 
         raise ConfigError(f"{type} needs the input again, and stdin can be read once: store the input in a file")
     with _replacing(path) as scratch:
         if type.format in TABLES:
-            _write_typed(scratch, type, sources, answers)
+            _write_typed(scratch, type, sources, answers, vectors)
             return
         with _open_compressed(scratch, type.compression) as stream:
             if type.format in (Format.CSV, Format.TSV):
@@ -201,10 +208,12 @@ class _Columns:
     `types`: type by name of the column.
     `texts`: columns that are JSON text.
     `inferred`: columns whose type follows from values, and the names in their objects.
+    `known`: columns whose type is given, whatever their values.
     """
 
-    def __init__(self) -> None:
-        self.types: dict[str, Any] = {}
+    def __init__(self, known: Mapping[str, Any] | None = None) -> None:
+        self.known = known or {}
+        self.types: dict[str, Any] = dict(self.known)
         self.texts: set[str] = set()
         self.inferred: dict[str, set[str]] = {}
 
@@ -228,7 +237,7 @@ class _Columns:
         import pyarrow as pa
 
         for name in dict.fromkeys(name for row in rows for name in row):
-            if name in self.texts:
+            if name in self.texts or name in self.known:
                 continue
             values = [row.get(name) for row in rows]
             names = self.inferred.setdefault(name, set())
@@ -293,10 +302,12 @@ def _storable(kind: Any) -> Any:
     return kind
 
 
-def _write_typed(scratch: Path, file_type: FileType, sources: Sequence[Source], answers: Answers) -> None:
+def _write_typed(
+    scratch: Path, file_type: FileType, sources: Sequence[Source], answers: Answers, vectors: Collection[str]
+) -> None:
     import pyarrow as pa
 
-    columns, answer_columns = _Columns(), _Columns()
+    columns, answer_columns = _Columns(), _Columns(dict.fromkeys(vectors, pa.list_(pa.float32())))
     for field in _fields_of_tables(sources):
         columns.add_type(field.name, _storable(field.type))
     for chunk in _chunks(sources, answers, columns=[]):
