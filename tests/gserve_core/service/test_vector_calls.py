@@ -142,7 +142,7 @@ def test_a_task_that_the_model_does_not_have_is_an_error_that_names_its_tasks(
 
 
 def test_the_event_loop_goes_on_meanwhile(embedder: VLLMService) -> None:
-    async def run() -> tuple[Any, ...]:
+    async def run() -> Any:
         return await asyncio.gather(
             embedder.embed_async(TEXTS), embedder.score_async([("a", "a")]), embedder.rerank_async("a", ["b", "a"])
         )
@@ -154,7 +154,7 @@ def test_the_event_loop_goes_on_meanwhile(embedder: VLLMService) -> None:
 
 
 def test_several_tasks_share_the_servers(embedder: VLLMService) -> None:
-    async def run() -> tuple[Any, ...]:
+    async def run() -> Any:
         return await asyncio.gather(
             embedder.embed_async(TEXTS), embedder.score_async([(text, text) for text in TEXTS]),
             embedder.generate_async(TEXTS, on_error="return"), embedder.embed_async(TEXTS, dimensions=4),
