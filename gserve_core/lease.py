@@ -106,7 +106,7 @@ class Phase(Struct, frozen=True, tag="phase"):
 
 
 class Ready(Struct, frozen=True, tag="ready"):
-    """The server is ready: its engine has made the first token."""
+    """The server is ready: its engine has made the first token or vector."""
 
     info: EngineInfo
 

@@ -214,7 +214,7 @@ class Listening(Struct, frozen=True):
 
 
 class Ready(Struct, frozen=True):
-    """The engine has generated its first token."""
+    """The engine has made its first token or vector."""
 
     info: EngineInfo
 
