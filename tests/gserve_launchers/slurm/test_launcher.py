@@ -83,7 +83,9 @@ FLAGS: dict[str, tuple[Any, str]] = {
     "job_name": ("mine", "--job-name=mine-server-0"),
     "srun_args": (["--switches=1"], "--switches=1"),
 }
-NO_FLAG: dict[str, Any] = {"gpu_type": "a100", "nodes": 3, "requeue": True, "queue_timeout": 60.0, "nursery": False}
+NO_FLAG: dict[str, Any] = {
+    "gpu_type": "a100", "nodes": 3, "requeue": True, "queue_timeout": 60.0, "nursery": False, "prefix": ["env"],
+}  # fmt: skip
 """What stands in no flag of its own, or is for others than srun."""
 
 
