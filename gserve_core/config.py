@@ -467,7 +467,9 @@ class Config:
     @property
     def pools(self) -> dict[str, ModelConfig]:
         """All models by name, with a launcher and an engine each. A model alone has its `model_name` as name."""
-        models = self.models or {self.llm.model_name: ModelConfig(self.llm, self.serve)} if self.llm else self.models
+        models = self.models
+        if self.llm is not None:
+            models = {self.llm.model_name: ModelConfig(self.llm, self.serve)}
         return {
             name: replace(it, launcher=it.launcher or self.launcher, engine=it.engine or self.engine)
             for name, it in models.items()
@@ -488,10 +490,7 @@ class Config:
         except ConfigError as error:
             section = error.at.removeprefix("$.").partition(".")[0].partition("[")[0]
             own = self.models.get(name)
-            if own is not None and section in (
-                "$",
-                *(it.name for it in fields(own) if getattr(own, it.name) is not None),
-            ):
+            if own is not None and (section == "$" or getattr(own, section, None) is not None):
                 error.at = f"$.models.{name}{error.at.removeprefix('$')}"
             raise
 
