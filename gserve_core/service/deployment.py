@@ -80,7 +80,7 @@ class Deployment:
     def _model_cards(self) -> dict[str, ModelCard]:
         """Return what the gateway knows of each model."""
         return {
-            key: ModelCard(model.name, model.llm.model_name, model.llm.item_seed, model.served_names)
+            key: ModelCard(model.name, model.llm.model_name, model.llm.item_seed, model.other_names)
             for key, model in self.plan.models.items()
         }
 

@@ -16,6 +16,9 @@ from .server_life import ServerProgram
 from .state import ONLY
 from .supervisor import Limits
 
+ADAPTER = "lora"
+"""Name of the adapter of `lora_path` in OpenAI's API."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -66,6 +69,11 @@ class ModelPlan:
         """The names under which OpenAI's API has the model: its own, and those of `served_model_name`."""
         given = self.llm.llm_kwargs.get("served_model_name") or []
         return list(dict.fromkeys([self.name, *([given] if isinstance(given, str) else given)]))
+
+    @property
+    def other_names(self) -> list[str]:
+        """The names by which requests may choose the model, besides its own: those that a server of it knows."""
+        return [*self.served_names[1:], *([ADAPTER] if self.llm.lora_path is not None else ())]
 
     @property
     def served_llm(self) -> LLMConfig:

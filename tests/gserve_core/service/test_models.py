@@ -22,10 +22,15 @@ from gserve import (
     ItemLost,
     LaunchError,
     LLMConfig,
+    ModelConfig,
     VLLMService,
 )
+from gserve_core.config import Config
 from gserve_core.engines.echo import EchoEngine
+from gserve_core.interfaces import Address
 from gserve_core.service import records
+from gserve_core.service.attached import models_of
+from gserve_core.service.plan import Plan
 from tests.gserve_core.fake_servers import until
 
 KEY = "a-key-of-the-owner"
@@ -144,6 +149,25 @@ def test_a_form_with_a_file_and_a_url_name_a_model_too(service: VLLMService) -> 
         assert (answer.status_code, expected in answer.text) == (404, True), answer.text
     assert "not offer" in ask(service, "/tokenizer_info?model=judge").text
     assert ask(service, "/tokenizer_info").status_code == 400
+
+
+def test_a_model_has_the_other_names_that_its_servers_know(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    models = {
+        "writer": ModelConfig(LLMConfig("w", lora_path=str(tmp_path), llm_kwargs={"served_model_name": "author"})),
+        "judge": ModelConfig(LLMConfig("j", llm_kwargs={"served_model_name": ["critic", "judge"]})),
+    }
+    plan = Plan.of(Config(models=models), engine=EchoEngine())
+    assert {name: model.other_names for name, model in plan.models.items()} == {
+        "writer": ["author", "lora"], "judge": ["critic"]
+    }  # fmt: skip
+    assert plan.models["writer"].served_llm.llm_kwargs["served_model_name"] == ["writer", "author"]
+
+
+def test_a_record_of_an_older_version_has_one_model() -> None:
+    server = records.ServerRecord("server-0", Address(["::1"], 1), "i", "t", 4, "m")
+    record = records.ServiceRecord("x", 1, 1, [server], {}, seed=7, client_timeout=9.0, status="ready")
+    assert {name: (it.seed, it.client_timeout) for name, it in models_of(record).items()} == {"m": (7, 9.0)}
 
 
 def test_a_batch_of_openais_requests_goes_to_the_models_that_its_lines_name(
