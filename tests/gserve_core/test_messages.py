@@ -99,9 +99,9 @@ def test_what_travels_arrives_as_it_was(codec: Any, value: object, kind: Any) ->
             "a part of type 'image_url' is not supported: only texts are - at `$.conversations[0][0].content[0]`",
         ),
         (
-            {"prompts": [], "params": {"stop": 1}, "model": "m"},
+            {"prompts": [], "params": {"stop": 1}, "modle": "m"},
             GenerateRequest,
-            "Object contains unknown field `model`",
+            "Object contains unknown field `modle`",
         ),
     ],
 )

@@ -526,7 +526,7 @@ BODIES: dict[str, bytes] = {
     "texts as token ids": b'{"prompts": [["a"]]}',
     "fractions as token ids": b'{"prompts": [[1.5]]}',
     "no prompts": b"{}",
-    "an unknown field": b'{"prompts": ["a"], "model": "m"}',
+    "an unknown field": b'{"prompts": ["a"], "modle": "m"}',
     "a list as parameters": b'{"prompts": ["a"], "params": [1]}',
     "a huge number": b'{"prompts": ["a"], "params": {"seed": ' + b"9" * 50 + b"}}",
     "a vast number": b'{"prompts": ["a"], "params": {"seed": ' + b"9" * 5000 + b"}}",
