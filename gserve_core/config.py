@@ -37,6 +37,7 @@ Fraction = Annotated[float, Meta(gt=0, le=1, description="a fraction above 0 and
 Tokens = Annotated[int, Meta(ge=1, description="a number of tokens")]
 Adapters = Annotated[int, Meta(ge=1, le=1024, description="1 to 1024 adapters")]
 Servers = Annotated[int, Meta(ge=1, le=65535, description="1 to 65535 servers")]
+Nodes = Annotated[int, Meta(ge=1, le=1024, description="1 to 1024 nodes")]
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
 Count = Annotated[int, Meta(ge=0, description="a number from 0 up")]
 Timeout = Annotated[float, Meta(gt=0, le=1e9, description="seconds above 0, at most 1e9, or null for no limit")]
@@ -210,6 +211,7 @@ class ServeConfig:
     `min_ready`: number of servers that must be ready before `start()` returns; None: all.
     `share_gpu`: let several servers use one GPU, including servers of other services. They start one after the other.
     `env`: environment variables for the servers.
+    `nodes_per_server`: number of nodes of each server, which divide its GPUs evenly. The launcher must know how.
 
     Raises ConfigError: a field is wrong.
     """
@@ -226,9 +228,13 @@ class ServeConfig:
     min_ready: int | None = None
     share_gpu: bool = False
     env: dict[str, str] = field(default_factory=dict)
+    nodes_per_server: Nodes = 1
 
     def __post_init__(self) -> None:
         check(self)
+        if self.nodes_per_server > 1 and (self.gpu_ids is not None or self.share_gpu):
+            name = "share_gpu" if self.gpu_ids is None else "gpu_ids"
+            raise ConfigError(f"{name} is for servers on one node: remove it, or nodes_per_server", at=f"$.{name}")
         if self.gpu_ids is not None:
             if not self.gpu_ids or min(self.gpu_ids) < 0:
                 raise ConfigError(f"expected GPU ids from 0 up, got {self.gpu_ids}", at="$.gpu_ids")
@@ -262,6 +268,12 @@ class ServeConfig:
 
         Raises ConfigError: the GPUs, the ports or `min_ready` do not fit the number of servers.
         """
+        if gpus_per_server % self.nodes_per_server:
+            raise ConfigError(
+                f"the {gpus_per_server} GPUs of a server (tensor_parallel_size times pipeline_parallel_size) cannot be"
+                f" divided evenly over {self.nodes_per_server} nodes: change nodes_per_server, or one of the sizes",
+                at="$.nodes_per_server",
+            )
         if self.gpu_ids is None:
             placement: list[tuple[int, ...] | None] = [None] * (self.servers or 1)
         elif len(self.gpu_ids) % gpus_per_server:

@@ -29,6 +29,8 @@ def step(text: str, form: LogForm) -> str | None:
 
 
 SILENT = "a process of the engine ended without an error message"
+RANK = re.compile(r"rank \d+ on \S+: ")
+"""The beginning of a cause that another rank than 0 has reported. It is kept in front of every explanation."""
 MEMORY_HINT = "start fewer servers, lower gpu_memory_utilization or max_model_len, or take a smaller model"
 
 
@@ -55,6 +57,8 @@ def exited(
     `engine`: its class has known errors, and the form of its log.
     """
     lines, form = _lines(log, since), engine.log_form
+    place = (RANK.match(cause or "") or [""])[0]
+    cause = cause and cause.removeprefix(place)
     evidence = _evidence(cause, returncode, lines, form)
     error, ended = _cut(evidence[0]) if evidence else "", _describe_exit(returncode)
     known = _known(evidence, (*engine.known_errors, *KNOWN))
@@ -65,9 +69,10 @@ def exited(
     else:
         sentence, hint = _explain_exit(_describe_engine_exit(lines, form) if error else ended, kills)
     tail = last_lines(log)
+    sentence = place + sentence
     headline = f"{name} failed while {phase}: {sentence} (log: {log})"
     message = [headline]
-    if error and error != sentence:
+    if error and place + error != sentence:
         message.append(f"original error: {error}")
     if not known and ended not in sentence:
         message.append(ended)

@@ -36,7 +36,8 @@ class Job:
     `env`: variables to add to `inherited`. It holds the GPU pinning (`CUDA_VISIBLE_DEVICES`) for `gpu_ids`. A launcher
     whose scheduler binds devices removes it and requests `gpus` devices from its scheduler.
     `gpu_ids`: the ids of its GPUs; None if it is not pinned.
-    `gpus`: number of GPUs that it needs; 0 if the engine uses none.
+    `gpus`: number of GPUs that it needs, on all its nodes together; 0 if the engine uses none.
+    `nodes`: number of its nodes. The launcher starts `command` once on each: see `Launcher.rank_variable`.
     `index`: its number among the `servers` that are started together.
     `inherited`: the environment that `env` is added to; None: the environment of this process.
     `startup_timeout`: see `ServeConfig`. The `nursery` applies it until the server itself runs.
@@ -52,6 +53,7 @@ class Job:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     gpu_ids: tuple[int, ...] | None = None
     gpus: int = 1
+    nodes: int = 1
     index: int = 0
     servers: int = 1
     inherited: Mapping[str, str] | None = field(default=None, repr=False)
@@ -102,6 +104,7 @@ class Process(Protocol):
         """Return one sentence on why the job ended, if its scheduler knows more than the exit code; else None.
 
         For a silent job that has not ended, the sentence may say that its scheduler has suspended it.
+        A sentence about memory, or one that begins with "rank", says that the server died by itself.
         """
 
 
@@ -124,10 +127,14 @@ class Launcher(ABC):
 
     `owner_variable`: the environment variable in which a server finds the address of the owner's machine, as its first
     word. Set it if servers may start on other machines. A server then listens where the owner's machine can reach it.
+    `rank_variable`: the environment variable in which a process finds its rank, 0 to `Job.nodes` - 1. Set it if a
+    server may run on several nodes. Then each process reads all that is written to `Process.stdin`, and its end. Lines
+    of all of them come from `Process.stdout`, undivided up to 1,000 bytes. If one fails, the launcher ends all.
     """
 
     name: ClassVar[str]
     owner_variable: ClassVar[str | None] = None
+    rank_variable: ClassVar[str | None] = None
 
     @property
     def runs_here(self) -> bool:
@@ -511,6 +518,23 @@ type Report = Callable[[str], object]
 """Reports the phase of a start, such as "loading weights". May be called from any thread."""
 
 
+class Rank(NamedTuple):
+    """One process of a server that runs on several nodes. Each node has one.
+
+    `number`: from 0. Rank 0 is the server, and the others work for its engine.
+    `nodes`: their number.
+    `host`, `port`: where rank 0's engine may listen for the others. The port was free a moment ago.
+    `address`, `interface`: this node's own address in the network of `host`, and the name of its interface.
+    """
+
+    number: int
+    nodes: int
+    host: str
+    port: int
+    address: str
+    interface: str
+
+
 class KnownError(NamedTuple):
     """A known error of an engine: a pattern of the exception's text, its meaning in one sentence, and a hint.
 
@@ -623,8 +647,38 @@ class Engine(ABC):
         Raises any exception: the start failed.
         """
 
+    def check_nodes(self, llm: LLMConfig, nodes: int) -> None:
+        """Check before a service starts that `start_rank` can serve `llm` on `nodes` nodes. Refuses unless overridden.
 
-class RunningEngine(ABC):
+        Raises ConfigError.
+        """
+        raise ConfigError(
+            f"the engine '{self.name}' runs a server on one node only: remove nodes_per_server",
+            at="$.serve.nodes_per_server",
+        )
+
+    async def start_rank(self, llm: LLMConfig, report: Report, rank: Rank) -> "RunningRank":
+        """Start one rank of a server that runs on several nodes, like `start`.
+
+        Rank 0 returns a `RunningEngine` once all ranks have loaded. An engine whose `check_nodes` allows it overrides
+        this.
+        """
+        raise NotImplementedError
+
+
+class RunningRank(ABC):
+    """The part of an engine on one node. Its methods run in one event loop."""
+
+    @abstractmethod
+    async def died(self) -> str:
+        """Wait until the engine ends unexpectedly, and return the reason."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End the engine and all its processes on this node. Idempotent."""
+
+
+class RunningEngine(RunningRank):
     """A loaded engine. Its methods run in one event loop."""
 
     info: EngineInfo
@@ -728,11 +782,3 @@ class RunningEngine(ABC):
     @abstractmethod
     async def check(self) -> None:
         """Make one token, or one vector if it does not generate. Raises any exception: the engine does not work."""
-
-    @abstractmethod
-    async def died(self) -> str:
-        """Wait until the engine ends unexpectedly, and return the reason."""
-
-    @abstractmethod
-    async def stop(self) -> None:
-        """End the engine and all its processes. Idempotent."""

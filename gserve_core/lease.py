@@ -16,6 +16,7 @@ import math
 import os
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -46,6 +47,20 @@ PULSE_SECONDS = 2.0
 CHECK_SECONDS = 1.0
 """Interval between two checks of a watchdog, and between two retries of a write to a full pipe, in seconds."""
 _LONGEST_LINE = 1 << 20
+RANK_CAUSE = 600
+"""Maximum length of a cause that a rank above 0 reports, in bytes. srun divides lines of more than 1,024 bytes."""
+
+
+class Ranks(Struct, frozen=True):
+    """The ranks of a server that runs on several nodes. All read the same messages, and rank 0 is the server.
+
+    nodes: their number.
+    variable, owner_variable: the launcher's `rank_variable` and `owner_variable`.
+    """
+
+    nodes: int
+    variable: str
+    owner_variable: str
 
 
 class Hello(Struct, frozen=True, tag="hello"):
@@ -59,6 +74,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     stall_timeout, share_gpu: see `ServeConfig`.
     umask: the umask that the process must set.
     limits: the soft and hard limits that the process must set, by the number of the resource.
+    ranks: the server runs on several nodes. None: on one.
     """
 
     instance: str
@@ -74,6 +90,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     folder: str | None = None
     umask: int | None = None
     limits: dict[int, tuple[int, int]] = {}
+    ranks: Ranks | None = None
 
 
 class Beat(Struct, frozen=True, tag="beat"):
@@ -97,6 +114,19 @@ class Listening(Struct, frozen=True, tag="listening"):
     """The server listens at `address`."""
 
     address: Address
+
+
+class Meeting(Struct, frozen=True, tag="meeting"):
+    """Where rank 0 waits for the other ranks. The owner passes this message on to all of them.
+
+    host: an address of rank 0's node.
+    port: a free port there, for the engine.
+    open_port: the port at which rank 0 listens already.
+    """
+
+    host: str
+    port: int
+    open_port: int
 
 
 class Phase(Struct, frozen=True, tag="phase"):
@@ -125,17 +155,21 @@ class Pulse(Struct, frozen=True, tag="pulse"):
 
 
 class Failed(Struct, frozen=True, tag="failed"):
-    """The server ends because of `cause`."""
+    """The server ends because of `cause`.
+
+    follows: whether another rank has ended first. That rank may report its own cause.
+    """
 
     cause: str
+    follows: bool = False
 
 
 class Stopped(Struct, frozen=True, tag="stopped"):
     """The server ends as ordered."""
 
 
-type Down = Hello | Beat | Drain | Stop
-type Up = Listening | Phase | Ready | Pulse | Failed | Stopped
+type Down = Hello | Beat | Drain | Stop | Meeting
+type Up = Listening | Meeting | Phase | Ready | Pulse | Failed | Stopped
 
 _down: "msgspec.json.Decoder[Down]" = msgspec.json.Decoder(Down)
 _up: "msgspec.json.Decoder[Up]" = msgspec.json.Decoder(Up)
@@ -353,6 +387,8 @@ class ServerEnd:
         self.start_cleanup: Callable[[], object] = lambda: None
         """Called as soon as the owner is gone. This process may be killed next."""
         self.hello = self._read_hello(0.0 if is_terminal else HELLO_SECONDS)
+        self.rank = rank_of(self.hello.ranks)
+        """The number of this process among those of its server."""
         threading.Thread(target=self._run_reader, name="lease", daemon=True).start()
         threading.Thread(target=self._run_writer, name="lease-sender", daemon=True).start()
 
@@ -378,7 +414,15 @@ class ServerEnd:
         sys.exit("gserve: --lease was given, but no owner is connected to stdin; omit it to start a server by hand")
 
     def send(self, message: Up) -> None:
-        """Queue a message for the owner. Never waits or raises: `watch` notices an owner that is gone."""
+        """Queue a message for the owner. Never waits or raises: `watch` notices an owner that is gone.
+
+        A rank above 0 sends only why it failed. The server's state is that of rank 0.
+        """
+        if self.rank:
+            if not isinstance(message, Failed):
+                return
+            cause = f"rank {self.rank} on {socket.gethostname()}: {message.cause}"
+            message = Failed(cause.encode()[:RANK_CAUSE].decode(errors="ignore"))
         with self._sent:
             if isinstance(message, Pulse) and self._outgoing and isinstance(self._outgoing[-1], Pulse):
                 self._outgoing.pop()  # the latest one is enough
@@ -446,6 +490,14 @@ class ServerEnd:
             for message in pending:
                 with contextlib.suppress(RuntimeError):  # the server is ending: its event loop is closed
                     self._handlers[0](message)
+
+
+def rank_of(ranks: Ranks | None) -> int:
+    """Return the rank of this process, as its launcher has set it."""
+    number = "0" if ranks is None else os.environ.get(ranks.variable, "")
+    if not number.isdecimal():
+        sys.exit(f"gserve: the launcher has set no rank of a server on several nodes: {ranks}")
+    return int(number)
 
 
 def encode(message: Down | Up) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, get_origin, get_type_hints
 import pluggy
 
 from . import hookspecs
-from .config import Config, build, check
+from .config import Config, LLMConfig, ServeConfig, build, check
 from .errors import ConfigError, PluginError, did_you_mean
 from .hookspecs import PROJECT
 from .interfaces import Engine, Launcher, Transport
@@ -252,6 +252,18 @@ class Parts:
     registry: Registry
     plugins: tuple[str, ...] = ()
     folder: Path | None = None
+
+    def check(self, llm: LLMConfig, serve: ServeConfig) -> None:
+        """Check that these parts can serve a config, with the files of this machine. Raises ConfigError."""
+        if serve.nodes_per_server > 1:
+            if self.launcher.rank_variable is None:
+                raise ConfigError(
+                    f"the launcher '{self.launcher.name}' starts a server on one node only: remove nodes_per_server,"
+                    " or set 'launcher: {type: slurm}'",
+                    at="$.serve.nodes_per_server",
+                )
+            self.engine.check_nodes(llm, serve.nodes_per_server)
+        self.engine.check_config(llm, runs_here=self.launcher.runs_here)
 
 
 def assemble(

@@ -11,7 +11,6 @@ from gserve_core.errors import GserveError, ItemError, RemoteError, TransportErr
 from gserve_core.messages import Params
 from gserve_core.openai_params import chat_fields
 from gserve_core.service.model import Model
-from gserve_core.service.plan import ADAPTER
 from gserve_core.service.service import VLLMService
 from gserve_transports.http_client import GatewayClient
 

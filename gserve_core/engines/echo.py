@@ -34,7 +34,7 @@ from msgspec import Meta, Struct
 from ..config import LORA, LLMConfig, check
 from ..errors import ConfigError, GserveError, ItemError, unknown_adapter
 from ..hookspecs import hookimpl
-from ..interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, Report, RunningEngine
+from ..interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, Rank, Report, RunningEngine, RunningRank
 from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from ..sampling import read_params, split_prompt_params
 from ..tasks import CLASSIFY, EMBED, GENERATE, SCORE, PoolingOptions, read_options, texts_of
@@ -144,6 +144,13 @@ class EchoEngine(Engine):
             await engine.stop()
             raise
         return engine
+
+    def check_nodes(self, llm: LLMConfig, nodes: int) -> None:
+        """Allow any number."""
+
+    async def start_rank(self, llm: LLMConfig, report: Report, rank: Rank) -> RunningRank:
+        """Start the same processes on each node. Those of rank 0 do all the work."""
+        return await self.start(llm, report)
 
 
 class EchoParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

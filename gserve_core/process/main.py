@@ -30,7 +30,7 @@ from ..host.environment import ignore_notices, open_missing_descriptors
 from ..host.logs import setup_logging
 from ..host.redaction import secret_values
 from ..host.server_log import ServerLog
-from . import nursery
+from . import nursery, ranks
 from .server import FLUSH_SECONDS, Server, fail
 
 TOKEN_VARIABLE = "GSERVE_TOKEN"
@@ -49,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     owner = lease.ServerEnd() if options.lease else None
     instance = owner.hello.instance if owner else uuid.uuid4().hex
     _mark_children(instance)
-    temporary = scratch.path_of(instance)  # before `_use_scratch` changes the temporary folder
+    rank = owner.rank if owner else 0
+    own = f"{rank:03x}{instance[3:]}" if rank else instance  # ranks may share a machine, but no scratch folder
+    temporary = scratch.path_of(own)  # before `_use_scratch` changes the temporary folder
     secrets, log = secret_values(os.environ), None
     if owner is not None:
         owner.start_cleanup = functools.partial(sweep.start, instance)
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         log = ServerLog(secrets)
     try:
         setup_logging(waits=True)
-        _use_scratch(instance)
+        _use_scratch(own)
         code = _serve(options, owner, instance, secrets)
     except GserveError as error:
         code = fail(error, owner, secrets)
@@ -142,7 +144,8 @@ def _serve(options: argparse.Namespace, owner: lease.ServerEnd | None, instance:
         os.environ["CUDA_VISIBLE_DEVICES"] = options.gpus
     os.environ.setdefault(gpus.ORDER, gpus.PCI_ORDER)  # CUDA must number the GPUs in the order in which they are locked
     token = owner.hello.token if owner else os.environ.pop(TOKEN_VARIABLE, None) or None
-    host = addresses.own_address(options.reachable_from) if options.reachable_from else options.host
+    is_rank = owner is not None and owner.rank > 0
+    host = addresses.own_address(options.reachable_from) if options.reachable_from and not is_rank else options.host
     if token is None and not addresses.is_loopback(host):
         raise ConfigError(
             f"--host {host} can be reached from other machines, and no token is set:"
@@ -162,6 +165,8 @@ def _serve(options: argparse.Namespace, owner: lease.ServerEnd | None, instance:
     )
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            if owner is not None and owner.rank:
+                return runner.run(ranks.run_rank(engine, llm, owner))
             return runner.run(server.run_to_end(engine, transport, llm, host, options.port, owner))
     except Exception as error:
         return fail(error, owner, secrets)

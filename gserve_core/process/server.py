@@ -6,7 +6,6 @@ import errno
 import gc
 import logging
 import math
-import os
 import signal
 import threading
 import time
@@ -16,13 +15,13 @@ from typing import Any
 from .. import lease
 from ..config import LLMConfig
 from ..errors import GserveError, LaunchError, RemoteError, sentence_of
-from ..host import gpu_locks, gpus, tokens
+from ..host import tokens
 from ..host.ports import port_holder
 from ..host.redaction import redact
 from ..interfaces import Address, ASGIApp, ASGIMessage, ASGIReceive, ASGISend, Engine, RunningEngine, Transport
 from ..messages import Event, Health, ResponseOutput, RunRequest
 from ..tasks import GENERATE
-from . import openai_face
+from . import openai_face, ranks
 from .engine_watchdog import wait_hung
 from .work import Work
 
@@ -76,6 +75,7 @@ class Server:
         """Whether the lease ordered the drain because of a signal. The same signal may reach this process too."""
         self._stop = asyncio.Event()
         self._lease: lease.ServerEnd | None = None
+        self._others: ranks.Others
         self._address: Address | None = None
 
     # ----------------------------------------------------------------------------------------- the methods of ServerApi
@@ -158,11 +158,11 @@ class Server:
             )
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._on_signal, number)
-        async with _listening(transport, self, host, port) as address:
+        async with _listening(transport, self, host, port) as address, ranks.others(owner, host) as self._others:
             logger.info("listening on %s", address)
             self._address = address
             self._send(lease.Listening(address))
-            starting, code = asyncio.create_task(self._start(engine, llm)), 0
+            starting, code = asyncio.create_task(self._others.watch(self._start(engine, llm))), 0
             try:
                 if await self._wait_first(starting):
                     await self._until_end()
@@ -190,11 +190,8 @@ class Server:
             else:
                 loop.call_soon_threadsafe(self._report, text)
 
-        wanted = llm.gpus_per_server if engine.uses_gpus else 0
-        seen = await asyncio.to_thread(gpus.visible, os.environ, wanted) if wanted else []
-        locks = gpu_locks.hold(seen, share=self._share_gpu)
-        await locks.turn(self._report)
-        running = await engine.start(llm, report)
+        running, locks = await ranks.start(engine, llm, report, self._others.rank, share_gpu=self._share_gpu)
+        assert isinstance(running, RunningEngine)
         self._engine = running
         self._work = Work(
             running,
@@ -232,7 +229,7 @@ class Server:
         """
         assert self._engine is not None
         assert self._work is not None
-        died = asyncio.create_task(self._wait_lost(self._engine, self._work))
+        died = asyncio.create_task(self._others.watch(self._wait_lost(self._engine, self._work)))
         if await self._wait_first(died):
             raise GserveError(died.result())
         self._state = "draining"
@@ -328,5 +325,5 @@ def fail(error: BaseException, owner: lease.ServerEnd | None, secrets: Collectio
     cause = redact(sentence_of(error), secrets)
     logger.error("failed: %s", cause, exc_info=None if isinstance(error, GserveError) else error)
     if owner is not None:
-        owner.send(lease.Failed(cause))
+        owner.send(lease.Failed(cause, follows=isinstance(error, ranks.RankLost)))
     return 1

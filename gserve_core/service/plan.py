@@ -16,9 +16,6 @@ from .server_life import ServerProgram
 from .state import ONLY
 from .supervisor import Limits
 
-ADAPTER = "lora"
-"""Name of the adapter of `lora_path` in OpenAI's API."""
-
 
 @dataclass(frozen=True)
 class Source:
@@ -73,7 +70,7 @@ class ModelPlan:
     @property
     def other_names(self) -> list[str]:
         """The names by which requests may choose the model, besides its own: those that a server of it knows."""
-        return [*self.served_names[1:], *([ADAPTER] if self.llm.lora_path is not None else ())]
+        return [*self.served_names[1:], *self.llm.all_adapters]
 
     @property
     def served_llm(self) -> LLMConfig:
@@ -162,7 +159,7 @@ class Plan:
         """Check that the engines can load the models. Raises ConfigError."""
         for model in self.models.values():
             with self.located(), self.config.placing(model.name):
-                model.parts.engine.check_config(model.llm, runs_here=model.parts.launcher.runs_here)
+                model.parts.check(model.llm, model.serve)
 
     def resized(self, key: str, serve: ServeConfig) -> "Plan":
         """Return the plan with other servers of one model. Raises ConfigError: there is no place for them."""

@@ -26,10 +26,14 @@ def make_hello(
 
     It includes the owner's umask and resource limits only if the server runs on this machine.
     """
-    is_here = parts.launcher.runs_here
+    launcher = parts.launcher
+    is_here = launcher.runs_here
+    ranks = None
+    if serve.nodes_per_server > 1:
+        ranks = lease.Ranks(serve.nodes_per_server, str(launcher.rank_variable), str(launcher.owner_variable))
     return lease.Hello(
         instance, token, control,
-        ttl=lease.TTL if parts.launcher.is_line_cut_silently else None,
+        ttl=lease.TTL if launcher.is_line_cut_silently else None,
         stall_timeout=serve.stall_timeout, share_gpu=serve.share_gpu,
         llm=llm,
         engine=parts.registry.section("engine", parts.engine),
@@ -37,6 +41,7 @@ def make_hello(
         plugins=list(parts.plugins),
         folder=str(parts.folder.resolve()) if parts.folder else None,
         umask=origin.umask if is_here else None, limits=dict(origin.limits) if is_here else {},
+        ranks=ranks,
     )  # fmt: skip
 
 

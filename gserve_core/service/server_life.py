@@ -4,6 +4,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import secrets
 import threading
 import time
@@ -52,6 +53,8 @@ REMOTE_END_SECONDS = 5.0
 """Maximum time for a remote process to end after its lease, in seconds, before its scheduler is asked why."""
 MAX_LOG_READ = 1 << 20
 """Maximum size of one read of a log, in bytes."""
+OWN_DEATH = re.compile(r"memory|^rank ")
+"""A sentence of `Process.why` about a server that died by itself, and not by its scheduler."""
 logger = logging.getLogger("gserve.server")
 
 
@@ -60,6 +63,7 @@ class _End:
     """Findings about the end of a server.
 
     `cause`: the reported reason.
+    `follows`: whether another rank may report a better one.
     `position`: number of bytes of its log that were read.
     `since`: position in the log at which its output as a ready server begins, in bytes.
     `is_hung`: whether to kill it at once.
@@ -69,6 +73,7 @@ class _End:
     """
 
     cause: str | None = None
+    follows: bool = False
     position: int = 0
     since: int = 0
     is_hung: bool = False
@@ -138,6 +143,7 @@ class ServerProgram:
             startup_timeout=self.serve.startup_timeout,
             gpu_ids=self.gpu_ids,
             gpus=len(self.gpu_ids) if self.gpu_ids else wanted,
+            nodes=self.serve.nodes_per_server,
             bind_cores=self.parts.engine.bind_cores,
             index=self.first + self.index,
             servers=self.servers,
@@ -306,7 +312,7 @@ class ServerRun:
             has_ended, why = _wait_remote_end(process)
         elif not is_here and not end.error and not self._asked_to_stop:
             why = process.why()  # before it is stopped: it may have been suspended
-        died = not (self._asked_to_stop or end.is_ours or end.error or (why and "memory" not in why))
+        died = not (self._asked_to_stop or end.is_ours or end.error or (why and not OWN_DEATH.search(why)))
         cause = why or end.cause or (str(end.error) if end.error else "its process ended")
         self._report(Ended(cause, died, self._pulse.finished, self._pulse.alone))
         grace = 0.0 if end.is_hung else STOP_SECONDS / 2 if time.monotonic() < self._kill_at else 1.0
@@ -360,10 +366,13 @@ class ServerRun:
                 if isinstance(message, lease.Listening):
                     tokens.write_token(message.address, self.start.token, self.start.control)
                 elif isinstance(message, lease.Failed):
-                    end.cause = message.cause
+                    if end.cause is None or (end.follows and not message.follows):
+                        end.cause, end.follows = message.cause, message.follows
                     self._kill_at = min(self._kill_at, time.monotonic() + STOP_SECONDS)
                 elif isinstance(message, lease.Stopped):
-                    end.is_ours = True
+                    end.is_ours = end.cause is None
+                elif isinstance(message, lease.Meeting):
+                    owner.send(message)
                 elif isinstance(message, lease.Ready):
                     end.since = end.position  # earlier output does not explain a later death
                 self._handle_message(message)

@@ -19,8 +19,11 @@ OURS = (
     "ntasks", "nodes", "job-name", "jobid", "input", "output", "error", "label", "pty", "export", "multi-prog",
     "kill-on-bad-exit", "het-group", "pack-group", "ntasks-per-node", "parsable", "test-only", "no-allocate", "help",
     "version", "usage", "chdir", "open-mode", "attach", "clusters", "prolog", "epilog", "task-prolog", "task-epilog",
+    "wait",
 )  # fmt: skip
 """Options of srun that gserve sets for a server and its lease, or that run other programs."""
+END_SECONDS = 30
+"""Maximum time for all ranks of a server to end after the first one has ended, in seconds."""
 
 
 def check_argument(word: str, at: str) -> None:
@@ -53,13 +56,21 @@ def srun(launcher: "SlurmLauncher", job: Job, environ: Mapping[str, str]) -> lis
     if ":" in job.command:
         raise ConfigError("srun reads a lone ':' as the end of a command: no name or path may be only ':'")
     gpus = job.gpus if launcher.gpus_per_server is None else launcher.gpus_per_server
+    if gpus % job.nodes:
+        raise ConfigError(
+            f"{gpus} GPUs cannot be divided evenly over the {job.nodes} nodes of a server (nodes_per_server)",
+            at="$.launcher.gpus_per_server",
+        )
     if 0 < gpus < job.gpus:
         raise ConfigError(
             f"a server needs {job.gpus} GPUs (tensor_parallel_size times pipeline_parallel_size), but gpus_per_server"
             f" is {gpus}",
             at="$.launcher.gpus_per_server",
         )
-    words = ["srun", "--nodes=1", "--ntasks=1", f"--job-name={job_title(launcher, job)}"]
+    gpus //= job.nodes  # SLURM counts those of a node
+    words = ["srun", f"--nodes={job.nodes}", f"--ntasks={job.nodes}", f"--job-name={job_title(launcher, job)}"]
+    if job.nodes > 1:
+        words += ["--ntasks-per-node=1", f"--wait={END_SECONDS}"]
     cpus, mem = launcher.cpus_per_server, launcher.mem
     if "SLURM_JOB_ID" in environ:
         words += ["--exact"]  # a step takes only what it requests, so that other steps can run beside it
@@ -78,7 +89,7 @@ def srun(launcher: "SlurmLauncher", job: Job, environ: Mapping[str, str]) -> lis
     # ALL: the environment is passed on, and no command line shows it. none: the server does not use MPI, so no PMI.
     words += ["--export=ALL", "--kill-on-bad-exit=1", "--mpi=none", *launcher.srun_args]
     task = [] if "SLURM_JOB_ID" in environ else program("task.py")  # `task` may cancel our own job, never an allocation
-    command = [*job.command[:-1], "--again", "--lease"] if launcher.nursery and is_server(job) else job.command
+    command = [*job.command[:-1], "--again", "--lease"] if has_nursery(launcher, job) else job.command
     return [*words, "--", *task, *command]
 
 
@@ -92,12 +103,15 @@ def sbatch(
     `tasks`: numbers of the tasks of a job array; empty: no array.
     Raises ConfigError: more nodes than servers, or a folder that SLURM cannot write to.
     """
-    nodes = launcher.nodes or 1
-    if nodes > len(jobs):
+    own = jobs[0].nodes
+    nodes, ranks = launcher.nodes or own, len(jobs) * own
+    if not own <= nodes <= ranks:
         raise ConfigError(
             f"expected at most one node per server, got {nodes} nodes for {len(jobs)} servers (serve.servers)"
+            if own == 1
+            else f"expected {own} to {ranks} nodes for {len(jobs)} servers of {own} nodes each, got {nodes} nodes"
         )
-    on_a_node = -(-len(jobs) // nodes)
+    on_a_node = -(-ranks // nodes)
     words = ["sbatch", "--parsable", f"--job-name={launcher.job_name}"]
     options = [(option, getattr(launcher, option)) for option in JOB_OPTIONS]
     words += [f"--{option}={value}" for option, value in options if value is not None]
@@ -133,7 +147,8 @@ def _gpus(launcher: "SlurmLauncher", jobs: Sequence[Job], on_a_node: int) -> int
     ids = [gpu for job in jobs for gpu in job.gpu_ids or ()]
     if ids:
         return max(ids) + 1
-    return on_a_node * (jobs[0].gpus if launcher.gpus_per_server is None else launcher.gpus_per_server)
+    gpus = jobs[0].gpus if launcher.gpus_per_server is None else launcher.gpus_per_server
+    return on_a_node * gpus // jobs[0].nodes
 
 
 def _output(folder: Path) -> str:
@@ -154,6 +169,11 @@ def is_server(job: Job) -> bool:
     return job.command[-1] == "--lease"
 
 
+def has_nursery(launcher: "SlurmLauncher", job: Job) -> bool:
+    """Return whether a nursery runs in the job's step. With ranks, each generation has an srun of its own."""
+    return launcher.nursery and is_server(job) and job.nodes == 1
+
+
 def program(name: str) -> list[str]:
     """Return the command of a program in this folder that needs nothing but Python."""
     return [sys.executable, "-I", "-S", str(Path(__file__).with_name(name))]
@@ -163,5 +183,5 @@ def _share_of_cpus(job: Job, environ: Mapping[str, str]) -> int:
     """Return a server's share of the CPUs on the smallest node of the allocation."""
     # SLURM writes "8(x3),4" for three nodes with 8 CPUs and one with 4.
     counts = re.findall(r"(\d+)(?:\(x\d+\))?", environ.get("SLURM_JOB_CPUS_PER_NODE", "1"))
-    servers_on_a_node = -(-job.servers // int(environ.get("SLURM_JOB_NUM_NODES") or 1))
+    servers_on_a_node = -(-job.servers * job.nodes // int(environ.get("SLURM_JOB_NUM_NODES") or 1))
     return max(1, min(map(int, counts)) // servers_on_a_node)

@@ -25,7 +25,7 @@ from gserve_core.config import check
 from gserve_core.hookspecs import hookimpl
 from gserve_core.interfaces import Finding, Job, Launcher, Process
 
-from .command_line import check_argument, is_server, job_title, srun
+from .command_line import check_argument, has_nursery, job_title, srun
 from .examination import examine_allocation, examine_nodes, examine_partitions
 from .process import ServerInStep, SlurmProcess
 from .query import COMMANDS_OPTIONS, query_slurm
@@ -85,6 +85,7 @@ class SlurmLauncher(CommandLauncher):
 
     name: ClassVar[str] = "slurm"
     owner_variable: ClassVar[str | None] = "SLURM_LAUNCH_NODE_IPADDR"
+    rank_variable: ClassVar[str | None] = "SLURM_PROCID"
 
     partition: Names | None = None
     account: Name | None = None
@@ -134,7 +135,7 @@ class SlurmLauncher(CommandLauncher):
                     return job.previous.start_next(job)
             job.previous.release()
             job.previous.stop(0.0)
-        if not (self.nursery and is_server(job)):
+        if not has_nursery(self, job):
             return self._start_srun(job)
         own = uuid.uuid4().hex  # the nursery outlives a generation, so its processes have an id of their own
         env = {name: own if value == job.instance else value for name, value in job.env.items()}
@@ -147,8 +148,9 @@ class SlurmLauncher(CommandLauncher):
 
     def _start_srun(self, job: Job) -> "SlurmProcess":
         return SlurmProcess(
-            self.popen(job), job_title(self, job), os.environ.get("SLURM_JOB_ID"), self.queue_timeout, job.log
-        )
+            self.popen(job), job_title(self, job), os.environ.get("SLURM_JOB_ID"), self.queue_timeout, job.log,
+            has_ranks=job.nodes > 1,
+        )  # fmt: skip
 
     def examine(self) -> Iterator[Finding]:
         """Yield findings about SLURM: its commands, our allocation, the partitions with GPUs, and the chosen nodes."""

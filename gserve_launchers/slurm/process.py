@@ -60,6 +60,10 @@ STATE_MESSAGES = (  # messages of srun and slurmstepd about a step, and the stat
     (r"(?i:out.of.memory|oom.kill|exceeded \w+ memory limit)", "OUT_OF_MEMORY"),
     (r"CANCELLED AT", "CANCELLED"),
 )
+RANK_ENDED = re.compile(r"srun: error: (\S+): task (\d+): (.+)")
+"""srun's message that a rank's process has ended with an error: its node, its rank, and how."""
+FAILED = 1
+"""The exit code of a server that has reported why it failed."""
 logger = logging.getLogger("gserve.slurm")
 
 
@@ -70,10 +74,18 @@ class SlurmProcess(LocalProcess):
     `allocation`: the id of the job that the step belongs to; None: srun creates a job of its own.
     `limit`: maximum wait in the queue, in seconds; None: `STEP_SECONDS` for a step, else no limit.
     `log`: the file to which srun writes its stderr.
+    `has_ranks`: whether srun starts a process on each of several nodes.
     """
 
     def __init__(
-        self, popen: "subprocess.Popen[bytes]", title: str, allocation: str | None, limit: float | None, log: Path
+        self,
+        popen: "subprocess.Popen[bytes]",
+        title: str,
+        allocation: str | None,
+        limit: float | None,
+        log: Path,
+        *,
+        has_ranks: bool = False,
     ) -> None:
         super().__init__(popen)
         self._guard = _guard(popen)
@@ -81,6 +93,7 @@ class SlurmProcess(LocalProcess):
         self._allocation = allocation
         self._limit = STEP_SECONDS if allocation and limit is None else limit
         self._log = log
+        self._has_ranks = has_ranks
         self._waited = Silence(QUEUE_CHECK_SECONDS[0])
         self._awaited = "a free place in its job" if allocation else "SLURM's answer"
         self._runs = False
@@ -128,6 +141,8 @@ class SlurmProcess(LocalProcess):
             return None
         if self._popen.returncode < 0:
             return f"its srun was killed by {signal.Signals(-self._popen.returncode).name}"
+        if self._has_ranks and (end := self._read_rank_end()) is not None:
+            return end or None
         rows = self._query_job("--states=all")
         number, state, _ = rows[-1] if rows else (self._allocation or self._title, "", "")
         if state not in STATE_REASONS:
@@ -226,18 +241,48 @@ class SlurmProcess(LocalProcess):
         rows = query_slurm("sacct", "--noheader", "--parsable2", "--delimiter=|", which, "--format=JobName,State") or ()
         return next((state.split()[0] for name, state in rows if name == self._title and state), None)
 
+    def _read_rank_end(self) -> str | None:
+        """Return how a rank has ended, if that was the first event; None if SLURM has ended all.
+
+        "": the rank has reported the reason itself. After the first one, SLURM ends the others.
+        """
+        for line in self._read_messages():
+            if any(re.search(words, line) for words, _ in STATE_MESSAGES):
+                return None
+            if ended := RANK_ENDED.match(line):
+                node, rank, text = ended.groups()
+                how = _describe_end(text)
+                return f"rank {rank} on {node} {how}" if how else ""
+        return None
+
     def _read_last_state(self) -> str | None:
         """Return the state that the last messages of srun in the log mean; None if they mean none."""
+        messages = self._read_messages()
+        return next(
+            (state for words, state in STATE_MESSAGES if any(re.search(words, line) for line in messages)), None
+        )
+
+    def _read_messages(self) -> list[str]:
+        """Return the last messages of srun and slurmstepd in the log."""
         try:
             with self._log.open("rb") as stream:
                 stream.seek(max(0, self._log.stat().st_size - TAIL))
                 text = stream.read().decode(errors="replace")
         except OSError:
-            return None
-        messages = [line for line in text.splitlines() if re.match(r"(srun|slurmstepd\S*): ", line)]
-        return next(
-            (state for words, state in STATE_MESSAGES if any(re.search(words, line) for line in messages)), None
-        )
+            return []
+        return [line for line in text.splitlines() if re.match(r"(srun|slurmstepd\S*): ", line)]
+
+
+def _describe_end(text: str) -> str | None:
+    """Return in words how a task ended, from srun's message; None if the server itself has chosen to end."""
+    exited = re.match(r"Exited with exit code (\d+)", text)
+    code = int(exited[1]) if exited else 0
+    if code == FAILED:
+        return None
+    names = {it.name for it in signal.Signals if it == code - 128 or text.startswith(str(signal.strsignal(it)))}
+    if not names:
+        return f"exited with code {code}" if exited else f"ended: {text}"
+    return f"was killed by {' or '.join(names)}{', most likely since memory ran out there' * ('SIGKILL' in names)}"
 
 
 class ServerInStep:

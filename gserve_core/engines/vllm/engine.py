@@ -13,10 +13,11 @@ import multiprocessing
 import os
 import re
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from msgspec import structs
@@ -25,11 +26,23 @@ from ...config import LORA, LLMConfig, check
 from ...errors import ConfigError, GserveError, ItemError
 from ...hookspecs import hookimpl
 from ...host.adapter_folders import find as find_folder
-from ...interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, LogForm, Report, RunningEngine
+from ...interfaces import (
+    ASGIApp,
+    Engine,
+    EngineInfo,
+    Finding,
+    KnownError,
+    LogForm,
+    Rank,
+    Report,
+    RunningEngine,
+    RunningRank,
+)
 from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
 from ...sampling import TRUNCATE, check_params, public_names, read_params, split_prompt_params
 from ...template_kwargs import check_template_kwargs
 from . import compile_turn, demo_model, differences, examination, installed, openai_app, series
+from . import nodes as nodes_of_vllm
 from .adapter_files import adapter_rank, check_adapter, max_lora_rank
 from .adapters import Adapters
 from .chats import Options, messages_of, options_of
@@ -174,28 +187,137 @@ class VLLMEngine(Engine):
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Load the model, in a thread that runs until the engine stops."""
-        loop = asyncio.get_running_loop()
-        loaded: asyncio.Future[RunningVLLM] = loop.create_future()
-        ended = threading.Event()
+        return await self._start_engine(llm, report, None)
 
-        def settle(result: "RunningVLLM | None", error: BaseException | None) -> None:
-            if not loaded.done():
-                loaded.set_exception(error) if error is not None else loaded.set_result(result)  # type: ignore[arg-type]
+    def check_nodes(self, llm: LLMConfig, nodes: int) -> None:
+        """Check the arguments that concern the nodes. Raises ConfigError."""
+        nodes_of_vllm.check(llm, nodes)
 
-        def load() -> None:
-            try:
-                engine, error = RunningVLLM(llm, self, report, ended), None
-            except BaseException as raised:
-                engine, error = None, raised
-            with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits for the result
-                loop.call_soon_threadsafe(settle, engine, error)
-            ended.wait()  # child processes that this thread has started may end with it
+    async def start_rank(self, llm: LLMConfig, report: Report, rank: Rank) -> RunningRank:
+        """Load the part of the model on this node, in a thread that runs until the engine stops."""
+        if rank.number == 0:
+            return await self._start_engine(llm, report, rank)
 
-        threading.Thread(target=load, name="engine", daemon=True).start()
-        engine = await loaded
+        def load(ended: threading.Event) -> nodes_of_vllm.Workers:
+            vllm, arguments, _ = prepare(llm, self, report, rank)
+            report("starting the workers")
+            return nodes_of_vllm.Workers(vllm, engine_arguments(vllm, arguments, llm, self), ended)
+
+        return await _load(load)
+
+    async def _start_engine(self, llm: LLMConfig, report: Report, rank: Rank | None) -> "RunningVLLM":
+        engine = await _load(lambda ended: RunningVLLM(llm, self, report, ended, rank))
         await engine.load_adapters(llm)
         await engine.find_tasks()
         return engine
+
+
+async def _load[T](load: Callable[[threading.Event], T]) -> T:
+    """Return the result of `load`, in a thread that runs until `load`'s event is set. Raises what it raises."""
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[T] = loop.create_future()
+    ended = threading.Event()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if not loaded.done():
+            loaded.set_exception(error) if error is not None else loaded.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            engine, error = load(ended), None
+        except BaseException as raised:
+            engine, error = None, raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits for the result
+            loop.call_soon_threadsafe(settle, engine, error)
+        ended.wait()  # child processes that this thread has started may end with it
+
+    threading.Thread(target=run, name="engine", daemon=True).start()
+    return await loaded
+
+
+def prepare(
+    llm: LLMConfig, options: VLLMEngine, report: Report, rank: Rank | None
+) -> tuple[differences.Names, dict[str, Any], Path | None]:
+    """Set the environment of vLLM, and import it. Return its names, its arguments, and the folder of `lora_path`.
+
+    Raises GserveError: this vLLM or a GPU cannot be used. Raises ConfigError: the model or the adapter is missing.
+    """
+    arguments = llm.engine_kwargs
+    arguments["model"] = demo_model.resolve(arguments["model"], report)
+    arguments["tokenizer"] = demo_model.resolve(arguments.get("tokenizer", arguments["model"]), report)
+    lora_path = adapter_folder(llm.lora_path)
+    if scratch := os.environ.get("TMPDIR"):  # by default vLLM asks Python, which may have cached another folder
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", scratch)
+    if rank is not None:
+        arguments |= nodes_of_vllm.arguments(rank)
+        os.environ["VLLM_HOST_IP"] = rank.address  # an inherited value is that of one machine
+    if arguments.get("distributed_executor_backend") != "ray":
+        for name, value in (LOOPBACK if rank is None else nodes_of_vllm.environment(rank)).items():
+            os.environ.setdefault(name, value)
+    if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and "gserve" not in plugins.split(","):
+        os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # so that vLLM calls `enter`
+    report("importing vLLM")
+    vllm = differences.load()
+    for warning in installed.warnings(vllm.release, options.allow_insecure_vllm):
+        logger.warning("%s", warning)
+    if vllm.platform.is_cuda():
+        wanted = llm.gpus_per_server // (1 if rank is None else rank.nodes)
+        check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), wanted, vllm.platform)
+    if llm.all_adapters or arguments.get("enable_lora", False):
+        arguments |= _lora_arguments(llm, lora_path, arguments, is_cpu=vllm.platform.is_cpu())
+    return vllm, arguments, lora_path
+
+
+def _lora_arguments(
+    llm: LLMConfig, lora_path: Path | None, given: Mapping[str, Any], *, is_cpu: bool
+) -> dict[str, Any]:
+    """Return vLLM's arguments about adapters, so that it has room for all of them. `given`: those of the user.
+
+    An adapter of which none is read is dropped from the cache, and read again when it is used: if its folder is
+    gone, that kills the engine. One more has room while it replaces another.
+
+    On a CPU, one more place stays empty: there, vLLM 0.32 gives items without an adapter that of the last place.
+    """
+    ranks = [] if lora_path is None else [adapter_rank(lora_path)]
+    for path in llm.adapters.values():
+        with contextlib.suppress(ConfigError):  # its items fail with the reason
+            ranks.append(adapter_rank(find_folder(path)))
+    most = llm.max_adapters + 1
+    at_once = given.get("max_loras") or (llm.max_adapters if llm.adapters else 1)
+    places = max(at_once, most) + 1 if is_cpu else at_once
+    return {
+        "enable_lora": True, "max_lora_rank": given.get("max_lora_rank") or max_lora_rank(max(ranks, default=16)),
+        "max_loras": places, "max_cpu_loras": max(given.get("max_cpu_loras") or 0, most, places),
+    }  # fmt: skip
+
+
+def engine_arguments(vllm: differences.Names, arguments: dict[str, Any], llm: LLMConfig, options: VLLMEngine) -> Any:
+    """Return vLLM's `AsyncEngineArgs` for arguments as `vllm.LLM` takes them. Changes `arguments`.
+
+    Raises ConfigError: vLLM refuses them. Raises GserveError: this vLLM has not all that gserve needs.
+    """
+    arguments.pop("chat_template", None)  # only a server has one
+    level = arguments.get("compilation_config")
+    if isinstance(level, int):  # `vllm.LLM` accepts a number here, `AsyncEngineArgs` does not
+        arguments["compilation_config"] = vllm.CompilationConfig(mode=vllm.CompilationMode(level))
+    arguments.setdefault("disable_log_stats", not options.metrics)
+    given = arguments.get("structured_outputs_config", {})
+    if isinstance(given, dict) and "backend" not in given and differences.has_one_backend():
+        with differences.optional("one library for all structured outputs"):
+            differences.find(CONFIGS["structured_outputs_config"])(backend=BACKEND)  # raises if there is none
+            arguments["structured_outputs_config"] = {"backend": BACKEND} | given
+    for name, place in CONFIGS.items():  # `vllm.LLM` accepts mappings here, `AsyncEngineArgs` does not
+        if isinstance(arguments.get(name), dict):
+            arguments[name] = differences.find(place)(**arguments[name])
+    if vllm.platform.is_cpu() and not _MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+        arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE  # vLLM's default, 92% of RAM, exceeds the free memory
+    try:
+        return vllm.AsyncEngineArgs(**arguments)
+    except TypeError as error:
+        unknown = UNKNOWN_ARGUMENT.search(str(error))
+        if unknown and unknown[1] not in llm.llm_kwargs:
+            raise differences.unfit(f"has no engine argument '{unknown[1]}'") from error
+        raise ConfigError(f"vLLM {vllm.release} refuses its keyword arguments: {error}", at="$.llm") from error
 
 
 class Item(NamedTuple):
@@ -210,31 +332,15 @@ class Item(NamedTuple):
 class RunningVLLM(RunningEngine):
     """A loaded `vllm.v1.engine.async_llm.AsyncLLM`."""
 
-    def __init__(self, llm: LLMConfig, options: VLLMEngine, report: Report, ended: threading.Event) -> None:
-        arguments = llm.engine_kwargs
-        arguments["model"] = demo_model.resolve(arguments["model"], report)
-        arguments["tokenizer"] = demo_model.resolve(arguments.get("tokenizer", arguments["model"]), report)
-        self._lora_path = adapter_folder(llm.lora_path)
+    def __init__(
+        self, llm: LLMConfig, options: VLLMEngine, report: Report, ended: threading.Event, rank: Rank | None
+    ) -> None:
+        vllm, arguments, self._lora_path = prepare(llm, options, report, rank)
+        self._vllm = vllm
         self._template = chat_template(arguments.pop("chat_template", None))
         self._template_kwargs = dict(options.chat_template_kwargs)
         self._ended = ended
-
-        if scratch := os.environ.get("TMPDIR"):  # by default vLLM asks Python, which may have cached another folder
-            os.environ.setdefault("VLLM_RPC_BASE_PATH", scratch)
-        if arguments.get("distributed_executor_backend") != "ray":
-            for name, value in LOOPBACK.items():
-                os.environ.setdefault(name, value)
-        if (plugins := os.environ.get("VLLM_PLUGINS")) is not None and "gserve" not in plugins.split(","):
-            os.environ["VLLM_PLUGINS"] = f"{plugins},gserve"  # so that vLLM calls `enter`
-        report("importing vLLM")
-        vllm = self._vllm = differences.load()
-        for warning in installed.warnings(vllm.release, options.allow_insecure_vllm):
-            logger.warning("%s", warning)
-        if vllm.platform.is_cuda():
-            check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), llm.gpus_per_server, vllm.platform)
-        has_adapters = bool(llm.all_adapters) or arguments.get("enable_lora", False)
-        if has_adapters:
-            arguments |= self._lora_arguments(llm, arguments, is_cpu=vllm.platform.is_cpu())
+        has_adapters = arguments.get("enable_lora", False)
 
         names = arguments.get("served_model_name") or llm.model_name
         names = [names] if isinstance(names, str) else names
@@ -254,32 +360,12 @@ class RunningVLLM(RunningEngine):
 
         report("starting the engine")
         compiled = compile_turn.key(arguments, vllm.release, vllm.platform.device_type)
-        level = arguments.get("compilation_config")
-        if isinstance(level, int):  # `vllm.LLM` accepts a number here, `AsyncEngineArgs` does not
-            arguments["compilation_config"] = vllm.CompilationConfig(mode=vllm.CompilationMode(level))
-        arguments.setdefault("disable_log_stats", not options.metrics)
-        given = arguments.get("structured_outputs_config", {})
-        if isinstance(given, dict) and "backend" not in given and differences.has_one_backend():
-            with differences.optional("one library for all structured outputs"):
-                differences.find(CONFIGS["structured_outputs_config"])(backend=BACKEND)  # raises if there is none
-                arguments["structured_outputs_config"] = {"backend": BACKEND} | given
-        for name, place in CONFIGS.items():  # `vllm.LLM` accepts mappings here, `AsyncEngineArgs` does not
-            if isinstance(arguments.get(name), dict):
-                arguments[name] = differences.find(place)(**arguments[name])
-        if vllm.platform.is_cpu() and not _MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-            arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE  # vLLM's default, 92% of RAM, exceeds the free memory
-        try:
-            engine_arguments = vllm.AsyncEngineArgs(**arguments)
-        except TypeError as error:
-            unknown = UNKNOWN_ARGUMENT.search(str(error))
-            if unknown and unknown[1] not in llm.llm_kwargs:
-                raise differences.unfit(f"has no engine argument '{unknown[1]}'") from error
-            raise ConfigError(f"vLLM {vllm.release} refuses its keyword arguments: {error}", at="$.llm") from error
+        made = engine_arguments(vllm, arguments, llm, options)
         chosen = os.environ.get(START_METHOD)
         alone = compile_turn.turn(demo_model.cache_folder() / "compile", compiled, report)
-        with contextlib.nullcontext() if engine_arguments.enforce_eager else alone:
+        with contextlib.nullcontext() if made.enforce_eager else alone:
             # Use the usage context of `vllm.LLM`: others get a fraction of its sequences (max_num_seqs).
-            config = differences.call(engine_arguments.create_engine_config, usage_context=vllm.LLM_CLASS)
+            config = differences.call(made.create_engine_config, usage_context=vllm.LLM_CLASS)
             if chosen is None and vllm.platform.is_cpu() and config.parallel_config.world_size == 1:
                 with differences.optional("the faster start on a CPU"):
                     fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))
@@ -288,8 +374,8 @@ class RunningVLLM(RunningEngine):
             self._engine = differences.call(
                 vllm.AsyncLLMEngine.from_vllm_config,
                 vllm_config=config, usage_context=vllm.LLM_CLASS,
-                disable_log_stats=engine_arguments.disable_log_stats,
-                enable_log_requests=engine_arguments.enable_log_requests,
+                disable_log_stats=made.disable_log_stats,
+                enable_log_requests=made.enable_log_requests,
             )  # fmt: skip
         with differences.expected("reading the engine's config"):
             self._config = self._engine.model_config
@@ -322,26 +408,6 @@ class RunningVLLM(RunningEngine):
             capacity=scheduler.max_num_seqs,
             version=f"vllm {vllm.release}",
         )
-
-    def _lora_arguments(self, llm: LLMConfig, given: Mapping[str, Any], *, is_cpu: bool) -> dict[str, Any]:
-        """Return vLLM's arguments about adapters, so that it has room for all of them. `given`: those of the user.
-
-        An adapter of which none is read is dropped from the cache, and read again when it is used: if its folder is
-        gone, that kills the engine. One more has room while it replaces another.
-
-        On a CPU, one more place stays empty: there, vLLM 0.32 gives items without an adapter that of the last place.
-        """
-        ranks = [] if self._lora_path is None else [adapter_rank(self._lora_path)]
-        for path in llm.adapters.values():
-            with contextlib.suppress(ConfigError):  # its items fail with the reason
-                ranks.append(adapter_rank(find_folder(path)))
-        most = llm.max_adapters + 1
-        at_once = given.get("max_loras") or (llm.max_adapters if llm.adapters else 1)
-        places = max(at_once, most) + 1 if is_cpu else at_once
-        return {
-            "enable_lora": True, "max_lora_rank": given.get("max_lora_rank") or max_lora_rank(max(ranks, default=16)),
-            "max_loras": places, "max_cpu_loras": max(given.get("max_cpu_loras") or 0, most, places),
-        }  # fmt: skip
 
     async def load_adapters(self, llm: LLMConfig) -> None:
         """Load the adapters of the config. One of `adapters` that is broken fails its items later, and not the start.

@@ -1,0 +1,83 @@
+"""vLLM on several nodes, by its own executor: the workers of all nodes meet at an address of rank 0's node."""
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from ...config import LLMConfig
+from ...errors import ConfigError
+from ...interfaces import Rank, RunningRank
+from . import differences
+
+OURS = ("nnodes", "node_rank", "master_addr", "master_port")
+"""Arguments of vLLM that gserve sets for a server on several nodes."""
+BACKEND = "mp"
+"""vLLM's name of the executor that runs over several nodes without further programs."""
+STOP_SECONDS = 5.0
+"""Maximum time for the workers to end, in seconds. Then they are killed."""
+logger = logging.getLogger("gserve.engine")
+
+
+def check(llm: LLMConfig, nodes: int) -> None:
+    """Check the arguments of a server on several nodes. Raises ConfigError."""
+    at = "$.llm.llm_kwargs"
+    for name in OURS:
+        if name in llm.llm_kwargs:
+            raise ConfigError(f"gserve sets '{name}' itself, since nodes_per_server is {nodes}: remove it", at=at)
+    if (backend := llm.llm_kwargs.get("distributed_executor_backend", BACKEND)) != BACKEND:
+        raise ConfigError(f"with nodes_per_server, expected '{BACKEND}' or none, got {backend!r}", at=at)
+    if llm.llm_kwargs.get("data_parallel_size", 1) != 1:
+        raise ConfigError("data_parallel_size is for servers on one node: set serve.servers instead", at=at)
+
+
+def arguments(rank: Rank) -> dict[str, Any]:
+    """Return vLLM's arguments for a rank."""
+    return dict(zip(OURS, (rank.nodes, rank.number, rank.host, rank.port), strict=True)) | {
+        "distributed_executor_backend": BACKEND
+    }
+
+
+def environment(rank: Rank) -> Mapping[str, str]:
+    """Return the variables that keep the traffic between the nodes in their common network."""
+    return {
+        "VLLM_HOST_IP": rank.address,
+        "GLOO_SOCKET_IFNAME": rank.interface,
+        "NCCL_SOCKET_IFNAME": f"={rank.interface}",  # without the sign, also names that begin with this one
+    }
+
+
+class Workers(RunningRank):
+    """The workers of a rank above 0. The engine of rank 0 sends them their work."""
+
+    def __init__(self, vllm: differences.Names, engine_arguments: Any, ended: threading.Event) -> None:
+        """Load the workers, which takes until those of all ranks have met. Raises any exception: they cannot load."""
+        config = differences.call(engine_arguments.create_engine_config, usage_context=vllm.LLM_CLASS, headless=True)
+        executor = differences.find("vllm.v1.executor.multiproc_executor:MultiprocExecutor")
+        self._ended = ended
+        self._has_died = threading.Event()
+        self._executor = differences.call(executor, config)
+        with differences.expected("watching the workers"):
+            self._executor.register_failure_callback(self._has_died.set)
+
+    async def died(self) -> str:
+        """Return that a worker has ended. The log has the reason."""
+        while not self._has_died.is_set():
+            await asyncio.sleep(0.25)
+        return "a worker has ended; see the root cause above, in the log"
+
+    async def stop(self) -> None:
+        """End the workers; kill them after `STOP_SECONDS`."""
+        ending = threading.Thread(target=self._shut_down, name="workers-end", daemon=True)
+        ending.start()
+        await asyncio.to_thread(ending.join, STOP_SECONDS)
+        for child in multiprocessing.active_children():
+            child.kill()
+        self._ended.set()
+
+    def _shut_down(self) -> None:
+        with contextlib.suppress(Exception):
+            self._executor.shutdown()
