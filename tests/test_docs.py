@@ -177,6 +177,7 @@ def test_every_hook_and_every_member_of_a_contract_is_in_it() -> None:
             assert f"`{name}`" in text
     for cls in (
         interfaces.Launcher, interfaces.Transport, interfaces.Connection, interfaces.Engine, interfaces.RunningEngine,
+        interfaces.RunningRank,
         interfaces.GatewayApi, interfaces.Measurement, interfaces.Attempts,
     ):  # fmt: skip
         for name in vars(cls):

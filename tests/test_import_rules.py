@@ -186,7 +186,7 @@ HOMES = {  # third parties: the only files that may import them
     "pluggy": {"gserve_core/hookspecs.py", "gserve_core/plugins.py"},
     "psutil": {
         f"gserve_core/{name}.py"
-        for name in ("reap", "host/gpu_locks", "host/processes", "process/main", "testing/leftovers")
+        for name in ("reap", "host/addresses", "host/gpu_locks", "host/processes", "process/main", "testing/leftovers")
     },
     "yaml": {"gserve_core/document.py"},
     "uvloop": {

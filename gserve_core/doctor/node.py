@@ -1,7 +1,7 @@
-"""A check of a node: a short job there in place of a server, and whether it can be reached from here.
+"""A check of the nodes of a server: a short job there in place of it, and whether they can be reached from here.
 
-The launcher starts the program `answer` as it would start a server. It reads its errand from stdin, and writes to
-stdout where it listens. After the owner's next line it writes its findings.
+The launcher starts the program `answer` as it would start a server: once on each of its nodes. It reads its errand from
+stdin, and writes to stdout where it listens. After the owner's next line it writes its findings.
 """
 
 import os
@@ -84,7 +84,7 @@ def visit(parts: Parts, job: Job, errand: Errand, waiting: Callable[[str], objec
         try:
             process = parts.launcher.launch(replace(job, name="doctor", command=command, instance=instance, log=log))
             stack.callback(_end, process)
-            yield from _talk(process, errand, log, waiting)
+            yield from _talk(process, errand, log, waiting, job.nodes)
         except LaunchError as error:
             yield Finding("node", "problem", str(error))
 
@@ -95,19 +95,30 @@ def _end(process: Process) -> None:
     process.stop(STOP_SECONDS)
 
 
-def _talk(process: Process, errand: Errand, log: Path, waiting: Callable[[str], object]) -> Iterator[Finding]:
-    """Send `answer` its errand, and yield its findings. Raises LaunchError: it ended too early."""
+def _talk(
+    process: Process, errand: Errand, log: Path, waiting: Callable[[str], object], nodes: int
+) -> Iterator[Finding]:
+    """Send `answer` its errand, and yield its findings on all nodes. Raises LaunchError: it ended too early."""
     _say(process, msgspec.json.encode(errand))
-    node = None
+    node, arrived, over = None, 0, 0
     for line in _lines(process, waiting):
-        if node is None and (arrival := _decoded(line, Arrival)) is not None:
-            node = arrival.node
+        if arrived < nodes and (arrival := _decoded(line, Arrival)) is not None:
+            node, arrived = arrival.node, arrived + 1
             yield _reach(arrival, errand.token) if errand.is_reached else Finding("node", "ok", f"{node} runs programs")
-            _say(process, b"")
+            if arrived == nodes:
+                _say(process, b"")  # to all of them
         elif line == OVER:
-            return
+            over += 1
+            if over == nodes:
+                break
         elif (finding := _decoded(line, Finding)) is not None:
-            yield Finding(f"{finding.subject} on {node}", finding.state, finding.text, finding.hint)
+            yield finding
+    if over == nodes:
+        if nodes > 1:
+            yield Finding(
+                "nodes", "note", "the way from one to another was not tried: a server tries it when it starts"
+            )
+        return
     code = process.stop(STOP_SECONDS)
     said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     why = process.why() or "; ".join(said[-LAST_WORDS:]) or "it said nothing"
@@ -195,7 +206,8 @@ def answer() -> None:
         if errand.look:
             parts = assemble(errand.config, Path(errand.folder))
             for finding in examine_machine(errand.config, parts.engine, runs_here=True):
-                up.write(msgspec.json.encode(finding) + b"\n")
+                subject = f"{finding.subject} on {socket.gethostname()}"
+                up.write(msgspec.json.encode(Finding(subject, finding.state, finding.text, finding.hint)) + b"\n")
         up.write(OVER + b"\n")
 
 

@@ -7,6 +7,9 @@ without a server, and `task` ends a job without an srun.
 
 srun runs the server's nursery (`gserve_core.process.nursery.run_in_place`), which forks the server, and forks it again
 when it dies. So one step runs several generations of a server, and waits only once in SLURM's queue.
+
+A server on several nodes is one task on each. srun passes its stdin on to all of them, and its stdout has the lines of
+all. Each generation has an srun of its own, since SLURM ends all tasks when one fails.
 """
 
 import contextlib
@@ -71,12 +74,12 @@ DEVICES = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES"
 class SlurmLauncher(CommandLauncher):
     """A launcher that starts each server by `srun`: inside an allocation as a step, elsewhere as a job of its own.
 
-    `gpus_per_server`: number of GPUs to request; None: as many as the engine needs; 0: none.
-    `cpus_per_server`: number of CPUs; None: the server's share of the allocation, or SLURM's default for a new job.
-    `mem`: memory, as "64G"; None: any memory of the allocation, or SLURM's default for a new job.
+    `gpus_per_server`: number of GPUs to request, on all nodes of a server; None: as many as the engine needs; 0: none.
+    `cpus_per_server`: CPUs on each of its nodes; None: its share of the allocation, or SLURM's default for a new job.
+    `mem`: memory on each of its nodes, as "64G"; None: any memory of the allocation, or SLURM's default for a new job.
     `queue_timeout`: maximum wait in the queue, in seconds; None: no limit, but 120 s for a step.
     `nursery`: restart a server in the same step or job, forked from a process there that has imported vLLM. If false,
-    each generation has an srun of its own, and imports vLLM again.
+    or on several nodes, each generation has an srun of its own, and imports vLLM again.
     `srun_args`: more options of srun, each as one word ("--switches=1").
     `nodes`: number of nodes of a job of `gserve sbatch`.
     `requeue`: whether SLURM runs a job of `gserve sbatch` again after preemption or its time limit.

@@ -159,6 +159,7 @@ def test_serve_config_has_the_fields_order_and_defaults_of_the_seed_and_then_ser
         ("min_ready", None),
         ("share_gpu", False),
         ("env", {}),
+        ("nodes_per_server", 1),
     ]
 
 
@@ -410,6 +411,21 @@ def llm_of(folder: Path) -> LLMConfig:
     return llm
 
 
+def test_the_gpus_of_a_server_are_divided_evenly_over_its_nodes() -> None:
+    with pytest.raises(
+        ConfigError, match=r"the 3 GPUs of a server \(.*\) cannot be divided evenly over 2 nodes"
+    ) as told:
+        check_placement(LLMConfig("m", llm_kwargs={"tensor_parallel_size": 3}), ServeConfig(nodes_per_server=2))
+    assert told.value.at == "$.serve.nodes_per_server"
+
+
+@pytest.mark.parametrize("options", [{"gpu_ids": [0, 1]}, {"share_gpu": True}], ids=str)
+def test_options_for_one_node_do_not_go_with_several(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"is for servers on one node: remove it, or nodes_per_server") as raised:
+        ServeConfig(**options, nodes_per_server=2)
+    assert raised.value.at == f"$.{next(iter(options))}"
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -539,7 +555,7 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "a key with a line end": (
         LLM + 'serve: {"a\\nb": 1}\n',
         ":3: unknown key 'a\\nb'; expected one of client_timeout, env, gpu_ids, host, max_restarts, min_ready,"
-        " port, servers, share_gpu, stall_timeout, startup_timeout, verbose - at $.serve.a\nb",
+        " nodes_per_server, port, servers, share_gpu, stall_timeout, startup_timeout, verbose - at $.serve.a\nb",
     ),
     "gpu_ids and servers": (
         LLM + "serve:\n  gpu_ids: [0]\n  servers: 2\n",

@@ -309,3 +309,18 @@ def test_who_holds_a_port_is_named_by_process_and_program() -> None:
 )
 def test_steps_of_a_start_are_read_from_its_log(text: str, step: str | None) -> None:
     assert diagnosis.step(text, LOG_FORM) == step
+
+
+def test_the_rank_that_failed_stands_before_every_explanation(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(TWO_WORKERS)
+
+    def of(cause: str) -> ServerExited:
+        return diagnosis.exited(
+            "server-0", phase="loading", cause=cause, returncode=1, log=tmp_path / "log", engine=VLLMEngine
+        )
+
+    assert of("rank 1 on n2: No space left on device").cause == "rank 1 on n2: a disk is full"
+    assert of("rank 1 on n2: something new").cause == "rank 1 on n2: something new"
+    found = of("rank 1 on n2: a worker has ended; see the root cause above, in the log").cause
+    assert found.startswith("rank 1 on n2: ")
+    assert "out of memory" in found.lower() or "memory" in found

@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import logging
 import multiprocessing
+import signal
 import threading
 from collections.abc import Mapping
+from multiprocessing.connection import wait
 from typing import Any
 
 from ...config import LLMConfig
@@ -17,6 +19,8 @@ OURS = ("nnodes", "node_rank", "master_addr", "master_port")
 """Arguments of vLLM that gserve sets for a server on several nodes."""
 BACKEND = "mp"
 """vLLM's name of the executor that runs over several nodes without further programs."""
+REAP_SECONDS = 1.0
+"""Maximum time until the exit code of a worker that has ended is known, in seconds."""
 STOP_SECONDS = 5.0
 """Maximum time for the workers to end, in seconds. Then they are killed."""
 logger = logging.getLogger("gserve.engine")
@@ -58,16 +62,28 @@ class Workers(RunningRank):
         config = differences.call(engine_arguments.create_engine_config, usage_context=vllm.LLM_CLASS, headless=True)
         executor = differences.find("vllm.v1.executor.multiproc_executor:MultiprocExecutor")
         self._ended = ended
-        self._has_died = threading.Event()
-        self._executor = differences.call(executor, config)
+        self._why: str | None = None
+        self._executor = differences.call(executor, config, monitor_workers=False)
         with differences.expected("watching the workers"):
-            self._executor.register_failure_callback(self._has_died.set)
+            workers = {worker.proc.sentinel: worker.proc for worker in self._executor.workers}
+        threading.Thread(target=self._watch, args=(workers,), name="workers", daemon=True).start()
+
+    def _watch(self, workers: Mapping[int, Any]) -> None:
+        """Wait until a worker ends. Runs in a thread of its own."""
+        first, *_ = wait([*workers])
+        worker = workers[first]  # type: ignore[index]
+        worker.join(REAP_SECONDS)
+        if (worker.exitcode or 0) < 0:
+            name = signal.Signals(-worker.exitcode).name
+            self._why = f"a worker was killed by {name}{', most likely since memory ran out' * (name == 'SIGKILL')}"
+        else:
+            self._why = "a worker has ended; see the root cause above, in the log"
 
     async def died(self) -> str:
-        """Return that a worker has ended. The log has the reason."""
-        while not self._has_died.is_set():
+        """Return how a worker has ended."""
+        while self._why is None:
             await asyncio.sleep(0.25)
-        return "a worker has ended; see the root cause above, in the log"
+        return self._why
 
     async def stop(self) -> None:
         """End the workers; kill them after `STOP_SECONDS`."""

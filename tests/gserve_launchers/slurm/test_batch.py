@@ -3,6 +3,7 @@
 import os
 import stat
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,21 @@ def test_ids_of_gpus_count_those_of_the_job() -> None:
 def test_nodes_without_a_server_are_refused() -> None:
     with pytest.raises(ConfigError, match="expected at most one node per server, got 3 nodes for 2 servers"):
         options(2, nodes=3)
+
+
+def test_a_job_has_room_for_servers_of_several_nodes() -> None:
+    def of(servers: int, nodes: int | None) -> tuple[str, str, str]:
+        own = [replace(job, nodes=2) for job in jobs(servers, 8)]
+        command = sbatch(SlurmLauncher(nodes=nodes), own, "/script", notice=60)
+        found = dict(word.removeprefix("--").partition("=")[::2] for word in command)
+        return found["nodes"], found["ntasks-per-node"], found["gres"]
+
+    assert of(1, None) == ("2", "1", "gpu:4")
+    assert of(2, None) == ("2", "2", "gpu:8")
+    assert of(2, 4) == ("4", "1", "gpu:4")
+    for nodes in (1, 5):
+        with pytest.raises(ConfigError, match=f"expected 2 to 4 nodes for 2 servers of 2 nodes each, got {nodes}"):
+            of(2, nodes)
 
 
 def test_options_of_the_command_line_go_before_those_of_the_config() -> None:

@@ -65,6 +65,44 @@ def test_a_step_takes_its_share_and_leaves_the_rest_to_others() -> None:
     ]  # fmt: skip
 
 
+def test_a_server_on_two_nodes_is_one_task_on_each_with_half_of_the_gpus() -> None:
+    assert words(SlurmLauncher(), gpus=8, nodes=2) == [
+        "--nodes=2", "--ntasks=2", "--job-name=gserve-server-0", "--ntasks-per-node=1", "--wait=30", "--gres=gpu:4",
+        "--export=ALL", "--kill-on-bad-exit=1", "--mpi=none",
+    ]  # fmt: skip
+    step = words(SlurmLauncher(), ALLOCATION, gpus=2, nodes=2, servers=4)
+    assert "--gres=gpu:1" in step
+    assert "--cpus-per-task=2" in step, "four servers share the eight CPUs of each node"
+    with pytest.raises(ConfigError, match="3 GPUs cannot be divided evenly over the 2 nodes of a server"):
+        words(SlurmLauncher(gpus_per_server=3), gpus=2, nodes=2)
+
+
+def test_a_server_on_two_nodes_has_no_nursery_and_needs_a_launcher_and_an_engine_that_can() -> None:
+    llm, serve = LLMConfig("m", llm_kwargs={"tensor_parallel_size": 2}), ServeConfig(nodes_per_server=2)
+    ((of, line),) = VLLMService(llm, serve, launcher=SlurmLauncher(), engine=EchoEngine()).jobs()
+    assert of.nodes == 2
+    assert "--again" not in line
+    with pytest.raises(ConfigError, match="the launcher 'subprocess' starts a server on one node only") as raised:
+        VLLMService(llm, serve, engine=EchoEngine()).start()
+    assert raised.value.at == "$.serve.nodes_per_server"
+
+
+@pytest.mark.parametrize(
+    ("llm_kwargs", "expected"),
+    [
+        ({"nnodes": 2}, "gserve sets 'nnodes' itself, since nodes_per_server is 2: remove it"),
+        ({"distributed_executor_backend": "ray"}, "with nodes_per_server, expected 'mp' or none, got 'ray'"),
+        ({"data_parallel_size": 2}, "data_parallel_size is for servers on one node: set serve.servers instead"),
+    ],
+    ids=str,
+)
+def test_vllms_own_arguments_about_nodes_are_refused(llm_kwargs: dict[str, Any], expected: str) -> None:
+    llm = LLMConfig("m", llm_kwargs={"tensor_parallel_size": 2} | llm_kwargs)
+    service = VLLMService(llm, ServeConfig(nodes_per_server=2), launcher=SlurmLauncher(), engine=VLLMEngine())
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        service.start()
+
+
 JOB_FLAGS: dict[str, tuple[Any, str]] = {
     "partition": ("gpu,gpu-long", "--partition=gpu,gpu-long"),
     "account": ("my-project", "--account=my-project"),
