@@ -75,7 +75,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "errors", "config", "interfaces", "lease", "plugins", "host.addresses", "host.environment", "host.folders",
         "host.gpus", "host.logs", "host.processes", "host.redaction", "host.scratch",
         "host.server_log", "host.sweep", "process.nursery",
-        "process.server",
+        "process.ranks", "process.server",
     },
     "process.far": {
         "errors", "interfaces", "lease", "host.gpus", "host.poll", "host.process_groups", "host.processes",
@@ -85,8 +85,12 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "lease", "host.memory", "host.poll", "host.process_groups", "host.processes", "host.scratch",
     },
     "process.server": {
-        "errors", "messages", "config", "interfaces", "lease", "host.gpu_locks", "host.gpus", "host.ports",
-        "host.redaction", "host.tokens", "process.engine_watchdog", "process.openai_face", "process.work", "tasks",
+        "errors", "messages", "config", "interfaces", "lease", "host.ports",
+        "host.redaction", "host.tokens", "process.engine_watchdog", "process.openai_face", "process.ranks",
+        "process.work", "tasks",
+    },
+    "process.ranks": {
+        "errors", "config", "interfaces", "lease", "host.addresses", "host.forks", "host.gpu_locks", "host.gpus",
     },
     "process.openai_face": {"errors", "interfaces", "openai_api", "host.redaction", "process.work"},
     "process.engine_watchdog": {"errors", "interfaces", "lease", "process.work"},
@@ -121,8 +125,8 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "host.adapter_folders",
         "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
         "engines.vllm.installed",
-        "engines.vllm.known_errors", "engines.vllm.openai_app", "engines.vllm.outputs", "engines.vllm.patches",
-        "engines.vllm.pooling", "engines.vllm.prompt_lengths",
+        "engines.vllm.known_errors", "engines.vllm.nodes", "engines.vllm.openai_app", "engines.vllm.outputs",
+        "engines.vllm.patches", "engines.vllm.pooling", "engines.vllm.prompt_lengths",
         "engines.vllm.progress", "engines.vllm.series", "engines.vllm.token_counts", "engines.vllm.tokenizing",
     },
 }  # fmt: skip
@@ -131,6 +135,7 @@ OF_AN_ENGINE = {
     "engines.vllm.adapter_files": {"errors", "host.adapter_folders"},
     "engines.vllm.adapters": {"errors", "engines.vllm.adapter_files", "engines.vllm.differences"},
     "engines.vllm.chats": {"messages"},
+    "engines.vllm.nodes": {"errors", "config", "interfaces", "engines.vllm.differences"},
     "engines.vllm.openai_app": {"errors", "interfaces", "engines.vllm.differences"},
     "engines.vllm.pooling": {"errors", "messages", "tasks", "engines.vllm.differences"},
     "engines.vllm.progress": {"engines.vllm.differences"},
