@@ -35,6 +35,16 @@ def test_the_names_tell_the_columns_and_their_order(options: dict[str, Any]) -> 
         assert list(answers.columns(outputs)) == answers.names
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"extra": True}, {"schema": {}}, {"extra": True, "schema": {}, "prefix": "p_"}]
+)
+def test_an_encoded_answer_is_the_place_of_its_row_and_its_columns(options: dict[str, Any]) -> None:
+    answers = Answers(**options, has_place=True)
+    for outputs in ([output("1")], [output("1"), output("2")], []):
+        place = {f"{answers.prefix}_row": 7}
+        assert list(json.loads(answers.encode(outputs, 7)).items()) == [*(place | answers.columns(outputs)).items()]
+
+
 def test_several_completions_are_lists_and_their_tokens_a_sum() -> None:
     made = Answers(schema=SCHEMA).columns(
         [output('{"label": "up"}'), output('{"label": "down"}', finish_reason="length")]
