@@ -38,10 +38,47 @@ class Reload(Struct, frozen=True, forbid_unknown_fields=True, tag="reload"):
     drain: Seconds = DRAIN_SECONDS
 
 
-type Command = Scale | Reload
+class AddAdapter(Struct, frozen=True, forbid_unknown_fields=True, tag="add_adapter"):
+    """Load a LoRA adapter on all servers, in the place of one of this name.
+
+    `path`: its folder, on the machine of the servers.
+    `drain`: time for items in flight with the replaced one, in seconds.
+    `is_below_root`: whether the folder must be below `serve.adapters_root`. A relative path then starts there.
+    `model`: the name of their model, if there are several.
+    """
+
+    name: str
+    path: str
+    drain: Seconds = DRAIN_SECONDS
+    is_below_root: bool = False
+    model: str | None = None
+
+
+class RemoveAdapter(Struct, frozen=True, forbid_unknown_fields=True, tag="remove_adapter"):
+    """Remove a LoRA adapter from all servers. `drain`: time for items in flight that have it, in seconds.
+
+    `model`: see `AddAdapter`.
+    """
+
+    name: str
+    drain: Seconds = DRAIN_SECONDS
+    model: str | None = None
+
+
+class ListAdapters(Struct, frozen=True, forbid_unknown_fields=True, tag="list_adapters"):
+    """Return the LoRA adapters. `model`: see `AddAdapter`."""
+
+    model: str | None = None
+
+
+type Command = Scale | Reload | AddAdapter | RemoveAdapter | ListAdapters
 
 
 class Done(Struct, frozen=True):
-    """The answer to a command that has succeeded. `text`: what was done, in one line."""
+    """The answer to a command that has succeeded. `text`: what was done, in one line.
+
+    `adapters`: the folders of the LoRA adapters by name, if the command is about them.
+    """
 
     text: str
+    adapters: dict[str, str] = {}

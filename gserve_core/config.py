@@ -165,6 +165,13 @@ class LLMConfig:
         """The folders of all adapters by name, that of `lora_path` included."""
         return ({} if self.lora_path is None else {LORA: self.lora_path}) | self.adapters
 
+    def with_adapters(self, adapters: Mapping[str, str]) -> "LLMConfig":
+        """Return this config with other `adapters`. More can be added to its servers later, even if there are none.
+
+        Raises ConfigError: a name or a path is wrong, or they are too many.
+        """
+        return replace(self, adapters=dict(adapters), llm_kwargs={"enable_lora": True} | self.llm_kwargs)
+
     @property
     def engine_kwargs(self) -> dict[str, Any]:
         """The keyword arguments for `vllm.LLM`, without the adapters and without arguments that are None."""
@@ -212,6 +219,7 @@ class ServeConfig:
     `share_gpu`: let several servers use one GPU, including servers of other services. They start one after the other.
     `env`: environment variables for the servers.
     `nodes_per_server`: number of nodes of each server, which divide its GPUs evenly. The launcher must know how.
+    `adapters_root`: folder below which the gateway may take new LoRA adapters from; None: it takes none.
 
     Raises ConfigError: a field is wrong.
     """
@@ -229,12 +237,15 @@ class ServeConfig:
     share_gpu: bool = False
     env: dict[str, str] = field(default_factory=dict)
     nodes_per_server: Nodes = 1
+    adapters_root: str | None = None
 
     def __post_init__(self) -> None:
         check(self)
         if self.nodes_per_server > 1 and (self.gpu_ids is not None or self.share_gpu):
             name = "share_gpu" if self.gpu_ids is None else "gpu_ids"
             raise ConfigError(f"{name} is for servers on one node: remove it, or nodes_per_server", at=f"$.{name}")
+        if self.adapters_root is not None and (wrong := wrong_path(self.adapters_root)):
+            raise ConfigError(wrong, at="$.adapters_root")
         if self.gpu_ids is not None:
             if not self.gpu_ids or min(self.gpu_ids) < 0:
                 raise ConfigError(f"expected GPU ids from 0 up, got {self.gpu_ids}", at="$.gpu_ids")
@@ -474,6 +485,11 @@ class Config:
                 raise ConfigError(
                     f"expected an instance of gserve.ModelConfig, got {what}: write gserve.ModelConfig(…)",
                     at=f"$.models.{name}",
+                )
+            if taken := next((adapter for adapter in given.llm.adapters if adapter in self.models), None):
+                raise ConfigError(
+                    f"'{taken}' is a model of this service: choose another name for the adapter",
+                    at=f"$.models.{name}.llm.adapters.{taken}",
                 )
 
     @property

@@ -110,6 +110,23 @@ class Stop(Struct, frozen=True, tag="stop"):
     """Stop now."""
 
 
+class SetAdapters(Struct, frozen=True, tag="set_adapters"):
+    """Have exactly these LoRA adapters: their folders by name. The server answers with `AdaptersSet`.
+
+    number: identifies the answer. A server that is not ready yet answers before it is.
+    """
+
+    number: int
+    adapters: dict[str, str]
+
+
+class AdaptersSet(Struct, frozen=True, tag="adapters_set"):
+    """The server has the adapters of the message with this number. `faults`: why some could not be loaded, by name."""
+
+    number: int
+    faults: dict[str, str] = {}
+
+
 class Listening(Struct, frozen=True, tag="listening"):
     """The server listens at `address`."""
 
@@ -168,8 +185,8 @@ class Stopped(Struct, frozen=True, tag="stopped"):
     """The server ends as ordered."""
 
 
-type Down = Hello | Beat | Drain | Stop | Meeting
-type Up = Listening | Meeting | Phase | Ready | Pulse | Failed | Stopped
+type Down = Hello | Beat | Drain | Stop | Meeting | SetAdapters
+type Up = Listening | Meeting | Phase | Ready | Pulse | Failed | Stopped | AdaptersSet
 
 _down: "msgspec.json.Decoder[Down]" = msgspec.json.Decoder(Down)
 _up: "msgspec.json.Decoder[Up]" = msgspec.json.Decoder(Up)

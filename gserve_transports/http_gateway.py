@@ -16,9 +16,9 @@ from urllib.parse import parse_qsl
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gserve_core.commands import Command
+from gserve_core.commands import DRAIN_SECONDS, AddAdapter, Command, ListAdapters, RemoveAdapter, Seconds
 from gserve_core.config import GatewayConfig
-from gserve_core.errors import RemoteError
+from gserve_core.errors import RemoteError, unknown_adapter
 from gserve_core.interfaces import Address, ApiKey, Attempts, Backend, GatewayApi, Measurement
 from gserve_core.messages import Event
 from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
@@ -40,8 +40,8 @@ ANSWERED = {("GET", "/status"), ("GET", "/logs"), ("GET", METRICS_PATH), ("POST"
 """Routes that the gateway answers itself, to a client with the key."""
 OPEN_ROUTES = {("GET", "/"), ("GET", "/health")}
 """Routes that need no key."""
-CONTROL_PATH = "/control"
-"""Route that needs the control secret instead of an API key."""
+CONTROL_PATH, ADAPTERS_PATH = "/control", "/adapters"
+"""Routes that need the control secret instead of an API key."""
 ALL_ROUTES = {*PASSED_ROUTES, *ANSWERED, *OPEN_ROUTES, RUN_ROUTE, ("POST", CONTROL_PATH)}
 MEASURED = frozenset(path for _, path in ALL_ROUTES)
 """Paths that the metrics name. All others are "other", so that a client cannot make new series."""
@@ -68,6 +68,13 @@ async def serve_gateway(api: GatewayApi, at: GatewayConfig, *, max_body: int) ->
             yield address
         finally:
             gateway.close()
+
+
+class NewAdapter(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `PUT /adapters/NAME`. `path`: see `ServeConfig.adapters_root`. `drain`: see `commands.AddAdapter`."""
+
+    path: str
+    drain: Seconds = DRAIN_SECONDS
 
 
 class _Gateway:
@@ -109,6 +116,9 @@ class _Gateway:
             if scope["path"] == CONTROL_PATH:
                 await _answer(send, 200, await self._control(scope, receive), JSON, measurement)
                 return
+            if f"{scope['path']}/".startswith(f"{ADAPTERS_PATH}/"):
+                await _answer(send, 200, await self._adapters(scope, receive), JSON, measurement)
+                return
             key = self._check_access(scope)
             if (scope["method"], scope["path"]) in ANSWERED:
                 await _answer(send, 200, *await self._own_answer(scope, receive), measurement)
@@ -137,14 +147,38 @@ class _Gateway:
 
     async def _control(self, scope: Scope, receive: Receive) -> bytes:
         """Execute a command, and return the answer. Raises RemoteError: it is refused, or has failed."""
-        secret = given_secret(scope["headers"])
-        if not self._api.is_control(secret):
-            status = 401 if self._api.key_of(secret) is None else 403
-            raise RemoteError("this route requires the control secret: see gserve env --control", status=status)
+        self._check_control(scope)
         if scope["method"] != "POST":
             raise RemoteError(f"Method Not Allowed: {scope['method']} {CONTROL_PATH}", status=405)
         command: Command = read_json(await read_body(scope, receive, self._max_body), Command)  # type: ignore[arg-type]
         return msgspec.json.encode(await self._api.control(command))
+
+    def _check_control(self, scope: Scope) -> None:
+        """Raise RemoteError unless a request has the control secret."""
+        secret = given_secret(scope["headers"])
+        if not self._api.is_control(secret):
+            status = 401 if self._api.key_of(secret) is None else 403
+            raise RemoteError("this route requires the control secret: see gserve env --control", status=status)
+
+    async def _adapters(self, scope: Scope, receive: Receive) -> bytes:
+        """Answer a request about LoRA adapters. Raises RemoteError: it is refused, or has failed."""
+        self._check_control(scope)
+        method, name = scope["method"], scope["path"].removeprefix(ADAPTERS_PATH).removeprefix("/")
+        model = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("model")
+        if method == "PUT" and name:
+            asked = read_json(await read_body(scope, receive, self._max_body), NewAdapter)
+            done = await self._api.control(AddAdapter(name, asked.path, asked.drain, True, model))
+            return msgspec.json.encode({name: done.adapters.get(name)})
+        if method != "GET" and (method != "DELETE" or not name):
+            raise RemoteError(f"Method Not Allowed: {method} {scope['path']}", status=405)
+        known = (await self._api.control(ListAdapters(model))).adapters
+        if not name:
+            return msgspec.json.encode(known)
+        if name not in known:
+            raise RemoteError(str(unknown_adapter(name, known)), status=404)
+        if method == "DELETE":
+            await self._api.control(RemoveAdapter(name, model=model))
+        return msgspec.json.encode({name: known[name]})
 
     def _check_access(self, scope: Scope) -> ApiKey:
         """Return the API key of a request. Raises RemoteError: it has none, or its route does not exist."""

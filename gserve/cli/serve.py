@@ -20,7 +20,7 @@ from .service import changes, drain_service, is_down, serving
 from .signals import Signalled
 
 if TYPE_CHECKING:
-    from gserve_core.commands import Command
+    from gserve_core.commands import Command, Done
 
 Drain = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time for the items in flight to finish.")]
 END_SECONDS = 30.0
@@ -185,8 +185,45 @@ def reload(
     _command(name, Reload(path, list(overrides or ()), in_place, only_gateway, timeout))
 
 
+def adapters(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
+    action: Annotated[str, typer.Argument(metavar="add|remove|list", help="What to do.")] = "list",
+    adapter: Annotated[str | None, typer.Argument(metavar="ADAPTER", help="The name of an adapter.")] = None,
+    path: Annotated[Path | None, typer.Argument(metavar="PATH", help="add: the folder of the adapter.")] = None,
+    model: ModelName = None,
+    timeout: Drain = 60.0,
+) -> None:
+    """Add, remove or list the LoRA adapters of a launched service, while it works.
+
+    All servers get an added adapter, or none does. Items in flight with a removed one finish first.
+    """
+    from gserve_core.commands import AddAdapter, ListAdapters, RemoveAdapter
+
+    command: Command
+    match action, adapter, path:
+        case "list", None, None:
+            for known, folder in _execute(name, ListAdapters(model)).adapters.items():
+                print(f"{known}\t{folder}")
+            return
+        case "add", str(), Path():
+            command = AddAdapter(adapter, str(path.expanduser().absolute()), timeout, model=model)
+        case "remove", str(), None:
+            command = RemoveAdapter(adapter, timeout, model)
+        case _:
+            raise ConfigError(
+                f"expected gserve adapters {name} add ADAPTER PATH, gserve adapters {name} remove ADAPTER, or"
+                f" gserve adapters {name} list"
+            )
+    _command(name, command)
+
+
 def _command(name: str, command: "Command") -> None:
-    """Have a launched service execute a command, and wait until it is done."""
+    """Have a launched service execute a command, wait until it is done, and show what was done."""
+    print_stderr(f"'{name}': {_execute(name, command).text}")
+
+
+def _execute(name: str, command: "Command") -> "Done":
+    """Have a launched service execute a command, and return its answer."""
     from gserve_core.service import records
     from gserve_transports.http_client import GatewayClient
 
@@ -195,7 +232,7 @@ def _command(name: str, command: "Command") -> None:
         raise GserveError(f"the service '{name}' has no gateway, which takes commands: start it with gserve launch")
     client = GatewayClient(gateway.base_url, gateway.control, gateway.certificate)
     try:
-        print_stderr(f"'{name}': {client.command(command).text}")
+        return client.command(command)
     except RemoteError as error:
         raise (ConfigError if error.status == 400 else GserveError)(str(error)) from error
 

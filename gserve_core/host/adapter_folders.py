@@ -33,6 +33,19 @@ def find(path: str) -> Path:
     return folder
 
 
+def find_below(root: str | None, path: str) -> Path:
+    """Return the folder of an adapter below a root, with links resolved. A relative path starts at the root.
+
+    Raises ConfigError: there is no root, or the folder is not below it, or not complete.
+    """
+    if root is None:
+        raise ConfigError("the gateway takes no adapters: set serve.adapters_root to the folder that holds them")
+    top = expanded(root).resolve()
+    if "\0" in path or not (top / path).resolve().is_relative_to(top):
+        raise ConfigError(f"expected a folder below adapters_root, got {path!r:.200}")
+    return find(str(top / path))
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of `adapter_config.json`. Raises ConfigError: it cannot be read."""
     file = folder / CONFIG

@@ -77,6 +77,8 @@ class Server:
         self._lease: lease.ServerEnd | None = None
         self._others: ranks.Others
         self._address: Address | None = None
+        self._orders: asyncio.Queue[lease.SetAdapters] = asyncio.Queue()
+        """Changes of the adapters that have not been made."""
 
     # ----------------------------------------------------------------------------------------- the methods of ServerApi
 
@@ -207,6 +209,8 @@ class Server:
         self._report("generating the first token" if GENERATE in running.info.tasks else "making the first vector")
         await running.check()
         locks.started()
+        while not self._orders.empty():
+            await self._set_adapters(running, self._orders.get_nowait())
         self._state, self._phase = "ready", None
         logger.info("ready: %s", running.info.model)
         self._send(lease.Ready(running.info))
@@ -230,8 +234,12 @@ class Server:
         assert self._engine is not None
         assert self._work is not None
         died = asyncio.create_task(self._others.watch(self._wait_lost(self._engine, self._work)))
-        if await self._wait_first(died):
-            raise GserveError(died.result())
+        changing = asyncio.create_task(self._follow_orders(self._engine))
+        try:
+            if await self._wait_first(died):
+                raise GserveError(died.result())
+        finally:
+            changing.cancel()
         self._state = "draining"
         ends = [died, *(asyncio.create_task(event.wait()) for event in (self._work.idle, self._stop))]
         while (remaining := self._drain_ends - time.monotonic()) > 0 and not any(end.done() for end in ends):
@@ -257,6 +265,21 @@ class Server:
             for watch in watches:
                 watch.cancel()
 
+    async def _follow_orders(self, engine: RunningEngine) -> None:
+        """Change the adapters as ordered."""
+        while True:
+            await self._set_adapters(engine, await self._orders.get())
+
+    async def _set_adapters(self, engine: RunningEngine, order: lease.SetAdapters) -> None:
+        """Change the adapters, and report that it is done."""
+        try:
+            faults = dict(await engine.set_adapters(order.adapters))
+        except Exception as error:
+            logger.exception("cannot change the adapters")
+            faults = dict.fromkeys(order.adapters, sentence_of(error))
+        faults = {name: redact(fault, self._secrets) for name, fault in faults.items()}
+        self._send(lease.AdaptersSet(order.number, faults))
+
     async def _send_pulses(self) -> str:
         """Send the owner a regular sign that this event loop runs."""
         while True:
@@ -267,6 +290,8 @@ class Server:
         match message:
             case lease.Stop():
                 self._stop.set()
+            case lease.SetAdapters():
+                self._orders.put_nowait(message)
             case lease.Drain(seconds):
                 self._is_drain_a_signal = True
                 self._begin_drain(DRAIN_SECONDS if seconds is None else seconds)

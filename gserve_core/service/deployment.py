@@ -4,17 +4,17 @@ import logging
 import os
 import threading
 import uuid
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from ..batch.items import Seeds
-from ..commands import DRAIN_SECONDS, Command, Reload, Scale
-from ..config import GatewayConfig, ServeConfig, wrong_key
+from ..commands import DRAIN_SECONDS, AddAdapter, Command, Done, ListAdapters, Reload, RemoveAdapter, Scale
+from ..config import LORA, GatewayConfig, ServeConfig, wrong_key
 from ..errors import ConfigError, GserveError, LaunchError
-from ..host import folders, processes
+from ..host import adapter_folders, folders, processes
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
 from ..interfaces import Access, Connection, Transport
@@ -27,6 +27,8 @@ from .server_life import ServerProgram
 from .state import ONLY, ServerState
 
 logger = logging.getLogger("gserve.service")
+UNDO_SECONDS = 10.0
+"""Maximum wait for the servers that take back a change of their adapters, in seconds."""
 IMMUTABLE = ("port", "host", "certfile", "keyfile", "allowed_hosts")
 """Options of a gateway that cannot change while it listens."""
 
@@ -109,21 +111,29 @@ class Deployment:
 
     # --------------------------------------------------------------------------------------------------------- changes
 
-    def handle(self, command: Command) -> str:
-        """Execute a command, and return in one line what was done. Raises what `scale` and `reload` raise."""
+    def handle(self, command: Command) -> Done:
+        """Execute a command, and return what was done. Raises what the methods below raise."""
         match command:
+            case AddAdapter(name, path, drain, is_below_root, model):
+                self.add_adapter(name, path, drain, model, is_below_root=is_below_root)
+                return Done(f"the adapter '{name}' is loaded", self.adapters_of(model))
+            case RemoveAdapter(name, drain, model):
+                self.remove_adapter(name, drain, model)
+                return Done(f"the adapter '{name}' is removed", self.adapters_of(model))
+            case ListAdapters(model):
+                return Done(f"{len(found := self.adapters_of(model))} adapters", found)
             case Scale(servers, drain, model):
                 self.scale(servers, drain, model)
             case Reload(path, overrides, in_place, only_gateway, drain):
                 source = self._source if path is None else self.source_at(Path(path), overrides)
                 self.reload(source, in_place=in_place, only_gateway=only_gateway, drain=drain)
                 if only_gateway:
-                    return "the keys and the queue_timeout of the gateway were read again"
+                    return Done("the keys and the queue_timeout of the gateway were read again")
         counts = {model.name: len(model.placement) for model in self.plan.models.values()}
         texts = [f"{count} server{'s' if count > 1 else ''}" for count in counts.values()]
         if len(counts) > 1:
             texts = [f"{text} of {name}" for name, text in zip(counts, texts, strict=True)]
-        return f"{', '.join(texts)} ready"
+        return Done(f"{', '.join(texts)} ready")
 
     def source_at(self, path: Path, overrides: Sequence[str]) -> Source:
         """Return the source for another file, with what the program added to the first one."""
@@ -171,6 +181,70 @@ class Deployment:
                 members.sort(key=lambda program: (not states[program.name].usable, program.index))
                 self.pool.remove([program.name for program in members[servers:]], drain)
             self.plan = plan
+
+    def adapters_of(self, model: str | None = None) -> dict[str, str]:
+        """Return the folders of a model's LoRA adapters by name, that of `lora_path` included. Raises ConfigError."""
+        return self.plan.models[self.plan.key_of(model)].llm.all_adapters
+
+    def add_adapter(
+        self,
+        name: str,
+        path: str,
+        drain: float = DRAIN_SECONDS,
+        model: str | None = None,
+        *,
+        is_below_root: bool = False,
+    ) -> None:
+        """Load a LoRA adapter on all servers of a model, in the place of one of this name.
+
+        For the errors see `VLLMService`. `is_below_root`: see `commands.AddAdapter`.
+        """
+        with self._changing():
+            key = self.plan.key_of(model)
+            own = self.plan.models[key]
+            if name == LORA and own.llm.lora_path is not None:
+                raise ConfigError(f"'{LORA}' is the adapter of lora_path: choose another name")
+            if is_below_root:
+                path = str(adapter_folders.find_below(own.serve.adapters_root, path))
+            elif own.parts.launcher.runs_here:  # else the folder may be on other machines only
+                path = str(adapter_folders.find(path))
+            members = self.members(key)
+            self.pool.running()
+            plan, programs = self._adapted(key, {**own.llm.adapters, name: path})
+            try:
+                faults = self.pool.set_adapters(programs, plan.models[key].llm.all_adapters, drain)
+                if reasons := {server: own[name] for server, own in sorted(faults.items()) if name in own}:
+                    which = "; ".join(f"{server}: {why}" for server, why in reasons.items())
+                    raise GserveError(f"cannot load the adapter '{name}', and no server has it: {which}")
+            except BaseException:
+                with suppress(GserveError):  # the pool ends
+                    self.pool.set_adapters(members, own.llm.all_adapters, UNDO_SECONDS)
+                raise
+            self.plan = plan
+
+    def remove_adapter(self, name: str, drain: float = DRAIN_SECONDS, model: str | None = None) -> None:
+        """Remove a LoRA adapter from all servers of a model. For the errors see `VLLMService`."""
+        with self._changing():
+            key = self.plan.key_of(model)
+            llm = self.plan.models[key].llm
+            if name not in llm.adapters:
+                why = "is that of lora_path, which stays" if name in llm.all_adapters else "is not loaded"
+                raise ConfigError(
+                    f"the adapter '{name:.100}' {why}; the others are: {', '.join(llm.adapters) or 'none'}"
+                )
+            rest = {other: path for other, path in llm.adapters.items() if other != name}
+            self.pool.running()
+            self.plan, programs = self._adapted(key, rest)  # no server that is started from now on has it
+            self.pool.set_adapters(programs, self.plan.models[key].llm.all_adapters, drain)
+
+    def _adapted(self, key: str, adapters: Mapping[str, str]) -> tuple[Plan, list[ServerProgram]]:
+        """Return the plan and the programs of a model's servers with other adapters. Raises ConfigError."""
+        try:
+            plan = self.plan.with_adapters(key, adapters)
+            programs = [program.with_adapters(adapters) for program in self.members(key)]
+        except ConfigError as error:
+            raise ConfigError(error.message) from error  # its place is none in a file
+        return plan, programs
 
     def _resized(self, key: str, servers: int) -> Plan:
         """Return the plan for another number of servers. Raises ConfigError: there is no place for so many."""

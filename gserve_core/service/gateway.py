@@ -104,7 +104,7 @@ class Gateway:
     """A gateway. It listens from `start` to `close`. Implements `interfaces.GatewayApi`.
 
     `key`: returns the owner's key for a config. It is called at the start, and when the config changes.
-    `handle`: executes a command, and returns in one line what was done. It is called in a thread.
+    `handle`: executes a command, and returns what was done. It is called in a thread.
     `name`: of its service. `cards`: returns what is known of each model, by the key of its dispatcher.
     """
 
@@ -113,7 +113,7 @@ class Gateway:
         transport: Transport,
         config: GatewayConfig,
         key: Callable[[GatewayConfig], str],
-        handle: Callable[[Command], str],
+        handle: Callable[[Command], Done],
         name: str,
         cards: Callable[[], Mapping[str, ModelCard]],
     ) -> None:
@@ -243,7 +243,7 @@ class Gateway:
     async def control(self, command: Command) -> Done:
         """Execute a command."""
         try:
-            return Done(await asyncio.shield(asyncio.to_thread(self._handle, command)))
+            return await asyncio.shield(asyncio.to_thread(self._handle, command))
         except GserveError as error:
             raise RemoteError(str(error), status=400 if isinstance(error, CONFIG_ERRORS) else 500) from error
         except Exception as error:

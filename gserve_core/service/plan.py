@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from ..config import Config, GatewayConfig, LLMConfig, Placement, ServeConfig, check_places, load
 from ..errors import ConfigError, did_you_mean
@@ -163,14 +163,23 @@ class Plan:
 
     def resized(self, key: str, serve: ServeConfig) -> "Plan":
         """Return the plan with other servers of one model. Raises ConfigError: there is no place for them."""
-        name, config = self.models[key].name, self.config
-        if config.models:
-            config = replace(config, models={**config.models, name: replace(config.models[name], serve=serve)})
-        else:
-            config = replace(config, serve=serve)
+        name, config = self.models[key].name, self._config_with(key, serve=serve)
         places = {model.name: model.parts.launcher.places for model in self.models.values()}
         model = replace(self.models[key], serve=serve, placement=check_places(config, places)[name])
         return replace(self, config=config, models={**self.models, key: model})
+
+    def with_adapters(self, key: str, adapters: Mapping[str, str]) -> "Plan":
+        """Return the plan with other LoRA adapters of one model. Raises ConfigError: they are wrong."""
+        llm = self.models[key].llm.with_adapters(adapters)
+        models = {**self.models, key: replace(self.models[key], llm=llm)}
+        return replace(self, config=self._config_with(key, llm=llm), models=models)
+
+    def _config_with(self, key: str, **sections: Any) -> Config:
+        """Return the config with other sections of one model."""
+        name, config = self.models[key].name, self.config
+        if not config.models:
+            return replace(config, **sections)
+        return replace(config, models={**config.models, name: replace(config.models[name], **sections)})
 
     def program(self, key: str, index: int, gpu_ids: tuple[int, ...] | None, place: int | None = None) -> ServerProgram:
         """Return the program of a model's server with this index, on these GPUs.

@@ -25,7 +25,7 @@ from ..service import records
 from ..service.records import GatewayRecord, ServiceRecord
 from .gateway import Gateway
 from .state import BEGINNING, ONLY, Published, ServerState, State
-from .supervisor import CLEANING_UP, END_SECONDS, Limits, Program, Supervisor, failure_of
+from .supervisor import CLEANING_UP, END_SECONDS, Faults, Limits, Program, Supervisor, failure_of
 
 MARGIN = 10.0
 """Time that `close` waits for the supervisor in addition to the time limit of the servers, in seconds."""
@@ -526,6 +526,20 @@ class Pool:
     def _keep(self, program: Program) -> None:
         """Make a program the one of its name, also if nobody waits for it any more."""
         self._programs[program.name] = program
+
+    def set_adapters(self, programs: Sequence[Program], adapters: Mapping[str, str], seconds: float) -> Faults:
+        """Have servers load and remove LoRA adapters. See `Supervisor.set_adapters`.
+
+        Raises GserveError: a server has not answered after `seconds`, or the pool ends.
+        """
+        supervisor = self.running()
+        done = supervisor.set_adapters(programs, adapters)
+        self._programs |= {program.name: program for program in programs}
+        self._published.wait(lambda: done.done() or supervisor.is_closing, seconds)
+        if not done.done():
+            why = "is ending" if supervisor.is_closing else f"has not changed its adapters within {seconds:g} s"
+            raise GserveError(f"{self._what} {why}")
+        return done.result()
 
     def remove(self, names: Sequence[str], drain: float) -> None:
         """Stop servers, and wait until they have ended. `drain`: see `replace`."""

@@ -32,6 +32,7 @@ from .server_command import make_hello, pinning, server_command
 from .state import (
     BEGINNING,
     TICK,
+    AdaptersSet,
     Counted,
     Ended,
     Gone,
@@ -157,6 +158,10 @@ class ServerProgram:
             return dict(harmless)
         return {name: value for name, value in harmless.items() if environ.get(name, value) != value}
 
+    def with_adapters(self, adapters: Mapping[str, str]) -> "ServerProgram":
+        """Return the program with other adapters; see `LLMConfig.with_adapters`. Raises ConfigError."""
+        return replace(self, llm=self.llm.with_adapters(adapters))
+
     def begin(self, logs: Path, report: Callable[[Report], object], previous: Run | None) -> "ServerRun":
         """Begin another generation of the server, in its own thread."""
         assert previous is None or isinstance(previous, ServerRun)
@@ -185,6 +190,8 @@ class ServerRun:
         self.start = Start(uuid.uuid4().hex, secrets.token_urlsafe(32), secrets.token_urlsafe(32))
         self.process: Process | None = None
         self._owner: lease.OwnerEnd | None = None
+        self._order: lease.SetAdapters | None = None
+        """The last change of the adapters."""
         self._asked_to_stop = False
         self._kill_at = self._drain_deadline = math.inf
         # the attributes below belong to the thread
@@ -192,6 +199,10 @@ class ServerRun:
         self._log: Path | None = None
         self._address: Address | None = None
         self._is_ready = False
+        self._held_ready: lease.Ready | None = None
+        """The report that the server is ready, while a change of the adapters is not known to be made."""
+        self._made = 0
+        """Number of the last change of the adapters that is made."""
         self._pulse = lease.Pulse()
         self._counted = Counted(self._pulse.counters)
         self._rates = Rates()
@@ -221,6 +232,12 @@ class ServerRun:
         self._kill_at = min(self._kill_at if drain is None else math.inf, now + STOP_SECONDS + (drain or 0))
         self._asked_to_stop = True
         self._send_stop(drain)
+
+    def set_adapters(self, number: int, adapters: Mapping[str, str]) -> None:
+        """Have the server load and remove adapters."""
+        self._order = order = lease.SetAdapters(number, dict(adapters))
+        if self._owner is not None:  # else `_launch` sends it
+            self._owner.send(order)
 
     def _send_stop(self, drain: float | None) -> None:
         if self.process is not None:
@@ -287,6 +304,8 @@ class ServerRun:
             self._parts.launcher.release(process)
             process.stop(1.0)
             raise
+        if self._order is not None:  # during the launch: twice is the same as once
+            self._owner.send(self._order)
         if self._asked_to_stop:  # during the launch
             self._send_stop(None)
 
@@ -421,9 +440,17 @@ class ServerRun:
             case lease.Phase(text):
                 self._phase, self._step = text, None
                 self._report(Phase(text))
+            case lease.Ready() if not self._is_ready and self._order is not None and self._order.number > self._made:
+                self._held_ready = message  # it came before the server had read the order
             case lease.Ready(info) if not self._is_ready:
                 self._phase, self._is_ready = None, True
                 self._report(Ready(info))
+            case lease.AdaptersSet(number, faults):
+                self._made = number
+                self._report(AdaptersSet(number, faults))
+                if (ready := self._held_ready) is not None:
+                    self._held_ready = None
+                    self._handle_message(ready)
             case lease.Pulse():
                 self._pulse = message
                 self._report_counters(message.counters)

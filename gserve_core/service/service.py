@@ -317,9 +317,52 @@ class VLLMService(Inference):
         source = None if path is None else deployment.source_at(Path(path).absolute(), overrides)
         deployment.reload(source, in_place=in_place, only_gateway=only_gateway, drain=drain)
 
+    @property
+    def adapters(self) -> dict[str, str]:
+        """The folders of the LoRA adapters of the only model, by name; see `adapters_of`."""
+        return self.adapters_of()
+
+    def adapters_of(self, model: str | None = None) -> dict[str, str]:
+        """Return the folders of the LoRA adapters of a model, by name.
+
+        `model`: its name, if there are several.
+
+        Raises ConfigError: there is no such model. Raises GserveError: another process runs the service.
+        """
+        return self._changeable().adapters_of(model)
+
+    def add_adapter(
+        self, name: str, path: Path | str, *, drain: float = DRAIN_SECONDS, model: str | None = None
+    ) -> None:
+        """Load a LoRA adapter on all servers while they work. Returns when all have it.
+
+        A server that is started later has it too. If there is an adapter of this name, this one takes its place. Items
+        in flight keep the old one.
+
+        `path`: its folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        `drain`: maximum time to load it, and for items in flight with the replaced one, in seconds.
+        `model`: the name of the base model, if there are several.
+
+        Raises ConfigError: a name is not allowed, the folder is not complete, or there are too many adapters.
+        Raises GserveError: a server cannot load it, and then no server has it. Or the service does not run here, or
+        another change is in progress.
+        """
+        self._changeable().add_adapter(name, str(path), drain, model)
+
+    def remove_adapter(self, name: str, *, drain: float = DRAIN_SECONDS, model: str | None = None) -> None:
+        """Remove a LoRA adapter from all servers while they work. Its new items fail, and those in flight finish.
+
+        `drain`: maximum time for items in flight that have it, in seconds. It is removed after them in any case.
+        `model`: the name of the base model, if there are several.
+
+        Raises ConfigError: there is no such adapter, or it is that of `lora_path`.
+        Raises GserveError: the service does not run here, another change is in progress, or the time is over.
+        """
+        self._changeable().remove_adapter(name, drain, model)
+
     def _changeable(self) -> Deployment:
         if self._deployment is None:
-            raise GserveError("another process runs this service: use gserve scale or gserve reload")
+            raise GserveError("another process runs this service: use gserve scale, gserve reload or gserve adapters")
         return self._deployment
 
     def __enter__(self) -> Self:

@@ -252,11 +252,18 @@ class Gone(Struct, frozen=True):
     unkillable: tuple[int, ...] = ()
 
 
+class AdaptersSet(Struct, frozen=True):
+    """The server has other adapters; see `lease.AdaptersSet`."""
+
+    number: int
+    faults: Mapping[str, str]
+
+
 class Released(Struct, frozen=True):
     """The launcher keeps nothing of the server any more."""
 
 
-type Report = Logging | Queued | Phase | Listening | Ready | Counted | Ended | Gone | Released
+type Report = Logging | Queued | Phase | Listening | Ready | Counted | Ended | Gone | Released | AdaptersSet
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

@@ -15,14 +15,28 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from ..errors import GserveError, LaunchError
 from ..host.logs import keep_logging_from_waiting
-from .state import BEGINNING, Ended, Gone, Phase, Published, Queued, Ready, Released, Report, ServerState, Start, State
+from .state import (
+    BEGINNING,
+    AdaptersSet,
+    Ended,
+    Gone,
+    Phase,
+    Published,
+    Queued,
+    Ready,
+    Released,
+    Report,
+    ServerState,
+    Start,
+    State,
+)
 
 WINDOW = 600.0
 """Time during which a restart counts towards `max_restarts`, in seconds."""
@@ -70,6 +84,12 @@ class Run(Protocol):
         """Stop the server.
 
         `drain`: maximum time to finish its items in flight, in seconds; None: stop at once.
+        """
+
+    def set_adapters(self, number: int, adapters: Mapping[str, str]) -> None:
+        """Have the server load and remove LoRA adapters. Report AdaptersSet with this number afterwards.
+
+        If it is not ready, it is reported as ready only after that.
         """
 
     def release(self) -> None:
@@ -148,6 +168,22 @@ class _Server:
         self.failed_starts = 0
 
 
+type Faults = dict[str, Mapping[str, str]]
+"""Why adapters could not be loaded: by the name of the server, and the name of the adapter."""
+
+
+@dataclass
+class _Change:
+    """A change of the adapters that waits for servers.
+
+    `waiting`: the instance of each ready server that has not answered, by the server's name.
+    """
+
+    done: Future[Faults]
+    waiting: dict[str, str]
+    faults: Faults = field(default_factory=dict)
+
+
 class Supervisor:
     """Manages servers in its own thread, from its creation to `close`.
 
@@ -176,6 +212,7 @@ class Supervisor:
         self._what = what
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._logs: Path | None = None
+        self._changes: dict[int, _Change] = {}
         self._is_draining = False
         self._deadline: float | None = None
         self._keep_at = math.inf
@@ -234,6 +271,18 @@ class Supervisor:
         replaced: Future[None] = Future()
         self._inbox.put(lambda: self._replace(program, drain, replaced))
         return replaced
+
+    def set_adapters(self, programs: Sequence[Program], adapters: Mapping[str, str]) -> Future[Faults]:
+        """Have servers load and remove LoRA adapters, so that they have these: their folders by name.
+
+        `programs`: replace those of the same names, and are what is started from now on.
+
+        Return a future, which is completed once all ready servers have answered. Others have the adapters before they
+        are ready.
+        """
+        done: Future[Faults] = Future()
+        self._inbox.put(lambda: self._set_adapters(programs, adapters, done))
+        return done
 
     def remove(self, names: Sequence[str], drain: float | None) -> None:
         """Stop servers, and forget them once they have ended. `drain`: see `close`."""
@@ -327,6 +376,7 @@ class Supervisor:
                 else:
                     self._try(act)
                     self._try(self._run_due)  # even if messages keep coming
+                self._complete_changes()
         finally:
             self._try(self._abandon_servers)
             self._try(self._hooks.ended)
@@ -429,6 +479,10 @@ class Supervisor:
                 self._handle_cleanup(server, report)
             case Released():
                 self._handle_release(server)
+            case AdaptersSet(number, faults):
+                if (change := self._changes.get(number)) is not None:
+                    change.faults[state.name] = faults
+                    change.waiting.pop(state.name, None)
             case Queued() | Phase() | Ready() if server.is_stopping:
                 pass  # late: it is stopping, even if it will be started again
             case _:
@@ -576,6 +630,29 @@ class Supervisor:
         server.useless = server.fruitless = server.failed_starts = 0
         if server.run is None:
             self._launch(server)
+
+    def _set_adapters(self, programs: Sequence[Program], adapters: Mapping[str, str], done: Future[Faults]) -> None:
+        number, change = next(self._numbers), _Change(done, {})
+        self._changes[number] = change
+        for program in programs:
+            server = self._servers.get(program.name)
+            if server is None:
+                continue
+            server.program = program
+            if server.run is not None and not server.is_gone:
+                if self._state(server).usable:
+                    change.waiting[program.name] = server.run.start.instance
+                server.run.set_adapters(number, adapters)
+
+    def _complete_changes(self) -> None:
+        """Complete the changes for which no living server is missing. One that is started again has the adapters."""
+        for number, change in [*self._changes.items()]:
+            states = self._published.states
+            ready = {name: state.instance for name, state in states.items() if state.works}
+            if not any(ready.get(name) == instance for name, instance in change.waiting.items()):
+                del self._changes[number]
+                change.done.set_result(change.faults)
+                self._published.wake()
 
     def _complete(self, server: _Server, failure: GserveError | None) -> None:
         """Complete a replacement, if one is in progress."""

@@ -42,3 +42,23 @@ def test_a_launched_service_is_scaled_and_reloaded(place: Place) -> None:
     place.run("stop", "demo")
     assert launch.wait(30) == 0, "servers that were replaced have not failed"
     eventually(lambda: not place.servers())
+
+
+def test_adapters_of_a_launched_service_are_added_listed_and_removed(place: Place) -> None:
+    place.start("launch", place.config(show_adapter=True))
+    place.run("wait", "demo")
+    folder = place.folder / "sql-2"
+    folder.mkdir()
+    assert "expected adapter_config.json there" in place.run("adapters", "demo", "add", "sql", "sql-2", code=2).stderr
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert place.run("adapters", "demo", "add", "sql", "sql-2").stderr == "'demo': the adapter 'sql' is loaded\n"
+    assert place.run("adapters", "demo", "list").stdout == f"sql\t{folder}\n"
+    assert place.run("generate", "--attach", "demo", "--adapter", "sql", "a b").stdout == "a b sql=sql-2\n"
+    assert "expected gserve adapters demo add ADAPTER PATH" in place.run("adapters", "demo", "add", "x", code=2).stderr
+    assert place.run("adapters", "demo", "remove", "sql").stderr == "'demo': the adapter 'sql' is removed\n"
+    assert "the adapter 'sql' is not loaded" in place.run("adapters", "demo", "remove", "sql", code=2).stderr
+    failed = place.run("generate", "--attach", "demo", "--adapter", "sql", "a", code=1).stderr
+    assert "there is no adapter 'sql'; the adapters are: none" in failed
+    place.run("stop", "demo")
+    eventually(lambda: not place.servers())

@@ -1,13 +1,14 @@
 """Servers without processes, for tests of what looks after servers. A test says what happens to them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gserve_core.errors import GserveError, LaunchError
 from gserve_core.interfaces import Address, EngineInfo
 from gserve_core.service.state import (
+    AdaptersSet,
     Ended,
     Gone,
     Listening,
@@ -37,6 +38,7 @@ class FakeRun:
         self.report = report
         self.obeys = obeys
         self.stops: list[float | None] = []
+        self.orders: list[dict[str, str]] = []
         self.releases = 0
         self.finished = 0
         self.alone = False
@@ -58,6 +60,10 @@ class FakeRun:
         if self.obeys and drain is None:
             self.report(Ended("told to"))
             self.report(Gone())
+
+    def set_adapters(self, number: int, adapters: Mapping[str, str]) -> None:
+        self.orders.append(dict(adapters))
+        self.report(AdaptersSet(number, {}))
 
     def release(self) -> None:
         self.releases += 1
