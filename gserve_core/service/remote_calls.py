@@ -191,7 +191,7 @@ class _Request:
         """Yield the items that have not been cancelled."""
         indexes = iter(self.indexes)
         for group, params_size in groups:
-            nothing = itertools.repeat(None, len(group.prompts))
+            nothing = itertools.repeat(None)
             each = zip(group.prompts, group.seeds or nothing, group.adapters or nothing, indexes, strict=False)
             for prompt, seed, adapter, index in each:
                 if index in self.client.unfinished:
