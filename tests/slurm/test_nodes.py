@@ -147,7 +147,7 @@ def test_faults_of_any_rank_cost_no_item_and_are_explained(slurm_cluster: SlurmC
 
 
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not os.environ.get("LONG"), reason="takes ten minutes: LONG=1 runs it")
+@pytest.mark.skipif(not os.environ.get("LONG"), reason="takes two minutes: LONG=1 runs it")
 def test_twenty_faults_of_random_ranks_cost_no_item(slurm_cluster: SlurmCluster) -> None:
     chosen = random.Random(os.environ.get("SEED", "nodes"))
     with service(max_restarts=100) as one:
