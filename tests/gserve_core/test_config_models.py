@@ -7,6 +7,7 @@ import pytest
 from gserve import ConfigError, GatewayConfig, LLMConfig, ModelConfig, ServeConfig, VLLMService
 from gserve_core.config import Config, check_places, load
 from gserve_core.engines.echo import EchoEngine
+from gserve_core.service.plan import Source
 
 TWO = """models:
   writer:
@@ -27,7 +28,7 @@ def write(folder: Path, writer: str = "servers: 2", judge: str = "servers: 1", r
 
 def refused(path: Path) -> str:
     with pytest.raises(ConfigError) as caught:
-        load(path)
+        Source(path).read()
     return str(caught.value).replace(str(path), "c.yaml")
 
 
