@@ -46,9 +46,7 @@ def answers(service: VLLMService) -> list[Any]:
     return [service.generate([prompt], GREEDY) for prompt in PROMPTS]
 
 
-def test_two_nodes_answer_as_one_and_are_back_after_a_worker_is_killed(
-    slurm_cluster: SlurmCluster, llm: LLMConfig
-) -> None:
+def test_two_nodes_answer_as_one_and_a_killed_worker_is_named(slurm_cluster: SlurmCluster, llm: LLMConfig) -> None:
     with VLLMService(llm, ServeConfig(startup_timeout=600, env=CORES)) as service:
         known = answers(service)
     launcher = SlurmLauncher(gpus_per_server=0, cpus_per_server=4)
