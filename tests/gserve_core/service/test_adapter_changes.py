@@ -12,7 +12,17 @@ import httpx
 import psutil
 import pytest
 
-from gserve import ConfigError, GatewayConfig, GserveError, ItemError, LLMConfig, ServeConfig, VLLMServer, VLLMService
+from gserve import (
+    ConfigError,
+    GatewayConfig,
+    GserveError,
+    ItemError,
+    LLMConfig,
+    ModelConfig,
+    ServeConfig,
+    VLLMServer,
+    VLLMService,
+)
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.testing import our_processes
 from tests.gserve_core.fake_servers import until
@@ -216,3 +226,32 @@ def test_without_a_root_the_gateway_takes_no_adapters() -> None:
         refused = httpx.put(f"{address}/adapters/new", json={"path": "one"}, headers=headers)
         assert refused.status_code == 400
         assert "set serve.adapters_root" in refused.text
+
+
+def test_each_of_several_models_has_its_own_adapters(root: Path) -> None:
+    sql = {"sql": str(root / "sql-1")}
+    models = {
+        "writer": ModelConfig(LLMConfig("w", adapters=sql), ServeConfig(adapters_root=str(root))),
+        "judge": ModelConfig(LLMConfig("j")),
+    }
+    with VLLMService(models=models, engine=ECHO, gateway=GatewayConfig()) as service:
+        writer, judge, gateway = service["writer"], service["judge"], service.gateway
+        assert gateway is not None
+        with pytest.raises(ConfigError, match="several models: choose one of 'writer', 'judge'"):
+            service.add_adapter("law", root / "one")
+        with pytest.raises(ConfigError, match="'judge' is a model of this service: choose another name"):
+            service.add_adapter("judge", root / "one", model="writer")
+        service.add_adapter("law", root / "one", model="writer")
+        assert (service.adapters_of("writer"), service.adapters_of("judge")) == ({**sql, "law": str(root / "one")}, {})
+        assert writer.generate(["a"], adapter="law") == [["a law=one"]]
+        (unknown,) = judge.generate(["a"], adapter="law", on_error="return")
+        assert "there is no adapter 'law'" in str(unknown)
+        url, control = gateway.base_url.removesuffix("/v1"), {"authorization": f"Bearer {gateway.control}"}
+        asked = {"model": "law", "prompt": "a"}
+        answer = httpx.post(f"{url}/v1/completions", json=asked, headers={"authorization": f"Bearer {gateway.api_key}"})
+        assert answer.json()["choices"][0]["text"] == "a law=one"
+        with httpx.Client(base_url=url, params={"model": "writer"}, headers=control) as of_writer:
+            assert of_writer.put("/adapters/two", json={"path": "two"}).status_code == 200
+            assert of_writer.delete("/adapters/law").status_code == 200
+            assert [*of_writer.get("/adapters").json()] == ["sql", "two"]
+        assert "choose one of" in httpx.get(f"{url}/adapters", headers=control).json()["error"]["message"]
