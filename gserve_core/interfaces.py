@@ -367,8 +367,8 @@ class GatewayApi(Protocol):
         Empty if the service has only one: then a server lists it, and a request may name any.
         """
 
-    def attempts(self, model: str | None = None) -> Attempts:
-        """Return the attempts of a new request. `model`: the model that it names.
+    def attempts(self, model: str | None = None, *, by_adapter: bool = True) -> Attempts:
+        """Return the attempts of a new request. `model`: the model that it names. `by_adapter`: or an adapter of it.
 
         Raises RemoteError: it must name a model of the service (400, 404).
         """

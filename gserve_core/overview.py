@@ -70,6 +70,7 @@ class ModelOverview(Struct, frozen=True, kw_only=True):
     `status`: "ok" if a server is ready, "starting" if one will be, or "stopped".
     `seed`: see `LLMConfig.item_seed`.
     `waiting`: number of items and requests that wait for one of its servers.
+    `is_alone`: whether the service can have no other model.
     """
 
     name: str
@@ -77,6 +78,7 @@ class ModelOverview(Struct, frozen=True, kw_only=True):
     status: str
     seed: int = 0
     waiting: int = 0
+    is_alone: bool = True
 
 
 class ServiceOverview(Struct, frozen=True, kw_only=True):

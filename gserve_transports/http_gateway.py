@@ -230,7 +230,8 @@ class _Gateway:
                 listed = msgspec.json.encode({"object": "list", "data": models})
                 await _answer(send, 200, listed, JSON, measurement)
             else:
-                await self._attempt(self._api.attempts(asked_model(scope, body)), scope, body, send, measurement)
+                attempts = self._api.attempts(asked_model(scope, body), by_adapter=scope["path"] in PATHS)
+                await self._attempt(attempts, scope, body, send, measurement)
         except asyncio.CancelledError:
             if not is_lost:
                 raise

@@ -41,9 +41,13 @@ def find_below(root: str | None, path: str) -> Path:
     if root is None:
         raise ConfigError("the gateway takes no adapters: set serve.adapters_root to the folder that holds them")
     top = expanded(root).resolve()
+    wrong = ConfigError(f"expected a folder below adapters_root, with its files there, got {path!r:.200}")
     if "\0" in path or not (top / path).resolve().is_relative_to(top):
-        raise ConfigError(f"expected a folder below adapters_root, got {path!r:.200}")
-    return find(str(top / path))
+        raise wrong
+    folder = find(str(top / path))
+    if not all((folder / name).resolve().is_relative_to(top) for name in (".", CONFIG, WEIGHTS)):
+        raise wrong
+    return folder
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -82,7 +82,14 @@ class Deployment:
     def _model_cards(self) -> dict[str, ModelCard]:
         """Return what the gateway knows of each model."""
         return {
-            key: ModelCard(model.name, model.llm.model_name, model.llm.item_seed, model.other_names)
+            key: ModelCard(
+                model.name,
+                model.llm.model_name,
+                model.llm.item_seed,
+                model.is_alone,
+                model.served_names[1:],
+                list(model.llm.all_adapters),
+            )
             for key, model in self.plan.models.items()
         }
 
@@ -103,7 +110,7 @@ class Deployment:
             models={
                 model.name: ModelRecord(
                     model.llm.item_seed, model.serve.client_timeout, model.serve.stall_timeout,
-                    status_of([state for state in states if key in (ONLY, state.pool)]),
+                    status_of([state for state in states if key in (ONLY, state.pool)]), model.is_alone,
                 )
                 for key, model in models.items()
             },
@@ -208,11 +215,15 @@ class Deployment:
                 path = str(adapter_folders.find_below(own.serve.adapters_root, path))
             elif own.parts.launcher.runs_here:  # else the folder may be on other machines only
                 path = str(adapter_folders.find(path))
+            if own.llm.adapters.get(name) == path:
+                raise ConfigError(f"'{name}' is loaded from {path} already: put other weights into another folder")
             members = self.members(key)
             self.pool.running()
             plan, programs = self._adapted(key, {**own.llm.adapters, name: path})
             try:
                 faults = self.pool.set_adapters(programs, plan.models[key].llm.all_adapters, drain)
+                if not faults:
+                    raise GserveError(f"no server is ready that could load the adapter '{name}': try again later")
                 if reasons := {server: own[name] for server, own in sorted(faults.items()) if name in own}:
                     which = "; ".join(f"{server}: {why}" for server, why in reasons.items())
                     raise GserveError(f"cannot load the adapter '{name}', and no server has it: {which}")
@@ -350,6 +361,7 @@ class Deployment:
         added = [key for key in changed if key not in before.models]
         olds = [program for key in [*changed, *removed] for program in self.members(key)]
         self._known = replace(plan, models={**before.models, **plan.models})
+        self.seeds |= {key: Seeds(plan.models[key].llm.item_seed) for key in added}
         self.pool.add_queues(self._make_queues(added))
         self.pool.limit({**before.limits, **plan.limits})
         try:
@@ -364,25 +376,28 @@ class Deployment:
             self.pool.limit(before.limits)
             for key in added:
                 self.pool.remove_queue(key, f"the model '{key}' could not be added")
+                del self.seeds[key]
             raise
         for key in removed:
             self.pool.remove_queue(key, f"the model '{key}' was removed")
             del self.seeds[key]
         for key in changed:
-            self.seeds.setdefault(key, Seeds()).begin(plan.models[key].llm.item_seed)
+            if key not in added:
+                self.seeds[key].begin(plan.models[key].llm.item_seed)
         before.close(but=plan)
 
     @contextmanager
     def _trying(self, plan: Plan) -> Iterator[None]:
-        """Use another plan from the block on. If the block fails, the service returns to the plan that it had."""
+        """Use another plan after the block. In the block, the models of both can be used. If it fails, nothing changes."""
         self._tried = plan
-        before, self.plan = self.plan, plan  # what the queue and the record read of it fits the old servers too
+        before, self.plan = self.plan, self._known  # what the queue and the record read of it fits the old servers too
         try:
             yield
         except BaseException:
             self.plan = before
             plan.close(but=before)
             raise
+        self.plan = plan
 
     def _replace_at_once(self, plan: Plan, keys: Sequence[str], olds: Sequence[ServerProgram], drain: float) -> None:
         added = [

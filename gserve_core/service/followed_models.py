@@ -46,7 +46,8 @@ class FollowedModels:
         Raises ConfigError: there is no such model. Raises GserveError: the service cannot be used.
         """
         models = self.models
-        if self._whole.dispatcher is None or (len(models) <= 1 and name in (None, *models)):
+        is_alone = all(model.is_alone for model in models.values())  # then the names may change at a reload
+        if self._whole.dispatcher is None or (is_alone and len(models) <= 1 and name in (None, *models)):
             return self._whole.dispatcher
         name = find_model({it: it for it in models}, name)
         with self._lock:

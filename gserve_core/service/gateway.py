@@ -91,13 +91,21 @@ class ModelCard(NamedTuple):
 
     `name`: the name by which requests choose it. `model`: its model id or folder.
     `seed`: see `LLMConfig.item_seed`.
-    `others`: more names by which requests may choose it, such as that of its adapter.
+    `is_alone`: whether the service can have no other model.
+    `aliases`: more names by which requests may choose it. `adapters`: the names of its adapters.
     """
 
     name: str
     model: str
     seed: int
-    others: Sequence[str] = ()
+    is_alone: bool = True
+    aliases: Sequence[str] = ()
+    adapters: Sequence[str] = ()
+
+    @property
+    def others(self) -> list[str]:
+        """All names besides its own by which a request of OpenAI's API may choose it."""
+        return [*self.aliases, *self.adapters]
 
 
 class Gateway:
@@ -258,7 +266,7 @@ class Gateway:
         models = [
             ModelOverview(
                 name=card.name, model=card.model, status=routing.status_of(key), seed=card.seed,
-                waiting=waiting.get(key, 0),
+                waiting=waiting.get(key, 0), is_alone=card.is_alone,
             )
             for key, card in self._cards().items()
         ]  # fmt: skip
@@ -294,11 +302,19 @@ class Gateway:
         more = {name: key for key, card in cards.items() for name in card.others if others[name] == 1}
         return {**own, **{name: key for name, key in more.items() if name not in own}}
 
-    def _key_of(self, model: str | None) -> str:
-        """Return the key of the model that a request names. Raises RemoteError: there is none (400, 404)."""
+    def _key_of(self, model: str | None, *, by_adapter: bool = False) -> str:
+        """Return the key of the model that a request names. Raises RemoteError: there is none (400, 404).
+
+        `by_adapter`: whether the request may name one of the model's adapters, which answers it then.
+        """
         if ONLY in self._dispatchers:
             return ONLY
-        names = self._names(self._cards())
+        if model is None and len(self._dispatchers) == 1:
+            return next(iter(self._dispatchers))
+        cards = self._cards()
+        names = self._names(cards)
+        if not by_adapter and any(model in card.adapters for card in cards.values()):
+            raise RemoteError(f"'{model}' is an adapter: name it in the field 'adapter'", status=400)
         known = ", ".join(f"'{name}'" for name in names)
         if model is None:
             raise RemoteError(
@@ -308,10 +324,10 @@ class Gateway:
             raise RemoteError(f"the model '{model}' does not exist here; the models: {known}", status=404)
         return names[model]
 
-    def attempts(self, model: str | None = None) -> Attempts:
+    def attempts(self, model: str | None = None, *, by_adapter: bool = True) -> Attempts:
         """Return the attempts of a new request. Raises RemoteError: there is no such model (400, 404)."""
         assert self._routing is not None
-        return self._routing.attempts(self._key_of(model))
+        return self._routing.attempts(self._key_of(model, by_adapter=by_adapter))
 
     def backends(self) -> Sequence[Backend]:
         """Return the ready servers."""

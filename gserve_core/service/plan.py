@@ -68,11 +68,6 @@ class ModelPlan:
         return list(dict.fromkeys([self.name, *([given] if isinstance(given, str) else given)]))
 
     @property
-    def other_names(self) -> list[str]:
-        """The names by which requests may choose the model, besides its own: those that a server of it knows."""
-        return [*self.served_names[1:], *self.llm.all_adapters]
-
-    @property
     def served_llm(self) -> LLMConfig:
         """The model for a server's engine. One of several is served under its own name first."""
         if self.is_alone:

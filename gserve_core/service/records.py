@@ -65,12 +65,14 @@ class ModelRecord(Struct, frozen=True):
     """A model of a launched service. For the first fields see `ServiceRecord`.
 
     `status`: "starting", "ready", or "failed" if all of its servers have failed.
+    `is_alone`: whether the service can have no other model.
     """
 
     seed: int = 0
     client_timeout: float | None = None
     stall_timeout: float | None = 60.0
     status: str = "ready"
+    is_alone: bool = True
 
 
 class ServiceRecord(Struct, frozen=True):

@@ -180,8 +180,8 @@ class _Following(Following):
                 return
             raise
         servers = [server for server in seen.servers if self._model in (None, server.pool)]
-        models = {it.name: it.seed for it in seen.models} or {it.model: seen.seed for it in servers[:1] if it.model}
-        self.models = {name: ModelRecord(seed, self._timeout) for name, seed in models.items()}
+        models = {it.name: ModelRecord(it.seed, self._timeout, is_alone=it.is_alone) for it in seen.models}
+        self.models = models or {it.model: ModelRecord(seen.seed, self._timeout) for it in servers[:1] if it.model}
         self.states = MappingProxyType({server.name: _state_of(server) for server in servers})
         capacity = sum(server.capacity or 0 for server in servers if server.state == State.READY)
         if capacity and capacity != self._capacity:

@@ -50,7 +50,7 @@ class ServerState:
     `log`: path of its log.
     `machine`: name of the machine on which it runs; "": this one, or one that only its address names.
     `restarts`: number of its restarts in the last ten minutes.
-    `returns`: whether it will become ready, now or after its cleanup.
+    `returns`: whether it will accept items, now or after its cleanup.
     `finishing`: whether it accepts no more items, and finishes its items in flight.
     `died`: whether its process died or hung, and not on request. Its items in flight may be the reason.
     `is_held`: whether it gets no work yet although it is ready, since others are started together with it.
@@ -122,7 +122,9 @@ class ServerState:
             case Listening(address, machine):
                 return replace(self, address=address, host=address.hosts[0], port=address.port, machine=machine)
             case Ready(info) if self.state in (State.QUEUED, State.STARTING) and self.address is not None:
-                return replace(self, state=State.READY, phase=None, info=info, failure=None, returns=False, died=False)
+                return replace(
+                    self, state=State.READY, phase=None, info=info, failure=None, returns=self.is_held, died=False
+                )
             case Counted(counters, prompt_rate, completion_rate):
                 counted = replace(
                     self, counters=counters, prompt_rate=prompt_rate, completion_rate=completion_rate
@@ -150,7 +152,7 @@ class ServerState:
 
     def released(self) -> Self:
         """Return the state of a server that is not held any more."""
-        return replace(self, is_held=False)
+        return replace(self, is_held=False, returns=self.returns and self.state != State.READY)
 
     def draining(self, phase: str, *, finishing: bool = False, returns: bool = False, died: bool = False) -> Self:
         """Return the state of a server that is about to end, or that has ended and is being cleaned up."""

@@ -250,8 +250,23 @@ def test_each_of_several_models_has_its_own_adapters(root: Path) -> None:
         asked = {"model": "law", "prompt": "a"}
         answer = httpx.post(f"{url}/v1/completions", json=asked, headers={"authorization": f"Bearer {gateway.api_key}"})
         assert answer.json()["choices"][0]["text"] == "a law=one"
+        asked = {"model": "law", "prompts": ["a"]}
+        answer = httpx.post(f"{url}/generate", json=asked, headers={"authorization": f"Bearer {gateway.api_key}"})
+        assert answer.json()["error"]["message"] == "'law' is an adapter: name it in the field 'adapter'"
+        with pytest.raises(ConfigError, match="'law' is loaded from .* already: put other weights into another folder"):
+            service.add_adapter("law", root / "one", model="writer")
         with httpx.Client(base_url=url, params={"model": "writer"}, headers=control) as of_writer:
             assert of_writer.put("/adapters/two", json={"path": "two"}).status_code == 200
             assert of_writer.delete("/adapters/law").status_code == 200
             assert [*of_writer.get("/adapters").json()] == ["sql", "two"]
         assert "choose one of" in httpx.get(f"{url}/adapters", headers=control).json()["error"]["message"]
+
+
+def test_without_a_ready_server_no_adapter_is_added(root: Path) -> None:
+    llm, serve = LLMConfig("m", adapters={"sql": str(root / "sql-1")}), ServeConfig(max_restarts=100)
+    with VLLMService(llm, serve, engine=EchoEngine(load_time=2.0)) as service:
+        os.kill(main_process(service, "server-0"), signal.SIGKILL)
+        until(lambda: not service.is_running())
+        with pytest.raises(GserveError, match="no server is ready that could load the adapter 'law': try again later"):
+            service.add_adapter("law", root / "one")
+        assert "law" not in service.adapters

@@ -151,15 +151,14 @@ def test_a_form_with_a_file_and_a_url_name_a_model_too(service: VLLMService) -> 
     assert ask(service, "/tokenizer_info").status_code == 400
 
 
-def test_a_model_has_the_other_names_that_its_servers_know(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+def test_a_model_has_the_other_names_that_its_servers_know() -> None:
     models = {
-        "writer": ModelConfig(LLMConfig("w", lora_path=str(tmp_path), llm_kwargs={"served_model_name": "author"})),
+        "writer": ModelConfig(LLMConfig("w", llm_kwargs={"served_model_name": "author"})),
         "judge": ModelConfig(LLMConfig("j", llm_kwargs={"served_model_name": ["critic", "judge"]})),
     }
     plan = Plan.of(Config(models=models), engine=EchoEngine())
-    assert {name: model.other_names for name, model in plan.models.items()} == {
-        "writer": ["author", "lora"], "judge": ["critic"]
+    assert {name: model.served_names for name, model in plan.models.items()} == {
+        "writer": ["writer", "author"], "judge": ["judge", "critic"]
     }  # fmt: skip
     assert plan.models["writer"].served_llm.llm_kwargs["served_model_name"] == ["writer", "author"]
 
