@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         with listening:
             _await_owner(listening, token)
     env = _read_env()
+    env[processes.OWNER_VARIABLE] = processes.owner_mark()  # on this machine, `gserve reap` knows no other owner
     if given.gpus:
         env["CUDA_VISIBLE_DEVICES"] = given.gpus
     sys.exit(run([_here(word, given.root, given.port) for word in given.command], env))
@@ -116,11 +117,11 @@ def _here(word: str, root: str, port: int) -> str:
 
 
 def _read_env() -> dict[str, str]:
-    """Return the variables in the owner's first line. Nothing after it is read. End this process if it is cut."""
-    line = b""
+    """Return the variables in the owner's first line, and read no more. End this process if it is cut or late."""
+    line, deadline = b"", time.monotonic() + ORDER_SECONDS
     while not line.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
+        is_late = not readable(max(0.0, deadline - time.monotonic()), 0)
+        if is_late or not (byte := os.read(0, 1)):
             os._exit(1)
         line += byte
     return msgspec.json.decode(line, type=dict[str, str])
@@ -165,7 +166,7 @@ def run(command: Sequence[str], env: Mapping[str, str]) -> int:
     owner = _OwnerInput(os.dup(server.stdin.fileno()))
     server.stdin.close()
     threading.Thread(target=owner.pass_on, daemon=True).start()
-    silence, last_input, gone_at = lease.Silence(CHECK_SECONDS), owner.last_input, None
+    silence, last_input, gone_at = lease.Silence(lease.CHECK_SECONDS), owner.last_input, None
     while server.poll() is None:
         if stopped.is_set():
             stopped.clear()

@@ -31,6 +31,8 @@ STOP_SECONDS = 10.0
 """Maximum time for an engine to stop, in seconds. Then its processes are killed."""
 KEEP_ALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 4}
 """When a connection counts as cut: after 10 s without data, and 4 questions at intervals of 5 s without an answer."""
+ACCEPT_SECONDS = 0.1
+"""Time after which a connection that could not be accepted is tried again, in seconds."""
 LONGEST = 1 << 12
 """Maximum size of the message that a rank sends first, in bytes."""
 logger = logging.getLogger("gserve.serving")
@@ -79,7 +81,11 @@ class Others:
         self._sockets.append(listening)
         async with asyncio.TaskGroup() as group:
             while True:
-                line, _ = await asyncio.get_running_loop().sock_accept(listening)
+                try:
+                    line, _ = await asyncio.get_running_loop().sock_accept(listening)
+                except OSError:  # too many open files, say
+                    await asyncio.sleep(ACCEPT_SECONDS)
+                    continue
                 self._sockets.append(line)
                 group.create_task(self._follow(line, token))
 
@@ -88,7 +94,7 @@ class Others:
         loop = asyncio.get_running_loop()
         with line:
             data = b""
-            with contextlib.suppress(OSError, TimeoutError, msgspec.MsgspecError):
+            with contextlib.suppress(OSError, TimeoutError, msgspec.MsgspecError, UnicodeDecodeError):
                 async with asyncio.timeout(JOIN_SECONDS):
                     while not data.endswith(b"\n") and len(data) < LONGEST:
                         if not (chunk := await loop.sock_recv(line, LONGEST)):

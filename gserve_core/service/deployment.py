@@ -388,7 +388,7 @@ class Deployment:
 
     @contextmanager
     def _trying(self, plan: Plan) -> Iterator[None]:
-        """Use another plan after the block. In the block, the models of both can be used. If it fails, nothing changes."""
+        """Use another plan after the block. In the block, the models of both can be used. A failure changes nothing."""
         self._tried = plan
         before, self.plan = self.plan, self._known  # what the queue and the record read of it fits the old servers too
         try:

@@ -126,6 +126,7 @@ class Plan:
             made = ModelPlan(name, model.llm, model.serve, parts[name], placements[name], not config.models)
             alike = [it for it in models.values() if _can_share_nursery(it, made)]
             models[name if config.models else ONLY] = replace(made, nursery=alike[0].nursery) if alike else made
+        _check_shared_places(config, models)
         return cls(config, models)
 
     @property
@@ -231,6 +232,27 @@ def find_model(keys: Mapping[str, str], name: str | None) -> str:
         hint = hint if "did you mean" in (hint := did_you_mean(name, list(keys))) else ""
         raise ConfigError(f"this service has no model '{name}'{hint}; its models: {known}")
     return keys[name]
+
+
+def _check_shared_places(config: Config, models: Mapping[str, ModelPlan]) -> None:
+    """Raise ConfigError if models on one launcher, which counts its places, want more than it has."""
+    for model in models.values():
+        launcher = model.parts.launcher
+        beside = [it for it in models.values() if it.parts.launcher == launcher]
+        room, wanted = launcher.places(model.llm.gpus_per_server), sum(len(it.placement) for it in beside)
+        with config.placing(model.name):
+            if room is not None and len({it.llm.gpus_per_server for it in beside}) > 1:
+                raise ConfigError(
+                    "models whose servers have different numbers of GPUs cannot share hosts: give each a launcher of"
+                    " its own",
+                    at="$.serve",
+                )
+            if room is not None and wanted > room:
+                raise ConfigError(
+                    f"the hosts of the launcher have places for {room} servers, and all models want {wanted}: set"
+                    " servers for each, or add hosts",
+                    at="$.serve.servers",
+                )
 
 
 def _can_share_nursery(one: ModelPlan, other: ModelPlan) -> bool:

@@ -70,7 +70,7 @@ def server_on(launcher: "SshLauncher", host: SshHost, job: Job) -> list[str]:
     python = host.python or launcher.python or sys.executable
     command = [python if word == sys.executable else word for word in job.command]
     if "--host" in command:
-        place = command.index("--host") + 1
+        place = _after(command, "--host")
         if command[place] != ServeConfig.host:
             raise ConfigError(
                 f"the launcher ssh decides where its servers listen: remove host ({command[place]}), and set 'address'"
@@ -79,10 +79,15 @@ def server_on(launcher: "SshLauncher", host: SshHost, job: Job) -> list[str]:
             )
         command[place] = host.address or "127.0.0.1"
     if host.address is None and "--port" in command:
-        command[command.index("--port") + 1] = PORT
+        command[_after(command, "--port")] = PORT
     return command
 
 
 def wanted_port(job: Job) -> int:
     """Return the port at which clients expect the server of a job; 0: any."""
-    return int(job.command[job.command.index("--port") + 1]) if "--port" in job.command else 0
+    return int(job.command[_after(job.command, "--port")]) if "--port" in job.command else 0
+
+
+def _after(words: Sequence[str], option: str) -> int:
+    """Return the place of the value of the server's option. The words of a prefix before it may have the same one."""
+    return len(words) - [*reversed(words)].index(option)

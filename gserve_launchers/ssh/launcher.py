@@ -27,7 +27,9 @@ from .places import Place, Program, SshHost, User
 from .process import GREETING_SECONDS, SshProcess, choose
 
 OWNER = "GSERVE_OWNER"
-"""The variable by which `gserve reap` finds an ssh whose owner is dead."""
+"""The variable that names the owner of a process."""
+QUIET = {"SSH_ASKPASS_REQUIRE": "never"}
+"""The variables with which ssh, and that of a jump host, opens no window to ask for a password."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ class SshLauncher(CommandLauncher):
     ) -> "subprocess.Popen[bytes]":
         command = self._words(job, place, forward, left)
         # Not the server's id: `far` ends all processes that have it, and may do so on this machine.
-        env = {**os.environ, **{name: value for name, value in job.env.items() if name == OWNER}}
+        env = {**os.environ, **QUIET, **{name: value for name, value in job.env.items() if name == OWNER}}
         try:
             with job.log.open("ab") as log:
                 return Child(
@@ -143,7 +145,9 @@ class SshLauncher(CommandLauncher):
         subject = f"host {host.host}"
         gpus = ["--gpus", ",".join(map(str, host.gpu_ids))] if host.gpu_ids else []
         try:
-            output = output_of(ssh(self, host, far(self, host, "--look", *gpus), None), os.environ, GREETING_SECONDS)
+            output = output_of(
+                ssh(self, host, far(self, host, "--look", *gpus), None), {**os.environ, **QUIET}, GREETING_SECONDS
+            )
         except OSError as error:
             return [Finding(subject, "problem", f"cannot run ssh: {error.strerror}", "install OpenSSH's client here")]
         except subprocess.TimeoutExpired:

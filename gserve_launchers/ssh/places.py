@@ -3,13 +3,14 @@
 import threading
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from msgspec import Meta
 
 from gserve_core.config import check
 from gserve_core.errors import ConfigError
+from gserve_core.host.addresses import is_loopback
 
 AVOID_SECONDS = 60.0
 """Time for which a place is avoided after a failure there, if there is another one, in seconds."""
@@ -56,6 +57,10 @@ class SshHost:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.address is not None and (is_loopback(self.address) or self.address in ("0.0.0.0", "::")):  # noqa: S104
+            raise ConfigError(
+                f"expected an address at which this machine reaches the host, got {self.address}", at="$.address"
+            )
         if self.gpu_ids is not None and self.servers is not None:
             raise ConfigError("gpu_ids and servers are both set: remove servers, since the ids set the number")
         if self.gpu_ids is not None and (not self.gpu_ids or len({*self.gpu_ids}) < len(self.gpu_ids)):
@@ -85,7 +90,7 @@ class SshHost:
 class Place:
     """A place for one server on a host: some of its GPUs, or none."""
 
-    host: SshHost
+    host: SshHost = field(hash=False)  # it has lists
     number: int
     gpu_ids: tuple[int, ...] | None = None
 

@@ -287,7 +287,7 @@ class SshProcess:
         assert ssh.stdout is not None
         self._why = None
         with contextlib.suppress(OSError):  # its end is noticed below
-            ssh.stdin.write(json.dumps(dict(self._job.env)).encode() + b"\n")
+            _write(ssh.stdin, json.dumps(dict(self._job.env)).encode() + b"\n")
         self._phase = None
         threading.Thread(target=self._pass_down, args=(ssh.stdin,), name=f"{self._job.name}-down", daemon=True).start()
         rest = b""
@@ -320,14 +320,13 @@ class SshProcess:
 
     def _pass_up(self, data: bytes) -> None:
         with contextlib.suppress(OSError, ValueError):  # the owner no longer reads
-            while data:
-                data = data[self._up.write(data) or 0 :]
+            _write(self._up, data)
 
     def _pass_down(self, ssh: IO[bytes]) -> None:
         """Pass on what the owner sends, and its end. Runs in a thread of its own."""
         try:
             while chunk := os.read(self._down.fileno(), CHUNK):
-                ssh.write(chunk)
+                _write(ssh, chunk)
         except (OSError, ValueError):  # ssh has ended
             pass
         with contextlib.suppress(OSError):
@@ -371,6 +370,12 @@ class SshProcess:
         return explain(said, place.host.host) or (
             f"the connection to {place.host.host} has ended, or gserve's program there was killed"
         )
+
+
+def _write(stream: IO[bytes], data: bytes) -> None:
+    """Write all of `data` to a stream without a buffer, which may take a part at a time. Raises OSError, ValueError."""
+    while data:
+        data = data[stream.write(data) or 0 :]
 
 
 def choose(places: Sequence[Place], job: Job, start: Callable[[Place], SshProcess]) -> SshProcess:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import itertools
 import os
 import secrets
 import shutil
@@ -46,6 +47,10 @@ def why_not() -> str | None:
     return None
 
 
+FIRST = itertools.count(0, 8)
+"""Numbers of networks, of which each group of hosts takes up to 8."""
+
+
 class Hosts:
     """Hosts with an sshd each. All of them share the files and the processes of this machine, but not its network.
 
@@ -57,7 +62,8 @@ class Hosts:
         self._names = list(names)
         self._lines = lines
         self._id = secrets.token_hex(2)
-        self._net = secrets.randbelow(200) + 20
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+        self._net, self._first = 18 + worker % 2, next(FIRST)  # 198.18.0.0/15 is for tests of networks
         self._sshds: dict[str, subprocess.Popen[bytes]] = {}
         self.config = folder / "ssh_config"
 
@@ -108,7 +114,7 @@ class Hosts:
 
     def address(self, number: int) -> str:
         """Return the address of a host, by its number."""
-        return f"10.{self._net}.{number}.2"
+        return f"198.{self._net}.{(self._first + number) % 256}.2"
 
     def namespace(self, name: str) -> str:
         """Return the name of a host's network namespace."""
@@ -119,7 +125,7 @@ class Hosts:
         inside = ["ip", "-n", namespace]
         _run("ip", "netns", "add", namespace)
         _run("ip", "link", "add", near, "type", "veth", "peer", "name", far, "netns", namespace)
-        _run("ip", "addr", "add", f"10.{self._net}.{number}.1/24", "dev", near)
+        _run("ip", "addr", "add", f"198.{self._net}.{(self._first + number) % 256}.1/24", "dev", near)
         _run("ip", "link", "set", near, "up")
         _run(*inside, "addr", "add", f"{self.address(number)}/24", "dev", far)
         _run(*inside, "link", "set", far, "up")

@@ -315,7 +315,8 @@ def test_a_server_moves_to_a_host_that_answers_and_waits_for_one_when_it_is_rest
         hosts.add("d-gone", "d", address="127.0.0.9")
         with pytest.raises(LaunchError, match="no sshd answers on d-gone: start sshd there"):
             echo(launcher(hosts, "d-gone")).start()
-        with echo(launcher(hosts, "d-gone", "d"), servers=1) as service:
+        on_gpus = [{"host": name, "gpu_ids": [0]} for name in ("d-gone", "d")]
+        with echo(launcher(hosts, *on_gpus), servers=1) as service:
             assert [state.machine for state in service.status()] == ["d"]
             hosts.stop_sshd("d")
             kill(hosts, SERVER, "d")

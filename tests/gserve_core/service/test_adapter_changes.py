@@ -250,10 +250,12 @@ def test_each_of_several_models_has_its_own_adapters(root: Path) -> None:
         asked = {"model": "law", "prompt": "a"}
         answer = httpx.post(f"{url}/v1/completions", json=asked, headers={"authorization": f"Bearer {gateway.api_key}"})
         assert answer.json()["choices"][0]["text"] == "a law=one"
-        asked = {"model": "law", "prompts": ["a"]}
-        answer = httpx.post(f"{url}/generate", json=asked, headers={"authorization": f"Bearer {gateway.api_key}"})
+        body = {"model": "law", "prompts": ["a"]}
+        answer = httpx.post(f"{url}/generate", json=body, headers={"authorization": f"Bearer {gateway.api_key}"})
         assert answer.json()["error"]["message"] == "'law' is an adapter: name it in the field 'adapter'"
-        with pytest.raises(ConfigError, match="'law' is loaded from .* already: put other weights into another folder"):
+        with pytest.raises(
+            ConfigError, match=r"'law' is loaded from .* already: put other weights into another folder"
+        ):
             service.add_adapter("law", root / "one", model="writer")
         with httpx.Client(base_url=url, params={"model": "writer"}, headers=control) as of_writer:
             assert of_writer.put("/adapters/two", json={"path": "two"}).status_code == 200
