@@ -1,5 +1,6 @@
 """The places of servers on hosts, and which of them this process uses."""
 
+import re
 import threading
 import time
 from collections.abc import Collection, Sequence
@@ -10,10 +11,12 @@ from msgspec import Meta
 
 from gserve_core.config import check
 from gserve_core.errors import ConfigError
-from gserve_core.host.addresses import is_loopback
 
 AVOID_SECONDS = 60.0
 """Time for which a place is avoided after a failure there, if there is another one, in seconds."""
+
+LOCAL = re.compile(r"127\..*|localhost|0\.0\.0\.0|::1?")
+"""Addresses that mean another machine everywhere, or all of them."""
 
 Name = Annotated[
     str,
@@ -57,7 +60,7 @@ class SshHost:
 
     def __post_init__(self) -> None:
         check(self)
-        if self.address is not None and (is_loopback(self.address) or self.address in ("0.0.0.0", "::")):  # noqa: S104
+        if self.address is not None and LOCAL.fullmatch(self.address):
             raise ConfigError(
                 f"expected an address at which this machine reaches the host, got {self.address}", at="$.address"
             )

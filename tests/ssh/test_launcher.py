@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from gserve import ConfigError, LaunchError, LLMConfig, ServeConfig, VLLMService
+from gserve import ConfigError, LaunchError, LLMConfig, ModelConfig, ServeConfig, VLLMService
 from gserve_core import lease, testing
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.engines.vllm.engine import VLLMEngine
@@ -100,6 +100,7 @@ def echo(chosen: SshLauncher, engine: EchoEngine | None = None, **options: Any) 
         ({"hosts": [{"host": "a", "gpus": [1]}]}, "unknown key 'gpus'"),
         ({"hosts": [{"host": "a", "gpu_ids": [1, 1]}]}, "different GPU ids"),
         ({"hosts": [{"host": "a", "gpu_ids": [1], "servers": 2}]}, "both set"),
+        ({"hosts": [{"host": "a", "address": "127.0.0.1"}]}, "at which this machine reaches the host, got 127.0.0.1"),
         ({"hosts": ["a"], "user": "-l"}, "user"),
         ({"hosts": ["a"], "python": "-c"}, "python"),
         ({"hosts": ["a"], "python": "~/venv/bin/python"}, "absolute path"),
@@ -120,6 +121,16 @@ def test_one_server_goes_to_each_place(hosts: Hosts, parallel: int, places: list
     jobs = VLLMService(llm, ServeConfig(), launcher=chosen, engine=VLLMEngine()).jobs()
     found = [re.search(r"--gpus (\S+)", words[-1]) for _, words in jobs]
     assert [it and it[1] for it in found] == places
+
+
+def test_models_that_want_more_places_than_there_are_are_refused() -> None:
+    models = {name: ModelConfig(LLMConfig(name)) for name in ("writer", "judge")}
+    two = SshLauncher(hosts=[{"host": "a", "gpu_ids": [0, 1]}])
+    with pytest.raises(ConfigError, match="have places for 2 servers, and all models want 4: set servers for each"):
+        VLLMService(models=models, launcher=two, engine=EchoEngine())
+    models["judge"] = ModelConfig(LLMConfig("judge", llm_kwargs={"tensor_parallel_size": 2}), ServeConfig(servers=1))
+    with pytest.raises(ConfigError, match="different numbers of GPUs cannot share hosts"):
+        VLLMService(models=models, launcher=two, engine=EchoEngine())
 
 
 def test_gpu_ids_and_too_many_servers_are_refused(hosts: Hosts) -> None:
