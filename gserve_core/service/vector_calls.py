@@ -10,7 +10,7 @@ from msgspec import Struct
 
 from ..batch.batch import OnError, check_deadline, collect, collect_async, outcomes
 from ..batch.dispatcher import Dispatcher
-from ..batch.items import Items, list_pairs, list_prompts, read_pair, read_prompt
+from ..batch.items import Items, list_pairs, list_prompts, read_adapter, read_pair, read_prompt
 from ..errors import ConfigError, ItemError
 from ..messages import ResponseOutput, VectorOutput
 from ..tasks import CLASSIFY, EMBED, SCORE, read_options
@@ -27,10 +27,12 @@ class VectorOptions(TypedDict, total=False):
     `deadline`: time after which unfinished items are cancelled, in seconds. They fail with DeadlineExceeded.
     `truncate_prompt_tokens`: maximum number of tokens of a text; -1: as many as the model can take. None: a text that
     is longer than the model can take fails.
+    `adapter`: name of the LoRA adapter of items that name no other; None: that of `lora_path`, if there is one.
     """
 
     deadline: float | None
     truncate_prompt_tokens: int | None
+    adapter: str | None
 
 
 class Ranked(Struct, frozen=True):
@@ -196,16 +198,23 @@ def _embeddings(
 
 
 def _items(
-    task: str, given: Iterable[Any], read: Callable[[Any], Any], *, deadline: float | None = None, **params: Any
+    task: str,
+    given: Iterable[Any],
+    read: Callable[[Any], Any],
+    *,
+    deadline: float | None = None,
+    adapter: str | None = None,
+    **params: Any,
 ) -> tuple[Items, float | None]:
     """Return the items of a call with their parameters, and its deadline. Raises ConfigError: an argument is wrong."""
     _numpy()
     try:
         wanted = {name: value for name, value in params.items() if value is not None}
         read_options(wanted)
+        adapter = read_adapter(adapter)
     except ItemError as error:
         raise ConfigError(str(error)) from error
-    return Items(given, wanted or None, read, lambda index: 0, task=task), check_deadline(deadline)
+    return Items(given, wanted or None, read, lambda index: 0, task=task, adapter=adapter), check_deadline(deadline)
 
 
 def _rows(results: list[Any]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gserve import ConfigError, GatewayConfig, ItemError, LLMConfig, ServeConfig, VLLMService
+from gserve import BatchError, ConfigError, GatewayConfig, ItemError, LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
 
 ADAPTERS = {"sql": "/adapters/sql-1", "law": "/adapters/law-1"}
@@ -123,3 +123,12 @@ def test_wrong_adapters_are_refused(adapters: dict[str, str], more: dict[str, ob
     with pytest.raises(ConfigError) as caught:
         LLMConfig("m", adapters=adapters, **more)  # type: ignore[arg-type]
     assert expected in str(caught.value)
+
+
+def test_vectors_take_an_adapter_too() -> None:
+    with VLLMService(LLMConfig("m", adapters=ADAPTERS), engine=EchoEngine(embedding=2)) as service:
+        assert service.embed(["a"], adapter="sql").shape == (1, 2)
+        with pytest.raises(BatchError, match="there is no adapter 'lay'"):
+            service.embed(["a"], adapter="lay")
+        with pytest.raises(ConfigError, match="expected the name of an adapter as a text, got int"):
+            service.embed(["a"], adapter=3)  # type: ignore[arg-type]
