@@ -71,6 +71,7 @@ class ModelOverview(Struct, frozen=True, kw_only=True):
     `seed`: see `LLMConfig.item_seed`.
     `waiting`: number of items and requests that wait for one of its servers.
     `is_alone`: whether the service can have no other model.
+    `adapters`: the names of its LoRA adapters.
     """
 
     name: str
@@ -79,6 +80,7 @@ class ModelOverview(Struct, frozen=True, kw_only=True):
     seed: int = 0
     waiting: int = 0
     is_alone: bool = True
+    adapters: list[str] = []
 
 
 class ServiceOverview(Struct, frozen=True, kw_only=True):

@@ -141,13 +141,15 @@ class Answers:
 
         Without the name of an adapter it is that of `lora_path`, which gserve's other routes apply too.
         """
-        if self._adapter is not None:
-            return {"model": self._adapter}
-        has_adapter = any(
-            model["id"] == LORA and model.get("parent") and self._name in (None, model["parent"])
-            for model in client.models()
-        )
-        return {"model": LORA} if has_adapter else {} if self._name is None else {"model": self._name}
+        parents = {model["id"]: model.get("parent") for model in client.models()}
+        if self._name is None:
+            adapter = self._adapter or (LORA if parents.get(LORA) else None)
+            return {} if adapter is None else {"model": adapter}
+        own = next((it.adapters for it in client.overview().models if it.name == self._name), [])
+        adapter = self._adapter or (LORA if LORA in own else None)
+        if adapter is not None and parents.get(adapter) != self._name:  # another model has one of this name too
+            raise RemoteError(f"'{self._name}' has no adapter of its own named '{adapter}'", status=NOT_FOUND)
+        return {"model": adapter or self._name}
 
     def _seed(self, client: GatewayClient) -> int:
         """Return the seed of the next answer. It follows from the seed of the model, as for other items."""

@@ -266,7 +266,7 @@ class Gateway:
         models = [
             ModelOverview(
                 name=card.name, model=card.model, status=routing.status_of(key), seed=card.seed,
-                waiting=waiting.get(key, 0), is_alone=card.is_alone,
+                waiting=waiting.get(key, 0), is_alone=card.is_alone, adapters=list(card.adapters),
             )
             for key, card in self._cards().items()
         ]  # fmt: skip
