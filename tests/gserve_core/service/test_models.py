@@ -334,3 +334,23 @@ def test_reload_adds_changes_and_removes_single_models(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="launch it anew"):
             service.reload()
         attached.shutdown()
+
+
+def test_a_model_that_a_reload_removes_or_adds_can_be_used_until_the_reload_has_ended(tmp_path: Path) -> None:
+    slow = {"type": "echo", "load_time": 1.0, "fail_start": "no such weights"}
+    some = {"type": "echo", "latency": 0.01, "capacity": 8}
+    path = config(tmp_path, {"writer": {}, "judge": {}}, engine=some)
+    with VLLMService.from_yaml(path) as service, ThreadPoolExecutor(3) as threads:
+        prompts = [f"item {number}" for number in range(400)]
+        call = threads.submit(service["judge"].generate, prompts)
+        config(tmp_path, {"writer": {}, "poet": {"engine": slow}}, engine=some)
+        reloading = threads.submit(service.reload)
+        until(lambda: "poet" in service.models)
+        added = threads.submit(service["poet"].generate, ["a"], on_error="return")
+        assert service["judge"].generate(["b"]) == [["b"]]
+        with pytest.raises(LaunchError, match="no such weights"):
+            reloading.result(60)
+        assert isinstance(added.result(60)[0], ItemLost)
+        assert call.result(60) == [[prompt] for prompt in prompts]
+        assert service.models == ["writer", "judge"]
+        assert service["judge"].generate(["c"]) == [["c"]]
