@@ -74,7 +74,7 @@ class ListAdapters(Struct, frozen=True, forbid_unknown_fields=True, tag="list_ad
 type Command = Scale | Reload | AddAdapter | RemoveAdapter | ListAdapters
 
 
-class Done(Struct, frozen=True):
+class Done(Struct, frozen=True, omit_defaults=True):
     """The answer to a command that has succeeded. `text`: what was done, in one line.
 
     `adapters`: the folders of the LoRA adapters by name, if the command is about them.

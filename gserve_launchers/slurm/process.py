@@ -141,10 +141,11 @@ class SlurmProcess(LocalProcess):
             return None
         if self._popen.returncode < 0:
             return f"its srun was killed by {signal.Signals(-self._popen.returncode).name}"
-        if self._has_ranks and (end := self._read_rank_end()) is not None:
-            return end or None
         rows = self._query_job("--states=all")
         number, state, _ = rows[-1] if rows else (self._allocation or self._title, "", "")
+        # A cancelled job has ranks that were killed too, and srun may report these first.
+        if self._has_ranks and state != "CANCELLED" and (end := self._read_rank_end()) is not None:
+            return end or None
         if state not in STATE_REASONS:
             state = self._query_accounting() or self._read_last_state() or ""
         return self._describe_state(state, number) if state in STATE_REASONS else None

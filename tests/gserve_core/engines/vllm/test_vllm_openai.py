@@ -693,6 +693,7 @@ def their_batch(
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.run_batch", "-i", str(batch), "-o", str(output),
         "--model", demo_model.resolve(DEMO, print), *reference(adapter),
+        "--max-loras", "2",  # with one place, on a CPU, vLLM answers for the base with an adapter in the same batch
     ]  # fmt: skip
     ran = subprocess.run(
         command, env=reference_environ(folder), cwd=folder, capture_output=True, text=True, timeout=300, check=False

@@ -40,7 +40,7 @@ def engine_of(result: Any) -> RunningVLLM:
     engine: Any = SimpleNamespace(generate=generate)
     running = RunningVLLM.__new__(RunningVLLM)
     running.__dict__ |= {
-        "_engine": engine, "_vllm": names, "_lora": None, "_numbers": iter(range(9)), "_progress": Progress(engine),
+        "_engine": engine, "_vllm": names, "_pooling": None, "_numbers": iter(range(9)), "_progress": Progress(engine),
         "_config": SimpleNamespace(max_model_len=9), "_render": lambda prompts: prompts,
     }  # fmt: skip
     return running
