@@ -733,7 +733,8 @@ class RunningEngine(RunningRank):
 
         Returns when the removed ones are gone: no new item gets them, and items in flight keep them to their end.
         An adapter that cannot be loaded is left out, or stays the one that it was. Its items fail, and nothing else.
-        Calls do not overlap. Unless overridden, none can be loaded.
+        Calls do not overlap. The first comes at the end of the start, with the adapters of the config, if it has some.
+        Unless overridden, none can be loaded.
 
         Return why adapters could not be loaded, by name.
         """

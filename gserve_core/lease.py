@@ -121,7 +121,10 @@ class SetAdapters(Struct, frozen=True, tag="set_adapters"):
 
 
 class AdaptersSet(Struct, frozen=True, tag="adapters_set"):
-    """The server has the adapters of the message with this number. `faults`: why some could not be loaded, by name."""
+    """The server has the adapters of the message with this number; 0: those of its config.
+
+    `faults`: why some could not be loaded, by name.
+    """
 
     number: int
     faults: dict[str, str] = {}

@@ -209,6 +209,8 @@ class Server:
         self._report("generating the first token" if GENERATE in running.info.tasks else "making the first vector")
         await running.check()
         locks.started()
+        if adapters := llm.all_adapters:
+            await self._set_adapters(running, lease.SetAdapters(0, adapters))
         while not self._orders.empty():
             await self._set_adapters(running, self._orders.get_nowait())
         self._state, self._phase = "ready", None

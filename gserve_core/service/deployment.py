@@ -215,10 +215,12 @@ class Deployment:
                 path = str(adapter_folders.find_below(own.serve.adapters_root, path))
             elif own.parts.launcher.runs_here:  # else the folder may be on other machines only
                 path = str(adapter_folders.find(path))
-            if own.llm.adapters.get(name) == path:
-                raise ConfigError(f"'{name}' is loaded from {path} already: put other weights into another folder")
             members = self.members(key)
             self.pool.running()
+            states = self.pool.states
+            is_missed = any(name in states[it.name].adapter_faults for it in members)
+            if own.llm.adapters.get(name) == path and not is_missed:
+                raise ConfigError(f"'{name}' is loaded from {path} already: put other weights into another folder")
             plan, programs = self._adapted(key, {**own.llm.adapters, name: path})
             try:
                 faults = self.pool.set_adapters(programs, plan.models[key].llm.all_adapters, drain)

@@ -57,6 +57,7 @@ class ServerState:
     `unkillable`: ids of processes that could not be killed. They may occupy its GPUs.
     `counters`: the counters of this generation. What it finished in its last two seconds is missing if it was killed.
     `prompt_rate`, `completion_rate`: tokens per second, over the last seconds.
+    `adapter_faults`: why adapters could not be loaded, by name.
     """
 
     name: str
@@ -85,6 +86,7 @@ class ServerState:
     counters: Counters = field(default_factory=Counters)
     prompt_rate: float = 0.0
     completion_rate: float = 0.0
+    adapter_faults: Mapping[str, str] = MappingProxyType({})
 
     @property
     def usable(self) -> bool:
@@ -130,6 +132,8 @@ class ServerState:
                     self, counters=counters, prompt_rate=prompt_rate, completion_rate=completion_rate
                 )  # fmt: skip
                 return counted if self.works else counted._at_rest()
+            case AdaptersSet(_, faults):
+                return replace(self, adapter_faults=faults)
         return self
 
     def _at_rest(self) -> Self:
@@ -143,7 +147,7 @@ class ServerState:
             self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=first.host,
             port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False, returns=True,
             unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
-            counters=Counters(), machine="",
+            counters=Counters(), machine="", adapter_faults=MappingProxyType({}),
         )  # fmt: skip
 
     def queued(self, phase: str) -> Self:

@@ -483,6 +483,10 @@ class Supervisor:
                 if (change := self._changes.get(number)) is not None:
                     change.faults[state.name] = faults
                     change.waiting.pop(state.name, None)
+                else:  # at a start
+                    for name, fault in faults.items():
+                        logger.warning("%s could not load the adapter '%s': %s", state.name, name, fault)
+                self._publish(state.after(report))
             case Queued() | Phase() | Ready() if server.is_stopping:
                 pass  # late: it is stopping, even if it will be started again
             case _:

@@ -207,7 +207,7 @@ class VLLMEngine(Engine):
 
     async def _start_engine(self, llm: LLMConfig, report: Report, rank: Rank | None) -> "RunningVLLM":
         engine = await _load(lambda ended: RunningVLLM(llm, self, report, ended, rank))
-        await engine.load_adapters(llm)
+        await engine.load_first_adapter()
         await engine.find_tasks()
         return engine
 
@@ -409,14 +409,10 @@ class RunningVLLM(RunningEngine):
             version=f"vllm {vllm.release}",
         )
 
-    async def load_adapters(self, llm: LLMConfig) -> None:
-        """Load the adapters of the config. One of `adapters` that is broken fails its items later, and not the start.
-
-        Raises any exception: that of `lora_path` cannot be loaded.
-        """
+    async def load_first_adapter(self) -> None:
+        """Load the adapter of `lora_path`, if there is one. Raises any exception: it cannot be loaded."""
         if self._lora_path is not None:
             await self._adapters.load(LORA, str(self._lora_path), is_trusted=True)
-        await self.set_adapters(llm.all_adapters)
 
     def with_adapter(self, prepared: Item | Vector, adapter: str | None) -> Item | Vector:
         """Return a prepared prompt with an adapter."""

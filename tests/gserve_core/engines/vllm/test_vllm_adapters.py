@@ -13,7 +13,7 @@ import httpx
 import psutil
 import pytest
 
-from gserve import GatewayConfig, GserveError, ItemError, LLMConfig, ServeConfig, VLLMService
+from gserve import ConfigError, GatewayConfig, GserveError, ItemError, LLMConfig, ServeConfig, VLLMService
 from gserve_core.testing import our_processes
 from tests.gserve_core.engines.vllm.conftest import DEMO, make_adapter
 from tests.gserve_core.fake_servers import until
@@ -150,7 +150,9 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_lives(
     assert service.status()[0].generation == 1
 
 
-def test_an_adapter_that_a_restarted_server_misses_fails_its_items_only(folders: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_a_restarted_server_misses_fails_its_items_only(
+    folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     shutil.copytree(folders / "code", tmp_path / "code")
     with launched({"sql": folders / "sql", "code": tmp_path / "code"}) as service:
         expected = tokens(service, PROMPTS, adapter="sql")
@@ -160,10 +162,13 @@ def test_an_adapter_that_a_restarted_server_misses_fails_its_items_only(folders:
         until(lambda: service.status()[0].generation == 2 and service.status()[0].usable, 300)
         (gone,) = service.generate(["a"], GREEDY, adapter="code", on_error="return")
         assert "the adapter 'code' could not be loaded: no LoRA adapter in" in str(gone)
+        assert "server-0 could not load the adapter 'code': no LoRA adapter in" in caplog.text
         assert tokens(service, PROMPTS, adapter="sql") == expected
         shutil.copytree(folders / "code", tmp_path / "code")
         service.add_adapter("code", tmp_path / "code")
         assert tokens(service, PROMPTS, adapter="code") != expected
+        with pytest.raises(ConfigError, match=r"'code' is loaded from .* already: put other weights into another"):
+            service.add_adapter("code", tmp_path / "code")
 
 
 def _listeners(port: int | None) -> list[int]:
