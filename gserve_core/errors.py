@@ -113,6 +113,10 @@ class StallTimeout(TransportError):
     """A server that works on our items sent no heartbeat or result for `ServeConfig.client_timeout` seconds."""
 
 
+GONE = 410
+"""The status of a `RemoteError` about a model that was removed from its service."""
+
+
 class RemoteError(TransportError):
     """A server answered with an error.
 

@@ -353,6 +353,8 @@ class ItemQueue:
                     self._wait_again(piece, [self._detach(piece)])
                 case Resend.AFTER_VERDICT:
                     self._await_verdict(piece, server, error)
+                case ItemLost() as failure:
+                    self._lose(self._detach(piece), str(failure))
                 case ItemError() as failure:
                     self._fail(piece, str(failure), invalid=failure.invalid)
         self.pump()

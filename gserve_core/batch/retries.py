@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from enum import Enum, auto
 from typing import NamedTuple
 
-from ..errors import ItemError, RemoteError, TransportError
+from ..errors import GONE, ItemError, ItemLost, RemoteError, TransportError
 from .pieces import Item
 
 MAX_LOSSES = 2
@@ -59,6 +59,8 @@ def after_error(error: Exception, *, count: int, is_watched: bool) -> Resend | I
         return Resend.SMALLER
     if error.status == 429 or (error.status == 503 and is_watched):
         return Resend.LATER
+    if error.status == GONE:
+        return ItemLost(str(error), invalid=False)
     if 400 <= error.status < 500:
         return ItemError(str(error), invalid=error.status in (400, 413, 422))
     return Resend.AFTER_VERDICT

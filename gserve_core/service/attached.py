@@ -133,6 +133,8 @@ class _Following(Following):
             self.dispatcher.expect(SERVICE_KEY)
         of = "" if self._model is None else f" of the model '{self._model}'"
         all_failed = f"all servers{of} of the service '{self._name}' have failed"
+        if self._model is not None and self._model not in self.models:
+            all_failed = f"the model '{self._model}' was removed from the service '{self._name}'"
         for name in gone:
             if self.servers[name].instance in record.finishing:
                 self.dispatcher.retire(name)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..batch.items import Seeds
 from ..commands import DRAIN_SECONDS, AddAdapter, Command, Done, ListAdapters, Reload, RemoveAdapter, Scale
 from ..config import LORA, GatewayConfig, ServeConfig, wrong_key
-from ..errors import ConfigError, GserveError, LaunchError
+from ..errors import ConfigError, GserveError
 from ..host import adapter_folders, folders, processes
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
@@ -217,9 +217,9 @@ class Deployment:
                 path = str(adapter_folders.find(path))
             members = self.members(key)
             self.pool.running()
-            states = self.pool.states
-            is_missed = any(name in states[it.name].adapter_faults for it in members)
-            if own.llm.adapters.get(name) == path and not is_missed:
+            states = [self.pool.states[it.name] for it in members]
+            is_same = own.llm.adapters.get(name) == path
+            if is_same and all(it.usable and name not in it.adapter_faults for it in states):
                 raise ConfigError(f"'{name}' is loaded from {path} already: put other weights into another folder")
             plan, programs = self._adapted(key, {**own.llm.adapters, name: path})
             try:
@@ -228,10 +228,12 @@ class Deployment:
                     raise GserveError(f"no server is ready that could load the adapter '{name}': try again later")
                 if reasons := {server: own[name] for server, own in sorted(faults.items()) if name in own}:
                     which = "; ".join(f"{server}: {why}" for server, why in reasons.items())
-                    raise GserveError(f"cannot load the adapter '{name}', and no server has it: {which}")
+                    others = "the other servers keep it" if is_same else "no server has it"
+                    raise GserveError(f"cannot load the adapter '{name}', and {others}: {which}")
             except BaseException:
-                with suppress(GserveError):  # the pool ends
-                    self.pool.set_adapters(members, own.llm.all_adapters, UNDO_SECONDS)
+                if not is_same:
+                    with suppress(GserveError):  # the pool ends
+                        self.pool.set_adapters(members, own.llm.all_adapters, UNDO_SECONDS)
                 raise
             self.plan = plan
 
@@ -323,9 +325,9 @@ class Deployment:
                 self._replace_models(plan, in_place=in_place, drain=drain)
                 self._given = given
                 self.pool.limit(plan.limits)
+                self._source = source
             if gateway is not None:
                 self.pool.configure_gateway(gateway)
-            self._source = source
 
     def _check_change(self, plan: Plan) -> None:
         """Raise ConfigError if a plan changes what clients of the running service know."""
@@ -350,9 +352,7 @@ class Deployment:
         plan = given
         for key, model in given.models.items():
             if not model.is_alone and _is_same(self._given.models.get(key), model):
-                kept = self.plan.models[key]
-                plan = plan.resized(key, kept.serve)
-                plan = replace(plan, models={**plan.models, key: kept})
+                plan = plan.with_kept(key, self.plan.models[key])
         return plan
 
     def _replace_models(self, plan: Plan, *, in_place: bool, drain: float) -> None:
@@ -441,10 +441,12 @@ class Deployment:
                         self.pool.replace(new, drain)
                     else:
                         self.pool.add([new])
-                except LaunchError:
+                except BaseException:  # the launcher may raise other errors, and a signal may interrupt the wait
                     self._restore(done[:-1], drain)
-                    if others:  # the twin returns by itself
-                        self.pool.add(others)
+                    try:
+                        self.pool.add(others)  # the twin returns by itself
+                    except GserveError as error:
+                        logger.error("cannot bring back the servers of the old config: %s", error)
                     raise
         self.pool.remove([old.name for old in left], drain)
 

@@ -19,7 +19,7 @@ from msgspec import structs
 from ..batch.dispatcher import Dispatcher
 from ..commands import Command, Done
 from ..config import OWNER, GatewayConfig, KeyConfig
-from ..errors import ConfigError, GserveError, LaunchError, PluginError, RemoteError, sentence_of
+from ..errors import GONE, ConfigError, GserveError, LaunchError, PluginError, RemoteError, sentence_of
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
 from ..messages import Event, Health, RunRequest
@@ -138,6 +138,8 @@ class Gateway:
         self._routing: Routing | None = None
         self._metrics: Metrics | None = None
         self._calls: dict[str, RemoteCalls] = {}
+        self._removed: set[str] = set()
+        """The names of models that it has no more."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._end: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
@@ -175,6 +177,7 @@ class Gateway:
         self._call_soon(self._apply_dispatchers, dispatchers)
 
     def _apply_dispatchers(self, dispatchers: Mapping[str, Dispatcher]) -> None:
+        self._removed = (self._removed | self._calls.keys()) - dispatchers.keys()
         self._calls = {key: self._calls.get(key) or RemoteCalls(it) for key, it in dispatchers.items()}
         self._dispatchers = dispatchers
 
@@ -311,6 +314,8 @@ class Gateway:
             return ONLY
         if model is None and len(self._dispatchers) == 1:
             return next(iter(self._dispatchers))
+        if model is not None and model in self._dispatchers:  # also while a reload removes it
+            return model
         cards = self._cards()
         names = self._names(cards)
         if not by_adapter and any(model in card.adapters for card in cards.values()):
@@ -335,6 +340,8 @@ class Gateway:
 
     def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Work on a request, and yield events in the order in which they happen."""
+        if request.model in self._removed:  # its items were not wrong when they were made
+            raise RemoteError(f"the model '{request.model}' was removed from this service", status=GONE)
         return self._calls[self._key_of(request.model)].run(request)
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:

@@ -162,7 +162,14 @@ class Plan:
         name, config = self.models[key].name, self._config_with(key, serve=serve)
         places = {model.name: model.parts.launcher.places for model in self.models.values()}
         model = replace(self.models[key], serve=serve, placement=check_places(config, places)[name])
-        return replace(self, config=config, models={**self.models, key: model})
+        models = {**self.models, key: model}
+        _check_shared_places(config, models)
+        return replace(self, config=config, models=models)
+
+    def with_kept(self, key: str, kept: ModelPlan) -> "Plan":
+        """Return the plan with a model as it runs now. Raises ConfigError: the other models leave no place for it."""
+        plan = replace(self, config=self._config_with(key, llm=kept.llm)).resized(key, kept.serve)
+        return replace(plan, models={**plan.models, key: kept})
 
     def with_adapters(self, key: str, adapters: Mapping[str, str]) -> "Plan":
         """Return the plan with other LoRA adapters of one model. Raises ConfigError: they are wrong."""

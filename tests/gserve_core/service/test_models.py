@@ -354,3 +354,39 @@ def test_a_model_that_a_reload_removes_or_adds_can_be_used_until_the_reload_has_
         assert call.result(60) == [[prompt] for prompt in prompts]
         assert service.models == ["writer", "judge"]
         assert service["judge"].generate(["c"]) == [["c"]]
+
+
+def test_items_that_wait_for_a_removed_model_are_lost_wherever_they_come_from(tmp_path: Path) -> None:
+    """No one of them is said to be wrong, and none fails by the way it came."""
+    some = {"type": "echo", "latency": 0.02, "capacity": 4}
+    path = config(tmp_path, {"writer": {}, "judge": {}}, engine=some)
+    with (
+        VLLMService.from_yaml(path, name="removing") as service,
+        VLLMService.attach("removing") as named,
+        VLLMService.attach(service.base_url or "", api_key=KEY) as far,
+        ThreadPoolExecutor(3) as threads,
+    ):
+        prompts = [f"item {number}" for number in range(2_000)]
+        calls = [threads.submit(user["judge"].generate, prompts, on_error="return") for user in (service, named, far)]
+        until(lambda: service["judge"].status()[0].counters.items > 0, 30)
+        config(tmp_path, {"writer": {}}, engine=some)
+        service.reload(drain=1.0)
+        for call in calls:
+            lost = [it for it in call.result(120) if not isinstance(it, list)]
+            assert lost
+            assert {str(it) for it in lost if not isinstance(it, ItemLost)} == set()
+        assert far["writer"].generate(["a"]) == [["a"]]
+
+
+def test_a_model_is_not_added_under_the_name_of_an_adapter(tmp_path: Path) -> None:
+    path = config(tmp_path, {"writer": {}})
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (adapter / name).write_text("{}")
+    with VLLMService.from_yaml(path) as service:
+        service.add_adapter("sql", adapter, model="writer")
+        config(tmp_path, {"writer": {}, "sql": {}})
+        with pytest.raises(ConfigError, match="'sql' is a model of this service: choose another name for the adapter"):
+            service.reload()
+        assert service["writer"].generate(["a"], adapter="sql") == [["a"]]
