@@ -22,7 +22,7 @@ quickstart: $(READY) ## ask the demo model a question, on real vLLM
 	$(RUN)/gserve chat configs/quickstart.yaml "Write a haiku about the sea." --params '{"temperature": 0, "max_tokens": 60}'
 
 test: $(READY) $(CLIENTS_READY) ## pass the tests
-	$(RUN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(RUN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 30 $(ARGS)
 
 cover: $(READY) $(CLIENTS_READY) ## pass the tests, and show which lines of the product they run, in servers too
 	rm -f .coverage .coverage.*

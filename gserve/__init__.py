@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gserve_core.errors import (
         BatchError,
         BatchInterrupted,
+        ChangeInProgress,
         ConfigError,
         DeadlineExceeded,
         GserveError,
@@ -42,8 +43,9 @@ _MODULES = {
     "command_launcher": ("CommandLauncher",),
     "config": ("GatewayConfig", "KeyConfig", "LLMConfig", "ModelConfig", "ServeConfig"),
     "errors": (
-        "BatchError", "BatchInterrupted", "ConfigError", "DeadlineExceeded", "GserveError", "ItemError", "ItemLost",
-        "LaunchError", "PluginError", "RemoteError", "ServerExited", "StallTimeout", "StartupTimeout", "TransportError",
+        "BatchError", "BatchInterrupted", "ChangeInProgress", "ConfigError", "DeadlineExceeded", "GserveError",
+        "ItemError", "ItemLost", "LaunchError", "PluginError", "RemoteError", "ServerExited", "StallTimeout",
+        "StartupTimeout", "TransportError",
     ),
     "hookspecs": ("hookimpl",),
     "interfaces": ("Engine", "Finding", "Job", "Launcher", "Transport"),
@@ -57,6 +59,7 @@ _MODULE_OF = {name: module for module, names in _MODULES.items() for name in nam
 __all__ = [
     "BatchError",
     "BatchInterrupted",
+    "ChangeInProgress",
     "CommandLauncher",
     "ConfigError",
     "DeadlineExceeded",

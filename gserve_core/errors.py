@@ -10,9 +10,10 @@ GserveError
 │   ├── StallTimeout       it sent no heartbeat or result in time
 │   └── RemoteError        it answered with an error
 ├── BatchError         some items of a call failed; carries every result
-└── ItemError          one item failed
-    ├── ItemLost           no server could finish it
-    └── DeadlineExceeded   the call's deadline came first
+├── ItemError          one item failed
+│   ├── ItemLost           no server could finish it
+│   └── DeadlineExceeded   the call's deadline came first
+└── ChangeInProgress   another change of the servers has not ended
 KeyboardInterrupt
 └── BatchInterrupted   Ctrl-C during a call; carries the finished results
 
@@ -148,6 +149,10 @@ class ItemLost(ItemError):
 
 class DeadlineExceeded(ItemError):
     """The item was not finished at the deadline of its call."""
+
+
+class ChangeInProgress(GserveError):
+    """A change of the servers, such as `scale` or `reload`, was refused: another one has not ended. Try again later."""
 
 
 class BatchInterrupted(KeyboardInterrupt):

@@ -321,8 +321,11 @@ class Measurement(Protocol):
     def __exit__(self, *_: object) -> None:
         """Count the request."""
 
-    def begin_answer(self, status: int, server: str = "", *, is_stream: bool = False) -> None:
-        """Take note that the first byte of an answer is sent. `server`: name of the server that gives it."""
+    def begin_answer(self, status: int, server: str = "", *, is_stream: bool = False, is_batch: bool = False) -> None:
+        """Take note that the first byte of an answer is sent. `server`: name of the server that gives it.
+
+        `is_batch`: whether it has the results of a batch, which any servers give.
+        """
 
     def end_answer(self) -> None:
         """Take note that the whole answer is sent."""

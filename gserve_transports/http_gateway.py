@@ -244,7 +244,7 @@ class _Gateway:
             nothing: list[Event] = []
             first = await anext(events, nothing)  # here an error is a status; later, a broken stream
             headers = [(b"content-type", CONTENT_TYPE.encode())]
-            measurement.begin_answer(200)
+            measurement.begin_answer(200, is_batch=True)
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             async for frame in packed(first, events):
                 await send({"type": "http.response.body", "body": frame, "more_body": True})

@@ -29,6 +29,8 @@ ENGINE = (
 """Tests that start real vLLM. Two cores bear one engine at a time: with several test processes, all are in one."""
 SLURM = ("tests/slurm/",)
 """Tests that need the cluster, of which one is enough."""
+LONGEST = ("engine", "slurm", "tests/test_faults.py", "tests/ssh/")
+"""The longest scopes, in the order in which they begin: a long one that began last would run alone at the end."""
 ROOT = Path(__file__).parent.parent
 SURROUNDINGS = ("GSERVE_", "SLURM_", "SRUN_", "SBATCH_", "SALLOC_", "SQUEUE_", "SINFO_", "SCANCEL_", "SACCT_")
 """Beginnings of the variables by which a user's shell, or a job of SLURM, would change what is tested."""
@@ -38,9 +40,24 @@ class OneEngine(LoadScopeScheduling):
     """Gives whole files to test processes; all that start real vLLM to one of them, all that use SLURM to one."""
 
     def _split_scope(self, nodeid: str) -> str:
-        if nodeid.startswith(ENGINE):
-            return "engine"
-        return "slurm" if nodeid.startswith(SLURM) else nodeid.partition("::")[0]
+        return _scope_of(nodeid)
+
+
+def _scope_of(nodeid: str) -> str:
+    if nodeid.startswith(ENGINE):
+        return "engine"
+    return "slurm" if nodeid.startswith(SLURM) else nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put the longest scopes first where several test processes share the tests."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _rank(_scope_of(item.nodeid)))
+
+
+def _rank(scope: str) -> int:
+    return next((rank for rank, beginning in enumerate(LONGEST) if scope.startswith(beginning)), len(LONGEST))
 
 
 @pytest.hookimpl(wrapper=True)

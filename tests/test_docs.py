@@ -17,7 +17,7 @@ from gserve import GatewayConfig, LLMConfig, ServeConfig
 from gserve.cli import app
 from gserve_core import config, diagnosis, errors, hookspecs, interfaces, messages, openai_api, plugins
 from gserve_core.engines.vllm.known_errors import KNOWN_ERRORS
-from gserve_core.service.metrics import Metrics
+from gserve_core.service.metrics import Metrics, Waiting
 from gserve_core.service.plan import Plan
 from gserve_core.service.routing import Routing
 from gserve_core.service.service import VLLMService
@@ -144,7 +144,7 @@ def test_every_series_is_in_it() -> None:
 def all_series() -> str:
     """Return the text of a service with at least one sample of each series."""
     routing = Routing(None)
-    series = Metrics(routing)
+    series = Metrics(routing, lambda: {"m": Waiting(items=0, requests=0)})
     series.update(ServerState(name="server-0"))
     with series.measured("/chat") as request:
         request.begin_answer(200, "server-0", is_stream=True)

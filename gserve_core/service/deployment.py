@@ -13,7 +13,7 @@ from pathlib import Path
 from ..batch.items import Seeds
 from ..commands import DRAIN_SECONDS, AddAdapter, Command, Done, ListAdapters, Reload, RemoveAdapter, Scale
 from ..config import LORA, GatewayConfig, ServeConfig, wrong_key
-from ..errors import ConfigError, GserveError
+from ..errors import ChangeInProgress, ConfigError, GserveError
 from ..host import adapter_folders, folders, processes
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
@@ -149,9 +149,9 @@ class Deployment:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """Hold the right to change the servers for the block. Raises GserveError: another change is in progress."""
+        """Hold the right to change the servers for the block. Raises ChangeInProgress: another one is."""
         if not self._changes.acquire(blocking=False):
-            raise GserveError("another change of this service is in progress: try again when it has ended")
+            raise ChangeInProgress("another change of this service is in progress: try again when it has ended")
         try:
             yield
         finally:
@@ -172,7 +172,7 @@ class Deployment:
 
         Raises ConfigError: there are no GPUs or ports for so many, or no such model.
         Raises LaunchError: a new server failed. The number stays as it was.
-        Raises GserveError: the service does not run, or another change is in progress.
+        Raises ChangeInProgress: another change is in progress. Raises GserveError: the service does not run.
         """
         with self._changing():
             key = self.plan.key_of(model)
@@ -307,7 +307,8 @@ class Deployment:
 
         Raises ConfigError or PluginError: the config is wrong, or changes what cannot change.
         Raises LaunchError: a new server failed.
-        Raises GserveError: the service does not run, there is no file, or another change is in progress.
+        Raises ChangeInProgress: another change is in progress.
+        Raises GserveError: the service does not run, or there is no file.
         """
         source = source or self._source
         if source is None:

@@ -19,12 +19,21 @@ from msgspec import structs
 from ..batch.dispatcher import Dispatcher
 from ..commands import Command, Done
 from ..config import OWNER, GatewayConfig, KeyConfig
-from ..errors import GONE, ConfigError, GserveError, LaunchError, PluginError, RemoteError, sentence_of
+from ..errors import (
+    GONE,
+    ChangeInProgress,
+    ConfigError,
+    GserveError,
+    LaunchError,
+    PluginError,
+    RemoteError,
+    sentence_of,
+)
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
 from ..messages import Event, Health, RunRequest
 from ..overview import LogPart, ModelOverview, ServiceOverview
-from .metrics import Measurement, Metrics
+from .metrics import Measurement, Metrics, Waiting
 from .records import GatewayRecord
 from .remote_calls import RemoteCalls
 from .routing import Attempts, Routing
@@ -256,7 +265,7 @@ class Gateway:
         try:
             return await asyncio.shield(asyncio.to_thread(self._handle, command))
         except GserveError as error:
-            raise RemoteError(str(error), status=400 if isinstance(error, CONFIG_ERRORS) else 500) from error
+            raise RemoteError(str(error), status=_status_of(error)) from error
         except Exception as error:
             logger.exception("a command failed")
             raise RemoteError(sentence_of(error), status=500) from error
@@ -265,7 +274,7 @@ class Gateway:
         """Return the overview of the service."""
         routing = self._routing
         assert routing is not None
-        waiting = {key: it.waiting + routing.waiting_by_pool[key] for key, it in self._dispatchers.items()}
+        waiting = {key: sum(it) for key, it in self._waiting().items()}
         models = [
             ModelOverview(
                 name=card.name, model=card.model, status=routing.status_of(key), seed=card.seed,
@@ -276,6 +285,17 @@ class Gateway:
         return self._watch.overview(
             routing.status, waiting=sum(waiting.values()), requests=routing.requests, models=models
         )
+
+    def _waiting(self) -> dict[str, Waiting]:
+        """Return what waits for the servers of each model, by the key of its dispatcher."""
+        assert self._routing is not None
+        requests = self._routing.waiting_by_pool
+        return {key: Waiting(it.waiting, requests[key]) for key, it in self._dispatchers.items()}
+
+    def _waiting_by_model(self) -> dict[str, Waiting]:
+        """Return what waits for the servers of each model, by the name of the model."""
+        waiting = self._waiting()
+        return {card.name: waiting[key] for key, card in self._cards().items() if key in waiting}
 
     async def log_part(self, server: str, after: int | None, file: str) -> LogPart:
         """Return a part of a server's log."""
@@ -379,7 +399,7 @@ class Gateway:
         self._end = asyncio.Event()
         self._apply_dispatchers(self._dispatchers)
         self._routing = routing = Routing(self._config.queue_timeout, self._items_at)
-        self._metrics = Metrics(routing, lambda: sum(it.waiting for it in self._dispatchers.values()))
+        self._metrics = Metrics(routing, self._waiting_by_model)
         self._loop = asyncio.get_running_loop()
         async with self._transport.serve_gateway(self, self._config) as address:
             scheme = "http" if self._config.certfile is None else "https"
@@ -394,6 +414,13 @@ class Gateway:
     def _items_at(self, server: str) -> int:
         """Return the number of items of the service's own calls that a server works on."""
         return sum(dispatcher.in_flight(server) for dispatcher in self._dispatchers.values())
+
+
+def _status_of(error: GserveError) -> int:
+    """Return the status with which a command fails."""
+    if isinstance(error, ChangeInProgress):
+        return 409
+    return 400 if isinstance(error, CONFIG_ERRORS) else 500
 
 
 def _certificate(file: str | None) -> str:

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from ..overview import Counters
 from .routing import Routing
@@ -21,6 +21,13 @@ PREFIX = "gserve_"
 """Beginning of the names of gserve's series. Those of an engine must begin otherwise."""
 
 logger = logging.getLogger("gserve.gateway")
+
+
+class Waiting(NamedTuple):
+    """What waits for the servers of a model: `items` in the service's own queue, and `requests` in the gateway."""
+
+    items: int
+    requests: int
 
 
 class _Histogram:
@@ -56,19 +63,22 @@ class _Server:
 class Measurement:
     """Measures one request. A context manager for the time of the request; it counts the request at its end."""
 
-    __slots__ = ("_began", "_ended", "_first", "_metrics", "_route", "_sent", "_server", "_status")
+    __slots__ = ("_began", "_ended", "_first", "_is_timed", "_metrics", "_route", "_sent", "_server", "_status")
 
     def __init__(self, metrics: "Metrics", route: str) -> None:
         self._metrics = metrics
         self._route = route
-        self._status, self._server, self._sent = LEFT, "", 0
+        self._status, self._server, self._sent, self._is_timed = LEFT, "", 0, False
         self._first: float | None = None
         self._ended: float | None = None
         self._began = metrics.clock()
 
-    def begin_answer(self, status: int, server: str = "", *, is_stream: bool = False) -> None:
-        """Note that the first byte of the answer is sent. `server`: name of the server that gives it."""
-        self._sent, self._server = status, server
+    def begin_answer(self, status: int, server: str = "", *, is_stream: bool = False, is_batch: bool = False) -> None:
+        """Note that the first byte of the answer is sent. `server`: name of the server that gives it.
+
+        `is_batch`: whether it has the results of a batch, which any servers give.
+        """
+        self._sent, self._server, self._is_timed = status, server, bool(server) or is_batch
         if is_stream:
             self._first = self._metrics.clock()
 
@@ -88,7 +98,7 @@ class Measurement:
         metrics, route, server = self._metrics, self._route, self._server
         key = route, self._status, server
         metrics.requests[key] = metrics.requests.get(key, 0) + 1
-        if server and self._ended is not None and self._sent < 300:
+        if self._is_timed and self._ended is not None and self._sent < 300:
             where = route, server
             if self._first is not None:
                 _histogram(metrics.first_events, where).add(self._first - self._began)
@@ -109,11 +119,14 @@ class Metrics:
     restarts. What a killed server finished after its last message is missing from it: the work of two seconds at most.
 
     `routing`: the gateway's.
-    `waiting`: returns the number of items in the service's own queue.
+    `waiting`: returns what waits for the servers of each model, by the model's name.
     """
 
     def __init__(
-        self, routing: Routing, waiting: Callable[[], int] = lambda: 0, clock: Callable[[], float] = time.monotonic
+        self,
+        routing: Routing,
+        waiting: Callable[[], Mapping[str, Waiting]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._routing = routing
         self._waiting = waiting
@@ -125,7 +138,7 @@ class Metrics:
         self.first_events: dict[tuple[str, str], _Histogram] = {}
         """Time to the first byte of streamed answers, by route and server."""
         self.durations: dict[tuple[str, str], _Histogram] = {}
-        """Time to the end of an answer, by route and server."""
+        """Time to the end of an answer, by route and server. A batch has no server."""
 
     def update(self, state: ServerState) -> None:
         """Take over a server's new state."""
@@ -187,13 +200,14 @@ class Metrics:
                 for (server, reason), number in self._routing.resends.items()
             ],
         )  # fmt: skip
+        waiting = self._waiting()
         yield _Family(
             "requests_waiting", "gauge", "Requests that wait in the gateway for a server.",
-            [({}, self._routing.waiting)],
+            [({"pool": pool}, it.requests) for pool, it in waiting.items()],
         )  # fmt: skip
         yield _Family(
             "queue_items", "gauge", "Items that wait in the queue of the service's own process.",
-            [({}, self._waiting())],
+            [({"pool": pool}, it.items) for pool, it in waiting.items()],
         )  # fmt: skip
         in_flight = self._routing.requests
         yield _Family(

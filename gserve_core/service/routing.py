@@ -87,11 +87,6 @@ class Routing:
         return {name: backend.requests for name, backend in self._backends.items()}
 
     @property
-    def waiting(self) -> int:
-        """Number of requests that wait for a server."""
-        return self.waiting_by_pool.total()
-
-    @property
     def status(self) -> str:
         """Return "ok" if a server is ready, "starting" if one will be, "draining", or "stopped"."""
         return "draining" if self.ending else self.status_of(ONLY)

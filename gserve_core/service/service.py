@@ -284,7 +284,8 @@ class VLLMService(Inference):
 
         Raises ConfigError: there are no GPUs or ports for so many, or no such model.
         Raises LaunchError: a new server failed. The number stays as it was.
-        Raises GserveError: the service does not run here, or another change is in progress.
+        Raises ChangeInProgress: another change is in progress.
+        Raises GserveError: the service does not run here.
         """
         self._changeable().scale(servers, drain, model)
 
@@ -311,7 +312,8 @@ class VLLMService(Inference):
 
         Raises ConfigError or PluginError: the file is wrong, or changes the transport or the gateway's address.
         Raises LaunchError: a new server failed.
-        Raises GserveError: the service does not run here, there is no file, or another change is in progress.
+        Raises ChangeInProgress: another change is in progress.
+        Raises GserveError: the service does not run here, or there is no file.
         """
         deployment = self._changeable()
         source = None if path is None else deployment.source_at(Path(path).absolute(), overrides)
@@ -344,8 +346,8 @@ class VLLMService(Inference):
         `model`: the name of the base model, if there are several.
 
         Raises ConfigError: a name is not allowed, the folder is not complete, or there are too many adapters.
-        Raises GserveError: a server cannot load it, and then no server has it. Or the service does not run here, or
-        another change is in progress.
+        Raises ChangeInProgress: another change is in progress.
+        Raises GserveError: a server cannot load it, and then no server has it. Or the service does not run here.
         """
         self._changeable().add_adapter(name, str(path), drain, model)
 
@@ -356,7 +358,8 @@ class VLLMService(Inference):
         `model`: the name of the base model, if there are several.
 
         Raises ConfigError: there is no such adapter, or it is that of `lora_path`.
-        Raises GserveError: the service does not run here, another change is in progress, or the time is over.
+        Raises ChangeInProgress: another change is in progress.
+        Raises GserveError: the service does not run here, or the time is over.
         """
         self._changeable().remove_adapter(name, drain, model)
 

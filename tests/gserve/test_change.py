@@ -1,6 +1,7 @@
 """`gserve scale` and `gserve reload` at a launched service, as a user types them."""
 
 import json
+import subprocess
 from typing import Any
 
 from tests.gserve.place import Place, eventually
@@ -41,6 +42,19 @@ def test_a_launched_service_is_scaled_and_reloaded(place: Place) -> None:
     assert servers(place)["server-2"]["generation"] == 2
     place.run("stop", "demo")
     assert launch.wait(30) == 0, "servers that were replaced have not failed"
+    eventually(lambda: not place.servers())
+
+
+def test_a_second_change_is_refused_while_the_first_has_not_ended(place: Place) -> None:
+    place.start("launch", place.config())
+    place.run("wait", "demo")
+    place.config(load_time=60.0)
+    reload = place.start("reload", "demo", stderr=subprocess.DEVNULL)
+    eventually(lambda: len(servers(place)) == 2)
+    refused = place.run("scale", "demo", "1", code=1).stderr
+    assert "another change of this service is in progress: try again when it has ended" in refused
+    place.run("stop", "demo")
+    assert reload.wait(30) == 1
     eventually(lambda: not place.servers())
 
 

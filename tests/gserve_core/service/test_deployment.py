@@ -14,7 +14,17 @@ from typing import Any
 import httpx
 import pytest
 
-from gserve import ConfigError, GatewayConfig, GserveError, KeyConfig, LaunchError, LLMConfig, ServeConfig, VLLMService
+from gserve import (
+    ChangeInProgress,
+    ConfigError,
+    GatewayConfig,
+    GserveError,
+    KeyConfig,
+    LaunchError,
+    LLMConfig,
+    ServeConfig,
+    VLLMService,
+)
 from gserve_core.config import Config
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.service.deployment import Deployment
@@ -307,8 +317,12 @@ def test_a_start_that_is_changed_a_second_time_is_refused(tmp_path: Path) -> Non
         adding.start()
         while len(service.servers) < 3:
             threading.Event().wait(0.01)
-        with pytest.raises(GserveError, match="another change of this service is in progress"):
+        with pytest.raises(ChangeInProgress, match="another change of this service is in progress"):
             service.scale(1)
+        assert service.gateway is not None
+        refused = ask(service, "/control", {"type": "scale", "servers": 1}, key=service.gateway.control)
+        assert refused.status_code == 409
+        assert refused.json()["error"]["message"].startswith("another change of this service is in progress: try again")
         adding.join(30)
         assert len(service.servers) == 3
 

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gserve_core.interfaces import Address
 from gserve_core.overview import Counters
-from gserve_core.service.metrics import Metrics
+from gserve_core.service.metrics import Metrics, Waiting
 from gserve_core.service.routing import Routing
 from gserve_core.service.state import BEGINNING, Counted, Ready, ServerState, Start, State
 
@@ -45,8 +45,8 @@ def ready(name: str, generation: int = 1, **counters: int) -> ServerState:
     )  # fmt: skip
 
 
-def metrics(*states: ServerState, clock: Clock | None = None, waiting: int = 0) -> Metrics:
-    made = Metrics(Routing(None), lambda: waiting, clock or Clock())
+def metrics(*states: ServerState, clock: Clock | None = None, waiting: Mapping[str, Waiting] | None = None) -> Metrics:
+    made = Metrics(Routing(None), lambda: waiting or {}, clock or Clock())
     for state in states:
         made.update(state)
     return made
@@ -178,10 +178,26 @@ def test_the_times_of_answers_are_in_their_buckets() -> None:
     assert whole["gserve_request_seconds_sum"] == 5006.0
 
 
-def test_what_waits_is_shown() -> None:
-    found = families(metrics(ready(A), waiting=17))
-    assert found["gserve_queue_items"].samples[0].value == 17
-    assert found["gserve_requests_waiting"].samples[0].value == 0
+def test_what_waits_is_shown_by_model() -> None:
+    found = families(metrics(ready(A), waiting={"small": Waiting(17, 0), "large": Waiting(1, 3)}))
+    assert values(found["gserve_queue_items"], "pool") == {"small": 17, "large": 1}
+    assert values(found["gserve_requests_waiting"], "pool") == {"small": 0, "large": 3}
+
+
+def test_a_batch_is_timed_though_it_has_no_server_and_an_answer_of_the_gateway_itself_is_not() -> None:
+    clock = Clock()
+    made = metrics(ready(A), clock=clock)
+    for route, is_batch in (("/run", True), ("/status", False)):
+        clock.now = 0.0
+        with made.measured(route) as request:
+            request.begin_answer(200, is_batch=is_batch)
+            clock.now = 3.0
+            request.end_answer()
+    found = families(made)
+    labels = {"route": "/run", "pool": "", "server": ""}
+    assert all(labels.items() <= it.labels.items() for it in found["gserve_request_seconds"].samples)
+    assert {it.value for it in found["gserve_request_seconds"].samples if it.name.endswith("_sum")} == {3.0}
+    assert "gserve_first_event_seconds" not in found
 
 
 # ------------------------------------------------------------------------------------------------------------- engines

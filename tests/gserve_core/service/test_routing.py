@@ -176,13 +176,13 @@ def test_the_requests_that_wait_are_counted() -> None:
         made = routing(starting("a"))
         asked = [asyncio.create_task(made.attempts().next()) for _ in range(3)]
         await asyncio.sleep(0)
-        assert made.waiting == 3
+        assert made.waiting_by_pool.total() == 3
         asked.pop().cancel()
         await asyncio.sleep(0)
-        assert made.waiting == 2
+        assert made.waiting_by_pool.total() == 2
         made.update(ready("a"))
         await asyncio.gather(*asked)
-        assert made.waiting == 0
+        assert made.waiting_by_pool.total() == 0
 
     run(work())
 
@@ -211,14 +211,14 @@ def test_counters_of_servers_do_not_wake_requests_that_wait() -> None:
         made = routing(starting("a"))
         asking = asyncio.ensure_future(made.wait_changed(10.0))
         await asyncio.sleep(0)
-        assert made.waiting == 1
+        assert made.waiting_by_pool.total() == 1
         made.update(replace(starting("a"), counters=Counters(items=1), completion_rate=3.0, phase="loading"))
         for _ in range(5):
             await asyncio.sleep(0)
         assert not asking.done()
         made.update(ready("a"))
         await asking
-        assert made.waiting == 0
+        assert made.waiting_by_pool.total() == 0
 
     run(work())
 

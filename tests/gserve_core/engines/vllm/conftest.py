@@ -16,16 +16,20 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_adapter(tmp_path_factory.mktemp("adapter"))
 
 
-def make_adapter(folder: Path, seed: int = 0, rank: int = 4, wider: int = 0) -> Path:
-    """Make a LoRA adapter for the demo model in a folder, at random and strong enough to change its answers.
+def make_adapter(
+    folder: Path, seed: int = 0, rank: int = 4, wider: int = 0, base: Path | None = None, strength: float = 0.05
+) -> Path:
+    """Make a LoRA adapter in a folder, at random and strong enough to change the answers of its model.
 
     `wider`: number of inputs that its matrices have in addition, so that they do not fit.
+    `base`: folder of the model; None: the demo model. `strength`: deviation of the weights.
     """
     import torch
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
-    config = json.loads((Path(demo_model.resolve(DEMO, print)) / "config.json").read_text())
+    base = base or Path(demo_model.resolve(DEMO, print))
+    config = json.loads((base / "config.json").read_text())
     hidden = config["hidden_size"] + wider
     widths = {
         "q_proj": config["num_attention_heads"] * config["head_dim"],
@@ -36,8 +40,8 @@ def make_adapter(folder: Path, seed: int = 0, rank: int = 4, wider: int = 0) -> 
     for layer in range(config["num_hidden_layers"]):
         for module, width in widths.items():
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
-            weights[f"{name}.lora_A.weight"] = torch.randn(rank, hidden) * 0.05
-            weights[f"{name}.lora_B.weight"] = torch.randn(width, rank) * 0.05
+            weights[f"{name}.lora_A.weight"] = torch.randn(rank, hidden) * strength
+            weights[f"{name}.lora_B.weight"] = torch.randn(width, rank) * strength
     save_file(weights, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(
         json.dumps({

@@ -1,4 +1,4 @@
-"""Pooling models of a few thousand weights, made at random in a second, without a network."""
+"""Models of a few thousand weights, made at random in a second, without a network."""
 
 import json
 import shutil

