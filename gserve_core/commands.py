@@ -4,9 +4,17 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from .weights import Weights
+
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
 DRAIN_SECONDS = 60.0
 """Default time for a server that is removed or replaced to finish its items in flight, in seconds."""
+
+VERSION = "[A-Za-z0-9._-]{1,64}"
+"""Pattern of the versions of weights."""
+type Version = Annotated[str, Meta(pattern=f"^{VERSION}$")]
+UPDATE_SECONDS = 600.0
+"""Default time for a change of the weights, in seconds."""
 
 
 class Scale(Struct, frozen=True, forbid_unknown_fields=True, tag="scale"):
@@ -71,14 +79,40 @@ class ListAdapters(Struct, frozen=True, forbid_unknown_fields=True, tag="list_ad
     model: str | None = None
 
 
-type Command = Scale | Reload | AddAdapter | RemoveAdapter | ListAdapters
+class UpdateWeights(Struct, frozen=True, forbid_unknown_fields=True, tag="update_weights"):
+    """Replace the weights on all servers. See `VLLMService.update_weights`.
+
+    `path`: their folder, on the machine of the servers.
+    `redo`: begin items in flight again with the new weights. Otherwise they finish first.
+    `timeout`: maximum time, in seconds.
+    `is_below_root`: whether the folder must be below `serve.weights_root`. A relative path then starts there.
+    `model`: see `AddAdapter`.
+    """
+
+    path: str
+    version: Version
+    redo: bool = False
+    timeout: Seconds = UPDATE_SECONDS
+    is_below_root: bool = False
+    model: str | None = None
+
+
+class ShowWeights(Struct, frozen=True, forbid_unknown_fields=True, tag="show_weights"):
+    """Return the weights. `model`: see `AddAdapter`."""
+
+    model: str | None = None
+
+
+type Command = Scale | Reload | AddAdapter | RemoveAdapter | ListAdapters | UpdateWeights | ShowWeights
 
 
 class Done(Struct, frozen=True, omit_defaults=True):
     """The answer to a command that has succeeded. `text`: what was done, in one line.
 
     `adapters`: the folders of the LoRA adapters by name, if the command is about them.
+    `weights`: those of the model, if the command is about them.
     """
 
     text: str
     adapters: dict[str, str] = {}
+    weights: Weights | None = None

@@ -219,6 +219,7 @@ class ServeConfig:
     `share_gpu`: let several servers use one GPU, including servers of other services. They start one after the other.
     `env`: environment variables for the servers.
     `nodes_per_server`: number of nodes of each server, which divide its GPUs evenly. The launcher must know how.
+    `weights_root`: folder below which the gateway may take new weights from; None: it takes none.
     `adapters_root`: folder below which the gateway may take new LoRA adapters from; None: it takes none.
 
     Raises ConfigError: a field is wrong.
@@ -238,14 +239,16 @@ class ServeConfig:
     env: dict[str, str] = field(default_factory=dict)
     nodes_per_server: Nodes = 1
     adapters_root: str | None = None
+    weights_root: str | None = None
 
     def __post_init__(self) -> None:
         check(self)
         if self.nodes_per_server > 1 and (self.gpu_ids is not None or self.share_gpu):
             name = "share_gpu" if self.gpu_ids is None else "gpu_ids"
             raise ConfigError(f"{name} is for servers on one node: remove it, or nodes_per_server", at=f"$.{name}")
-        if self.adapters_root is not None and (wrong := wrong_path(self.adapters_root)):
-            raise ConfigError(wrong, at="$.adapters_root")
+        for name in ("adapters_root", "weights_root"):
+            if (root := getattr(self, name)) is not None and (wrong := wrong_path(root)):
+                raise ConfigError(wrong, at=f"$.{name}")
         if self.gpu_ids is not None:
             if not self.gpu_ids or min(self.gpu_ids) < 0:
                 raise ConfigError(f"expected GPU ids from 0 up, got {self.gpu_ids}", at="$.gpu_ids")

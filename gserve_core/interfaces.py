@@ -19,9 +19,10 @@ from msgspec import Struct
 
 from .commands import Command, Done
 from .config import GatewayConfig, LLMConfig
-from .errors import ConfigError, ItemError, RemoteError
+from .errors import ConfigError, GserveError, ItemError, RemoteError
 from .messages import Event, Health, Params, Prompt, ResponseOutput, RunRequest
 from .overview import LogPart, ServiceOverview
+from .weights import Weights
 
 # ------------------------------------------------------------------------------------------------------------ launcher
 
@@ -742,6 +743,22 @@ class RunningEngine(RunningRank):
         Return why adapters could not be loaded, by name.
         """
         return dict.fromkeys(adapters, "this engine has no adapters")
+
+    async def check_weights(self, path: str) -> None:
+        """Check that a folder holds weights that `load_weights` can load. Changes nothing.
+
+        Raises GserveError: they are not complete, or are those of another model. Unless overridden, none can be loaded.
+        """
+        raise GserveError("this engine cannot change its weights while it works")
+
+    async def load_weights(self, weights: Weights) -> None:
+        """Replace the weights, and forget what was computed with the old ones. The adapters stay.
+
+        Called while no item runs. The server calls `check` afterwards. If either fails, the engine is not used again.
+
+        Raises any exception: that fails.
+        """
+        await self.check_weights(weights.path)
 
     def in_background(self, prepared: Any) -> Any:
         """Return a prepared prompt that gives way to others, if the engine schedules by priority.

@@ -31,6 +31,7 @@ from .config import LLMConfig
 from .host.forks import call_in_child
 from .interfaces import Address, EngineInfo
 from .overview import Counters
+from .weights import FIRST, ORIGINAL, Weights
 
 HEARTBEAT_SECONDS = 5.0
 """Interval between two heartbeats of the owner, in seconds."""
@@ -75,6 +76,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     umask: the umask that the process must set.
     limits: the soft and hard limits that the process must set, by the number of the resource.
     ranks: the server runs on several nodes. None: on one.
+    weights: those that it must have before it is ready.
     """
 
     instance: str
@@ -91,6 +93,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     umask: int | None = None
     limits: dict[int, tuple[int, int]] = {}
     ranks: Ranks | None = None
+    weights: Weights = ORIGINAL
 
 
 class Beat(Struct, frozen=True, tag="beat"):
@@ -128,6 +131,45 @@ class AdaptersSet(Struct, frozen=True, tag="adapters_set"):
 
     number: int
     faults: dict[str, str] = {}
+
+
+class CheckWeights(Struct, frozen=True, tag="check_weights"):
+    """Check that the files in `path` hold weights for this model. The server answers with `Answered`."""
+
+    number: int
+    path: str
+
+
+class Pause(Struct, frozen=True, tag="pause"):
+    """Begin no more items. The server answers with `Answered` once none is in the engine.
+
+    redo: put items in the engine back, to begin them again after `Resume`. Otherwise they finish.
+    """
+
+    number: int
+    redo: bool = False
+
+
+class LoadWeights(Struct, frozen=True, tag="load_weights"):
+    """Load these weights, and make a token with them. The server answers with `Answered`.
+
+    A server that is not ready yet answers before it is. Another one must be paused.
+    """
+
+    number: int
+    weights: Weights
+
+
+class Resume(Struct, frozen=True, tag="resume"):
+    """Begin items again. It ends a `Pause` that has not been answered too."""
+
+
+class Answered(Struct, frozen=True, tag="answered"):
+    """The order with this number is done, or has failed: `fault` is the reason. `version`: that of the weights now."""
+
+    number: int
+    fault: str = ""
+    version: str = FIRST
 
 
 class Listening(Struct, frozen=True, tag="listening"):
@@ -188,8 +230,9 @@ class Stopped(Struct, frozen=True, tag="stopped"):
     """The server ends as ordered."""
 
 
-type Down = Hello | Beat | Drain | Stop | Meeting | SetAdapters
-type Up = Listening | Meeting | Phase | Ready | Pulse | Failed | Stopped | AdaptersSet
+type Order = SetAdapters | CheckWeights | Pause | LoadWeights
+type Down = Hello | Beat | Drain | Stop | Meeting | Order | Resume
+type Up = Listening | Meeting | Phase | Ready | Pulse | Failed | Stopped | AdaptersSet | Answered
 
 _down: "msgspec.json.Decoder[Down]" = msgspec.json.Decoder(Down)
 _up: "msgspec.json.Decoder[Up]" = msgspec.json.Decoder(Up)

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
 from .plain import without_none
+from .weights import FIRST
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal", "thinking": "thinking"}
 """Types of parts that are texts, each with the field that holds its text. As in vLLM, all of them count as `text`."""
@@ -141,6 +142,7 @@ class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
     `stop_reason`: the stop string or token id that ended the completion.
     `prompt_tokens`: number of tokens of the prompt; None if the engine does not count them.
     `prompt_token_ids`: the tokens of the prompt, if the call requests them.
+    `weight_version`: the version of the weights that made it; see `VLLMService.update_weights`.
     """
 
     text: str
@@ -152,6 +154,7 @@ class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
     prompt_logprobs: Logprobs | None = None
     prompt_tokens: int | None = None
     prompt_token_ids: list[int] | None = None
+    weight_version: str = FIRST
 
 
 class FlatLogprobs(Struct, frozen=True, array_like=True, gc=False):
@@ -186,7 +189,7 @@ class FlatOutput(ResponseOutput, frozen=True, omit_defaults=True, gc=False):
             self.text, self.token_ids, self.finish_reason, self.stop_reason, self.cumulative_logprob,
             self.logprobs if flat is None else flat.unfold(),
             self.prompt_logprobs if of_prompt is None else of_prompt.unfold(),
-            self.prompt_tokens, self.prompt_token_ids,
+            self.prompt_tokens, self.prompt_token_ids, self.weight_version,
         )  # fmt: skip
 
 

@@ -10,13 +10,24 @@ import math
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import parse_qsl
 
 import msgspec
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gserve_core.commands import DRAIN_SECONDS, AddAdapter, Command, ListAdapters, RemoveAdapter, Seconds
+from gserve_core.commands import (
+    DRAIN_SECONDS,
+    UPDATE_SECONDS,
+    AddAdapter,
+    Command,
+    ListAdapters,
+    RemoveAdapter,
+    Seconds,
+    ShowWeights,
+    UpdateWeights,
+    Version,
+)
 from gserve_core.config import GatewayConfig
 from gserve_core.errors import RemoteError, unknown_adapter
 from gserve_core.interfaces import Address, ApiKey, Attempts, Backend, GatewayApi, Measurement
@@ -40,7 +51,7 @@ ANSWERED = {("GET", "/status"), ("GET", "/logs"), ("GET", METRICS_PATH), ("POST"
 """Routes that the gateway answers itself, to a client with the key."""
 OPEN_ROUTES = {("GET", "/"), ("GET", "/health")}
 """Routes that need no key."""
-CONTROL_PATH, ADAPTERS_PATH = "/control", "/adapters"
+CONTROL_PATH, ADAPTERS_PATH, WEIGHTS_PATH = "/control", "/adapters", "/weights"
 """Routes that need the control secret instead of an API key."""
 ALL_ROUTES = {*PASSED_ROUTES, *ANSWERED, *OPEN_ROUTES, RUN_ROUTE, ("POST", CONTROL_PATH)}
 MEASURED = frozenset(path for _, path in ALL_ROUTES)
@@ -75,6 +86,15 @@ class NewAdapter(msgspec.Struct, forbid_unknown_fields=True):
 
     path: str
     drain: Seconds = DRAIN_SECONDS
+
+
+class NewWeights(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of `POST /weights`. `path`: see `ServeConfig.weights_root`. The others: see `VLLMService.update_weights`."""
+
+    path: str
+    version: Version
+    in_flight: Literal["finish", "redo"] = "finish"
+    timeout: Seconds = UPDATE_SECONDS
 
 
 class _Gateway:
@@ -118,6 +138,9 @@ class _Gateway:
                 return
             if f"{scope['path']}/".startswith(f"{ADAPTERS_PATH}/"):
                 await _answer(send, 200, await self._adapters(scope, receive), JSON, measurement)
+                return
+            if scope["path"] == WEIGHTS_PATH:
+                await _answer(send, 200, await self._weights(scope, receive), JSON, measurement)
                 return
             key = self._check_access(scope)
             if (scope["method"], scope["path"]) in ANSWERED:
@@ -179,6 +202,19 @@ class _Gateway:
         if method == "DELETE":
             await self._api.control(RemoveAdapter(name, model=model))
         return msgspec.json.encode({name: known[name]})
+
+    async def _weights(self, scope: Scope, receive: Receive) -> bytes:
+        """Answer a request about the weights. Raises RemoteError: it is refused, or has failed."""
+        self._check_control(scope)
+        model = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("model")
+        if scope["method"] == "POST":
+            asked = read_json(await read_body(scope, receive, self._max_body), NewWeights)
+            await self._api.control(
+                UpdateWeights(asked.path, asked.version, asked.in_flight == "redo", asked.timeout, True, model)
+            )
+        elif scope["method"] != "GET":
+            raise RemoteError(f"Method Not Allowed: {scope['method']} {WEIGHTS_PATH}", status=405)
+        return msgspec.json.encode((await self._api.control(ShowWeights(model))).weights)
 
     def _check_access(self, scope: Scope) -> ApiKey:
         """Return the API key of a request. Raises RemoteError: it has none, or its route does not exist."""

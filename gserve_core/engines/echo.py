@@ -34,11 +34,13 @@ from msgspec import Meta, Struct
 from ..config import LORA, LLMConfig, check
 from ..errors import ConfigError, GserveError, ItemError, unknown_adapter
 from ..hookspecs import hookimpl
+from ..host import weight_folders
 from ..interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, Rank, Report, RunningEngine, RunningRank
 from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from ..sampling import read_params, split_prompt_params
 from ..tasks import CLASSIFY, EMBED, GENERATE, SCORE, PoolingOptions, read_options, texts_of
 from ..template_kwargs import check_template_kwargs
+from ..weights import Weights
 from . import echo_openai, echo_vectors, orphans
 from .echo_json import fitting_text
 
@@ -67,8 +69,11 @@ class EchoEngine(Engine):
     `sample`: if the temperature is above 0, the word "seed-" plus the seed follows the words of the prompt.
     `show_adapter`: if an item has an adapter, the word NAME=FOLDER follows the words of the prompt. FOLDER is the last
     part of the adapter's path.
+    `show_weights`: if the weights were replaced, the word weights=FOLDER follows the words of the prompt. FOLDER is the
+    last part of their path.
     `fail_start`: if not empty, the start fails with this message.
-    `die_on`, `hang_on`, `wedge_on`, `error_on`: an item that contains this text triggers the fault.
+    `die_on`, `hang_on`, `wedge_on`, `error_on`: an item that contains this text triggers the fault. So does the path of
+    new weights.
     `die_at`, `hang_at`, `wedge_at`, `error_at`: the n-th item, counted from 1, triggers the fault.
 
     The faults: `die` kills the process. `hang` stops all work. `wedge` accepts no more work, and finishes the work in
@@ -88,6 +93,7 @@ class EchoEngine(Engine):
     classes: Annotated[int, Meta(ge=1, le=1 << 16, description="a number from 1 to 65536")] | None = None
     sample: bool = False
     show_adapter: bool = False
+    show_weights: bool = False
     fail_start: str = ""
     die_on: str = ""
     hang_on: str = ""
@@ -212,6 +218,8 @@ class RunningEcho(RunningEngine):
         self._steps = 0
         self._prompt_tokens = self._completion_tokens = 0
         self._stopping = False
+        self._weights = ""
+        """The last part of the path of the weights, if they were replaced."""
 
     async def wait_until_loaded(self, report: Report) -> None:
         """Report the phases of the engine process until it is ready. Raises GserveError: its start failed."""
@@ -356,6 +364,8 @@ class RunningEcho(RunningEngine):
         if error:
             raise ItemError(error, invalid=False)
         ends = "stop" if params.max_tokens is None or len(words) < params.max_tokens else "length"
+        if self._weights and self._engine.show_weights:
+            words = [*words, f"weights={self._weights}"]
         answer = " ".join(words)
         ids = _ids(answer)
         output = ResponseOutput(answer, ids, ends, prompt_tokens=tokens)
@@ -386,6 +396,16 @@ class RunningEcho(RunningEngine):
         """Have these adapters. There is nothing to load."""
         self.adapters = dict(adapters)
         return {}
+
+    async def check_weights(self, path: str) -> None:
+        """Look for safetensors files in the folder."""
+        await asyncio.to_thread(weight_folders.find, path)
+
+    async def load_weights(self, weights: Weights) -> None:
+        """Work on one token, whose fault the folder's path may trigger."""
+        if error := await self._request(1, self._fault(weights.path)):
+            raise GserveError(error)
+        self._weights = PurePath(weights.path).name
 
     def _fault(self, text: str) -> str:
         """Return the fault that an item with this text triggers; "" if none."""

@@ -31,6 +31,9 @@ async def wait_hung(engine: RunningEngine, work: Work, limit: float) -> str:
                         f" {sentence_of(error)}"
                     )
                 checking = None
+            if work.is_paused:  # its owner watches over it
+                silence.reset()
+                continue
             if (state := (work.ended, engine.progress())) != seen or not (work.running or checking):
                 seen = state
                 silence.reset()

@@ -40,7 +40,7 @@ async def answer(
     is_large = len(body) > LARGE
     items = await asyncio.to_thread(count_items, kind, body) if is_large else count_items(kind, body)
     reply = _Reply(work, items, send)
-    with contextlib.nullcontext() if kind is Kind.READS else work.hold(items):
+    async with contextlib.nullcontext() if kind is Kind.READS else work.hold(items):
         running = asyncio.ensure_future(application(scope, _replayed(body, receive), reply))
         over, gone = asyncio.ensure_future(work.wait_over()), asyncio.ensure_future(_wait_disconnected(receive))
         try:

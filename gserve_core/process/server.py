@@ -21,8 +21,10 @@ from ..host.redaction import redact
 from ..interfaces import Address, ASGIApp, ASGIMessage, ASGIReceive, ASGISend, Engine, RunningEngine, Transport
 from ..messages import Event, Health, ResponseOutput, RunRequest
 from ..tasks import GENERATE
+from ..weights import ORIGINAL, Weights
 from . import openai_face, ranks
 from .engine_watchdog import wait_hung
+from .orders import Orders
 from .work import Work
 
 DRAIN_SECONDS = 30.0
@@ -77,8 +79,7 @@ class Server:
         self._lease: lease.ServerEnd | None = None
         self._others: ranks.Others
         self._address: Address | None = None
-        self._orders: asyncio.Queue[lease.SetAdapters] = asyncio.Queue()
-        """Changes of the adapters that have not been made."""
+        self._orders = Orders(self._send, secrets)
 
     # ----------------------------------------------------------------------------------------- the methods of ServerApi
 
@@ -153,6 +154,7 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         self._lease = owner
+        weights = ORIGINAL if owner is None else owner.hello.weights
         if owner is not None:
             owner.watch(
                 on_message=lambda message: loop.call_soon_threadsafe(self._handle_message, message),
@@ -164,7 +166,7 @@ class Server:
             logger.info("listening on %s", address)
             self._address = address
             self._send(lease.Listening(address))
-            starting, code = asyncio.create_task(self._others.watch(self._start(engine, llm))), 0
+            starting, code = asyncio.create_task(self._others.watch(self._start(engine, llm, weights))), 0
             try:
                 if await self._wait_first(starting):
                     await self._until_end()
@@ -183,7 +185,7 @@ class Server:
         self._state = "stopped"
         return code
 
-    async def _start(self, engine: Engine, llm: LLMConfig) -> None:
+    async def _start(self, engine: Engine, llm: LLMConfig, weights: Weights) -> None:
         loop, ours = asyncio.get_running_loop(), threading.get_ident()
 
         def report(text: str) -> None:
@@ -209,10 +211,9 @@ class Server:
         self._report("generating the first token" if GENERATE in running.info.tasks else "making the first vector")
         await running.check()
         locks.started()
-        if adapters := llm.all_adapters:
-            await self._set_adapters(running, lease.SetAdapters(0, adapters))
-        while not self._orders.empty():
-            await self._set_adapters(running, self._orders.get_nowait())
+        if weights.path:
+            self._report(f"loading the weights of version {weights.version}")
+        await self._orders.begin(running, self._work, weights, llm.all_adapters)
         self._state, self._phase = "ready", None
         logger.info("ready: %s", running.info.model)
         self._send(lease.Ready(running.info))
@@ -236,7 +237,7 @@ class Server:
         assert self._engine is not None
         assert self._work is not None
         died = asyncio.create_task(self._others.watch(self._wait_lost(self._engine, self._work)))
-        changing = asyncio.create_task(self._follow_orders(self._engine))
+        changing = asyncio.create_task(self._orders.follow())
         try:
             if await self._wait_first(died):
                 raise GserveError(died.result())
@@ -267,21 +268,6 @@ class Server:
             for watch in watches:
                 watch.cancel()
 
-    async def _follow_orders(self, engine: RunningEngine) -> None:
-        """Change the adapters as ordered."""
-        while True:
-            await self._set_adapters(engine, await self._orders.get())
-
-    async def _set_adapters(self, engine: RunningEngine, order: lease.SetAdapters) -> None:
-        """Change the adapters, and report that it is done."""
-        try:
-            faults = dict(await engine.set_adapters(order.adapters))
-        except Exception as error:
-            logger.exception("cannot change the adapters")
-            faults = dict.fromkeys(order.adapters, sentence_of(error))
-        faults = {name: redact(fault, self._secrets) for name, fault in faults.items()}
-        self._send(lease.AdaptersSet(order.number, faults))
-
     async def _send_pulses(self) -> str:
         """Send the owner a regular sign that this event loop runs."""
         while True:
@@ -292,11 +278,11 @@ class Server:
         match message:
             case lease.Stop():
                 self._stop.set()
-            case lease.SetAdapters():
-                self._orders.put_nowait(message)
             case lease.Drain(seconds):
                 self._is_drain_a_signal = True
                 self._begin_drain(DRAIN_SECONDS if seconds is None else seconds)
+            case lease.SetAdapters() | lease.CheckWeights() | lease.Pause() | lease.LoadWeights() | lease.Resume():
+                self._orders.add(message)
 
     def _on_lost(self) -> None:
         logger.warning("the owner is gone: ending")

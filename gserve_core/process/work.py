@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Collection, Iterator, Sequence
 from typing import Any
 
 from msgspec import structs
@@ -15,6 +15,7 @@ from ..interfaces import RunningEngine
 from ..messages import Event, Failure, Group, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
 from ..overview import Counters
 from ..run_requests import MOST_ITEMS, EarlyCancellations, cancelled_item, check_count, count_items, result_of
+from ..weights import FIRST
 from .requests import Piece, prepare, prepared_items
 
 DEATH_SECONDS = 1.0
@@ -30,6 +31,8 @@ RESERVED_SECONDS = 5.0
 
 Its client retries sooner than that.
 """
+PAUSE_STEP = 0.01
+"""Time between two looks whether the engine is empty, in seconds."""
 
 logger = logging.getLogger("gserve.serving")
 
@@ -77,6 +80,17 @@ class Work:
         self._reserved_until = 0.0
         """Until this time, no other request is begun, for one that must run alone."""
         self._early = EarlyCancellations()
+        self.weight_version = FIRST
+        """The version of the engine's weights."""
+        self._opened = asyncio.Event()
+        """Cleared during a pause."""
+        self._opened.set()
+        self._replies = 0
+        """Number of requests that the engine's own application answers now."""
+        self._put_back: set[asyncio.Task[None]] = set()
+        """The items that a pause puts back, until they have left the engine."""
+        self._outside = 0
+        """Number of items that a pause has put back."""
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Run a request; yield its events in batches as they happen. Raises RemoteError: the request is refused."""
@@ -189,7 +203,7 @@ class Work:
             prepared = piece.engine.with_adapter(prepared, adapter)
             if piece.is_batch:
                 prepared = piece.engine.in_background(prepared)
-            outputs = await piece.engine.run(prepared)
+            outputs = await self._outputs(piece.engine, prepared)
             if returns_prompt and (ids := piece.engine.prompt_token_ids(prepared)) is not None:
                 ids = [*ids]
                 outputs = [structs.replace(output, prompt_token_ids=ids) for output in outputs]
@@ -205,6 +219,7 @@ class Work:
             event = cancelled_item(index)
         except Exception as error:
             self.is_doubtful = True  # the item is not at fault
+            piece.tasks.pop(index, None)  # it is in the engine no more: a pause does not put it back
             if await self.is_ending():
                 return
             logger.exception("item %d failed", index)
@@ -218,6 +233,57 @@ class Work:
             piece.unfinished -= 1
             piece.tasks.pop(index, None)
         piece.put(event)
+
+    async def _outputs(self, engine: RunningEngine, prepared: Any) -> list[ResponseOutput]:
+        """Run one item in the engine, again if a pause has put it back; return its outputs with their version."""
+        while True:
+            try:
+                outputs = await engine.run(prepared)
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                assert task is not None
+                if task not in self._put_back:
+                    raise
+                self._put_back.discard(task)
+                if task.uncancel():  # it was cancelled otherwise too
+                    raise
+                self._outside += 1
+                try:
+                    await self._opened.wait()
+                finally:
+                    self._outside -= 1
+                continue
+            if self.weight_version != FIRST:
+                version = self.weight_version
+                outputs = [structs.replace(output, weight_version=version) for output in outputs]
+            return outputs
+
+    # ---------------------------------------------------------------------------------------------------------- a pause
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether no item is begun."""
+        return not self._opened.is_set()
+
+    async def pause(self, *, redo: bool) -> None:
+        """Begin no more items, until `resume`. Returns once none is in the engine.
+
+        `redo`: put the items in the engine back, to run them again after `resume`. Otherwise they finish. Requests that
+        the engine's own application answers finish in any case.
+        """
+        self._opened.clear()
+        self._most_running = 0
+        if redo:
+            for piece in self._pieces:
+                self._put_back |= {task for task in piece.tasks.values() if task.cancel()}
+        while self.running > self._outside or self._replies:
+            await asyncio.sleep(PAUSE_STEP)
+
+    def resume(self) -> None:
+        """Begin items again."""
+        self._most_running = AHEAD * self._engine.info.capacity
+        self._opened.set()
+        self._has_place.set()
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         """Cancel items of the request with this id. The request may still be on its way, over another connection."""
@@ -260,25 +326,40 @@ class Work:
             failed=self.failed, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens,
         )  # fmt: skip
 
-    @contextlib.contextmanager
-    def hold(self, items: int) -> Iterator[None]:
-        """Admit a request that the engine's own application answers, for the block.
+    @contextlib.asynccontextmanager
+    async def hold(self, items: int) -> AsyncIterator[None]:
+        """Admit a request that the engine's own application answers, for the block. A pause delays it.
 
         `items`: number of completions that it asks for. They count like items of other requests.
 
-        Raises RemoteError: the request is refused.
+        Raises RemoteError: the request is refused, or the server ends during a pause.
         """
         with self._admit(items) as piece:
+            while not self._opened.is_set():
+                await self._wait_opened()
             self.running += items
+            self._replies += 1
             piece.begun = items
             try:
                 yield
             finally:
                 piece.unfinished = 0
+                self._replies -= 1
                 self.running -= items
                 self.ended += items
                 if self._waiting:
                     self._has_place.set()
+
+    async def _wait_opened(self) -> None:
+        """Wait for the end of a pause. Raises RemoteError: the server ends first."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self._opened, self._over)]
+        try:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for wait in waits:
+                wait.cancel()
+        if self._over.is_set():
+            raise RemoteError("the server ended before this request was begun: send it again", status=503)
 
     @contextlib.contextmanager
     def _admit_items(self, request: RunRequest) -> Iterator[Piece]:

@@ -11,13 +11,25 @@ from functools import partial
 from pathlib import Path
 
 from ..batch.items import Seeds
-from ..commands import DRAIN_SECONDS, AddAdapter, Command, Done, ListAdapters, Reload, RemoveAdapter, Scale
+from ..commands import (
+    DRAIN_SECONDS,
+    AddAdapter,
+    Command,
+    Done,
+    ListAdapters,
+    Reload,
+    RemoveAdapter,
+    Scale,
+    ShowWeights,
+    UpdateWeights,
+)
 from ..config import LORA, GatewayConfig, ServeConfig, wrong_key
 from ..errors import ChangeInProgress, ConfigError, GserveError
-from ..host import adapter_folders, folders, processes
+from ..host import adapter_folders, folders, processes, weight_folders
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
 from ..interfaces import Access, Connection, Transport
+from ..weights import Weights
 from .gateway import Gateway, ModelCard, new_key
 from .plan import ModelPlan, Plan, Source
 from .pool import Pool, Queue, Record, status_of
@@ -25,6 +37,7 @@ from .records import ModelRecord, ServerRecord, ServiceRecord
 from .server import record_of
 from .server_life import ServerProgram
 from .state import ONLY, ServerState
+from .weight_updates import WeightUpdate
 
 logger = logging.getLogger("gserve.service")
 UNDO_SECONDS = 10.0
@@ -127,6 +140,13 @@ class Deployment:
             case RemoveAdapter(name, drain, model):
                 self.remove_adapter(name, drain, model)
                 return Done(f"the adapter '{name}' is removed", self.adapters_of(model))
+            case UpdateWeights():
+                self.update_weights(command)
+                weights = self.weights_of(command.model)
+                return Done(f"all servers have the weights of version {weights.version}", weights=weights)
+            case ShowWeights(model):
+                weights = self.weights_of(model)
+                return Done(f"version {weights.version}", weights=weights)
             case ListAdapters(model):
                 return Done(f"{len(found := self.adapters_of(model))} adapters", found)
             case Scale(servers, drain, model):
@@ -252,6 +272,40 @@ class Deployment:
             self.plan, programs = self._adapted(key, rest)  # no server that is started from now on has it
             self.pool.set_adapters(programs, self.plan.models[key].llm.all_adapters, drain)
 
+    def weights_of(self, model: str | None = None) -> Weights:
+        """Return the weights of a model. Raises ConfigError: there is no such model."""
+        return self.plan.models[self.plan.key_of(model)].weights
+
+    def update_weights(self, command: UpdateWeights) -> None:
+        """Replace the weights on all servers of a model. For the errors see `VLLMService`."""
+        with self._changing():
+            key = self.plan.key_of(command.model)
+            own, path = self.plan.models[key], command.path
+            if command.is_below_root:
+                path = str(weight_folders.find_below(own.serve.weights_root, path))
+            elif own.parts.launcher.runs_here:  # else the folder may be on other machines only
+                path = str(weight_folders.find(path))
+            weights = Weights(command.version, path)
+            if weights == own.weights:
+                return
+            if weights.version == own.weights.version:
+                raise ConfigError(
+                    f"the weights of version '{own.weights.version}' are those in {own.weights.path or own.name}: give"
+                    " other weights another version"
+                )
+            self.pool.running()
+            update = WeightUpdate(self.pool, self.members(key), weights, command.timeout)
+            before = self.plan
+
+            def commit() -> None:
+                self.plan = self.plan.with_weights(key, weights)
+
+            try:
+                update.run(redo=command.redo, on_commit=commit)
+            except GserveError:
+                self.plan = before
+                raise
+
     def _adapted(self, key: str, adapters: Mapping[str, str]) -> tuple[Plan, list[ServerProgram]]:
         """Return the plan and the programs of a model's servers with other adapters. Raises ConfigError."""
         try:
@@ -352,6 +406,9 @@ class Deployment:
         """Return a plan that was read, with the present plans of models that have not changed in the file."""
         plan = given
         for key, model in given.models.items():
+            known = self.plan.models.get(key)
+            if known is not None and known.llm.model_name == model.llm.model_name:
+                plan = plan.with_weights(key, known.weights)
             if not model.is_alone and _is_same(self._given.models.get(key), model):
                 plan = plan.with_kept(key, self.plan.models[key])
         return plan

@@ -11,6 +11,7 @@ from ..config import Config, GatewayConfig, LLMConfig, Placement, ServeConfig, c
 from ..errors import ConfigError, did_you_mean
 from ..interfaces import Engine, Job, Launcher, Transport
 from ..plugins import Parts, assemble
+from ..weights import ORIGINAL, Weights
 from .nursery import Nursery
 from .server_life import ServerProgram
 from .state import ONLY
@@ -46,6 +47,7 @@ class ModelPlan:
 
     `placement`: the GPU ids of each server, in order; None for a server that is not pinned.
     `is_alone`: whether the service has no other model.
+    `weights`: those of all its servers.
     """
 
     name: str
@@ -54,6 +56,7 @@ class ModelPlan:
     parts: Parts
     placement: Placement
     is_alone: bool = True
+    weights: Weights = ORIGINAL
     nursery: Nursery = field(default_factory=Nursery, compare=False)
 
     @property
@@ -177,6 +180,10 @@ class Plan:
         models = {**self.models, key: replace(self.models[key], llm=llm)}
         return replace(self, config=self._config_with(key, llm=llm), models=models)
 
+    def with_weights(self, key: str, weights: Weights) -> "Plan":
+        """Return the plan with other weights of one model."""
+        return replace(self, models={**self.models, key: replace(self.models[key], weights=weights)})
+
     def _config_with(self, key: str, **sections: Any) -> Config:
         """Return the config with other sections of one model."""
         name, config = self.models[key].name, self.config
@@ -200,7 +207,7 @@ class Plan:
         return ServerProgram(
             llm=model.served_llm, serve=own, gpu_ids=gpu_ids, parts=model.parts, nursery=model.nursery, index=index,
             first=sum([*beside.values()][:before]), servers=sum(beside.values()), model=model.name,
-            is_alone=model.is_alone,
+            is_alone=model.is_alone, weights=model.weights,
         )  # fmt: skip
 
     def programs(self) -> Iterator[ServerProgram]:

@@ -20,13 +20,16 @@ from ..errors import GserveError, LaunchError, TransportError
 from ..host import folders
 from ..host.environment import check_not_patched
 from ..interfaces import Connection
+from ..lease import Order, SetAdapters
 from ..overview import Counters
 from ..service import records
 from ..service.records import GatewayRecord, ServiceRecord
 from .gateway import Gateway
-from .state import BEGINNING, ONLY, Published, ServerState, State
-from .supervisor import CLEANING_UP, END_SECONDS, Faults, Limits, Program, Supervisor, failure_of
+from .state import BEGINNING, ONLY, AdaptersSet, Published, ServerState, State
+from .supervisor import CLEANING_UP, END_SECONDS, Answers, Limits, Program, Supervisor, failure_of
 
+type Faults = dict[str, Mapping[str, str]]
+"""Why adapters could not be loaded: by the name of the server, and the name of the adapter."""
 MARGIN = 10.0
 """Time that `close` waits for the supervisor in addition to the time limit of the servers, in seconds."""
 
@@ -527,19 +530,61 @@ class Pool:
         """Make a program the one of its name, also if nobody waits for it any more."""
         self._programs[program.name] = program
 
-    def set_adapters(self, programs: Sequence[Program], adapters: Mapping[str, str], seconds: float) -> Faults:
-        """Have servers load and remove LoRA adapters. See `Supervisor.set_adapters`.
+    def order(
+        self,
+        programs: Sequence[Program],
+        make: Callable[[int], Order],
+        seconds: float,
+        doing: str,
+        *,
+        only_ready: bool = False,
+    ) -> Answers:
+        """Have servers follow an order. See `Supervisor.order`.
 
-        Raises GserveError: a server has not answered after `seconds`, or the pool ends.
+        Raises GserveError: a server has not answered after `seconds`, or the pool ends. `doing`: what it has not done.
         """
         supervisor = self.running()
-        done = supervisor.set_adapters(programs, adapters)
+        done = supervisor.order(programs, make, only_ready=only_ready)
         self._programs |= {program.name: program for program in programs}
         self._published.wait(lambda: done.done() or supervisor.is_closing, seconds)
         if not done.done():
-            why = "is ending" if supervisor.is_closing else f"has not changed its adapters within {seconds:g} s"
+            why = "is ending" if supervisor.is_closing else f"has not {doing} within {seconds:g} s"
             raise GserveError(f"{self._what} {why}")
         return done.result()
+
+    def set_adapters(self, programs: Sequence[Program], adapters: Mapping[str, str], seconds: float) -> Faults:
+        """Have servers load and remove LoRA adapters, so that they have these: their folders by name.
+
+        Return why some could not be loaded, by server and name. Raises as `order`.
+        """
+        answers = self.order(
+            programs, lambda number: SetAdapters(number, dict(adapters)), seconds, "changed its adapters"
+        )
+        return {name: answer.faults for name, answer in answers.items() if isinstance(answer, AdaptersSet)}
+
+    def resume(self, names: Sequence[str]) -> None:
+        """Let paused servers go on."""
+        if (session := self._session) is not None:
+            session.supervisor.resume(names)
+
+    def set_programs(self, programs: Sequence[Program]) -> None:
+        """Replace the programs of the same names. They are what is started from now on."""
+        self._programs |= {program.name: program for program in programs}
+        if (session := self._session) is not None:
+            session.supervisor.set_programs(programs)
+
+    def restart(self, programs: Sequence[Program]) -> None:
+        """Stop servers at once, and start them again with these programs. Does not wait."""
+        self.set_programs(programs)
+        if (session := self._session) is not None:
+            for program in programs:
+                session.supervisor.replace(program, 0.0)
+
+    def wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
+        """Wait until a condition on the states holds, or the pool ends. Return False if it does not hold."""
+        supervisor = self.running()
+        self._published.wait(lambda: condition() or supervisor.is_closing, seconds)
+        return condition()
 
     def remove(self, names: Sequence[str], drain: float) -> None:
         """Stop servers, and wait until they have ended. `drain`: see `replace`."""

@@ -14,14 +14,16 @@ from ..host import addresses
 from ..host.environment import Surroundings
 from ..host.redaction import divided
 from ..plugins import Parts
+from ..weights import ORIGINAL, Weights
 
 PROGRAM = Path(__file__).resolve().parents[2] / "gserve" / "vllm_server.py"
 """Path of the server program. The path makes the server independent of the owner's module search path."""
 
 
 def make_hello(
-    llm: LLMConfig, serve: ServeConfig, parts: Parts, origin: Surroundings, instance: str, token: str, control: str
-) -> lease.Hello:
+    llm: LLMConfig, serve: ServeConfig, parts: Parts, origin: Surroundings, instance: str, token: str, control: str,
+    weights: Weights = ORIGINAL,
+) -> lease.Hello:  # fmt: skip
     """Return the hello message for a server, with its complete config.
 
     It includes the owner's umask and resource limits only if the server runs on this machine.
@@ -41,7 +43,7 @@ def make_hello(
         plugins=list(parts.plugins),
         folder=str(parts.folder.resolve()) if parts.folder else None,
         umask=origin.umask if is_here else None, limits=dict(origin.limits) if is_here else {},
-        ranks=ranks,
+        ranks=ranks, weights=weights,
     )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from ..host.server_log import BoundedLog
 from ..interfaces import Address, Job, Process
 from ..overview import Counters
 from ..plugins import Parts
+from ..weights import ORIGINAL, Weights
 from .nursery import Nursery
 from .rates import Rates
 from .server_command import make_hello, pinning, server_command
@@ -33,6 +34,7 @@ from .state import (
     BEGINNING,
     TICK,
     AdaptersSet,
+    Answered,
     Counted,
     Ended,
     Gone,
@@ -101,6 +103,7 @@ class ServerProgram:
     `index`: its number among the servers of its model.
     `first`, `servers`: number of servers of the models before it, and of all models. They divide the cores.
     `model`: name of its model. `is_alone`: whether the service has no other model.
+    `weights`: those that it has before it is ready.
     """
 
     llm: LLMConfig
@@ -113,6 +116,7 @@ class ServerProgram:
     servers: int = 1
     model: str = ""
     is_alone: bool = True
+    weights: Weights = ORIGINAL
 
     @property
     def name(self) -> str:
@@ -190,8 +194,8 @@ class ServerRun:
         self.start = Start(uuid.uuid4().hex, secrets.token_urlsafe(32), secrets.token_urlsafe(32))
         self.process: Process | None = None
         self._owner: lease.OwnerEnd | None = None
-        self._order: lease.SetAdapters | None = None
-        """The last change of the adapters."""
+        self._orders: dict[type[lease.Order], lease.Order] = {}
+        """The last order of each kind."""
         self._asked_to_stop = False
         self._kill_at = self._drain_deadline = math.inf
         # the attributes below belong to the thread
@@ -200,9 +204,9 @@ class ServerRun:
         self._address: Address | None = None
         self._is_ready = False
         self._held_ready: lease.Ready | None = None
-        """The report that the server is ready, while a change of the adapters is not known to be made."""
-        self._made = 0
-        """Number of the last change of the adapters that is made."""
+        """The report that the server is ready, while it is not known to have followed all orders."""
+        self._followed = 0
+        """Number of the last order that it has followed."""
         self._pulse = lease.Pulse()
         self._counted = Counted(self._pulse.counters)
         self._rates = Rates()
@@ -233,11 +237,16 @@ class ServerRun:
         self._asked_to_stop = True
         self._send_stop(drain)
 
-    def set_adapters(self, number: int, adapters: Mapping[str, str]) -> None:
-        """Have the server load and remove adapters."""
-        self._order = order = lease.SetAdapters(number, dict(adapters))
+    def order(self, order: lease.Order) -> None:
+        """Have the server follow an order."""
+        self._orders[type(order)] = order
         if self._owner is not None:  # else `_launch` sends it
             self._owner.send(order)
+
+    def resume(self) -> None:
+        """Let a paused server go on."""
+        if self._owner is not None:
+            self._owner.send(lease.Resume())
 
     def _send_stop(self, drain: float | None) -> None:
         if self.process is not None:
@@ -293,7 +302,9 @@ class ServerRun:
             **job.env, processes.ID_VARIABLE: instance, processes.OWNER_VARIABLE: processes.owner_mark(),
             processes.SERVER_VARIABLE: "", "SPT_NOENV": "1",
         }  # fmt: skip
-        hello = make_hello(self._program.llm, self._serve, self._parts, self.origin, instance, token, control)
+        hello = make_hello(
+            self._program.llm, self._serve, self._parts, self.origin, instance, token, control, self._program.weights
+        )
         self.process = process = self._parts.launcher.launch(
             replace(job, env=marked, nursery=self._program.nursery, previous=self._previous)
         )
@@ -304,8 +315,8 @@ class ServerRun:
             self._parts.launcher.release(process)
             process.stop(1.0)
             raise
-        if self._order is not None:  # during the launch: twice is the same as once
-            self._owner.send(self._order)
+        for order in [*self._orders.values()]:  # during the launch: twice is the same as once
+            self._owner.send(order)
         if self._asked_to_stop:  # during the launch
             self._send_stop(None)
 
@@ -440,20 +451,31 @@ class ServerRun:
             case lease.Phase(text):
                 self._phase, self._step = text, None
                 self._report(Phase(text))
-            case lease.Ready() if not self._is_ready and self._order is not None and self._order.number > self._made:
+            case lease.Ready() if not self._is_ready and self._is_ordered():
                 self._held_ready = message  # it came before the server had read the order
             case lease.Ready(info) if not self._is_ready:
                 self._phase, self._is_ready = None, True
                 self._report(Ready(info))
             case lease.AdaptersSet(number, faults):
-                self._made = number
                 self._report(AdaptersSet(number, faults))
-                if (ready := self._held_ready) is not None:
-                    self._held_ready = None
-                    self._handle_message(ready)
+                self._note_followed(number)
+            case lease.Answered(number, fault, version):
+                self._report(Answered(number, fault, version))
+                self._note_followed(number)
             case lease.Pulse():
                 self._pulse = message
                 self._report_counters(message.counters)
+
+    def _is_ordered(self) -> bool:
+        """Return whether the server has not followed all orders."""
+        return max((order.number for order in self._orders.values()), default=0) > self._followed
+
+    def _note_followed(self, number: int) -> None:
+        """Note that the server has followed an order. Report that it is ready, if only that was missing."""
+        self._followed = max(self._followed, number)
+        if (ready := self._held_ready) is not None and not self._is_ordered():
+            self._held_ready = None
+            self._handle_message(ready)
 
     def _report_counters(self, counters: Counters) -> None:
         """Report the counters and the rates, unless they are the same as before."""

@@ -1,6 +1,7 @@
 """`VLLMService`: all servers of a config, behind one queue."""
 
 import os
+import re
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NoReturn, Self
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
-from ..commands import DRAIN_SECONDS
+from ..commands import DRAIN_SECONDS, UPDATE_SECONDS, VERSION, UpdateWeights
 from ..config import Config, GatewayConfig, LLMConfig, ModelConfig, ServeConfig, wrong_key
 from ..errors import ConfigError, GserveError
 from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
@@ -24,6 +25,7 @@ from ..rows import openai_batch
 from ..rows.batch_files import BatchSummary
 from ..service import records
 from ..service.records import GatewayRecord
+from ..weights import Weights
 from .attached import Attached, drain_reason
 from .deployment import Deployment, connect
 from .followed_models import FollowedModels
@@ -362,6 +364,54 @@ class VLLMService(Inference):
         Raises GserveError: the service does not run here, or the time is over.
         """
         self._changeable().remove_adapter(name, drain, model)
+
+    @property
+    def weights(self) -> Weights:
+        """The weights of the only model; see `weights_of`."""
+        return self.weights_of()
+
+    def weights_of(self, model: str | None = None) -> Weights:
+        """Return the version and the folder of a model's weights. Those of the start have version "0" and no folder.
+
+        `model`: its name, if there are several.
+
+        Raises ConfigError: there is no such model. Raises GserveError: another process runs the service.
+        """
+        return self._changeable().weights_of(model)
+
+    def update_weights(
+        self,
+        path: Path | str,
+        *,
+        version: str,
+        in_flight: str = "finish",
+        timeout: float = UPDATE_SECONDS,
+        model: str | None = None,
+    ) -> None:
+        """Replace the weights on all servers while requests and batches go on. Returns when all have them.
+
+        The files are checked first. Then no item is begun until all servers have the new weights, so that no output
+        is made by two versions. A server that is started later has the new ones too. If a server cannot load them, or
+        dies, it is started again with the new ones. If none can, all are started again with the old ones. The same
+        version again does nothing.
+
+        `path`: their folder, with safetensors files that have the names and the shapes of the loaded model.
+        `version`: their name, up to 64 letters, digits, '.', '_' and '-'. `ResponseOutput.weight_version` has it.
+        `in_flight`: "finish": items in flight finish first. "redo": they are begun again with the new weights.
+        `timeout`: maximum time for all of it, in seconds.
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: the folder is missing, or a name is not allowed. Nothing has changed.
+        Raises GserveError: the weights do not fit, or no server can load them: all servers have the old ones. Or the
+        service does not run here, or another change is in progress.
+        """
+        if in_flight not in ("finish", "redo"):
+            raise ConfigError(f"expected in_flight 'finish' or 'redo', got {in_flight!r:.100}")
+        if not re.fullmatch(VERSION, version):
+            raise ConfigError(f"expected a version of 1 to 64 letters, digits, '.', '_' and '-', got {version!r:.100}")
+        self._changeable().update_weights(
+            UpdateWeights(str(path), version, redo=in_flight == "redo", timeout=timeout, model=model)
+        )
 
     def _changeable(self) -> Deployment:
         if self._deployment is None:

@@ -19,6 +19,7 @@ from msgspec import Struct, structs
 from ..errors import GserveError
 from ..interfaces import Address, EngineInfo
 from ..overview import Counters
+from ..weights import FIRST
 
 TICK = 0.2
 """Maximum time between two checks of a state that a thread waits for, in seconds."""
@@ -58,6 +59,7 @@ class ServerState:
     `counters`: the counters of this generation. What it finished in its last two seconds is missing if it was killed.
     `prompt_rate`, `completion_rate`: tokens per second, over the last seconds.
     `adapter_faults`: why adapters could not be loaded, by name.
+    `weight_version`: the version of its weights.
     """
 
     name: str
@@ -87,6 +89,7 @@ class ServerState:
     prompt_rate: float = 0.0
     completion_rate: float = 0.0
     adapter_faults: Mapping[str, str] = MappingProxyType({})
+    weight_version: str = FIRST
 
     @property
     def usable(self) -> bool:
@@ -134,6 +137,8 @@ class ServerState:
                 return counted if self.works else counted._at_rest()
             case AdaptersSet(_, faults):
                 return replace(self, adapter_faults=faults)
+            case Answered(_, _, version):
+                return replace(self, weight_version=version)
         return self
 
     def _at_rest(self) -> Self:
@@ -147,7 +152,7 @@ class ServerState:
             self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=first.host,
             port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False, returns=True,
             unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
-            counters=Counters(), machine="", adapter_faults=MappingProxyType({}),
+            counters=Counters(), machine="", adapter_faults=MappingProxyType({}), weight_version=FIRST,
         )  # fmt: skip
 
     def queued(self, phase: str) -> Self:
@@ -265,11 +270,21 @@ class AdaptersSet(Struct, frozen=True):
     faults: Mapping[str, str]
 
 
+class Answered(Struct, frozen=True):
+    """The server has followed an order about its weights; see `lease.Answered`."""
+
+    number: int
+    fault: str
+    version: str
+
+
 class Released(Struct, frozen=True):
     """The launcher keeps nothing of the server any more."""
 
 
-type Report = Logging | Queued | Phase | Listening | Ready | Counted | Ended | Gone | Released | AdaptersSet
+type Answer = AdaptersSet | Answered
+"""The report that an order was followed."""
+type Report = Logging | Queued | Phase | Listening | Ready | Counted | Ended | Gone | Released | Answer
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

@@ -22,9 +22,12 @@ from typing import Protocol
 
 from ..errors import GserveError, LaunchError
 from ..host.logs import keep_logging_from_waiting
+from ..lease import Order
 from .state import (
     BEGINNING,
     AdaptersSet,
+    Answer,
+    Answered,
     Ended,
     Gone,
     Phase,
@@ -86,11 +89,14 @@ class Run(Protocol):
         `drain`: maximum time to finish its items in flight, in seconds; None: stop at once.
         """
 
-    def set_adapters(self, number: int, adapters: Mapping[str, str]) -> None:
-        """Have the server load and remove LoRA adapters. Report AdaptersSet with this number afterwards.
+    def order(self, order: Order) -> None:
+        """Have the server follow an order. Report an `Answer` with its number afterwards.
 
         If it is not ready, it is reported as ready only after that.
         """
+
+    def resume(self) -> None:
+        """Let a paused server go on."""
 
     def release(self) -> None:
         """Free the resources kept for the next generation of the ended server. Report Released afterwards."""
@@ -168,20 +174,20 @@ class _Server:
         self.failed_starts = 0
 
 
-type Faults = dict[str, Mapping[str, str]]
-"""Why adapters could not be loaded: by the name of the server, and the name of the adapter."""
+type Answers = dict[str, Answer]
+"""What servers have answered to an order, by their names."""
 
 
 @dataclass
 class _Change:
-    """A change of the adapters that waits for servers.
+    """An order that waits for servers.
 
     `waiting`: the instance of each ready server that has not answered, by the server's name.
     """
 
-    done: Future[Faults]
+    done: Future[Answers]
     waiting: dict[str, str]
-    faults: Faults = field(default_factory=dict)
+    answers: Answers = field(default_factory=dict)
 
 
 class Supervisor:
@@ -272,17 +278,27 @@ class Supervisor:
         self._inbox.put(lambda: self._replace(program, drain, replaced))
         return replaced
 
-    def set_adapters(self, programs: Sequence[Program], adapters: Mapping[str, str]) -> Future[Faults]:
-        """Have servers load and remove LoRA adapters, so that they have these: their folders by name.
+    def order(
+        self, programs: Sequence[Program], make: Callable[[int], Order], *, only_ready: bool = False
+    ) -> Future[Answers]:
+        """Have servers follow an order.
 
         `programs`: replace those of the same names, and are what is started from now on.
+        `make`: returns the order with a number. `only_ready`: other servers do not need it.
 
-        Return a future, which is completed once all ready servers have answered. Others have the adapters before they
-        are ready.
+        Return a future, which is completed once all ready servers have answered. Others answer before they are ready.
         """
-        done: Future[Faults] = Future()
-        self._inbox.put(lambda: self._set_adapters(programs, adapters, done))
+        done: Future[Answers] = Future()
+        self._inbox.put(lambda: self._order(programs, make, done, only_ready=only_ready))
         return done
+
+    def set_programs(self, programs: Sequence[Program]) -> None:
+        """Replace the programs of the same names. They are what is started from now on."""
+        self._inbox.put(lambda: self._set_programs(programs))
+
+    def resume(self, names: Sequence[str]) -> None:
+        """Let paused servers go on."""
+        self._inbox.put(lambda: self._resume(names))
 
     def remove(self, names: Sequence[str], drain: float | None) -> None:
         """Stop servers, and forget them once they have ended. `drain`: see `close`."""
@@ -479,12 +495,12 @@ class Supervisor:
                 self._handle_cleanup(server, report)
             case Released():
                 self._handle_release(server)
-            case AdaptersSet(number, faults):
+            case AdaptersSet(number) | Answered(number):
                 if (change := self._changes.get(number)) is not None:
-                    change.faults[state.name] = faults
+                    change.answers[state.name] = report
                     change.waiting.pop(state.name, None)
-                else:  # at a start
-                    for name, fault in faults.items():
+                elif isinstance(report, AdaptersSet):  # at a start
+                    for name, fault in report.faults.items():
                         logger.warning("%s could not load the adapter '%s': %s", state.name, name, fault)
                 self._publish(state.after(report))
             case Queued() | Phase() | Ready() if server.is_stopping:
@@ -635,9 +651,12 @@ class Supervisor:
         if server.run is None:
             self._launch(server)
 
-    def _set_adapters(self, programs: Sequence[Program], adapters: Mapping[str, str], done: Future[Faults]) -> None:
+    def _order(
+        self, programs: Sequence[Program], make: Callable[[int], Order], done: Future[Answers], *, only_ready: bool
+    ) -> None:
         number, change = next(self._numbers), _Change(done, {})
         self._changes[number] = change
+        order = make(number)
         for program in programs:
             server = self._servers.get(program.name)
             if server is None:
@@ -646,16 +665,29 @@ class Supervisor:
             if server.run is not None and not server.is_gone:
                 if self._state(server).usable:
                     change.waiting[program.name] = server.run.start.instance
-                server.run.set_adapters(number, adapters)
+                elif only_ready:
+                    continue
+                server.run.order(order)
+
+    def _set_programs(self, programs: Sequence[Program]) -> None:
+        for program in programs:
+            if (server := self._servers.get(program.name)) is not None:
+                server.program = program
+
+    def _resume(self, names: Sequence[str]) -> None:
+        for name in names:
+            server = self._servers.get(name)
+            if server is not None and server.run is not None and not server.is_gone:
+                server.run.resume()
 
     def _complete_changes(self) -> None:
-        """Complete the changes for which no living server is missing. One that is started again has the adapters."""
+        """Complete the orders for which no living server is missing. One that is started again follows its program."""
         for number, change in [*self._changes.items()]:
             states = self._published.states
             ready = {name: state.instance for name, state in states.items() if state.works}
             if not any(ready.get(name) == instance for name, instance in change.waiting.items()):
                 del self._changes[number]
-                change.done.set_result(change.faults)
+                change.done.set_result(change.answers)
                 self._published.wake()
 
     def _complete(self, server: _Server, failure: GserveError | None) -> None:

@@ -1,12 +1,13 @@
 """Servers without processes, for tests of what looks after servers. A test says what happens to them."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from gserve_core.errors import GserveError, LaunchError
 from gserve_core.interfaces import Address, EngineInfo
+from gserve_core.lease import Order
 from gserve_core.service.state import (
     AdaptersSet,
     Ended,
@@ -38,7 +39,7 @@ class FakeRun:
         self.report = report
         self.obeys = obeys
         self.stops: list[float | None] = []
-        self.orders: list[dict[str, str]] = []
+        self.orders: list[Order] = []
         self.releases = 0
         self.finished = 0
         self.alone = False
@@ -61,9 +62,12 @@ class FakeRun:
             self.report(Ended("told to"))
             self.report(Gone())
 
-    def set_adapters(self, number: int, adapters: Mapping[str, str]) -> None:
-        self.orders.append(dict(adapters))
-        self.report(AdaptersSet(number, {}))
+    def order(self, order: Order) -> None:
+        self.orders.append(order)
+        self.report(AdaptersSet(order.number, {}))
+
+    def resume(self) -> None:
+        """Do nothing: it is never paused."""
 
     def release(self) -> None:
         self.releases += 1

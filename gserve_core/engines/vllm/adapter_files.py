@@ -6,25 +6,17 @@ kill the engine.
 
 import json
 import re
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from ...errors import ConfigError
 from ...host.adapter_folders import WEIGHTS, find, read_config
+from .safetensors_files import FLOATS, Shapes, read_header, shapes_of
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of `max_lora_rank` (vllm/config/lora.py)."""
-MAX_HEADER = 100 << 20
-"""Maximum size of the header of a safetensors file, in bytes. The format's own library has the same limit."""
 PREFIX = "base_model.model."
 """Beginning of the names of an adapter's tensors. The name of a module of the base follows."""
 MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:\w+\.)?weight")
-FLOATS = {"F16", "BF16", "F32", "F64"}
-"""Types of weights whose shape is that of their matrix. Those of quantized weights differ."""
-
-type Shapes = Mapping[str, tuple[str, list[int]]]
-"""The type and the shape of each tensor of a file, by its name."""
 
 
 def adapter_rank(folder: Path) -> int:
@@ -59,7 +51,7 @@ def check_adapter(path: str, base: str, most: int = LORA_RANKS[-1]) -> Path:
             f"the adapter in {folder} has rank {rank}, and max_lora_rank is {most}: set max_lora_rank under llm_kwargs"
         )
     matrices = _matrices(folder, read_header(folder / WEIGHTS), rank)
-    known = {} if _is_quantized(Path(base)) else _shapes_of(Path(base))
+    known = {} if _is_quantized(Path(base)) else shapes_of(Path(base))
     if not any(f"{module}.weight" in known for module in matrices):
         return folder  # the base's names are others, so nothing can be compared
     for module, sizes in matrices.items():
@@ -98,40 +90,6 @@ def _matrices(folder: Path, header: Shapes, rank: int) -> dict[str, tuple[int, i
             )
         sizes[module] = one[1], two[0]
     return sizes
-
-
-def read_header(file: Path) -> Shapes:
-    """Return what a safetensors file holds. Raises ConfigError: it is no such file, or is cut short."""
-    try:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if size > MAX_HEADER:
-                raise ValueError("its header is too large")
-            header: dict[str, Any] = json.loads(stream.read(size))
-        header.pop("__metadata__", None)
-        shapes = {name: (str(it["dtype"]), [int(one) for one in it["shape"]]) for name, it in header.items()}
-        end = 8 + size + max((int(it["data_offsets"][1]) for it in header.values()), default=0)
-        if file.stat().st_size != end:
-            raise ValueError(f"it has {file.stat().st_size} bytes instead of {end}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"cannot read {file} as safetensors: {why}") from error
-    return shapes
-
-
-def _shapes_of(base: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return the tensors of a local model; none if its files cannot be read."""
-    shapes: dict[str, tuple[str, list[int]]] = {}
-    try:
-        for file in _safetensors(base):
-            shapes |= read_header(file)
-    except (OSError, ConfigError):
-        return {}
-    return shapes
-
-
-def _safetensors(folder: Path) -> Iterator[Path]:
-    return (file for file in folder.iterdir() if file.suffix == ".safetensors")
 
 
 def _is_quantized(base: Path) -> bool:

@@ -114,6 +114,17 @@ class Adapters:
                 logger.warning("cannot load the adapter '%s': %s", name, self.faults[name])
         return dict(self.faults)
 
+    async def load_again(self) -> None:
+        """Load all adapters again, since other weights of the model may have dropped them. No request is in flight."""
+        for name, known in [*self.table.items()]:
+            loaded = self._live[known.lora_int_id]
+            try:
+                await differences.call(self._engine.add_lora, loaded)
+            except Exception as error:  # its folder may be gone
+                del self.table[name], self._live[known.lora_int_id]
+                self.faults[name] = sentence_of(error)
+                logger.warning("cannot load the adapter '%s' again: %s", name, self.faults[name])
+
     def _current(self, asked: Any) -> Any:
         """Return the adapter for a request that is about to reach the engine. Raises ValueError: it was removed."""
         found = self._live.get(asked.lora_int_id)

@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import itertools
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -41,6 +42,7 @@ from ...interfaces import (
 from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
 from ...sampling import TRUNCATE, check_params, public_names, read_params, split_prompt_params
 from ...template_kwargs import check_template_kwargs
+from ...weights import Weights
 from . import compile_turn, demo_model, differences, examination, installed, openai_app, series
 from . import nodes as nodes_of_vllm
 from .adapter_files import adapter_rank, check_adapter, max_lora_rank
@@ -55,6 +57,8 @@ from .progress import Progress
 from .prompt_lengths import prompt_lengths
 from .token_counts import OWN, TokenCounts
 from .tokenizing import Ahead, quicken
+from .weight_files import check_weights
+from .weight_loading import LOAD, WORKER_EXTENSION
 
 CPU_KV_CACHE = 4 << 30
 """Default size of the KV cache without a GPU, in bytes."""
@@ -90,6 +94,8 @@ IDLE_SECONDS = 2.0
 """Time without items after which the engine is warmed up further, in seconds."""
 WARM_UP_SECONDS = 60.0
 """Maximum time of the warm-up in which an engine that does nothing else is not taken for one that hangs, in seconds."""
+RESETS, RESET_SECONDS = 100, 0.05
+"""Maximum number of tries to reset the cache of prompts, which fails while it is in use, and the time between two."""
 STOP_SECONDS = 5.0
 """Maximum time for vLLM to shut itself down, in seconds."""
 PRELOADED = (
@@ -301,6 +307,7 @@ def engine_arguments(vllm: differences.Names, arguments: dict[str, Any], llm: LL
     if isinstance(level, int):  # `vllm.LLM` accepts a number here, `AsyncEngineArgs` does not
         arguments["compilation_config"] = vllm.CompilationConfig(mode=vllm.CompilationMode(level))
     arguments.setdefault("disable_log_stats", not options.metrics)
+    arguments["worker_extension_cls"] = arguments.get("worker_extension_cls") or WORKER_EXTENSION
     given = arguments.get("structured_outputs_config", {})
     if isinstance(given, dict) and "backend" not in given and differences.has_one_backend():
         with differences.optional("one library for all structured outputs"):
@@ -341,6 +348,9 @@ class RunningVLLM(RunningEngine):
         self._template_kwargs = dict(options.chat_template_kwargs)
         self._ended = ended
         has_adapters = arguments.get("enable_lora", False)
+        self._base = arguments["model"]
+        self._is_extended = arguments.get("worker_extension_cls") in (None, "", WORKER_EXTENSION)
+        """Whether the workers can load other weights."""
 
         names = arguments.get("served_model_name") or llm.model_name
         names = [names] if isinstance(names, str) else names
@@ -426,6 +436,39 @@ class RunningVLLM(RunningEngine):
         """Load and remove adapters."""
         fixed = {} if self._lora_path is None else {LORA: str(self._lora_path)}
         return await self._adapters.change({**adapters, **fixed})
+
+    async def check_weights(self, path: str) -> None:
+        """Compare the files with those of the loaded model."""
+        if not self._is_extended:
+            raise GserveError("the weights cannot be replaced: worker_extension_cls in llm_kwargs takes that place")
+        await asyncio.to_thread(check_weights, path, self._base)
+
+    async def load_weights(self, weights: Weights) -> None:
+        """Load the weights in all workers, reset all caches, load the adapters again, and compute a probability."""
+        if self._warming is not None and not self._warming.done():  # it would use the engine meanwhile
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
+            self._warming = None
+        await differences.call(self._engine.collective_rpc, LOAD, args=(weights.path,))
+        with differences.expected("resetting the caches"):
+            for _ in range(RESETS):
+                if await self._engine.reset_prefix_cache():
+                    break
+                await asyncio.sleep(RESET_SECONDS)
+            else:
+                raise GserveError("vLLM keeps what it has computed with the old weights")
+        await self._adapters.load_again()
+        if self._pooling is None:
+            await self._check_finite()
+
+    async def _check_finite(self) -> None:
+        """Make one token. Raises GserveError: its probability is no finite number."""
+        sampling = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, logprobs=0, detokenize=False)
+        sampling.output_kind = self._vllm.FINAL_ONLY
+        (prompt,) = self._render([[0] * max(1, min(CHECKED_TOKENS, self._config.max_model_len - 1))])
+        (output,) = await self._run(Item(prompt, sampling), OWN)
+        if output.cumulative_logprob is None or not math.isfinite(output.cumulative_logprob):
+            raise GserveError("the weights give no finite probabilities")
 
     async def find_tasks(self) -> None:
         """Find out what the model can do. Raises GserveError: this vLLM works otherwise."""

@@ -111,7 +111,7 @@ def test_the_counters_show_what_runs_waits_has_ended_and_has_failed() -> None:
         first = asyncio.ensure_future(anext(events))
         while work.running < 8:
             await asyncio.sleep(0)
-        with work.hold(3):
+        async with work.hold(3):
             assert (work.counters().running, work.counters().waiting) == (8 + 3, 3)
         work.cancel("r", [0, 9])
         assert (work.counters().running, work.counters().waiting) == (8, 2)

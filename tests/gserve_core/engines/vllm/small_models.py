@@ -13,17 +13,17 @@ WORDS = (
 )  # fmt: skip
 
 
-def llama(folder: Path) -> Path:
+def llama(folder: Path, seed: int = 0, *, is_tied: bool = False) -> Path:
     """Make a Llama with the demo model's tokenizer. `convert: embed` makes it a model for embeddings of 64 numbers."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     demo = Path(demo_model.resolve(DEMO, print))
     vocabulary = json.loads((demo / "config.json").read_text())["vocab_size"]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.5,
+        tie_word_embeddings=is_tied, vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.5,
     )  # fmt: skip
     config.is_matryoshka = True
     LlamaForCausalLM(config).save_pretrained(folder)

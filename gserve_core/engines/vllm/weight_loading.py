@@ -1,0 +1,39 @@
+"""Other weights in vLLM's workers. vLLM adds `WeightLoading` to its worker class: see `worker_extension_cls`."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WORKER_EXTENSION = f"{__name__}.WeightLoading"
+LOAD = "gserve_load_weights"
+"""The method of a worker that loads weights."""
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+
+
+class WeightLoading:
+    """A method for vLLM's workers."""
+
+    def gserve_load_weights(self: Any, folder: str) -> None:
+        """Replace the weights by those in a folder. Raises any exception: the engine cannot be used any more."""
+        config = self.model_runner.model_config.hf_text_config
+        tied = bool(getattr(config, "tie_word_embeddings", False))
+        self.reload_weights(weights_iterator=_tensors(Path(folder), is_tied=tied))
+
+
+def _tensors(folder: Path, *, is_tied: bool) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of all files.
+
+    `is_tied`: the output layer has the weights of the embedding. On a CPU vLLM keeps a copy of them, which it makes
+    anew only if they are loaded under the layer's own name too.
+    """
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                tensor = tensors.get_tensor(name)
+                if is_tied and name == HEAD:
+                    continue
+                yield name, tensor
+                if is_tied and name.endswith(EMBEDDING):
+                    yield HEAD, tensor

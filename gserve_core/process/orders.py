@@ -1,0 +1,115 @@
+"""The orders of a server's owner: other adapters, other weights, and a pause of the items meanwhile."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Mapping
+
+from .. import lease
+from ..errors import sentence_of
+from ..host.redaction import redact
+from ..interfaces import RunningEngine
+from ..weights import Weights
+from .work import Work
+
+logger = logging.getLogger("gserve.serving")
+
+
+class Orders:
+    """Follows orders one after another, once there is an engine. A pause begins and ends at once.
+
+    `send`: sends the answers to the owner.
+    `secrets`: values that no message may contain.
+    """
+
+    def __init__(self, send: Callable[[lease.Up], object], secrets: Collection[str]) -> None:
+        self._send = send
+        self._secrets = secrets
+        self._waiting: asyncio.Queue[lease.Order] = asyncio.Queue()
+        self._engine: RunningEngine
+        self._work: Work | None = None
+        self._pausing: asyncio.Task[None] | None = None
+
+    def add(self, order: lease.Order | lease.Resume) -> None:
+        """Add an order of the owner."""
+        match order:
+            case lease.Pause() if self._work is not None:
+                self._pausing = asyncio.create_task(self._pause(order, self._work))
+            case lease.Resume() if self._work is not None:
+                if self._pausing is not None:
+                    self._pausing.cancel()
+                self._work.resume()
+            case lease.Resume():
+                pass  # nothing is paused yet
+            case _:
+                self._waiting.put_nowait(order)
+
+    async def begin(self, engine: RunningEngine, work: Work, weights: Weights, adapters: Mapping[str, str]) -> None:
+        """Give the engine these weights and adapters, then what was ordered so far.
+
+        Raises any exception: the weights cannot be loaded.
+        """
+        self._engine, self._work = engine, work
+        if weights.path:
+            await self._load(weights)
+        self._send(lease.Answered(0, version=work.weight_version))
+        if adapters:
+            await self._set_adapters(lease.SetAdapters(0, dict(adapters)))
+        while not self._waiting.empty():
+            order = self._waiting.get_nowait()
+            if isinstance(order, lease.LoadWeights):
+                await self._load(order.weights)  # a server that cannot have them does not become ready
+            await self._follow(order)
+
+    async def follow(self) -> None:
+        """Follow orders, until it is cancelled."""
+        while True:
+            await self._follow(await self._waiting.get())
+
+    async def _follow(self, order: lease.Order) -> None:
+        match order:
+            case lease.SetAdapters():
+                await self._set_adapters(order)
+            case lease.CheckWeights(number, path):
+                await self._answer(number, self._engine.check_weights(path))
+            case lease.LoadWeights(number, weights):
+                await self._answer(number, self._load(weights))
+            case lease.Pause(number):
+                self._send(lease.Answered(number, version=self._version))  # it came before any item
+
+    async def _pause(self, order: lease.Pause, work: Work) -> None:
+        await self._answer(order.number, work.pause(redo=order.redo))
+
+    async def _load(self, weights: Weights) -> None:
+        """Load weights, unless they are loaded, and make a token with them. Raises any exception: that fails."""
+        assert self._work is not None
+        if weights.version == self._work.weight_version:
+            return
+        logger.info("loading the weights of version %s", weights.version)
+        await self._engine.load_weights(weights)
+        await self._engine.check()
+        self._work.weight_version = weights.version
+
+    @property
+    def _version(self) -> str:
+        assert self._work is not None
+        return self._work.weight_version
+
+    async def _answer(self, number: int, doing: Awaitable[object]) -> None:
+        """Wait for `doing`, and report that it is done, or why it is not."""
+        fault = ""
+        try:
+            await doing
+        except Exception as error:
+            logger.warning("an order failed", exc_info=error)
+            fault = redact(sentence_of(error), self._secrets)
+        self._send(lease.Answered(number, fault, self._version))
+
+    async def _set_adapters(self, order: lease.SetAdapters) -> None:
+        """Change the adapters, and report that it is done."""
+        try:
+            faults = dict(await self._engine.set_adapters(order.adapters))
+        except Exception as error:
+            logger.exception("cannot change the adapters")
+            faults = dict.fromkeys(order.adapters, sentence_of(error))
+        faults = {name: redact(fault, self._secrets) for name, fault in faults.items()}
+        self._send(lease.AdaptersSet(order.number, faults))

@@ -1,0 +1,126 @@
+"""New weights for the servers of a model: on all of them, or on none.
+
+The files are checked first. Then no server begins an item until all have the new weights: one that is started meanwhile
+has them before it is ready. A server that cannot load them is started again, and then has them or fails. If no server
+can load them, all are started again with the old ones.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from .. import lease
+from ..errors import GserveError
+from ..weights import Weights
+from .pool import Pool
+from .server_life import ServerProgram
+from .state import Answered, ServerState
+from .supervisor import Answers
+
+BACK_SECONDS = 600.0
+"""Maximum wait for the servers that are started again with the old weights, in seconds."""
+
+logger = logging.getLogger("gserve.service")
+
+
+class WeightUpdate:
+    """A change of the weights of the servers with these programs.
+
+    `weights`: the new ones.
+    `seconds`: maximum time for all of it.
+    """
+
+    def __init__(self, pool: Pool, programs: Sequence[ServerProgram], weights: Weights, seconds: float) -> None:
+        self._pool = pool
+        self._olds = programs
+        self._news = [replace(program, weights=weights) for program in programs]
+        self._weights = weights
+        self._seconds = seconds
+        self._ends = time.monotonic() + seconds
+        self._names = [program.name for program in programs]
+
+    def run(self, *, redo: bool, on_commit: Callable[[], object]) -> None:
+        """Change the weights. `on_commit`: called once servers that are started again get the new ones.
+
+        Raises GserveError: the old ones are on all servers, or will be on those that are started again.
+        """
+        self._check_files()
+        try:
+            self._pause(redo=redo)
+            on_commit()
+            self._load()
+        finally:
+            self._pool.resume(self._names)
+
+    def _check_files(self) -> None:
+        """Raise GserveError unless all ready servers find good files."""
+        path = self._weights.path
+        answers = self._order(self._olds, lambda number: lease.CheckWeights(number, path), "checked the weights")
+        if not answers:
+            raise GserveError("no server is ready that could load other weights: try again later")
+        if faults := _faults(answers):
+            raise GserveError(f"cannot load the weights in {path}, and nothing has changed: {faults}")
+
+    def _pause(self, *, redo: bool) -> None:
+        """Wait until no item is in an engine. Raises GserveError: items are, after the time."""
+        self._order(
+            self._olds, lambda number: lease.Pause(number, redo), "finished the items in flight (nothing has changed)"
+        )
+
+    def _load(self) -> None:
+        """Have all servers load the weights. Raises GserveError: none can, and all have the old ones."""
+        answers: Answers = {}
+        try:
+            answers = self._order(
+                self._news, lambda number: lease.LoadWeights(number, self._weights), "loaded the weights", to_all=True
+            )
+            self._pool.wait_until(self._are_settled, self._left())
+        except GserveError as error:  # a server has not answered in time
+            logger.error("%s", error)
+        finally:
+            others = [state for state in self._states() if state.usable and not self._is_new(state)]
+            is_on_none = not any(self._is_new(state) for state in self._states() if state.usable)
+            if is_on_none:
+                self._pool.set_programs(self._olds)
+            by_name = {program.name: program for program in (self._olds if is_on_none else self._news)}
+            self._pool.restart([by_name[state.name] for state in others])
+        if is_on_none:
+            self._pool.wait_until(lambda: all(it.usable or it.is_over for it in self._states()), BACK_SECONDS)
+            faults = _faults(answers) or f"no server has loaded them within {self._seconds:g} s"
+            raise GserveError(
+                f"cannot load the weights in {self._weights.path}, and all servers have the old ones again: {faults}"
+            )
+        for state in others:
+            answer = answers.get(state.name)
+            why = answer.fault if isinstance(answer, Answered) else "it has not answered in time"
+            logger.error("%s could not load the weights of version %s: %s", state.name, self._weights.version, why)
+
+    def _are_settled(self) -> bool:
+        """Return whether no server is on its way to the weights, as after its death."""
+        return all(state.usable or state.is_over for state in self._states())
+
+    def _is_new(self, state: ServerState) -> bool:
+        return state.weight_version == self._weights.version
+
+    def _states(self) -> list[ServerState]:
+        states = self._pool.states
+        return [states[name] for name in self._names if name in states]
+
+    def _left(self) -> float:
+        """Return the time that is left, in seconds."""
+        return max(0.0, self._ends - time.monotonic())
+
+    def _order(
+        self, programs: Sequence[ServerProgram], make: Callable[[int], lease.Order], doing: str, *, to_all: bool = False
+    ) -> Answers:
+        return self._pool.order(programs, make, self._left(), doing, only_ready=not to_all)
+
+
+def _faults(answers: Answers) -> str:
+    """Return in one text what servers could not do."""
+    return "; ".join(
+        f"{name}: {answer.fault}"
+        for name, answer in sorted(answers.items())
+        if isinstance(answer, Answered) and answer.fault
+    )

