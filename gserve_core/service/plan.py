@@ -245,8 +245,8 @@ def _check_shared_places(config: Config, models: Mapping[str, ModelPlan]) -> Non
         with config.placing(model.name):
             if room is not None and len(sizes) > 1:
                 raise ConfigError(
-                    "models whose servers have different numbers of GPUs or nodes cannot share hosts: give each a launcher"
-                    " of its own",
+                    "models whose servers have different numbers of GPUs or nodes cannot share hosts: give each a"
+                    " launcher of its own",
                     at="$.serve",
                 )
             if room is not None and wanted > room:

@@ -35,7 +35,7 @@ FAR_PORTS = range(20000, 32000)
 """Ports of the servers on their hosts. Systems give out higher ones by themselves."""
 RETRY_SECONDS = 5.0
 """Time between two attempts to find a place for a server that is restarted, in seconds."""
-RANKS_SECONDS = 10.0
+RANKS_SECONDS = 5.0
 """Maximum time for the other ranks of a server to end by themselves when one has ended, in seconds."""
 FORCE_SECONDS = 10.0
 """Maximum time for a server and `far` to end after their line is closed, in seconds. Then ssh is killed."""
