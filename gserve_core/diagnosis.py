@@ -28,8 +28,6 @@ def step(text: str, form: LogForm) -> str | None:
     return None
 
 
-FAILED = 1
-"""The exit code of a server that has reported why it failed."""
 SILENT = "a process of the engine ended without an error message"
 RANK = re.compile(r"rank \d+ on \S+: ")
 """The beginning of a cause that another rank than 0 has reported. It is kept in front of every explanation."""
@@ -122,19 +120,6 @@ def _describe_exit(returncode: int | None) -> str:
     if returncode > 128 and (name := _signal(returncode - 128)).startswith("SIG"):
         return f"its process exited with code {returncode}, which means {name}"
     return f"its process exited unexpectedly with code {returncode}"
-
-
-def describe_rank_end(code: int) -> str | None:
-    """Return in words how a rank of a server on several nodes has ended; None: it has reported the reason, if any.
-
-    `code`: its exit code; negative: a signal's number.
-    """
-    if code in (0, FAILED):
-        return None
-    if code >= 0:
-        return f"exited with code {code}"
-    memory = ", most likely since memory ran out there" * (-code == signal.SIGKILL)
-    return f"was killed by {_signal(-code)}{memory}"
 
 
 def _signal(number: int) -> str:

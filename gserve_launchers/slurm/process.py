@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from gserve_core.command_launcher import LocalProcess
-from gserve_core.diagnosis import describe_rank_end
 from gserve_core.errors import StartupTimeout
-from gserve_core.host.child_process import KILL_SECONDS, UNKNOWN
+from gserve_core.host.child_process import KILL_SECONDS, UNKNOWN, describe_rank_end
 from gserve_core.host.forks import call_in_child
 from gserve_core.interfaces import Job
 from gserve_core.lease import Silence

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
-from gserve_core.diagnosis import describe_rank_end
-from gserve_core.host.child_process import KILL_SECONDS
+from gserve_core.host.child_process import KILL_SECONDS, describe_rank_end
 from gserve_core.process.far import GREETING, LOST
 
 from .messages import explain, last_line, read_from
