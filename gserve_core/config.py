@@ -670,12 +670,12 @@ def _check_serialisable(value: Any, at: str) -> None:
 type Placement = Sequence[tuple[int, ...] | None]
 """The GPU ids of each server of a model, in order; None for a server that is not pinned."""
 
-type Places = Callable[[int], int | None]
+type Places = Callable[[int, int], int | None]
 """Returns the number of places for servers: see `Launcher.places`."""
 
 
 def check_placement(
-    llm: LLMConfig, serve: ServeConfig, places: Places = lambda _: None, least: int = 1
+    llm: LLMConfig, serve: ServeConfig, places: Places = lambda *_: None, least: int = 1
 ) -> list[tuple[int, ...] | None]:
     """Return the GPU ids of each server of the two configs; None for a server that is not pinned.
 
@@ -688,7 +688,7 @@ def check_placement(
     except ConfigError as error:
         error.at = error.at.replace("$", "$.llm", 1)
         raise
-    room = places(gpus_per_server)
+    room = places(gpus_per_server, serve.nodes_per_server)
     if room is not None:
         if serve.gpu_ids is not None:
             raise ConfigError(
@@ -725,7 +725,7 @@ def check_places(config: Config, places: Mapping[str, Places] | None = None) -> 
     return placements
 
 
-def _assumed_places(serve: ServeConfig, gpus: int) -> int | None:
+def _assumed_places(serve: ServeConfig, gpus: int, nodes: int) -> int | None:
     """Return a number of places that fits the config, for a launcher that may have more than one."""
     return max(serve.min_ready or 1, 1) if serve.servers is None and serve.gpu_ids is None else None
 

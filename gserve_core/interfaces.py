@@ -131,11 +131,16 @@ class Launcher(ABC):
     `rank_variable`: the environment variable in which a process finds its rank, 0 to `Job.nodes` - 1. Set it if a
     server may run on several nodes. Then each process reads all that is written to `Process.stdin`, and its end. Lines
     of all of them come from `Process.stdout`, undivided up to 1,000 bytes. If one fails, the launcher ends all.
+    `meeting_variable`: the environment variable in which rank 0 finds its address for the other ranks. None: they meet
+    at the address on which the server listens.
+    `meeting_option`: the name of the option that chooses that address, for messages.
     """
 
     name: ClassVar[str]
     owner_variable: ClassVar[str | None] = None
     rank_variable: ClassVar[str | None] = None
+    meeting_variable: ClassVar[str | None] = None
+    meeting_option: ClassVar[str] = "serve.host"
 
     @property
     def runs_here(self) -> bool:
@@ -151,12 +156,12 @@ class Launcher(ABC):
         """
         return not self.runs_here
 
-    def places(self, gpus: int) -> int | None:
+    def places(self, gpus: int, nodes: int) -> int | None:
         """Return the number of servers that it has places for; None: it does not count places.
 
         It is the number of servers of a config that names none.
 
-        `gpus`: number of GPUs of one server.
+        `gpus`: number of GPUs of one server. `nodes`: number of its nodes.
 
         Raises ConfigError: no place has so many GPUs.
         """

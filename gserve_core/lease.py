@@ -56,12 +56,14 @@ class Ranks(Struct, frozen=True):
     """The ranks of a server that runs on several nodes. All read the same messages, and rank 0 is the server.
 
     nodes: their number.
-    variable, owner_variable: the launcher's `rank_variable` and `owner_variable`.
+    variable, owner_variable, meeting_variable, meeting_option: `rank_variable` and the others of the launcher.
     """
 
     nodes: int
     variable: str
-    owner_variable: str
+    owner_variable: str | None
+    meeting_variable: str | None = None
+    meeting_option: str = "serve.host"
 
 
 class Hello(Struct, frozen=True, tag="hello"):

@@ -259,7 +259,7 @@ class Parts:
             if self.launcher.rank_variable is None:
                 raise ConfigError(
                     f"the launcher '{self.launcher.name}' starts a server on one node only: remove nodes_per_server,"
-                    " or set 'launcher: {type: slurm}'",
+                    " or set 'launcher: {type: slurm}' or 'launcher: {type: ssh, hosts: […]}'",
                     at="$.serve.nodes_per_server",
                 )
             self.engine.check_nodes(llm, serve.nodes_per_server)

@@ -12,6 +12,8 @@ KILL_SECONDS = 10.0
 """Maximum time for killed processes to disappear, in seconds."""
 UNKNOWN = 255
 """Exit code of a process whose real exit code is unknown."""
+FAILED = 1
+"""The exit code of a server that has reported why it failed."""
 POLL_SECONDS = 0.01
 """Interval between two checks of a process that must end, in seconds."""
 
@@ -67,3 +69,16 @@ def output_of(command: Sequence[str], environ: Mapping[str, str], seconds: float
     if process.returncode if is_known else errors and not output:
         raise subprocess.CalledProcessError(process.returncode, command, output, errors)
     return output
+
+
+def describe_rank_end(code: int) -> str | None:
+    """Return in words how a rank of a server on several nodes has ended; None: it has reported the reason, if any.
+
+    `code`: its exit code; negative: a signal's number.
+    """
+    if code in (0, FAILED):
+        return None
+    if code >= 0:
+        return f"exited with code {code}"
+    name = signal.Signals(-code).name if -code in {*signal.Signals} else f"signal {-code}"
+    return f"was killed by {name}{', most likely since memory ran out there' * (-code == signal.SIGKILL)}"

@@ -45,6 +45,10 @@ END_SECONDS = 6.0
 """Time for a server to end by itself after its owner is gone, in seconds. Then it is killed."""
 CHECK_SECONDS = 0.05
 """Interval between two checks of the server, in seconds."""
+RANK = "GSERVE_RANK"
+"""The variable with the number of a process among those of a server on several machines."""
+MEETING = "GSERVE_MEETING"
+"""The variable with the address of this machine for the others of a server. If the owner has set "", `main` sets it."""
 END_SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 """Signals that are passed on to the server as SIGTERM."""
 NOT_FOUND = 127
@@ -85,6 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
             _await_owner(listening, token)
     env = _read_env()
     env[processes.OWNER_VARIABLE] = processes.owner_mark()  # on this machine, `gserve reap` knows no other owner
+    if env.get(MEETING) == "":
+        env[MEETING] = (os.environ.get("SSH_CONNECTION", "").split() + [""] * 4)[2]  # where the owner has reached sshd
     if given.gpus:
         env["CUDA_VISIBLE_DEVICES"] = given.gpus
     sys.exit(run([_here(word, given.root, given.port) for word in given.command], env))

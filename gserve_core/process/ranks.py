@@ -103,9 +103,9 @@ class Others:
                 joined = msgspec.json.decode(data, type=Joined)
                 if hmac.compare_digest(joined.token.encode(), token.encode()):
                     logger.info("rank %d on %s has joined", joined.number, joined.node)
-                    await _wait_end(line)
+                    how = await _wait_end(line)
                     if not self._lost.done():
-                        self._lost.set_result(f"rank {joined.number} on {joined.node}: its process ended")
+                        self._lost.set_result(f"rank {joined.number} on {joined.node}: {how}")
 
     def _close(self) -> None:
         for line in self._sockets:
@@ -127,15 +127,22 @@ async def others(owner: lease.ServerEnd | None, host: str) -> AsyncIterator[Othe
     if owner is None or ranks is None:
         yield Others()
         return
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - it is only compared
-        host = addresses.own_address(ranks.owner_variable)
+    if ranks.meeting_variable is not None:
+        host = os.environ.get(ranks.meeting_variable, "")
+    elif host in ("0.0.0.0", "::"):  # noqa: S104 - it is only compared
+        host = addresses.own_address(str(ranks.owner_variable))
     try:
+        if not host:
+            raise OSError("it has no known address")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         listening = socket.create_server((host, 0), family=family)
     except OSError as error:
-        raise LaunchError(f"cannot listen at {host} for the ranks on the other nodes: {error}") from error
+        raise LaunchError(
+            f"cannot listen at '{host}' for the ranks on the other nodes: {error}; set {ranks.meeting_option}"
+        ) from error
     listening.setblocking(False)
-    rank = _place(0, ranks.nodes, lease.Meeting(host, addresses.free_port(host), 0))
+    host = str(listening.getsockname()[0])
+    rank = _place(0, ranks, lease.Meeting(host, addresses.free_port(host), 0))
     found = Others(rank)
     accepting = asyncio.create_task(found.accept(listening, owner.hello.token))
     owner.send(lease.Meeting(host, rank.port, listening.getsockname()[1]))
@@ -147,18 +154,21 @@ async def others(owner: lease.ServerEnd | None, host: str) -> AsyncIterator[Othe
         found.close()
 
 
-def _place(number: int, nodes: int, meeting: lease.Meeting) -> Rank:
+def _place(number: int, ranks: lease.Ranks, meeting: lease.Meeting) -> Rank:
     """Return the place of this process among the ranks. Raises LaunchError: this node has no way to rank 0's."""
     try:
         address = addresses.address_towards(meeting.host)
     except (OSError, UnicodeError) as error:
-        raise LaunchError(f"there is no way from here to rank 0 at {meeting.host}: {error}; set serve.host") from error
+        raise LaunchError(
+            f"there is no way from here to rank 0 at {meeting.host}: {error}; set {ranks.meeting_option}"
+        ) from error
     interface = addresses.interface_of(address)
     if interface is None:
         raise LaunchError(
-            f"no network interface here has {address}, which leads to rank 0 at {meeting.host}; set serve.host"
+            f"no network interface here has {address}, which leads to rank 0 at {meeting.host};"
+            f" set {ranks.meeting_option}"
         )
-    return Rank(number, nodes, meeting.host, meeting.port, address, interface)
+    return Rank(number, ranks.nodes, meeting.host, meeting.port, address, interface)
 
 
 async def start(
@@ -217,8 +227,8 @@ async def _work(
     assert ranks is not None
     logger.info("waiting for rank 0")
     met = await meeting
-    rank = _place(owner.rank, ranks.nodes, met)
-    with await _joined(met, owner.rank, owner.hello.token) as line:
+    rank = _place(owner.rank, ranks, met)
+    with await _joined(met, owner.rank, owner.hello.token, ranks.meeting_option) as line:
         call_in_child(line.close)  # an open copy would hide the end of this rank
         watching = asyncio.create_task(_end_with(line, end))
         running, _ = await start(engine, llm, lambda text: logger.info("%s", text), rank, share_gpu=False)
@@ -230,13 +240,13 @@ async def _work(
             await running.stop()
 
 
-async def _joined(meeting: lease.Meeting, number: int, token: str) -> socket.socket:
+async def _joined(meeting: lease.Meeting, number: int, token: str, option: str) -> socket.socket:
     """Return a connection to rank 0, which knows this rank then. Raises LaunchError: it cannot be reached."""
     try:
         line = await asyncio.to_thread(socket.create_connection, (meeting.host, meeting.open_port), JOIN_SECONDS)
     except OSError as error:
         raise LaunchError(
-            f"cannot reach rank 0 at port {meeting.open_port} of {meeting.host}: {error}; set serve.host to an address"
+            f"cannot reach rank 0 at port {meeting.open_port} of {meeting.host}: {error}; set {option} to an address"
             " that the nodes reach, and open the ports between them"
         ) from error
     line.sendall(msgspec.json.encode(Joined(number, socket.gethostname(), token)) + b"\n")
@@ -245,16 +255,20 @@ async def _joined(meeting: lease.Meeting, number: int, token: str) -> socket.soc
 
 
 async def _end_with(line: socket.socket, end: asyncio.Event) -> None:
-    await _wait_end(line)
-    logger.warning("rank 0 has ended: ending")
+    logger.warning("ending, since rank 0 has ended: %s", await _wait_end(line))
     end.set()
 
 
-async def _wait_end(line: socket.socket) -> None:
-    """Wait until the other end of a connection is gone, or the connection is cut."""
+async def _wait_end(line: socket.socket) -> str:
+    """Wait until the other end of a connection is gone, or the connection is cut. Return which."""
     line.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in KEEP_ALIVE.items():
         line.setsockopt(socket.IPPROTO_TCP, option, value)
-    with contextlib.suppress(OSError):
+    try:
         while await asyncio.get_running_loop().sock_recv(line, LONGEST):
             pass
+    except ConnectionResetError:
+        pass
+    except OSError as error:
+        return f"the connection to it was cut: {error.strerror}"
+    return "its process ended"

@@ -253,12 +253,14 @@ def _check_shared_places(config: Config, models: Mapping[str, ModelPlan]) -> Non
     for model in models.values():
         launcher = model.parts.launcher
         beside = [it for it in models.values() if it.parts.launcher == launcher]
-        room, wanted = launcher.places(model.llm.gpus_per_server), sum(len(it.placement) for it in beside)
+        sizes = {(it.llm.gpus_per_server, it.serve.nodes_per_server) for it in beside}
+        room = launcher.places(model.llm.gpus_per_server, model.serve.nodes_per_server)
+        wanted = sum(len(it.placement) for it in beside)
         with config.placing(model.name):
-            if room is not None and len({it.llm.gpus_per_server for it in beside}) > 1:
+            if room is not None and len(sizes) > 1:
                 raise ConfigError(
-                    "models whose servers have different numbers of GPUs cannot share hosts: give each a launcher of"
-                    " its own",
+                    "models whose servers have different numbers of GPUs or nodes cannot share hosts: give each a"
+                    " launcher of its own",
                     at="$.serve",
                 )
             if room is not None and wanted > room:

@@ -32,7 +32,10 @@ def make_hello(
     is_here = launcher.runs_here
     ranks = None
     if serve.nodes_per_server > 1:
-        ranks = lease.Ranks(serve.nodes_per_server, str(launcher.rank_variable), str(launcher.owner_variable))
+        ranks = lease.Ranks(
+            serve.nodes_per_server, str(launcher.rank_variable), launcher.owner_variable, launcher.meeting_variable,
+            launcher.meeting_option,
+        )  # fmt: skip
     return lease.Hello(
         instance, token, control,
         ttl=lease.TTL if launcher.is_line_cut_silently else None,

@@ -14,7 +14,7 @@ from typing import IO
 
 from gserve_core.command_launcher import LocalProcess
 from gserve_core.errors import StartupTimeout
-from gserve_core.host.child_process import KILL_SECONDS, UNKNOWN
+from gserve_core.host.child_process import KILL_SECONDS, UNKNOWN, describe_rank_end
 from gserve_core.host.forks import call_in_child
 from gserve_core.interfaces import Job
 from gserve_core.lease import Silence
@@ -62,8 +62,6 @@ STATE_MESSAGES = (  # messages of srun and slurmstepd about a step, and the stat
 )
 RANK_ENDED = re.compile(r"srun: error: (\S+): task (\d+): (.+)")
 """srun's message that a rank's process has ended with an error: its node, its rank, and how."""
-FAILED = 1
-"""The exit code of a server that has reported why it failed."""
 logger = logging.getLogger("gserve.slurm")
 
 
@@ -276,14 +274,11 @@ class SlurmProcess(LocalProcess):
 
 def _describe_end(text: str) -> str | None:
     """Return in words how a task ended, from srun's message; None if the server itself has chosen to end."""
-    exited = re.match(r"Exited with exit code (\d+)", text)
-    code = int(exited[1]) if exited else 0
-    if code == FAILED:
-        return None
-    names = {it.name for it in signal.Signals if it == code - 128 or text.startswith(str(signal.strsignal(it)))}
-    if not names:
-        return f"exited with code {code}" if exited else f"ended: {text}"
-    return f"was killed by {' or '.join(names)}{', most likely since memory ran out there' * ('SIGKILL' in names)}"
+    if exited := re.match(r"Exited with exit code (\d+)", text):
+        code = int(exited[1])
+        return describe_rank_end(128 - code if 128 < code <= 192 else code)
+    number = next((it for it in signal.Signals if text.startswith(str(signal.strsignal(it)))), None)
+    return f"ended: {text}" if number is None else describe_rank_end(-number)
 
 
 class ServerInStep:

@@ -2,6 +2,8 @@
 
 Stdin and stdout of ssh are the lease of a server, and its stderr is the log. A server listens on the loopback address
 of its host, and is reached through the same ssh. On the host, `far` starts the server and ends it.
+
+A server on several hosts has one ssh and one process, its rank, on each. All ranks read the same lease.
 """
 
 import math
@@ -20,11 +22,13 @@ from gserve_core.errors import ConfigError, LaunchError
 from gserve_core.hookspecs import hookimpl
 from gserve_core.host.child_process import Child, output_of
 from gserve_core.interfaces import Finding, Job, Launcher, Process
+from gserve_core.process.far import MEETING, RANK
 
 from .command_line import ROOT, far, server_on, ssh, wanted_port
+from .connection import GREETING_SECONDS
 from .messages import explain, last_line
-from .places import Place, Program, SshHost, User
-from .process import GREETING_SECONDS, SshProcess, choose
+from .places import Program, Seat, SshHost, User, places
+from .process import SshProcess, choose
 
 OWNER = "GSERVE_OWNER"
 """The variable that names the owner of a process."""
@@ -34,9 +38,9 @@ QUIET = {"SSH_ASKPASS_REQUIRE": "never"}
 
 @dataclass(frozen=True, kw_only=True)
 class SshLauncher(CommandLauncher):
-    """A launcher that starts each server on one of several hosts, by ssh.
+    """A launcher that starts each server on one of several hosts, or on several of them, by ssh.
 
-    `hosts`: the hosts: names, or mappings with the fields of `SshHost`.
+    `hosts`: the hosts: names, or mappings with the fields of `SshHost`. A server on several takes them in this order.
     `user`: the user there; None: as ssh's config says.
     `python`: the Python there, which has gserve installed; None: the path of this one.
     `ssh_config`: the config of ssh; None: the user's and the system's.
@@ -45,6 +49,9 @@ class SshLauncher(CommandLauncher):
     """
 
     name: ClassVar[str] = "ssh"
+    rank_variable: ClassVar[str | None] = RANK
+    meeting_variable: ClassVar[str | None] = MEETING
+    meeting_option: ClassVar[str] = "node_address of the server's first host"
 
     hosts: list[Any] = field(default_factory=list)
     user: User | None = None
@@ -70,39 +77,30 @@ class SshLauncher(CommandLauncher):
         """Return False: servers have the files and the environment of their hosts."""
         return False
 
-    def places(self, gpus: int) -> int:
-        """Return the number of servers that the hosts take. Raises ConfigError: GPUs cannot be divided."""
-        return len(self._places(gpus))
-
-    def _places(self, gpus: int) -> list[Place]:
-        found = []
-        for number, host in enumerate(self.hosts):
-            try:
-                found += host.places(max(1, gpus))
-            except ConfigError as error:
-                error.at = error.at.replace("$", f"$.launcher.hosts[{number}]", 1)
-                raise
-        return found
+    def places(self, gpus: int, nodes: int) -> int:
+        """Return the number of servers that the hosts take. Raises ConfigError: hosts or GPUs cannot be divided."""
+        return len(places(self.hosts, gpus, nodes))
 
     def command(self, job: Job) -> list[str]:
         """Return the command line of ssh for `job`, in the place that it gets if all are free. Ports are shown as 0.
 
-        Raises ConfigError: the job has GPU ids or an address to listen on.
+        Of a server on several hosts, it is that of its first one.
+        Raises ConfigError: the job has GPU ids or an address to listen on, or hosts or GPUs cannot be divided.
         """
-        places = sorted(self._places(job.gpus), key=lambda place: place.number)
-        place = places[job.index % len(places)]
-        return self._words(job, place, None if place.host.address else (wanted_port(job), 0), ())
+        found = sorted(places(self.hosts, job.gpus, job.nodes), key=lambda place: place.seats[0].number)
+        seat = found[job.index % len(found)].seats[0]
+        return self._words(job, seat, None if seat.host.address else (wanted_port(job), 0), ())
 
-    def _words(self, job: Job, place: Place, forward: tuple[int, int] | None, left: Sequence[str]) -> list[str]:
+    def _words(self, job: Job, seat: Seat, forward: tuple[int, int] | None, left: Sequence[str]) -> list[str]:
         arguments = ["--root", str(ROOT)]
         if forward is not None:
             arguments += ["--port", str(forward[1])]
-        if place.gpu_ids is not None:
-            arguments += ["--gpus", ",".join(map(str, place.gpu_ids))]
+        if seat.gpu_ids is not None:
+            arguments += ["--gpus", ",".join(map(str, seat.gpu_ids))]
         for instance in left:
             arguments += ["--after", instance]
-        remote = far(self, place.host, *arguments, "--", *server_on(self, place.host, job))
-        return ssh(self, place.host, remote, forward)
+        remote = far(self, seat.host, *arguments, "--", *server_on(self, seat.host, job))
+        return ssh(self, seat.host, remote, forward)
 
     def launch(self, job: Job) -> Process:
         """Start `job` on a host with a free place. If a host does not answer, another one is tried.
@@ -110,20 +108,20 @@ class SshLauncher(CommandLauncher):
         Raises LaunchError: no place is free. Raises ConfigError: as in `command`.
         """
         self.command(job)
-        places = self._places(job.gpus)
+        all_places = places(self.hosts, job.gpus, job.nodes)
         longest = math.inf if self.host_timeout is None else self.host_timeout
         patience = 0.0 if job.previous is None else longest
         return choose(
-            places, job,
+            all_places, job,
             lambda first: SshProcess(
-                job, places, first, self._start, near_port=wanted_port(job), patience=patience
+                job, all_places, first, self._start, near_port=wanted_port(job), patience=patience
             ),
         )  # fmt: skip
 
     def _start(
-        self, job: Job, place: Place, forward: tuple[int, int] | None, left: Sequence[str]
+        self, job: Job, seat: Seat, forward: tuple[int, int] | None, left: Sequence[str]
     ) -> "subprocess.Popen[bytes]":
-        command = self._words(job, place, forward, left)
+        command = self._words(job, seat, forward, left)
         # Not the server's id: `far` ends all processes that have it, and may do so on this machine.
         env = {**os.environ, **QUIET, **{name: value for name, value in job.env.items() if name == OWNER}}
         try:

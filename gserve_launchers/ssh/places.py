@@ -48,6 +48,7 @@ class SshHost:
     `user`, `python`: as in `SshLauncher`, for this host.
     `port`: the port of its sshd; None: as ssh's config says.
     `address`: the address on which its servers listen, and at which they are reached directly; None: through a tunnel.
+    `node_address`: its address for the other hosts of a server on several; None: `address`, or where ssh reaches it.
     """
 
     host: Name
@@ -57,13 +58,13 @@ class SshHost:
     port: Port | None = None
     python: Program | None = None
     address: Name | None = None
+    node_address: Name | None = None
 
     def __post_init__(self) -> None:
         check(self)
-        if self.address is not None and LOCAL.fullmatch(self.address):
-            raise ConfigError(
-                f"expected an address at which this machine reaches the host, got {self.address}", at="$.address"
-            )
+        for option, peer in (("address", "this machine reaches"), ("node_address", "other hosts reach")):
+            if (given := getattr(self, option)) is not None and LOCAL.fullmatch(given):
+                raise ConfigError(f"expected an address at which {peer} the host, got {given}", at=f"$.{option}")
         if self.gpu_ids is not None and self.servers is not None:
             raise ConfigError("gpu_ids and servers are both set: remove servers, since the ids set the number")
         if self.gpu_ids is not None and (not self.gpu_ids or len({*self.gpu_ids}) < len(self.gpu_ids)):
@@ -74,24 +75,30 @@ class SshHost:
         """What identifies the machine among all launchers of this process."""
         return self.host, self.port
 
-    def places(self, gpus: int) -> "list[Place]":
-        """Return its places for servers with this number of GPUs. Raises ConfigError: its GPUs cannot be divided."""
+    @property
+    def room(self) -> str:
+        """How much it has for servers, in words."""
+        number, what = (self.servers or 1, "place") if self.gpu_ids is None else (len(self.gpu_ids), "GPU")
+        return f"{number} {what}{'s' * (number != 1)}"
+
+    def seats(self, gpus: int) -> "list[Seat]":
+        """Return its places for ranks with this number of GPUs. Raises ConfigError: its GPUs cannot be divided."""
         if self.gpu_ids is None:
-            return [Place(self, number) for number in range(self.servers or 1)]
+            return [Seat(self, number) for number in range(self.servers or 1)]
         if len(self.gpu_ids) % gpus:
             raise ConfigError(
                 f"the {len(self.gpu_ids)} GPUs of {self.host} cannot be divided into servers of {gpus}"
-                " (tensor_parallel_size times pipeline_parallel_size): add or remove ids",
+                " (tensor_parallel_size times pipeline_parallel_size, divided by nodes_per_server): add or remove ids",
                 at="$.gpu_ids",
             )
         ids = iter(self.gpu_ids)
         groups = zip(*[ids] * gpus, strict=True)
-        return [Place(self, number, group) for number, group in enumerate(groups)]
+        return [Seat(self, number, group) for number, group in enumerate(groups)]
 
 
 @dataclass(frozen=True)
-class Place:
-    """A place for one server on a host: some of its GPUs, or none."""
+class Seat:
+    """A place for one rank of a server on a host: some of its GPUs, or none. Most servers have one rank."""
 
     host: SshHost = field(hash=False)  # it has lists
     number: int
@@ -108,6 +115,58 @@ class Place:
         if self.gpu_ids is None:
             return [(self.host.key, "place", self.number)]
         return [(self.host.key, "GPU", gpu) for gpu in self.gpu_ids]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place for one server: that of each of its ranks, in their order."""
+
+    seats: tuple[Seat, ...]
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.seats))
+
+    @property
+    def hosts(self) -> str:
+        """The names of its hosts."""
+        return ", ".join(seat.host.host for seat in self.seats)
+
+    @property
+    def units(self) -> list[tuple[object, ...]]:
+        """What only one server may use at a time."""
+        return [unit for seat in self.seats for unit in seat.units]
+
+
+def places(hosts: Sequence[SshHost], gpus: int, nodes: int) -> list[Place]:
+    """Return the places of servers with this number of GPUs, on this number of hosts each, in the order of `hosts`.
+
+    Raises ConfigError: the hosts or their GPUs cannot be divided.
+    """
+    at = "$.launcher.hosts"
+    if len(hosts) % nodes:
+        raise ConfigError(
+            f"{len(hosts)} hosts cannot be divided into servers of {nodes} hosts each (nodes_per_server): add or remove"
+            " hosts",
+            at=at,
+        )
+    found = []
+    for first in range(0, len(hosts), nodes):
+        group, seats = hosts[first : first + nodes], []
+        if len({host.room for host in group}) > 1:
+            each = ", ".join(f"{host.host}: {host.room}" for host in group)
+            raise ConfigError(
+                f"the hosts of a server need equal numbers of GPUs, got {each}"
+                f" (nodes_per_server takes the hosts in order, {nodes} for each server)",
+                at=at,
+            )
+        for number, host in enumerate(group, first):
+            try:
+                seats.append(host.seats(max(1, gpus // nodes)))
+            except ConfigError as error:
+                error.at = error.at.replace("$", f"{at}[{number}]", 1)
+                raise
+        found += [Place(ranks) for ranks in zip(*seats, strict=True)]
+    return found
 
 
 class Places:
@@ -131,8 +190,8 @@ class Places:
             free = [it for it in places if it not in avoided and self._used.isdisjoint(it.units)]
             if not free:
                 return None
-            load = {it.host.key: sum(unit[0] == it.host.key for unit in self._used) for it in free}
-            chosen = min(free, key=lambda it: (self._has_failed(it), it != last, load[it.host.key], it.number))
+            load = {it: sum(unit[0] == it.seats[0].host.key for unit in self._used) for it in free}
+            chosen = min(free, key=lambda it: (self._has_failed(it), it != last, load[it], it.seats[0].number))
             self._used.update(chosen.units)
             return chosen
 

@@ -1,23 +1,22 @@
-"""One server on a host, from the choice of its place to its end. ssh carries its lease, its log and its tunnel.
+"""One server on one host, or on several, from the choice of its place to its end.
 
-One ssh process does all three, so that none of them can end without the others. The tunnel's far port must be known
-before ssh starts, and the server's is not. So a port is chosen at random; the program `far` says whether it is free.
+Up to the greetings of all hosts a start may fail in many ways, and is repeated in another place. From then on the
+server has this place until its end.
 
-Nothing is sent until `far` has said that it runs. Up to then a start may fail in many ways, and is repeated in another
-place. From then on the server has this place until its end.
+A server on several hosts has a rank on each. Each gets all that the owner sends, and the owner gets the lines of all.
 """
 
 import contextlib
-import json
 import os
+import queue
 import random
-import select
 import signal
 import socket
-import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from subprocess import Popen
 from typing import IO, Protocol
 
 import msgspec
@@ -27,45 +26,35 @@ from gserve_core.errors import LaunchError
 from gserve_core.host.child_process import KILL_SECONDS, UNKNOWN
 from gserve_core.host.forks import call_in_child
 from gserve_core.interfaces import Address, Job
-from gserve_core.process.far import BUSY, GREETING, LOST
+from gserve_core.process.far import BUSY, LOST, MEETING, RANK
 
-from .messages import explain, last_line, read_from
-from .places import PLACES, Place
+from .connection import CHUNK, Connection, write
+from .places import PLACES, Place, Seat
 
 FAR_PORTS = range(20000, 32000)
 """Ports of the servers on their hosts. Systems give out higher ones by themselves."""
-GREETING_SECONDS = 60.0
-"""Maximum time for ssh to connect and for `far` to start, in seconds. Python may load from a slow file system."""
 RETRY_SECONDS = 5.0
 """Time between two attempts to find a place for a server that is restarted, in seconds."""
+RANKS_SECONDS = 5.0
+"""Maximum time for the other ranks of a server to end by themselves when one has ended, in seconds."""
 FORCE_SECONDS = 10.0
 """Maximum time for a server and `far` to end after their line is closed, in seconds. Then ssh is killed."""
-TUNNEL_SECONDS = 20.0
-"""Maximum time until `far` answers through the tunnel, in seconds."""
 MAX_BUSY = 5
 """Maximum number of attempts in one place whose port is taken there."""
-LAST_LINES = 3
-"""Number of lines at the end of a log that may tell why a connection has ended. Others are the server's own."""
-CHECK_SECONDS = 0.2
-"""Interval between two checks whether a start was given up, in seconds."""
-CHUNK = 1 << 16
-"""Maximum size of one read, in bytes."""
 
 
 class Ssh(Protocol):
     """Starts ssh."""
 
-    def __call__(
-        self, job: Job, place: Place, forward: tuple[int, int] | None, left: Sequence[str]
-    ) -> "subprocess.Popen[bytes]":
-        """Start the ssh that runs `job` in `place`. Raises LaunchError or ConfigError.
+    def __call__(self, job: Job, seat: Seat, forward: tuple[int, int] | None, left: Sequence[str]) -> "Popen[bytes]":
+        """Start the ssh that runs `job` in `seat`. Raises LaunchError or ConfigError.
 
         `forward`: see `command_line.ssh`. `left`: instances of servers that `far` ends first.
         """
 
 
 class SshProcess:
-    """A server on one of several hosts. Implements `interfaces.Process`.
+    """A server on one of several hosts, or on several. Implements `interfaces.Process`.
 
     `places`: all places. `first`: the one to begin with, which is taken.
     `start`: starts ssh.
@@ -82,13 +71,14 @@ class SshProcess:
         self._start = start
         self._near_port = near_port
         self._patience = patience
-        self._ssh: subprocess.Popen[bytes] | None = None
-        self._phase: str | None = f"connecting to {first.host.host}"
+        self._connections: list[Connection] = []
+        self._phase: str | None = f"connecting to {first.hosts}"
         self._why: str | None = None
         self._code: int | None = None
+        self._end_code = LOST
         self._is_stopping = False
         self._was_ready = False
-        self._log_position = 0
+        self._passing_up = threading.Lock()
         down, stdin = os.pipe()
         stdout, up = os.pipe()
         self._down = os.fdopen(down, "rb", 0)
@@ -101,8 +91,8 @@ class SshProcess:
 
     @property
     def machine(self) -> str:
-        """The host on which the server runs, or is about to run."""
-        return self._place.host.host
+        """The host on which the server runs, or is about to run; all of them, with ", " between them."""
+        return self._place.hosts
 
     @property
     def place(self) -> Place:
@@ -130,24 +120,20 @@ class SshProcess:
             self.stdin.close()  # `far` then ends the server
         if self._phase is None:
             self._thread.join(FORCE_SECONDS)
-        self._kill_ssh()
+        for connection in self._connections:
+            connection.kill()
         self._thread.join(KILL_SECONDS)
         with contextlib.suppress(OSError):
             self.stdout.close()
         return UNKNOWN if self._code is None else self._code
 
-    def _kill_ssh(self) -> None:
-        ssh = self._ssh
-        if ssh is not None and ssh.poll() is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(ssh.pid, signal.SIGKILL)
-
     def _close_in_child(self) -> None:
         """Close our ends in a forked child. An open copy there would hide the end of this process."""
-        for stream in (self.stdin, self._up, None if self._ssh is None else self._ssh.stdin):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
+        for stream in (self.stdin, self._up):
+            with contextlib.suppress(OSError):
+                stream.close()
+        for connection in self._connections:
+            connection.close_stdin()
 
     # ------------------------------------------------------------------------------------------------- in its thread
 
@@ -171,10 +157,10 @@ class SshProcess:
         place: Place | None = self._place
         while not self._is_stopping:
             if place is not None:
-                self._place, self._phase = place, f"connecting to {place.host.host}"
+                self._place, self._phase = place, f"connecting to {place.hosts}"
                 failure = self._attempt(place)
                 if failure is None:
-                    return self._code_of_ssh()
+                    return self._end_code
                 tried[place] = failure
             place = PLACES.take(self._places, tried)
             if place is None:
@@ -200,23 +186,18 @@ class SshProcess:
         try:
             for _ in range(MAX_BUSY):
                 with self._near_end() as near:
-                    forward = None if place.host.address else (near, random.choice(FAR_PORTS))  # noqa: S311
-                    greeting = self._connect(place, forward)
-                    failure = self._explain_start(place) if greeting is None else None
-                    if greeting and forward and greeting != BUSY:
-                        failure = self._test_tunnel(place, near, greeting)
-                    if greeting != BUSY and failure is None and not self._is_stopping:
+                    failure = self._connect(place, near)
+                    if failure is None and not self._is_stopping:
                         has_begun = True
-                        self._serve(place, near if forward else 0)
+                        self._serve(near)
                         return None
-                    self._end_ssh()
-                if greeting != BUSY:
+                    self._end(self._connections)
+                if failure != BUSY:
                     return failure or "it was stopped"
-            return f"no free port was found on {place.host.host}"
+            return f"no free port was found on {place.seats[0].host.host}"
         finally:
-            self._end_ssh()
-            code = None if self._ssh is None else self._ssh.poll()
-            is_lost = has_begun and (code is None or code < 0 or code == LOST)
+            self._end(self._connections)
+            is_lost = has_begun and any(connection.is_lost for connection in self._connections)
             has_failed = is_lost or not (self._was_ready or self._is_stopping)
             PLACES.free(place, failed=has_failed, left=self._job.instance if is_lost else "")
 
@@ -229,85 +210,87 @@ class SshProcess:
                 kept.bind(("127.0.0.1", 0))
             yield self._near_port or kept.getsockname()[1]
 
-    def _connect(self, place: Place, forward: tuple[int, int] | None) -> str | None:
-        """Start ssh, and return the last word of `far`'s greeting; None if there is none in time."""
+    def _connect(self, place: Place, near_port: int) -> str | None:
+        """Connect to all hosts, one after the other. Return why that fails, if so; `BUSY`: try another far port.
+
+        In that order, what ssh writes into the log is about the last one.
+        """
+        self._connections = []
         left = PLACES.left(place)
-        with contextlib.suppress(OSError), self._job.log.open("a") as log:
-            log.write(f"{self._job.name} on {place}, over ssh\n")
-            self._log_position = log.tell()
-        self._ssh = ssh = self._start(self._job, place, forward, left)
-        assert ssh.stdout is not None
-        deadline, text = time.monotonic() + GREETING_SECONDS, b""
-        news = select.poll()
-        news.register(ssh.stdout, select.POLLIN)
-        while time.monotonic() < deadline and not self._is_stopping:
-            if not news.poll(CHECK_SECONDS * 1000):
-                continue
-            byte = os.read(ssh.stdout.fileno(), 1)  # what follows the greeting is the server's
-            if not byte:
-                break
-            text += byte
-            if byte == b"\n":
-                words = text.decode(errors="replace").split()
-                if words[:1] == [GREETING]:
-                    PLACES.ended(place, left)
-                    return words[-1]
-                text = b""
+        for rank, seat in enumerate(place.seats):
+            with contextlib.suppress(OSError), self._job.log.open("a") as log:
+                log.write(f"{self._job.name} on {seat}, over ssh\n")
+            has_tunnel = rank == 0 and seat.host.address is None
+            forward = (near_port, random.choice(FAR_PORTS)) if has_tunnel else None  # noqa: S311
+            connection = Connection(
+                seat, rank if len(place.seats) > 1 else None, self._job.log,
+                partial(self._start, self._job, seat, forward, left),
+            )  # fmt: skip
+            self._connections.append(connection)
+            greeting = connection.greeting(lambda: self._is_stopping)
+            if greeting == BUSY:
+                return BUSY
+            failure = connection.explain_start() if greeting is None else None
+            if greeting is not None and has_tunnel:
+                failure = connection.test_tunnel(near_port, greeting)
+            if failure is not None or self._is_stopping:
+                return failure
+        PLACES.ended(place, left)
         return None
 
-    def _test_tunnel(self, place: Place, near_port: int, token: str) -> str | None:
-        """Ask `far` for its token through the tunnel. Return why that fails, if so."""
-        try:
-            with socket.create_connection(("127.0.0.1", near_port), TUNNEL_SECONDS) as tunnel:
-                said = tunnel.makefile("rb").readline().decode(errors="replace").strip()
-        except OSError as error:
-            said = error.strerror or str(error)
-        if said == token:
-            return None
-        text = read_from(self._job.log, self._log_position)
-        return explain(text, place.host.host) or (
-            f"the tunnel from port {near_port} to {place.host.host} does not work"
-            f" ({said or 'it is closed at once'}): check that no other program listens on that port here"
-        )
-
-    def _explain_start(self, place: Place) -> str:
-        """Return why `far` has not been started."""
-        text = read_from(self._job.log, self._log_position)
-        if why := explain(text, place.host.host):
-            return why
-        if self._ssh is not None and self._ssh.poll() is None:
-            return f"{place.host.host} did not run gserve within {GREETING_SECONDS:g} s: check it by hand with ssh"
-        return f"ssh to {place.host.host} has failed: {last_line(text) or 'it said nothing'}"
-
-    def _serve(self, place: Place, near_port: int) -> None:
-        """Send the environment of the server, then pass on its lease until it ends."""
-        ssh = self._ssh
-        assert ssh is not None
-        assert ssh.stdin is not None
-        assert ssh.stdout is not None
+    def _serve(self, near_port: int) -> None:
+        """Send each rank its environment, then pass on the lease until all have ended."""
+        connections, ended = self._connections, queue.SimpleQueue[Connection]()
         self._why = None
-        with contextlib.suppress(OSError):  # its end is noticed below
-            _write(ssh.stdin, json.dumps(dict(self._job.env)).encode() + b"\n")
+        for rank, connection in enumerate(connections):
+            host = connection.seat.host
+            own = {RANK: str(rank), MEETING: host.node_address or host.address or ""} if len(connections) > 1 else {}
+            connection.send_env({**self._job.env, **own})
         self._phase = None
-        threading.Thread(target=self._pass_down, args=(ssh.stdin,), name=f"{self._job.name}-down", daemon=True).start()
-        rest = b""
-        while True:
-            chunk = os.read(ssh.stdout.fileno(), CHUNK)
-            if not chunk:
-                break
-            if self._was_ready and not rest:
-                self._pass_up(chunk)
-                continue
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                self._pass_up(self._near_line(line, near_port) + b"\n")
-        self._pass_up(rest)
-        self._end_ssh(KILL_SECONDS)
+        threading.Thread(
+            target=self._pass_down, args=(connections,), name=f"{self._job.name}-down", daemon=True
+        ).start()
+        for rank, connection in enumerate(connections):
+            near = near_port if rank == 0 and connection.seat.host.address is None else 0
+            threading.Thread(
+                target=self._pass_all_up, args=(connection, near, ended), name=f"{self._job.name}-up", daemon=True
+            ).start()
+        by_themselves = [ended.get()]
+        by_themselves += _take(ended, len(connections) - 1, RANKS_SECONDS)
+        others = [connection for connection in connections if connection not in by_themselves]
+        for connection in others:
+            connection.close_stdin()
+        hung = {*others}.difference(_take(ended, len(others), FORCE_SECONDS))
+        self._end(hung)
+        self._end_code = connections[0].code
         if self._why is None and not self._is_stopping:
-            self._why = self._explain_end(place)
+            self._explain_end(by_themselves, hung)
+
+    def _explain_end(self, by_themselves: Sequence[Connection], hung: Iterable[Connection]) -> None:
+        """Set why the server has ended, and its exit code, if one of its ranks tells. They have ended in this order."""
+        for connection in by_themselves:
+            if (why := connection.explain_end()) is not None:
+                self._why, self._end_code = why, connection.code
+                return
+        for connection in hung:
+            self._why = f"the connection to {connection.seat.host.host} was lost, or gserve's program there hangs"
+
+    def _pass_all_up(self, connection: Connection, near_port: int, ended: "queue.SimpleQueue[Connection]") -> None:
+        """Pass on all lines of a rank, until its end. Runs in a thread of its own."""
+        rest = b""
+        with contextlib.suppress(OSError, ValueError):
+            for chunk in connection.chunks():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    self._pass_up(self._near_line(line, near_port) + b"\n")
+        self._pass_up(rest)
+        connection.end(KILL_SECONDS)
+        ended.put(connection)
 
     def _near_line(self, line: bytes, near_port: int) -> bytes:
         """Return a line of the server as its owner needs it: with the near end of the tunnel as its address."""
+        if self._was_ready:
+            return line
         try:
             message = msgspec.json.decode(line, type=lease.Listening | lease.Ready)
         except (msgspec.MsgspecError, UnicodeDecodeError):
@@ -319,63 +302,29 @@ class SshProcess:
         return line
 
     def _pass_up(self, data: bytes) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the owner no longer reads
-            _write(self._up, data)
+        with self._passing_up, contextlib.suppress(OSError, ValueError):  # the owner no longer reads
+            write(self._up, data)
 
-    def _pass_down(self, ssh: IO[bytes]) -> None:
-        """Pass on what the owner sends, and its end. Runs in a thread of its own."""
-        try:
+    def _pass_down(self, connections: Sequence[Connection]) -> None:
+        """Pass on what the owner sends to all ranks, and its end. Runs in a thread of its own."""
+        with contextlib.suppress(OSError, ValueError):
             while chunk := os.read(self._down.fileno(), CHUNK):
-                _write(ssh, chunk)
-        except (OSError, ValueError):  # ssh has ended
-            pass
-        with contextlib.suppress(OSError):
-            ssh.close()
+                for connection in connections:
+                    connection.send(chunk)
+        for connection in connections:
+            connection.close_stdin()
 
-    # ------------------------------------------------------------------------------------------------ the end of ssh
-
-    def _end_ssh(self, seconds: float = 0.0) -> None:
-        """Wait for the end of ssh, then kill it."""
-        ssh = self._ssh
-        if ssh is None:
-            return
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            ssh.wait(seconds)
-        self._kill_ssh()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            ssh.wait(KILL_SECONDS)
-        for stream in (ssh.stdin, ssh.stdout):
-            if stream is not None:
-                with contextlib.suppress(OSError):
-                    stream.close()
-
-    def _code_of_ssh(self) -> int:
-        """Return the exit code of the server; `LOST` if the connection was lost; ssh's own if that was killed."""
-        code = None if self._ssh is None else self._ssh.poll()
-        if code is None:
-            return LOST
-        return 128 - code if 128 < code <= 192 else code
-
-    def _explain_end(self, place: Place) -> str | None:
-        """Return why the connection has ended; None if the server has ended on its own."""
-        ssh = self._ssh
-        assert ssh is not None
-        code = ssh.poll()
-        if code is not None and code < 0:
-            return f"its ssh to {place.host.host} was killed by {signal.Signals(-code).name}"
-        if code != LOST:
-            return None
-        lines = read_from(self._job.log, self._log_position).splitlines()[-LAST_LINES:]
-        said = "\n".join(line for line in lines if not line.startswith("channel "))  # a client of a dead server
-        return explain(said, place.host.host) or (
-            f"the connection to {place.host.host} has ended, or gserve's program there was killed"
-        )
+    def _end(self, connections: Iterable[Connection]) -> None:
+        for connection in connections:
+            connection.end()
 
 
-def _write(stream: IO[bytes], data: bytes) -> None:
-    """Write all of `data` to a stream without a buffer, which may take a part at a time. Raises OSError, ValueError."""
-    while data:
-        data = data[stream.write(data) or 0 :]
+def _take(found: "queue.SimpleQueue[Connection]", number: int, seconds: float) -> Iterator[Connection]:
+    """Yield what arrives within the time, at most `number`."""
+    deadline = time.monotonic() + seconds
+    with contextlib.suppress(queue.Empty):
+        for _ in range(number):
+            yield found.get(timeout=max(0.0, deadline - time.monotonic()))
 
 
 def choose(places: Sequence[Place], job: Job, start: Callable[[Place], SshProcess]) -> SshProcess:
@@ -383,7 +332,7 @@ def choose(places: Sequence[Place], job: Job, start: Callable[[Place], SshProces
     last = job.previous.place if isinstance(job.previous, SshProcess) else None
     place = PLACES.take(places, last=last)
     if place is None:
-        hosts = ", ".join(dict.fromkeys(it.host.host for it in places))
+        hosts = ", ".join(dict.fromkeys(seat.host.host for it in places for seat in it.seats))
         raise LaunchError(f"no place for {job.name} is free on {hosts}: add hosts, or set fewer servers")
     try:
         return start(place)

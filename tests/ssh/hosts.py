@@ -33,7 +33,7 @@ UsePAM no
 PasswordAuthentication no
 KbdInteractiveAuthentication no
 MaxStartups 100
-SetEnv PYTHONPATH={root} {run}={mark} PATH={path}
+SetEnv PYTHONPATH={root} {run}={mark} PATH={path}{more}
 {lines}
 """
 
@@ -47,6 +47,8 @@ def why_not() -> str | None:
     return None
 
 
+BRIDGE = "bridge"
+"""The name of the bridge between joined hosts, and of the interface to it."""
 FIRST = itertools.count(0, 8)
 """Numbers of networks, of which each group of hosts takes up to 8."""
 
@@ -55,12 +57,14 @@ class Hosts:
     """Hosts with an sshd each. All of them share the files and the processes of this machine, but not its network.
 
     `config`: the path of the config of ssh. `lines`: more lines for the config of each sshd.
+    `joined`: the hosts reach each other over a bridge. Each has names, process ids and temporary files of its own too.
     """
 
-    def __init__(self, folder: Path, names: Sequence[str], lines: str = "") -> None:
+    def __init__(self, folder: Path, names: Sequence[str], lines: str = "", *, joined: bool = False) -> None:
         self._folder = folder
         self._names = list(names)
         self._lines = lines
+        self._joined = joined
         self._id = secrets.token_hex(2)
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
         self._net, self._first = 18 + worker % 2, next(FIRST)  # 198.18.0.0/15 is for tests of networks
@@ -80,6 +84,10 @@ class Hosts:
         (self._folder / "known_hosts").write_text(known)
         self.config.write_text(text)
         try:
+            if self._joined:
+                _run("ip", "netns", "add", self.namespace(BRIDGE))
+                _run("ip", "-n", self.namespace(BRIDGE), "link", "add", BRIDGE, "type", "bridge")
+                _run("ip", "-n", self.namespace(BRIDGE), "link", "set", BRIDGE, "up")
             for number, name in enumerate(self._names):
                 self._begin(number, name)
         except BaseException:
@@ -111,10 +119,16 @@ class Hosts:
                 sshd.kill()
                 sshd.wait()
             subprocess.run(["ip", "netns", "del", self.namespace(name)], capture_output=True, check=False)
+        if self._joined:
+            subprocess.run(["ip", "netns", "del", self.namespace(BRIDGE)], capture_output=True, check=False)
 
     def address(self, number: int) -> str:
         """Return the address of a host, by its number."""
         return f"198.{self._net}.{(self._first + number) % 256}.2"
+
+    def bridge_address(self, number: int) -> str:
+        """Return the address of a joined host on the bridge, by its number."""
+        return f"198.{self._net}.{(self._first + 7) % 256}.{number + 1}"
 
     def namespace(self, name: str) -> str:
         """Return the name of a host's network namespace."""
@@ -130,20 +144,40 @@ class Hosts:
         _run(*inside, "addr", "add", f"{self.address(number)}/24", "dev", far)
         _run(*inside, "link", "set", far, "up")
         _run(*inside, "link", "set", "lo", "up")
+        if self._joined:
+            self._join(number, name)
         self.start_sshd(name)
+
+    def _join(self, number: int, name: str) -> None:
+        """Give a host a way over the bridge: to the addresses there, and to those by which ssh reaches the others."""
+        bridge, inside = self.namespace(BRIDGE), ["ip", "-n", self.namespace(name)]
+        _run(*inside, "link", "add", BRIDGE, "type", "veth", "peer", "name", f"to-{name}", "netns", bridge)
+        _run("ip", "-n", bridge, "link", "set", f"to-{name}", "master", BRIDGE, "up")
+        _run(*inside, "addr", "add", f"{self.bridge_address(number)}/24", "dev", BRIDGE)
+        _run(*inside, "link", "set", BRIDGE, "up")
+        for other in range(len(self._names)):
+            if other != number:
+                _run(*inside, "route", "add", f"{self.address(other)}/32", "via", self.bridge_address(other))
 
     def start_sshd(self, name: str) -> None:
         """Start the sshd of a host; return when it answers."""
         number = self._names.index(name)
         file = self._folder / f"sshd-{name}.conf"
+        apart, more = [], ""
+        if self._joined:
+            (temporary := self._folder / f"tmp-{name}").mkdir(exist_ok=True)
+            more = f" TMPDIR={temporary}"
+            apart = ["unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "--uts"]
+            apart += ["sh", "-c", 'hostname "$0" && exec "$@"', name]
         file.write_text(
             _CONFIG.format(
                 folder=self._folder, name=name, root=ROOT, run=testing.RUN_VARIABLE,
                 mark=os.environ.get(testing.RUN_VARIABLE, "-"), path=os.environ["PATH"], lines=self._lines,
+                more=more,
             )
         )  # fmt: skip
         with (self._folder / f"sshd-{name}.log").open("ab") as log:
-            command = ["ip", "netns", "exec", self.namespace(name), str(SSHD), "-D", "-e", "-f", str(file)]
+            command = ["ip", "netns", "exec", self.namespace(name), *apart, str(SSHD), "-D", "-e", "-f", str(file)]
             self._sshds[name] = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         deadline = time.monotonic() + _START
         while True:
@@ -160,7 +194,10 @@ class Hosts:
 
     def cut(self, name: str, *, is_cut: bool = True) -> None:
         """Cut the network of a host, silently, or join it again."""
-        _run("ip", "link", "set", f"gs{self._id}{name}0", "down" if is_cut else "up")
+        state = "down" if is_cut else "up"
+        _run("ip", "link", "set", f"gs{self._id}{name}0", state)
+        if self._joined:
+            _run("ip", "-n", self.namespace(BRIDGE), "link", "set", f"to-{name}", state)
 
     def end_sessions(self, name: str) -> None:
         """End the connections of a host that was cut off. Its sshd would notice that after hours."""
@@ -174,8 +211,16 @@ class Hosts:
             ["ip", "netns", "pids", self.namespace(name)], capture_output=True, text=True, check=False
         )
         sshd = self._sshds.get(name)
-        pids = [int(pid) for pid in found.stdout.split() if sshd is None or int(pid) != sshd.pid]
+        own = [] if sshd is None else [sshd.pid, *(children_of(sshd.pid) if self._joined else ())]
+        pids = [pid for it in found.stdout.split() if (pid := int(it)) not in own]
         return [pid for pid in pids if processes.process_start(pid) and _has(pid, programs)]
+
+
+def children_of(pid: int) -> list[int]:
+    """Return the processes that a process has started."""
+    with contextlib.suppress(OSError):
+        return [int(it) for it in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 def _has(pid: int, texts: Sequence[str]) -> bool:

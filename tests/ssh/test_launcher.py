@@ -129,7 +129,7 @@ def test_models_that_want_more_places_than_there_are_are_refused() -> None:
     with pytest.raises(ConfigError, match="have places for 2 servers, and all models want 4: set servers for each"):
         VLLMService(models=models, launcher=two, engine=EchoEngine())
     models["judge"] = ModelConfig(LLMConfig("judge", llm_kwargs={"tensor_parallel_size": 2}), ServeConfig(servers=1))
-    with pytest.raises(ConfigError, match="different numbers of GPUs cannot share hosts"):
+    with pytest.raises(ConfigError, match="different numbers of GPUs or nodes cannot share hosts"):
         VLLMService(models=models, launcher=two, engine=EchoEngine())
 
 
