@@ -53,7 +53,10 @@ class CommandLauncher(Launcher):
 
 
 class LocalProcess:
-    """A process of this machine that leads a process group. Implements `interfaces.Process`."""
+    """A process of this machine that leads a process group. Implements `interfaces.Process`.
+
+    `resources`: closed when the process has been stopped.
+    """
 
     def __init__(self, popen: "subprocess.Popen[bytes]") -> None:
         assert popen.stdin is not None
@@ -62,6 +65,7 @@ class LocalProcess:
         self.stdin: IO[bytes] = popen.stdin
         self.stdout: IO[bytes] = popen.stdout
         self._group_ended = False
+        self.resources = contextlib.ExitStack()
 
     @property
     def pid(self) -> int:
@@ -95,6 +99,7 @@ class LocalProcess:
         except subprocess.TimeoutExpired:  # killed, but stuck in the kernel
             code = UNKNOWN
         reap_group(self.pid)
+        self.resources.close()
         return code
 
     def waiting(self) -> str | None:

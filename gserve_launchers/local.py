@@ -1,5 +1,6 @@
 """The launcher `subprocess`: it starts servers as processes on this machine."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,9 +8,10 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from gserve_core.command_launcher import CommandLauncher
+from gserve_core.command_launcher import CommandLauncher, LocalProcess
 from gserve_core.config import check
 from gserve_core.hookspecs import hookimpl
+from gserve_core.host import core_locks
 from gserve_core.interfaces import Job, Launcher, Process
 
 
@@ -36,15 +38,33 @@ class SubprocessLauncher(CommandLauncher):
     def launch(self, job: Job) -> Process:
         """Start `job`. Raises LaunchError: it could not be started.
 
-        Without GPUs, servers and ranks get equal shares of this machine's cores, unless the environment binds them.
+        Without GPUs, servers and ranks get equal shares of the cores that no other service of this user has locked,
+        unless the environment binds them.
         """
-        if job.gpu_ids is None and max(job.servers, job.gpus) > 1:
-            binding = job.bind_cores(share(job, sorted(os.sched_getaffinity(0))))
-            given = {**os.environ, **job.env}
-            job = replace(job, env={**job.env, **{name: cores for name, cores in binding.items() if name not in given}})
+        with contextlib.ExitStack() as claimed:
+            if job.gpu_ids is None:
+                job = replace(job, env={**self._binding(job, claimed), **job.env})
+            process = self._start(job)
+            if isinstance(process, LocalProcess):
+                process.resources.push(claimed.pop_all())
+        return process
+
+    def _start(self, job: Job) -> Process:
         if self.nursery and not self.prefix and job.nursery is not None:  # a prefix forwards no descriptors
             return job.nursery.fork(job, self.popen)
         return super().launch(job)
+
+    def _binding(self, job: Job, claimed: contextlib.ExitStack) -> dict[str, str]:
+        """Return the variables that bind a server to its share of the cores, and lock the cores with `claimed`."""
+        cores = sorted(os.sched_getaffinity(0))
+        names = job.bind_cores(share(job, cores)).keys() - {**os.environ, **job.env}.keys()
+        if not names:
+            return {}
+        claim = core_locks.claim(cores)
+        claimed.callback(claim.release)
+        if max(job.servers, job.gpus) <= 1 and claim.cores == cores:
+            return {}  # the engine knows best how to use all
+        return {name: value for name, value in job.bind_cores(share(job, claim.cores)).items() if name in names}
 
 
 def share(job: Job, cores: Sequence[int]) -> list[list[int]]:

@@ -40,7 +40,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "host.scratch",
         "host.gpus", "host.gpu_locks",
     },
-    {"template_kwargs", "tasks"},
+    {"template_kwargs", "tasks", "host.core_locks"},
     {"host.server_log", "openai_api", "run_requests"},
     {"host.tokens", "host.api_keys", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
@@ -125,7 +125,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "engines.vllm.adapter_files", "engines.vllm.adapters", "engines.vllm.chats", "engines.vllm.compile_turn",
         "host.adapter_folders",
         "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
-        "engines.vllm.installed",
+        "engines.vllm.hub", "engines.vllm.installed",
         "engines.vllm.known_errors", "engines.vllm.nodes", "engines.vllm.openai_app", "engines.vllm.outputs",
         "engines.vllm.patches", "engines.vllm.pooling", "engines.vllm.prompt_lengths",
         "engines.vllm.progress", "engines.vllm.series", "engines.vllm.token_counts", "engines.vllm.tokenizing",
@@ -144,10 +144,12 @@ OF_AN_ENGINE = {
     "engines.vllm.token_counts": {"engines.vllm.differences"},
     "engines.vllm.compile_turn": {"interfaces", "host.redaction", "host.locks"},
     "engines.vllm.demo_model": {"errors", "host.folders", "interfaces", "host.locks"},
+    "engines.vllm.hub": {"errors", "host.folders", "interfaces", "host.locks", "engines.vllm.demo_model"},
     "engines.vllm.examination": {
         "errors",
         "config",
         "host.folders",
+        "engines.vllm.hub",
         "interfaces",
         "engines.vllm.adapter_files",
         "engines.vllm.demo_model",
@@ -173,7 +175,7 @@ ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "rows"
 """Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {
     "errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.child_process",
-    "host.forks", "host.descriptors", "openai_api", "overview", "commands", "process.far",
+    "host.core_locks", "host.forks", "host.descriptors", "openai_api", "overview", "commands", "process.far",
 }  # fmt: skip
 """What launchers and transports need of the core: no more than a plugin's author."""
 
@@ -205,6 +207,7 @@ HOMES = {  # third parties: the only files that may import them
     },
     "rich": {"gserve/cli/display.py", "gserve/cli/job_progress.py"},
     "tqdm": {"gserve_core/batch/progress.py"},
+    "huggingface_hub": {"gserve_core/engines/vllm/hub.py"},
     "numpy": {"gserve_core/service/vector_calls.py"},
     "pytest": {"gserve_core/testing/__init__.py"},
     "jinja2": {"gserve_core/rows/templates.py"},
@@ -220,6 +223,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm/prompt_lengths.py": {"transformers"},  # takes seconds
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
     "gserve_core/batch/progress.py": {"tqdm"},  # it may be missing
+    "gserve_core/engines/vllm/hub.py": {"huggingface_hub"},  # it comes with vLLM
     "gserve_core/service/vector_calls.py": {"numpy"},  # it may be missing
     "gserve_core/engines/vllm/series.py": {"prometheus_client"},  # 0.15 s, and only a scrape needs it
     "gserve_core/service/metrics.py": {"prometheus_client"},

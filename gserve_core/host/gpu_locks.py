@@ -38,7 +38,7 @@ class Hold:
             self._locks.append(descriptor)
             if not try_lock(descriptor, shared=share):
                 raise LaunchError(
-                    f"{_name(device)} is held by {_describe(_holder(descriptor))}: stop that, choose other gpu_ids,"
+                    f"{_name(device)} is held by {describe(holder(descriptor))}: stop that, choose other gpu_ids,"
                     " or set share_gpu: true for all that use it"
                 )
             if share:
@@ -49,7 +49,7 @@ class Hold:
         for device, descriptor in zip(self._devices, self._turns, strict=False):
 
             def tell(device: str = device, descriptor: int = descriptor) -> None:
-                report(f"waiting for process {_holder(descriptor) or '?'}, which starts on {_name(device)}")
+                report(f"waiting for process {holder(descriptor) or '?'}, which starts on {_name(device)}")
 
             for _ in attempts(descriptor, tell):
                 await asyncio.sleep(LOOK_SECONDS)
@@ -106,7 +106,7 @@ def _name(device: str) -> str:
     return device if device.startswith(("GPU-", "MIG-")) else f"GPU {device}"
 
 
-def _holder(descriptor: int) -> int | None:
+def holder(descriptor: int) -> int | None:
     """Return the id of the process that has locked a file; None if the kernel does not show it."""
     found = os.fstat(descriptor)
     place = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
@@ -118,7 +118,7 @@ def _holder(descriptor: int) -> int | None:
     return None
 
 
-def _describe(pid: int | None) -> str:
+def describe(pid: int | None) -> str:
     """Return a description of a process: its id, user and command."""
     if pid is None:
         return "another process"

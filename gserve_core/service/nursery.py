@@ -326,6 +326,7 @@ class ForkedServer(LocalProcess):
         with contextlib.suppress(OSError):
             self.stdin.close()
         self.stdout.close()
+        self.resources.close()
         return self._fork.returncode or -signal.SIGTERM
 
     def _close_pipes(self) -> None:

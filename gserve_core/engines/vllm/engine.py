@@ -43,7 +43,7 @@ from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
 from ...sampling import TRUNCATE, check_params, public_names, read_params, split_prompt_params
 from ...template_kwargs import check_template_kwargs
 from ...weights import Weights
-from . import compile_turn, demo_model, differences, examination, installed, openai_app, series
+from . import compile_turn, demo_model, differences, examination, hub, installed, openai_app, series
 from . import nodes as nodes_of_vllm
 from .adapter_files import adapter_rank, check_adapter, max_lora_rank
 from .adapters import Adapters
@@ -179,7 +179,9 @@ class VLLMEngine(Engine):
         return prompt_lengths(llm, self.chat_template_kwargs, prompts) if installed.package() else None
 
     def bind_cores(self, cores: Sequence[Sequence[int]]) -> Mapping[str, str]:
-        """Return vLLM's variable for the cores of each rank, when it computes on the CPU."""
+        """Return vLLM's variable for the cores of each rank, unless the vLLM installed here computes on GPUs."""
+        if self.needs_gpus():
+            return {}
         return {CORES_VARIABLE: "|".join(",".join(map(str, own)) for own in cores)}
 
     def needs_gpus(self) -> bool:
@@ -246,12 +248,15 @@ def prepare(
 ) -> tuple[differences.Names, dict[str, Any], Path | None]:
     """Set the environment of vLLM, and import it. Return its names, its arguments, and the folder of `lora_path`.
 
-    Raises GserveError: this vLLM or a GPU cannot be used. Raises ConfigError: the model or the adapter is missing.
+    Downloads the model first, if it is on the hub only.
+    Raises GserveError: the model cannot be downloaded, or this vLLM or a GPU cannot be used.
+    Raises ConfigError: the model or the adapter is missing.
     """
     arguments = llm.engine_kwargs
     arguments["model"] = demo_model.resolve(arguments["model"], report)
     arguments["tokenizer"] = demo_model.resolve(arguments.get("tokenizer", arguments["model"]), report)
     lora_path = adapter_folder(llm.lora_path)
+    hub.download(arguments, report)
     if scratch := os.environ.get("TMPDIR"):  # by default vLLM asks Python, which may have cached another folder
         os.environ.setdefault("VLLM_RPC_BASE_PATH", scratch)
     if rank is not None:

@@ -10,11 +10,10 @@ from ...config import LLMConfig
 from ...errors import ConfigError
 from ...host import folders
 from ...interfaces import Finding
-from . import demo_model, installed
+from . import demo_model, hub, installed
 from .adapter_files import check_adapter
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.gguf")
-OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 
 
 def examine(llm: LLMConfig | None, environ: Mapping[str, str], *, allow_insecure: bool) -> Iterator[Finding]:
@@ -116,10 +115,10 @@ def _examine_hub(name: str, llm: LLMConfig, environ: Mapping[str, str]) -> Findi
         return Finding("model", "ok", f"a model id, whose files are in the cache: {snapshot}")
     what = f"a model id, not in the cache here ({cache}), or not whole"
     fetch = f"hf download {name}{f' --revision {llm.revision}' if llm.revision else ''} --cache-dir {cache}"
-    if any(environ.get(variable, "").lower() in ("1", "true", "yes", "on") for variable in OFFLINE):
+    if hub.is_offline(environ):
         return Finding("model", "problem", f"{what}, and this environment is offline", f"where it is not: {fetch}")
     return Finding(
-        "model", "note", f"{what}: the first server fetches it", f"nodes may have no way out; before: {fetch}"
+        "model", "note", f"{what}: the first server downloads it", f"nodes may have no way out; before: {fetch}"
     )
 
 

@@ -31,9 +31,21 @@ KNOWN_ERRORS = (
         "check model_name (and tokenizer): a folder with a config.json, or a name like 'owner/model'",
     ),
     KnownError(
-        r"We couldn't connect to '|outgoing traffic has been disabled|offline mode is enabled",
+        r"We couldn't connect to '|outgoing traffic has been disabled|offline mode is enabled"
+        r"|the model hub cannot be reached",
         "the model is not on this machine, and the model hub cannot be reached",
         "check model_name; without a network, give a folder, or fill the hub's cache (HF_HOME) beforehand",
+    ),
+    KnownError(
+        r"there is no model '([^']+)': neither"
+        r"|(\S+) is not a local folder (?:and is not a valid model identifier|or a valid repository name)",
+        "there is no model '{0}': neither a folder, nor on the model hub, unless it is private there",
+        "check model_name (and tokenizer); for a private model set HF_TOKEN",
+    ),
+    KnownError(
+        r"(\S+) is not a valid git identifier|the model has no revision '([^']+)'",
+        "the model has no revision '{0}'",
+        "check revision (and tokenizer_revision): a branch, a tag or a commit of the model",
     ),
     KnownError(
         r"Repository Not Found for url: (\S+?)\.?(?: |$)",
@@ -41,19 +53,24 @@ KNOWN_ERRORS = (
         "check model_name (and tokenizer); for a private model set HF_TOKEN",
     ),
     KnownError(
-        r"gated repo|Access to model \S+ is restricted|40[13] (?:Client Error|Forbidden)",
+        r"gated repo|the model hub refuses access|Access to model \S+ is restricted|40[13] (?:Client Error|Forbidden)",
         "the model hub refuses access to the model",
         "ask for access on the model's page, and set HF_TOKEN to a token of that account",
     ),
     KnownError(
-        r"(\S+) is not a local folder (?:and is not a valid model identifier|or a valid repository name)",
-        "there is no model '{0}': neither a folder, nor on the model hub, unless it is private there",
-        "check model_name (and tokenizer); for a private model set HF_TOKEN",
+        r"the download needs \S+ GB, and the disk of ",
+        "",
+        "free space there, or set download_dir or HF_HOME to a folder on a larger disk",
     ),
     KnownError(
-        r"(\S+) is not a valid git identifier",
-        "the model has no revision '{0}'",
-        "check revision (and tokenizer_revision): a branch, a tag or a commit of the model",
+        r"(cannot store the files of \S+): \[Errno (?!28)\d+\] ([^:]+: '[^']+')",
+        "{0}: {1}",
+        "set download_dir or HF_HOME to a folder that you may write",
+    ),
+    KnownError(
+        r"the download of \S+ failed",
+        "",
+        "start again: files that are complete stay in the cache; or download it before, with 'hf download NAME'",
     ),
     KnownError(
         r"Invalid repository ID or local directory specified: '([^']+)'",

@@ -194,7 +194,7 @@ def starts(folder: Path, port: int, asking: dict[str, str]) -> dict[str, Start]:
         ),
         "no hub": Start(
             "the model is not on this machine, and the model hub cannot be reached",
-            "We couldn't connect to 'http://127.0.0.1:9'",
+            "cannot be reached (ConnectError",
             "without a network, give a folder",
             "owner/model",
             serve={"env": {"HF_ENDPOINT": "http://127.0.0.1:9"}},
@@ -208,7 +208,7 @@ def starts(folder: Path, port: int, asking: dict[str, str]) -> dict[str, Start]:
         ),
         "no model on the hub": Start(
             "there is no model 'owner/none': neither a folder, nor on the model hub",
-            "is not a valid model identifier",
+            "Repository Not Found for url",
             "check model_name",
             "owner/none",
             serve={"env": asking},
