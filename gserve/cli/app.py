@@ -31,6 +31,8 @@ def main() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, the exit codes of commands are lost
     on_signals(raise_signalled)
     signal.signal(signal.SIGUSR1, ignore)  # SLURM may send its notice to all processes of a job
+    # None: not imported. `import httpx` would load its own command line, with rich and pygments, which takes 90 ms
+    sys.modules["httpx._main"] = None  # type: ignore[assignment]
     try:
         app(prog_name="gserve")
     except Signalled as signalled:

@@ -31,6 +31,9 @@ PREVIEWS = 3
 """Number of prompts that --dry-run shows, unless --limit gives another one."""
 GC_THRESHOLD = 100_000
 """Number of new objects after which Python looks for garbage. By default, that takes a fifth of a job."""
+SWITCH_SECONDS = 0.001
+"""Time after which the thread of a job that reads and writes rows lets the one run that sends them, in seconds.
+Python's 5 ms delay each packet to and from a server."""
 NO_ROWS = "the input has no rows"
 FOR_TEXTS = {
     "--model", "--output", "--system", "--params", "--adapter", "--schema", "--failed", "--overwrite", "--prefix",
@@ -181,6 +184,7 @@ def _answer_rows(job: "FileJob", service: "VLLMService", model: "VLLMService | M
 
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)  # thousands of rows wait in memory, and are no garbage
+    sys.setswitchinterval(SWITCH_SECONDS)
     with job.begin(model.model_facts(), is_over) as run:
         totals = run.totals
         if run.remaining == 0:

@@ -50,25 +50,31 @@ def printable(text: str) -> str:
 
 def show_phases(service: "VLLMService", starting: Future[None]) -> None:
     """Show the phases of the servers until they have started: in place on a terminal, else one line per change."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(stderr=True)
     shown: dict[str, str] = {}
-    with console.status("starting") if console.is_terminal else nullcontext() as status:
+    with _lines_in_place("starting") if sys.stderr.isatty() else nullcontext() as show_lines:
         is_over = False
         while not is_over:
             is_over = bool(wait([starting], TICK).done)
             servers = [it for it in service.status() if (it.name in shown if is_over else it.state != "stopped")]
             servers = [it for it in servers if it.usable or not is_over]
             doing = {it.name: it.phase if it.phase and it.returns else it.state for it in servers}
-            if status is not None:
-                status.update(Text("\n  ".join(f"{name}: {phase}" for name, phase in doing.items())))
+            if show_lines is not None:
+                show_lines(f"{name}: {phase}" for name, phase in doing.items())
             else:
                 for name, phase in doing.items():
                     if shown.get(name) != phase:
                         print_stderr(f"{name}: {phase}")
             shown = doing
+
+
+@contextmanager
+def _lines_in_place(first: str) -> Iterator[Callable[[Iterable[str]], object]]:
+    """Show a line on the terminal. Yields a function that shows other lines in its place."""
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status(first) as status:
+        yield lambda lines: status.update(Text("\n  ".join(lines)))
 
 
 def print_table(

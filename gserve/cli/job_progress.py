@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from .display import print_stderr
@@ -22,28 +22,30 @@ BAR_SECONDS = 0.5
 @contextmanager
 def show_progress(totals: "Totals", model: "VLLMService | Model") -> "Iterator[Callable[[Totals], object]]":
     """Show the progress of a job. Yields a function to call with the totals after each step."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
     is_bar = sys.stderr.isatty()
-    shown_at = time.monotonic()
-    columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
-    with Progress(*columns, console=Console(stderr=True), disable=not is_bar, redirect_stdout=False) as bar:
-        task = bar.add_task("", total=totals.rows, completed=totals.before)
+    interval, shown_at = BAR_SECONDS if is_bar else LINE_SECONDS, time.monotonic()
+    with _bar(totals) if is_bar else nullcontext(lambda totals, text: print_stderr(text)) as show_text:
 
         def show(totals: "Totals") -> None:
             nonlocal shown_at
             now = time.monotonic()
-            if now < shown_at + (BAR_SECONDS if is_bar else LINE_SECONDS):
-                return
-            shown_at = now
-            text = describe(totals, sum(it.usable for it in model.status()))
-            if is_bar:
-                bar.update(task, completed=totals.ended, description=text)
-            else:
-                print_stderr(text)
+            if now >= shown_at + interval:
+                shown_at = now
+                show_text(totals, describe(totals, sum(it.usable for it in model.status())))
 
         yield show
+
+
+@contextmanager
+def _bar(totals: "Totals") -> "Iterator[Callable[[Totals, str], object]]":
+    """Show a bar on the terminal. Yields a function that changes it, and the text beside it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=False) as bar:
+        task = bar.add_task("", total=totals.rows, completed=totals.before)
+        yield lambda totals, text: bar.update(task, completed=totals.ended, description=text)
 
 
 def describe(totals: "Totals", servers: int) -> str:

@@ -77,7 +77,8 @@ class Answers:
         Raises ConfigError: a value cannot be JSON.
         """
         if self._plain is not None and len(outputs) == 1:  # in a short way, since there may be millions
-            return _encode(self._plain(place, *_plain_values(outputs[0])))
+            one = outputs[0]
+            return _encode(self._plain(place, one.text, one.finish_reason, one.prompt_tokens, len(one.token_ids)))
         return encode({self._place: place, **self.columns(outputs)})
 
     def columns(self, outputs: list[ResponseOutput]) -> dict[str, Any]:
@@ -86,7 +87,9 @@ class Answers:
         Raises ItemError: an output does not fit the schema.
         """
         if self._plain is not None and len(outputs) == 1:
-            return dict(zip(self.names, _plain_values(outputs[0]), strict=True))
+            one = outputs[0]
+            values = one.text, one.finish_reason, one.prompt_tokens, len(one.token_ids)
+            return dict(zip(self.names, values, strict=True))
         prefix, outputs = self.prefix, unfolded(outputs)
         made: dict[str, list[Any]] = {
             RESPONSE: [it.text for it in outputs],
@@ -135,11 +138,6 @@ class VectorAnswers(Answers):
         (one,) = outputs
         assert isinstance(one, VectorOutput)
         return dict(zip(self.names, (array.array("f", one.vector).tolist(), one.prompt_tokens), strict=True))
-
-
-def _plain_values(output: ResponseOutput) -> tuple[str, str | None, int | None, int]:
-    """Return the columns of an answer with one output, without options."""
-    return output.text, output.finish_reason, output.prompt_tokens, len(output.token_ids)
 
 
 def _object_type(names: Sequence[str]) -> Any:

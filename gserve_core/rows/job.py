@@ -30,7 +30,7 @@ from .answers import Answers, VectorAnswers
 from .formats import TABLES, FileType, Format, Source, find_sources, output_type
 from .output import STDIO, JobFiles, Sink, Totals, open_stream
 from .prompts import Prompts, RowOptions
-from .reading import Digest, Row, begins_as, digest, read_rows
+from .reading import Digest, Row, begins_as, count_rows, digest, read_rows
 from .row_items import RowItems
 from .writing import encode_row
 
@@ -276,8 +276,11 @@ class Run:
                 before += is_done(place)
             return False
 
-        for _ in self._job.rows(self._sources, count):
-            pass
+        if wanted is None and not self._files.has_answers:
+            rows = count_rows(self._sources)
+        else:
+            for _ in self._job.rows(self._sources, count):
+                pass
         finished = self._files.finished_rows
         if finished is not None and finished != rows:
             raise ConfigError(

@@ -104,10 +104,10 @@ class Sink:
         done = cut = prompt_tokens = completion_tokens = 0  # faster than those of `totals`
         for row, outcome in outcomes:
             try:
-                if isinstance(outcome, ItemError):
+                if not isinstance(outcome, list):
                     raise outcome
                 answer = encode_answer(outcome, row.place)
-                good.append(join_objects(_own_columns(row) if is_whole else b"", answer))
+                good.append(join_objects(_own_columns(row), answer) if is_whole else answer + b"\n")
             except (ItemError, ConfigError) as error:
                 totals.failed += 1
                 totals.failures[_NUMBER.sub("N", str(error))[:MAX_KIND]] += 1
@@ -258,6 +258,11 @@ class JobFiles:
                     copy.writelines(encode_row(dict(row), None, {}) for row in given)
         except OSError as error:
             raise ConfigError(f"cannot copy the input: {error.strerror}", file=self.input) from error
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether any row has been answered."""
+        return len(self._lines) > 0
 
     def is_done(self, place: int) -> bool:
         """Return whether the row at a place of the input has been answered."""

@@ -108,7 +108,7 @@ class Prompts:
             params = (params or {}) | (params_from(set_) or {})
         given = self._given(row)
         if not self._options.is_chat:
-            if isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping):
+            if type(given) is not str and isinstance(given, (list, tuple)) and given and isinstance(given[0], Mapping):
                 raise ItemError("expected a text or a list of token ids, got a conversation: use chat")
             prompt, size = read_prompt(given)
             return prompt, size, params
@@ -123,7 +123,8 @@ class Prompts:
 
     def adapter(self, row: Mapping[str, Any]) -> str | None:
         """Return the name of the adapter of a row; None: the default. Raises ItemError: the row has something else."""
-        return read_adapter(row.get(ADAPTER)) or self._options.adapter
+        given = row.get(ADAPTER)
+        return self._options.adapter if given is None else read_adapter(given) or self._options.adapter
 
     def _given(self, row: Mapping[str, Any]) -> Any:
         """Return what a row says: a text, token ids or messages."""

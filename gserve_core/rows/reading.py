@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ type Rows = Generator["Row", None, int]
 """Yields the rows of one source, and returns the place after its last row."""
 
 
-class Row(Struct, frozen=True):
+class Row(Struct, frozen=True, gc=False):
     """One row of the input.
 
     `place`: index in the whole input, over all sources, from 0.
@@ -72,6 +73,25 @@ def read_rows(
         place = yield from _rows(source, place, wanted, columns)
 
 
+def count_rows(sources: Sequence[Source]) -> int:
+    """Return the number of rows of all sources. Raises ConfigError: see `read_rows`."""
+    count = 0
+
+    def add(place: int) -> bool:
+        nonlocal count
+        count += 1
+        return False
+
+    for source in sources:
+        if source.type.format in (Format.JSONL, Format.TXT):  # in a short way, since there may be millions
+            with open_bytes(source) as stream:
+                first = next(stream, b"").removeprefix(BOM)
+                count += bool(first.strip()) + sum(not line.isspace() for line in stream)
+        else:
+            deque(read_rows([source], add), maxlen=0)
+    return count
+
+
 def _rows(source: Source, place: int, wanted: Wanted | None, columns: Sequence[str] | None) -> Rows:
     match source.type.format:
         case Format.JSONL:
@@ -104,7 +124,8 @@ def _read_lines(source: Source, place: int, wanted: Wanted | None, parse: Callab
             if not line or line.isspace():
                 continue
             if wanted is None or wanted(place):
-                yield Row(place, number, file, *parse(line))
+                values, raw, error = parse(line)
+                yield Row(place, number, file, values, raw, error)
             place += 1
     return place
 

@@ -17,7 +17,7 @@ import pytest
 
 from gserve_core.errors import ConfigError
 from gserve_core.rows.formats import FileType, Format, Source, find_sources
-from gserve_core.rows.reading import Digest, Row, begins_as, digest, read_rows
+from gserve_core.rows.reading import Digest, Row, begins_as, count_rows, digest, read_rows
 
 
 def write(path: Path, content: bytes | str) -> Path:
@@ -409,3 +409,22 @@ def test_a_digest_survives_json_and_leaves_out_stdin(tmp_path: Path) -> None:
 def test_the_digest_of_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot read the input: No such file"):
         digest([Source(tmp_path / "a.txt", FileType(Format.TXT))])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b""),
+        ("a.jsonl", b'\xef\xbb\xbf\n{"a": 1}\n \t\r\n{"a": 2}'),
+        ("a.jsonl", b'\xef\xbb\xbf{"a": 1}\nnot JSON\n\n'),
+        ("a.txt", b"one\n\n\xff\n"),
+        ("a.txt", b"\n\xef\xbb\xbf\n"),
+        ("a.csv", b'a,b\n1,"x\ny"\n\n2,3\n'),
+        ("a.json", b'[{"a": 1}, {"a": 2}]'),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n\n{"a": 2}\n')),
+    ],
+)
+def test_as_many_rows_are_counted_as_are_read(tmp_path: Path, name: str, content: bytes) -> None:
+    write(tmp_path / "first.csv", b"a\n1\n2\n3\n")
+    sources = [*find_sources(str(tmp_path / "first.csv")), *find_sources(str(write(tmp_path / name, content)))]
+    assert count_rows(sources) == len(list(read_rows(sources)))
