@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import numpy as np
 import pytest
 
-from gserve import BatchError, ItemError, LLMConfig, ServeConfig, VLLMClient, VLLMService
+from gserve import BatchError, GatewayConfig, ItemError, LLMConfig, ServeConfig, VLLMClient, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import ConfigError
 from gserve_core.images import FORMATS, MAX_FILE_BYTES, ImageFiles, summary
@@ -27,7 +28,7 @@ def ask(*parts: Any) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[VLLMService]:
-    with VLLMService(LLMConfig("m"), ServeConfig(servers=1), engine=EchoEngine()) as service:
+    with VLLMService(LLMConfig("m"), ServeConfig(servers=1), engine=EchoEngine(), gateway=GatewayConfig()) as service:
         yield service
 
 
@@ -162,9 +163,8 @@ def test_images_come_to_the_engine_in_python(service: VLLMService, root: Path) -
     ]
     expected = [f"see {SHOWN}", f"{SHOWN} seen", SHOWN]
     assert service.chat(chats) == [[text] for text in expected]
-    server = service.servers[0]
-    assert server.address is not None
-    with VLLMClient(server.address.host, server.address.port, token=server.token) as client:
+    assert service.base_url is not None
+    with VLLMClient("127.0.0.1", urlsplit(service.base_url).port or 0, token=service.api_key) as client:
         assert client.chat(chats) == [[text] for text in expected]
 
 
