@@ -102,6 +102,7 @@ def test_an_image_that_cannot_be_used_fails_its_item_alone(service: VLLMService,
 
 
 def test_images_come_through_openais_api(service: VLLMService, reference: list[Any]) -> None:
+    assert service.base_url is not None
     headers = {"authorization": f"Bearer {service.api_key}"}
     with httpx.Client(base_url=service.base_url, headers=headers, timeout=60.0) as http:
         reply = http.post("/chat/completions", json={"messages": CHATS[1], **GREEDY})
