@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType, structs
 
+from .images import IMAGE_PARTS, check_url
 from .plain import without_none
 from .weights import FIRST
 
@@ -20,8 +21,17 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 """Types of parts that are texts, each with the field that holds its text. As in vLLM, all of them count as `text`."""
 
 
-class TextPart(Struct, frozen=True, omit_defaults=True):
-    """A part of a message: `{"type": "text", "text": …}`. Parts of the other `TEXT_PARTS` become such a part.
+class ImageUrl(Struct, frozen=True, omit_defaults=True):
+    """The URL of an image: `data:image/png;base64,…`. In a part that is no image, it may be None."""
+
+    url: str | None = None
+
+
+class Part(Struct, frozen=True, omit_defaults=True):
+    """A part of a message: a text, `{"type": "text", "text": …}`, or an image.
+
+    Parts of the other `TEXT_PARTS` become such a text. All forms of an image become
+    `{"type": "image_url", "image_url": {"url": …}}`.
 
     `text` None: the part is empty, and is left out.
     """
@@ -30,15 +40,35 @@ class TextPart(Struct, frozen=True, omit_defaults=True):
     text: str | None = None
     refusal: str | None = None
     thinking: str | None = None
+    image_url: ImageUrl | str | None = None
+    image: ImageUrl | str | None = None
 
     def __post_init__(self) -> None:
-        if self.type == "text":
-            return
-        if self.type not in TEXT_PARTS:
-            raise ValueError(f"a part of type '{self.type}' is not supported: only texts are")
-        structs.force_setattr(self, "text", getattr(self, TEXT_PARTS[self.type]))
-        for name, value in (("type", "text"), ("refusal", None), ("thinking", None)):
+        text = image = None
+        if self.type in TEXT_PARTS:
+            text = getattr(self, TEXT_PARTS[self.type])
+        elif self.type in IMAGE_PARTS:
+            image = _image(self.type, getattr(self, IMAGE_PARTS[self.type]))
+        else:
+            raise ValueError(f"a part of type '{self.type}' is not supported: only texts and images are")
+        kind = "text" if image is None else "image_url"
+        own = {"type": kind, "text": text, "refusal": None, "thinking": None, "image_url": image, "image": None}
+        for name, value in own.items():
             structs.force_setattr(self, name, value)
+
+    @property
+    def url(self) -> str | None:
+        """The data URL of an image; None for a text."""
+        return self.image_url.url if isinstance(self.image_url, ImageUrl) else None
+
+
+def _image(kind: str, given: ImageUrl | str | None) -> ImageUrl:
+    """Return the URL of an image in its one form. Raises ValueError: it is no data URL."""
+    url = given.url if isinstance(given, ImageUrl) else given
+    if url is None:
+        raise ValueError(f"a part of type '{kind}' needs '{IMAGE_PARTS[kind]}'")
+    check_url(url)
+    return ImageUrl(url)
 
 
 class Message(Struct, frozen=True, omit_defaults=True):
@@ -50,7 +80,7 @@ class Message(Struct, frozen=True, omit_defaults=True):
     """
 
     role: str
-    content: str | list[TextPart] | UnsetType | None = UNSET
+    content: str | list[Part] | UnsetType | None = UNSET
     name: str | None = None
     tool_calls: list[dict[str, Any]] | None = None
     tool_call_id: str | None = None
@@ -77,6 +107,13 @@ class Message(Struct, frozen=True, omit_defaults=True):
             return [self.content]
         return [part.text for part in self.content or () if part.text is not None]
 
+    @property
+    def images(self) -> list[str]:
+        """The data URLs of its images."""
+        if isinstance(self.content, str):
+            return []
+        return [url for part in self.content or () if (url := part.url) is not None]
+
 
 class Conversation(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A conversation to continue. All fields after the first mean the same as in `vllm.LLM.chat`."""
@@ -86,6 +123,11 @@ class Conversation(Struct, frozen=True, forbid_unknown_fields=True, omit_default
     continue_final_message: bool = False
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a message has an image."""
+        return any(message.images for message in self.messages)
 
 
 type Prompt = str | list[int] | Conversation

@@ -48,7 +48,7 @@ def prompt_size(prompt: Prompt) -> int:
         return len(prompt)
     if isinstance(prompt, list):
         return 4 * len(prompt)
-    size = sum(len(text) for message in prompt.messages for text in message.texts)
+    size = sum(len(text) for message in prompt.messages for text in (*message.texts, *message.images))
     for more in (prompt.tools, prompt.chat_template_kwargs, *(message.tool_calls for message in prompt.messages)):
         if more is not None:
             size += _value_size(more)

@@ -21,6 +21,7 @@ PACKAGES = {  # package: the packages that it may import
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
     {"errors", "host.sweep", "overview", "commands", "plain"},
+    {"images"},
     {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
@@ -113,7 +114,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "testing.leftovers": {"host.processes", "host.run_files"},
     "testing.signals": set(),
     "engines.echo": {
-        "errors", "messages", "config", "interfaces", "hookspecs", "sampling", "template_kwargs",
+        "errors", "images", "messages", "config", "interfaces", "hookspecs", "sampling", "template_kwargs",
         "engines.echo_json", "engines.echo_openai", "engines.echo_vectors", "engines.orphans", "tasks",
     },
     "engines.echo_json": set(),

@@ -12,6 +12,7 @@ import typer
 
 import gserve
 from gserve_core.errors import ConfigError, GserveError, ItemError
+from gserve_core.images import summary
 from gserve_core.messages import Conversation
 from gserve_core.tasks import EMBED
 
@@ -223,6 +224,10 @@ def _shown(prompt: Any) -> str:
     if not isinstance(prompt, Conversation):
         return str(prompt)
     messages = msgspec.to_builtins(prompt.messages)
+    for message in messages:
+        for part in message["content"] if isinstance(message["content"], list) else ():
+            if "image_url" in part:
+                part["image_url"] = summary(part["image_url"]["url"])
     return "\n".join(f"{message.pop('role')}> {_content(message)}" for message in messages)
 
 

@@ -19,7 +19,7 @@ from .options import Model
 if TYPE_CHECKING:
     from gserve_core.rows.job import FileJob
 
-FILES, TEMPLATES = {"source", "output", "schema", "tools", "failed"}, {"template", "system"}
+FILES, TEMPLATES = {"source", "output", "schema", "tools", "media_root", "failed"}, {"template", "system"}
 """Options that are paths, and options that may be @ and a path."""
 FORMATS = ".jsonl .ndjson .json .csv .tsv .parquet .arrow .txt, also with .gz or .zst"
 
@@ -75,6 +75,10 @@ class JobFlags:
         bool,
         typer.Option("--drop-answer", help="chat: leave out the assistant's message at the end of a conversation."),
     ] = False
+    media_root: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="chat: the images of conversations may be files below DIR."),
+    ] = None
     prefix: Annotated[str, typer.Option(metavar="TEXT", help="Begin the names of the answer's columns with TEXT.")] = ""
     extra: Annotated[bool, typer.Option("--extra", help="Add token ids and log probabilities.")] = False
     ordered: Annotated[bool, typer.Option("--ordered", help="Write JSON lines in the order of ROWS too.")] = False
@@ -99,7 +103,7 @@ class JobFlags:
             is_chat=is_chat, task=task, template=_text(self.template), column=self.column, system=_text(self.system),
             params=parse_params(self.params), tools=_json(self.tools, list, "a list of tools"),
             schema=_json(self.schema, dict, "a JSON schema"), drop_answer=self.drop_answer,
-            adapter=self.adapter or None,
+            adapter=self.adapter or None, media_root=self.media_root,
         )  # fmt: skip
         return FileJob(
             source=rows if self.source is None else self.source,

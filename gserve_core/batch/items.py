@@ -5,12 +5,14 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import msgspec
 
 from ..errors import ConfigError, ItemError
 from ..host.forks import call_in_child
+from ..images import ImageFiles
 from ..messages import Conversation, Message, Params, Prompt
 from ..plain import encodable, is_table, plain
 from ..sampling import TRUNCATE, check_value, params_from
@@ -337,6 +339,8 @@ class ConversationReader:
 
     The options mean the same as in `vllm.LLM.chat`. They are for conversations that have no own ones.
 
+    `media_root`: see `ImageFiles`.
+
     Raises ConfigError: an option is wrong.
     """
 
@@ -347,7 +351,9 @@ class ConversationReader:
         continue_final_message: bool = False,
         tools: Any = None,
         chat_template_kwargs: Any = None,
+        media_root: str | Path | None = None,
     ) -> None:
+        self._images = ImageFiles(media_root)
         try:
             self._shared = Conversation(
                 [], add_generation_prompt, continue_final_message, _tools(tools), _variables(chat_template_kwargs)
@@ -366,6 +372,7 @@ class ConversationReader:
         if not isinstance(given, list) and isinstance(given, Mapping):  # the first test is much faster
             shared, size = self._own(given)
             given = given.get("messages")
+        given = self._images.embed(given)
         try:
             messages = msgspec.convert(given, list[Message])
         except msgspec.ValidationError:  # perhaps it is an array, or holds some

@@ -1,7 +1,8 @@
 """The engine `echo`: it answers with the prompt, without a model or vLLM, to test programs and faults.
 
 A token is a word. The answer repeats the words of the prompt, up to `max_tokens` of them. With `ignore_eos` it repeats
-them until it has `max_tokens`. For a conversation, it repeats the last message. With a JSON schema in
+them until it has `max_tokens`. For a conversation, it repeats the last message, with `<image image/png 67 bytes>` in
+the place of an image. With a JSON schema in
 `structured_outputs`, the answer is a value that fits, unless the prompt is JSON itself.
 
 As in vLLM, a child process of the server does the work: `-m gserve_core.engines.echo engine OPTIONS`. Options make it
@@ -35,6 +36,7 @@ from ..config import LORA, LLMConfig, check
 from ..errors import ConfigError, GserveError, ItemError, unknown_adapter
 from ..hookspecs import hookimpl
 from ..host import weight_folders
+from ..images import summary
 from ..interfaces import ASGIApp, Engine, EngineInfo, Finding, KnownError, Rank, Report, RunningEngine, RunningRank
 from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, ResponseOutput
 from ..sampling import read_params, split_prompt_params
@@ -511,7 +513,11 @@ def _text(prompt: Prompt) -> str:
         return " ".join(map(str, prompt))
     if not isinstance(prompt, Conversation) or not prompt.messages:
         return ""
-    return " ".join(prompt.messages[-1].texts)
+    content = prompt.messages[-1].content
+    if isinstance(content, str):
+        return content
+    shown = (part.text if (url := part.url) is None else summary(url) for part in content or ())
+    return " ".join(text for text in shown if text is not None)
 
 
 def _is_json(text: str) -> bool:

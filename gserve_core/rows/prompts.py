@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -38,6 +39,7 @@ class RowOptions:
     `schema`: a JSON schema for the answers.
     `drop_answer`: whether a final message of the assistant is left out.
     `adapter`: the adapter of rows that name no other.
+    `media_root`: the folder below which the images of conversations may be files; None: they are data URLs.
 
     Without `template` and `column`, the prompt is the column `prompt` or `text`, and for a conversation also `messages`
     or `conversations`. The columns `params`, `tools`, `chat_template_kwargs` and `adapter` of a row are its own
@@ -54,6 +56,7 @@ class RowOptions:
     schema: Mapping[str, Any] | None = None
     drop_answer: bool = False
     adapter: str | None = None
+    media_root: str | Path | None = None
 
 
 def schema_of(given: Any) -> Mapping[str, Any] | None:
@@ -72,8 +75,8 @@ class Prompts:
     def __init__(self, options: RowOptions) -> None:
         if options.template is not None and options.column is not None:
             raise ConfigError("expected a template or a column, not both")
-        for name, value in (("system", options.system), ("tools", options.tools), ("drop_answer", options.drop_answer)):
-            if value not in (None, False) and not options.is_chat:
+        for name in ("system", "tools", "drop_answer", "media_root"):
+            if getattr(options, name) not in (None, False) and not options.is_chat:
                 raise ConfigError(f"'{name}' is for conversations: use chat")
         if options.task != GENERATE and options.schema is not None:
             raise ConfigError("'schema' is for answers that are texts: use generate or chat")
@@ -95,7 +98,7 @@ class Prompts:
         """The parameters of rows that have none of their own."""
         by_default = CHAT_COLUMNS if options.is_chat else TEXT_COLUMNS
         self._names = by_default if options.column is None else (options.column,)
-        self._read_conversation = ConversationReader(tools=options.tools)
+        self._read_conversation = ConversationReader(tools=options.tools, media_root=options.media_root)
 
     def make(self, row: Mapping[str, Any]) -> tuple[Prompt, int, Params | None]:
         """Return the prompt of a row, its size in bytes, and its sampling parameters.

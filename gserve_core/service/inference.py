@@ -204,6 +204,7 @@ class Inference(VectorCalls):
         extra: bool = False,
         deadline: float | None = None,
         adapter: str | None = None,
+        media_root: str | Path | None = None,
     ) -> Any:
         """Answer each row of a table. Return all rows in order, in the same kind, with their answers beside them.
 
@@ -228,6 +229,7 @@ class Inference(VectorCalls):
         `extra`: whether token ids and log probabilities are added.
         `deadline`: see `chat`.
         `adapter`: the adapter of rows that name no other in their column `adapter`.
+        `media_root`: the folder below which the images of conversations may be files; None: they are data URLs.
 
         Raises ConfigError: an argument is wrong, these are no rows, or they have a column of the answers already.
         """
@@ -239,7 +241,7 @@ class Inference(VectorCalls):
         schema = schema_of(schema)
         options = RowOptions(
             is_chat=chat, template=template, column=column, system=system, params=sampling_params, tools=tools,
-            schema=schema, drop_answer=drop_answer, adapter=adapter,
+            schema=schema, drop_answer=drop_answer, adapter=adapter, media_root=media_root,
         )  # fmt: skip
         answers = Answers(prefix=prefix, extra=extra, schema=schema)
         self.check_params(sampling_params)
@@ -269,6 +271,7 @@ class Inference(VectorCalls):
         overwrite: bool = False,
         on_progress: "Report | None" = None,
         adapter: str | None = None,
+        media_root: str | Path | None = None,
     ) -> "Totals":
         """Answer each row of a file, and write the rows with their answers to another file. Return the totals.
 
@@ -295,7 +298,7 @@ class Inference(VectorCalls):
         _check_adapter(adapter)
         options = RowOptions(
             is_chat=chat, template=template, column=column, system=system, params=sampling_params, tools=tools,
-            schema=schema_of(schema), drop_answer=drop_answer, adapter=adapter,
+            schema=schema_of(schema), drop_answer=drop_answer, adapter=adapter, media_root=media_root,
         )  # fmt: skip
         job = FileJob(
             source=source, output=Path(output), prompts=options, format=input_format, prefix=prefix, extra=extra,

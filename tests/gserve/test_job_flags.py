@@ -38,6 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
     (tmp_path / "template.txt").write_text("{{ q }}\n")
+    (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -55,6 +56,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "schema": ("--schema", "schema.json"),
     "tools": ("--tools", "tools.json"),
     "drop_answer": ("--drop-answer",),
+    "media_root": ("--media-root", "images"),
     "prefix": ("--prefix", "new_"),
     "extra": ("--extra",),
     "ordered": ("--ordered",),
@@ -75,6 +77,7 @@ IN_JOB: dict[str, tuple[str, Any]] = {
     "schema": ("prompts.schema", SCHEMA),
     "tools": ("prompts.tools", TOOLS),
     "drop_answer": ("prompts.drop_answer", True),
+    "media_root": ("prompts.media_root", Path("images")),
     "prefix": ("prefix", "new_"),
     "extra": ("extra", True),
     "ordered": ("ordered", True),
@@ -135,10 +138,11 @@ def test_the_words_of_options_make_the_same_job_from_every_folder(
     assert again.given == flags.given
     second = again.job(is_chat=True)
     for path, _ in IN_JOB.values():
-        if path != "failed":
+        if path not in ("failed", "prompts.media_root"):
             assert value_at(second, path) == value_at(first, path)
     assert (second.source, second.output) == (str(folder / "rows.csv"), folder / "out.jsonl")
     assert second.failed == (folder / "bad.jsonl" if first.failed else None)
+    assert second.prompts.media_root == (folder / "images" if first.prompts.media_root else None)
     assert again.dry_run == flags.dry_run
 
 
@@ -164,6 +168,7 @@ def test_the_names_of_the_given_options_are_those_of_the_command_line(folder: Pa
         (("--template", "@none.txt"), "cannot read the template: No such file"),
         (("--system", "@."), "cannot read the template: Is a directory"),
         (("--template", "{{ a", "-i", "rows.csv"), "the template is wrong in line 1"),
+        (("--media-root", "rows.csv"), "the media root 'rows.csv' is not a folder"),
         (("--limit", "0"), "expected a limit of at least 1 row"),
         (("--shard", "4/3"), "expected a shard like 1/4"),
         (("-o", "out.docx"), "out.docx"),

@@ -22,17 +22,17 @@ from gserve_core.messages import (
     Logprob,
     Logprobs,
     Message,
+    Part,
     ResponseOutput,
     Result,
     RunRequest,
-    TextPart,
     json_safe,
     unfolded,
 )
 
 INFINITY = float("inf")
 CONVERSATION = Conversation(
-    [Message("system", "be brief"), Message("user", [TextPart("text", "é\x00"), TextPart("text", "")], "Ann")],
+    [Message("system", "be brief"), Message("user", [Part("text", "é\x00"), Part("text", "")], "Ann")],
     add_generation_prompt=False,
     continue_final_message=True,
     tools=[{"type": "function", "function": {"name": "f"}}],
@@ -96,7 +96,13 @@ def test_what_travels_arrives_as_it_was(codec: Any, value: object, kind: Any) ->
         (
             {"conversations": [[{"role": "user", "content": [{"type": "image_url", "text": ""}]}]]},
             ChatRequest,
-            "a part of type 'image_url' is not supported: only texts are - at `$.conversations[0][0].content[0]`",
+            "a part of type 'image_url' needs 'image_url' - at `$.conversations[0][0].content[0]`",
+        ),
+        (
+            {"conversations": [[{"role": "user", "content": [{"type": "video_url", "video_url": "data:,"}]}]]},
+            ChatRequest,
+            "a part of type 'video_url' is not supported: only texts and images are"
+            " - at `$.conversations[0][0].content[0]`",
         ),
         (
             {"prompts": [], "params": {"stop": 1}, "modle": "m"},
@@ -183,18 +189,18 @@ TOOL_CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments
         ),
         (
             {"role": "user", "content": [{"type": "text", "text": "a", "image_url": None, "cache_control": {}}]},
-            Message("user", [TextPart("text", "a")]),
+            Message("user", [Part("text", "a")]),
         ),
         (
             {"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "output_text", "text": "b"}]},
-            Message("user", [TextPart("text", "a"), TextPart("text", "b")]),
+            Message("user", [Part("text", "a"), Part("text", "b")]),
         ),
         (
             {
                 "role": "assistant",
                 "content": [{"type": "thinking", "thinking": "a"}, {"type": "refusal", "refusal": "b"}],
             },
-            Message("assistant", [TextPart("text", "a"), TextPart("text", "b")]),
+            Message("assistant", [Part("text", "a"), Part("text", "b")]),
         ),
     ],
 )
@@ -207,7 +213,7 @@ def test_messages_are_taken_in_all_text_forms_of_openai(given: dict[str, Any], e
 
 def test_the_texts_of_a_message_leave_out_empty_parts() -> None:
     assert Message("user", "a").texts == ["a"]
-    assert Message("user", [TextPart("text", "a"), TextPart("text"), TextPart("text", "")]).texts == ["a", ""]
+    assert Message("user", [Part("text", "a"), Part("text"), Part("text", "")]).texts == ["a", ""]
     assert Message("assistant", None, refusal="b").texts == []
 
 
@@ -229,7 +235,7 @@ class OldGroup(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def test_plain_messages_and_groups_are_understood_by_older_versions() -> None:
     encode, decode = msgspec.msgpack.encode, msgspec.msgpack.decode
-    messages = [Message("user", "a"), Message("user", [TextPart("text", "b")], "Ann")]
+    messages = [Message("user", "a"), Message("user", [Part("text", "b")], "Ann")]
     assert decode(encode(messages), type=list[OldMessage]) == [
         OldMessage("user", "a"),
         OldMessage("user", [{"type": "text", "text": "b"}], "Ann"),

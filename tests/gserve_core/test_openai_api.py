@@ -109,9 +109,20 @@ def test_media_as_data_and_texts_with_addresses_are_let_through() -> None:
     content = [
         {"type": "text", "text": "See http://example.org"},
         IMAGE,
-        {"type": "input_image", "image_url": "data:,"},
+        {"type": "input_image", "image_url": "DATA:image/svg+xml;base64,AAAA"},
+        {"type": "video_url", "video_url": {"url": "data:,"}},
     ]
     assert items(CHAT | {"messages": [{"role": "user", "content": content}]}) == 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["data:,", "data:text/html;base64,AAAA", "data:image/png,AAAA", "data:image/;base64,AAAA", "data:image/png;base64"],
+)
+def test_an_image_is_data_of_an_image_in_base64(url: str) -> None:
+    for part in ({"type": "image_url", "image_url": {"url": url}}, {"type": "input_image", "image_url": url}):
+        told = refusal(CHAT | {"messages": [{"role": "user", "content": [part]}]})
+        assert told.startswith("'image_url': expected 'data:image/png;base64,…'")
 
 
 @pytest.mark.parametrize("embeds", ["image_embeds", "audio_embeds", "prompt_embeds"])

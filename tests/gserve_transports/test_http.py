@@ -555,7 +555,15 @@ CHATS: dict[str, bytes] = {
     "a template in its variables": (
         b'{"conversations": [[{"role": "user", "content": "a"}]], "chat_template_kwargs": {"chat_template": "x"}}'
     ),
-    "an image": b'{"conversations": [[{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]]}',
+    "an image at a URL": (
+        b'{"conversations": [[{"role": "user", "content": [{"type": "image_url", "image_url": "http://a/b.png"}]}]]}'
+    ),
+    "an image in a file": (
+        b'{"conversations": [[{"role": "user", "content": [{"type": "image", "image": "file:///etc/passwd"}]}]]}'
+    ),
+    "another medium in place of an image": (
+        b'{"conversations": [[{"role": "user", "content": [{"type": "input_image", "image_url": "data:,"}]}]]}'
+    ),
     "a template": b'{"conversations": [], "chat_template": "x"}',
     "an empty conversation": b'{"conversations": [[]]}',
     "prompts": b'{"prompts": ["a"]}',
@@ -593,6 +601,13 @@ PIECES: dict[str, bytes] = {
     "truncated msgpack": msgspec.msgpack.encode(RunRequest([Group(["a"])]))[:-3],
     "msgpack of another kind": msgspec.msgpack.encode({"prompts": ["a"]}),
     "msgpack with an unknown field": msgspec.msgpack.encode({"groups": [], "deadline": 1}),
+    "an image at a URL": msgspec.msgpack.encode(
+        {
+            "groups": [
+                {"prompts": [{"messages": [{"role": "user", "content": [{"type": "image", "image": "http://a"}]}]}]}
+            ]
+        }
+    ),
     "msgpack that is not UTF-8": msgspec.msgpack.encode(RunRequest([Group(["abc"])])).replace(b"abc", b"\xff\xfe\xfd"),
     "a beat that never comes": msgspec.msgpack.encode({"groups": [], "heartbeat": float("inf")}),
     "a beat without pause": msgspec.msgpack.encode({"groups": [], "heartbeat": 1e-300}),

@@ -313,6 +313,9 @@ def engine_arguments(vllm: differences.Names, arguments: dict[str, Any], llm: LL
         arguments["compilation_config"] = vllm.CompilationConfig(mode=vllm.CompilationMode(level))
     arguments.setdefault("disable_log_stats", not options.metrics)
     arguments["worker_extension_cls"] = arguments.get("worker_extension_cls") or WORKER_EXTENSION
+    # With vLLM's cache, the engine keeps an image once it got it, and is sent a reference afterwards. If the first item
+    # with it is cancelled before, the engine has none.
+    arguments.setdefault("mm_processor_cache_gb", 0)
     given = arguments.get("structured_outputs_config", {})
     if isinstance(given, dict) and "backend" not in given and differences.has_one_backend():
         with differences.optional("one library for all structured outputs"):
@@ -525,10 +528,14 @@ class RunningVLLM(RunningEngine):
         prepared: list[Any] = []
         for start in range(0, len(prompts), RENDER_CHUNK):
             chunk = prompts[start : start + RENDER_CHUNK]
-            try:
-                inputs: Iterable[Any] = self._render(chunk, kept)
-            except Exception:  # at least one prompt is invalid: find out which
-                inputs = [self._render_one(prompt, kept) for prompt in chunk]
+            inputs: Iterable[Any]
+            if any(isinstance(prompt, Conversation) and prompt.has_images for prompt in chunk):
+                inputs = [await self._render_any(prompt, kept) for prompt in chunk]
+            else:
+                try:
+                    inputs = self._render(chunk, kept)
+                except Exception:  # at least one prompt is invalid: find out which
+                    inputs = [self._render_one(prompt, kept) for prompt in chunk]
             prepared += [
                 made if isinstance(made, ItemError) else self._checked(made, own)
                 for made, own in zip(inputs, samplings[start : start + RENDER_CHUNK], strict=True)
@@ -578,7 +585,6 @@ class RunningVLLM(RunningEngine):
 
         `kept`: number of tokens to which prompts are truncated; None: they are not.
         """
-        truncation = {} if kept is None else {TRUNCATE: kept}
         inputs: dict[int, Any] = {}
         plain = {place: prompt for place, prompt in enumerate(prompts) if not isinstance(prompt, Conversation)}
         if plain:
@@ -586,8 +592,8 @@ class RunningVLLM(RunningEngine):
             self._ahead |= {text: None for text in plain.values() if isinstance(text, str)}
             try:
                 token_params = self._renderer.default_cmpl_tok_params
-                if truncation:
-                    token_params = token_params.with_kwargs(**truncation)
+                if kept is not None:
+                    token_params = token_params.with_kwargs(**{TRUNCATE: kept})
                 rendered = self._renderer.render_cmpl(parsed, token_params)
             finally:
                 self._ahead.clear()
@@ -597,24 +603,50 @@ class RunningVLLM(RunningEngine):
             if isinstance(prompt, Conversation):
                 chats.setdefault(options_of(prompt), {})[place] = prompt
         for group in chats.values():
-            chat = next(iter(group.values()))
-            own = {
-                "add_generation_prompt": chat.add_generation_prompt,
-                "continue_final_message": chat.continue_final_message,
-                "tools": chat.tools,
-                "tokenize": self._tokenize_in_template,
-            }
-            check_template_kwargs(chat.chat_template_kwargs)
-            variables = self._template_kwargs | (chat.chat_template_kwargs or {})
-            chat_params = self._vllm.ChatParams(
-                chat_template=self._template,
-                chat_template_content_format="auto",
-                chat_template_kwargs=self._vllm.merge_kwargs(variables, own),
-            )
-            token_params = self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False, **truncation)
-            _, rendered = self._renderer.render_chat([*map(messages_of, group.values())], chat_params, token_params)
+            options = self._chat_options(next(iter(group.values())), kept)
+            _, rendered = self._renderer.render_chat([*map(messages_of, group.values())], *options)
             inputs |= zip(group, rendered, strict=True)
         return [inputs[place] for place in range(len(prompts))]
+
+    def _chat_options(self, chat: Conversation, kept: int | None) -> tuple[Any, Any]:
+        """Return vLLM's options to render and to tokenize a conversation. Raises ItemError: a variable is refused."""
+        own = {
+            "add_generation_prompt": chat.add_generation_prompt,
+            "continue_final_message": chat.continue_final_message,
+            "tools": chat.tools,
+            "tokenize": self._tokenize_in_template,
+        }
+        check_template_kwargs(chat.chat_template_kwargs)
+        variables = self._template_kwargs | (chat.chat_template_kwargs or {})
+        chat_params = self._vllm.ChatParams(
+            chat_template=self._template,
+            chat_template_content_format="auto",
+            chat_template_kwargs=self._vllm.merge_kwargs(variables, own),
+        )
+        truncation = {} if kept is None else {TRUNCATE: kept}
+        return chat_params, self._renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False, **truncation)
+
+    async def _render_any(self, prompt: Prompt, kept: int | None) -> Any:
+        """Return vLLM's input, or an ItemError, for a prompt that may have images.
+
+        Images take long to decode and to prepare: vLLM does that in threads, and the event loop goes on.
+        """
+        if not isinstance(prompt, Conversation) or not prompt.has_images:
+            return self._render_one(prompt, kept)
+        if self._chat_failure is not None:
+            return ItemError(self._chat_failure, invalid=False)
+        try:
+            with differences.expected("finding out whether the model takes images"):
+                takes_images = self._config.is_multimodal_model
+            if not takes_images:
+                return ItemError(
+                    f"the model '{self.info.model}' takes no images: send texts only, or use another model"
+                )
+            options = self._chat_options(prompt, kept)
+            _, (made,) = await self._renderer.render_chat_async([messages_of(prompt)], *options)
+        except Exception as error:
+            return ItemError(_first_line(error))
+        return made
 
     def _render_one(self, prompt: Prompt, kept: int | None) -> Any:
         if isinstance(prompt, Conversation) and not prompt.messages:

@@ -40,6 +40,8 @@ def prompt_lengths(llm: LLMConfig, template_kwargs: Mapping[str, Any], prompts: 
 
 
 def _chat_length(tokenizer: Any, template: str | None, variables: Mapping[str, Any], chat: Conversation) -> int:
+    if chat.has_images:
+        raise ValueError("only a server counts those of images")
     text = tokenizer.apply_chat_template(
         msgspec.to_builtins(chat.messages), tools=chat.tools, chat_template=template, tokenize=False,
         add_generation_prompt=chat.add_generation_prompt, continue_final_message=chat.continue_final_message,

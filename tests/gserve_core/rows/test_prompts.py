@@ -210,6 +210,7 @@ def test_a_schema_may_be_a_class_of_pydantic() -> None:
         ({"system": "a"}, "'system' is for conversations: use chat"),
         ({"tools": [TOOL]}, "'tools' is for conversations: use chat"),
         ({"drop_answer": True}, "'drop_answer' is for conversations: use chat"),
+        ({"media_root": "."}, "'media_root' is for conversations: use chat"),
         ({"template": "{{ a"}, "the template is wrong in line 1"),
         ({"system": "{{ a", "is_chat": True}, "the system message is wrong in line 1"),
         ({"params": 3}, "sampling"),

@@ -32,6 +32,43 @@ def llama(folder: Path, seed: int = 0, *, is_tied: bool = False) -> Path:
     return folder
 
 
+def llava(folder: Path) -> Path:
+    """Make a LLaVA, which takes images, with the demo model's tokenizer. An image is 16 tokens."""
+    import torch
+    from transformers import (
+        AutoTokenizer,
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+
+    demo = demo_model.resolve(DEMO, print)
+    tokenizer = AutoTokenizer.from_pretrained(demo)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = {"height": 32, "width": 32}
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=size)
+    LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    ).save_pretrained(folder)  # fmt: skip
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "initializer_range": 0.5,
+    }  # fmt: skip
+    sight = CLIPVisionConfig(image_size=32, patch_size=8, projection_dim=64, **shape)
+    text = LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=1024, **shape)
+    config = LlavaConfig(
+        vision_config=sight, text_config=text, image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16, vision_feature_layer=-2,
+    )  # fmt: skip
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 def bert(folder: Path, *, labels: int) -> Path:
     """Make a BERT that sorts texts into so many classes. With one class it scores pairs of texts: a cross-encoder."""
     import torch
