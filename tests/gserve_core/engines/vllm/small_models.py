@@ -35,6 +35,7 @@ def llama(folder: Path, seed: int = 0, *, is_tied: bool = False) -> Path:
 def llava(folder: Path) -> Path:
     """Make a LLaVA, which takes images, with the demo model's tokenizer. An image is 16 tokens."""
     import torch
+    from safetensors.torch import load_file, save_file
     from transformers import (
         AutoTokenizer,
         CLIPImageProcessorPil,
@@ -66,6 +67,13 @@ def llava(folder: Path) -> Path:
         image_seq_length=16, vision_feature_layer=-2,
     )  # fmt: skip
     LlavaForConditionalGeneration(config).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    tower = "vision_tower."  # vLLM expects the names that these tensors have in published models
+    tensors = {
+        name if f"{tower}vision_model." in name else name.replace(tower, f"{tower}vision_model."): tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, {"format": "pt"})
     return folder
 
 

@@ -63,7 +63,7 @@ def reference(llm: LLMConfig, tmp_path_factory: pytest.TempPathFactory) -> list[
     with (folder / "log").open("w") as log:
         done = subprocess.run(command, cwd=folder, env=environ, stdout=log, stderr=log, check=False)
     assert done.returncode == 0, (folder / "log").read_text()[-3000:]
-    ((answers,),) = (json.loads((folder / "answers.json").read_text()),)
+    ((answers,),) = json.loads((folder / "answers.json").read_text())
     return [*answers]
 
 
