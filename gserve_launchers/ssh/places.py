@@ -1,5 +1,6 @@
 """The places of servers on hosts, and which of them this process uses."""
 
+import ipaddress
 import re
 import threading
 import time
@@ -60,6 +61,11 @@ class SshHost:
 
     def __post_init__(self) -> None:
         check(self)
+        if ":" in self.host and not _is_ipv6(self.host):
+            raise ConfigError(
+                f"expected the name of a host or an IPv6 address, got '{self.host}': write a port as 'port' of the host",
+                at="$.host",
+            )
         if self.address is not None and LOCAL.fullmatch(self.address):
             raise ConfigError(
                 f"expected an address at which this machine reaches the host, got {self.address}", at="$.address"
@@ -108,6 +114,14 @@ class Place:
         if self.gpu_ids is None:
             return [(self.host.key, "place", self.number)]
         return [(self.host.key, "GPU", gpu) for gpu in self.gpu_ids]
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class Places:

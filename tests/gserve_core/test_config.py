@@ -760,7 +760,7 @@ class Options:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"env": {"a": "x"}}, "expected int, got str - at $.o.env[...]"),
+        ({"env": {"a": "x"}}, "expected int, got str - at $.o.env.a"),
         ({"env": {1: 1}}, "expected str, got int in a key - at $.o.env"),
         ({"words": "abc"}, "expected list, got str - at $.o.words"),
         ({"words": ["bad"]}, "bad is no word - at $.o"),
