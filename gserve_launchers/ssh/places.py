@@ -63,7 +63,8 @@ class SshHost:
         check(self)
         if ":" in self.host and not _is_ipv6(self.host):
             raise ConfigError(
-                f"expected the name of a host or an IPv6 address, got '{self.host}': write a port as 'port' of the host",
+                f"expected the name of a host or an IPv6 address, got '{self.host}': write a port as 'port' of the"
+                " host",
                 at="$.host",
             )
         if self.address is not None and LOCAL.fullmatch(self.address):
