@@ -4,12 +4,12 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gserve_core.config import ServeConfig
 from gserve_core.errors import ConfigError
-from gserve_core.host.folders import expanded
 from gserve_core.interfaces import Job
 from gserve_core.process.far import PORT
 
@@ -60,9 +60,11 @@ def ssh(launcher: "SshLauncher", host: SshHost, remote: Sequence[str], forward: 
 
 def _readable(ssh_config: str) -> str:
     """Return the path of a config of ssh, with `~` expanded. Raises ConfigError: it cannot be read."""
-    path = expanded(ssh_config)
     if ssh_config == NO_CONFIG:
         return ssh_config
+    path = Path(ssh_config)
+    with suppress(RuntimeError):  # there is no such user
+        path = path.expanduser()
     if not os.access(path, os.R_OK) or path.is_dir():
         raise ConfigError(f"cannot read the config of ssh: {path}", at="$.launcher.ssh_config")
     return str(path)

@@ -709,6 +709,7 @@ def test_overrides_are_a_list(file: Path) -> None:
         ),
         ("serve.prot=1", "--set serve.prot=1: unknown key 'prot'; did you mean 'port'? - at $.serve.prot"),
         ("port=1", "--set port=1: unknown key 'port'; did you mean 'serve.port'? - at $.port"),
+        ("llm.adapters.x=5", "--set llm.adapters.x=5: expected str, got int - at $.llm.adapters.x"),
         ("seed=1", "--set seed=1: unknown key 'seed'; did you mean 'llm.seed'? - at $.seed"),
         ("serv.port=1", "--set serv.port=1: unknown key 'serv'; did you mean 'serve'? - at $.serv"),
         ("llm=1", "--set llm=1: expected a mapping, got int - at $.llm"),
