@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass, field
 from typing import IO, Any
 
-from .errors import LaunchError
+from .errors import ConfigError, LaunchError
 from .host.child_process import KILL_SECONDS, UNKNOWN, Child
 from .host.process_groups import GROUP_GRACE, end_group, kill_group, reap_group
 from .interfaces import Job, Launcher, Process
@@ -20,9 +20,16 @@ class CommandLauncher(Launcher):
     Subclasses override `command`.
 
     `prefix`: words before the command of each server, such as those of a container runtime.
+
+    Raises ConfigError: a word of `prefix` is empty.
     """
 
     prefix: list[str] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        for number, word in enumerate(self.prefix):
+            if not word:
+                raise ConfigError("this word is empty: remove it", at=f"$.prefix[{number}]")
 
     def environment(self, job: Job) -> dict[str, str]:
         """Return the environment in which `launch` runs the command."""

@@ -635,6 +635,9 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
     try:
         return msgspec.convert(value, hint)
     except msgspec.ValidationError as error:
+        if get_origin(hint) is dict and isinstance(value, Mapping):  # msgspec does not name the key
+            for key, below in value.items():
+                _convert(below, get_args(hint)[1], f"{at}.{key}")
         text, place = reworded(error)
         if bounds := _bounds(hint):
             (meta,) = bounds.__metadata__
@@ -802,7 +805,9 @@ def _with_shared_serve(data: Any) -> Any:
     if not isinstance(data, Mapping) or "models" not in data or data.get("llm") is not None:
         return data
     models, shared = data["models"], data.get("serve", {})
-    if not isinstance(models, Mapping) or not models:
+    if models == {}:
+        raise ConfigError("expected at least one model under 'models'", at="$.models")
+    if not isinstance(models, Mapping):
         raise ConfigError(f"expected a mapping of models by name, got {type_name(models)}", at="$.models")
     build(ServeConfig, shared, "$.serve")
     for name, model in models.items():

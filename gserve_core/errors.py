@@ -172,15 +172,17 @@ class BatchError(GserveError):
 
     `results`: the result of each item, in the order of the call: its outputs or its `ItemError`. It is a list with a
     `usage`, as the call would have returned it.
+    `takes_on_error`: whether the call has the argument `on_error`, so that the message may advise it.
     """
 
-    def __init__(self, results: Sequence[Any]) -> None:
+    def __init__(self, results: Sequence[Any], *, takes_on_error: bool = True) -> None:
         self.results = results if isinstance(results, list) else list(results)
         self.errors = [result for result in self.results if isinstance(result, ItemError)]
         first = self.errors[0]
+        advice = '; on_error="return" returns them instead' if takes_on_error else ""
         super().__init__(
             f"{len(self.errors)} of {len(self.results)} items failed; the first is item {first.index}: {first}"
-            ' (the exception\'s "results" has every result; on_error="return" returns them instead)'
+            f' (the exception\'s "results" has every result{advice})'
         )
 
 

@@ -38,6 +38,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def is_missing(value: Any) -> bool:
+    """Return whether `value` stands for no value: None, or NaN and the like, which pandas has in empty cells."""
+    return value is None or type(value).__name__ in MISSING or (isinstance(value, float) and value != value)
+
+
 def encodable(value: Any) -> Any:
     """Return a value that msgspec cannot encode as a plain one. Raises TypeError: it has no plain form."""
     made = plain(value)

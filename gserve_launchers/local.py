@@ -30,6 +30,7 @@ class SubprocessLauncher(CommandLauncher):
 
     def __post_init__(self) -> None:
         check(self)
+        super().__post_init__()
 
     def command(self, job: Job) -> list[str]:
         """Return the job's command, with `nice` before it if that is set."""

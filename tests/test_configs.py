@@ -23,6 +23,7 @@ def gserve(*arguments: str | Path, path: Path | None = None) -> "subprocess.Comp
 @pytest.mark.parametrize("config", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
 def test_every_config_passes_the_check(config: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    (tmp_path / "adapter_model.bin").touch()
     adapter = ["--set", f"llm.lora_path={tmp_path}"] if "lora_path" in config.read_text() else []
     adapter += ["--set", "llm.adapters={}"] if "adapters" in config.read_text() else []
     done = gserve("check", config, *adapter)

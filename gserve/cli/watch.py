@@ -3,7 +3,7 @@
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -55,6 +55,8 @@ def ps(
     services, unreadable = records.services(), records.unreadable()
     for file in unreadable:
         print_stderr(f"error: {file}")
+    if services:
+        _check_model(services, model)
     with ThreadPoolExecutor(AT_ONCE) as threads:
         views = [view.of(model) for view in threads.map(look_at, services)]
     if as_json:
@@ -191,6 +193,16 @@ def look_at(record: "ServiceRecord") -> View:
     return View(record, overview, is_live=False, problem=problem)
 
 
+def _check_model(services: "Sequence[ServiceRecord]", model: str | None) -> None:
+    """Raise ConfigError if none of these services has a model of this name. None: no model is wanted."""
+    if model is not None:
+        from gserve_core.service.attached import models_of
+        from gserve_core.service.plan import find_model
+
+        known = {it: it for record in services for it in models_of(record)}
+        find_model(known, model, of_several=len(services) > 1)
+
+
 def _logs_on_disk(record: "ServiceRecord") -> dict[str, Path]:
     """Return the newest log of each server of a service, by the server's name."""
     from gserve_core.host.folders import newest_logs
@@ -270,11 +282,8 @@ def _log_paths(record: "ServiceRecord", model: str | None) -> dict[str, Path | N
     Raises ConfigError: the service has no such model.
     """
     view, on_disk = look_at(record), _logs_on_disk(record)
+    _check_model([record], model)
     if model is not None:
-        from gserve_core.service.attached import models_of
-        from gserve_core.service.plan import find_model
-
-        find_model({it: it for it in models_of(record)}, model)
         view = view.of(model)
         on_disk = {name: path for name, path in on_disk.items() if name.rpartition("-")[0] == model}
     found = {it.name: on_disk.get(it.name) if it.log is None else Path(it.log) for it in view.overview.servers}
@@ -325,7 +334,9 @@ def top(name: Name, model: Model = None) -> None:
     """Show a service and its servers, each second anew, until q or Ctrl-C. Into a file or a pipe, show them once."""
     from gserve_core.service import records
 
-    pages = _pages(records.find_service(name), model)
+    record = records.find_service(name)
+    _check_model([record], model)
+    pages = _pages(record, model)
     if not sys.stdout.isatty():
         print_page(next(pages))
         return

@@ -14,7 +14,7 @@ from ..errors import ConfigError, ItemError
 from ..host.forks import call_in_child
 from ..images import ImageFiles
 from ..messages import Conversation, Message, Params, Prompt
-from ..plain import encodable, is_table, plain
+from ..plain import encodable, is_missing, is_table, plain
 from ..sampling import TRUNCATE, check_value, params_from
 from ..tasks import GENERATE, PAIR, pair_of
 from ..template_kwargs import MAX_DEPTH, check_template_kwargs
@@ -173,11 +173,11 @@ def _own_adapter(given: Any) -> tuple[str | None, Any]:
 
 def read_adapter(given: Any) -> str | None:
     """Return the name of an adapter; None for none. Raises ItemError: it is something else."""
-    if given is None or given == "":
-        return None
-    if not isinstance(given, str):
+    if isinstance(given, str):
+        return str(given) or None
+    if not is_missing(given):
         raise ItemError(f"expected the name of an adapter as a text, got {type(given).__name__}")
-    return str(given)
+    return None
 
 
 def _until_missing[T](params: Iterator[T]) -> Iterator[T]:

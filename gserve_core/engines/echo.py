@@ -109,7 +109,7 @@ class EchoEngine(Engine):
     def __post_init__(self) -> None:
         check(self)
         if self.embedding is not None and self.classes is not None:
-            raise ConfigError("expected 'embedding' or 'classes', not both", at="$.engine.classes")
+            raise ConfigError("expected 'embedding' or 'classes', not both", at="$.classes")
 
     @property
     def tasks(self) -> tuple[str, ...]:

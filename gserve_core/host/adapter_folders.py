@@ -56,8 +56,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         with file.open("rb") as stream:
             config = json.loads(stream.read(MAX_CONFIG))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from error
+    except OSError as error:
+        raise ConfigError(f"cannot read the rank 'r' in {file}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read the rank 'r' in {file}: it is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"cannot read {file}: expected a mapping")
+        raise ConfigError(f"cannot read the rank 'r' in {file}: expected a mapping")
     return config

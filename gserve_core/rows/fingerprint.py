@@ -30,6 +30,8 @@ DECIDING = {
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth"}
 SAMPLES, SAMPLE_BYTES = 8, 1 << 16
 """Number of parts of a file of weights that are compared, and the size of each in bytes."""
+OPTIONS = {"adapter_name": "adapter", "adapter": "lora_path"}
+"""Names of the options that set facts, where the facts have other names."""
 SHOWN = 60
 """Maximum length of a value in a message, in characters."""
 REMEDY = "choose another --output, or --overwrite"
@@ -171,6 +173,7 @@ def check_or_write(output: Path, facts: dict[str, Any], *, overwrite: bool, part
 
 def _differences(name: str, before: Any, now: Any) -> Iterator[str]:
     """Yield a phrase for each fact that differs."""
+    name = OPTIONS.get(name, name)
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         for key in dict.fromkeys([*before, *now]):
             yield from _differences(f"{name}.{key}", before.get(key), now.get(key))

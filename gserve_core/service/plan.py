@@ -235,8 +235,11 @@ class Plan:
                 model.nursery.close()
 
 
-def find_model(keys: Mapping[str, str], name: str | None) -> str:
-    """Return the key of a model, of `keys` by name. None: the only model. Raises ConfigError: see `Plan.key_of`."""
+def find_model(keys: Mapping[str, str], name: str | None, *, of_several: bool = False) -> str:
+    """Return the key of a model, of `keys` by name. None: the only model. Raises ConfigError: see `Plan.key_of`.
+
+    `of_several`: whether `keys` are the models of several services.
+    """
     if name is None and len(keys) == 1:
         return next(iter(keys.values()))
     known = ", ".join(f"'{it}'" for it in keys)
@@ -244,7 +247,8 @@ def find_model(keys: Mapping[str, str], name: str | None) -> str:
         raise ConfigError(f"this service has several models: choose one of {known}")
     if name not in keys:
         hint = hint if "did you mean" in (hint := did_you_mean(name, list(keys))) else ""
-        raise ConfigError(f"this service has no model '{name}'{hint}; its models: {known}")
+        who, whose = ("these services have", "their") if of_several else ("this service has", "its")
+        raise ConfigError(f"{who} no model '{name}'{hint}; {whose} models: {known}")
     return keys[name]
 
 

@@ -11,7 +11,7 @@ from msgspec import Struct
 from ..batch.batch import OnError, check_deadline, collect, collect_async, outcomes
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Items, list_pairs, list_prompts, read_adapter, read_pair, read_prompt
-from ..errors import ConfigError, ItemError
+from ..errors import BatchError, ConfigError, ItemError
 from ..messages import ResponseOutput, VectorOutput
 from ..tasks import CLASSIFY, EMBED, SCORE, read_options
 
@@ -154,18 +154,20 @@ class VectorCalls:
 
         `top_n`: number of texts to return. None: all.
 
-        Raises: see `embed`.
+        Raises BatchError: a text cannot be scored. `results` has the scores of the others.
+        Raises ConfigError, BatchInterrupted: see `embed`.
         """
-        pairs = _pairs(query, texts, top_n)
-        return _ranking(self.score(pairs, use_tqdm=use_tqdm, **options), top_n)
+        items, deadline = _ranked_items(query, texts, top_n, **options)
+        return _ranking(collect(self._dispatcher(), items, deadline, _score_of, "return", use_tqdm), top_n)
 
     async def rerank_async(
         self, query: str, texts: Iterable[str], *, top_n: int | None = None, use_tqdm: Any = None,
         **options: Unpack[VectorOptions],
     ) -> list[Ranked]:  # fmt: skip
         """Like `rerank`, without blocking the event loop. Cancelling the call cancels its unfinished items."""
-        pairs = _pairs(query, texts, top_n)
-        return _ranking(await self.score_async(pairs, use_tqdm=use_tqdm, **options), top_n)
+        items, deadline = _ranked_items(query, texts, top_n, **options)
+        results = await collect_async(self._dispatcher(), items, deadline, _score_of, "return", use_tqdm)
+        return _ranking(results, top_n)
 
     def _keep_alive[T](self, found: Iterable[T]) -> Generator[T]:
         """Yield the outcomes. The iterator keeps this object and its servers alive."""
@@ -233,14 +235,26 @@ def _numbers(results: list[Any]) -> Any:
     return np.array(results, dtype=np.float32)
 
 
-def _pairs(query: str, texts: Iterable[str], top_n: int | None) -> list[tuple[str, str]]:
+def _ranked_items(
+    query: str, texts: Iterable[str], top_n: int | None, **options: Unpack[VectorOptions]
+) -> tuple[Items, float | None]:
+    """Return the pairs of a ranking as items, and its deadline. Raises ConfigError: an argument is wrong."""
+    if "on_error" in options:
+        raise ConfigError(
+            "rerank has no on_error, since a ranking of some of the texts would be wrong: use"
+            ' score(pairs, on_error="return")'
+        )
     if not isinstance(query, str):
         raise ConfigError(f"expected a text as query, got {type(query).__name__}")
     if top_n is not None and (not isinstance(top_n, int) or top_n < 1):
         raise ConfigError(f"expected top_n of at least 1, or None, got {top_n!r}")
-    return [(query, text) for text in list_prompts(texts)]
+    pairs = [(query, text) for text in list_prompts(texts)]
+    return _items(SCORE, list_pairs(pairs), read_pair, **options)
 
 
-def _ranking(scores: Any, top_n: int | None) -> list[Ranked]:
+def _ranking(scores: list[Any], top_n: int | None) -> list[Ranked]:
+    """Return the places of the best scores. Raises BatchError: a score is missing."""
+    if any(isinstance(score, ItemError) for score in scores):
+        raise BatchError(scores, takes_on_error=False)
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
     return [Ranked(index, float(scores[index])) for index in order[:top_n]]

@@ -112,6 +112,7 @@ class SlurmLauncher(CommandLauncher):
 
     def __post_init__(self) -> None:
         check(self)
+        super().__post_init__()
         for place, word in enumerate(self.srun_args):
             check_argument(word, f"$.srun_args[{place}]")
 

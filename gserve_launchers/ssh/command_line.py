@@ -1,8 +1,10 @@
 """The command lines of ssh, and the command of `far` on the other machine."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +18,8 @@ from .places import SshHost
 if TYPE_CHECKING:
     from .launcher import SshLauncher
 
+NO_CONFIG = "none"
+"""The word for which ssh reads no config at all."""
 FAR = "gserve_core.process.far"
 """The module that runs on the other machine."""
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,10 +41,12 @@ def ssh(launcher: "SshLauncher", host: SshHost, remote: Sequence[str], forward: 
     """Return the command line that runs `remote` on a host. Its words reach the program there unchanged.
 
     `forward`: a port of this machine, and the port of the host to which its connections go; None: there is no tunnel.
+
+    Raises ConfigError: the config of ssh cannot be read.
     """
     words = ["ssh", "-T", "-a", "-x"]
     if launcher.ssh_config is not None:
-        words += ["-F", launcher.ssh_config]
+        words += ["-F", _readable(launcher.ssh_config)]
     for option in OPTIONS:
         words += ["-o", option]
     if host.port is not None:
@@ -50,6 +56,18 @@ def ssh(launcher: "SshLauncher", host: SshHost, remote: Sequence[str], forward: 
     if forward is not None:
         words += ["-L", f"127.0.0.1:{forward[0]}:127.0.0.1:{forward[1]}"]
     return [*words, "--", host.host, shlex.join(remote)]
+
+
+def _readable(ssh_config: str) -> str:
+    """Return the path of a config of ssh, with `~` expanded. Raises ConfigError: it cannot be read."""
+    if ssh_config == NO_CONFIG:
+        return ssh_config
+    path = Path(ssh_config)
+    with suppress(RuntimeError):  # there is no such user
+        path = path.expanduser()
+    if not os.access(path, os.R_OK) or path.is_dir():
+        raise ConfigError(f"cannot read the config of ssh: {path}", at="$.launcher.ssh_config")
+    return str(path)
 
 
 def far(launcher: "SshLauncher", host: SshHost, *arguments: str) -> list[str]:

@@ -43,7 +43,7 @@ class SshLauncher(CommandLauncher):
     `hosts`: the hosts: names, or mappings with the fields of `SshHost`. A server on several takes them in this order.
     `user`: the user there; None: as ssh's config says.
     `python`: the Python there, which has gserve installed; None: the path of this one.
-    `ssh_config`: the config of ssh; None: the user's and the system's.
+    `ssh_config`: the config of ssh, which must exist when a server starts; None: the user's and the system's.
     `host_timeout`: maximum time that a server waits for a host before its restart fails, in seconds. Before its first
     start, each place is tried once. None: no limit.
     """
@@ -61,6 +61,7 @@ class SshLauncher(CommandLauncher):
 
     def __post_init__(self) -> None:
         check(self)
+        super().__post_init__()
         if not self.hosts:
             raise ConfigError("expected at least one host, as in hosts: [{host: gpu1, gpu_ids: [0, 1]}]", at="$.hosts")
         hosts = []

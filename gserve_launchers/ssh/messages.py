@@ -58,6 +58,11 @@ MEANINGS = (
         "set AllowTcpForwarding in its sshd_config, or set 'address' of the host to connect directly",
     ),
     Meaning(
+        r"Can't open user config file",
+        "ssh cannot read the file 'ssh_config'",
+        "check the path: it is that of a file on this machine",
+    ),
+    Meaning(
         r"Bad configuration option|terminating, \d+ bad configuration",
         "ssh does not understand its config",
         "run ssh by hand to see the line",

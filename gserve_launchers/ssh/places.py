@@ -1,5 +1,6 @@
 """The places of servers on hosts, and which of them this process uses."""
 
+import ipaddress
 import re
 import threading
 import time
@@ -65,6 +66,12 @@ class SshHost:
         for option, peer in (("address", "this machine reaches"), ("node_address", "other hosts reach")):
             if (given := getattr(self, option)) is not None and LOCAL.fullmatch(given):
                 raise ConfigError(f"expected an address at which {peer} the host, got {given}", at=f"$.{option}")
+        if ":" in self.host and not _is_ipv6(self.host):
+            raise ConfigError(
+                f"expected the name of a host or an IPv6 address, got '{self.host}': write a port as 'port' of the"
+                " host",
+                at="$.host",
+            )
         if self.gpu_ids is not None and self.servers is not None:
             raise ConfigError("gpu_ids and servers are both set: remove servers, since the ids set the number")
         if self.gpu_ids is not None and (not self.gpu_ids or len({*self.gpu_ids}) < len(self.gpu_ids)):
@@ -167,6 +174,14 @@ def places(hosts: Sequence[SshHost], gpus: int, nodes: int) -> list[Place]:
                 raise
         found += [Place(ranks) for ranks in zip(*seats, strict=True)]
     return found
+
+
+def _is_ipv6(host: str) -> bool:
+    try:
+        ipaddress.IPv6Address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class Places:

@@ -42,6 +42,9 @@ def test_a_launched_service_has_several_models(place: Place) -> None:
     assert {line.partition("]")[0] for line in place.run("logs", "demo", "--model", "judge").stdout.splitlines()} == {
         "[judge-0"
     }
+    for words in (["ps"], ["top", "demo"]):
+        wrong = place.run(*words, "--model", "nope", code=2).stderr
+        assert "this service has no model 'nope'; its models: 'writer', 'judge'" in wrong
     top = place.run("top", "demo", "--model", "writer").stdout
     assert "writer ok, judge ok" in top.replace("\n", " ")
     assert ("writer-1" in top, "judge-0" in top) == (True, False)

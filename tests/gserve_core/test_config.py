@@ -709,6 +709,7 @@ def test_overrides_are_a_list(file: Path) -> None:
         ),
         ("serve.prot=1", "--set serve.prot=1: unknown key 'prot'; did you mean 'port'? - at $.serve.prot"),
         ("port=1", "--set port=1: unknown key 'port'; did you mean 'serve.port'? - at $.port"),
+        ("llm.adapters.x=5", "--set llm.adapters.x=5: expected str, got int - at $.llm.adapters.x"),
         ("seed=1", "--set seed=1: unknown key 'seed'; did you mean 'llm.seed'? - at $.seed"),
         ("serv.port=1", "--set serv.port=1: unknown key 'serv'; did you mean 'serve'? - at $.serv"),
         ("llm=1", "--set llm=1: expected a mapping, got int - at $.llm"),
@@ -760,7 +761,7 @@ class Options:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"env": {"a": "x"}}, "expected int, got str - at $.o.env[...]"),
+        ({"env": {"a": "x"}}, "expected int, got str - at $.o.env.a"),
         ({"env": {1: 1}}, "expected str, got int in a key - at $.o.env"),
         ({"words": "abc"}, "expected list, got str - at $.o.words"),
         ({"words": ["bad"]}, "bad is no word - at $.o"),

@@ -110,3 +110,9 @@ def test_servers_are_named_by_their_models_and_divide_the_cores() -> None:
     assert service.models == ["writer", "judge"]
     assert len({id(server.program.nursery) for server in service.servers}) == 1, "they share a nursery"
     assert VLLMService(LLMConfig("m"), engine=EchoEngine()).servers[0].name == "server-0"
+
+
+def test_models_without_a_model_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("models: {}\n")
+    with pytest.raises(ConfigError, match=r"c\.yaml:1: expected at least one model under 'models'"):
+        load(tmp_path / "c.yaml")

@@ -327,6 +327,8 @@ def test_arguments_that_the_installed_vllm_does_not_know_are_a_problem(examine: 
          " - at $.llm.llm_kwargs.chat_template"),
         ("model_name: m\n  lora_path: ~nosuchuser/x", 4, "no LoRA adapter in ~nosuchuser/x: expected"
          " adapter_config.json there - at $.llm.lora_path"),
+        ("model_name: m\n  adapters: {a: /a}\n  llm_kwargs: {enable_lora: false}", 5, "adapters need enable_lora:"
+         " remove it, or them - at $.llm.llm_kwargs.enable_lora"),
         (f"model_name: m\n  lora_path: {LONG}", 4, f"no LoRA adapter in {LONG}: File name too long"
          " - at $.llm.lora_path"),
         ("model_name: m\n  llm_kwargs:\n    chat_template: ~nosuchuser/x", 5, "cannot read the chat template"
@@ -349,6 +351,21 @@ def test_the_check_refuses_what_cannot_be_served_with_file_line_and_path(
     with pytest.raises(ConfigError) as caught:
         examination.check_config(path)
     assert str(caught.value) == f"{path}:{line}: {expected}"
+
+
+def test_the_check_reads_the_adapter_of_lora_path(tmp_path: Path) -> None:
+    def told(config: str, **more: Any) -> str:
+        (tmp_path / "adapter_config.json").write_text(config)
+        path = tmp_path / "config.yaml"
+        path.write_text(json.dumps({"llm": {"model_name": "m", "lora_path": str(tmp_path)} | more}))
+        with pytest.raises(ConfigError) as caught:
+            examination.check_config(path)
+        return str(caught.value)
+
+    assert "adapter_config.json: it is not JSON" in told("{")
+    assert "the adapter's rank is 0; expected 1 to 512" in told('{"r": 0}')
+    assert "has rank 16, and max_lora_rank is 8" in told('{"r": 16}', llm_kwargs={"max_lora_rank": 8})
+    assert "expected adapter_model.safetensors there" in told('{"r": 16}')
 
 
 def test_the_check_refuses_files_that_cannot_be_read(tmp_path: Path) -> None:

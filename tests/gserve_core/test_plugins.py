@@ -307,7 +307,7 @@ def test_a_module_that_hides_the_one_beside_the_config_is_named_with_its_file(tm
         ("transport: {}", "missing key 'type'; expected one of http - at $.transport"),
         ("launcher: {type: options, siz: 1}", "unknown key 'siz'; did you mean 'size'? - at $.launcher.siz"),
         ("launcher: {type: options, size: x}", "expected int, got str - at $.launcher.size"),
-        ("launcher: {type: options, words: {a: [1]}}", "expected str, got int - at $.launcher.words[...][0]"),
+        ("launcher: {type: options, words: {a: [1]}}", "expected str, got int - at $.launcher.words.a[0]"),
         (
             "launcher: {type: options, name: x}",
             "unknown key 'name'; expected one of prefix, size, words - at $.launcher.name",

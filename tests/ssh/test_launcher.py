@@ -96,6 +96,8 @@ def echo(chosen: SshLauncher, engine: EchoEngine | None = None, **options: Any) 
         ({"hosts": []}, "at least one host"),
         ({"hosts": ["-oProxyCommand=id"]}, "does not begin with '-'"),
         ({"hosts": ["root@a"]}, "without user and port"),
+        ({"hosts": ["a:22"]}, "got 'a:22': write a port as 'port' of the host"),
+        ({"hosts": ["a"], "prefix": ["nice", ""]}, "this word is empty"),
         ({"hosts": ["a", "a"]}, "stands twice"),
         ({"hosts": [{"host": "a", "gpus": [1]}]}, "unknown key 'gpus'"),
         ({"hosts": [{"host": "a", "gpu_ids": [1, 1]}]}, "different GPU ids"),
@@ -109,6 +111,24 @@ def echo(chosen: SshLauncher, engine: EchoEngine | None = None, **options: Any) 
 def test_what_ssh_would_take_for_something_else_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         SshLauncher(**options)
+
+
+@pytest.mark.parametrize("host", ["::2", "fe80::1%eth0"])
+def test_a_host_may_be_an_ipv6_address(host: str) -> None:
+    assert SshLauncher(hosts=[host]).hosts[0].host == host
+
+
+def test_a_config_of_ssh_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    chosen = SshLauncher(hosts=["a"], ssh_config="~/config")
+    service = VLLMService(LLMConfig("demo"), launcher=chosen, engine=EchoEngine())
+    with pytest.raises(ConfigError, match=f"cannot read the config of ssh: {tmp_path}/config"):
+        service.jobs()
+    with pytest.raises(ConfigError, match="cannot read the config of ssh"):
+        service.start()
+    (tmp_path / "config").touch()
+    ((_, words),) = service.jobs()
+    assert words[words.index("-F") + 1] == str(tmp_path / "config")
 
 
 @pytest.mark.parametrize(

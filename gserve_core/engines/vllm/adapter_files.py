@@ -20,14 +20,29 @@ MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:\w+\.)?weight")
 
 
 def adapter_rank(folder: Path) -> int:
-    """Return the highest rank that an adapter's config names. Raises ConfigError: it cannot be read, or is too high."""
+    """Return the highest rank that an adapter's config names.
+
+    Raises ConfigError: it cannot be read, or is not from 1 to 512.
+    """
+    config = read_config(folder)
     try:
-        config = read_config(folder)
         rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
-    except (ConfigError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot read the rank 'r' in {folder}/adapter_config.json") from error
-    if not 1 <= rank <= LORA_RANKS[-1]:
+    if rank < 1:
+        raise ConfigError(f"the adapter's rank is {rank}; expected 1 to {LORA_RANKS[-1]}")
+    if rank > LORA_RANKS[-1]:
         raise ConfigError(f"the adapter's rank is {rank}; vLLM takes at most {LORA_RANKS[-1]}")
+    return rank
+
+
+def check_rank(folder: Path, most: int) -> int:
+    """Return the rank of an adapter. `most`: the highest that the engine takes. Raises ConfigError."""
+    rank = adapter_rank(folder)
+    if rank > most:
+        raise ConfigError(
+            f"the adapter in {folder} has rank {rank}, and max_lora_rank is {most}: set max_lora_rank under llm_kwargs"
+        )
     return rank
 
 
@@ -45,11 +60,7 @@ def check_adapter(path: str, base: str, most: int = LORA_RANKS[-1]) -> Path:
     Raises ConfigError: the adapter is not complete, or does not fit.
     """
     folder = find(path)
-    rank = adapter_rank(folder)
-    if rank > most:
-        raise ConfigError(
-            f"the adapter in {folder} has rank {rank}, and max_lora_rank is {most}: set max_lora_rank under llm_kwargs"
-        )
+    rank = check_rank(folder, most)
     matrices = _matrices(folder, read_header(folder / WEIGHTS), rank)
     known = {} if _is_quantized(Path(base)) else shapes_of(Path(base))
     if not any(f"{module}.weight" in known for module in matrices):

@@ -45,10 +45,10 @@ from ...template_kwargs import check_template_kwargs
 from ...weights import Weights
 from . import compile_turn, demo_model, differences, examination, hub, installed, openai_app, series
 from . import nodes as nodes_of_vllm
-from .adapter_files import adapter_rank, check_adapter, max_lora_rank
+from .adapter_files import LORA_RANKS, adapter_rank, check_adapter, check_rank, max_lora_rank
 from .adapters import Adapters
 from .chats import Options, messages_of, options_of
-from .files import adapter_folder, chat_template
+from .files import adapter_folder, chat_template, check_weights
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
 from .patches import START_METHOD, fork_on_cpu
@@ -152,20 +152,25 @@ class VLLMEngine(Engine):
     def check_config(self, llm: LLMConfig, *, runs_here: bool) -> None:
         """Check the names of demo models and of arguments and, if `runs_here`, that all files can be read.
 
-        Adapters are compared with the model, if that is a local folder.
+        Adapters are compared with `max_lora_rank`, and with the model if that is a local folder.
 
         Raises ConfigError.
         """
         installed.check_arguments(llm.llm_kwargs)
         demo_model.check_name(llm.model_name, "$.llm.model_name")
         demo_model.check_name(llm.tokenizer or "", "$.llm.tokenizer")
+        if llm.all_adapters and llm.llm_kwargs.get("enable_lora") is False:
+            raise ConfigError("adapters need enable_lora: remove it, or them", at="$.llm.llm_kwargs.enable_lora")
         if runs_here:
+            given = llm.llm_kwargs.get("max_lora_rank")
+            most = given if isinstance(given, int) else LORA_RANKS[-1]
             if (adapter := adapter_folder(llm.lora_path)) is not None:
                 with _located("$.llm.lora_path"):
-                    adapter_rank(adapter)
+                    check_rank(adapter, most)
+                    check_weights(adapter)
             for name, path in llm.adapters.items():
                 with _located(f"$.llm.adapters.{name}"):
-                    check_adapter(path, llm.model_name)
+                    check_adapter(path, llm.model_name, most)
             chat_template(llm.llm_kwargs.get("chat_template"))
 
     def check_params(self, params: Params) -> None:

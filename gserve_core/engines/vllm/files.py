@@ -41,3 +41,9 @@ def adapter_folder(path: str | None) -> Path | None:
     if not is_there:
         raise ConfigError(f"no LoRA adapter in {folder}: expected adapter_config.json there", at="$.llm.lora_path")
     return folder.resolve()
+
+
+def check_weights(folder: Path) -> None:
+    """Check that the adapter of `lora_path` has weights, in any format. Raises ConfigError: it has none."""
+    if not any(folder.glob("adapter_model.*")):
+        raise ConfigError(f"no LoRA adapter in {folder}: expected adapter_model.safetensors there")

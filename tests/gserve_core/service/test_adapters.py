@@ -54,6 +54,9 @@ def test_an_unknown_adapter_is_the_error_of_its_item_and_names_the_known_ones(se
     assert isinstance(wrong, ItemError)
     assert right == ["b"]
     assert str(no_text) == "expected the name of an adapter as a text, got int"
+    assert service.generate([{"prompt": "a", "adapter": float("nan")}], adapter="sql") == service.generate(
+        ["a"], adapter="sql"
+    )  # an empty cell of pandas
     with pytest.raises(ConfigError, match="expected the name of an adapter as a text, or None, got 3"):
         service.generate(["a"], adapter=3)  # type: ignore[call-overload]
 
@@ -67,7 +70,7 @@ def test_rows_name_their_adapters_in_a_column(service: VLLMService, tmp_path: Pa
     source.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
     service.run_file(source, output, adapter="sql")
     assert {json.loads(line)["response"] for line in output.read_text().splitlines()} == {"a law=law-1", "b sql=sql-1"}
-    with pytest.raises(ConfigError, match='was made with adapter_name "sql", not "law"'):
+    with pytest.raises(ConfigError, match='was made with adapter "sql", not "law"'):
         service.run_file(source, output, adapter="law")
 
 

@@ -117,6 +117,18 @@ def test_what_is_no_pair_fails_alone(embedder: VLLMService) -> None:
         embedder.rerank("a", ["b"], top_n=0)
 
 
+def test_a_ranking_has_all_texts_or_fails(embedder: VLLMService) -> None:
+    with pytest.raises(BatchError, match="1 of 2 items failed") as failed:
+        embedder.rerank("a", ["a", "word " * 100])
+    assert "on_error" not in str(failed.value)
+    assert failed.value.results[0] == pytest.approx(1)
+    wrong: Any = {"on_error": "return"}
+    with pytest.raises(ConfigError, match="rerank has no on_error"):
+        embedder.rerank("a", ["a"], **wrong)
+    with pytest.raises(ConfigError, match="rerank has no on_error"):
+        asyncio.run(embedder.rerank_async("a", ["a"], **wrong))
+
+
 def test_classes_have_probabilities(classifier: VLLMService) -> None:
     found = classifier.classify(["a", "b"])
     assert (found.shape, found.dtype) == ((2, 3), np.float32)
