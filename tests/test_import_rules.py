@@ -20,8 +20,8 @@ PACKAGES = {  # package: the packages that it may import
     "gserve": {"gserve_core", "gserve_launchers", "gserve_transports"},
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
-    {"errors", "host.sweep", "overview", "commands", "plain"},
-    {"images"},
+    {"errors", "host.sweep", "overview", "plain", "weights"},
+    {"images", "commands"},
     {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
@@ -36,7 +36,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
         "lease",
         "host.addresses",
         "host.run_files",
-        "host.adapter_folders",
+        "host.adapter_folders", "host.weight_folders",
         "host.logs",
         "host.scratch",
         "host.gpus", "host.gpu_locks",
@@ -68,7 +68,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.gateway_requests"},
     {"service.server_command"},
     {"service.server_life"},
-    {"service.server", "service.plan"},
+    {"service.server", "service.plan", "service.weight_updates"},
     {"service.model", "service.followed_models", "service.deployment"},
     {"service.service"},
 )  # fmt: skip
@@ -89,8 +89,9 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "process.server": {
         "errors", "messages", "config", "interfaces", "lease", "host.ports",
         "host.redaction", "host.tokens", "process.engine_watchdog", "process.openai_face", "process.ranks",
-        "process.work", "tasks",
+        "process.work", "tasks", "process.orders", "weights",
     },
+    "process.orders": {"errors", "interfaces", "lease", "host.redaction", "weights", "process.work"},
     "process.ranks": {
         "errors", "config", "interfaces", "lease", "host.addresses", "host.forks", "host.gpu_locks", "host.gpus",
     },
@@ -98,6 +99,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "process.engine_watchdog": {"errors", "interfaces", "lease", "process.work"},
     "process.work": {
         "errors", "messages", "interfaces", "overview", "run_requests", "host.redaction", "process.requests",
+        "weights",
     },
     "process.requests": {"errors", "messages", "interfaces", "run_requests", "tasks"},
     "reap": {"host.processes", "host.scratch", "service.records"},
@@ -116,6 +118,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "engines.echo": {
         "errors", "images", "messages", "config", "interfaces", "hookspecs", "sampling", "template_kwargs",
         "engines.echo_json", "engines.echo_openai", "engines.echo_vectors", "engines.orphans", "tasks",
+        "host.weight_folders", "weights",
     },
     "engines.echo_json": set(),
     "engines.echo_openai": {"errors", "messages", "interfaces", "tasks", "engines.echo_openai_vectors"},
@@ -130,11 +133,21 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "engines.vllm.known_errors", "engines.vllm.nodes", "engines.vllm.openai_app", "engines.vllm.outputs",
         "engines.vllm.patches", "engines.vllm.pooling", "engines.vllm.prompt_lengths",
         "engines.vllm.progress", "engines.vllm.series", "engines.vllm.token_counts", "engines.vllm.tokenizing",
+        "engines.vllm.weight_files", "engines.vllm.weight_loading", "weights",
     },
 }  # fmt: skip
 OF_AN_ENGINE = {
     "engines.vllm.differences": {"errors", "engines.vllm.installed"},
-    "engines.vllm.adapter_files": {"errors", "host.adapter_folders"},
+    "engines.vllm.safetensors_files": {"errors"},
+    "engines.vllm.weight_loading": set(),
+    "engines.vllm.weight_files": {
+        "errors",
+        "host.weight_folders",
+        "engines.vllm.hub",
+        "engines.vllm.safetensors_files",
+        "engines.vllm.weight_loading",
+    },
+    "engines.vllm.adapter_files": {"errors", "host.adapter_folders", "engines.vllm.safetensors_files"},
     "engines.vllm.adapters": {"errors", "engines.vllm.adapter_files", "engines.vllm.differences"},
     "engines.vllm.chats": {"messages"},
     "engines.vllm.nodes": {"errors", "config", "interfaces", "engines.vllm.differences"},
@@ -182,7 +195,8 @@ FOR_PLUGINS = {
 
 HOMES = {  # third parties: the only files that may import them
     "vllm": {"gserve_core/engines/vllm/differences.py"},
-    "torch": {"gserve_core/engines/vllm/demo_model.py", "gserve_core/engines/vllm/patches.py"},
+    "torch": {f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "patches", "weight_files")},
+    "safetensors": {f"gserve_core/engines/vllm/{name}.py" for name in ("weight_files", "weight_loading")},
     "transformers": {f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "prompt_lengths")},
     "httpx": {"gserve_transports/http_client.py"},
     "anyio": {"gserve_core/batch/dispatcher.py"},
@@ -221,6 +235,8 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm/engine.py": {"vllm"},  # takes 10 s, and health is answered meanwhile
     "gserve_core/engines/vllm/patches.py": {"torch", "vllm"},  # vLLM is there when they are called
     "gserve_core/engines/vllm/demo_model.py": {"torch", "transformers"},
+    "gserve_core/engines/vllm/weight_files.py": {"torch", "safetensors"},  # they are there when it is called
+    "gserve_core/engines/vllm/weight_loading.py": {"safetensors"},
     "gserve_core/engines/vllm/prompt_lengths.py": {"transformers"},  # takes seconds
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
     "gserve_core/batch/progress.py": {"tqdm"},  # it may be missing

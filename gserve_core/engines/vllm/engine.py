@@ -48,7 +48,7 @@ from . import nodes as nodes_of_vllm
 from .adapter_files import LORA_RANKS, adapter_rank, check_adapter, check_rank, max_lora_rank
 from .adapters import Adapters
 from .chats import Options, messages_of, options_of
-from .files import adapter_folder, chat_template, check_weights
+from .files import adapter_folder, chat_template, check_adapter_weights
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
 from .patches import START_METHOD, fork_on_cpu
@@ -167,7 +167,7 @@ class VLLMEngine(Engine):
             if (adapter := adapter_folder(llm.lora_path)) is not None:
                 with _located("$.llm.lora_path"):
                     check_rank(adapter, most)
-                    check_weights(adapter)
+                    check_adapter_weights(adapter)
             for name, path in llm.adapters.items():
                 with _located(f"$.llm.adapters.{name}"):
                     check_adapter(path, llm.model_name, most)

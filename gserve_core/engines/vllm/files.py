@@ -43,7 +43,7 @@ def adapter_folder(path: str | None) -> Path | None:
     return folder.resolve()
 
 
-def check_weights(folder: Path) -> None:
+def check_adapter_weights(folder: Path) -> None:
     """Check that the adapter of `lora_path` has weights, in any format. Raises ConfigError: it has none."""
     if not any(folder.glob("adapter_model.*")):
         raise ConfigError(f"no LoRA adapter in {folder}: expected adapter_model.safetensors there")

@@ -116,6 +116,17 @@ def download(arguments: Mapping[str, Any], report: Report) -> None:
             _download_once(wanted, report)
 
 
+def folder_of(model: str) -> Path:
+    """Return the folder of a model: one on this machine, or that of the cache. Nothing may be there."""
+    if not Path(model).is_dir():
+        with contextlib.suppress(Exception):  # it is no name of a hub
+            import huggingface_hub
+
+            if isinstance(found := huggingface_hub.try_to_load_from_cache(model, "config.json"), str):
+                return Path(found).parent
+    return Path(model)
+
+
 def _wanted(arguments: Mapping[str, Any]) -> Iterator[Wanted]:
     """Yield what vLLM would take from the hub."""
     form, folder, token = (

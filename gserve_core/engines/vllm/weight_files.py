@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...host import weight_folders
+from . import hub
 from .safetensors_files import FLOATS, Shapes, files_of, read_header, shapes_of
 from .weight_loading import HEAD
 
@@ -29,7 +30,7 @@ def check_weights(path: str, base: str) -> Path:
     given: dict[str, tuple[str, list[int]]] = {}
     for file in files_of(folder):
         given |= read_header(file)
-    _compare(folder, given, shapes_of(_folder_of(base)))
+    _compare(folder, given, shapes_of(hub.folder_of(base)))
     if sum(file.stat().st_size for file in files_of(folder)) <= MOST_READ:
         _check_numbers(folder)
     return folder
@@ -82,16 +83,3 @@ def _check_numbers(folder: Path) -> None:
                 tensor: Any = tensors.get_tensor(name)
                 if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float().sum(dtype=torch.float64))):
                     raise ConfigError(f"the weights in {folder} hold numbers that are not finite, in '{name}'")
-
-
-def _folder_of(base: str) -> Path:
-    """Return the folder of a model: one on this machine, or that of Hugging Face's cache."""
-    if Path(base).is_dir():
-        return Path(base)
-    try:
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(base, "config.json")
-    except Exception:  # it is no name of a hub
-        found = None
-    return Path(found).parent if isinstance(found, str) else Path(base)

