@@ -275,7 +275,7 @@ class ServerApi(Protocol):
 
 @dataclass(eq=False)
 class Backend:
-    """A ready generation of a server, as a gateway sees it.
+    """A ready generation of a server, as a gateway sees it. A context manager that counts a request for the block.
 
     `requests`: number of requests of the gateway that it works on.
     `on_gone`: called when the server is known to have died. Requests in flight there must end.
@@ -287,6 +287,12 @@ class Backend:
     token: str = field(repr=False)
     requests: int = 0
     on_gone: Callable[[], object] = lambda: None
+
+    def __enter__(self) -> None:
+        self.requests += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.requests -= 1
 
 
 class ApiKey(Protocol):

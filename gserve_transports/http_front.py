@@ -10,12 +10,13 @@ import ipaddress
 import logging
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import lru_cache, partial
 
 import uvicorn
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gserve_core.errors import RemoteError
 from gserve_core.host.descriptors import connection_limit, raise_limit
@@ -26,6 +27,10 @@ from .frames import KEEPALIVE
 
 CALL_WHEN_LOST = "gserve.call_when_lost"
 """Extension of the ASGI scope: see `_Protocol.call_when_lost`."""
+SEND_WHOLE = "gserve.send_whole"
+"""Extension of the ASGI scope: see `_send_whole`."""
+IDLE_SECONDS = 75
+"""Maximum time between an answer and the next request on a connection, in seconds."""
 PATIENCE, SLOWEST = 20.0, 16 << 10
 """A request must arrive within `PATIENCE` seconds, plus one second for each `SLOWEST` bytes of it."""
 UNREAD = 12, 5.0
@@ -51,6 +56,7 @@ PARTING_SECONDS = 0.5
 """Maximum time for a client to confirm the end of TLS when this stops to listen, in seconds."""
 MAX_PIPELINED = 16
 """Maximum number of requests that wait on one connection behind the request in progress."""
+type Headers = Iterable[tuple[bytes, bytes]]
 _HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/?#@\s]+))(?::[0-9]{1,5})?")
 
 
@@ -69,8 +75,8 @@ async def listen(
         config = uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", ws="none", http=_Protocol,
                 server_header=False, date_header=False, proxy_headers=False,
-                timeout_graceful_shutdown=5, timeout_keep_alive=75, ssl_certfile=certfile, ssl_keyfile=keyfile,
-            ssl_keyfile_password="none", log_level=logging.ERROR,
+                timeout_graceful_shutdown=5, timeout_keep_alive=IDLE_SECONDS,
+            ssl_certfile=certfile, ssl_keyfile=keyfile, ssl_keyfile_password="none", log_level=logging.ERROR,
         )  # fmt: skip
         config.load()  # reads the certificate; without a password, OpenSSL would ask the terminal for one
         logging.getLogger("uvicorn.error").addFilter(_is_no_cut)
@@ -167,8 +173,14 @@ class _Protocol(HttpToolsProtocol):
     """
 
     _timer: asyncio.TimerHandle | None = None
+    _idle_since = 0.0
+    """When the last answer ended, by the loop's clock."""
     _is_arriving = False
     """Whether a request is awaited or has arrived in part."""
+    _is_reading = False
+    """Whether `data_received` reads data, and starts what has begun at its end."""
+    _begun: tuple[RequestResponseCycle, ASGIApp] | None = None
+    """The request whose head was among the data that is being read."""
     _reading_check: asyncio.TimerHandle | None = None
     _when_lost: Callable[[], object] | None = None
 
@@ -178,13 +190,26 @@ class _Protocol(HttpToolsProtocol):
         if callback is not None:  # a large body has paused it, and only then a disconnection is noticed
             self.flow.resume_reading()
 
-    def on_message_begin(self) -> None:
-        super().on_message_begin()
-        self.scope["extensions"] = {CALL_WHEN_LOST: self.call_when_lost}  # type: ignore[dict-item]
-
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        """Have a request answered, once what came with its head is read."""
+        extensions = {CALL_WHEN_LOST: self.call_when_lost, SEND_WHOLE: partial(_send_whole, cycle, self.transport)}
+        cycle.scope["extensions"] = extensions  # type: ignore[typeddict-item]
         cycle.transport = _HeadLater(cycle, self.loop)  # type: ignore[assignment]
-        super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+        if self._is_reading:
+            self._begun = cycle, app
+        else:
+            super()._start_asgi_task(cycle, app)  # type: ignore[arg-type]
+
+    def _start_begun(self) -> None:
+        """Have the request answered that has begun to arrive. This does not wait for the next turn of the loop."""
+        assert self._begun is not None
+        (cycle, app), self._begun = self._begun, None
+        if self.transport.is_closing():  # it was refused
+            return
+        task = asyncio.Task(cycle.run_asgi(app), loop=self.loop, eager_start=True)  # type: ignore[arg-type]
+        if not task.done():
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -237,11 +262,15 @@ class _Protocol(HttpToolsProtocol):
         if not self._is_arriving:
             self._begin_arrival()
         self._received += len(data)
+        self._is_reading = True
         super().data_received(data)
+        self._is_reading = False
         if self._received - self._body * (1 + CHUNKING) > MAX_HEAD:
             self._refuse("the head of the request is too large")
         elif self._leftover > MAX_LEFTOVER or len(self.pipeline) > MAX_PIPELINED:
             self.transport.abort()
+        if self._begun is not None:
+            self._start_begun()
 
     def on_body(self, body: bytes) -> None:
         self._body += len(body)
@@ -268,12 +297,36 @@ class _Protocol(HttpToolsProtocol):
 
     def _schedule_check(self, due: float) -> None:
         self._check_due = due
-        self._timer = self.loop.call_at(due, self._check_arrival)
+        self._timer = self.loop.call_at(due, self._check)
+
+    def on_response_complete(self) -> None:
+        """Answer the next request, or wait for one. uvicorn itself would make a timer for each wait."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())  # type: ignore[arg-type]
+            return
+        self._idle_since = self.loop.time()
+        if self._timer is None:
+            self._schedule_check(self._idle_since + PATIENCE)
+
+    def _check(self) -> None:
+        self._timer = None
+        if self._is_arriving:
+            self._check_arrival()
+        elif self.cycle.response_complete:
+            self._check_idle()
+
+    def _check_idle(self) -> None:
+        now, end = self.loop.time(), self._idle_since + self.timeout_keep_alive
+        if now < end:
+            self._schedule_check(min(now + PATIENCE, end))  # the next request may arrive at any time
+        elif not self.transport.is_closing():
+            self.transport.close()
 
     def _check_arrival(self) -> None:
-        self._timer = None
-        if not self._is_arriving:
-            return
         if self.pipeline:  # it is not read until earlier requests are answered
             self._began = self.loop.time()
         elif (late := self.loop.time() - self._check_due) > LATE:
@@ -291,6 +344,30 @@ class _Protocol(HttpToolsProtocol):
             self.transport.abort()
         else:
             self.send_400_response(why)
+
+
+async def _send_whole(
+    cycle: RequestResponseCycle, transport: asyncio.Transport, status: int, headers: Headers, body: bytes
+) -> None:
+    """Send an answer in one piece, with the header `content-length`. This takes less time than ASGI's messages.
+
+    Raises RuntimeError: the answer has begun.
+    """
+    if cycle.flow.write_paused and not cycle.disconnected:
+        await cycle.flow.drain()
+    if cycle.disconnected:
+        return
+    if cycle.response_started:
+        raise RuntimeError("the answer has begun")
+    cycle.response_started = cycle.response_complete = True
+    cycle.message_event.set()
+    head = STATUS_LINE[status] + b"".join([b"%s: %s\r\n" % header for header in headers])
+    closing = b"" if cycle.keep_alive else b"connection: close\r\n"
+    sent = b"" if cycle.scope["method"] == "HEAD" else body
+    transport.write(b"%scontent-length: %d\r\n%s\r\n%s" % (head, len(body), closing, sent))
+    if not cycle.keep_alive:
+        transport.close()
+    cycle.on_response()
 
 
 class _HeadLater:
@@ -403,6 +480,7 @@ def given_secret(headers: list[tuple[bytes, bytes]]) -> bytes:
     return keys[0] if keys else bearers[0].removeprefix(b"Bearer ") if bearers[0].startswith(b"Bearer ") else b""
 
 
+@lru_cache(maxsize=256)
 def hostname(header: str) -> str | None:
     """Return the host of a Host header, without its port; None if the header is malformed."""
     found = _HOST.fullmatch(header.lower())

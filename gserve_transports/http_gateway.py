@@ -36,7 +36,7 @@ from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, packed
 from .http_bodies import asked_model, read_cancel, read_json, read_run
-from .http_front import BODIES, CALL_WHEN_LOST, Bodies, given_secret, host_names, hostname, listen
+from .http_front import BODIES, CALL_WHEN_LOST, SEND_WHOLE, Bodies, given_secret, host_names, hostname, listen
 from .http_scrape import scrape
 from .http_upstream import Answer, Gone, Headers, Upstream
 from .status_page import status_page
@@ -126,25 +126,25 @@ class _Gateway:
         try:
             self._check_host(scope)
             if (scope["method"], scope["path"]) == ("GET", "/"):
-                await _answer(send, 200, *self._page, measurement)
+                await _answer(scope, 200, *self._page, measurement)
                 return
             if (scope["method"], scope["path"]) == ("GET", "/health"):
                 health = self._api.health()
                 status = 200 if health.status == "ok" else 503
-                await _answer(send, status, msgspec.json.encode(health), JSON, measurement)
+                await _answer(scope, status, msgspec.json.encode(health), JSON, measurement)
                 return
             if scope["path"] == CONTROL_PATH:
-                await _answer(send, 200, await self._control(scope, receive), JSON, measurement)
+                await _answer(scope, 200, await self._control(scope, receive), JSON, measurement)
                 return
             if f"{scope['path']}/".startswith(f"{ADAPTERS_PATH}/"):
-                await _answer(send, 200, await self._adapters(scope, receive), JSON, measurement)
+                await _answer(scope, 200, await self._adapters(scope, receive), JSON, measurement)
                 return
             if scope["path"] == WEIGHTS_PATH:
                 await _answer(send, 200, await self._weights(scope, receive), JSON, measurement)
                 return
             key = self._check_access(scope)
             if (scope["method"], scope["path"]) in ANSWERED:
-                await _answer(send, 200, *await self._own_answer(scope, receive), measurement)
+                await _answer(scope, 200, *await self._own_answer(scope, receive), measurement)
                 return
             with key.request():
                 body = bytes(await read_body(scope, receive, self._max_body))
@@ -155,7 +155,7 @@ class _Gateway:
                 headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
             elif error.status == 503:  # OpenAI's clients would send it again, and kill more servers
                 headers.append((b"x-should-retry", b"false"))
-            await _answer(send, error.status, _error(scope["path"], error.status, str(error)), headers, measurement)
+            await _answer(scope, error.status, _error(scope["path"], error.status, str(error)), headers, measurement)
 
     async def _metrics(self) -> bytes:
         """Return all series. Those of the engines come from the servers that answer in time."""
@@ -264,7 +264,7 @@ class _Gateway:
                 await self._attempt(self._api.attempts(), scope, body, send, measurement)
             elif route == MODELS_ROUTE:
                 listed = msgspec.json.encode({"object": "list", "data": models})
-                await _answer(send, 200, listed, JSON, measurement)
+                await _answer(scope, 200, listed, JSON, measurement)
             else:
                 attempts = self._api.attempts(asked_model(scope, body), by_adapter=scope["path"] in PATHS)
                 await self._attempt(attempts, scope, body, send, measurement)
@@ -308,7 +308,7 @@ class _Gateway:
                     attempts.refused(backend)
                     continue
                 try:
-                    if await self._deliver(answer, attempts, backend, send, measurement):
+                    if await self._deliver(answer, attempts, backend, scope, send, measurement):
                         return
                 except Gone:
                     attempts.died(backend)
@@ -330,7 +330,7 @@ class _Gateway:
         return found
 
     async def _deliver(
-        self, answer: Answer, attempts: Attempts, backend: Backend, send: Send, measurement: Measurement
+        self, answer: Answer, attempts: Attempts, backend: Backend, scope: Scope, send: Send, measurement: Measurement
     ) -> bool:
         """Pass an answer on. Return False if another server should be asked.
 
@@ -354,7 +354,7 @@ class _Gateway:
             return False
         headers = [header for header in answer.headers if header[0] not in NOT_RETURNED]
         if answer.is_complete:
-            await _answer(send, answer.status, first, headers, measurement, backend.name)
+            await _answer(scope, answer.status, first, headers, measurement, backend.name)
             return True
         is_stream = any(b"event-stream" in value for _, value in headers)
         measurement.begin_answer(answer.status, backend.name, is_stream=is_stream)
@@ -407,13 +407,11 @@ def _allowed(scope: Scope, status: int) -> Headers:
 
 
 async def _answer(
-    send: Send, status: int, body: bytes, headers: Headers, measurement: Measurement, server: str = ""
+    scope: Scope, status: int, body: bytes, headers: Headers, measurement: Measurement, server: str = ""
 ) -> None:
     """Send an answer in one piece. `server`: name of the server that gives it."""
     measurement.begin_answer(status, server)
-    own = [*headers, (b"content-length", b"%d" % len(body))]
-    await send({"type": "http.response.start", "status": status, "headers": own})
-    await send({"type": "http.response.body", "body": body})
+    await scope["extensions"][SEND_WHOLE](status, headers, body)
     measurement.end_answer()
 
 

@@ -9,7 +9,8 @@ import secrets
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,9 +80,11 @@ class Key:
         self._config = config
         self.secret = config.key.encode()
 
-    @contextlib.contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request for the block. Raises RemoteError: there are as many as are allowed (429)."""
+    def request(self) -> AbstractContextManager[None]:
+        """Count a request for the block. Entering raises RemoteError: there are as many as are allowed (429)."""
+        return self
+
+    def __enter__(self) -> None:
         most = self.config.max_requests
         if most is not None and self.requests >= most:
             raise RemoteError(
@@ -89,10 +92,9 @@ class Key:
                 status=429, retry_after=BUSY_SECONDS,
             )  # fmt: skip
         self.requests += 1
-        try:
-            yield
-        finally:
-            self.requests -= 1
+
+    def __exit__(self, *_: object) -> None:
+        self.requests -= 1
 
 
 class ModelCard(NamedTuple):
@@ -413,7 +415,7 @@ class Gateway:
 
     def _items_at(self, server: str) -> int:
         """Return the number of items of the service's own calls that a server works on."""
-        return sum(dispatcher.in_flight(server) for dispatcher in self._dispatchers.values())
+        return sum([dispatcher.in_flight(server) for dispatcher in self._dispatchers.values()])
 
 
 def _status_of(error: GserveError) -> int:

@@ -6,10 +6,10 @@ publishes.
 """
 
 import asyncio
-import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 from ..errors import RemoteError
 from ..interfaces import Backend
@@ -34,6 +34,8 @@ class Routing:
         self._states: dict[str, ServerState] = {}
         self._backends: dict[str, Backend] = {}
         """The servers that may have requests in flight, by name."""
+        self._ready: dict[str, list[Backend]] = {ONLY: []}
+        """The ready servers of each pool, kept since each request needs them. `ONLY`: of all pools."""
         self._changed = asyncio.Event()
         self._turn = 0
         self.waiting_by_pool: Counter[str] = Counter()
@@ -73,13 +75,18 @@ class Routing:
         self._notify()
 
     def _notify(self) -> None:
+        self._ready = {ONLY: []}
+        for name, state in self._states.items():
+            if state.usable and name in self._backends:
+                for pool in {ONLY, state.pool}:
+                    self._ready.setdefault(pool, []).append(self._backends[name])
         self._changed.set()
         self._changed = asyncio.Event()
 
     @property
     def backends(self) -> list[Backend]:
         """The ready servers."""
-        return [it for it in self._backends.values() if self._states[it.name].usable]
+        return [*self._ready[ONLY]]
 
     @property
     def requests(self) -> dict[str, int]:
@@ -93,10 +100,9 @@ class Routing:
 
     def status_of(self, pool: str) -> str:
         """Return "ok" if a server of a pool is ready, "starting" if one will be, or "stopped". `ONLY`: any pool."""
-        states = self.states_of(pool)
-        if any(state.name in self._backends and state.usable for state in states):
+        if self._ready.get(pool):
             return "ok"
-        return "starting" if any(state.returns for state in states) else "stopped"
+        return "starting" if any(state.returns for state in self.states_of(pool)) else "stopped"
 
     def states_of(self, pool: str) -> list[ServerState]:
         """Return the states of the servers of a pool. `ONLY`: of all pools."""
@@ -122,8 +128,7 @@ class Routing:
 
         A request counts as much as an item of the service's own calls.
         """
-        names = {state.name for state in self.states_of(pool)}
-        found = [backend for backend in self.backends if backend.name in names and backend.instance not in without]
+        found = [backend for backend in self._ready.get(pool, ()) if backend.instance not in without]
         if not found:
             return None
         self._turn += 1
@@ -183,14 +188,9 @@ class Attempts:
             if loop.time() > self._tried_at + RETRY_SECONDS:
                 self._tried.clear()  # those that are ready still are alive
 
-    @contextlib.contextmanager
-    def at_work(self, backend: Backend) -> Iterator[None]:
+    def at_work(self, backend: Backend) -> AbstractContextManager[None]:
         """Count the request as one that `backend` works on, for the block."""
-        backend.requests += 1
-        try:
-            yield
-        finally:
-            backend.requests -= 1
+        return backend
 
     def refused(self, backend: Backend, busy: RemoteError | None = None) -> None:
         """Take note that a server refused the request. `busy`: its answer if it had too much work."""

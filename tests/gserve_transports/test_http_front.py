@@ -14,7 +14,7 @@ import uvloop
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gserve_transports import http_front
-from gserve_transports.http_front import listen
+from gserve_transports.http_front import SEND_WHOLE, listen
 from tests.gserve_transports.noted import left_open
 
 REQUEST = b"GET %s HTTP/1.1\r\nHost: localhost\r\n\r\n"
@@ -68,6 +68,72 @@ def test_the_head_of_a_stream_comes_with_its_first_part() -> None:
 
 def test_a_head_whose_body_takes_longer_comes_at_once() -> None:
     assert read(b"/later", reads=2) == ([b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\n", b"last"], 2)
+
+
+# -------------------------------------------------------------------------------------------- answers sent in one piece
+
+
+async def whole(scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer in one piece, at `/twice` after an answer has begun."""
+    if scope["path"] == "/twice":
+        await send(STREAM)
+        await send({"type": "http.response.body", "body": b"one", "more_body": True})
+    await scope["extensions"][SEND_WHOLE](200, [(b"a", b"b")], scope["path"].encode())
+
+
+def answers(request: bytes, app: ASGIApp = whole) -> bytes:
+    """Return what comes to a client that sends `request` at once, and reads until its connection is closed."""
+
+    def exchange(port: int) -> bytes:
+        with plain(port) as line:
+            line.sendall(request)
+            return b"".join(iter(lambda: line.recv(1 << 16), b""))
+
+    async def ask() -> bytes:
+        async with listen(app, "127.0.0.1", 0) as address:
+            return await asyncio.to_thread(exchange, address.port)
+
+    return uvloop.run(ask())
+
+
+@pytest.mark.parametrize(("method", "body"), [(b"GET", b"/x"), (b"HEAD", b"")])
+def test_a_client_that_asks_for_it_gets_its_connection_closed(method: bytes, body: bytes) -> None:
+    request = method + b" /x HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    head = b"HTTP/1.1 200 OK\r\na: b\r\ncontent-length: 2\r\nconnection: close\r\n\r\n"
+    assert answers(request) == head + body
+
+
+def test_requests_that_come_at_once_are_answered_in_their_order() -> None:
+    requests = b"".join(REQUEST % path for path in (b"/1", b"/2", b"/3"))
+    last = b"GET /4 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    found = answers(requests + last)
+    assert [found.find(b"\r\n\r\n/%d" % number) > 0 for number in (1, 2, 3, 4)] == [True] * 4
+    assert found.count(b"HTTP/1.1 200 OK") == 4
+    assert found.index(b"/1") < found.index(b"/2") < found.index(b"/3") < found.index(b"/4")
+
+
+def test_an_answer_that_has_begun_is_cut_and_gets_no_second_head() -> None:
+    found = answers(REQUEST % b"/twice")
+    assert found == b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\none\r\n"
+
+
+@pytest.mark.parametrize("patience", [0.05, 20.0])
+def test_a_connection_without_a_next_request_is_closed(monkeypatch: pytest.MonkeyPatch, patience: float) -> None:
+    monkeypatch.setattr(http_front, "PATIENCE", patience)
+    monkeypatch.setattr(http_front, "IDLE_SECONDS", 1)
+    assert answers(REQUEST % b"/x").endswith(b"\r\n\r\n/x")
+
+
+def test_a_request_that_is_malformed_reaches_no_application() -> None:
+    reached = []
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        reached.append(scope["path"])
+        await whole(scope, receive, send)
+
+    wrong = b"POST /x HTTP/1.1\r\nHost: localhost\r\ntransfer-encoding: chunked\r\n\r\nno number\r\n"
+    assert answers(wrong, application).startswith(b"HTTP/1.1 400 ")
+    assert reached == []
 
 
 # ---------------------------------------------------------------------------------------------- at the end of listening
