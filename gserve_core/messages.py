@@ -8,7 +8,7 @@ The JSON bodies of `/chat` and `/generate` are `ChatRequest` and `GenerateReques
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType, structs
@@ -40,8 +40,8 @@ class Part(Struct, frozen=True, omit_defaults=True):
     text: str | None = None
     refusal: str | None = None
     thinking: str | None = None
-    image_url: ImageUrl | str | None = None
-    image: ImageUrl | str | None = None
+    image_url: Any = None
+    image: Any = None
 
     def __post_init__(self) -> None:
         text = image = None
@@ -62,11 +62,15 @@ class Part(Struct, frozen=True, omit_defaults=True):
         return self.image_url.url if isinstance(self.image_url, ImageUrl) else None
 
 
-def _image(kind: str, given: ImageUrl | str | None) -> ImageUrl:
+def _image(kind: str, given: Any) -> ImageUrl:
     """Return the URL of an image in its one form. Raises ValueError: it is no data URL."""
+    if isinstance(given, Mapping):
+        given = given.get("url")
     url = given.url if isinstance(given, ImageUrl) else given
     if url is None:
         raise ValueError(f"a part of type '{kind}' needs '{IMAGE_PARTS[kind]}'")
+    if not isinstance(url, str):
+        raise ValueError(f"expected the URL of an image as a text, got {type(url).__name__}")
     check_url(url)
     return ImageUrl(url)
 

@@ -12,7 +12,6 @@ from typing import Any
 import msgspec
 
 from .errors import ItemError, RemoteError
-from .images import DATA_URL
 from .interfaces import ASGIReceive
 from .sampling import BOUNDS, check_bounds, check_grammar, check_value
 from .template_kwargs import RESERVED, check_template_kwargs
@@ -166,7 +165,7 @@ def _check_allowed(fields: Any) -> None:
 
 
 def _check_media(part: dict[str, Any]) -> None:
-    """Raise ItemError if a part of a message names a medium by any URL but a data: URL, or an image in another form."""
+    """Raise ItemError if a part of a message names a medium by any URL but a data: URL."""
     for name in MEDIA:
         url = part.get(name)
         url = url.get("url") if isinstance(url, dict) else url
@@ -174,8 +173,6 @@ def _check_media(part: dict[str, Any]) -> None:
             continue
         if not url[:5].lower().startswith("data:"):
             raise ItemError(f"'{name}' is a URL that the server would have to fetch: send the medium as a data: URL")
-        if name == "image_url" and DATA_URL.match(url) is None:
-            raise ItemError(f"'{name}': expected 'data:image/png;base64,…' or another format, got {url[:60]!r}")
 
 
 def _mappings(value: Any) -> Iterator[dict[str, Any]]:

@@ -140,7 +140,7 @@ class _Gateway:
                 await _answer(scope, 200, await self._adapters(scope, receive), JSON, measurement)
                 return
             if scope["path"] == WEIGHTS_PATH:
-                await _answer(send, 200, await self._weights(scope, receive), JSON, measurement)
+                await _answer(scope, 200, await self._weights(scope, receive), JSON, measurement)
                 return
             key = self._check_access(scope)
             if (scope["method"], scope["path"]) in ANSWERED:

@@ -37,29 +37,33 @@ class Claim:
                 self._is_released = True
                 _CLAIMS.remove(self)
                 if not _CLAIMS:
+                    _OWN.clear()
                     while _HELD:
                         unlock_and_close(_HELD.popitem()[1])
 
 
 _LOCK = threading.Lock()
 _CLAIMS: list[Claim] = []
+_OWN: list[int] = []
+"""The cores of this process."""
 _HELD: dict[int, int] = {}
 """The descriptors of the lock files of the cores that this process has locked, by core."""
 
 
 def claim(cores: Sequence[int]) -> Claim:
-    """Lock those of `cores` that are free, and return them with those that this process had locked before.
+    """Lock those of `cores` that no other process has locked, or return those that this process has locked before.
 
-    If other processes have locked all, they are shared, with one warning. So they are if their locks cannot be used.
+    If other processes have locked all, they are shared, with one warning. A core whose lock cannot be used is free.
     """
+    other = None
     with _LOCK:
         if not _CLAIMS:
             call_in_child(_forget)
-        other = None
-        for core in cores:
-            if core not in _HELD:
-                other = _lock_core(core) or other
-        own = [core for core in cores if core in _HELD]
+        if not _OWN:  # otherwise the shares of the servers that run stay as they are
+            taken = {core: it for core in cores if (it := _lock_core(core)) is not None}
+            _OWN.extend(core for core in cores if core not in taken)
+            other = next(iter(taken.values()), None)
+        own = [core for core in cores if core in _OWN]
         made = Claim(own or cores, is_shared=not own)
         _CLAIMS.append(made)
     if other and not own:
@@ -94,3 +98,4 @@ def _forget() -> None:
         with contextlib.suppress(OSError):
             os.close(_HELD.popitem()[1])
     _CLAIMS.clear()
+    _OWN.clear()

@@ -177,7 +177,7 @@ def test_a_wrong_image_fails_its_item_alone(service: VLLMService, root: Path) ->
     assert "expected an image as 'data:image/png;base64,…', got 'inner.png': servers fetch no URL" in told[0]
     assert "got 'http://127.0.0.1/a.png'" in told[1]
     assert "none.png': No such file or directory" in told[2]
-    assert "Expected str | null, got int" in told[3]
+    assert "expected the URL of an image as a text, got int" in told[3]
     assert "a part of type 'image_url' needs 'image_url'" in told[4]
 
 

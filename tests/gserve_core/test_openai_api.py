@@ -115,16 +115,6 @@ def test_media_as_data_and_texts_with_addresses_are_let_through() -> None:
     assert items(CHAT | {"messages": [{"role": "user", "content": content}]}) == 1
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["data:,", "data:text/html;base64,AAAA", "data:image/png,AAAA", "data:image/;base64,AAAA", "data:image/png;base64"],
-)
-def test_an_image_is_data_of_an_image_in_base64(url: str) -> None:
-    for part in ({"type": "image_url", "image_url": {"url": url}}, {"type": "input_image", "image_url": url}):
-        told = refusal(CHAT | {"messages": [{"role": "user", "content": [part]}]})
-        assert told.startswith("'image_url': expected 'data:image/png;base64,…'")
-
-
 @pytest.mark.parametrize("embeds", ["image_embeds", "audio_embeds", "prompt_embeds"])
 def test_tensors_in_a_message_are_refused(embeds: str) -> None:
     part = {"type": embeds, embeds: "AAAA"}

@@ -62,6 +62,8 @@ NOT_CONFIG = (
 """Patterns of all files that are neither configuration nor tokenizer, as vLLM has them."""
 PART = re.compile(r"([0-9a-f]+)\.[0-9a-f]{8}\.incomplete")
 """The name of a file that is being downloaded. The library never continues it in another process."""
+STALE_SECONDS = 600.0
+"""Time without a change after which a part is one of a download that was killed, in seconds."""
 OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
 """Variables that forbid downloads."""
 YES = ("1", "true", "yes", "on")
@@ -109,6 +111,8 @@ def download(arguments: Mapping[str, Any], report: Report) -> None:
     models, and in an environment that forbids downloads: vLLM finds the files, or reports the error.
     Raises GserveError: there is no such model, the hub refuses it or cannot be reached, or the disk has no room.
     """
+    if "ignore_patterns" in arguments:  # vLLM downloads what it leaves, as each server needs it
+        return
     if is_offline(os.environ) or os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in YES:
         return
     for wanted in _wanted(arguments):
@@ -165,7 +169,7 @@ def _download_once(wanted: Wanted, report: Report) -> None:
             outcome = _wait(file, wanted.name, report)
             held.callback(unlock, file.fileno())
         except OSError as error:
-            logger.warning("cannot keep servers from downloading at the same time, in %s: %s", cache, error)
+            logger.info("cannot keep servers from downloading at the same time, in %s: %s", cache, error)
             outcome = None
         if outcome is None or not (outcome.is_done or outcome.error):
             outcome = _download_now(wanted, report, lambda note: _write(file, note))
@@ -236,9 +240,10 @@ class _Files:
     @property
     def present(self) -> int:
         """The size of what is there, in bytes."""
-        return sum(min(size, self._present(content)) for size, content in self.contents.values())
+        return sum(min(size, self.present_of(content)) for size, content in self.contents.values())
 
-    def _present(self, content: str) -> int:
+    def present_of(self, content: str) -> int:
+        """Return the size of what is there of a content, in bytes."""
         blobs = self.folder / "blobs"
         with contextlib.suppress(OSError):
             return (blobs / content).stat().st_size
@@ -257,7 +262,8 @@ class _Files:
                 if (match := PART.fullmatch(part.name)) is None:
                     continue
                 with (locks / f"{match[1]}.lock").open("a+b") as lock:
-                    if try_lock(lock.fileno()):  # no other program downloads it now
+                    is_old = part.stat().st_mtime < time.time() - STALE_SECONDS  # locks of another node may not count
+                    if try_lock(lock.fileno()) and is_old:
                         part.unlink(missing_ok=True)
 
 
@@ -274,10 +280,10 @@ def _download_now(wanted: Wanted, report: Report, write: Callable[[Note], object
     try:
         _download_missing(wanted, tell)
     except Exception as error:
-        if not _is_hubs(error) or not _is_cached(wanted):
+        if not _is_cached(wanted):
             logger.debug("cannot download %s", wanted.name, exc_info=True)
             return Note(process, error=_explain(error, wanted))
-        logger.warning("using %s as it is in the cache, for the hub fails: %s", wanted.name, sentence_of(error))
+        logger.warning("using %s as it is in the cache: %s", wanted.name, sentence_of(error))
     return Note(process, is_done=True)
 
 
@@ -372,7 +378,8 @@ def _progress(present: int, total: int) -> str:
 
 def _check_room(files: _Files) -> None:
     """Raise GserveError if the disk has too little room."""
-    needed, place = files.size - files.present, files.folder
+    missing = [files.contents[path] for path in files.missing]
+    needed, place = sum(size - min(size, files.present_of(content)) for size, content in missing), files.folder
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
@@ -384,11 +391,6 @@ def _check_room(files: _Files) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------- what can fail
-
-
-def _is_hubs(error: Exception) -> bool:
-    """Return whether the hub is at fault, or the way to it."""
-    return not isinstance(error, GserveError) and (_status(error) is not None or _is_unreachable(error))
 
 
 def _status(error: BaseException) -> int | None:

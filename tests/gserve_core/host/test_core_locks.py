@@ -154,7 +154,10 @@ def gserve_register_engines():
 """
 SERVICE = """
 import sys
+from pathlib import Path
 from gserve import VLLMService
+from gserve_core.host import gpu_locks
+gpu_locks.FOLDER = Path(sys.argv[2])  # other services of this user may have locked cores of this machine
 with VLLMService.from_yaml(sys.argv[1]):
     print("ready", flush=True)
     sys.stdin.read()
@@ -182,8 +185,9 @@ def test_two_services_of_one_user_divide_the_cores(tmp_path: Path) -> None:
     first, second, *_ = sorted(os.sched_getaffinity(0))
 
     def start(*cores: int) -> "subprocess.Popen[str]":
+        program = [sys.executable, "-c", SERVICE, tmp_path / "service.yaml", tmp_path]
         process = subprocess.Popen(
-            ["taskset", "-c", ",".join(map(str, cores)), sys.executable, "-c", SERVICE, tmp_path / "service.yaml"],
+            ["taskset", "-c", ",".join(map(str, cores)), *program],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         assert process.stdout is not None
