@@ -31,7 +31,7 @@ async def wait_hung(engine: RunningEngine, work: Work, limit: float) -> str:
                         f" {sentence_of(error)}"
                     )
                 checking = None
-            if work.is_paused:  # its owner watches over it
+            if work.is_paused and work.is_empty:  # its owner watches over it
                 silence.reset()
                 continue
             if (state := (work.ended, engine.progress())) != seen or not (work.running or checking):
@@ -46,7 +46,7 @@ async def wait_hung(engine: RunningEngine, work: Work, limit: float) -> str:
                 )
             if work.is_doubtful and not work.running and checking is None:
                 work.is_doubtful = False
-                checking = asyncio.create_task(engine.check())
+                checking = asyncio.create_task(work.check())
                 silence.reset()
     finally:
         if checking is not None:

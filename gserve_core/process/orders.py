@@ -28,6 +28,8 @@ class Orders:
         self._engine: RunningEngine
         self._work: Work | None = None
         self._pausing: asyncio.Task[None] | None = None
+        self._is_unsound = False
+        """Whether weights are being loaded, or could not be loaded."""
 
     def add(self, order: lease.Order | lease.Resume) -> None:
         """Add an order of the owner."""
@@ -37,7 +39,8 @@ class Orders:
             case lease.Resume() if self._work is not None:
                 if self._pausing is not None:
                     self._pausing.cancel()
-                self._work.resume()
+                if not self._is_unsound:  # otherwise its owner ends it
+                    self._work.resume()
             case lease.Resume():
                 pass  # nothing is paused yet
             case _:
@@ -72,12 +75,18 @@ class Orders:
             case lease.CheckWeights(number, path):
                 await self._answer(number, self._engine.check_weights(path))
             case lease.LoadWeights(number, weights):
-                await self._answer(number, self._load(weights))
+                await self._answer(number, self._load_paused(weights))
             case lease.Pause(number):
                 self._send(lease.Answered(number, version=self._version))  # it came before any item
 
     async def _pause(self, order: lease.Pause, work: Work) -> None:
         await self._answer(order.number, work.pause(redo=order.redo))
+
+    async def _load_paused(self, weights: Weights) -> None:
+        assert self._work is not None
+        if weights.version != self._work.weight_version:
+            await self._work.pause(redo=False)  # it may have become ready after the order to pause
+        await self._load(weights)
 
     async def _load(self, weights: Weights) -> None:
         """Load weights, unless they are loaded, and make a token with them. Raises any exception: that fails."""
@@ -85,9 +94,11 @@ class Orders:
         if weights.version == self._work.weight_version:
             return
         logger.info("loading the weights of version %s", weights.version)
+        self._is_unsound = True
         await self._engine.load_weights(weights)
         await self._engine.check()
         self._work.weight_version = weights.version
+        self._is_unsound = False
 
     @property
     def _version(self) -> str:

@@ -87,6 +87,8 @@ class Work:
         self._opened.set()
         self._replies = 0
         """Number of requests that the engine's own application answers now."""
+        self._checks = 0
+        """Number of test requests in the engine."""
         self._put_back: set[asyncio.Task[None]] = set()
         """The items that a pause puts back, until they have left the engine."""
         self._outside = 0
@@ -265,6 +267,19 @@ class Work:
         """Whether no item is begun."""
         return not self._opened.is_set()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is in the engine."""
+        return self.running == self._outside and not self._replies and not self._checks
+
+    async def check(self) -> None:
+        """Have the engine make one token, or vector. Raises any exception: it does not work."""
+        self._checks += 1
+        try:
+            await self._engine.check()
+        finally:
+            self._checks -= 1
+
     async def pause(self, *, redo: bool) -> None:
         """Begin no more items, until `resume`. Returns once none is in the engine.
 
@@ -276,7 +291,7 @@ class Work:
         if redo:
             for piece in self._pieces:
                 self._put_back |= {task for task in piece.tasks.values() if task.cancel()}
-        while self.running > self._outside or self._replies:
+        while not self.is_empty:
             await asyncio.sleep(PAUSE_STEP)
 
     def resume(self) -> None:

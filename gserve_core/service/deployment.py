@@ -29,7 +29,7 @@ from ..host import adapter_folders, folders, processes, weight_folders
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
 from ..interfaces import Access, Connection, Transport
-from ..weights import Weights
+from ..weights import FIRST, Weights
 from .gateway import Gateway, ModelCard, new_key
 from .plan import ModelPlan, Plan, Source
 from .pool import Pool, Queue, Record, status_of
@@ -288,23 +288,20 @@ class Deployment:
             weights = Weights(command.version, path)
             if weights == own.weights:
                 return
+            if weights.version == FIRST:
+                raise ConfigError(f"'{FIRST}' is the version of the weights of the start: choose another one")
             if weights.version == own.weights.version:
                 raise ConfigError(
                     f"the weights of version '{own.weights.version}' are those in {own.weights.path or own.name}: give"
                     " other weights another version"
                 )
             self.pool.running()
-            update = WeightUpdate(self.pool, self.members(key), weights, command.timeout)
-            before = self.plan
 
             def commit() -> None:
                 self.plan = self.plan.with_weights(key, weights)
 
-            try:
-                update.run(redo=command.redo, on_commit=commit)
-            except GserveError:
-                self.plan = before
-                raise
+            update = WeightUpdate(self.pool, self.members(key), weights, command.timeout)
+            update.run(redo=command.redo, on_commit=commit)
 
     def _adapted(self, key: str, adapters: Mapping[str, str]) -> tuple[Plan, list[ServerProgram]]:
         """Return the plan and the programs of a model's servers with other adapters. Raises ConfigError."""

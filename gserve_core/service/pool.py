@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
@@ -548,6 +549,7 @@ class Pool:
         self._programs |= {program.name: program for program in programs}
         self._published.wait(lambda: done.done() or supervisor.is_closing, seconds)
         if not done.done():
+            supervisor.call_soon(done.cancel)
             why = "is ending" if supervisor.is_closing else f"has not {doing} within {seconds:g} s"
             raise GserveError(f"{self._what} {why}")
         return done.result()
@@ -567,18 +569,14 @@ class Pool:
         if (session := self._session) is not None:
             session.supervisor.resume(names)
 
-    def set_programs(self, programs: Sequence[Program]) -> None:
-        """Replace the programs of the same names. They are what is started from now on."""
+    def restart(self, programs: Sequence[Program]) -> list[Future[None]]:
+        """Stop servers at once, and start them again with these programs. Return what `Supervisor.replace` returns."""
         self._programs |= {program.name: program for program in programs}
-        if (session := self._session) is not None:
-            session.supervisor.set_programs(programs)
-
-    def restart(self, programs: Sequence[Program]) -> None:
-        """Stop servers at once, and start them again with these programs. Does not wait."""
-        self.set_programs(programs)
-        if (session := self._session) is not None:
-            for program in programs:
-                session.supervisor.replace(program, 0.0)
+        session = self._session
+        if session is None:
+            return []
+        session.supervisor.set_programs(programs)  # a server that fails to start is started again with it
+        return [session.supervisor.replace(program, 0.0) for program in programs]
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait until a condition on the states holds, or the pool ends. Return False if it does not hold."""

@@ -683,6 +683,9 @@ class Supervisor:
     def _complete_changes(self) -> None:
         """Complete the orders for which no living server is missing. One that is started again follows its program."""
         for number, change in [*self._changes.items()]:
+            if change.done.cancelled():  # nobody waits for it any more
+                del self._changes[number]
+                continue
             states = self._published.states
             ready = {name: state.instance for name, state in states.items() if state.works}
             if not any(ready.get(name) == instance for name, instance in change.waiting.items()):

@@ -33,23 +33,22 @@ class WeightUpdate:
 
     def __init__(self, pool: Pool, programs: Sequence[ServerProgram], weights: Weights, seconds: float) -> None:
         self._pool = pool
-        self._olds = programs
-        self._news = [replace(program, weights=weights) for program in programs]
+        self._olds = [program for program in programs if not pool.states[program.name].is_over]
+        self._news = [replace(program, weights=weights) for program in self._olds]
         self._weights = weights
         self._seconds = seconds
         self._ends = time.monotonic() + seconds
-        self._names = [program.name for program in programs]
+        self._names = [program.name for program in self._olds]
 
     def run(self, *, redo: bool, on_commit: Callable[[], object]) -> None:
-        """Change the weights. `on_commit`: called once servers that are started again get the new ones.
+        """Change the weights. `on_commit`: called if servers have the new ones.
 
-        Raises GserveError: the old ones are on all servers, or will be on those that are started again.
+        Raises GserveError: all servers have the old ones, or are started again with them.
         """
         self._check_files()
         try:
             self._pause(redo=redo)
-            on_commit()
-            self._load()
+            self._load(on_commit)
         finally:
             self._pool.resume(self._names)
 
@@ -68,33 +67,39 @@ class WeightUpdate:
             self._olds, lambda number: lease.Pause(number, redo), "finished the items in flight (nothing has changed)"
         )
 
-    def _load(self) -> None:
+    def _load(self, on_commit: Callable[[], object]) -> None:
         """Have all servers load the weights. Raises GserveError: none can, and all have the old ones."""
         answers: Answers = {}
         try:
             answers = self._order(
                 self._news, lambda number: lease.LoadWeights(number, self._weights), "loaded the weights", to_all=True
             )
-            self._pool.wait_until(self._are_settled, self._left())
+            self._pool.wait_until(lambda: self._are_new() or self._are_settled(), self._left())
         except GserveError as error:  # a server has not answered in time
             logger.error("%s", error)
-        finally:
-            others = [state for state in self._states() if state.usable and not self._is_new(state)]
-            is_on_none = not any(self._is_new(state) for state in self._states() if state.usable)
+        finally:  # a signal may interrupt the wait
+            is_on_none = not self._are_new()
+            failed = [it for it in self._states() if it.usable and not self._is_new(it)]
             if is_on_none:
-                self._pool.set_programs(self._olds)
-            by_name = {program.name: program for program in (self._olds if is_on_none else self._news)}
-            self._pool.restart([by_name[state.name] for state in others])
+                returned = self._pool.restart(self._olds)
+            else:
+                on_commit()
+                names = {state.name for state in failed}
+                self._pool.restart([program for program in self._news if program.name in names])
         if is_on_none:
-            self._pool.wait_until(lambda: all(it.usable or it.is_over for it in self._states()), BACK_SECONDS)
+            self._pool.wait_until(lambda: all(it.done() for it in returned), BACK_SECONDS)
+            are_back = all(it.done() and it.exception() is None for it in returned)
+            what = "all servers have the old ones again" if are_back else "servers cannot return to the old ones"
             faults = _faults(answers) or f"no server has loaded them within {self._seconds:g} s"
-            raise GserveError(
-                f"cannot load the weights in {self._weights.path}, and all servers have the old ones again: {faults}"
-            )
-        for state in others:
+            raise GserveError(f"cannot load the weights in {self._weights.path}, and {what}: {faults}")
+        for state in failed:
             answer = answers.get(state.name)
             why = answer.fault if isinstance(answer, Answered) else "it has not answered in time"
             logger.error("%s could not load the weights of version %s: %s", state.name, self._weights.version, why)
+
+    def _are_new(self) -> bool:
+        """Return whether a server works with the new weights."""
+        return any(state.usable and self._is_new(state) for state in self._states())
 
     def _are_settled(self) -> bool:
         """Return whether no server is on its way to the weights, as after its death."""

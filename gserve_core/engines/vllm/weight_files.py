@@ -30,7 +30,8 @@ def check_weights(path: str, base: str) -> Path:
     given: dict[str, tuple[str, list[int]]] = {}
     for file in files_of(folder):
         given |= read_header(file)
-    _compare(folder, given, shapes_of(hub.folder_of(base)))
+    known = hub.folder_of(base)
+    _compare(folder, given, shapes_of(known), is_tied=_is_tied(known))
     if sum(file.stat().st_size for file in files_of(folder)) <= MOST_READ:
         _check_numbers(folder)
     return folder
@@ -49,17 +50,28 @@ def _check_index(folder: Path) -> None:
         raise ConfigError(f"the weights in {folder} are not complete: {INDEX} names {min(missing)}, which is not there")
 
 
-def _compare(folder: Path, given: Shapes, known: Shapes) -> None:
-    """Raise ConfigError unless the tensors are those of the loaded model. `known`: none if they are not known."""
+def _is_tied(base: Path) -> bool:
+    """Return whether the output layer of a local model has the weights of the embedding."""
+    try:
+        config = json.loads((base / "config.json").read_text())
+        return bool(config.get("tie_word_embeddings") or config.get("text_config", {}).get("tie_word_embeddings"))
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _compare(folder: Path, given: Shapes, known: Shapes, *, is_tied: bool) -> None:
+    """Raise ConfigError unless the tensors are those of the loaded model.
+
+    `known`: the tensors of the loaded model; none if they are not known. `is_tied`: see `_is_tied`.
+    """
     if not known:
         return
-    free = {HEAD}  # it may be tied to the embedding
-    if missing := sorted(known.keys() - given.keys() - free):
+    if missing := sorted(known.keys() - given.keys() - ({HEAD} if is_tied else set())):
         raise ConfigError(
             f"the weights in {folder} are not complete: {len(missing)} tensors of the model are missing, such as"
             f" '{missing[0]}'"
         )
-    if unknown := sorted(given.keys() - known.keys() - free):
+    if unknown := sorted(given.keys() - known.keys() - {HEAD}):
         raise ConfigError(
             f"the weights in {folder} are those of another model: the loaded one has no tensor '{unknown[0]}'"
         )

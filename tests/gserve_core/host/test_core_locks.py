@@ -185,7 +185,7 @@ def test_two_services_of_one_user_divide_the_cores(tmp_path: Path) -> None:
     first, second, *_ = sorted(os.sched_getaffinity(0))
 
     def start(*cores: int) -> "subprocess.Popen[str]":
-        program = [sys.executable, "-c", SERVICE, tmp_path / "service.yaml", tmp_path]
+        program = [sys.executable, "-c", SERVICE, str(tmp_path / "service.yaml"), str(tmp_path)]
         process = subprocess.Popen(
             ["taskset", "-c", ",".join(map(str, cores)), *program],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

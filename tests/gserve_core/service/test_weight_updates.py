@@ -93,7 +93,7 @@ def test_wrong_weights_are_refused_and_change_nothing(service: VLLMService, root
         service.update_weights(root / "v1", version="1", in_flight="kill")
     with pytest.raises(ConfigError, match="expected a version of 1 to 64 letters"):
         service.update_weights(root / "v1", version="a b")
-    with pytest.raises(ConfigError, match="the weights of version '0' are those in m: give other weights another"):
+    with pytest.raises(ConfigError, match="'0' is the version of the weights of the start: choose another one"):
         service.update_weights(root / "v1", version="0")
     assert answers(service) == {("a", "0")}
 
@@ -122,3 +122,25 @@ def test_a_server_that_dies_starts_again_with_the_new_weights(service: VLLMServi
     assert answers(service) == {("a weights=v1", "1")}
     service.scale(3)
     assert answers(service, 100) == {("a weights=v1", "1")}
+
+
+def test_a_server_that_is_killed_during_a_change_comes_back_with_the_new_weights(root: Path) -> None:
+    """Loading takes a second, like the token of an item."""
+    with VLLMService(LLMConfig("m"), SERVE, engine=EchoEngine(show_weights=True, latency=1.0)) as service:
+        victim = main_process(service, "server-0")
+        killing = threading.Timer(0.5, lambda: os.kill(victim, signal.SIGKILL))
+        killing.start()
+        service.update_weights(root / "v1", version="1")
+        assert answers(service, 20) == {("a weights=v1", "1")}
+        until(partial(_is_back, service.servers[0], 1), 30)
+        assert answers(service, 20) == {("a weights=v1", "1")}
+        assert {state.weight_version for state in service.status()} == {"1"}
+
+
+def test_all_servers_are_killed_by_weights_as_often_as_they_may_and_return_with_the_old(root: Path) -> None:
+    engine = EchoEngine(show_weights=True, die_on="deadly")
+    with VLLMService(LLMConfig("m"), ServeConfig(servers=2, max_restarts=1), engine=engine) as service:
+        service.update_weights(root / "v1", version="1")
+        with pytest.raises(GserveError, match="all servers have the old ones again"):
+            service.update_weights(root / "deadly", version="2")
+        assert answers(service) == {("a weights=v1", "1")}
