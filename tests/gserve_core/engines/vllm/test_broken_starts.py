@@ -179,13 +179,6 @@ def starts(folder: Path, port: int, asking: dict[str, str]) -> dict[str, Start]:
             llm_kwargs={"kv_cache_memory_bytes": 4 << 30},
             data=3_500_000_000,
         ),
-        "LoRA of a higher rank": Start(
-            "the LoRA adapter has rank 16, and max_lora_rank is 8",
-            "LoRA rank 16 is greater than max_lora_rank 8.",
-            "set max_lora_rank under llm_kwargs to 16 or more",
-            llm={"lora_path": str(adapter(folder / "rank", rank=16, width=576))},
-            llm_kwargs={"max_lora_rank": 8},
-        ),
         "LoRA for another model": Start(
             "the LoRA adapter was made for another model",
             "The size of tensor a (576) must match the size of tensor b (1024)",
@@ -258,7 +251,7 @@ def starts(folder: Path, port: int, asking: dict[str, str]) -> dict[str, Start]:
 
 
 NAMES = (
-    "no room for the cache", "weights cut short", "too much of the memory", "out of memory", "LoRA of a higher rank",
+    "no room for the cache", "weights cut short", "too much of the memory", "out of memory",
     "LoRA for another model", "no hub", "no access", "no model on the hub", "no folder",
     "unknown architecture", "too long a context", "not quantized", "quantized otherwise", "no tokenizer",
     "broken config", "port taken",

@@ -342,7 +342,7 @@ def phases(running: VLLMService) -> list[str]:
     return [status.phase or "" for status in running.status()]
 
 
-@pytest.mark.skipif("GSERVE_LONG" not in os.environ, reason="takes a minute: LONG=1 runs it")
+@pytest.mark.skipif("LONG" not in os.environ, reason="takes a minute: LONG=1 runs it")
 def test_servers_of_a_slow_download_are_not_given_up(
     running: stand_in.Hub, environ: dict[str, str], tmp_path: Path
 ) -> None:

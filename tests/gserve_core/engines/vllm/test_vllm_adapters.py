@@ -186,7 +186,7 @@ def test_an_adapter_that_a_restarted_server_misses_fails_its_items_only(
             service.add_adapter("code", tmp_path / "code")
 
 
-@pytest.mark.skipif(not os.environ.get("GSERVE_LONG"), reason="takes minutes: LONG=1 runs it")
+@pytest.mark.skipif(not os.environ.get("LONG"), reason="takes minutes: LONG=1 runs it")
 def test_ten_adapters_over_two_servers_answer_as_each_alone(folders: Path) -> None:
     """2,000 items, each with one of them or with none."""
     chance = random.Random(0)

@@ -30,7 +30,7 @@ SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 ASK = {"role": "user", "content": "Name three colours."}
 ANSWER = {"role": "assistant", "content": "Red, green and"}
 
-IS_LONG = bool(os.environ.get("GSERVE_LONG"))
+IS_LONG = bool(os.environ.get("LONG"))
 EXAMPLES = 5000 if IS_LONG else 250
 
 MOST = 12
