@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from .folders import expanded
+from . import folders
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 OTHER_WEIGHTS = ("adapter_model.bin", "adapter_model.pt")
@@ -16,11 +16,7 @@ MAX_CONFIG = 1 << 20
 
 def find(path: str) -> Path:
     """Return the folder of an adapter, with links resolved. Raises ConfigError: it is missing or not complete."""
-    folder = expanded(path)
-    try:
-        folder = folder.resolve(strict=True)
-        if not folder.is_dir():
-            raise ConfigError(f"expected the folder of a LoRA adapter, got the file {folder}")
+    with folders.given(path, "LoRA adapter", "a LoRA adapter") as folder:
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 other = next((it for it in OTHER_WEIGHTS if (folder / it).is_file()), None)
@@ -28,8 +24,6 @@ def find(path: str) -> Path:
                 raise ConfigError(
                     f"no LoRA adapter in {folder}: expected {name} there{hint if name == WEIGHTS else ''}"
                 )
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        raise ConfigError(f"no LoRA adapter in {folder}: {getattr(error, 'strerror', None) or error}") from error
     return folder
 
 
@@ -40,14 +34,12 @@ def find_below(root: str | None, path: str) -> Path:
     """
     if root is None:
         raise ConfigError("the gateway takes no adapters: set serve.adapters_root to the folder that holds them")
-    top = expanded(root).resolve()
-    wrong = ConfigError(f"expected a folder below adapters_root, with its files there, got {path!r:.200}")
-    if "\0" in path or not (top / path).resolve().is_relative_to(top):
-        raise wrong
-    folder = find(str(top / path))
-    if not all((folder / name).resolve().is_relative_to(top) for name in (".", CONFIG, WEIGHTS)):
-        raise wrong
-    return folder
+
+    def find_files(given: str) -> tuple[Path, list[Path]]:
+        folder = find(given)
+        return folder, [folder / CONFIG, folder / WEIGHTS]
+
+    return folders.below(root, path, "adapters_root", find_files)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

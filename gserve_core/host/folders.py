@@ -8,11 +8,11 @@ import re
 import stat
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from ..errors import GserveError
+from ..errors import ConfigError, GserveError
 from . import processes
 from .locks import try_lock, unlock_and_close
 
@@ -86,6 +86,42 @@ def expanded(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+@contextlib.contextmanager
+def given(path: str, what: str, holder: str) -> Iterator[Path]:
+    """Give the folder of a path that a user has named, with links resolved.
+
+    `what`: what is looked for in it, and `holder`: what it is the folder of, for messages.
+
+    Raises ConfigError: it is no folder, or the block cannot read it.
+    """
+    folder = expanded(path)
+    try:
+        folder = folder.resolve(strict=True)
+        if not folder.is_dir():
+            raise ConfigError(f"expected the folder of {holder}, got the file {folder}")
+        yield folder
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise ConfigError(f"no {what} in {folder}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def below(root: str, path: str, option: str, find: Callable[[str], tuple[Path, Iterable[Path]]]) -> Path:
+    """Return a folder below a root, with links resolved. A relative path starts at the root.
+
+    `option`: name of the option that sets the root.
+    `find`: returns a folder with links resolved, and the files in it that will be read.
+
+    Raises ConfigError: the folder or one of these files is not below the root. Raises what `find` raises.
+    """
+    top = expanded(root).resolve()
+    wrong = ConfigError(f"expected a folder below {option}, with its files there, got {path!r:.200}")
+    if "\0" in path or not (top / path).resolve().is_relative_to(top):
+        raise wrong
+    folder, files = find(str(top / path))
+    if not all(file.resolve().is_relative_to(top) for file in (folder, *files)):
+        raise wrong
+    return folder
 
 
 def writable(kind: Literal["state", "cache"], below: str) -> Path:

@@ -3,22 +3,16 @@
 from pathlib import Path
 
 from ..errors import ConfigError
-from .folders import expanded
+from . import folders
 
 PATTERN = "*.safetensors"
 
 
 def find(path: str) -> Path:
     """Return the folder, with links resolved. Raises ConfigError: it is missing, or holds no safetensors files."""
-    folder = expanded(path)
-    try:
-        folder = folder.resolve(strict=True)
-        if not folder.is_dir():
-            raise ConfigError(f"expected the folder of a model, got the file {folder}")
+    with folders.given(path, "weights", "a model") as folder:
         if not any(folder.glob(PATTERN)):
             raise ConfigError(f"no weights in {folder}: expected files {PATTERN} there; save them as safetensors")
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        raise ConfigError(f"no weights in {folder}: {getattr(error, 'strerror', None) or error}") from error
     return folder
 
 
@@ -29,11 +23,9 @@ def find_below(root: str | None, path: str) -> Path:
     """
     if root is None:
         raise ConfigError("no weights are taken over HTTP: set serve.weights_root to the folder that holds them")
-    top = expanded(root).resolve()
-    wrong = ConfigError(f"expected a folder below weights_root, with its files there, got {path!r:.200}")
-    if "\0" in path or not (top / path).resolve().is_relative_to(top):
-        raise wrong
-    folder = find(str(top / path))
-    if not all(file.resolve().is_relative_to(top) for file in (folder, *folder.iterdir())):
-        raise wrong
-    return folder
+
+    def find_files(given: str) -> tuple[Path, list[Path]]:
+        folder = find(given)
+        return folder, [*folder.iterdir()]
+
+    return folders.below(root, path, "weights_root", find_files)

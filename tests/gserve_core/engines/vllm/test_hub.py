@@ -114,6 +114,19 @@ def failed(process: "subprocess.Popen[str]") -> str:
     return err.splitlines()[-1].removeprefix("failed: ")
 
 
+def held_back(running: stand_in.Hub, from_position: int = 0) -> tuple[threading.Event, threading.Event]:
+    """Let the hub stop in a file, at this position or later. Return what it sets then, and what lets it go on."""
+    blocked, go = threading.Event(), threading.Event()
+
+    def pause(path: str, position: int) -> None:
+        if path == "model-2.safetensors" and position >= from_position:
+            blocked.set()
+            go.wait(240)
+
+    running.before_chunk = pause
+    return blocked, go
+
+
 def snapshot(tmp_path: Path, cache: str = "hf/hub") -> set[str]:
     folder = tmp_path / cache / "models--owner--model" / "snapshots" / stand_in.COMMIT
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
@@ -181,14 +194,7 @@ def test_a_second_process_waits_and_continues_if_the_first_is_killed(
     running: stand_in.Hub, environ: dict[str, str], tmp_path: Path
 ) -> None:
     """Files that were complete are kept."""
-    blocked, go = threading.Event(), threading.Event()
-
-    def pause(path: str, position: int) -> None:
-        if path == "model-2.safetensors" and position:
-            blocked.set()
-            go.wait(240)
-
-    running.before_chunk = pause
+    blocked, go = held_back(running, from_position=1)
     first = program(environ)
     assert blocked.wait(240)
     until(lambda: "model-1.safetensors" in snapshot(tmp_path))
@@ -221,14 +227,7 @@ def test_the_parts_that_killed_downloads_have_left_are_removed(
 
 
 def test_those_who_wait_share_the_outcome(running: stand_in.Hub, environ: dict[str, str]) -> None:
-    blocked, go = threading.Event(), threading.Event()
-
-    def pause(path: str, _: int) -> None:
-        if path == "model-2.safetensors":
-            blocked.set()
-            go.wait(240)
-
-    running.before_chunk = pause
+    blocked, go = held_back(running)
     first = program(environ)
     assert blocked.wait(240)
     others = [program(environ) for _ in range(2)]
@@ -371,14 +370,7 @@ def test_a_wrong_name_is_asked_for_once_by_each_server_at_most(
 def test_a_stop_ends_a_download_at_once_and_the_next_start_continues_it(
     running: stand_in.Hub, environ: dict[str, str], tmp_path: Path
 ) -> None:
-    blocked, go = threading.Event(), threading.Event()
-
-    def pause(path: str, _: int) -> None:
-        if path == "model-2.safetensors":
-            blocked.set()
-            go.wait(240)
-
-    running.before_chunk = pause
+    blocked, go = held_back(running)
     first = service(tmp_path, environ)
 
     def start() -> None:
