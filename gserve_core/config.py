@@ -15,15 +15,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
-from .document import Document, type_name
-from .errors import ConfigError, did_you_mean, reworded
+from .errors import ConfigError, did_you_mean, reworded, type_name
 from .host.environment import RESERVED
 from .host.redaction import hidden
+
+if TYPE_CHECKING:
+    from .document import Document
 
 OWNER = "owner"
 """Name of the key that a service itself shows, as by `gserve env`."""
@@ -785,11 +787,13 @@ def server_name(model: str | None, index: int) -> str:
     return f"{'server' if model is None else model}-{index}"
 
 
-def load(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Config, Document]:
+def load(path: Path | str, overrides: Sequence[str] = ()) -> "tuple[Config, Document]":
     """Read a YAML config. `overrides` are texts `key.key=value`.
 
     Raises ConfigError: the file is wrong. The error has file, line and path.
     """
+    from .document import Document  # imports yaml, which a client does not need
+
     document = Document(path, overrides)
     with document.located():
         config = build(Config, _with_shared_serve(document.data))

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from .errors import ConfigError
+from .errors import ConfigError, type_name
 
 MAX_YAML_BYTES = 1 << 20
 MAX_YAML_NODES = 100_000
@@ -180,8 +180,3 @@ for _tag, _pattern, _first in (
     ("float", _FLOAT, "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
-
-
-def type_name(value: object) -> str:
-    """Return the type of a value, as error messages name it."""
-    return "null" if value is None else type(value).__name__

@@ -219,3 +219,8 @@ def unknown_adapter(name: str, known: Iterable[str]) -> ItemError:
     """Return the error for an item that names an adapter which its model does not have."""
     names = ", ".join(known) or "none"
     return ItemError(f"there is no adapter '{name:.100}'; the adapters are: {names}")
+
+
+def type_name(value: object) -> str:
+    """Return the type of a value, as error messages name it."""
+    return "null" if value is None else type(value).__name__

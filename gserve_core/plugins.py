@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -13,19 +13,20 @@ from typing import Any, ClassVar, get_origin, get_type_hints
 import pluggy
 
 from . import hookspecs
-from .config import Config, LLMConfig, ServeConfig, build, check
+from .config import DEFAULT_TYPES, Config, LLMConfig, ServeConfig, build, check
 from .errors import ConfigError, PluginError, did_you_mean
 from .hookspecs import PROJECT
 from .interfaces import Engine, Launcher, Transport
 
-BUILT_IN = (
-    "gserve_launchers.local",
-    "gserve_launchers.slurm.launcher",
-    "gserve_launchers.ssh.launcher",
-    "gserve_transports",
-    "gserve_core.engines.vllm.engine",
-    "gserve_core.engines.echo",
-)
+BUILT_IN = {
+    "gserve_launchers.local": "launcher",
+    "gserve_launchers.slurm.launcher": "launcher",
+    "gserve_launchers.ssh.launcher": "launcher",
+    "gserve_transports": "transport",
+    "gserve_core.engines.vllm.engine": "engine",
+    "gserve_core.engines.echo": "engine",
+}
+"""The built-in modules, and what each provides."""
 KINDS: Mapping[str, type] = {"launcher": Launcher, "transport": Transport, "engine": Engine}
 
 
@@ -86,17 +87,19 @@ def _default(item: Field[Any]) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
 
 
-def load(modules: Sequence[str] = (), folder: Path | None = None) -> Registry:
+def load(modules: Sequence[str] = (), folder: Path | None = None, kinds: Collection[str] = KINDS) -> Registry:
     """Load all plugins.
 
     `modules`: dotted names. They are also searched in `folder`, the config's folder.
+    `kinds`: the kinds of built-in plugins to load.
 
     Raises PluginError: a module cannot be imported, has a misspelt hook, or claims a name that is taken.
     """
     manager = pluggy.PluginManager(PROJECT)
     manager.add_hookspecs(hookspecs)
-    for name in BUILT_IN:
-        manager.register(importlib.import_module(name), name=name)
+    for name, kind in BUILT_IN.items():
+        if kind in kinds:
+            manager.register(importlib.import_module(name), name=name)
     installed: dict[str, str] = {}
     broken: dict[str, str] = {}
     for entry_point in entry_points(group=PROJECT):
@@ -295,6 +298,20 @@ def assemble(
     return Parts(
         **parts, registry=registry, plugins=tuple(config.plugins), folder=_find_folder(config.plugins) or folder
     )
+
+
+def find_transport(
+    section: Mapping[str, Any] | None = None, modules: Sequence[str] = (), folder: Path | None = None
+) -> Transport:
+    """Make the transport that a section of a config describes; None: that of a config without one.
+
+    A client needs no launcher and no engine, and loading the built-in ones takes time. For `modules` and `folder` see
+    `load`, and for the errors `assemble`.
+    """
+    transport: Transport = load(modules, folder, ["transport"]).build(
+        "transport", {"type": DEFAULT_TYPES["transport"]} if section is None else section
+    )
+    return transport
 
 
 def _find_folder(modules: Sequence[str]) -> Path | None:

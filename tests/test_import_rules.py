@@ -45,7 +45,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"host.server_log", "openai_api", "run_requests"},
     {"host.tokens", "host.api_keys", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
-    {"service.state"},
+    {"service.state", "service.model_names"},
     {"service.rates", "service.routing", "service.watch"},
     {"service.metrics"},
     {"service.supervisor"},
@@ -249,6 +249,8 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/rows/answers.py": {"jsonschema", "referencing"},
     "gserve_core/service/inference.py": {"gserve_core"},  # only jobs on tables need `rows`
     "gserve_core/service/model.py": {"gserve_core"},
+    "gserve_core/service/service.py": {"gserve_core"},  # an attached service needs no part that runs servers
+    "gserve_core/config.py": {"gserve_core"},  # a client reads no YAML
     "gserve_transports/__init__.py": {"gserve_transports"},  # httpx or fastapi, by the half that is used
     "gserve/vllm_server.py": {"gserve_core"},  # after the search path is right
     **{  # `gserve --help` needs none of them

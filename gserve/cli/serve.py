@@ -113,7 +113,7 @@ def wait(
         raise GserveError(f"the service '{name}' cannot be used, it is {record.status}{cause}")
     while model is not None:  # it may join later than the others
         from gserve_core.service.attached import models_of
-        from gserve_core.service.plan import find_model
+        from gserve_core.service.model_names import find_model
 
         models = models_of(record)
         find_model({it: it for it in models}, model)

@@ -87,7 +87,7 @@ def chosen(service: "VLLMService", model: str | None) -> "VLLMService | Model":
     """Return the calls to the model with a name; None: to the only one. Raises ConfigError: there are others."""
     if model is None and len(service.models) <= 1:
         return service
-    from gserve_core.service.plan import find_model
+    from gserve_core.service.model_names import find_model
 
     return service[find_model({name: name for name in service.models}, model)]
 

@@ -197,7 +197,7 @@ def _check_model(services: "Sequence[ServiceRecord]", model: str | None) -> None
     """Raise ConfigError if none of these services has a model of this name. None: no model is wanted."""
     if model is not None:
         from gserve_core.service.attached import models_of
-        from gserve_core.service.plan import find_model
+        from gserve_core.service.model_names import find_model
 
         known = {it: it for record in services for it in models_of(record)}
         find_model(known, model, of_several=len(services) > 1)

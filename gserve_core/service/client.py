@@ -6,7 +6,6 @@ from typing import Self
 
 from .. import plugins
 from ..batch.dispatcher import Dispatcher
-from ..config import Config, LLMConfig
 from ..errors import ConfigError
 from ..host import tokens
 from ..interfaces import Access, Address, Connection, Transport
@@ -47,7 +46,7 @@ class VLLMClient(Inference):
             found = tokens.find_access(host, port)
             token, control = found.token, found.control
         if transport is None:
-            transport = plugins.assemble(Config(LLMConfig("any"))).transport
+            transport = plugins.find_transport()
         self.host = host
         self.port = port
         access = Access(token=token, control=control, instance=instance, timeout=timeout)

@@ -28,12 +28,12 @@ from ..errors import ChangeInProgress, ConfigError, GserveError
 from ..host import adapter_folders, folders, processes, weight_folders
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
-from ..interfaces import Access, Connection, Transport
+from ..interfaces import Connection
 from ..weights import FIRST, Weights
 from .gateway import Gateway, ModelCard, new_key
 from .plan import ModelPlan, Plan, Source
 from .pool import Pool, Queue, Record, status_of
-from .records import ModelRecord, ServerRecord, ServiceRecord
+from .records import ModelRecord, ServiceRecord
 from .server import record_of
 from .server_life import ServerProgram
 from .state import ONLY, ServerState
@@ -107,7 +107,8 @@ class Deployment:
         }
 
     def _connect(self, key: str, state: ServerState) -> Connection:
-        return connect(self.plan.transport, record_of(state), self._serve_of(key).client_timeout)
+        server = record_of(state)
+        return self.plan.transport.connect(server.address, server.access(self._serve_of(key).client_timeout))
 
     def _record(self, name: str, states: Sequence[ServerState], status: str) -> ServiceRecord:
         """Return the record with which other processes can use the service. `states`: those of all servers."""
@@ -534,12 +535,6 @@ def _is_same(one: ModelPlan | None, other: ModelPlan) -> bool:
 def _free(used: Collection[int], count: int) -> list[int]:
     """Return the lowest `count` numbers, from 0, that are not used."""
     return [number for number in range(len(used) + count) if number not in used][:count]
-
-
-def connect(transport: Transport, server: ServerRecord, timeout: float | None) -> Connection:
-    """Return a connection to a server."""
-    access = Access(token=server.token, control=server.control, instance=server.instance, timeout=timeout)
-    return transport.connect(server.address, access)
 
 
 def api_key(name: str, config: GatewayConfig) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
 from .attached import Attached
-from .plan import find_model
+from .model_names import find_model
 from .records import ModelRecord
 from .remote import Remote
 

@@ -1,7 +1,7 @@
 """`Model`: the calls to one model of a service."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
@@ -9,8 +9,10 @@ from ..errors import ConfigError, ItemError
 from ..messages import Prompt
 from ..sampling import params_from
 from .inference import Inference
-from .plan import ModelPlan
 from .state import ServerState
+
+if TYPE_CHECKING:  # it takes time, and an attached service has none
+    from .plan import ModelPlan
 
 
 class Service(Protocol):
@@ -23,7 +25,7 @@ class Service(Protocol):
     def status(self) -> list[ServerState]:
         """Return the current state of each server."""
 
-    def plan_of(self, name: str | None = None) -> ModelPlan | None:
+    def plan_of(self, name: str | None = None) -> "ModelPlan | None":
         """Return the plan of a model."""
 
     def seeds_of(self, name: str | None = None) -> Seeds:
@@ -68,7 +70,7 @@ class Model(Inference):
         return model_facts(self._service.plan_of(self.name), self.status())
 
 
-def check_params(plan: ModelPlan | None, sampling_params: Any) -> None:
+def check_params(plan: "ModelPlan | None", sampling_params: Any) -> None:
     """Check sampling parameters for a model. `plan`: None if another process runs it. Raises ConfigError."""
     try:
         params = params_from(sampling_params)
@@ -78,12 +80,12 @@ def check_params(plan: ModelPlan | None, sampling_params: Any) -> None:
         raise ConfigError(str(error)) from error
 
 
-def prompt_lengths(plan: ModelPlan | None, prompts: Sequence[Prompt]) -> list[int] | None:
+def prompt_lengths(plan: "ModelPlan | None", prompts: Sequence[Prompt]) -> list[int] | None:
     """Return the number of tokens of each prompt for a model; None if they cannot be counted here."""
     return None if plan is None else plan.parts.engine.prompt_lengths(plan.llm, prompts)
 
 
-def model_facts(plan: ModelPlan | None, states: Iterable[ServerState]) -> dict[str, Any]:
+def model_facts(plan: "ModelPlan | None", states: Iterable[ServerState]) -> dict[str, Any]:
     """Return what is known about a model, by its plan or else by the states of its servers."""
     from ..rows.fingerprint import model_facts
 

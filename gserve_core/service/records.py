@@ -15,7 +15,7 @@ from msgspec import Struct, structs
 
 from ..errors import ConfigError, GserveError, did_you_mean
 from ..host import processes, run_files, tokens
-from ..interfaces import Address
+from ..interfaces import Access, Address
 
 LOCK_SECONDS = 10.0
 """Maximum wait for another process that reserves a name, in seconds."""
@@ -42,6 +42,10 @@ class ServerRecord(Struct, frozen=True):
     def __repr__(self) -> str:
         """Show no secret."""
         return f"ServerRecord(name={self.name!r}, address={self.address!r}, instance={self.instance!r})"
+
+    def access(self, timeout: float | None) -> Access:
+        """Return what a client needs to use the server. `timeout`: see `ServeConfig.client_timeout`, in seconds."""
+        return Access(token=self.token, control=self.control, instance=self.instance, timeout=timeout)
 
 
 class GatewayRecord(Struct, frozen=True):

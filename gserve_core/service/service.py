@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
@@ -18,25 +18,27 @@ from ..commands import DRAIN_SECONDS, UPDATE_SECONDS, VERSION, UpdateWeights
 from ..config import Config, GatewayConfig, LLMConfig, ModelConfig, ServeConfig, wrong_key
 from ..errors import ConfigError, GserveError
 from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
-from ..interfaces import Access, Engine, Job, Launcher, Transport
+from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
 from ..messages import Prompt
-from ..plugins import assemble
-from ..rows import openai_batch
-from ..rows.batch_files import BatchSummary
+from ..plugins import find_transport
 from ..service import records
-from ..service.records import GatewayRecord
+from ..service.records import GatewayRecord, ServerRecord
 from ..weights import Weights
 from .attached import Attached, drain_reason
-from .deployment import Deployment, connect
 from .followed_models import FollowedModels
 from .gateway_requests import GatewayRequests
 from .inference import Inference
 from .model import Model, check_params, model_facts, prompt_lengths
-from .plan import ModelPlan, Plan, Source, find_model
-from .pool import Pool
+from .model_names import find_model
 from .remote import Remote, Url
-from .server import VLLMServer, member_of
 from .state import ServerState
+
+if TYPE_CHECKING:  # they take time, and an attached service does not need them
+    from ..rows.batch_files import BatchSummary
+    from .deployment import Deployment
+    from .plan import ModelPlan
+    from .pool import Pool
+    from .server import VLLMServer
 
 type Follow = Callable[..., Attached | Remote]
 """Returns what follows the servers of a model (None: of all), with the maximum time without a sign of life."""
@@ -73,6 +75,9 @@ class VLLMService(Inference):
         name: str | None = None,
         gateway: GatewayConfig | None = None,
     ) -> None:
+        from .deployment import Deployment
+        from .plan import Plan
+
         config = Config(
             llm_config, serve_config or ServeConfig(), plugins=list(plugins), gateway=gateway, models=dict(models or {})
         )
@@ -95,6 +100,9 @@ class VLLMService(Inference):
         `overrides`: texts of the form `"key.key=value"`. For the other arguments see the class.
         `gateway`: the gateway if the file describes none. It is left out if the transport has none.
         """
+        from .deployment import Deployment
+        from .plan import Source
+
         source = Source(Path(path), tuple(overrides), launcher, transport, engine, gateway)
         plan = source.read()
         self = cls.__new__(cls)
@@ -135,12 +143,15 @@ class VLLMService(Inference):
             raise GserveError(drain_reason(name))
         if record.status == "failed":
             raise GserveError(f"all servers of the service '{name}' have failed: end it with: gserve stop {name}")
-        config = Config(LLMConfig("any"), transport=record.transport, plugins=record.plugins)
-        parts = assemble(config, Path(record.folder) if record.folder else None)
-        transport, timeout, service_name = parts.transport, record.client_timeout, record.name
+        folder = Path(record.folder) if record.folder else None
+        transport = find_transport(record.transport, record.plugins, folder)
+        timeout, service_name = record.client_timeout, record.name
 
         def follow(model: str | None, timeout: float | None = timeout) -> Attached:
-            return Attached(service_name, lambda server: connect(transport, server, timeout), timeout, model)
+            def connect(server: ServerRecord) -> Connection:
+                return transport.connect(server.address, server.access(timeout))
+
+            return Attached(service_name, connect, timeout, model)
 
         return cls._attached(transport, follow)
 
@@ -154,7 +165,7 @@ class VLLMService(Inference):
             )
         if wrong := wrong_key(key):
             raise ConfigError(f"the API key for {url.base_url} is not allowed: {wrong}")
-        transport = assemble(Config(LLMConfig("any"))).transport
+        transport = find_transport()
         usual = ServeConfig().client_timeout
 
         def follow(model: str | None, timeout: float | None = usual) -> Remote:
@@ -176,7 +187,7 @@ class VLLMService(Inference):
         pool.start()
         return self
 
-    def _set_up(self, deployment: Deployment) -> None:
+    def _set_up(self, deployment: "Deployment") -> None:
         self._deployment: Deployment | None = deployment
         self._pool: Pool | Attached | Remote = deployment.pool
         self._transport = deployment.plan.transport
@@ -203,7 +214,7 @@ class VLLMService(Inference):
         """Refuse: a service is no sequence, although it has items."""
         raise TypeError("a VLLMService is not iterable: see its attribute 'models'")
 
-    def plan_of(self, name: str | None = None) -> ModelPlan | None:
+    def plan_of(self, name: str | None = None) -> "ModelPlan | None":
         """Return the plan of a model; None if another process runs the service. For the errors see `dispatcher_of`."""
         if self._deployment is None:
             return None
@@ -413,7 +424,7 @@ class VLLMService(Inference):
             UpdateWeights(str(path), version, redo=in_flight == "redo", timeout=timeout, model=model)
         )
 
-    def _changeable(self) -> Deployment:
+    def _changeable(self) -> "Deployment":
         if self._deployment is None:
             raise GserveError("another process runs this service: use gserve scale, gserve reload or gserve adapters")
         return self._deployment
@@ -437,7 +448,7 @@ class VLLMService(Inference):
         overwrite: bool = False,
         serving: Callable[[int], AbstractContextManager[Callable[[], object]]] | None = None,
         is_over: Callable[[str], bool] = lambda _: False,
-    ) -> BatchSummary:
+    ) -> "BatchSummary":
         """Have a batch file of OpenAI's answered through the gateway, and return the totals.
 
         The answers are written as they come. The same call continues an interrupted one: it skips the lines with an
@@ -453,6 +464,8 @@ class VLLMService(Inference):
         Raises TransportError: the gateway does not answer for a minute, or refuses the key.
         Raises GserveError: the service has no gateway, or an answer cannot be written.
         """
+        from ..rows import openai_batch
+
         self._check_has_gateway()
         several = {name: self[name].model_facts() for name in self.models}
         facts = {"models": several} if len(several) > 1 else self.model_facts()
@@ -479,10 +492,12 @@ class VLLMService(Inference):
     # ---------------------------------------------------------------------------------------------------------- status
 
     @property
-    def servers(self) -> Sequence[VLLMServer]:
+    def servers(self) -> "Sequence[VLLMServer]":
         """The servers, in order. Empty for an attached service."""
         if self._deployment is None:
             return ()
+        from .server import member_of
+
         known = {id(server.program): server for server in self._members}
         pool, programs = self._deployment.pool, self._deployment.members()
         self._members = [known.get(id(program)) or member_of(pool, program) for program in programs]
