@@ -195,6 +195,8 @@ class JobFiles:
 
     `answers`: made the columns of the answers.
     `is_direct`: whether answers are appended to the output itself, and not to a journal.
+
+    Raises ConfigError: failed rows cannot be written to `failed`, which this would remove in the end.
     """
 
     def __init__(
@@ -206,6 +208,10 @@ class JobFiles:
         self._vectors = answers.vectors
         self.is_direct = is_direct
         self.failed = self._beside_failed() if failed is None else failed.resolve()
+        if self.failed.exists() and not self.failed.is_file():
+            raise ConfigError("expected a file for failed rows, and this is a device, a pipe or a folder", file=failed)
+        if self.failed == self._output:
+            raise ConfigError("failed rows need a file of their own, and this is the output", file=failed)
         self.journal = journal_of(output)
         self.input = self._output.with_name(f".{self._output.name}.gserve.input")
         self._lines = array.array("q")

@@ -346,6 +346,17 @@ def test_a_job_never_writes_among_the_files_of_its_input(
     assert service.run_file(source, folder / "beside.jsonl", limit=1).done == 1
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_failed_rows_go_to_a_file_of_their_own_and_no_device_is_removed(
+    service: VLLMService, source: Path, tmp_path: Path, overwrite: bool
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for given, said in [("pipe", "this is a device, a pipe or a folder"), ("out.jsonl", "and this is the output")]:
+        with pytest.raises(ConfigError, match=said):
+            service.run_file(source, tmp_path / "out.jsonl", failed=tmp_path / given, overwrite=overwrite)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
