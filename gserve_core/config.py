@@ -480,6 +480,7 @@ class Config:
             raise ConfigError("each of several models has a 'serve' of its own: write it there", at="$.serve")
         if self.gateway is not None:
             _check_kinds(self, gateway=GatewayConfig)
+        of: dict[str, str] = {}
         for name, given in self.models.items():
             if not _NAME.fullmatch(name):
                 raise ConfigError(
@@ -491,11 +492,14 @@ class Config:
                     f"expected an instance of gserve.ModelConfig, got {what}: write gserve.ModelConfig(…)",
                     at=f"$.models.{name}",
                 )
-            if taken := next((adapter for adapter in given.llm.adapters if adapter in self.models), None):
-                raise ConfigError(
-                    f"'{taken}' is a model of this service: choose another name for the adapter",
-                    at=f"$.models.{name}.llm.adapters.{taken}",
-                )
+            for adapter in given.llm.adapters:  # clients of OpenAI's API choose by these names alone
+                taken = f"of the model '{of[adapter]}' too" if adapter in of else "a model of this service"
+                if adapter in of or adapter in self.models:
+                    raise ConfigError(
+                        f"'{adapter}' is {taken}: choose another name for the adapter",
+                        at=f"$.models.{name}.llm.adapters.{adapter}",
+                    )
+                of[adapter] = name
 
     @property
     def pools(self) -> dict[str, ModelConfig]:

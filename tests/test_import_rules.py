@@ -147,7 +147,12 @@ OF_AN_ENGINE = {
         "engines.vllm.safetensors_files",
         "engines.vllm.weight_loading",
     },
-    "engines.vllm.adapter_files": {"errors", "host.adapter_folders", "engines.vllm.safetensors_files"},
+    "engines.vllm.adapter_files": {
+        "errors",
+        "host.adapter_folders",
+        "engines.vllm.hub",
+        "engines.vllm.safetensors_files",
+    },
     "engines.vllm.adapters": {"errors", "engines.vllm.adapter_files", "engines.vllm.differences"},
     "engines.vllm.chats": {"messages"},
     "engines.vllm.nodes": {"errors", "config", "interfaces", "engines.vllm.differences"},

@@ -102,7 +102,7 @@ def given(path: str, what: str, holder: str) -> Iterator[Path]:
         if not folder.is_dir():
             raise ConfigError(f"expected the folder of {holder}, got the file {folder}")
         yield folder
-    except (OSError, ValueError) as error:  # ValueError: a null byte
+    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a null byte, RuntimeError: a loop of links
         raise ConfigError(f"no {what} in {folder}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -116,7 +116,11 @@ def below(root: str, path: str, option: str, find: Callable[[str], tuple[Path, I
     """
     top = expanded(root).resolve()
     wrong = ConfigError(f"expected a folder below {option}, with its files there, got {path!r:.200}")
-    if "\0" in path or not (top / path).resolve().is_relative_to(top):
+    try:
+        is_below = (top / path).resolve().is_relative_to(top)
+    except (OSError, ValueError, RuntimeError) as error:  # a null byte, or a loop of links
+        raise wrong from error
+    if not is_below:
         raise wrong
     folder, files = find(str(top / path))
     if not all(file.resolve().is_relative_to(top) for file in (folder, *files)):

@@ -10,10 +10,13 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ...host.adapter_folders import WEIGHTS, find, read_config
+from . import hub
 from .safetensors_files import FLOATS, Shapes, read_header, shapes_of
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Valid values of `max_lora_rank` (vllm/config/lora.py)."""
+KIND = "LORA"
+"""PEFT's name of the kind of adapters that vLLM takes."""
 PREFIX = "base_model.model."
 """Beginning of the names of an adapter's tensors. The name of a module of the base follows."""
 MATRIX = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])\.(?:\w+\.)?weight")
@@ -27,7 +30,7 @@ def adapter_rank(folder: Path) -> int:
     config = read_config(folder)
     try:
         rank = max([int(config["r"]), *map(int, (config.get("rank_pattern") or {}).values())])
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(f"cannot read the rank 'r' in {folder}/adapter_config.json") from error
     if rank < 1:
         raise ConfigError(f"the adapter's rank is {rank}; expected 1 to {LORA_RANKS[-1]}")
@@ -54,15 +57,18 @@ def max_lora_rank(rank: int) -> int:
 def check_adapter(path: str, base: str, most: int = LORA_RANKS[-1]) -> Path:
     """Return the folder of an adapter that fits the base as far as its files show.
 
-    `base`: the model. Its files are compared if it is a local folder with safetensors files.
+    `base`: the model. Its files are compared if they are on this machine, as safetensors.
     `most`: the highest rank that the engine takes.
 
     Raises ConfigError: the adapter is not complete, or does not fit.
     """
     folder = find(path)
+    if (kind := read_config(folder).get("peft_type", KIND)) != KIND:
+        raise ConfigError(f"the adapter in {folder} has the peft_type {kind!r:.100}, and vLLM takes {KIND} only")
     rank = check_rank(folder, most)
     matrices = _matrices(folder, read_header(folder / WEIGHTS), rank)
-    known = {} if _is_quantized(Path(base)) else shapes_of(Path(base))
+    model = hub.folder_of(base)
+    known = {} if _is_quantized(model) else shapes_of(model)
     if not any(f"{module}.weight" in known for module in matrices):
         return folder  # the base's names are others, so nothing can be compared
     for module, sizes in matrices.items():

