@@ -22,6 +22,8 @@ LFS = (".safetensors", ".bin", ".pth")
 class Hub:
     """The hub. `models`: folders by name. `asked`: counts the requests, as in "GET owner/model config.json".
 
+    vLLM reads the headers of safetensors files: "GET the begin of owner/model model.safetensors".
+
     `before_chunk`: called before each part of a file is sent, with the file's path in its model and the position.
     """
 
@@ -116,24 +118,27 @@ class _Handler(BaseHTTPRequestHandler):
         if not file.is_file():
             self._fail(404, "EntryNotFound", name)
             return
-        self.of.asked[f"{self.command} {name} {path}"] += 1
-        size, start = file.stat().st_size, 0
+        size = file.stat().st_size
+        start, end = 0, size
         if (wanted := self.headers.get("Range")) is not None and self.command == "GET":
             self.of.ranges.append(wanted)
-            start = int(wanted.removeprefix("bytes=").split("-")[0])
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
+            first, last = wanted.removeprefix("bytes=").split("-")
+            start, end = int(first), min(int(last or size) + 1, size)
+        what = self.command if end == size else "GET the begin of"
+        self.of.asked[f"{what} {name} {path}"] += 1
+        self.send_response(200 if (start, end) == (0, size) else 206)
+        if (start, end) != (0, size):
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
         self.send_header("ETag", f'"{_etag(file)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(size - start))
+        self.send_header("Content-Length", str(end - start))
         self.end_headers()
         if self.command == "HEAD":
             return
         with file.open("rb") as stream:
             stream.seek(start)
-            while data := stream.read(CHUNK):
+            while data := stream.read(min(CHUNK, end - stream.tell())):
                 self.of.before_chunk(path, stream.tell() - len(data))
                 try:
                     self.wfile.write(data)
