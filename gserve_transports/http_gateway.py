@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -33,6 +33,7 @@ from gserve_core.errors import RemoteError, unknown_adapter
 from gserve_core.interfaces import Address, ApiKey, Attempts, Backend, GatewayApi, Measurement
 from gserve_core.messages import Event
 from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
+from gserve_core.pauses import InFlight
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, packed
 from .http_bodies import asked_model, read_cancel, read_json, read_run
@@ -93,7 +94,7 @@ class NewWeights(msgspec.Struct, forbid_unknown_fields=True):
 
     path: str
     version: Version
-    in_flight: Literal["finish", "redo"] = "finish"
+    in_flight: InFlight = "finish"
     timeout: Seconds = UPDATE_SECONDS
 
 
@@ -210,7 +211,7 @@ class _Gateway:
         if scope["method"] == "POST":
             asked = read_json(await read_body(scope, receive, self._max_body), NewWeights)
             await self._api.control(
-                UpdateWeights(asked.path, asked.version, asked.in_flight == "redo", asked.timeout, True, model)
+                UpdateWeights(asked.path, asked.version, asked.in_flight, asked.timeout, True, model)
             )
         elif scope["method"] != "GET":
             raise RemoteError(f"Method Not Allowed: {scope['method']} {WEIGHTS_PATH}", status=405)
