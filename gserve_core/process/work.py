@@ -258,7 +258,7 @@ class Work:
                     raise
                 await self._wait_outside()
                 continue
-            if all(output.finish_reason == "abort" and not output.token_ids for output in outputs):
+            if outputs and all(output.finish_reason == "abort" and not output.token_ids for output in outputs):
                 await self._wait_outside()  # a pause has ended it before it was begun
                 continue
             return [self._with_version(output) for output in outputs]
