@@ -4,6 +4,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from .pauses import InFlight
 from .weights import Weights
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -83,7 +84,7 @@ class UpdateWeights(Struct, frozen=True, forbid_unknown_fields=True, tag="update
     """Replace the weights on all servers. See `VLLMService.update_weights`.
 
     `path`: their folder, on the machine of the servers.
-    `redo`: begin items in flight again with the new weights. Otherwise they finish first.
+    `in_flight`: see `pauses.InFlight`.
     `timeout`: maximum time, in seconds.
     `is_below_root`: whether the folder must be below `serve.weights_root`. A relative path then starts there.
     `model`: see `AddAdapter`.
@@ -91,7 +92,7 @@ class UpdateWeights(Struct, frozen=True, forbid_unknown_fields=True, tag="update
 
     path: str
     version: Version
-    redo: bool = False
+    in_flight: InFlight = "finish"
     timeout: Seconds = UPDATE_SECONDS
     is_below_root: bool = False
     model: str | None = None

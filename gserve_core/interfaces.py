@@ -765,11 +765,36 @@ class RunningEngine(RunningRank):
     async def load_weights(self, weights: Weights) -> None:
         """Replace the weights, and forget what was computed with the old ones. The adapters stay.
 
-        Called while no item runs. The server calls `check` afterwards. If either fails, the engine is not used again.
+        Called while no item runs, or between `pause` and `resume`: then what goes on afterwards has what it computed
+        before computed anew, and `run` returns `ResponseOutput.weight_spans`, even of one version only. The server
+        calls `check_loaded` afterwards. If either fails, the engine is not used again.
 
         Raises any exception: that fails.
         """
         await self.check_weights(weights.path)
+
+    async def check_loaded(self) -> None:
+        """Make one token, or one vector, with new weights. Raises any exception: they do not work."""
+        await self.check()
+
+    async def pause(self) -> None:
+        """Stop to compute. Requests in the engine stay as they are, and new ones wait, until `resume`.
+
+        Raises GserveError: the engine cannot do that, as unless it is overridden.
+        """
+        raise GserveError("this engine cannot keep items while it is paused: use in_flight 'finish' or 'redo'")
+
+    async def resume(self) -> None:
+        """End a `pause`, whether it was complete or not. Does nothing if there is none."""
+
+    async def abort(self) -> None:
+        """End all requests now, each with the tokens that it has, and the finish reason "abort".
+
+        Those of gserve itself, such as `check`, go on, and those of other tasks than "generate".
+
+        Raises GserveError: the engine cannot do that, as unless it is overridden.
+        """
+        raise GserveError("this engine cannot abort items: use in_flight 'finish' or 'redo'")
 
     def in_background(self, prepared: Any) -> Any:
         """Return a prepared prompt that gives way to others, if the engine schedules by priority.

@@ -31,6 +31,7 @@ from .config import LLMConfig
 from .host.forks import call_in_child
 from .interfaces import Address, EngineInfo
 from .overview import Counters
+from .pauses import InFlight
 from .weights import FIRST, ORIGINAL, Weights
 
 HEARTBEAT_SECONDS = 5.0
@@ -143,13 +144,13 @@ class CheckWeights(Struct, frozen=True, tag="check_weights"):
 
 
 class Pause(Struct, frozen=True, tag="pause"):
-    """Begin no more items. The server answers with `Answered` once none is in the engine.
+    """Begin no more items. The server answers with `Answered` once the engine computes none.
 
-    redo: put items in the engine back, to begin them again after `Resume`. Otherwise they finish.
+    in_flight: what happens to those in the engine.
     """
 
     number: int
-    redo: bool = False
+    in_flight: InFlight = "finish"
 
 
 class LoadWeights(Struct, frozen=True, tag="load_weights"):

@@ -184,11 +184,12 @@ type Logprobs = list[dict[int, Logprob] | None]
 class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
     """One completion: the fields of `vllm.CompletionOutput`, and those of its prompt.
 
-    `finish_reason`: "stop", "length" or "repetition".
+    `finish_reason`: "stop", "length" or "repetition"; "abort" if a pause has ended it early, by request.
     `stop_reason`: the stop string or token id that ended the completion.
     `prompt_tokens`: number of tokens of the prompt; None if the engine does not count them.
     `prompt_token_ids`: the tokens of the prompt, if the call requests them.
-    `weight_version`: the version of the weights that made it; see `VLLMService.update_weights`.
+    `weight_version`: the version of the weights that made it, or its last token; see `VLLMService.update_weights`.
+    `weight_spans`: the version, the first token and the end of each part, if several versions made it; else None.
     """
 
     text: str
@@ -201,6 +202,7 @@ class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
     prompt_tokens: int | None = None
     prompt_token_ids: list[int] | None = None
     weight_version: str = FIRST
+    weight_spans: list[tuple[str, int, int]] | None = None
 
 
 class FlatLogprobs(Struct, frozen=True, array_like=True, gc=False):
@@ -235,7 +237,7 @@ class FlatOutput(ResponseOutput, frozen=True, omit_defaults=True, gc=False):
             self.text, self.token_ids, self.finish_reason, self.stop_reason, self.cumulative_logprob,
             self.logprobs if flat is None else flat.unfold(),
             self.prompt_logprobs if of_prompt is None else of_prompt.unfold(),
-            self.prompt_tokens, self.prompt_token_ids, self.weight_version,
+            self.prompt_tokens, self.prompt_token_ids, self.weight_version, self.weight_spans,
         )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -29,10 +29,11 @@ from gserve_core.commands import (
     Version,
 )
 from gserve_core.config import GatewayConfig
-from gserve_core.errors import RemoteError, unknown_adapter
+from gserve_core.errors import ConfigError, RemoteError, unknown_adapter
 from gserve_core.interfaces import Address, ApiKey, Attempts, Backend, GatewayApi, Measurement
 from gserve_core.messages import Event
 from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
+from gserve_core.pauses import check_in_flight
 
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, packed
 from .http_bodies import asked_model, read_cancel, read_json, read_run
@@ -93,7 +94,7 @@ class NewWeights(msgspec.Struct, forbid_unknown_fields=True):
 
     path: str
     version: Version
-    in_flight: Literal["finish", "redo"] = "finish"
+    in_flight: str = "finish"
     timeout: Seconds = UPDATE_SECONDS
 
 
@@ -209,9 +210,11 @@ class _Gateway:
         model = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("model")
         if scope["method"] == "POST":
             asked = read_json(await read_body(scope, receive, self._max_body), NewWeights)
-            await self._api.control(
-                UpdateWeights(asked.path, asked.version, asked.in_flight == "redo", asked.timeout, True, model)
-            )
+            try:
+                how = check_in_flight(asked.in_flight)
+            except ConfigError as error:
+                raise RemoteError(str(error), status=400) from error
+            await self._api.control(UpdateWeights(asked.path, asked.version, how, asked.timeout, True, model))
         elif scope["method"] != "GET":
             raise RemoteError(f"Method Not Allowed: {scope['method']} {WEIGHTS_PATH}", status=405)
         return msgspec.json.encode((await self._api.control(ShowWeights(model))).weights)

@@ -21,7 +21,8 @@ PACKAGES = {  # package: the packages that it may import
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
     {"errors", "host.sweep", "overview", "plain", "weights"},
-    {"images", "commands"},
+    {"images", "pauses"},
+    {"commands"},
     {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
@@ -99,7 +100,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "process.engine_watchdog": {"errors", "interfaces", "lease", "process.work"},
     "process.work": {
         "errors", "messages", "interfaces", "overview", "run_requests", "host.redaction", "process.requests",
-        "weights",
+        "pauses", "weights",
     },
     "process.requests": {"errors", "messages", "interfaces", "run_requests", "tasks"},
     "reap": {"host.processes", "host.scratch", "service.records"},
@@ -129,7 +130,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "engines.vllm.adapter_files", "engines.vllm.adapters", "engines.vllm.chats", "engines.vllm.compile_turn",
         "host.adapter_folders",
         "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
-        "engines.vllm.hub", "engines.vllm.installed",
+        "engines.vllm.hub", "engines.vllm.in_flight", "engines.vllm.installed",
         "engines.vllm.known_errors", "engines.vllm.nodes", "engines.vllm.openai_app", "engines.vllm.outputs",
         "engines.vllm.patches", "engines.vllm.pooling", "engines.vllm.prompt_lengths",
         "engines.vllm.progress", "engines.vllm.series", "engines.vllm.token_counts", "engines.vllm.tokenizing",
@@ -187,6 +188,7 @@ OF_AN_ENGINE = {
     },
     "engines.vllm.patches": {"engines.orphans", "engines.vllm.differences"},
     "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep", "host.forks"},
+    "engines.vllm.in_flight": {"engines.vllm.differences", "engines.vllm.token_counts"},
     "engines.vllm.known_errors": {"interfaces"},
     "engines.vllm.tokenizing": set(),
 }
@@ -194,7 +196,7 @@ ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "rows"
 """Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {
     "errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.child_process",
-    "host.core_locks", "host.forks", "host.descriptors", "openai_api", "overview", "commands", "process.far",
+    "host.core_locks", "host.forks", "host.descriptors", "openai_api", "overview", "commands", "pauses", "process.far",
 }  # fmt: skip
 """What launchers and transports need of the core: no more than a plugin's author."""
 

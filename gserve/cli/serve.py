@@ -222,21 +222,23 @@ def update(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
     path: Annotated[Path, typer.Argument(metavar="PATH", help="The folder with the new weights, as safetensors.")],
     version: Annotated[str, typer.Option("--version", metavar="V", help="Their name: outputs have it.")],
-    redo: Annotated[
-        bool, typer.Option("--redo", help="Begin items in flight again, instead of waiting for their end.")
-    ] = False,
+    in_flight: Annotated[
+        str, typer.Option(metavar="MODE", help="What happens to items in flight: finish, redo, keep or abort.")
+    ] = "finish",
     timeout: Annotated[float, typer.Option(help="Maximum time for all of it, in seconds.", min=0)] = 600.0,
     model: Model = None,
 ) -> None:
     """Replace the weights of a launched service, while it works: on all servers, or on none.
 
-    The files are checked before anything changes. No output is made by two versions.
+    The files are checked before anything changes. Only with --in-flight keep an output is made by two versions.
     """
     from gserve_core.commands import VERSION, UpdateWeights
+    from gserve_core.pauses import check_in_flight
 
     if not re.fullmatch(VERSION, version):
         raise ConfigError(f"expected a version of 1 to 64 letters, digits, '.', '_' and '-', got {version!r:.100}")
-    _command(name, UpdateWeights(str(path.expanduser().absolute()), version, redo, timeout, model=model))
+    how = check_in_flight(in_flight)
+    _command(name, UpdateWeights(str(path.expanduser().absolute()), version, how, timeout, model=model))
 
 
 def _command(name: str, command: "Command") -> None:

@@ -25,7 +25,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import PurePath
 from typing import IO, Annotated, Any, ClassVar, NamedTuple
 
@@ -42,7 +42,7 @@ from ..messages import Conversation, FlatLogprobs, FlatOutput, Params, Prompt, R
 from ..sampling import read_params, split_prompt_params
 from ..tasks import CLASSIFY, EMBED, GENERATE, SCORE, PoolingOptions, read_options, texts_of
 from ..template_kwargs import check_template_kwargs
-from ..weights import Weights
+from ..weights import ORIGINAL, Weights
 from . import echo_openai, echo_vectors, orphans
 from .echo_json import fitting_text
 
@@ -194,6 +194,44 @@ class EchoVector(NamedTuple):
     task: str
 
 
+@dataclass
+class _Run:
+    """An item in the engine.
+
+    `began`: when the engine process got it, in seconds of `time.monotonic`; None: not yet.
+    `parts`: for each change of the weights, those before it, and the number of words that had been made.
+    `most`: number of words after which it was aborted; None: it was not.
+    """
+
+    words: list[str]
+    latency: float
+    began: float | None = None
+    parts: list[tuple[Weights, int]] = field(default_factory=list)
+    most: int | None = None
+
+    def made(self, now: float) -> int:
+        """Return the number of words that have been made until `now`."""
+        if self.began is None:
+            return 0
+        return min(len(self.words), int((now - self.began) / self.latency)) if self.latency else len(self.words)
+
+    def answer(self, weights: Weights, *, show: bool) -> tuple[list[str], list[tuple[str, int, int]] | None]:
+        """Return the words of the answer, and which weights made them, if they were replaced meanwhile.
+
+        `weights`: those at its end. `show`: whether the words of each weights are followed by their name.
+        """
+        answer: list[str] = []
+        spans = []
+        start = 0
+        for which, end in [*self.parts, (weights, len(self.words) if self.most is None else self.most)]:
+            if end <= start:
+                continue
+            first, start, words = len(answer), end, self.words[start:end]
+            answer += [*words, f"weights={PurePath(which.path).name}"] if show and which.path else words
+            spans.append((which.version, first, len(answer)))
+        return answer, spans if self.parts else None
+
+
 class RunningEcho(RunningEngine):
     """The server's side of the engine process."""
 
@@ -220,8 +258,13 @@ class RunningEcho(RunningEngine):
         self._steps = 0
         self._prompt_tokens = self._completion_tokens = 0
         self._stopping = False
-        self._weights = ""
-        """The last part of the path of the weights, if they were replaced."""
+        self._weights = ORIGINAL
+        self._runs: dict[int, _Run] = {}
+        self._going = asyncio.Event()
+        """Cleared during a pause. The engine process goes on, and its answers wait."""
+        self._going.set()
+        self._paused_at = 0.0
+        self.aborts = 0
 
     async def wait_until_loaded(self, report: Report) -> None:
         """Report the phases of the engine process until it is ready. Raises GserveError: its start failed."""
@@ -362,20 +405,22 @@ class RunningEcho(RunningEngine):
         if isinstance(prepared, EchoVector):
             return await self._run_vector(prepared)
         text, words, params, tokens = prepared
-        error = await self._request(len(words), self._fault(text))
+        run = _Run(words, self._engine.latency)
+        error = await self._request(len(words), self._fault(text), run)
         if error:
             raise ItemError(error, invalid=False)
         ends = "stop" if params.max_tokens is None or len(words) < params.max_tokens else "length"
-        if self._weights and self._engine.show_weights:
-            words = [*words, f"weights={self._weights}"]
+        if run.most is not None:
+            ends = "abort"
+        words, spans = run.answer(self._weights, show=self._engine.show_weights)
         answer = " ".join(words)
-        ids = _ids(answer)
-        output = ResponseOutput(answer, ids, ends, prompt_tokens=tokens)
+        ids = _ids(answer) if words else []
+        output = ResponseOutput(answer, ids, ends, prompt_tokens=tokens, weight_spans=spans)
         if params.logprobs is not None:
             ones, zeros = [1] * len(ids), [0.0] * len(ids)
             flat = FlatLogprobs(ones, ids, zeros, [*ones], [*words])
             output = FlatOutput(
-                answer, ids, ends, cumulative_logprob=0.0, prompt_tokens=tokens, flat_logprobs=flat
+                answer, ids, ends, cumulative_logprob=0.0, prompt_tokens=tokens, flat_logprobs=flat, weight_spans=spans
             )  # fmt: skip
         self._completion_tokens += len(ids) * params.n
         return [output] * params.n
@@ -405,28 +450,64 @@ class RunningEcho(RunningEngine):
 
     async def load_weights(self, weights: Weights) -> None:
         """Work on one token, whose fault the folder's path may trigger."""
-        if error := await self._request(1, self._fault(weights.path)):
+        if error := await self._request(1, self._fault(weights.path), waits=False):
             raise GserveError(error)
-        self._weights = PurePath(weights.path).name
+        for run in self._runs.values():
+            run.parts.append((self._weights, run.made(self._paused_at)))
+        self._weights = weights
+
+    async def pause(self) -> None:
+        """Make no more words."""
+        if self._going.is_set():
+            self._paused_at = time.monotonic()
+            self._going.clear()
+
+    async def resume(self) -> None:
+        """Make words again."""
+        if self._going.is_set():
+            return
+        for run in self._runs.values():
+            if run.began is not None:
+                run.began += time.monotonic() - max(run.began, self._paused_at)
+        self._going.set()
+
+    async def abort(self) -> None:
+        """End all items with the words that they have."""
+        self.aborts += 1
+        now = time.monotonic()
+        for number, run in self._runs.items():
+            if (future := self._waiting.get(number)) is not None and not future.done():
+                run.most = run.made(now)
+                future.set_result("")
 
     def _fault(self, text: str) -> str:
         """Return the fault that an item with this text triggers; "" if none."""
         return next((fault for marker, fault in self._markers if marker in text), "") if self._markers else ""
 
-    async def _request(self, tokens: int, fault: str) -> str:
-        """Send work on `tokens` tokens to the engine process, and wait for it; return its error, "" if none."""
+    async def _request(self, tokens: int, fault: str, run: _Run | None = None, *, waits: bool = True) -> str:
+        """Send work on `tokens` tokens to the engine process, and wait for it; return its error, "" if none.
+
+        `run`: the item that it belongs to, which a pause keeps or aborts.
+        `waits`: whether it waits for a place in the engine.
+        """
         assert self._reader is not None
         if self._reader.done():
             raise GserveError("the echo process has died")
         number = next(self._numbers)
         future: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
-        (self._checks if fault == "check" else self._queue).append((number, tokens, fault))
+        if run is not None:
+            self._runs[number] = run
+        (self._queue if waits else self._checks).append((number, tokens, fault))
         self._flush_soon()
         try:
-            return await future
+            error = await future
+            if run is not None:
+                await self._going.wait()
+            return error
         finally:
             self._waiting.pop(number, None)
+            self._runs.pop(number, None)
             self._in_flight.discard(number)
             self._flush_soon()
 
@@ -444,6 +525,8 @@ class RunningEcho(RunningEngine):
             work = self._queue.popleft()
             if work[0] in self._waiting:  # else it was cancelled
                 self._in_flight.add(work[0])
+                if (run := self._runs.get(work[0])) is not None:
+                    run.began = time.monotonic()
                 works.append(work)
         works += self._checks
         self._checks.clear()
@@ -456,10 +539,13 @@ class RunningEcho(RunningEngine):
     async def stream(self, prepared: "tuple[str, list[str], EchoParams, int]") -> AsyncIterator[str]:
         """Yield the words of one answer, each after the engine process has done its work on it."""
         text, words, *_ = prepared
-        fault, space = self._fault(text), ""
+        fault, space, aborts = self._fault(text), "", self.aborts
         for word in words:
             if error := await self._request(1, fault):
                 raise GserveError(error)
+            await self._going.wait()
+            if self.aborts > aborts:
+                return
             self._completion_tokens += 1
             yield space + word
             fault, space = NEXT_TOKEN, " "
@@ -479,7 +565,7 @@ class RunningEcho(RunningEngine):
 
     async def check(self) -> None:
         """Send one token through the engine process."""
-        await self._request(1, "check")
+        await self._request(1, "check", waits=False)
 
     async def died(self) -> str:
         """Return the cause once the engine process has ended; wait forever after `stop`."""

@@ -6,7 +6,7 @@ It has the fields that programs read first. What the answers contain, `echo` dec
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -31,6 +31,8 @@ class Streaming(echo_openai_vectors.Preparing, Protocol):
     names: Sequence[str]
     """The names that a request may give the model."""
     adapters: Mapping[str, str]
+    aborts: int
+    """How often all requests were ended early."""
 
     async def prepare(self, prompts: Sequence[Prompt], params: Params | None) -> Sequence[Any]:
         """Check prompts."""
@@ -93,7 +95,9 @@ def application(engine: Streaming) -> ASGIApp:
                 raise RemoteError(str(error), status=400) from error
             reply = _Reply(PLACES[path], f"echo-{next(numbers)}", named)
             if asked.get("stream"):
-                await reply.stream(send, [engine.stream(it) for it in prepared for _ in range(params.get("n", 1))])
+                streams = [engine.stream(it) for it in prepared for _ in range(params.get("n", 1))]
+                aborts = engine.aborts
+                await reply.stream(send, streams, lambda: "abort" if engine.aborts > aborts else "stop")
             else:
                 outputs = await asyncio.gather(*map(engine.run, prepared))
                 prompt_tokens = sum(map(engine.prompt_tokens, prepared))
@@ -130,12 +134,14 @@ class _Reply:
         whole = self._head | {"object": self._kind, "choices": choices, "usage": usage}
         await _send(send, 200, msgspec.json.encode(whole))
 
-    async def stream(self, send: ASGISend, streams: Sequence[AsyncIterator[str]]) -> None:
+    async def stream(
+        self, send: ASGISend, streams: Sequence[AsyncIterator[str]], finish_reason: Callable[[], str]
+    ) -> None:
         await send(_head(200, b"text/event-stream; charset=utf-8"))
         for index, stream in enumerate(streams):
             async for word in stream:
                 await self._event(send, index, word, None)
-            await self._event(send, index, "", "stop")
+            await self._event(send, index, "", finish_reason())
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
     async def _event(self, send: ASGISend, index: int, text: str, finish_reason: str | None) -> None:

@@ -31,7 +31,7 @@ async def wait_hung(engine: RunningEngine, work: Work, limit: float) -> str:
                         f" {sentence_of(error)}"
                     )
                 checking = None
-            if work.is_paused and work.is_empty:  # its owner watches over it
+            if work.is_still:  # its owner watches over it
                 silence.reset()
                 continue
             if (state := (work.ended, engine.progress())) != seen or not (work.running or checking):

@@ -2,13 +2,14 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from typing import Any
 
 from .. import lease
 from ..errors import sentence_of
 from ..host.redaction import redact
 from ..interfaces import RunningEngine
-from ..weights import Weights
+from ..weights import FIRST, Weights
 from .work import Work
 
 logger = logging.getLogger("gserve.serving")
@@ -28,6 +29,12 @@ class Orders:
         self._engine: RunningEngine
         self._work: Work | None = None
         self._pausing: asyncio.Task[None] | None = None
+        """The pause in progress."""
+        self._turn = asyncio.Lock()
+        """Held by a pause that is in progress, and by its end."""
+        self._version = FIRST
+        """The version of the weights that work."""
+        self._tasks: set[asyncio.Task[None]] = set()
         self._is_unsound = False
         """Whether weights are being loaded, or could not be loaded."""
 
@@ -35,16 +42,22 @@ class Orders:
         """Add an order of the owner."""
         match order:
             case lease.Pause() if self._work is not None:
-                self._pausing = asyncio.create_task(self._pause(order, self._work))
+                self._pausing = self._begin(self._pause(order, self._work))
             case lease.Resume() if self._work is not None:
                 if self._pausing is not None:
                     self._pausing.cancel()
-                if not self._is_unsound:  # otherwise its owner ends it
-                    self._work.resume()
+                self._begin(self._resume(self._work))
             case lease.Resume():
                 pass  # nothing is paused yet
             case _:
                 self._waiting.put_nowait(order)
+
+    def _begin(self, doing: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Return a task that is kept until it has ended."""
+        task = asyncio.create_task(doing)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def begin(self, engine: RunningEngine, work: Work, weights: Weights, adapters: Mapping[str, str]) -> None:
         """Give the engine these weights and adapters, then what was ordered so far.
@@ -54,7 +67,7 @@ class Orders:
         self._engine, self._work = engine, work
         if weights.path:
             await self._load(weights)
-        self._send(lease.Answered(0, version=work.weight_version))
+        self._send(lease.Answered(0, version=self._version))
         if adapters:
             await self._set_adapters(lease.SetAdapters(0, dict(adapters)))
         while not self._waiting.empty():
@@ -80,30 +93,38 @@ class Orders:
                 self._send(lease.Answered(number, version=self._version))  # it came before any item
 
     async def _pause(self, order: lease.Pause, work: Work) -> None:
-        await self._answer(order.number, work.pause(redo=order.redo))
+        async with self._turn:
+            await self._answer(order.number, work.pause(order.in_flight))
+
+    async def _resume(self, work: Work) -> None:
+        async with self._turn:
+            if not self._is_unsound:  # otherwise its owner ends it
+                await work.resume()
 
     async def _load_paused(self, weights: Weights) -> None:
         assert self._work is not None
-        if weights.version != self._work.weight_version:
-            await self._work.pause(redo=False)  # it may have become ready after the order to pause
+        if weights.version != self._version and not self._work.is_kept:
+            await self._work.pause("finish")  # it may have become ready after the order to pause
         await self._load(weights)
 
     async def _load(self, weights: Weights) -> None:
-        """Load weights, unless they are loaded, and make a token with them. Raises any exception: that fails."""
+        """Load weights, unless they are loaded, and make a token with them. Raises any exception: that fails.
+
+        No output is sent before that token: items that a pause has kept go on to compute with it.
+        """
         assert self._work is not None
-        if weights.version == self._work.weight_version:
+        if weights.version == self._version:
             return
         logger.info("loading the weights of version %s", weights.version)
         self._is_unsound = True
+        self._work.hold_outputs()
         await self._engine.load_weights(weights)
-        await self._engine.check()
         self._work.weight_version = weights.version
+        await self._work.let_engine_run()
+        await self._engine.check_loaded()
+        self._version = weights.version
         self._is_unsound = False
-
-    @property
-    def _version(self) -> str:
-        assert self._work is not None
-        return self._work.weight_version
+        self._work.send_outputs()
 
     async def _answer(self, number: int, doing: Awaitable[object]) -> None:
         """Wait for `doing`, and report that it is done, or why it is not."""

@@ -14,6 +14,7 @@ from ..host.redaction import redact
 from ..interfaces import RunningEngine
 from ..messages import Event, Failure, Group, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
 from ..overview import Counters
+from ..pauses import InFlight
 from ..run_requests import MOST_ITEMS, EarlyCancellations, cancelled_item, check_count, count_items, result_of
 from ..weights import FIRST
 from .requests import Piece, prepare, prepared_items
@@ -81,7 +82,7 @@ class Work:
         """Until this time, no other request is begun, for one that must run alone."""
         self._early = EarlyCancellations()
         self.weight_version = FIRST
-        """The version of the engine's weights."""
+        """The version of the engine's weights. What ends from now on was made by it, or has spans."""
         self._opened = asyncio.Event()
         """Cleared during a pause."""
         self._opened.set()
@@ -91,8 +92,13 @@ class Work:
         """Number of test requests in the engine."""
         self._put_back: set[asyncio.Task[None]] = set()
         """The items that a pause puts back, until they have left the engine."""
-        self._outside = 0
-        """Number of items that a pause has put back."""
+        self._outside: set[asyncio.Task[None]] = set()
+        """The items that a pause has put back, or that it has ended before they were begun."""
+        self.is_kept = False
+        """Whether the engine is paused, and may have items."""
+        self._sound = asyncio.Event()
+        """Cleared while the engine's weights are not known to work. No output is sent meanwhile."""
+        self._sound.set()
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Run a request; yield its events in batches as they happen. Raises RemoteError: the request is refused."""
@@ -234,6 +240,7 @@ class Work:
                 self._has_place.set()
             piece.unfinished -= 1
             piece.tasks.pop(index, None)
+        await self._sound.wait()
         piece.put(event)
 
     async def _outputs(self, engine: RunningEngine, prepared: Any) -> list[ResponseOutput]:
@@ -249,16 +256,33 @@ class Work:
                 self._put_back.discard(task)
                 if task.uncancel():  # it was cancelled otherwise too
                     raise
-                self._outside += 1
-                try:
-                    await self._opened.wait()
-                finally:
-                    self._outside -= 1
+                await self._wait_outside()
                 continue
-            if self.weight_version != FIRST:
-                version = self.weight_version
-                outputs = [structs.replace(output, weight_version=version) for output in outputs]
-            return outputs
+            if outputs and all(output.finish_reason == "abort" and not output.token_ids for output in outputs):
+                await self._wait_outside()  # a pause has ended it before it was begun
+                continue
+            return [self._with_version(output) for output in outputs]
+
+    async def _wait_outside(self) -> None:
+        """Wait for the end of a pause, with an item that is not in the engine."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._outside.add(task)
+        try:
+            while self.is_paused:
+                await self._opened.wait()
+        finally:
+            self._outside.discard(task)
+
+    def _with_version(self, output: ResponseOutput) -> ResponseOutput:
+        """Return an output with the version, or the versions, of the weights that made it."""
+        spans = output.weight_spans
+        if not spans:
+            version = self.weight_version
+            return output if version == FIRST else structs.replace(output, weight_version=version)
+        return structs.replace(
+            output, weight_version=spans[-1][0], weight_spans=spans if len(spans) > 1 else None
+        )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------------------- a pause
 
@@ -270,7 +294,12 @@ class Work:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is in the engine."""
-        return self.running == self._outside and not self._replies and not self._checks
+        return self.running == len(self._outside) and not self._replies and not self._checks
+
+    @property
+    def is_still(self) -> bool:
+        """Whether the engine has nothing to compute, since it is paused."""
+        return self.is_paused and (self.is_kept or self.is_empty)
 
     async def check(self) -> None:
         """Have the engine make one token, or vector. Raises any exception: it does not work."""
@@ -280,25 +309,56 @@ class Work:
         finally:
             self._checks -= 1
 
-    async def pause(self, *, redo: bool) -> None:
-        """Begin no more items, until `resume`. Returns once none is in the engine.
+    async def pause(self, in_flight: InFlight) -> None:
+        """Begin no more items, until `resume`. Returns once the engine computes none.
 
-        `redo`: put the items in the engine back, to run them again after `resume`. Otherwise they finish. Requests that
-        the engine's own application answers finish in any case.
+        `in_flight`: what happens to those in the engine. Requests that the engine's own application answers are never
+        put back: they finish.
+
+        Raises GserveError: the engine cannot do that.
         """
         self._opened.clear()
         self._most_running = 0
-        if redo:
+        if in_flight == "keep":
+            while self._checks:
+                await asyncio.sleep(PAUSE_STEP)
+            self.is_kept = True
+            await self._engine.pause()
+            return
+        await self.let_engine_run()
+        if in_flight == "redo":
             for piece in self._pieces:
-                self._put_back |= {task for task in piece.tasks.values() if task.cancel()}
+                inside = {*piece.tasks.values()} - self._outside
+                self._put_back |= {task for task in inside if task.cancel()}
         while not self.is_empty:
+            if in_flight == "abort":
+                await self._engine.abort()  # again: a request of OpenAI's API may have been on its way
             await asyncio.sleep(PAUSE_STEP)
 
-    def resume(self) -> None:
+    async def let_engine_run(self) -> None:
+        """End the engine's pause. No item is begun before `resume`."""
+        if self.is_kept:
+            await self._engine.resume()
+            self.is_kept = False
+
+    async def resume(self) -> None:
         """Begin items again."""
+        await self.let_engine_run()
         self._most_running = AHEAD * self._engine.info.capacity
         self._opened.set()
         self._has_place.set()
+
+    def hold_outputs(self) -> None:
+        """Send no output, until `send_outputs`."""
+        self._sound.clear()
+
+    def send_outputs(self) -> None:
+        """Send outputs again."""
+        self._sound.set()
+
+    async def wait_sound(self) -> None:
+        """Wait while no output may be sent."""
+        await self._sound.wait()
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         """Cancel items of the request with this id. The request may still be on its way, over another connection."""

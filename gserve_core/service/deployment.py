@@ -302,7 +302,7 @@ class Deployment:
                 self.plan = self.plan.with_weights(key, weights)
 
             update = WeightUpdate(self.pool, self.members(key), weights, command.timeout)
-            update.run(redo=command.redo, on_commit=commit)
+            update.run(command.in_flight, on_commit=commit)
 
     def _adapted(self, key: str, adapters: Mapping[str, str]) -> tuple[Plan, list[ServerProgram]]:
         """Return the plan and the programs of a model's servers with other adapters. Raises ConfigError."""

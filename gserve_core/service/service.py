@@ -20,6 +20,7 @@ from ..errors import ConfigError, GserveError
 from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
 from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
 from ..messages import Prompt
+from ..pauses import check_in_flight
 from ..plugins import find_transport
 from ..service import records
 from ..service.records import GatewayRecord, ServerRecord
@@ -401,14 +402,16 @@ class VLLMService(Inference):
     ) -> None:
         """Replace the weights on all servers while requests and batches go on. Returns when all have them.
 
-        The files are checked first. Then no item is begun until all servers have the new weights, so that no output
-        is made by two versions. A server that is started later has the new ones too. If a server cannot load them, or
-        dies, it is started again with the new ones. If none can, all are started again with the old ones. The same
-        version again does nothing.
+        The files are checked first. Then no item is begun until all servers have the new weights. No output is made by
+        two versions, except with "keep". A server that is started later has the new ones too. If a server cannot load
+        them, or dies, it is started again with the new ones. If none can, all are started again with the old ones. The
+        same version again does nothing.
 
         `path`: their folder, with safetensors files that have the names and the shapes of the loaded model.
         `version`: their name, up to 64 letters, digits, '.', '_' and '-'. `ResponseOutput.weight_version` has it.
-        `in_flight`: "finish": items in flight finish first. "redo": they are begun again with the new weights.
+        `in_flight`: "finish": items in flight finish first. "redo": they are begun again with the new weights. "keep":
+        they go on with the new weights; `ResponseOutput.weight_spans` says which made what. "abort": they end with the
+        tokens that they have, and `finish_reason` "abort"; those without a token are begun with the new weights.
         `timeout`: maximum time for all of it, in seconds.
         `model`: the name of the model, if there are several.
 
@@ -416,12 +419,11 @@ class VLLMService(Inference):
         Raises GserveError: the weights do not fit, or no server can load them: all servers have the old ones. Or the
         service does not run here, or another change is in progress.
         """
-        if in_flight not in ("finish", "redo"):
-            raise ConfigError(f"expected in_flight 'finish' or 'redo', got {in_flight!r:.100}")
+        how = check_in_flight(in_flight)
         if not re.fullmatch(VERSION, version):
             raise ConfigError(f"expected a version of 1 to 64 letters, digits, '.', '_' and '-', got {version!r:.100}")
         self._changeable().update_weights(
-            UpdateWeights(str(path), version, redo=in_flight == "redo", timeout=timeout, model=model)
+            UpdateWeights(str(path), version, in_flight=how, timeout=timeout, model=model)
         )
 
     def _changeable(self) -> "Deployment":

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from .. import lease
 from ..errors import GserveError
+from ..pauses import InFlight
 from ..weights import Weights
 from .pool import Pool
 from .server_life import ServerProgram
@@ -40,14 +41,14 @@ class WeightUpdate:
         self._ends = time.monotonic() + seconds
         self._names = [program.name for program in self._olds]
 
-    def run(self, *, redo: bool, on_commit: Callable[[], object]) -> None:
+    def run(self, in_flight: InFlight, *, on_commit: Callable[[], object]) -> None:
         """Change the weights. `on_commit`: called if servers have the new ones.
 
         Raises GserveError: all servers have the old ones, or are started again with them.
         """
         self._check_files()
         try:
-            self._pause(redo=redo)
+            self._pause(in_flight)
             self._load(on_commit)
         finally:
             self._pool.resume(self._names)
@@ -61,11 +62,15 @@ class WeightUpdate:
         if faults := _faults(answers):
             raise GserveError(f"cannot load the weights in {path}, and nothing has changed: {faults}")
 
-    def _pause(self, *, redo: bool) -> None:
-        """Wait until no item is in an engine. Raises GserveError: items are, after the time."""
-        self._order(
-            self._olds, lambda number: lease.Pause(number, redo), "finished the items in flight (nothing has changed)"
+    def _pause(self, in_flight: InFlight) -> None:
+        """Wait until no engine computes an item. Raises GserveError: one does after the time, or cannot stop."""
+        answers = self._order(
+            self._olds,
+            lambda number: lease.Pause(number, in_flight),
+            "finished the items in flight (nothing has changed)",
         )
+        if faults := _faults(answers):
+            raise GserveError(f"cannot load the weights in {self._weights.path}, and nothing has changed: {faults}")
 
     def _load(self, on_commit: Callable[[], object]) -> None:
         """Have all servers load the weights. Raises GserveError: none can, and all have the old ones."""

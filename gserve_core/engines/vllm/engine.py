@@ -42,13 +42,14 @@ from ...interfaces import (
 from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
 from ...sampling import TRUNCATE, check_params, public_names, read_params, split_prompt_params
 from ...template_kwargs import check_template_kwargs
-from ...weights import Weights
+from ...weights import FIRST, Weights
 from . import compile_turn, demo_model, differences, examination, hub, installed, openai_app, series
 from . import nodes as nodes_of_vllm
 from .adapter_files import LORA_RANKS, adapter_rank, check_adapter, check_rank, max_lora_rank
 from .adapters import Adapters
 from .chats import Options, messages_of, options_of
 from .files import adapter_folder, chat_template, check_adapter_weights
+from .in_flight import ITEMS, InFlight, spans_of
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
 from .patches import START_METHOD, fork_on_cpu
@@ -415,6 +416,9 @@ class RunningVLLM(RunningEngine):
         self._numbers = iter(range(1 << 62))
         self._progress = Progress(self._engine)
         self._tokens = TokenCounts(self._engine)
+        self._in_flight = InFlight(self._engine)
+        self._version = FIRST
+        """The version of the weights."""
         self._adapters = Adapters(
             self._engine if has_adapters else None, vllm.LoRARequest, arguments["model"], names,
             most=llm.max_adapters, rank=arguments.get("max_lora_rank", 0),
@@ -455,22 +459,45 @@ class RunningVLLM(RunningEngine):
         await asyncio.to_thread(check_weights, path, self._base)
 
     async def load_weights(self, weights: Weights) -> None:
-        """Load the weights in all workers, reset all caches, load the adapters again, and compute a probability."""
+        """Load the weights in all workers, reset all caches, and load the adapters again.
+
+        What a pause keeps is computed anew then: its keys and values are those of the old weights.
+        """
         if self._warming is not None and not self._warming.done():  # it would use the engine meanwhile
             self._warming.cancel()
             await asyncio.gather(self._warming, return_exceptions=True)
             self._warming = None
+        if self._in_flight.is_paused:
+            await self._in_flight.note_version(self._version)
         await differences.call(self._engine.collective_rpc, LOAD, args=(weights.path,))
         with differences.expected("resetting the caches"):
             for _ in range(RESETS):
-                if await self._engine.reset_prefix_cache():
+                if await self._engine.reset_prefix_cache(reset_running_requests=self._in_flight.is_paused):
                     break
                 await asyncio.sleep(RESET_SECONDS)
             else:
                 raise GserveError("vLLM keeps what it has computed with the old weights")
         await self._adapters.load_again()
+        self._version = weights.version
+
+    async def check_loaded(self) -> None:
+        """Make a token. Its probability must be finite."""
         if self._pooling is None:
             await self._check_finite()
+        await self.check()
+
+    async def pause(self) -> None:
+        """Have vLLM stop its scheduler."""
+        await self._in_flight.pause()
+
+    async def resume(self) -> None:
+        """Have vLLM go on."""
+        await self._in_flight.resume()
+
+    async def abort(self) -> None:
+        """End all completions early. A vector has no part that could be returned: it is waited for."""
+        if self._pooling is None:
+            await self._in_flight.abort()
 
     async def _check_finite(self) -> None:
         """Make one token. Raises GserveError: its probability is no finite number."""
@@ -703,19 +730,31 @@ class RunningVLLM(RunningEngine):
         if isinstance(prepared, Vector):
             assert self._pooling is not None
             return [*await self._pooling.run(prepared)]
-        return await self._run(prepared, "gserve-")
+        return await self._run(prepared, ITEMS)
 
     async def _run(self, prepared: Item, prefix: str) -> list[ResponseOutput]:
         """Do the work of `run`. `prefix`: the beginning of the request's id."""
         made, sampling, priority, lora = prepared
-        last = await self._last(
-            self._engine.generate(
-                made, sampling, f"{prefix}{next(self._numbers)}", lora_request=lora, priority=priority
-            )
-        )
+        number, aborts = f"{prefix}{next(self._numbers)}", self._in_flight.aborts
+        try:
+            last = await self._last(
+                self._engine.generate(made, sampling, number, lora_request=lora, priority=priority)
+            )  # fmt: skip
+        finally:
+            parts = self._in_flight.take_parts(number)
+        may_abort = self._in_flight.aborts > aborts
         with differences.expected("reading an output"):
             tokens = None if last.prompt_token_ids is None else len(last.prompt_token_ids)
-            return [self._completion(it, last.prompt_logprobs, tokens, sampling) for it in last.outputs]
+            found = [
+                self._completion(it, last.prompt_logprobs, tokens, sampling, may_abort=may_abort)
+                for it in last.outputs
+            ]  # fmt: skip
+            if parts:
+                found = [
+                    structs.replace(output, weight_spans=spans_of(parts, it.index, len(it.token_ids), self._version))
+                    for output, it in zip(found, last.outputs, strict=True)
+                ]
+            return found
 
     async def _encode(
         self, made: Any, params: Any, priority: int = 0, lora: Any = None, prefix: str = "gserve-"
@@ -746,13 +785,16 @@ class RunningVLLM(RunningEngine):
             raise GserveError("the engine gave no output")
         return last
 
-    def _completion(self, it: Any, prompt_logprobs: Any, prompt_tokens: int | None, sampling: Any) -> ResponseOutput:
+    def _completion(
+        self, it: Any, prompt_logprobs: Any, prompt_tokens: int | None, sampling: Any, *, may_abort: bool
+    ) -> ResponseOutput:
+        """Convert a completion. `may_abort`: whether it may have been ended early. Raises as `run`."""
         if it.finish_reason == "error" and sampling.structured_outputs is not None:
             raise ItemError(
                 "structured_outputs and the other sampling parameters leave no token to go on with, or the grammar"
                 " does not compile"
             )
-        if it.finish_reason in ("abort", "error", None):
+        if it.finish_reason in ("error", None) or (it.finish_reason == "abort" and not may_abort):
             raise GserveError(f"the engine ended this prompt early ({it.finish_reason})")
         return converted(it, prompt_logprobs, prompt_tokens)
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from gserve_core.errors import ItemError, RemoteError
+from gserve_core.errors import GserveError, ItemError, RemoteError
 from gserve_core.interfaces import EngineInfo, RunningEngine
 from gserve_core.messages import Group, Params, Prompt, ResponseOutput, Result, RunRequest
 from gserve_core.overview import Counters
+from gserve_core.pauses import InFlight
 from gserve_core.process.work import Work
 
 
@@ -134,5 +135,100 @@ def test_only_the_items_of_batches_give_way_to_others() -> None:
         assert isinstance(event, Result)
         assert event.outputs[0].text == "a, later"
         assert [output.text for (output,) in await work.run_whole(request)] == ["a"]
+
+    asyncio.run(requests())
+
+
+class Pausing(Slow):
+    """An engine that can keep items, and that ends them early without a token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.runs = self.resumed = 0
+
+    async def run(self, prepared: Any) -> list[ResponseOutput]:
+        self.runs += 1
+        if self.runs == 1:
+            await self.released.wait()
+            return [ResponseOutput("", [], "abort")]
+        return await super().run(prepared)
+
+    async def pause(self) -> None:
+        """Do nothing: it waits anyway."""
+
+    async def resume(self) -> None:
+        self.resumed += 1
+
+    async def abort(self) -> None:
+        self.released.set()
+
+
+def working(engine: RunningEngine) -> Work:
+    async def on_alone() -> None:
+        """Do nothing."""
+
+    return Work(engine, check_ready=lambda: None, on_progress=lambda: None, on_alone=on_alone, secrets=())
+
+
+def test_an_item_that_ends_early_without_a_token_is_begun_again_after_the_pause() -> None:
+    async def requests() -> None:
+        engine = Pausing()
+        work = working(engine)
+        answer = asyncio.ensure_future(work.run_whole(RunRequest([Group(["a"])])))
+        while not engine.runs:
+            await asyncio.sleep(0)
+        await work.pause("abort")
+        assert work.is_still
+        assert not answer.done()
+        work.weight_version = "1"
+        await work.pause("redo")  # again: the item waits outside, and is not lost
+        assert engine.runs == 1
+        await work.resume()
+        ((output,),) = await answer
+        assert (output.text, output.weight_version, engine.runs) == ("a", "1", 2)
+
+    asyncio.run(requests())
+
+
+def test_items_that_are_kept_leave_the_server_once_the_weights_are_known_to_work() -> None:
+    async def requests() -> None:
+        engine = Pausing()
+        engine.runs = 1
+        work = working(engine)
+        answer = asyncio.ensure_future(work.run_whole(RunRequest([Group(["a", "bad"])])))
+        while work.running < 2:
+            await asyncio.sleep(0)
+        await work.pause("keep")
+        assert work.is_still
+        work.hold_outputs()
+        await work.let_engine_run()
+        engine.released.set()
+        while work.running:
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not answer.done()
+        work.send_outputs()
+        with pytest.raises(RemoteError, match="item 1: refused"):
+            await answer
+        await work.resume()
+        assert engine.resumed == 1
+
+    asyncio.run(requests())
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "abort"])
+def test_an_engine_that_cannot_keep_or_end_items_says_so(in_flight: InFlight) -> None:
+    async def requests() -> None:
+        engine = Slow()
+        work = working(engine)
+        answer = asyncio.ensure_future(work.run_whole(RunRequest([Group(["a"])])))
+        while not work.running:
+            await asyncio.sleep(0)
+        with pytest.raises(GserveError, match="use in_flight 'finish' or 'redo'"):
+            await work.pause(in_flight)
+        await work.resume()
+        engine.released.set()
+        assert (await answer)[0][0].text == "a"
 
     asyncio.run(requests())

@@ -1,17 +1,19 @@
 """New weights while a service works: on all servers or on none, and every output says which made it."""
 
 import os
+import random
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 
-from gserve import ConfigError, GserveError, LLMConfig, ServeConfig, VLLMServer, VLLMService
+from gserve import ConfigError, GserveError, LLMConfig, ResponseOutput, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from tests.gserve_core.fake_servers import until
 from tests.gserve_core.service.test_adapter_changes import main_process
@@ -84,12 +86,114 @@ def test_items_in_flight_are_of_one_version_and_none_is_lost(service: VLLMServic
     assert {state.generation for state in service.status()} == {1}
 
 
+WORDS = 20
+AHEAD = 200
+"""Number of items that a batch sends before the first answer."""
+FEW = replace(ECHO, capacity=16)
+
+
+def check_answer(output: ResponseOutput) -> None:
+    """Check that the spans cover an answer, and that each part is that of its version, whose weights are `path_of`."""
+    words = output.text.split()
+    assert len(words) == len(output.token_ids)
+    spans = output.weight_spans or [(output.weight_version, 0, len(words))]
+    assert [spans[0][1], *(end for _, _, end in spans)] == [*(first for _, first, _ in spans), len(words)]
+    versions = [int(version) for version, _, _ in spans]
+    assert versions == sorted(set(versions))
+    assert versions[-1] == int(output.weight_version)
+    assert output.weight_spans is None or len(spans) > 1
+    made = 0
+    for version, first, end in spans:
+        own = words[first:end]
+        if int(version):
+            assert own.pop() == f"weights={path_of(int(version))}", output
+        assert own == ["a"] * len(own)
+        assert own
+        made += len(own)
+    assert made == WORDS or (output.finish_reason == "abort" and 0 < made < WORDS)
+
+
+def path_of(number: int) -> str:
+    """Return the folder of a version."""
+    return f"v{number % 2 + 1}"
+
+
+class Load:
+    """A batch that runs for the block, and whose answers are checked afterwards."""
+
+    def __init__(self, service: VLLMService) -> None:
+        self.outputs: list[ResponseOutput] = []
+        self.items = 0
+        self._service = service
+        self._is_over = False
+        self._thread = threading.Thread(target=self._work)
+
+    def _prompts(self) -> Iterator[str]:
+        while not self._is_over:
+            until(lambda: self.items < len(self.outputs) + AHEAD, 60)  # else the call reads thousands
+            self.items += 1
+            yield " ".join(["a"] * WORDS)
+
+    def _work(self) -> None:
+        for _, outcome in self._service.generate_iter(self._prompts(), {"max_tokens": WORDS}):
+            assert isinstance(outcome, list)
+            (output,) = outcome
+            self.outputs.append(output)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        until(lambda: len(self.outputs) > 100)
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._is_over = True
+        self._thread.join()
+        if kind is None:
+            assert len(self.outputs) == self.items
+            for output in self.outputs:
+                check_answer(output)
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "abort"])
+def test_items_in_flight_go_on_with_new_weights_or_end_with_what_they_have(root: Path, in_flight: str) -> None:
+    with VLLMService(LLMConfig("m"), SERVE, engine=FEW) as service, Load(service) as load:
+        for number in range(1, 9):
+            made = len(load.outputs)
+            service.update_weights(root / path_of(number), version=str(number), in_flight=in_flight)
+            until(lambda made=made: len(load.outputs) > made + 100)  # type: ignore[misc]
+        assert {state.generation for state in service.status()} == {1}
+    several = [output for output in load.outputs if output.weight_spans]
+    aborted = [output for output in load.outputs if output.finish_reason == "abort"]
+    assert bool(several) == (in_flight == "keep")
+    assert bool(aborted) == (in_flight == "abort")
+    assert {output.weight_version for output in load.outputs} == {str(number) for number in range(9)}
+
+
+@pytest.mark.parametrize("in_flight", ["keep", "abort"])
+def test_a_server_that_is_killed_while_it_has_items_loses_none_and_mixes_nothing(root: Path, in_flight: str) -> None:
+    """It dies at any moment of an update. `make test` kills few, LONG=1 a hundred."""
+    kills = 50 if os.environ.get("LONG") else 3
+    chance = random.Random(17)
+    serve = replace(SERVE, max_restarts=1000)
+    with VLLMService(LLMConfig("m"), serve, engine=FEW) as service, Load(service):
+        for number in range(1, kills + 1):
+            server = chance.choice(service.servers)
+            victim, generation = main_process(service, server.name), server.status().generation
+            killing = threading.Timer(chance.uniform(0.0, 0.2), os.kill, (victim, signal.SIGKILL))
+            killing.start()
+            service.update_weights(root / path_of(number), version=str(number), in_flight=in_flight)
+            killing.join()
+            until(partial(_is_back, server, generation), 30)
+            assert service.weights.version == str(number)
+            assert {state.weight_version for state in service.status()} == {str(number)}
+
+
 def test_wrong_weights_are_refused_and_change_nothing(service: VLLMService, root: Path) -> None:
     with pytest.raises(ConfigError, match=r"no weights in .*/empty: expected files \*\.safetensors there"):
         service.update_weights(root / "empty", version="1")
     with pytest.raises(ConfigError, match="No such file"):
         service.update_weights(root / "gone", version="1")
-    with pytest.raises(ConfigError, match="expected in_flight 'finish' or 'redo', got 'kill'"):
+    with pytest.raises(ConfigError, match="expected in_flight 'finish', 'redo', 'keep' or 'abort', got 'kill'"):
         service.update_weights(root / "v1", version="1", in_flight="kill")
     with pytest.raises(ConfigError, match="expected a version of 1 to 64 letters"):
         service.update_weights(root / "v1", version="a b")

