@@ -20,8 +20,8 @@ PACKAGES = {  # package: the packages that it may import
     "gserve": {"gserve_core", "gserve_launchers", "gserve_transports"},
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
-    {"errors", "host.sweep", "overview", "plain", "weights"},
-    {"images", "commands"},
+    {"errors", "host.sweep", "plain", "weights"},
+    {"images", "commands", "overview"},
     {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},

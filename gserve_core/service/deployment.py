@@ -102,6 +102,7 @@ class Deployment:
                 model.is_alone,
                 model.served_names[1:],
                 list(model.llm.all_adapters),
+                model.weights,
             )
             for key, model in self.plan.models.items()
         }
@@ -123,7 +124,7 @@ class Deployment:
             models={
                 model.name: ModelRecord(
                     model.llm.item_seed, model.serve.client_timeout, model.serve.stall_timeout,
-                    status_of([state for state in states if key in (ONLY, state.pool)]), model.is_alone,
+                    status_of([state for state in states if key in (ONLY, state.pool)]), model.is_alone, model.weights,
                 )
                 for key, model in models.items()
             },
@@ -302,6 +303,7 @@ class Deployment:
 
             update = WeightUpdate(self.pool, self.members(key), weights, command.timeout)
             update.run(redo=command.redo, on_commit=commit)
+            self.pool.write_record()
 
     def _adapted(self, key: str, adapters: Mapping[str, str]) -> tuple[Plan, list[ServerProgram]]:
         """Return the plan and the programs of a model's servers with other adapters. Raises ConfigError."""

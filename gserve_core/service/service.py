@@ -375,9 +375,10 @@ class VLLMService(Inference):
 
         `model`: its name, if there are several.
 
-        Raises ConfigError: there is no such model. Raises GserveError: another process runs the service.
+        Raises ConfigError: there is no such model. Raises GserveError: another process runs the service, and does not
+        answer.
         """
-        return self._changeable().weights_of(model)
+        return self._changeable().weights_of(model) if self._followed is None else self._followed.weights(model)
 
     def update_weights(
         self,
@@ -543,4 +544,4 @@ class VLLMService(Inference):
 
     def model_facts(self) -> dict[str, Any]:
         """Return what is known about the model and decides its answers. `run_file` compares it with earlier runs."""
-        return model_facts(self.plan_of(), self.status())
+        return model_facts(self, None, self.status())
