@@ -68,7 +68,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.gateway_requests"},
     {"service.server_command"},
     {"service.server_life"},
-    {"service.server", "service.plan", "service.weight_updates"},
+    {"service.server", "service.plan", "service.weight_updates", "service.memory_weights"},
     {"service.model", "service.followed_models", "service.deployment"},
     {"service.service"},
 )  # fmt: skip
@@ -196,7 +196,10 @@ FOR_PLUGINS = {
 HOMES = {  # third parties: the only files that may import them
     "vllm": {"gserve_core/engines/vllm/differences.py"},
     "torch": {f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "patches", "weight_files")},
-    "safetensors": {f"gserve_core/engines/vllm/{name}.py" for name in ("weight_files", "weight_loading")},
+    "safetensors": {
+        f"gserve_core/{name}.py"
+        for name in ("engines/vllm/weight_files", "engines/vllm/weight_loading", "service/memory_weights")
+    },
     "transformers": {f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "prompt_lengths")},
     "httpx": {"gserve_transports/http_client.py"},
     "anyio": {"gserve_core/batch/dispatcher.py"},
@@ -242,6 +245,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/batch/progress.py": {"tqdm"},  # it may be missing
     "gserve_core/engines/vllm/hub.py": {"huggingface_hub"},  # it comes with vLLM
     "gserve_core/service/vector_calls.py": {"numpy"},  # it may be missing
+    "gserve_core/service/memory_weights.py": {"safetensors"},  # it comes with vLLM
     "gserve_core/engines/vllm/series.py": {"prometheus_client"},  # 0.15 s, and only a scrape needs it
     "gserve_core/service/metrics.py": {"prometheus_client"},
     **{f"gserve_core/rows/{name}.py": {"pyarrow"} for name in ("formats", "reading", "writing")},  # it is optional

@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from ..config import LLMConfig
 from ..errors import ConfigError
+from ..host.scratch import WEIGHTS as WEIGHTS_IN_MEMORY
 from ..weights import FIRST, ORIGINAL, Weights
 
 SUFFIX = ".gserve.json"
@@ -35,6 +36,8 @@ OPTIONS = {"adapter_name": "adapter", "adapter": "lora_path"}
 """Names of the options that set facts, where the facts have other names."""
 ORIGINAL_FACTS: Mapping[str, Any] = {"weight_version": None, "weight_folder": None, "weight_files": None}
 """Facts about the weights of the start. An output of an older version has been made with these."""
+MEMORY = "memory"
+"""The folder of weights that were tensors in memory. Its name is another one each time."""
 SHOWN = 60
 """Maximum length of a value in a message, in characters."""
 REMEDY = "choose another --output, or --overwrite"
@@ -86,7 +89,7 @@ def weight_facts(weights: Weights) -> dict[str, Any]:
     """Return the facts about the weights that a running service has now. None: those of the start."""
     return {
         "weight_version": None if weights.version == FIRST else weights.version,
-        "weight_folder": weights.path or None,
+        "weight_folder": MEMORY if Path(weights.path).name.startswith(WEIGHTS_IN_MEMORY) else weights.path or None,
     }
 
 

@@ -391,6 +391,10 @@ class Pool:
         session = self._session
         return {} if session is None or session.supervisor.is_closing else session.dispatchers
 
+    def set_programs(self, programs: Sequence[Program]) -> None:
+        """Make these the programs of the servers of their names at the next start."""
+        self._programs |= {program.name: program for program in programs}
+
     def begin(self) -> None:
         """Start all servers that do not run, without waiting for them. Waits for a `close` in progress.
 

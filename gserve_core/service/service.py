@@ -31,6 +31,7 @@ from .deployment import Deployment, connect
 from .followed_models import FollowedModels
 from .gateway_requests import GatewayRequests
 from .inference import Inference
+from .memory_weights import Tensors
 from .model import Model, check_params, model_facts, prompt_lengths
 from .plan import ModelPlan, Plan, Source, find_model
 from .pool import Pool
@@ -382,7 +383,7 @@ class VLLMService(Inference):
 
     def update_weights(
         self,
-        path: Path | str,
+        weights: Path | str | Tensors,
         *,
         version: str,
         in_flight: str = "finish",
@@ -396,7 +397,9 @@ class VLLMService(Inference):
         dies, it is started again with the new ones. If none can, all are started again with the old ones. The same
         version again does nothing.
 
-        `path`: their folder, with safetensors files that have the names and the shapes of the loaded model.
+        `weights`: their folder, with safetensors files that have the names and the shapes of the loaded model. Or torch
+        tensors or numpy arrays by name, as a mapping or as pairs: they are written to shared memory, where servers of
+        this machine find them. They stay there until other weights take their place, or the service ends.
         `version`: their name, up to 64 letters, digits, '.', '_' and '-'. `ResponseOutput.weight_version` has it.
         `in_flight`: "finish": items in flight finish first. "redo": they are begun again with the new weights.
         `timeout`: maximum time for all of it, in seconds.
@@ -410,9 +413,9 @@ class VLLMService(Inference):
             raise ConfigError(f"expected in_flight 'finish' or 'redo', got {in_flight!r:.100}")
         if not re.fullmatch(VERSION, version):
             raise ConfigError(f"expected a version of 1 to 64 letters, digits, '.', '_' and '-', got {version!r:.100}")
-        self._changeable().update_weights(
-            UpdateWeights(str(path), version, redo=in_flight == "redo", timeout=timeout, model=model)
-        )
+        path, tensors = (str(weights), None) if isinstance(weights, (str, os.PathLike)) else ("", weights)
+        command = UpdateWeights(path, version, redo=in_flight == "redo", timeout=timeout, model=model)
+        self._changeable().update_weights(command, tensors)
 
     def _changeable(self) -> Deployment:
         if self._deployment is None:
