@@ -45,7 +45,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"host.server_log", "openai_api", "run_requests"},
     {"host.tokens", "host.api_keys", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
-    {"service.state"},
+    {"service.state", "service.checkpoints"},
     {"service.rates", "service.routing", "service.watch"},
     {"service.metrics"},
     {"service.supervisor"},
@@ -221,7 +221,18 @@ HOMES = {  # third parties: the only files that may import them
     },
     "typer": {
         f"gserve/cli/{name}.py"
-        for name in ("app", "batch", "examine", "job_flags", "options", "run_batch", "serve", "slurm", "watch")
+        for name in (
+            "app",
+            "batch",
+            "checkpoints",
+            "examine",
+            "job_flags",
+            "options",
+            "run_batch",
+            "serve",
+            "slurm",
+            "watch",
+        )
     },
     "rich": {"gserve/cli/display.py", "gserve/cli/job_progress.py"},
     "tqdm": {"gserve_core/batch/progress.py"},
@@ -264,6 +275,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
             "job_flags",
             "job_progress",
             "run_batch",
+            "checkpoints",
             "serve",
             "service",
             "slurm",
