@@ -146,23 +146,24 @@ def test_a_broken_folder_is_refused_before_anything_changes(
 
 
 def test_weights_from_memory_answer_as_those_of_a_folder_and_a_killed_server_returns_with_them(
-    service: VLLMService, models: list[Path], expected: list[list[list[int]]]
+    models: list[Path], expected: list[list[list[int]]]
 ) -> None:
     from safetensors.torch import load_file
 
     tensors = load_file(models[1] / "model.safetensors")
-    service.update_weights(models[2], version="folder")
-    service.update_weights(iter(tensors.items()), version="memory")
-    assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
-    folder = Path(service.weights.path)
-    killed = service.servers[0]
-    os.kill(main_process(service, killed.name), signal.SIGKILL)
-    until(lambda: killed.status().generation == 2 and killed.is_running(), 300)
-    assert {state.weight_version for state in service.status()} == {"memory"}
-    assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
-    wrong = {name: tensor for name, tensor in tensors.items() if "down_proj" not in name}
-    with pytest.raises(GserveError, match="are not complete: 2 tensors of the model are missing"):
-        service.update_weights(wrong, version="wrong")
-    assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
-    service.update_weights(models[0], version="back")
-    assert not folder.exists()
+    with launched(models[0], 1) as service:
+        service.update_weights(models[2], version="folder")
+        service.update_weights(iter(tensors.items()), version="memory")
+        assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
+        folder = Path(service.weights.path)
+        killed = service.servers[0]
+        os.kill(main_process(service, killed.name), signal.SIGKILL)
+        until(lambda: killed.status().generation == 2 and killed.is_running(), 300)
+        assert {state.weight_version for state in service.status()} == {"memory"}
+        assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
+        wrong = {name: tensor for name, tensor in tensors.items() if "down_proj" not in name}
+        with pytest.raises(GserveError, match="are not complete: 2 tensors of the model are missing"):
+            service.update_weights(wrong, version="wrong")
+        assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
+        service.update_weights(models[0], version="back")
+        assert not folder.exists()
