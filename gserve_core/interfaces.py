@@ -241,6 +241,10 @@ class ServerApi(Protocol):
     control: str | None
     """The secret that `shut_down` needs instead of the token; None: the token."""
 
+    @property
+    def weight_version(self) -> str | None:
+        """The version of the engine's weights; None before it is ready."""
+
     def health(self) -> Health:
         """Return the current state; "ok" means ready. Never waits."""
 

@@ -49,6 +49,8 @@ ROUTES: Mapping[tuple[str, str], Kind] = {
     ("POST", "/v1/audio/translations"): Kind.HEARS,
 }
 """The routes that are let through, by method and path. All others are refused, whatever the engine offers."""
+MAKING = frozenset({Kind.GENERATES, Kind.EMBEDS, Kind.HEARS})
+"""The kinds of routes whose answers are made by the weights."""
 PATHS = frozenset(path for _, path in ROUTES)
 REFUSED = {
     "chat_template": RESERVED["chat_template"],

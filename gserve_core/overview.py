@@ -5,6 +5,8 @@
 
 from msgspec import Struct
 
+from .weights import Weights
+
 
 class Counters(Struct, frozen=True):
     """The counters of one generation of a server.
@@ -72,6 +74,7 @@ class ModelOverview(Struct, frozen=True, kw_only=True):
     `waiting`: number of items and requests that wait for one of its servers.
     `is_alone`: whether the service can have no other model.
     `adapters`: the names of its LoRA adapters.
+    `weights`: those of its servers; None in an answer of an older version.
     """
 
     name: str
@@ -81,6 +84,7 @@ class ModelOverview(Struct, frozen=True, kw_only=True):
     waiting: int = 0
     is_alone: bool = True
     adapters: list[str] = []
+    weights: Weights | None = None
 
 
 class ServiceOverview(Struct, frozen=True, kw_only=True):

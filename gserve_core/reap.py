@@ -139,7 +139,8 @@ def end(left: Collection[Process]) -> list[Process]:
 
 def unused_files() -> list[Path]:
     """Return this user's temporary folders and state files that no live server or service uses."""
-    return scratch.unused({process.instance for process in _processes()}) + records.stale_files()
+    unused = scratch.unused({process.instance for process in _processes()})
+    return unused + scratch.unused_weights() + records.stale_files()
 
 
 def unreadable() -> list[records.Unreadable]:

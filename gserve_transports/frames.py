@@ -13,6 +13,8 @@ from gserve_core.messages import Event
 
 CONTENT_TYPE = "application/vnd.gserve.frames"
 INSTANCE_HEADER = "x-gserve-instance"
+WEIGHT_HEADER = "x-gserve-weight-version"
+"""Header of an answer with the version of the weights that made it."""
 METRICS_PATH, METRICS_TYPE = "/metrics", "text/plain; version=0.0.4; charset=utf-8"
 """Route of the series of a server or a gateway, and the content type of Prometheus' text format."""
 MAX_FRAME = 1 << 30

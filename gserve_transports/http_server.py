@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gserve_core.errors import RemoteError
 from gserve_core.interfaces import Address, ServerApi
@@ -25,14 +25,16 @@ from gserve_core.messages import (
     RunRequest,
     json_safe,
 )
-from gserve_core.openai_api import PATHS, ROUTES, error_body
+from gserve_core.openai_api import MAKING, PATHS, ROUTES, error_body
 
-from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, packed
+from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, WEIGHT_HEADER, packed
 from .http_bodies import read_cancel, read_json, read_run
 from .http_front import BODIES, Bodies, has_secret, host_names, hostname, listen
 
 OPEN_ROUTES = {("GET", "/health")}
 """Routes that need no token."""
+MAKING_PATHS = {path for (_, path), kind in ROUTES.items() if kind in MAKING} | {"/chat", "/generate"}
+"""Paths whose answers are made by the weights, and name their version."""
 CONTROL_PATH = "/shutdown"
 """Route that needs the control secret, if the server has one."""
 
@@ -69,7 +71,10 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
 
     async def answer_request(request: Request, run: RunRequest) -> Response:
         outputs = await _unless_disconnected(request, api.run_whole(run))
-        return await asyncio.to_thread(_outputs, outputs)  # in a thread, so that other requests go on
+        answer = await asyncio.to_thread(_outputs, outputs)  # in a thread, so that other requests go on
+        if made := dict.fromkeys(output.weight_version for item in outputs for output in item):
+            answer.headers[WEIGHT_HEADER] = ", ".join(made)  # an update may come between two items
+        return answer
 
     @app.exception_handler(RemoteError)
     async def refuse(_: Request, error: RemoteError) -> Response:
@@ -201,9 +206,13 @@ class _Guard:
         if scope["type"] != "http":
             return
 
-        async def signed(message: "dict[str, object]") -> None:
+        async def signed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (INSTANCE_HEADER.encode(), self._api.instance.encode())]  # type: ignore[misc]
+                headers = [*message["headers"], (INSTANCE_HEADER.encode(), self._api.instance.encode())]
+                version = self._api.weight_version if scope["path"] in MAKING_PATHS else None
+                if version is not None and not any(name == WEIGHT_HEADER.encode() for name, _ in headers):
+                    headers.append((WEIGHT_HEADER.encode(), version.encode()))  # no update ends before this answer
+                message["headers"] = headers
             await send(message)
 
         refusal = self._refusal(scope)

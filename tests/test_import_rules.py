@@ -20,8 +20,8 @@ PACKAGES = {  # package: the packages that it may import
     "gserve": {"gserve_core", "gserve_launchers", "gserve_transports"},
 }
 CORE_LAYERS = (  # of the core, lowest first: a module may import those of the layers before its own
-    {"errors", "host.sweep", "overview", "plain", "weights"},
-    {"images", "pauses"},
+    {"errors", "host.sweep", "plain", "weights"},
+    {"images", "pauses", "overview"},
     {"commands"},
     {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
@@ -46,7 +46,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"host.server_log", "openai_api", "run_requests"},
     {"host.tokens", "host.api_keys", "diagnosis"},
     {"plugins", "service.nursery", "service.records"},
-    {"service.state", "service.model_names"},
+    {"service.state", "service.model_names", "service.checkpoints"},
     {"service.rates", "service.routing", "service.watch"},
     {"service.metrics"},
     {"service.supervisor"},
@@ -69,7 +69,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.gateway_requests"},
     {"service.server_command"},
     {"service.server_life"},
-    {"service.server", "service.plan", "service.weight_updates"},
+    {"service.server", "service.plan", "service.weight_updates", "service.memory_weights"},
     {"service.model", "service.followed_models", "service.deployment"},
     {"service.service"},
 )  # fmt: skip
@@ -203,7 +203,10 @@ FOR_PLUGINS = {
 HOMES = {  # third parties: the only files that may import them
     "vllm": {"gserve_core/engines/vllm/differences.py"},
     "torch": {f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "patches", "weight_files")},
-    "safetensors": {f"gserve_core/engines/vllm/{name}.py" for name in ("weight_files", "weight_loading")},
+    "safetensors": {
+        f"gserve_core/{name}.py"
+        for name in ("engines/vllm/weight_files", "engines/vllm/weight_loading", "service/memory_weights")
+    },
     "transformers": {f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "prompt_lengths")},
     "httpx": {"gserve_transports/http_client.py"},
     "anyio": {"gserve_core/batch/dispatcher.py"},
@@ -225,7 +228,18 @@ HOMES = {  # third parties: the only files that may import them
     },
     "typer": {
         f"gserve/cli/{name}.py"
-        for name in ("app", "batch", "examine", "job_flags", "options", "run_batch", "serve", "slurm", "watch")
+        for name in (
+            "app",
+            "batch",
+            "checkpoints",
+            "examine",
+            "job_flags",
+            "options",
+            "run_batch",
+            "serve",
+            "slurm",
+            "watch",
+        )
     },
     "rich": {"gserve/cli/display.py", "gserve/cli/job_progress.py"},
     "tqdm": {"gserve_core/batch/progress.py"},
@@ -249,6 +263,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/batch/progress.py": {"tqdm"},  # it may be missing
     "gserve_core/engines/vllm/hub.py": {"huggingface_hub"},  # it comes with vLLM
     "gserve_core/service/vector_calls.py": {"numpy"},  # it may be missing
+    "gserve_core/service/memory_weights.py": {"safetensors"},  # it comes with vLLM
     "gserve_core/engines/vllm/series.py": {"prometheus_client"},  # 0.15 s, and only a scrape needs it
     "gserve_core/service/metrics.py": {"prometheus_client"},
     **{f"gserve_core/rows/{name}.py": {"pyarrow"} for name in ("formats", "reading", "writing")},  # it is optional
@@ -269,6 +284,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
             "job_flags",
             "job_progress",
             "run_batch",
+            "checkpoints",
             "serve",
             "service",
             "slurm",

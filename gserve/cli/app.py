@@ -17,7 +17,7 @@ from gserve_core.errors import ConfigError, GserveError, PluginError
 from gserve_core.host.environment import open_missing_descriptors
 from gserve_core.host.logs import LEVEL_VARIABLE, setup_logging
 
-from . import batch, examine, run_batch, serve, slurm, watch
+from . import batch, checkpoints, examine, run_batch, serve, slurm, watch
 from .display import print_stderr
 from .signals import Signalled, ignore, on_signals, raise_signalled
 
@@ -80,5 +80,6 @@ app.command()(serve.scale)
 app.command()(serve.reload)
 app.command()(serve.adapters)
 app.command()(serve.update)
+app.command()(checkpoints.watch)
 app.command()(serve.stop)
 app.command()(serve.reap)

@@ -203,7 +203,7 @@ def adapters(
     command: Command
     match action, adapter, path:
         case "list", None, None:
-            for known, folder in _execute(name, ListAdapters(model)).adapters.items():
+            for known, folder in execute(name, ListAdapters(model)).adapters.items():
                 print(f"{known}\t{folder}")
             return
         case "add", str(), Path():
@@ -243,10 +243,10 @@ def update(
 
 def _command(name: str, command: "Command") -> None:
     """Have a launched service execute a command, wait until it is done, and show what was done."""
-    print_stderr(f"'{name}': {_execute(name, command).text}")
+    print_stderr(f"'{name}': {execute(name, command).text}")
 
 
-def _execute(name: str, command: "Command") -> "Done":
+def execute(name: str, command: "Command") -> "Done":
     """Have a launched service execute a command, and return its answer."""
     from gserve_core.service import records
     from gserve_transports.http_client import GatewayClient

@@ -1,4 +1,7 @@
-"""The scratch folders of servers: each has one of its own for its temporary files, and removes it at its end."""
+"""The scratch folders of servers: each has one of its own for its temporary files, and removes it at its end.
+
+The folders in which an owner keeps weights for its servers are made, and found when the owner was killed, likewise.
+"""
 
 import contextlib
 import os
@@ -19,6 +22,12 @@ LONGEST = 50
 """Maximum length of a temporary folder's path, in bytes. The path of a vLLM socket below it must fit into 107."""
 SHORT = Path("/tmp")  # noqa: S108 - everything made in it is private
 """Folder for links to servers' temporary folders whose paths are too long."""
+SHARED = Path("/dev/shm")  # noqa: S108
+"""Folder whose files are in memory."""
+PREFIX, WEIGHTS = "gserve-", "gserve-weights-"
+"""The beginnings of the names of a server's folder, and of one for weights. The owner's instance follows."""
+DIGITS = 12
+"""Number of digits of the instance in a name."""
 
 
 class Owner(Struct, frozen=True):
@@ -36,7 +45,7 @@ def path_of(instance: str, temporary: str = "") -> Path:
 
     temporary: the server's temporary folder; "": the same as in this process.
     """
-    return (Path(temporary) if temporary else _temporary()) / f"gserve-{instance[:12]}"
+    return (Path(temporary) if temporary else _temporary()) / f"{PREFIX}{instance[:DIGITS]}"
 
 
 def _temporary() -> Path:
@@ -77,14 +86,36 @@ def remove(folder: Path) -> None:
 
 def make(instance: str) -> Path:
     """Make the scratch folder of a server. It counts as used until this process ends. Raises OSError, GserveError."""
-    path = private(path_of(instance))
+    path = path_of(instance)
+    _hold(path, instance)  # until the process ends
+    return path
+
+
+def weight_bases() -> list[Path]:
+    """Return the folders in which a folder for weights can be: shared memory if there is any, and a temporary one."""
+    return [*([SHARED] if os.access(SHARED, os.W_OK | os.X_OK) else []), _temporary()]
+
+
+def make_for_weights(base: Path, instance: str) -> tuple[Path, int]:
+    """Make a private folder for weights. Raises OSError, GserveError.
+
+    Return it, and a descriptor. It counts as used until this process ends or closes the descriptor.
+    """
+    path = base / f"{WEIGHTS}{instance[:DIGITS]}"
+    return path, _hold(path, instance)
+
+
+def _hold(path: Path, instance: str) -> int:
+    """Make a private folder that counts as used while the descriptor is open that is returned."""
+    private(path)
+    descriptor = os.open(path, os.O_RDONLY)
+    lock(descriptor, shared=True)  # first: nobody finds it unused
     me = os.getpid()
     owner = Owner(instance, me, processes.process_start(me) or 0, os.getsid(0), processes.boot())
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with os.fdopen(os.open(path / OWNER_FILE, flags, 0o600), "wb") as file:
         file.write(msgspec.json.encode(owner))
-    lock(os.open(path, os.O_RDONLY), shared=True)  # stays open until the process ends
-    return path
+    return descriptor
 
 
 def _owner_of(path: Path) -> Owner | None:
@@ -98,7 +129,7 @@ def _owner_of(path: Path) -> Owner | None:
             owner = msgspec.json.decode(file.read(4096), type=Owner)
     except (OSError, msgspec.MsgspecError, ValueError):
         return None
-    return owner if path.name == f"gserve-{owner.instance[:12]}" else None
+    return owner if path.name in {f"{it}{owner.instance[:DIGITS]}" for it in (PREFIX, WEIGHTS)} else None
 
 
 def find_owner(instance: str, *more: Path) -> Owner | None:
@@ -106,7 +137,7 @@ def find_owner(instance: str, *more: Path) -> Owner | None:
 
     more: other folders that may contain it.
     """
-    name = f"gserve-{instance[:12]}"
+    name = f"{PREFIX}{instance[:DIGITS]}"
     for base in (_temporary(), *_short_bases(), *more):
         path = base if base.name == name else base / name
         with contextlib.suppress(OSError):
@@ -124,7 +155,7 @@ def unused(instances: Collection[str]) -> list[Path]:
     instances: servers known to be alive.
     """
     temporary = _temporary()
-    pattern = "gserve-" + "[0-9a-f]" * 12
+    pattern = PREFIX + "[0-9a-f]" * DIGITS
     found = [path for path in temporary.glob(pattern) if _is_unused(path, instances)]
     for link in (link for base in _short_bases() for link in base.glob(pattern) if link.is_symlink()):
         with contextlib.suppress(OSError):
@@ -133,6 +164,12 @@ def unused(instances: Collection[str]) -> list[Path]:
             if is_ours and not os.path.lexists(target):
                 found.append(link)
     return sorted(found)
+
+
+def unused_weights() -> list[Path]:
+    """Return this user's folders for weights whose owner has ended."""
+    pattern = WEIGHTS + "[0-9a-f]" * DIGITS
+    return sorted(path for base in {*weight_bases()} for path in base.glob(pattern) if _is_unused(path, ()))
 
 
 def _is_unused(path: Path, instances: Collection[str]) -> bool:

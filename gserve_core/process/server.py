@@ -87,6 +87,11 @@ class Server:
         """Return the current state."""
         return Health("ok") if self._state == "ready" else Health(self._state, self._phase)
 
+    @property
+    def weight_version(self) -> str | None:
+        """The version of the engine's weights; None before it is ready."""
+        return None if self._work is None or self._state == "starting" else self._work.weight_version
+
     def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Run a request; return its events in batches as they happen.
 

@@ -8,6 +8,7 @@ import msgspec
 
 from ..errors import ConfigError, ItemError
 from ..messages import Logprob, ResponseOutput, VectorOutput, json_safe, unfolded
+from ..weights import FIRST
 from .writing import encode
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 RESPONSE, REASON, PROMPT_TOKENS, TOKENS, PARSED = (
     "response", "finish_reason", "prompt_tokens", "completion_tokens", "parsed",
 )  # fmt: skip
+WEIGHT_VERSION = "weight_version"
+"""Column with the version of the weights that made an answer. It is left out for those of the start, unless extra
+fields are asked for."""
 ERROR, PLACE, LINE, FILE = "error", "_row", "_line", "_file"
 """Columns of a failed row: why it failed, its place in the input from 0, its line in its file from 1, and that file."""
 EXTRA = ("token_ids", "logprobs", "prompt_token_ids", "prompt_logprobs", "cumulative_logprob")
@@ -53,13 +57,18 @@ class Answers:
         self.vectors: frozenset[str] = frozenset()
         """The columns that hold lists of 32-bit floats."""
         self._place = prefix + PLACE
-        self._set_names([RESPONSE, REASON, *more, PROMPT_TOKENS, TOKENS], has_place)
-        self._plain = None if more else _object_type([self._place, *self.names])
-        """The type of the JSON object of an answer with one output; None: it has other columns too."""
+        self._set_names(
+            [RESPONSE, REASON, *more, PROMPT_TOKENS, TOKENS, *((WEIGHT_VERSION,) if extra else ())], has_place
+        )
+        self._has_more = bool(more)
+        """Whether an answer has other columns than the usual ones."""
+        self._plain_type = _object_type([self._place, *self.names])
+        """The type of the JSON object of an answer with the usual columns."""
 
     def _set_names(self, names: Sequence[str], has_place: bool) -> None:
         self.names = [self.prefix + name for name in names]
-        self._reserved = frozenset([*self.names, self.prefix + ERROR, *([self._place] if has_place else ())])
+        more = [self.prefix + name for name in (ERROR, WEIGHT_VERSION)]
+        self._reserved = frozenset([*self.names, *more, *([self._place] if has_place else ())])
 
     def check_columns(self, row: Mapping[str, Any]) -> None:
         """Raise ConfigError if a row has a column that an answer has."""
@@ -76,17 +85,21 @@ class Answers:
         Raises ItemError: an output does not fit the schema.
         Raises ConfigError: a value cannot be JSON.
         """
-        if self._plain is not None and len(outputs) == 1:  # in a short way, since there may be millions
+        if self._is_plain(outputs):  # in a short way, since there may be millions
             one = outputs[0]
-            return _encode(self._plain(place, one.text, one.finish_reason, one.prompt_tokens, len(one.token_ids)))
+            return _encode(self._plain_type(place, one.text, one.finish_reason, one.prompt_tokens, len(one.token_ids)))
         return encode({self._place: place, **self.columns(outputs)})
+
+    def _is_plain(self, outputs: list[ResponseOutput]) -> bool:
+        """Return whether an answer has the usual columns only."""
+        return not self._has_more and len(outputs) == 1 and outputs[0].weight_version == FIRST
 
     def columns(self, outputs: list[ResponseOutput]) -> dict[str, Any]:
         """Return the columns of an answer. With several outputs, those of each output are lists.
 
         Raises ItemError: an output does not fit the schema.
         """
-        if self._plain is not None and len(outputs) == 1:
+        if self._is_plain(outputs):
             one = outputs[0]
             values = one.text, one.finish_reason, one.prompt_tokens, len(one.token_ids)
             return dict(zip(self.names, values, strict=True))
@@ -100,10 +113,13 @@ class Answers:
         if self.has_extra:
             safe = [json_safe(it) for it in outputs]
             made |= {name: [_plain(getattr(it, name)) for it in safe] for name in EXTRA}
-        tokens = {
+        tokens: dict[str, Any] = {
             PROMPT_TOKENS: outputs[0].prompt_tokens if outputs else None,
             TOKENS: sum(len(it.token_ids) for it in outputs),
         }
+        version = outputs[0].weight_version if outputs else FIRST
+        if self.has_extra or version != FIRST:
+            tokens[WEIGHT_VERSION] = version
         own = made if len(outputs) != 1 else {name: values[0] for name, values in made.items()}
         return {prefix + name: value for name, value in (own | tokens).items()}
 
@@ -131,13 +147,18 @@ class VectorAnswers(Answers):
         super().__init__(prefix=prefix, has_place=has_place)
         self.vectors = frozenset([prefix + EMBEDDING])
         self._set_names([EMBEDDING, PROMPT_TOKENS], has_place)
-        self._plain = None
+        self._has_more = True
 
     def columns(self, outputs: list[ResponseOutput]) -> dict[str, Any]:
         """Return the columns of a vector."""
         (one,) = outputs
         assert isinstance(one, VectorOutput)
-        return dict(zip(self.names, (array.array("f", one.vector).tolist(), one.prompt_tokens), strict=True))
+        columns: dict[str, Any] = dict(
+            zip(self.names, (array.array("f", one.vector).tolist(), one.prompt_tokens), strict=True)
+        )
+        if one.weight_version != FIRST:
+            columns[self.prefix + WEIGHT_VERSION] = one.weight_version
+        return columns
 
 
 def _object_type(names: Sequence[str]) -> Any:

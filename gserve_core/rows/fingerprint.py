@@ -18,6 +18,8 @@ from msgspec import Struct
 
 from ..config import LLMConfig
 from ..errors import ConfigError
+from ..host.scratch import WEIGHTS as WEIGHTS_IN_MEMORY
+from ..weights import FIRST, ORIGINAL, Weights
 
 SUFFIX = ".gserve.json"
 """The end of a fingerprint's name. Its beginning is a dot and the name of the output."""
@@ -32,6 +34,10 @@ SAMPLES, SAMPLE_BYTES = 8, 1 << 16
 """Number of parts of a file of weights that are compared, and the size of each in bytes."""
 OPTIONS = {"adapter_name": "adapter", "adapter": "lora_path"}
 """Names of the options that set facts, where the facts have other names."""
+ORIGINAL_FACTS: Mapping[str, Any] = {"weight_version": None, "weight_folder": None, "weight_files": None}
+"""Facts about the weights of the start. An output of an older version has been made with these."""
+MEMORY = "memory"
+"""The folder of weights that were tensors in memory. Its name is another one each time."""
 SHOWN = 60
 """Maximum length of a value in a message, in characters."""
 REMEDY = "choose another --output, or --overwrite"
@@ -58,10 +64,10 @@ class Fingerprint(Struct, frozen=True):
     progress: Progress | None = None
 
 
-def model_facts(llm: LLMConfig, engine: Any) -> dict[str, Any]:
+def model_facts(llm: LLMConfig, engine: Any, weights: Weights = ORIGINAL) -> dict[str, Any]:
     """Return the facts about a model that decide its answers. The files of a local model are looked at.
 
-    `engine`: the engine that runs it.
+    `engine`: the engine that runs it. `weights`: see `weight_facts`.
     """
     arguments = {name: value for name, value in llm.engine_kwargs.items() if name in DECIDING}
     return {
@@ -74,6 +80,16 @@ def model_facts(llm: LLMConfig, engine: Any) -> dict[str, Any]:
         "chat_template_kwargs": getattr(engine, "chat_template_kwargs", None) or None,
         # one fact each: adapters may come and go between two runs of a job, but not change
         **{f"adapter {name}": _files_digest(path) or path for name, path in llm.adapters.items()},
+        **weight_facts(weights),
+        "weight_files": _files_digest(weights.path) if weights.path else None,
+    }
+
+
+def weight_facts(weights: Weights) -> dict[str, Any]:
+    """Return the facts about the weights that a running service has now. None: those of the start."""
+    return {
+        "weight_version": None if weights.version == FIRST else weights.version,
+        "weight_folder": MEMORY if Path(weights.path).name.startswith(WEIGHTS_IN_MEMORY) else weights.path or None,
     }
 
 
@@ -159,7 +175,7 @@ def check_or_write(output: Path, facts: dict[str, Any], *, overwrite: bool, part
     known = read(output)
     if known is None:
         raise ConfigError(f"{output.name} exists and gserve does not know what made it: {REMEDY}", file=output)
-    found = known.facts
+    found = {name: value for name, value in ORIGINAL_FACTS.items() if name in given} | known.facts
     both = found.keys() & given.keys()
     pairs = ((name, found[name], given[name]) for name in given if name in both)
     if wrong := [text for name, before, now in pairs for text in _differences(name, before, now)]:

@@ -8,7 +8,7 @@ from typing import Any
 from ..batch.batch import in_order, outcome_lists
 from ..batch.dispatcher import Dispatcher
 from ..errors import ItemError
-from .answers import ERROR, Answers
+from .answers import ERROR, WEIGHT_VERSION, Answers
 from .kinds import row_with, table_of
 from .prompts import Prompts
 from .reading import Row
@@ -37,10 +37,14 @@ def map_rows(
     found = [answer for _, answer in _answered(dispatcher, items, answers, deadline)]
     missing = (table.size or 0) - len(found)  # the service has ended
     found += [{answers.prefix + ERROR: f"not answered: {dispatcher.ending}"}] * missing
-    failed = sum(answers.prefix + ERROR in answer for answer in found)
+    version, error = answers.prefix + WEIGHT_VERSION, answers.prefix + ERROR
+    failed = sum(error in answer for answer in found)
     if failed:
-        logger.warning("%d of %d rows failed: see the column '%s'", failed, len(found), answers.prefix + ERROR)
-    return table.with_answers(found, [*answers.names, *([answers.prefix + ERROR] if failed else ())])
+        logger.warning("%d of %d rows failed: see the column '%s'", failed, len(found), error)
+    names = dict.fromkeys(answers.names)
+    if any(version in answer for answer in found):
+        names[version] = None
+    return table.with_answers(found, [*names, *([error] if failed else ())])
 
 
 def _yield_rows(

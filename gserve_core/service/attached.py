@@ -57,6 +57,10 @@ class Attached(Followed["_Following"]):
         """The models of the service, by name."""
         return {} if self._session is None else self._session.models
 
+    def read_models(self) -> Mapping[str, ModelRecord]:
+        """Return the models as the service has them at this moment. Raises GserveError: that cannot be read."""
+        return models_of(records.find_service(self._name))
+
     @property
     def gateway(self) -> GatewayRecord | None:
         """The gateway of the service; None if it has none."""

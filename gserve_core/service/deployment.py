@@ -29,8 +29,10 @@ from ..host import adapter_folders, folders, processes, weight_folders
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
 from ..interfaces import Connection
-from ..weights import FIRST, Weights
+from ..weights import FIRST, ORIGINAL, Weights
+from . import memory_weights
 from .gateway import Gateway, ModelCard, new_key
+from .memory_weights import MemoryFolder, Tensors
 from .plan import ModelPlan, Plan, Source
 from .pool import Pool, Queue, Record, status_of
 from .records import ModelRecord, ServiceRecord
@@ -61,6 +63,8 @@ class Deployment:
         self._source = source
         self.seeds = {key: Seeds(model.llm.item_seed) for key, model in plan.models.items()}
         """The seeds of items of the service's own calls, for each model."""
+        self._in_memory: dict[str, MemoryFolder] = {}
+        """The folders with weights from memory, by their paths."""
         self._changes = threading.Lock()
         """Held during a change."""
         self.pool = Pool(
@@ -74,7 +78,12 @@ class Deployment:
         )
 
     def close(self) -> None:
-        """End the nurseries. Called by the pool once all servers have ended."""
+        """End the nurseries, and remove weights from memory. Called by the pool once all servers have ended."""
+        for key, model in self.plan.models.items():
+            if model.weights.path in self._in_memory:  # another start has those of the config
+                self.plan = self.plan.with_weights(key, ORIGINAL)
+                self.pool.set_programs([replace(it, weights=ORIGINAL) for it in self.members(key)])
+        self._remove_unused_weights()
         for plan in (self.plan, self._tried):
             if plan is not None:
                 plan.close()
@@ -102,6 +111,7 @@ class Deployment:
                 model.is_alone,
                 model.served_names[1:],
                 list(model.llm.all_adapters),
+                model.weights,
             )
             for key, model in self.plan.models.items()
         }
@@ -124,7 +134,7 @@ class Deployment:
             models={
                 model.name: ModelRecord(
                     model.llm.item_seed, model.serve.client_timeout, model.serve.stall_timeout,
-                    status_of([state for state in states if key in (ONLY, state.pool)]), model.is_alone,
+                    status_of([state for state in states if key in (ONLY, state.pool)]), model.is_alone, model.weights,
                 )
                 for key, model in models.items()
             },
@@ -176,7 +186,14 @@ class Deployment:
         try:
             yield
         finally:
+            self._remove_unused_weights()
             self._changes.release()
+
+    def _remove_unused_weights(self) -> None:
+        """Remove the folders with weights from memory that no model has."""
+        used = {model.weights.path for model in self.plan.models.values()}
+        for path in self._in_memory.keys() - used:
+            self._in_memory.pop(path).remove()
 
     def members(self, key: str | None = None) -> list[ServerProgram]:
         """Return the programs of the servers of a model, or of all models, in the order of their indexes."""
@@ -277,32 +294,48 @@ class Deployment:
         """Return the weights of a model. Raises ConfigError: there is no such model."""
         return self.plan.models[self.plan.key_of(model)].weights
 
-    def update_weights(self, command: UpdateWeights) -> None:
-        """Replace the weights on all servers of a model. For the errors see `VLLMService`."""
+    def update_weights(self, command: UpdateWeights, tensors: Tensors | None = None) -> None:
+        """Replace the weights on all servers of a model. For the errors see `VLLMService`.
+
+        `tensors`: the weights, if they are in the memory of this process, and not in the folder of the command.
+        """
         with self._changing():
             key = self.plan.key_of(command.model)
-            own, path = self.plan.models[key], command.path
-            if command.is_below_root:
-                path = str(weight_folders.find_below(own.serve.weights_root, path))
-            elif own.parts.launcher.runs_here:  # else the folder may be on other machines only
-                path = str(weight_folders.find(path))
-            weights = Weights(command.version, path)
-            if weights == own.weights:
-                return
-            if weights.version == FIRST:
+            own = self.plan.models[key]
+            if command.version == FIRST:
                 raise ConfigError(f"'{FIRST}' is the version of the weights of the start: choose another one")
-            if weights.version == own.weights.version:
+            path = _weight_folder(own, command) if tensors is None else ""
+            if command.version == own.weights.version:
+                if path == own.weights.path or (tensors is not None and own.weights.path in self._in_memory):
+                    return
                 raise ConfigError(
                     f"the weights of version '{own.weights.version}' are those in {own.weights.path or own.name}: give"
                     " other weights another version"
                 )
             self.pool.running()
+            if tensors is not None:
+                folder = self._write(own, tensors)
+                path = str(folder.path)
+                self._in_memory[path] = folder
+            weights = Weights(command.version, path)
 
             def commit() -> None:
                 self.plan = self.plan.with_weights(key, weights)
 
             update = WeightUpdate(self.pool, self.members(key), weights, command.timeout)
             update.run(command.in_flight, on_commit=commit)
+            self.pool.write_record()
+
+    def _write(self, model: ModelPlan, tensors: Tensors) -> MemoryFolder:
+        """Return a folder with tensors. Raises ConfigError or GserveError: see `memory_weights.write`."""
+        launcher = model.parts.launcher
+        if not launcher.runs_here:
+            raise GserveError(
+                "tensors reach servers through the memory of this machine, and the launcher"
+                f" '{launcher.name}' starts servers on others: save them into a folder that all machines see, and pass"
+                " its path"
+            )
+        return memory_weights.write(tensors)
 
     def _adapted(self, key: str, adapters: Mapping[str, str]) -> tuple[Plan, list[ServerProgram]]:
         """Return the plan and the programs of a model's servers with other adapters. Raises ConfigError."""
@@ -518,6 +551,15 @@ class Deployment:
                 self.pool.add([old for old in olds if old is not twin])
             except GserveError as error:
                 logger.error("cannot bring back %s: %s", new.name, error)
+
+
+def _weight_folder(model: ModelPlan, command: UpdateWeights) -> str:
+    """Return the folder of new weights. Raises ConfigError: see `weight_folders`."""
+    if command.is_below_root:
+        return str(weight_folders.find_below(model.serve.weights_root, command.path))
+    if model.parts.launcher.runs_here:  # else the folder may be on other machines only
+        return str(weight_folders.find(command.path))
+    return command.path
 
 
 def _key(program: ServerProgram) -> str:

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
+from ..errors import GserveError
+from ..weights import Weights
 from .attached import Attached
 from .model_names import find_model
 from .records import ModelRecord
@@ -31,6 +33,17 @@ class FollowedModels:
     def models(self) -> Mapping[str, ModelRecord]:
         """The models by name, as their owner has reported them last."""
         return self._whole.models
+
+    def weights(self, name: str | None) -> Weights:
+        """Return the weights of a model at this moment.
+
+        Raises ConfigError: there is no such model. Raises GserveError: the service does not answer, or does not tell.
+        """
+        models = self._whole.read_models()
+        found = None if not models else models[find_model({it: it for it in models}, name)].weights
+        if found is None:
+            raise GserveError("the service does not name its weights: an older version of gserve runs it")
+        return found
 
     def seeds(self, name: str | None) -> Seeds:
         """Return the seeds of a model's items. None: the only model. Raises ConfigError: there is no such model."""

@@ -34,6 +34,7 @@ from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
 from ..messages import Event, Health, RunRequest
 from ..overview import LogPart, ModelOverview, ServiceOverview
+from ..weights import ORIGINAL, Weights
 from .metrics import Measurement, Metrics, Waiting
 from .records import GatewayRecord
 from .remote_calls import RemoteCalls
@@ -104,6 +105,7 @@ class ModelCard(NamedTuple):
     `seed`: see `LLMConfig.item_seed`.
     `is_alone`: whether the service can have no other model.
     `aliases`: more names by which requests may choose it. `adapters`: the names of its adapters.
+    `weights`: those of its servers.
     """
 
     name: str
@@ -112,6 +114,7 @@ class ModelCard(NamedTuple):
     is_alone: bool = True
     aliases: Sequence[str] = ()
     adapters: Sequence[str] = ()
+    weights: Weights = ORIGINAL
 
     @property
     def others(self) -> list[str]:
@@ -281,6 +284,7 @@ class Gateway:
             ModelOverview(
                 name=card.name, model=card.model, status=routing.status_of(key), seed=card.seed,
                 waiting=waiting.get(key, 0), is_alone=card.is_alone, adapters=list(card.adapters),
+                weights=card.weights,
             )
             for key, card in self._cards().items()
         ]  # fmt: skip

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
-from ..errors import ConfigError, ItemError
+from ..errors import ConfigError, GserveError, ItemError
 from ..messages import Prompt
 from ..sampling import params_from
+from ..weights import Weights
 from .inference import Inference
 from .state import ServerState
 
@@ -27,6 +28,9 @@ class Service(Protocol):
 
     def plan_of(self, name: str | None = None) -> "ModelPlan | None":
         """Return the plan of a model."""
+
+    def weights_of(self, model: str | None = None) -> Weights:
+        """Return the weights of a model."""
 
     def seeds_of(self, name: str | None = None) -> Seeds:
         """Return the seeds of the items of a model."""
@@ -67,7 +71,7 @@ class Model(Inference):
 
     def model_facts(self) -> dict[str, Any]:
         """See `VLLMService.model_facts`."""
-        return model_facts(self._service.plan_of(self.name), self.status())
+        return model_facts(self._service, self.name, self.status())
 
 
 def check_params(plan: "ModelPlan | None", sampling_params: Any) -> None:
@@ -85,11 +89,20 @@ def prompt_lengths(plan: "ModelPlan | None", prompts: Sequence[Prompt]) -> list[
     return None if plan is None else plan.parts.engine.prompt_lengths(plan.llm, prompts)
 
 
-def model_facts(plan: "ModelPlan | None", states: Iterable[ServerState]) -> dict[str, Any]:
-    """Return what is known about a model, by its plan or else by the states of its servers."""
-    from ..rows.fingerprint import model_facts
+def model_facts(service: Service, name: str | None, states: Iterable[ServerState]) -> dict[str, Any]:
+    """Return what is known about a model of a service.
 
-    if plan is not None:
-        return model_facts(plan.llm, plan.parts.engine)
+    `name`: its name; None: the only one. `states`: those of its servers, if another process runs the service.
+    """
+    from ..rows.fingerprint import model_facts, weight_facts
+
+    if (plan := service.plan_of(name)) is not None:
+        return model_facts(plan.llm, plan.parts.engine, plan.weights)
     models = {state.info.model for state in states if state.info is not None}
-    return {"model": min(models)} if models else {}
+    facts = {"model": min(models)} if models else {}
+    try:
+        return facts | weight_facts(service.weights_of(name))
+    except ConfigError:
+        raise
+    except GserveError:  # they cannot be known
+        return facts

@@ -31,6 +31,8 @@ from .supervisor import CLEANING_UP, END_SECONDS, Answers, Limits, Program, Supe
 
 type Faults = dict[str, Mapping[str, str]]
 """Why adapters could not be loaded: by the name of the server, and the name of the adapter."""
+RECORD_SECONDS = 5.0
+"""Maximum wait until a record is written, in seconds. It is written in any case."""
 MARGIN = 10.0
 """Time that `close` waits for the supervisor in addition to the time limit of the servers, in seconds."""
 
@@ -255,6 +257,17 @@ class _Session:
             self.gateway.configure(config)
             self.supervisor.call_soon(lambda: self._write_record(self._published.states))
 
+    def write_record(self) -> None:
+        """Write the record again, and wait until it is written."""
+        is_done = threading.Event()
+
+        def write() -> None:
+            self._write_record(self._published.states)
+            is_done.set()
+
+        self.supervisor.call_soon(write)
+        is_done.wait(RECORD_SECONDS)
+
     def removed(self, name: str) -> None:
         for queue in self.queues.values():
             queue.forget(name)
@@ -377,6 +390,10 @@ class Pool:
         """The dispatcher of each model; empty if the pool is not started."""
         session = self._session
         return {} if session is None or session.supervisor.is_closing else session.dispatchers
+
+    def set_programs(self, programs: Sequence[Program]) -> None:
+        """Make these the programs of the servers of their names at the next start."""
+        self._programs |= {program.name: program for program in programs}
 
     def begin(self) -> None:
         """Start all servers that do not run, without waiting for them. Waits for a `close` in progress.
@@ -613,6 +630,11 @@ class Pool:
         """Apply new keys and a new `queue_timeout`, if there is a gateway. Raises GserveError: there is no key."""
         if (session := self._session) is not None:
             session.configure_gateway(config)
+
+    def write_record(self) -> None:
+        """Write the record of the service, if it has one, and wait until it is written."""
+        if (session := self._session) is not None:
+            session.write_record()
 
     def running(self) -> Supervisor:
         """Return the supervisor of servers that may be changed.

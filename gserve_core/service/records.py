@@ -16,6 +16,7 @@ from msgspec import Struct, structs
 from ..errors import ConfigError, GserveError, did_you_mean
 from ..host import processes, run_files, tokens
 from ..interfaces import Access, Address
+from ..weights import Weights
 
 LOCK_SECONDS = 10.0
 """Maximum wait for another process that reserves a name, in seconds."""
@@ -70,6 +71,7 @@ class ModelRecord(Struct, frozen=True):
 
     `status`: "starting", "ready", or "failed" if all of its servers have failed.
     `is_alone`: whether the service can have no other model.
+    `weights`: those of its servers; None in records of older versions.
     """
 
     seed: int = 0
@@ -77,6 +79,7 @@ class ModelRecord(Struct, frozen=True):
     stall_timeout: float | None = 60.0
     status: str = "ready"
     is_alone: bool = True
+    weights: Weights | None = None
 
 
 class ServiceRecord(Struct, frozen=True):

@@ -104,6 +104,10 @@ class Remote(Followed["_Following"]):
         """The models of the service, by name. Empty before the start."""
         return {} if self._session is None else self._session.models
 
+    def read_models(self) -> Mapping[str, ModelRecord]:
+        """Return the models as the service has them at this moment. Raises TransportError: it does not answer."""
+        return {} if self._session is None else self._session.read_models()
+
     def _follow(self) -> "_Following":
         """Connect to the gateway, and wait until a server is ready.
 
@@ -171,6 +175,17 @@ class _Following(Following):
     def _ask[T](self, question: Callable[[Connection], Coroutine[Any, Any, T]]) -> T:
         return self.dispatcher.ask_server(self._url, question)
 
+    def read_models(self) -> Mapping[str, ModelRecord]:
+        """Return the models at this moment. Raises TransportError."""
+        return self._models_of(self._ask(lambda connection: connection.overview()))
+
+    def _models_of(self, seen: ServiceOverview) -> Mapping[str, ModelRecord]:
+        models = {
+            it.name: ModelRecord(it.seed, self._timeout, is_alone=it.is_alone, weights=it.weights) for it in seen.models
+        }
+        servers = [server for server in seen.servers if self._model in (None, server.pool)]
+        return models or {it.model: ModelRecord(seen.seed, self._timeout) for it in servers[:1] if it.model}
+
     def _look(self) -> None:
         """Take over the present state of the service. Raises TransportError."""
         try:
@@ -180,8 +195,7 @@ class _Following(Following):
                 return
             raise
         servers = [server for server in seen.servers if self._model in (None, server.pool)]
-        models = {it.name: ModelRecord(it.seed, self._timeout, is_alone=it.is_alone) for it in seen.models}
-        self.models = models or {it.model: ModelRecord(seen.seed, self._timeout) for it in servers[:1] if it.model}
+        self.models = self._models_of(seen)
         self.states = MappingProxyType({server.name: _state_of(server) for server in servers})
         capacity = sum(server.capacity or 0 for server in servers if server.state == State.READY)
         if capacity and capacity != self._capacity:

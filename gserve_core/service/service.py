@@ -37,6 +37,7 @@ from .state import ServerState
 if TYPE_CHECKING:  # they take time, and an attached service does not need them
     from ..rows.batch_files import BatchSummary
     from .deployment import Deployment
+    from .memory_weights import Tensors
     from .plan import ModelPlan
     from .pool import Pool
     from .server import VLLMServer
@@ -387,13 +388,14 @@ class VLLMService(Inference):
 
         `model`: its name, if there are several.
 
-        Raises ConfigError: there is no such model. Raises GserveError: another process runs the service.
+        Raises ConfigError: there is no such model. Raises GserveError: another process runs the service, and does not
+        answer.
         """
-        return self._changeable().weights_of(model)
+        return self._changeable().weights_of(model) if self._followed is None else self._followed.weights(model)
 
     def update_weights(
         self,
-        path: Path | str,
+        weights: "Path | str | Tensors",
         *,
         version: str,
         in_flight: str = "finish",
@@ -407,7 +409,9 @@ class VLLMService(Inference):
         them, or dies, it is started again with the new ones. If none can, all are started again with the old ones. The
         same version again does nothing.
 
-        `path`: their folder, with safetensors files that have the names and the shapes of the loaded model.
+        `weights`: their folder, with safetensors files that have the names and the shapes of the loaded model. Or torch
+        tensors or numpy arrays by name, as a mapping or as pairs: they are written to shared memory, where servers of
+        this machine find them. They stay there until other weights take their place, or the service ends.
         `version`: their name, up to 64 letters, digits, '.', '_' and '-'. `ResponseOutput.weight_version` has it.
         `in_flight`: "finish": items in flight finish first. "redo": they are begun again with the new weights. "keep":
         they go on with the new weights; `ResponseOutput.weight_spans` says which made what. "abort": they end with the
@@ -422,9 +426,9 @@ class VLLMService(Inference):
         how = check_in_flight(in_flight)
         if not re.fullmatch(VERSION, version):
             raise ConfigError(f"expected a version of 1 to 64 letters, digits, '.', '_' and '-', got {version!r:.100}")
-        self._changeable().update_weights(
-            UpdateWeights(str(path), version, in_flight=how, timeout=timeout, model=model)
-        )
+        path, tensors = (str(weights), None) if isinstance(weights, (str, os.PathLike)) else ("", weights)
+        command = UpdateWeights(path, version, in_flight=how, timeout=timeout, model=model)
+        self._changeable().update_weights(command, tensors)
 
     def _changeable(self) -> "Deployment":
         if self._deployment is None:
@@ -560,4 +564,4 @@ class VLLMService(Inference):
 
     def model_facts(self) -> dict[str, Any]:
         """Return what is known about the model and decides its answers. `run_file` compares it with earlier runs."""
-        return model_facts(self.plan_of(), self.status())
+        return model_facts(self, None, self.status())

@@ -134,6 +134,7 @@ class _Api:
         self.instance = "check-instance"
         self.token: str | None = "check-token"
         self.control: str | None = None
+        self.weight_version: str | None = "0"
         self.ready = False
         self.busy: float | None = None
         self.was_shut_down = False

@@ -27,6 +27,7 @@ class Noted:
     instance = "noted"
     token: str | None = "a-token-of-this-server"
     control: str | None = "the-control-secret"
+    weight_version: str | None = "0"
 
     def __init__(self) -> None:
         self.effects: list[str] = []

