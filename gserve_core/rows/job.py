@@ -37,7 +37,7 @@ from .writing import encode_row
 TRIED = 10
 """Number of rows of which prompts are made before servers start. If all fail, the job does not begin."""
 HOPELESS = 1_000
-"""Number of failed rows, all for one reason and none answered, after which a job ends."""
+"""Number of rows at the begin of a job after which it ends, if all of them have failed for one reason."""
 JSON_LINES = FileType(Format.JSONL, "")
 GROWING = {JSON_LINES, FileType(Format.TXT), FileType(Format.CSV), FileType(Format.TSV)}
 """Types of files to which rows may be appended. The places of the earlier rows remain."""
@@ -212,27 +212,28 @@ class FileJob:
             yield Run(self, self.sources(), None)
             return
         with only_writer(output, is_over):
-            sources, files = self._prepare(output, model)
+            files = self._files(output)
             try:
-                yield Run(self, sources, files)
+                yield Run(self, self._prepare(files, output, model), files)
             finally:
                 files.input.unlink(missing_ok=True)
 
-    def _prepare(self, output: Path, model: Mapping[str, Any]) -> "tuple[list[Source], JobFiles]":
-        files = self._files(output)
+    def _prepare(self, files: "JobFiles", output: Path, model: Mapping[str, Any]) -> "list[Source]":
+        """Check what is given, and the output of an earlier run, before anything is removed. Return the input."""
         if self._is_stored:
             files.check_apart(Path(str(self.source)), self.sources())
-        if self.overwrite:
-            files.remove()
+        files.check_failed()
         job = self
         if not self._is_stored:
             files.copy_input(self.source)
             job = replace(self, source=files.input, format=self.format if self.source == STDIO else Format.JSONL)
         sources = job.sources()
         self._try_some(job)
+        if self.overwrite:
+            files.remove()
         facts = {**self.facts(), **model, "input": _input_facts(sources, output, is_copy=job is not self)}
         fingerprint.check_or_write(output, facts, overwrite=False, parts=[files.journal])
-        return sources, files
+        return sources
 
     def _try_some(self, job: "FileJob") -> None:
         """Raise ConfigError if no prompt can be made of any of the first rows, or the output cannot hold the first."""
@@ -318,11 +319,15 @@ class Run:
             steps = ([one] for one in in_order(itertools.chain.from_iterable(steps)))
         began = time.monotonic()
         take = items.take
+        first = 0
+        """Number of the first rows that have failed. Rows are read ahead, so that others may fail before them."""
         with self._sink() as sink:
             for outcomes in steps:
                 sink.write([(take(index), outcome) for index, outcome in outcomes])
                 totals.seconds = time.monotonic() - began
-                if not totals.done and totals.failed >= HOPELESS and len(totals.failures) == 1:
+                if not totals.done and not totals.before:
+                    first += sum(index < HOPELESS for index, _ in outcomes)
+                if first == HOPELESS and not totals.done and len(totals.failures) == 1:
                     raise GserveError(f"{totals}: the job ends, since the first rows fail for one reason")
                 if report is not None:
                     report(totals)

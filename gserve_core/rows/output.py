@@ -195,8 +195,6 @@ class JobFiles:
 
     `answers`: made the columns of the answers.
     `is_direct`: whether answers are appended to the output itself, and not to a journal.
-
-    Raises ConfigError: failed rows cannot be written to `failed`, which this would remove in the end.
     """
 
     def __init__(
@@ -208,12 +206,10 @@ class JobFiles:
         self._vectors = answers.vectors
         self.is_direct = is_direct
         self.failed = self._beside_failed() if failed is None else failed.resolve()
-        if self.failed.exists() and not self.failed.is_file():
-            raise ConfigError("expected a file for failed rows, and this is a device, a pipe or a folder", file=failed)
-        if self.failed == self._output:
-            raise ConfigError("failed rows need a file of their own, and this is the output", file=failed)
         self.journal = journal_of(output)
         self.input = self._output.with_name(f".{self._output.name}.gserve.input")
+        self._about_failed = {answers.prefix + name for name in (ERROR, PLACE, LINE)}
+        """Columns that each failed row has."""
         self._lines = array.array("q")
         """Where the line of each row begins in the journal or the output, plus 1, by the place of the row; 0: none."""
 
@@ -249,9 +245,34 @@ class JobFiles:
             if path in inputs or path.parent == given or path.match(str(given)):
                 raise ConfigError("the output is among the files of the input: write it elsewhere", file=path)
 
+    def check_failed(self) -> None:
+        """Raise ConfigError if a job must not write failed rows anew to their file, and remove it once it is empty."""
+        own = (self._output, self.journal, self.input, fingerprint.path_beside(self._output))
+        if self.failed in own:
+            raise ConfigError("failed rows need a file of their own", file=self.failed)
+        if not self.failed.exists():
+            return
+        if not self.failed.is_file():
+            raise ConfigError(
+                "expected a file for failed rows, and this is a device, a pipe or a folder", file=self.failed
+            )
+        with self.failed.open("rb") as stream:
+            first, rest = stream.readline(), stream.read(1)
+        try:
+            row = msgspec.json.decode(first) if first else None
+            is_ours = row is None or (isinstance(row, dict) and self._about_failed <= row.keys())
+        except (ValueError, RecursionError):
+            is_ours = first.startswith(b"{") and not first.endswith(b"\n") and not rest  # cut off by a kill
+        if not is_ours:
+            raise ConfigError(
+                "this file is not one of failed rows, and would be lost: move it, or choose another one for failed"
+                " rows (--failed)",
+                file=self.failed,
+            )
+
     def remove(self) -> None:
         """Remove all files of an earlier job."""
-        for path in (self._output, self.failed, self.journal, self.input, fingerprint.path_beside(self._output)):
+        for path in (self._output, self.failed, self.journal, fingerprint.path_beside(self._output)):
             path.unlink(missing_ok=True)
 
     def copy_input(self, given: Any) -> None:

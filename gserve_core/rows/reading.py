@@ -267,7 +267,11 @@ def _header(reader: Any, undecoded: list[str], file: str) -> list[str]:
     if not names:
         raise ConfigError("expected a header with the names of the columns, found nothing", file=file)
     if "" in names:
-        raise ConfigError(f"column {names.index('') + 1} has no name in the header", file=file, line=1)
+        raise ConfigError(
+            f"column {names.index('') + 1} has no name in the header; pandas writes such a column of row numbers unless"
+            " it is told index=False",
+            file=file, line=1,
+        )  # fmt: skip
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         raise ConfigError(f"the column {repeated[0]!r} occurs twice in the header", file=file, line=1)
     return names

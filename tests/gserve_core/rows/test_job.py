@@ -347,14 +347,54 @@ def test_a_job_never_writes_among_the_files_of_its_input(
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_failed_rows_go_to_a_file_of_their_own_and_no_device_is_removed(
+def test_failed_rows_go_to_a_file_of_their_own_and_no_other_file_is_lost(
     service: VLLMService, source: Path, tmp_path: Path, overwrite: bool
 ) -> None:
+    output = tmp_path / "out.jsonl"
     os.mkfifo(tmp_path / "pipe")
-    for given, said in [("pipe", "this is a device, a pipe or a folder"), ("out.jsonl", "and this is the output")]:
+    (tmp_path / "notes.txt").write_text("mine\n")
+    (tmp_path / "out.failed.jsonl").write_text('{"mine": 1}\n')
+    wrong = {
+        "pipe": "this is a device, a pipe or a folder", "out.jsonl": "failed rows need a file of their own",
+        "notes.txt": "and would be lost: move it", "out.failed.jsonl": "and would be lost: move it",
+    }  # fmt: skip
+    for given, said in wrong.items():
         with pytest.raises(ConfigError, match=said):
-            service.run_file(source, tmp_path / "out.jsonl", failed=tmp_path / given, overwrite=overwrite)
+            service.run_file(source, output, failed=tmp_path / given, overwrite=overwrite)
+    with pytest.raises(ConfigError, match="and would be lost: move it"):
+        service.run_file(source, output, overwrite=overwrite)
     assert (tmp_path / "pipe").is_fifo()
+    assert (tmp_path / "notes.txt").read_text() == "mine\n"
+    assert (tmp_path / "out.failed.jsonl").read_text() == '{"mine": 1}\n'
+    assert not output.exists()
+    (tmp_path / "notes.txt").write_text('{"error": "cut of')
+    assert service.run_file(source, output, failed=tmp_path / "notes.txt", overwrite=overwrite).failed == 0
+
+
+def test_a_job_that_cannot_begin_anew_keeps_the_earlier_output(
+    service: VLLMService, source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    service.run_file(source, output)
+    before = output.read_bytes()
+    with pytest.raises(ConfigError, match="no prompt can be made of the first rows"):
+        service.run_file(source, output, template="{{ typo }}", overwrite=True)
+    assert output.read_bytes() == before
+    with pytest.raises(ConfigError, match="no prompt can be made of the first rows"):
+        service.run_file([{"other": 1}], output, overwrite=True)
+    assert output.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".out")} == {".out.jsonl.gserve.json"}
+
+
+def test_many_rows_that_fail_among_good_ones_end_no_job(service: VLLMService, tmp_path: Path) -> None:
+    """Errors of rows that are read ahead come before the answers of earlier ones, and first of all in a second run."""
+    rows = [{"prompt": f"row {place}" if place < 50 else None} for place in range(3_000)]
+    rows += [{"prompt": "last"}]
+    for before in (0, 51):
+        totals = service.run_file(rows, tmp_path / "out.jsonl")
+        assert (totals.before, totals.done, totals.failed) == (before, 51 - before, 2_950)
+    with pytest.raises(GserveError, match="the job ends, since the first rows fail for one reason"):
+        service.run_file([{"prompt": "POISON"}] * 1_500, tmp_path / "bad.jsonl")
 
 
 @pytest.mark.parametrize(
