@@ -381,7 +381,7 @@ def test_a_job_that_cannot_begin_anew_keeps_the_earlier_output(
         service.run_file(source, output, template="{{ typo }}", overwrite=True)
     assert output.read_bytes() == before
     with pytest.raises(ConfigError, match="no prompt can be made of the first rows"):
-        service.run_file([{"other": 1}], output, overwrite=True)
+        service.run_file(write(tmp_path / "other.jsonl", [{"other": 1}]), output, overwrite=True)
     assert output.read_bytes() == before
     assert {path.name for path in tmp_path.iterdir() if path.name.startswith(".out")} == {".out.jsonl.gserve.json"}
 
@@ -391,10 +391,10 @@ def test_many_rows_that_fail_among_good_ones_end_no_job(service: VLLMService, tm
     rows = [{"prompt": f"row {place}" if place < 50 else None} for place in range(3_000)]
     rows += [{"prompt": "last"}]
     for before in (0, 51):
-        totals = service.run_file(rows, tmp_path / "out.jsonl")
+        totals = service.run_file(write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl")
         assert (totals.before, totals.done, totals.failed) == (before, 51 - before, 2_950)
     with pytest.raises(GserveError, match="the job ends, since the first rows fail for one reason"):
-        service.run_file([{"prompt": "POISON"}] * 1_500, tmp_path / "bad.jsonl")
+        service.run_file(write(tmp_path / "bad.jsonl", [{"prompt": "POISON"}] * 1_500), tmp_path / "new.jsonl")
 
 
 @pytest.mark.parametrize(
