@@ -27,9 +27,13 @@ DECIDING = {
     "tokenizer", "tokenizer_mode", "tokenizer_revision", "revision", "seed", "dtype", "quantization", "load_format",
     "chat_template", "reasoning_parser", "hf_overrides", "hf_config_path", "generation_config",
     "override_generation_config", "model_impl", "rope_scaling", "rope_theta", "runner", "convert", "pooler_config",
+    "max_model_len", "kv_cache_dtype", "calculate_kv_scales", "logits_processors", "mm_processor_kwargs",
+    "structured_outputs_config", "speculative_config",
 }  # fmt: skip
 """Arguments of `vllm.LLM` that decide its answers, besides the model."""
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth"}
+TEXTS = {".json", ".jinja", ".model", ".txt"}
+"""Files beside the weights: the config, the tokenizer, the chat template, and the usual parameters."""
 SAMPLES, SAMPLE_BYTES = 8, 1 << 16
 """Number of parts of a file of weights that are compared, and the size of each in bytes."""
 OPTIONS = {"adapter_name": "adapter", "adapter": "lora_path"}
@@ -77,6 +81,7 @@ def model_facts(llm: LLMConfig, engine: Any, weights: Weights = ORIGINAL) -> dic
         "adapter_weights": None if llm.lora_path is None else _files_digest(llm.lora_path),
         "engine": engine.name,
         "llm": arguments,
+        "chat_template_file": _content_digest(arguments.get("chat_template")),
         "chat_template_kwargs": getattr(engine, "chat_template_kwargs", None) or None,
         # one fact each: adapters may come and go between two runs of a job, but not change
         **{f"adapter {name}": _files_digest(path) or path for name, path in llm.adapters.items()},
@@ -94,21 +99,32 @@ def weight_facts(weights: Weights) -> dict[str, Any]:
 
 
 def _files_digest(name: str) -> str | None:
-    """Return a digest of samples of the weights of a local model; None: it is not on this machine."""
+    """Return a digest of a local model's files, of which the weights are sampled; None: it is not on this machine."""
     path = Path(name)
     try:
-        found = [path] if path.is_file() else [it for it in path.iterdir() if it.suffix in WEIGHTS]
+        found = [path] if path.is_file() else [it for it in path.iterdir() if it.suffix in WEIGHTS | TEXTS]
         digest = hashlib.blake2b(digest_size=16)
         for file in sorted(found):
             with file.open("rb") as stream:
                 size = file.stat().st_size
                 digest.update(f"{file.name} {size} ".encode())
+                if file.suffix in TEXTS:
+                    digest.update(stream.read())
+                    continue
                 for part in range(SAMPLES):  # the first bytes only describe the weights
                     stream.seek(max(0, size * (part + 1) // SAMPLES - SAMPLE_BYTES))
                     digest.update(stream.read(SAMPLE_BYTES))
     except OSError:
         return None
     return digest.hexdigest() if found else None
+
+
+def _content_digest(path: Any) -> str | None:
+    """Return a digest of a file; None: the value is no path of a file."""
+    try:
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+    except (OSError, TypeError, ValueError):  # it is the text of a template, say
+        return None
 
 
 def path_beside(output: Path) -> Path:

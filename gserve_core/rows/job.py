@@ -192,6 +192,7 @@ class FileJob:
             "template": options.template, "column": options.column, "system": options.system,
             "drop_answer": options.drop_answer or None, "parameters": prompts.params, "tools": options.tools,
             "adapter_name": options.adapter,
+            "media_root": None if options.media_root is None else str(Path(options.media_root).resolve()),
             "prefix": self.prefix or None, "extra": self.extra or None, "shard": self.shard,
             "ordered": True if self.ordered and self.output_type == JSON_LINES else None,  # tables always are
         }  # fmt: skip

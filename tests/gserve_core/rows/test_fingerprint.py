@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from gserve import ConfigError
-from gserve_core.rows.fingerprint import check_or_write, path_beside
+from gserve import ConfigError, LLMConfig
+from gserve_core.engines.echo import EchoEngine
+from gserve_core.rows.fingerprint import check_or_write, model_facts, path_beside
 
 FACTS = {"model": "m", "temperature": 0, "params": {"seed": 1, "stop": ["a"]}, "lora": None}
 
@@ -135,3 +136,15 @@ def test_what_a_killed_process_has_left_of_a_fingerprint_is_removed(tmp_path: Pa
     (tmp_path / ".other.jsonl.gserve.json.x1").write_text("{")
     check_or_write(tmp_path / "out.jsonl", {"model": "m"}, overwrite=False)
     assert {path.name for path in tmp_path.iterdir()} == {".out.jsonl.gserve.json", ".other.jsonl.gserve.json.x1"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "chat_template.jinja", "template"])
+def test_each_file_of_a_model_and_the_file_of_a_template_are_facts(tmp_path: Path, name: str) -> None:
+    for file in ("model.safetensors", "tokenizer_config.json", "chat_template.jinja", "template", "README.md"):
+        (tmp_path / file).write_text("{}")
+    llm = LLMConfig(str(tmp_path), llm_kwargs={"chat_template": str(tmp_path / "template")})
+    before = model_facts(llm, EchoEngine())
+    (tmp_path / "README.md").write_text("changed")
+    assert model_facts(llm, EchoEngine()) == before
+    (tmp_path / name).write_text("{ }")
+    assert model_facts(llm, EchoEngine()) != before

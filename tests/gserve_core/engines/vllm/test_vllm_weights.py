@@ -82,11 +82,16 @@ def test_each_output_of_a_batch_is_of_the_version_that_it_names(
     for number in (1, 2):
         service.update_weights(models[number], version=f"{in_flight}-{number}")
         wanted[str(number)] = service.generate([PROMPTS[0]], params, return_extra=True)[0][0].token_ids
-    batch = threading.Thread(
-        target=lambda: found.extend(service.generate([PROMPTS[0]] * 600, params, return_extra=True))
-    )
+
+    def work() -> None:
+        for _, outputs in service.generate_iter([PROMPTS[0]] * 600, params):
+            found.append(outputs)
+
+    batch = threading.Thread(target=work)
     batch.start()
     for number in range(3, 9):
+        before = len(found)  # each version answers some items
+        until(lambda: len(found) > before or not batch.is_alive(), 60)  # noqa: B023
         service.update_weights(models[2 - number % 2], version=f"{in_flight}-{number}", in_flight=in_flight)
     batch.join()
     assert len(found) == 600
