@@ -778,11 +778,14 @@ class RunningEngine(RunningRank):
         await self.check_weights(weights.path)
 
     async def check_loaded(self) -> None:
-        """Make one token, or one vector, with new weights. Raises any exception: they do not work."""
+        """Check new weights: make one token, or one vector. Raises any exception: they do not work.
+
+        Between `pause` and `resume` it must end too, such as by a look at the weights themselves.
+        """
         await self.check()
 
     async def pause(self) -> None:
-        """Stop to compute. Requests in the engine stay as they are, and new ones wait, until `resume`.
+        """Stop computing. Requests in the engine stay as they are, and new ones wait, until `resume`.
 
         Raises GserveError: the engine cannot do that, as unless it is overridden.
         """

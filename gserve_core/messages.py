@@ -184,7 +184,7 @@ type Logprobs = list[dict[int, Logprob] | None]
 class ResponseOutput(Struct, frozen=True, omit_defaults=True, gc=False):
     """One completion: the fields of `vllm.CompletionOutput`, and those of its prompt.
 
-    `finish_reason`: "stop", "length" or "repetition"; "abort" if a pause has ended it early, by request.
+    `finish_reason`: "stop", "length" or "repetition"; "abort" if an update of the weights has ended it early.
     `stop_reason`: the stop string or token id that ended the completion.
     `prompt_tokens`: number of tokens of the prompt; None if the engine does not count them.
     `prompt_token_ids`: the tokens of the prompt, if the call requests them.

@@ -7,8 +7,8 @@ from .errors import ConfigError
 type InFlight = Literal["finish", "redo", "keep", "abort"]
 """What happens to items in flight when a server pauses.
 
-finish: they are answered first. redo: they are put back, and begun again afterwards. keep: they stay in the engine,
-and go on afterwards. abort: they end with the tokens that they have; those without a token are put back.
+finish: they are answered first. redo: they are cancelled, and start again afterwards. keep: they stay in the engine,
+and go on afterwards. abort: they end with the tokens that they have; those without a token start again afterwards.
 """
 
 

@@ -72,8 +72,14 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
     async def answer_request(request: Request, run: RunRequest) -> Response:
         outputs = await _unless_disconnected(request, api.run_whole(run))
         answer = await asyncio.to_thread(_outputs, outputs)  # in a thread, so that other requests go on
-        if made := dict.fromkeys(output.weight_version for item in outputs for output in item):
-            answer.headers[WEIGHT_HEADER] = ", ".join(made)  # an update may come between two items
+        made = dict.fromkeys(
+            version
+            for item in outputs
+            for output in item
+            for version, *_ in output.weight_spans or [(output.weight_version,)]
+        )
+        if made:
+            answer.headers[WEIGHT_HEADER] = ", ".join(made)  # an update may come between two items, or in one
         return answer
 
     @app.exception_handler(RemoteError)
@@ -211,7 +217,7 @@ class _Guard:
                 headers = [*message["headers"], (INSTANCE_HEADER.encode(), self._api.instance.encode())]
                 version = self._api.weight_version if scope["path"] in MAKING_PATHS else None
                 if version is not None and not any(name == WEIGHT_HEADER.encode() for name, _ in headers):
-                    headers.append((WEIGHT_HEADER.encode(), version.encode()))  # no update ends before this answer
+                    headers.append((WEIGHT_HEADER.encode(), version.encode()))  # of a stream: that at its begin
                 message["headers"] = headers
             await send(message)
 

@@ -202,7 +202,9 @@ FOR_PLUGINS = {
 
 HOMES = {  # third parties: the only files that may import them
     "vllm": {"gserve_core/engines/vllm/differences.py"},
-    "torch": {f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "patches", "weight_files")},
+    "torch": {
+        f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "patches", "weight_files", "weight_loading")
+    },
     "safetensors": {
         f"gserve_core/{name}.py"
         for name in ("engines/vllm/weight_files", "engines/vllm/weight_loading", "service/memory_weights")
@@ -257,7 +259,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm/patches.py": {"torch", "vllm"},  # vLLM is there when they are called
     "gserve_core/engines/vllm/demo_model.py": {"torch", "transformers"},
     "gserve_core/engines/vllm/weight_files.py": {"torch", "safetensors"},  # they are there when it is called
-    "gserve_core/engines/vllm/weight_loading.py": {"safetensors"},
+    "gserve_core/engines/vllm/weight_loading.py": {"safetensors", "torch"},
     "gserve_core/engines/vllm/prompt_lengths.py": {"transformers"},  # takes seconds
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
     "gserve_core/batch/progress.py": {"tqdm"},  # it may be missing

@@ -230,7 +230,7 @@ def update(
 ) -> None:
     """Replace the weights of a launched service, while it works: on all servers, or on none.
 
-    The files are checked before anything changes. Only with --in-flight keep an output is made by two versions.
+    The files are checked before anything changes. Only --in-flight keep can mix two versions in one output.
     """
     from gserve_core.commands import VERSION, UpdateWeights
     from gserve_core.pauses import check_in_flight

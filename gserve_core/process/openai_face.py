@@ -95,8 +95,6 @@ class _Reply:
         """Whether an error event has been sent."""
 
     async def __call__(self, message: ASGIMessage) -> None:
-        if self._items:
-            await self._work.wait_sound()
         if message["type"] != "http.response.body":
             self._head = message
             return

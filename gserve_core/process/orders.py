@@ -9,7 +9,7 @@ from .. import lease
 from ..errors import sentence_of
 from ..host.redaction import redact
 from ..interfaces import RunningEngine
-from ..weights import FIRST, Weights
+from ..weights import Weights
 from .work import Work
 
 logger = logging.getLogger("gserve.serving")
@@ -32,8 +32,6 @@ class Orders:
         """The pause in progress."""
         self._turn = asyncio.Lock()
         """Held by a pause that is in progress, and by its end."""
-        self._version = FIRST
-        """The version of the weights that work."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_unsound = False
         """Whether weights are being loaded, or could not be loaded."""
@@ -108,23 +106,21 @@ class Orders:
         await self._load(weights)
 
     async def _load(self, weights: Weights) -> None:
-        """Load weights, unless they are loaded, and make a token with them. Raises any exception: that fails.
-
-        No output is sent before that token: items that a pause has kept go on to compute with it.
-        """
+        """Load weights, unless they are loaded, and check them. Raises any exception: that fails."""
         assert self._work is not None
         if weights.version == self._version:
             return
         logger.info("loading the weights of version %s", weights.version)
         self._is_unsound = True
-        self._work.hold_outputs()
         await self._engine.load_weights(weights)
-        self._work.weight_version = weights.version
-        await self._work.let_engine_run()
         await self._engine.check_loaded()
-        self._version = weights.version
+        self._work.weight_version = weights.version
         self._is_unsound = False
-        self._work.send_outputs()
+
+    @property
+    def _version(self) -> str:
+        assert self._work is not None
+        return self._work.weight_version
 
     async def _answer(self, number: int, doing: Awaitable[object]) -> None:
         """Wait for `doing`, and report that it is done, or why it is not."""

@@ -96,9 +96,6 @@ class Work:
         """The items that a pause has put back, or that it has ended before they were begun."""
         self.is_kept = False
         """Whether the engine is paused, and may have items."""
-        self._sound = asyncio.Event()
-        """Cleared while the engine's weights are not known to work. No output is sent meanwhile."""
-        self._sound.set()
 
     async def run(self, request: RunRequest) -> AsyncGenerator[list[Event]]:
         """Run a request; yield its events in batches as they happen. Raises RemoteError: the request is refused."""
@@ -240,7 +237,6 @@ class Work:
                 self._has_place.set()
             piece.unfinished -= 1
             piece.tasks.pop(index, None)
-        await self._sound.wait()
         piece.put(event)
 
     async def _outputs(self, engine: RunningEngine, prepared: Any) -> list[ResponseOutput]:
@@ -258,7 +254,8 @@ class Work:
                     raise
                 await self._wait_outside()
                 continue
-            if outputs and all(output.finish_reason == "abort" and not output.token_ids for output in outputs):
+            is_empty = all(output.finish_reason == "abort" and not output.token_ids for output in outputs)
+            if self.is_paused and outputs and is_empty:
                 await self._wait_outside()  # a pause has ended it before it was begun
                 continue
             return [self._with_version(output) for output in outputs]
@@ -322,43 +319,27 @@ class Work:
         if in_flight == "keep":
             while self._checks:
                 await asyncio.sleep(PAUSE_STEP)
-            self.is_kept = True
             await self._engine.pause()
+            self.is_kept = True
             return
-        await self.let_engine_run()
         if in_flight == "redo":
             for piece in self._pieces:
                 inside = {*piece.tasks.values()} - self._outside
                 self._put_back |= {task for task in inside if task.cancel()}
+        if in_flight == "abort":
+            await self._engine.abort()
         while not self.is_empty:
+            await asyncio.sleep(PAUSE_STEP)
             if in_flight == "abort":
                 await self._engine.abort()  # again: a request of OpenAI's API may have been on its way
-            await asyncio.sleep(PAUSE_STEP)
-
-    async def let_engine_run(self) -> None:
-        """End the engine's pause. No item is begun before `resume`."""
-        if self.is_kept:
-            await self._engine.resume()
-            self.is_kept = False
 
     async def resume(self) -> None:
-        """Begin items again."""
-        await self.let_engine_run()
+        """Have the engine compute again, and begin items again."""
+        self.is_kept = False  # first: if the engine hangs, its watchdog ends it
+        await self._engine.resume()
         self._most_running = AHEAD * self._engine.info.capacity
         self._opened.set()
         self._has_place.set()
-
-    def hold_outputs(self) -> None:
-        """Send no output, until `send_outputs`."""
-        self._sound.clear()
-
-    def send_outputs(self) -> None:
-        """Send outputs again."""
-        self._sound.set()
-
-    async def wait_sound(self) -> None:
-        """Wait while no output may be sent."""
-        await self._sound.wait()
 
     def cancel(self, request_id: str, items: Sequence[int]) -> None:
         """Cancel items of the request with this id. The request may still be on its way, over another connection."""

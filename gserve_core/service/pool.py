@@ -391,10 +391,6 @@ class Pool:
         session = self._session
         return {} if session is None or session.supervisor.is_closing else session.dispatchers
 
-    def set_programs(self, programs: Sequence[Program]) -> None:
-        """Make these the programs of the servers of their names at the next start."""
-        self._programs |= {program.name: program for program in programs}
-
     def begin(self) -> None:
         """Start all servers that do not run, without waiting for them. Waits for a `close` in progress.
 
@@ -588,12 +584,15 @@ class Pool:
 
     def restart(self, programs: Sequence[Program]) -> list[Future[None]]:
         """Stop servers at once, and start them again with these programs. Return what `Supervisor.replace` returns."""
-        self._programs |= {program.name: program for program in programs}
+        self.set_programs(programs)  # a server that fails to start is started again with it
         session = self._session
-        if session is None:
-            return []
-        session.supervisor.set_programs(programs)  # a server that fails to start is started again with it
-        return [session.supervisor.replace(program, 0.0) for program in programs]
+        return [] if session is None else [session.supervisor.replace(program, 0.0) for program in programs]
+
+    def set_programs(self, programs: Sequence[Program]) -> None:
+        """Replace the programs of the same names. They are what is started from now on."""
+        self._programs |= {program.name: program for program in programs}
+        if (session := self._session) is not None:
+            session.supervisor.set_programs(programs)
 
     def wait_until(self, condition: Callable[[], bool], seconds: float) -> bool:
         """Wait until a condition on the states holds, or the pool ends. Return False if it does not hold."""

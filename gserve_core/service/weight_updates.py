@@ -34,6 +34,8 @@ class WeightUpdate:
 
     def __init__(self, pool: Pool, programs: Sequence[ServerProgram], weights: Weights, seconds: float) -> None:
         self._pool = pool
+        self._stopped = [replace(it, weights=weights) for it in programs if pool.states[it.name].is_over]
+        """The programs of servers that do not run. They have the weights if they are started again."""
         self._olds = [program for program in programs if not pool.states[program.name].is_over]
         self._news = [replace(program, weights=weights) for program in self._olds]
         self._weights = weights
@@ -67,10 +69,10 @@ class WeightUpdate:
         answers = self._order(
             self._olds,
             lambda number: lease.Pause(number, in_flight),
-            "finished the items in flight (nothing has changed)",
+            "paused all servers (the weights have not changed)",
         )
         if faults := _faults(answers):
-            raise GserveError(f"cannot load the weights in {self._weights.path}, and nothing has changed: {faults}")
+            raise GserveError(f"cannot pause all servers, and the weights have not changed: {faults}")
 
     def _load(self, on_commit: Callable[[], object]) -> None:
         """Have all servers load the weights. Raises GserveError: none can, and all have the old ones."""
@@ -89,6 +91,7 @@ class WeightUpdate:
                 returned = self._pool.restart(self._olds)
             else:
                 on_commit()
+                self._pool.set_programs(self._stopped)
                 names = {state.name for state in failed}
                 self._pool.restart([program for program in self._news if program.name in names])
         if is_on_none:

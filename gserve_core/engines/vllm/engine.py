@@ -49,7 +49,7 @@ from .adapter_files import LORA_RANKS, adapter_rank, check_adapter, check_rank, 
 from .adapters import Adapters
 from .chats import Options, messages_of, options_of
 from .files import adapter_folder, chat_template, check_adapter_weights
-from .in_flight import ITEMS, InFlight, spans_of
+from .in_flight import ITEMS, Requests, spans_of
 from .known_errors import KNOWN_ERRORS, LOG_FORM
 from .outputs import converted
 from .patches import START_METHOD, fork_on_cpu
@@ -59,7 +59,7 @@ from .prompt_lengths import prompt_lengths
 from .token_counts import OWN, TokenCounts
 from .tokenizing import Ahead, quicken
 from .weight_files import check_weights
-from .weight_loading import LOAD, WORKER_EXTENSION
+from .weight_loading import CHECK, LOAD, WORKER_EXTENSION
 
 CPU_KV_CACHE = 4 << 30
 """Default size of the KV cache without a GPU, in bytes."""
@@ -416,7 +416,7 @@ class RunningVLLM(RunningEngine):
         self._numbers = iter(range(1 << 62))
         self._progress = Progress(self._engine)
         self._tokens = TokenCounts(self._engine)
-        self._in_flight = InFlight(self._engine)
+        self._requests = Requests(self._engine)
         self._version = FIRST
         """The version of the weights."""
         self._adapters = Adapters(
@@ -467,12 +467,12 @@ class RunningVLLM(RunningEngine):
             self._warming.cancel()
             await asyncio.gather(self._warming, return_exceptions=True)
             self._warming = None
-        if self._in_flight.is_paused:
-            await self._in_flight.note_version(self._version)
+        if self._requests.is_paused:
+            await self._requests.note_version(self._version)
         await differences.call(self._engine.collective_rpc, LOAD, args=(weights.path,))
         with differences.expected("resetting the caches"):
             for _ in range(RESETS):
-                if await self._engine.reset_prefix_cache(reset_running_requests=self._in_flight.is_paused):
+                if await self._engine.reset_prefix_cache(reset_running_requests=self._requests.is_paused):
                     break
                 await asyncio.sleep(RESET_SECONDS)
             else:
@@ -481,23 +481,26 @@ class RunningVLLM(RunningEngine):
         self._version = weights.version
 
     async def check_loaded(self) -> None:
-        """Make a token. Its probability must be finite."""
+        """Make a token, whose probability must be finite. During a pause, the weights themselves must be."""
+        if self._requests.is_paused:  # a token would come only after all items that are kept
+            await differences.call(self._engine.collective_rpc, CHECK)
+            return
         if self._pooling is None:
             await self._check_finite()
         await self.check()
 
     async def pause(self) -> None:
         """Have vLLM stop its scheduler."""
-        await self._in_flight.pause()
+        await self._requests.pause()
 
     async def resume(self) -> None:
         """Have vLLM go on."""
-        await self._in_flight.resume()
+        await self._requests.resume()
 
     async def abort(self) -> None:
         """End all completions early. A vector has no part that could be returned: it is waited for."""
         if self._pooling is None:
-            await self._in_flight.abort()
+            await self._requests.abort()
 
     async def _check_finite(self) -> None:
         """Make one token. Raises GserveError: its probability is no finite number."""
@@ -735,14 +738,14 @@ class RunningVLLM(RunningEngine):
     async def _run(self, prepared: Item, prefix: str) -> list[ResponseOutput]:
         """Do the work of `run`. `prefix`: the beginning of the request's id."""
         made, sampling, priority, lora = prepared
-        number, aborts = f"{prefix}{next(self._numbers)}", self._in_flight.aborts
+        number, aborts = f"{prefix}{next(self._numbers)}", self._requests.aborts
         try:
             last = await self._last(
                 self._engine.generate(made, sampling, number, lora_request=lora, priority=priority)
             )  # fmt: skip
         finally:
-            parts = self._in_flight.take_parts(number)
-        may_abort = self._in_flight.aborts > aborts
+            parts = self._requests.take_parts(number)
+        may_abort = self._requests.aborts > aborts
         with differences.expected("reading an output"):
             tokens = None if last.prompt_token_ids is None else len(last.prompt_token_ids)
             found = [

@@ -13,7 +13,7 @@ type Part = tuple[str, Mapping[int, int]]
 """A version of the weights, and the number of tokens of each completion when they were replaced."""
 
 
-class InFlight:
+class Requests:
     """The requests in flight in an `AsyncLLM`.
 
     `aborts`: how often all were ended early.
@@ -43,7 +43,7 @@ class InFlight:
         return not self._going.is_set()
 
     async def pause(self) -> None:
-        """Stop to compute. Raises GserveError: this vLLM cannot."""
+        """Stop computing. Raises GserveError: this vLLM cannot."""
         self._going.clear()
         with differences.expected("pausing"):
             await differences.call(self._engine.pause_generation, mode="keep", clear_cache=False)
@@ -55,12 +55,18 @@ class InFlight:
             self._going.set()
 
     async def abort(self) -> None:
-        """End all requests but gserve's own, each with the tokens that it has."""
+        """End all requests but gserve's own, each with the tokens that it has.
+
+        Those of OpenAI's API go on to their first token: a client would take no token for an answer.
+        """
         self.aborts += 1
         with differences.expected("ending requests early"):
             states = [*self._engine.output_processor.request_states.values()]
-            ids = dict.fromkeys(it.external_req_id for it in states if not it.external_req_id.startswith(OWN))
-            await self._engine.abort([*ids])
+            begun = {it.external_req_id for it in states if it.detokenizer and it.detokenizer.num_output_tokens()}
+            ids = {it.external_req_id for it in states}
+            await self._engine.abort(
+                [it for it in ids if not it.startswith(OWN) and (it in begun or it.startswith(ITEMS))]
+            )
 
     async def note_version(self, version: str) -> None:
         """Take note that the weights of this version, which are replaced next, have made the tokens so far."""

@@ -1,6 +1,7 @@
 """What safetensors files hold, by their headers."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ MAX_HEADER = 100 << 20
 """Maximum size of the header of a safetensors file, in bytes. The format's own library has the same limit."""
 FLOATS = {"F16", "BF16", "F32", "F64"}
 """Types of weights whose shape is that of their matrix. Those of quantized weights differ."""
+
+PART = re.compile(r"-of-(\d+)$")
+"""End of the name of one of several files: their number."""
 
 type Shapes = Mapping[str, tuple[str, list[int]]]
 """The type and the shape of each tensor of a file, by its name."""
@@ -36,11 +40,13 @@ def read_header(file: Path) -> Shapes:
 
 
 def shapes_of(base: Path) -> dict[str, tuple[str, list[int]]]:
-    """Return the tensors of a local model; none if its files cannot be read."""
+    """Return the tensors of a local model; none if its files cannot be read, or are not all there."""
     shapes: dict[str, tuple[str, list[int]]] = {}
     try:
         for file in files_of(base):
             shapes |= read_header(file)
+            if (part := PART.search(file.stem)) and len([*base.glob(f"*-of-{part[1]}.safetensors")]) != int(part[1]):
+                return {}  # a download was interrupted
     except (OSError, ConfigError):
         return {}
     return shapes

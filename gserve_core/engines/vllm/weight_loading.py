@@ -5,19 +5,31 @@ from pathlib import Path
 from typing import Any
 
 WORKER_EXTENSION = f"{__name__}.WeightLoading"
-LOAD = "gserve_load_weights"
-"""The method of a worker that loads weights."""
+LOAD, CHECK = "gserve_load_weights", "gserve_check_weights"
+"""The methods of a worker that load weights, and that check those that it has."""
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
 
 
 class WeightLoading:
-    """A method for vLLM's workers."""
+    """Methods for vLLM's workers."""
 
     def gserve_load_weights(self: Any, folder: str) -> None:
         """Replace the weights by those in a folder. Raises any exception: the engine cannot be used any more."""
         config = self.model_runner.model_config.hf_text_config
         tied = bool(getattr(config, "tie_word_embeddings", False))
         self.reload_weights(weights_iterator=_tensors(Path(folder), is_tied=tied))
+
+    def gserve_check_weights(self: Any) -> None:
+        """Raise ValueError if a number of the weights is not finite."""
+        import torch
+
+        for name, weights in self.model_runner.get_model().named_parameters():
+            # the sum takes no memory; quantized weights are no numbers that could be added
+            if (
+                weights.dtype in (torch.float32, torch.float16, torch.bfloat16)
+                and not weights.sum(dtype=torch.float32).isfinite()
+            ):
+                raise ValueError(f"the weights hold numbers that are not finite, in '{name}'")
 
 
 def _tensors(folder: Path, *, is_tied: bool) -> Iterator[tuple[str, Any]]:

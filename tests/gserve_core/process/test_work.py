@@ -190,7 +190,7 @@ def test_an_item_that_ends_early_without_a_token_is_begun_again_after_the_pause(
     asyncio.run(requests())
 
 
-def test_items_that_are_kept_leave_the_server_once_the_weights_are_known_to_work() -> None:
+def test_items_that_are_kept_end_after_the_pause() -> None:
     async def requests() -> None:
         engine = Pausing()
         engine.runs = 1
@@ -200,19 +200,37 @@ def test_items_that_are_kept_leave_the_server_once_the_weights_are_known_to_work
             await asyncio.sleep(0)
         await work.pause("keep")
         assert work.is_still
-        work.hold_outputs()
-        await work.let_engine_run()
-        engine.released.set()
-        while work.running:
-            await asyncio.sleep(0)
         for _ in range(10):
             await asyncio.sleep(0)
         assert not answer.done()
-        work.send_outputs()
+        await work.resume()
+        assert not work.is_still
+        engine.released.set()
         with pytest.raises(RemoteError, match="item 1: refused"):
             await answer
-        await work.resume()
         assert engine.resumed == 1
+
+    asyncio.run(requests())
+
+
+def test_an_engine_that_hangs_at_its_pause_is_watched() -> None:
+    class Hanging(Pausing):
+        async def pause(self) -> None:
+            await asyncio.Event().wait()
+
+    async def requests() -> None:
+        work = working(Hanging())
+        answer = asyncio.ensure_future(work.run_whole(RunRequest([Group(["a"])])))
+        while not work.running:
+            await asyncio.sleep(0)
+        pausing = asyncio.ensure_future(work.pause("keep"))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert work.is_paused
+        assert not work.is_still
+        pausing.cancel()
+        answer.cancel()
+        await asyncio.gather(pausing, answer, return_exceptions=True)
 
     asyncio.run(requests())
 

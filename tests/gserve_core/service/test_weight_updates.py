@@ -188,6 +188,16 @@ def test_a_server_that_is_killed_while_it_has_items_loses_none_and_mixes_nothing
             assert {state.weight_version for state in service.status()} == {str(number)}
 
 
+def test_a_server_that_was_stopped_starts_with_the_newest_weights(service: VLLMService, root: Path) -> None:
+    stopped = service.servers[1]
+    stopped.shutdown()
+    service.update_weights(root / "v1", version="1")
+    stopped.start()
+    until(lambda: all(state.usable for state in service.status()))
+    assert {state.weight_version for state in service.status()} == {"1"}
+    assert answers(service) == {("a weights=v1", "1")}
+
+
 def test_wrong_weights_are_refused_and_change_nothing(service: VLLMService, root: Path) -> None:
     with pytest.raises(ConfigError, match=r"no weights in .*/empty: expected files \*\.safetensors there"):
         service.update_weights(root / "empty", version="1")

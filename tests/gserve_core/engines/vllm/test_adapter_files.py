@@ -107,3 +107,14 @@ def test_what_cannot_be_compared_is_not_refused(tmp_path: Path, base: Path) -> N
     wide = make(tmp_path / "wide", GOOD | {A: [4, 9]})
     (base / "config.json").write_text('{"quantization_config": {}}')
     assert check_adapter(str(wide), str(base)) == wide
+
+
+def test_a_base_of_which_files_are_missing_is_not_compared(tmp_path: Path, base: Path) -> None:
+    """Its download was interrupted."""
+    (base / "model.safetensors").rename(base / "model-00001-of-00002.safetensors")
+    other = {name.replace("layers.0", "layers.1"): shape for name, shape in GOOD.items()}
+    both = make(tmp_path / "both", GOOD | other)
+    check_adapter(str(both), str(base))
+    write_weights(base / "model-00002-of-00002.safetensors", {"model.layers.1.mlp.up_proj.weight": [6, 8]})
+    with pytest.raises(ConfigError, match="this one has no module 'model.layers.1.self_attn.q_proj'"):
+        check_adapter(str(both), str(base))
