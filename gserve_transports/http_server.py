@@ -76,7 +76,7 @@ def _app(api: ServerApi, max_body: int) -> FastAPI:
             version
             for item in outputs
             for output in item
-            for version, *_ in output.weight_spans or [(output.weight_version,)]
+            for version in ([span[0] for span in output.weight_spans or ()] or [output.weight_version])
         )
         if made:
             answer.headers[WEIGHT_HEADER] = ", ".join(made)  # an update may come between two items, or in one

@@ -116,5 +116,5 @@ def test_a_base_of_which_files_are_missing_is_not_compared(tmp_path: Path, base:
     both = make(tmp_path / "both", GOOD | other)
     check_adapter(str(both), str(base))
     write_weights(base / "model-00002-of-00002.safetensors", {"model.layers.1.mlp.up_proj.weight": [6, 8]})
-    with pytest.raises(ConfigError, match="this one has no module 'model.layers.1.self_attn.q_proj'"):
+    with pytest.raises(ConfigError, match="this one has no module"):
         check_adapter(str(both), str(base))
