@@ -432,7 +432,9 @@ class VLLMService(Inference):
 
     def _changeable(self) -> "Deployment":
         if self._deployment is None:
-            raise GserveError("another process runs this service: use gserve scale, gserve reload or gserve adapters")
+            raise GserveError(
+                "another process runs this service: use gserve update, gserve scale, gserve reload or gserve adapters"
+            )
         return self._deployment
 
     def __enter__(self) -> Self:
