@@ -106,7 +106,7 @@ class Gateway(BaseHTTPRequestHandler):
     updates: list[str]
     is_busy: bool
 
-    def do_POST(self) -> None:  # noqa: N802
+    def do_POST(self) -> None:
         command = json.loads(self.rfile.read(int(self.headers["content-length"])))
         kind = type(self)
         if command["type"] == "update_weights":
