@@ -266,7 +266,7 @@ class VLLMService(Inference):
         if sys.is_finalizing():
             raise GserveError("the interpreter is exiting: no service can be started any more")
         if self._deployment is not None:
-            self._deployment.plan.check()
+            self._deployment.prepare()
         self._pool.start()
 
     def drain(self, why: str = "as requested") -> None:
