@@ -72,6 +72,8 @@ def watch(
                 if code and (fail_fast or once):
                     raise typer.Exit(code)
                 continue
+        else:
+            why = ""
         if timeout is not None and time.monotonic() - since >= timeout and not checkpoints.is_settling:
             break
         records.find_service(name)  # raises if it has ended

@@ -50,7 +50,7 @@ class Checkpoints:
     _done: dict[Path, int] = field(default_factory=dict)
     """When the marker of each checkpoint was written that is done. One that is written again is new."""
     _versions: dict[Checkpoint, str] = field(default_factory=dict)
-    is_settling: bool = False
+    is_settling: bool = field(default=False, init=False)
     """Whether the last look has seen a new marker that may still be written."""
 
     def __post_init__(self) -> None:
