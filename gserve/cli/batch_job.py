@@ -4,8 +4,7 @@ Both may have to end early. SIGUSR1 means that a job's time is nearly over; SIGT
 the service takes no more items, and finishes those in flight. The command gets the others back as errors, and should
 end on its own.
 
-The command leads a process group, which ends with it. At a terminal the command stays in our group, as the shell's job
-control and Ctrl-C require. Processes that it leaves are then not ended.
+The process group of the command ends with it: see `UserCommand`.
 """
 
 import contextlib
@@ -14,7 +13,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -25,14 +23,14 @@ from types import FrameType
 
 from gserve_core.batch.output_lock import check_free
 from gserve_core.errors import ConfigError, GserveError, PluginError
-from gserve_core.host.child_process import KILL_SECONDS
 from gserve_core.host.environment import ATTACH_VARIABLE
 from gserve_core.host.logs import setup_logging
-from gserve_core.host.process_groups import end_group
 from gserve_core.service import records
 from gserve_core.service.service import VLLMService
 from gserve_core.service.state import State
 from gserve_launchers.slurm import batch
+
+from .user_command import UserCommand
 
 TICK = 0.1
 """Interval between two checks of the command, in seconds."""
@@ -43,8 +41,6 @@ LAST_SECONDS = 10.0
 
 SLURM kills everything 30 s (its KillWait) after SIGTERM, or sooner.
 """
-TERM_GRACE = 5.0
-"""Time between SIGTERM and SIGKILL for a command that does not end, and for its other processes, in seconds."""
 REQUEUES = 10
 """Maximum number of times that a job is requeued. A job without progress ends then."""
 NOTICES = {
@@ -187,45 +183,23 @@ def _run_command(
     """Run a command to its end. After a notice, drain the service, and end the command when its time is over."""
     logger.info("%d servers are ready: running the command", sum(it.state == State.READY for it in service.status()))
     deadline = math.inf
-    own_group = not _is_at_terminal()
-    process = subprocess.Popen(
-        command, env=os.environ | {ATTACH_VARIABLE: name}, process_group=0 if own_group else None
-    )
+    running = UserCommand(command, {ATTACH_VARIABLE: name})
     try:
-        while process.poll() is None and time.monotonic() < deadline:
+        while running.is_running and time.monotonic() < deadline:
             for number in notices.collect_due():
                 seconds = _seconds(number, patience, notices)
                 deadline = min(deadline, time.monotonic() + seconds)
                 why = NOTICES[signal.Signals(number)]
                 logger.warning("the service is ending: %s; the command has %.0f s to end", why, seconds)
                 service.drain(why)
-                if own_group and number in FORWARDED:
-                    _signal_group(process.pid, number)
+                if number in FORWARDED:
+                    running.forward(number)
             time.sleep(TICK)
+        if running.is_running:
+            logger.warning("the command did not end in time: terminating it")
     finally:
-        code = _end_command(process, own_group)
-    return Ended(128 - code if code < 0 else code, notices.counted[0] if notices.counted else None)
-
-
-def _end_command(process: "subprocess.Popen[bytes]", own_group: bool) -> int:
-    """End a command that is still running, and the rest of its group if that is its own; return its exit code."""
-    if process.poll() is None:
-        logger.warning("the command did not end in time: terminating it")
-        if own_group:
-            _signal_group(process.pid, signal.SIGTERM)
-        else:
-            process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(TERM_GRACE)
-        process.kill()
-    try:
-        code = process.wait(KILL_SECONDS)
-    except subprocess.TimeoutExpired:  # killed, but the kernel has not ended it yet
-        code = -signal.SIGKILL
-    if own_group:
-        _signal_group(process.pid, signal.SIGTERM)
-        end_group(process.pid, TERM_GRACE)
-    return code
+        code = running.end()
+    return Ended(code, notices.counted[0] if notices.counted else None)
 
 
 def _seconds(number: int, patience: float | None, notices: Notices) -> float:
@@ -237,19 +211,6 @@ def _seconds(number: int, patience: float | None, notices: Notices) -> float:
         with contextlib.suppress(GserveError):
             asked = records.take_stop()
     return LAST_SECONDS if asked is None else asked
-
-
-def _is_at_terminal() -> bool:
-    """Return whether stdin is a terminal and our process group is in its foreground."""
-    try:
-        return os.tcgetpgrp(0) == os.getpgrp()
-    except OSError:
-        return False
-
-
-def _signal_group(group: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(group, number)
 
 
 def _patience(patience: float | None, notices: Notices) -> float:

@@ -1,9 +1,6 @@
 """The command `watch`: it gives each new checkpoint of a trainer to a launched service, and runs a command with it."""
 
-import contextlib
-import os
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,20 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gserve_core.errors import ChangeInProgress, ConfigError, GserveError, RemoteError
+from gserve_core.errors import ChangeInProgress, ConfigError, GserveError, TransportError
 
 from .display import print_stderr
 from .options import CommandOrNot, Model
 from .serve import execute
+from .user_command import UserCommand
 
 if TYPE_CHECKING:
     from gserve_core.pauses import InFlight
-    from gserve_core.service.checkpoints import Checkpoint
-
-END_SECONDS = 10.0
-"""Time for a command to end after SIGTERM, in seconds. Then it is killed."""
-IN_PROGRESS = 409
-"""Status of a command while another change is in progress."""
+    from gserve_core.service.checkpoints import Checkpoint, Checkpoints
 
 
 def watch(
@@ -63,52 +56,65 @@ def watch(
     if weights is not None and weights.path:
         checkpoints.finish_up_to(weights.path)
     taken = failed = 0
-    since = time.monotonic()
+    since, why = time.monotonic(), ""
     while not (once and taken):
-        found = checkpoints.new()
-        if not found:
-            if timeout is not None and time.monotonic() - since >= timeout:
-                break
-            records.find_service(name)  # raises if it has ended
-            time.sleep(interval)
-            continue
-        chosen = found[-1] if newest else found[0]
-        code = _take(name, chosen, command or (), model, how)
-        if code is None:  # another change is in progress
-            time.sleep(interval)
-            continue
-        checkpoints.finish(*(it for it in found if it <= chosen))
-        taken, failed, since = taken + 1, failed + bool(code), time.monotonic()
-        if code and (fail_fast or once):
-            raise typer.Exit(code)
+        if found := checkpoints.new():
+            chosen = found[-1] if newest else found[0]
+            try:
+                code = _take(name, checkpoints, chosen, command or (), model, how)
+            except (ChangeInProgress, TransportError) as error:
+                if str(error) != why:
+                    print_stderr(f"{chosen.path.name}: not yet: {error}")
+                why = str(error)
+            else:
+                checkpoints.finish(*(it for it in found if it <= chosen))
+                taken, failed, since, why = taken + 1, failed + bool(code), time.monotonic(), ""
+                if code and (fail_fast or once):
+                    raise typer.Exit(code)
+                continue
+        else:
+            why = ""
+        if timeout is not None and time.monotonic() - since >= timeout and not checkpoints.is_settling:
+            break
+        records.find_service(name)  # raises if it has ended
+        time.sleep(interval)
+    if why:
+        raise GserveError(f"'{name}' has not taken a checkpoint within {timeout:g} s: {why}")
     if not taken:
         raise GserveError(f"no new checkpoint with the file {marker} has come below {folder} within {timeout:g} s")
     if failed:
         raise GserveError(f"{failed} of {taken} checkpoints failed")
 
 
-def _take(name: str, new: "Checkpoint", command: Sequence[str], model: str | None, how: "InFlight") -> int | None:
-    """Update a service to a checkpoint, and run a command with it.
+def _take(
+    name: str,
+    checkpoints: "Checkpoints",
+    new: "Checkpoint",
+    command: Sequence[str],
+    model: str | None,
+    how: "InFlight",
+) -> int:
+    """Update a service to a checkpoint, and run a command with it. Return the exit code, 1 if the update fails.
 
-    Return the exit code, 1 if the update fails, or None if the service is busy with another change.
-    Raises GserveError: the service has ended.
+    Raises ChangeInProgress: the service is busy with another change.
+    Raises TransportError: it has not answered. It may go on to the new weights: the same again finds this out.
+    Raises ConfigError: it has ended.
     """
     from gserve_core.commands import ShowWeights, UpdateWeights
+    from gserve_core.service import records
 
     path = str(new.path.resolve())
-    weights = execute(name, ShowWeights(model)).weights  # raises if the service has ended
-    version, number = new.version, 1
-    while weights is not None and weights.version == version:  # the trainer has written it again
-        number += 1
-        version = f"{new.version[:50]}.{number}"
     try:
-        print_stderr(f"'{name}': {execute(name, UpdateWeights(path, version, how, model=model)).text}")
+        weights = execute(name, ShowWeights(model)).weights
+        version = checkpoints.version_of(new, "" if weights is None else weights.version)
+        text = execute(name, UpdateWeights(path, version, how, model=model)).text
+    except (ChangeInProgress, TransportError):
+        raise
     except GserveError as error:
-        cause = error.__cause__
-        if isinstance(error, ChangeInProgress) or (isinstance(cause, RemoteError) and cause.status == IN_PROGRESS):
-            return None
+        records.find_service(name)  # raises if it has ended
         print_stderr(f"error: {new.path.name}: {error}")
         return 1
+    print_stderr(f"'{name}': {text}")
     if not command:
         return 0
     code = _run([word.replace("{path}", path).replace("{version}", version) for word in command], name, path, version)
@@ -118,19 +124,15 @@ def _take(name: str, new: "Checkpoint", command: Sequence[str], model: str | Non
 
 def _run(command: Sequence[str], name: str, path: str, version: str) -> int:
     """Run a command to its end; return its exit code. If a signal ends this process, it ends the command too."""
-    environ = {"GSERVE_ATTACH": name, "GSERVE_WEIGHTS": path, "GSERVE_WEIGHT_VERSION": version}
     try:
-        process = subprocess.Popen(command, env=os.environ | environ)
+        running = UserCommand(
+            command, {"GSERVE_ATTACH": name, "GSERVE_WEIGHTS": path, "GSERVE_WEIGHT_VERSION": version}
+        )
     except OSError as error:
         print_stderr(f"error: cannot run '{command[0]}': {error.strerror}")
         return 1
     try:
-        code = process.wait()
+        return running.wait()
     except BaseException:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_SECONDS)
-        process.kill()
-        process.wait()
+        running.end()
         raise
-    return 128 - code if code < 0 else code

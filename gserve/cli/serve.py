@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 import gserve
-from gserve_core.errors import ConfigError, GserveError, RemoteError
+from gserve_core.errors import ChangeInProgress, ConfigError, GserveError, RemoteError
 
 from .display import TICK, print_stderr, print_table
 from .options import ConfigFile, Model, Overrides, Verbose
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 Drain = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Time for the items in flight to finish.")]
 END_SECONDS = 30.0
 """Maximum time for a service to end after the time for its items in flight is over, in seconds."""
+ERRORS: Mapping[int, type[GserveError]] = {400: ConfigError, 409: ChangeInProgress}
+"""The errors of commands, by the status with which the gateway answers."""
 FULL_COLLECTION = 100
 """Number of collections of the second generation before a full one, in a launched service. Python's default is 10."""
 
@@ -247,7 +250,13 @@ def _command(name: str, command: "Command") -> None:
 
 
 def execute(name: str, command: "Command") -> "Done":
-    """Have a launched service execute a command, and return its answer."""
+    """Have a launched service execute a command, and return its answer.
+
+    Raises ConfigError: there is no such service, or the command is wrong.
+    Raises ChangeInProgress: another change is in progress.
+    Raises TransportError: no answer has come. The command may go on.
+    Raises GserveError: it has failed, or the service takes no commands.
+    """
     from gserve_core.service import records
     from gserve_transports.http_client import GatewayClient
 
@@ -258,7 +267,7 @@ def execute(name: str, command: "Command") -> "Done":
     try:
         return client.command(command)
     except RemoteError as error:
-        raise (ConfigError if error.status == 400 else GserveError)(str(error)) from error
+        raise ERRORS.get(error.status, GserveError)(str(error)) from error
 
 
 def stop(

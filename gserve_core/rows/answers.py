@@ -22,6 +22,10 @@ RESPONSE, REASON, PROMPT_TOKENS, TOKENS, PARSED = (
 WEIGHT_VERSION = "weight_version"
 """Column with the version of the weights that made an answer. It is left out for those of the start, unless extra
 fields are asked for."""
+WEIGHT_SPANS = "weight_spans"
+"""Column with the parts of an answer that several versions made: mappings with `SPAN`. Null where one version did."""
+SPAN = ("version", "start", "end")
+"""Names in a part of an answer: the version, its first token, and the end of the part."""
 ERROR, PLACE, LINE, FILE = "error", "_row", "_line", "_file"
 """Columns of a failed row: why it failed, its place in the input from 0, its line in its file from 1, and that file."""
 EXTRA = ("token_ids", "logprobs", "prompt_token_ids", "prompt_logprobs", "cumulative_logprob")
@@ -58,7 +62,8 @@ class Answers:
         """The columns that hold lists of 32-bit floats."""
         self._place = prefix + PLACE
         self._set_names(
-            [RESPONSE, REASON, *more, PROMPT_TOKENS, TOKENS, *((WEIGHT_VERSION,) if extra else ())], has_place
+            [RESPONSE, REASON, *more, PROMPT_TOKENS, TOKENS, *((WEIGHT_VERSION, WEIGHT_SPANS) if extra else ())],
+            has_place,
         )
         self._has_more = bool(more)
         """Whether an answer has other columns than the usual ones."""
@@ -117,11 +122,16 @@ class Answers:
             PROMPT_TOKENS: outputs[0].prompt_tokens if outputs else None,
             TOKENS: sum(len(it.token_ids) for it in outputs),
         }
-        version = outputs[0].weight_version if outputs else FIRST
-        if self.has_extra or version != FIRST:
-            tokens[WEIGHT_VERSION] = version
-        own = made if len(outputs) != 1 else {name: values[0] for name, values in made.items()}
-        return {prefix + name: value for name, value in (own | tokens).items()}
+        weights: dict[str, list[Any]] = {}
+        if self.has_extra or any(it.weight_version != FIRST for it in outputs):
+            weights[WEIGHT_VERSION] = [it.weight_version for it in outputs]
+        if self.has_extra:
+            weights[WEIGHT_SPANS] = [_spans(it) for it in outputs]
+        if len(outputs) == 1:
+            own, last = ({name: values[0] for name, values in it.items()} for it in (made, weights))
+        else:
+            own, last = made, weights
+        return {prefix + name: value for name, value in (own | tokens | last).items()}
 
     def _parsed(self, output: ResponseOutput) -> Any:
         assert self._validator is not None
@@ -172,6 +182,12 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, list) or not any(isinstance(entry, dict) for entry in value):
         return value
     return [None if entry is None else [_entry(token, it) for token, it in entry.items()] for entry in value]
+
+
+def _spans(output: ResponseOutput) -> list[dict[str, Any]] | None:
+    """Return the parts of an output that several versions of the weights made, as mappings, which tables can hold."""
+    spans = output.weight_spans
+    return None if spans is None else [dict(zip(SPAN, span, strict=True)) for span in spans]
 
 
 def _entry(token: int, it: Logprob) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import glob
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,19 +27,31 @@ DECIDING = {
     "tokenizer", "tokenizer_mode", "tokenizer_revision", "revision", "seed", "dtype", "quantization", "load_format",
     "chat_template", "reasoning_parser", "hf_overrides", "hf_config_path", "generation_config",
     "override_generation_config", "model_impl", "rope_scaling", "rope_theta", "runner", "convert", "pooler_config",
-    "max_model_len", "kv_cache_dtype", "calculate_kv_scales", "logits_processors", "mm_processor_kwargs",
+    "kv_cache_dtype", "calculate_kv_scales", "logits_processors", "mm_processor_kwargs",
     "structured_outputs_config", "speculative_config",
 }  # fmt: skip
-"""Arguments of `vllm.LLM` that decide its answers, besides the model."""
+"""Arguments of `vllm.LLM` that decide its answers, besides the model.
+
+`max_model_len` only decides which rows fail. A job that goes on with a higher one answers these too.
+"""
 WEIGHTS = {".safetensors", ".bin", ".gguf", ".pt", ".pth"}
-TEXTS = {".json", ".jinja", ".model", ".txt"}
-"""Files beside the weights: the config, the tokenizer, the chat template, and the usual parameters."""
+TEXTS = {
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "chat_template.jinja",
+    "chat_template.json", "preprocessor_config.json", "processor_config.json", "adapter_config.json",
+}  # fmt: skip
+"""Files beside the weights that decide answers: the config, the tokenizer, the chat template, the usual parameters.
+
+A trainer writes others there, such as its state, and these may change.
+"""
+NEW_WEIGHTS = {".safetensors"}
+"""Files that servers load in place of the weights of the start."""
 SAMPLES, SAMPLE_BYTES = 8, 1 << 16
 """Number of parts of a file of weights that are compared, and the size of each in bytes."""
 OPTIONS = {"adapter_name": "adapter", "adapter": "lora_path"}
 """Names of the options that set facts, where the facts have other names."""
 ORIGINAL_FACTS: Mapping[str, Any] = {"weight_version": None, "weight_folder": None, "weight_files": None}
-"""Facts about the weights of the start. An output of an older version has been made with these."""
+"""Facts about the weights of the start. An older version of gserve, which knew none of them, had only these weights."""
 MEMORY = "memory"
 """The folder of weights that were tensors in memory. Its name is another one each time."""
 SHOWN = 60
@@ -86,29 +98,36 @@ def model_facts(llm: LLMConfig, engine: Any, weights: Weights = ORIGINAL) -> dic
         # one fact each: adapters may come and go between two runs of a job, but not change
         **{f"adapter {name}": _files_digest(path) or path for name, path in llm.adapters.items()},
         **weight_facts(weights),
-        "weight_files": _files_digest(weights.path) if weights.path else None,
     }
 
 
 def weight_facts(weights: Weights) -> dict[str, Any]:
-    """Return the facts about the weights that a running service has now. None: those of the start."""
+    """Return the facts about the weights that a running service has now. None: those of the start.
+
+    The files are left out if they are not on this machine, or removed: then they are not compared.
+    """
+    files = _files_digest(weights.path, NEW_WEIGHTS, ()) if weights.path else None
     return {
         "weight_version": None if weights.version == FIRST else weights.version,
         "weight_folder": MEMORY if Path(weights.path).name.startswith(WEIGHTS_IN_MEMORY) else weights.path or None,
+        **({"weight_files": files} if files or not weights.path else {}),
     }
 
 
-def _files_digest(name: str) -> str | None:
-    """Return a digest of a local model's files, of which the weights are sampled; None: it is not on this machine."""
+def _files_digest(name: str, weights: Collection[str] = WEIGHTS, texts: Collection[str] = TEXTS) -> str | None:
+    """Return a digest of a local model's files, of which the weights are sampled; None: it is not on this machine.
+
+    `weights`, `texts`: the suffixes of files of weights, and the names of other files.
+    """
     path = Path(name)
     try:
-        found = [path] if path.is_file() else [it for it in path.iterdir() if it.suffix in WEIGHTS | TEXTS]
+        found = [path] if path.is_file() else [it for it in path.iterdir() if it.suffix in weights or it.name in texts]
         digest = hashlib.blake2b(digest_size=16)
         for file in sorted(found):
             with file.open("rb") as stream:
                 size = file.stat().st_size
                 digest.update(f"{file.name} {size} ".encode())
-                if file.suffix in TEXTS:
+                if file.name in texts:
                     digest.update(stream.read())
                     continue
                 for part in range(SAMPLES):  # the first bytes only describe the weights
@@ -191,7 +210,8 @@ def check_or_write(output: Path, facts: dict[str, Any], *, overwrite: bool, part
     known = read(output)
     if known is None:
         raise ConfigError(f"{output.name} exists and gserve does not know what made it: {REMEDY}", file=output)
-    found = {name: value for name, value in ORIGINAL_FACTS.items() if name in given} | known.facts
+    is_older = "weight_version" not in known.facts
+    found = {name: value for name, value in ORIGINAL_FACTS.items() if is_older and name in given} | known.facts
     both = found.keys() & given.keys()
     pairs = ((name, found[name], given[name]) for name in given if name in both)
     if wrong := [text for name, before, now in pairs for text in _differences(name, before, now)]:

@@ -138,6 +138,14 @@ class Sink:
             return encode_row({name: str(value) for name, value in values.items()}, None, about)
 
 
+def _is_failed_row(row: Any) -> bool:
+    """Return whether a line is a failed row of some job, whose prefix may have been another one."""
+    if not isinstance(row, dict):
+        return False
+    prefixes = [name.removesuffix(PLACE) for name in row if name.endswith(PLACE)]
+    return any(row.keys() >= {prefix + name for name in (ERROR, LINE)} for prefix in prefixes)
+
+
 def _own_columns(row: Row) -> bytes:
     """Return the columns of a row as a JSON object; b"" if it has none. Raises ConfigError: a value cannot be JSON."""
     if not row.values:
@@ -208,8 +216,6 @@ class JobFiles:
         self.failed = self._beside_failed() if failed is None else failed.resolve()
         self.journal = journal_of(output)
         self.input = self._output.with_name(f".{self._output.name}.gserve.input")
-        self._about_failed = {answers.prefix + name for name in (ERROR, PLACE, LINE)}
-        """Columns that each failed row has."""
         self._lines = array.array("q")
         """Where the line of each row begins in the journal or the output, plus 1, by the place of the row; 0: none."""
 
@@ -250,19 +256,24 @@ class JobFiles:
         own = (self._output, self.journal, self.input, fingerprint.path_beside(self._output))
         if self.failed in own:
             raise ConfigError("failed rows need a file of their own", file=self.failed)
-        if not self.failed.exists():
-            return
-        if not self.failed.is_file():
-            raise ConfigError(
-                "expected a file for failed rows, and this is a device, a pipe or a folder", file=self.failed
-            )
-        with self.failed.open("rb") as stream:
-            first, rest = stream.readline(), stream.read(1)
         try:
-            row = msgspec.json.decode(first) if first else None
-            is_ours = row is None or (isinstance(row, dict) and self._about_failed <= row.keys())
+            if not self.failed.exists():
+                return
+            if not self.failed.is_file():
+                raise ConfigError(
+                    "expected a file for failed rows, and this is a device, a pipe or a folder", file=self.failed
+                )
+            with self.failed.open("rb") as stream:
+                first, rest = stream.readline(), stream.read(1)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the failed rows of an earlier run: {error.strerror}", file=self.failed
+            ) from error
+        try:
+            is_ours = _is_failed_row(msgspec.json.decode(first))
         except (ValueError, RecursionError):
-            is_ours = first.startswith(b"{") and not first.endswith(b"\n") and not rest  # cut off by a kill
+            is_cut = first.startswith(b"{") and not first.endswith(b"\n") and not rest  # by a kill
+            is_ours = not first or is_cut
         if not is_ours:
             raise ConfigError(
                 "this file is not one of failed rows, and would be lost: move it, or choose another one for failed"

@@ -77,6 +77,11 @@ class Deployment:
             nursery=self,
         )
 
+    def prepare(self) -> None:
+        """Check the plan before a start, and make room. Raises ConfigError: see `Plan.check`."""
+        self.plan.check()
+        memory_weights.remove_unused()
+
     def close(self) -> None:
         """End the nurseries, and remove weights from memory. Called by the pool once all servers have ended."""
         for key, model in self.plan.models.items():
@@ -186,14 +191,17 @@ class Deployment:
         try:
             yield
         finally:
-            self._remove_unused_weights()
-            self._changes.release()
+            try:
+                self._remove_unused_weights()
+            finally:
+                self._changes.release()
 
     def _remove_unused_weights(self) -> None:
-        """Remove the folders with weights from memory that no model has."""
+        """Remove the folders with weights from memory that no model has. A change and `close` may call it at once."""
         used = {model.weights.path for model in self.plan.models.values()}
-        for path in self._in_memory.keys() - used:
-            self._in_memory.pop(path).remove()
+        for path in [it for it in list(self._in_memory) if it not in used]:
+            if (folder := self._in_memory.pop(path, None)) is not None:
+                folder.remove()
 
     def members(self, key: str | None = None) -> list[ServerProgram]:
         """Return the programs of the servers of a model, or of all models, in the order of their indexes."""

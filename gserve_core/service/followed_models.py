@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
-from ..errors import GserveError
+from ..errors import ConfigError, GserveError
 from ..weights import Weights
 from .attached import Attached
 from .model_names import find_model
@@ -39,7 +39,10 @@ class FollowedModels:
 
         Raises ConfigError: there is no such model. Raises GserveError: the service does not answer, or does not tell.
         """
-        models = self._whole.read_models()
+        try:
+            models = self._whole.read_models()
+        except ConfigError as error:  # the service is restarting, say
+            raise GserveError(str(error)) from error
         found = None if not models else models[find_model({it: it for it in models}, name)].weights
         if found is None:
             raise GserveError("the service does not name its weights: an older version of gserve runs it")

@@ -1,7 +1,8 @@
 """Weights from memory: tensors that become safetensors files in a private folder of shared memory.
 
 Servers of this machine load them like those of any other folder. The folder is there until it is removed, or until this
-process ends. If the process was killed, the next weights from memory or `gserve reap` remove it.
+process ends. If the process was killed, the next start of a service, the next weights from memory or `gserve reap`
+remove it.
 """
 
 import os
@@ -86,14 +87,19 @@ class MemoryFolder:
                 finalizer()
 
 
+def remove_unused() -> None:
+    """Remove the folders of killed processes of this user. Never raises."""
+    for path in scratch.unused_weights():
+        scratch.remove(path)
+
+
 def write(tensors: Tensors) -> MemoryFolder:
     """Write tensors to a folder, one file after another. Tensors of a GPU are copied one at a time.
 
     Raises ConfigError: these are no tensors by name, or not whole ones.
     Raises GserveError: there is no room, or they cannot be written. Raises what an iterable raises. No folder remains.
     """
-    for path in scratch.unused_weights():  # of killed processes
-        scratch.remove(path)
+    remove_unused()
     folder = MemoryFolder()
     try:
         for kind, shard in _shards(tensors):
@@ -110,11 +116,12 @@ def _shards(tensors: Tensors) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield tensors of one kind, for one file each. Raises ConfigError."""
     shard: dict[str, Any] = {}
     size, kind, names = 0, "", set()
+    may_change = not isinstance(tensors, Mapping)  # an iterable may use one buffer for several
     for name, given in _pairs(tensors):
         if name in names:
             raise ConfigError(f"two of the weights have the name '{name:.200}'")
         names.add(name)
-        own, tensor = _whole(name, given)
+        own, tensor = _whole(name, given, may_change=may_change)
         if shard and (own != kind or size + tensor.nbytes > SHARD_BYTES):
             yield kind, shard
             shard, size = {}, 0
@@ -138,8 +145,10 @@ def _pairs(tensors: Tensors) -> Iterator[tuple[str, Any]]:
         yield name, tensor
 
 
-def _whole(name: str, given: Any) -> tuple[str, Any]:
+def _whole(name: str, given: Any, *, may_change: bool) -> tuple[str, Any]:
     """Return the kind of a tensor, and the tensor in the memory of the CPU.
+
+    `may_change`: whether its values may change before they are written, so that the result must be a copy.
 
     Raises ConfigError: it is none, or only a part of one.
     """
@@ -149,11 +158,12 @@ def _whole(name: str, given: Any) -> tuple[str, Any]:
             raise ConfigError(f"'{name}' is a tensor that several processes share: pass its full_tensor()")
         if given.layout is not torch.strided or given.is_meta or given.is_quantized:
             raise ConfigError(f"'{name}' is not a plain tensor with numbers: it is sparse, quantized or without data")
-        return TORCH, given.detach().to("cpu").contiguous()
+        tensor = given.detach().to("cpu").contiguous()
+        return TORCH, tensor.clone() if may_change and tensor.data_ptr() == given.data_ptr() else tensor
     if numpy is not None and isinstance(given, numpy.ndarray):
         if given.dtype.kind not in "biuf":
             raise ConfigError(f"'{name}' is an array of {given.dtype}, and weights are numbers")
-        return NUMPY, numpy.asarray(given, order="C")
+        return NUMPY, numpy.array(given, order="C") if may_change else numpy.asarray(given, order="C")
     raise ConfigError(f"expected torch tensors or numpy arrays, got {type(given).__name__} as '{name:.200}'")
 
 

@@ -266,7 +266,7 @@ class VLLMService(Inference):
         if sys.is_finalizing():
             raise GserveError("the interpreter is exiting: no service can be started any more")
         if self._deployment is not None:
-            self._deployment.plan.check()
+            self._deployment.prepare()
         self._pool.start()
 
     def drain(self, why: str = "as requested") -> None:
@@ -432,7 +432,9 @@ class VLLMService(Inference):
 
     def _changeable(self) -> "Deployment":
         if self._deployment is None:
-            raise GserveError("another process runs this service: use gserve scale, gserve reload or gserve adapters")
+            raise GserveError(
+                "another process runs this service: use gserve update, gserve scale, gserve reload or gserve adapters"
+            )
         return self._deployment
 
     def __enter__(self) -> Self:

@@ -73,10 +73,21 @@ def test_extra_adds_tokens_and_log_probabilities_that_json_can_say() -> None:
 def test_an_answer_of_other_weights_names_their_version() -> None:
     one = output("a", weight_version="12")
     assert Answers().columns([one]) == Answers().columns([output("a")]) | {"weight_version": "12"}
-    assert Answers().columns([one, one])["weight_version"] == "12", "an item is of one version"
+    assert Answers().columns([output("b"), one])["weight_version"] == ["0", "12"], "in_flight was keep"
     assert json.loads(Answers(prefix="p_", has_place=True).encode([one], 0))["p_weight_version"] == "12"
     with pytest.raises(ConfigError, match="the column 'weight_version', which is a column of the answers too"):
         Answers().check_columns({"weight_version": "12"})
+
+
+def test_extra_names_the_parts_of_an_answer_that_several_weights_made() -> None:
+    one, both = output("a"), output("b", weight_version="2", weight_spans=[("0", 0, 1), ("2", 1, 3)])
+    parts = [{"version": "0", "start": 0, "end": 1}, {"version": "2", "start": 1, "end": 3}]
+    answers = Answers(extra=True, has_place=True)
+    assert [json.loads(answers.encode([it], 0))["weight_spans"] for it in (one, both)] == [None, parts]
+    made = answers.columns([one, both])
+    assert (made["weight_version"], made["weight_spans"]) == (["0", "2"], [None, parts])
+    with pytest.raises(ConfigError, match="the column 'weight_spans', which is a column of the answers too"):
+        answers.check_columns({"weight_spans": "12"})
 
 
 def test_a_prefix_begins_each_name() -> None:

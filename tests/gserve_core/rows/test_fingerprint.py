@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import pytest
 
 from gserve import ConfigError, LLMConfig
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.rows.fingerprint import check_or_write, model_facts, path_beside
+from gserve_core.rows.fingerprint import check_or_write, model_facts, path_beside, weight_facts
+from gserve_core.weights import Weights
 
 FACTS = {"model": "m", "temperature": 0, "params": {"seed": 1, "stop": ["a"]}, "lora": None}
 
@@ -140,11 +142,34 @@ def test_what_a_killed_process_has_left_of_a_fingerprint_is_removed(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json", "chat_template.jinja", "template"])
 def test_each_file_of_a_model_and_the_file_of_a_template_are_facts(tmp_path: Path, name: str) -> None:
-    for file in ("model.safetensors", "tokenizer_config.json", "chat_template.jinja", "template", "README.md"):
+    others = ("README.md", "trainer_state.json", "notes.txt")
+    for file in ("model.safetensors", "tokenizer_config.json", "chat_template.jinja", "template", *others):
         (tmp_path / file).write_text("{}")
-    llm = LLMConfig(str(tmp_path), llm_kwargs={"chat_template": str(tmp_path / "template")})
+    llm = LLMConfig(str(tmp_path), llm_kwargs={"chat_template": str(tmp_path / "template")}, max_model_len=100)
     before = model_facts(llm, EchoEngine())
-    (tmp_path / "README.md").write_text("changed")
-    assert model_facts(llm, EchoEngine()) == before
+    for file in others:
+        (tmp_path / file).write_text("changed")
+    assert model_facts(replace(llm, max_model_len=200), EchoEngine()) == before
     (tmp_path / name).write_text("{ }")
     assert model_facts(llm, EchoEngine()) != before
+
+
+def test_new_weights_are_compared_by_their_content_where_it_is_known(output: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step-1"
+    folder.mkdir()
+    (folder / "model.safetensors").write_text("one")
+    begun = Weights("1", str(folder))
+    known = weight_facts(begun)
+    check_or_write(output, FACTS | known, overwrite=False)
+    output.write_text("an answer\n")
+    (folder / "optimizer.pt").write_text("removed by the trainer later")
+    assert weight_facts(begun) == known
+    (folder / "model.safetensors").write_text("two")
+    assert "was made with weight_files" in refusal(output, **weight_facts(begun))
+    folder.rename(tmp_path / "elsewhere")
+    check_or_write(output, FACTS | weight_facts(begun), overwrite=False)
+
+    check_or_write(output, FACTS | weight_facts(begun), overwrite=True)  # where the folder is not seen
+    output.write_text("an answer\n")
+    check_or_write(output, FACTS | known, overwrite=False)
+    assert "with weight_files" in refusal(output, **known | {"weight_files": "other"})

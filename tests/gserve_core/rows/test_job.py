@@ -354,7 +354,9 @@ def test_failed_rows_go_to_a_file_of_their_own_and_no_other_file_is_lost(
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "notes.txt").write_text("mine\n")
     (tmp_path / "out.failed.jsonl").write_text('{"mine": 1}\n')
+    (tmp_path / "null.jsonl").write_text("null\nmine\n")
     wrong = {
+        "null.jsonl": "and would be lost: move it", "x" * 300: "cannot read the failed rows of an earlier run",
         "pipe": "this is a device, a pipe or a folder", "out.jsonl": "failed rows need a file of their own",
         "notes.txt": "and would be lost: move it", "out.failed.jsonl": "and would be lost: move it",
     }  # fmt: skip
@@ -367,6 +369,8 @@ def test_failed_rows_go_to_a_file_of_their_own_and_no_other_file_is_lost(
     assert (tmp_path / "notes.txt").read_text() == "mine\n"
     assert (tmp_path / "out.failed.jsonl").read_text() == '{"mine": 1}\n'
     assert not output.exists()
+    (tmp_path / "notes.txt").write_text('{"p_error": "x", "p__row": 1, "p__line": 2}\n')  # of a job with a prefix
+    assert service.run_file(source, output, failed=tmp_path / "notes.txt", overwrite=overwrite, limit=1).failed == 0
     (tmp_path / "notes.txt").write_text('{"error": "cut of')
     assert service.run_file(source, output, failed=tmp_path / "notes.txt", overwrite=overwrite).failed == 0
 

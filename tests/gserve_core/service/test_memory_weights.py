@@ -1,6 +1,7 @@
 """Weights from memory: tensors become a folder, which is there as long as a service has them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,20 @@ def test_tensors_of_torch_keep_their_types_and_may_share_memory() -> None:
     assert found.keys() == given.keys()
     assert all(torch.equal(found[name], it) and found[name].dtype == it.dtype for name, it in given.items())
     folder.remove()
+
+
+def test_an_iterable_may_use_one_buffer_for_all_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    for buffer in (numpy.zeros(3, "f4"), torch.zeros(3)):
+
+        def tensors(buffer: Any = buffer) -> Iterator[tuple[str, Any]]:
+            for number in range(3):
+                buffer[:] = number
+                yield f"t{number}", buffer
+
+        folder = memory_weights.write(tensors())
+        assert {name: it.tolist() for name, it in read(folder.path).items()} == {f"t{it}": [it] * 3 for it in range(3)}
+        folder.remove()
 
 
 def test_large_weights_are_written_in_files_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,10 +215,14 @@ def test_weights_of_a_program_that_ends_are_removed_and_those_of_a_killed_one_ar
             path = Path(program.stdout.readline().strip())
             assert path.is_dir()
             if is_killed:
-                program.kill()
+                program.terminate()  # it has no handler
             else:
                 program.communicate("\n", timeout=30)
         assert path.exists() == is_killed
     until(lambda: path in reap.unused_files())
+    again = shutil.copytree(path, shared / "again")
     memory_weights.write(SOME).remove()
     assert not path.exists(), "the next weights from memory remove it, as gserve reap does"
+    again.rename(path)
+    with VLLMService(LLMConfig("m"), ServeConfig(servers=1), engine=EchoEngine()):
+        assert not path.exists(), "so does the next start of a service"

@@ -12,7 +12,7 @@ import httpx
 import pytest
 from pyarrow import parquet
 
-from gserve import ConfigError, GatewayConfig, LLMConfig, ServeConfig, VLLMService
+from gserve import ConfigError, GatewayConfig, GserveError, LLMConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.rows.fingerprint import path_beside
 from tests.gserve_core.fake_servers import until
@@ -140,6 +140,15 @@ def test_a_job_is_continued_with_the_same_weights_only(
     for one, output in zip([service, *others], outputs, strict=True):
         assert one.run_file(source, output).done == 1
         assert [row["response"] for row in rows_of(output)] == ["a weights=v1", "b weights=v1"]
+
+
+def test_a_job_may_begin_while_the_service_that_it_uses_restarts(root: Path) -> None:
+    with launched("restarting") as service, VLLMService.attach("restarting") as attached:
+        assert attached.model_facts()["weight_version"] is None
+        service.shutdown()
+        assert "weight_version" not in attached.model_facts()
+        with pytest.raises(GserveError, match="no service named 'restarting'"):
+            attached.weights_of()
 
 
 def test_an_output_of_an_older_version_was_made_with_the_weights_of_the_start(root: Path) -> None:
