@@ -83,7 +83,7 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, default_signals: None)
         for name in ("XDG_RUNTIME_DIR", "XDG_STATE_HOME"):
             patch.setenv(name, str(tmp_path_factory.mktemp(name.lower())))
         for name in [*os.environ]:
-            if name == "CUDA_VISIBLE_DEVICES" or (name.startswith(SURROUNDINGS) and name != "GSERVE_LONG"):
+            if name == "CUDA_VISIBLE_DEVICES" or name.startswith(SURROUNDINGS):
                 patch.delenv(name)
         patch.setenv(run_files.PLACE_VARIABLE, "")  # the second place, which all sessions of a user share
         patch.setenv(testing.RUN_VARIABLE, uuid.uuid4().hex)

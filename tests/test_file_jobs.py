@@ -21,7 +21,7 @@ import pytest
 
 from tests.gserve.place import Place, eventually
 
-IS_LONG = "GSERVE_LONG" in os.environ
+IS_LONG = "LONG" in os.environ
 LONG = pytest.mark.skipif(not IS_LONG, reason="takes minutes: LONG=1 runs it")
 WAITING = "--params", '{"max_tokens": 400, "ignore_eos": true}'
 """Parameters with which the shared service takes 2 seconds for a row."""

@@ -18,7 +18,7 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.openai_api import ROUTES
 from tests.gserve_transports.test_http_fuzz import JUNK, MESSAGES, REQUEST, TEXTS, TOKENS, as_json
 
-REQUESTS = 50_000 if os.environ.get("GSERVE_LONG") else 5_000
+REQUESTS = 50_000 if os.environ.get("LONG") else 5_000
 DRAWN = 8
 """How many requests one example of hypothesis holds; each is sent to the gateway and to a server."""
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH")

@@ -75,7 +75,7 @@ STORMS = [
     Storm(streams=100, servers=2, seconds=10),
     pytest.param(
         Storm(streams=1000, servers=4, seconds=60, max_health=0.1),
-        marks=pytest.mark.skipif("GSERVE_LONG" not in os.environ, reason="takes two minutes: LONG=1 runs it"),
+        marks=pytest.mark.skipif("LONG" not in os.environ, reason="takes two minutes: LONG=1 runs it"),
     ),
 ]
 

@@ -1,6 +1,6 @@
 """Requests that a machine has thought up, against a real server: none is answered with a 5xx, and none harms it.
 
-`GSERVE_LONG=1` sends 100,000 instead of 5,000.
+`LONG=1` sends 100,000 instead of 5,000.
 """
 
 import json
@@ -29,7 +29,7 @@ from gserve_core.sampling import public_fields
 from gserve_transports import HttpTransport
 from gserve_transports.frames import Unpacker
 
-REQUESTS = 100_000 if os.environ.get("GSERVE_LONG") else 5_000
+REQUESTS = 100_000 if os.environ.get("LONG") else 5_000
 AT_ONCE = 8
 DRAWN = 4
 """How many bodies one example of hypothesis holds; each is sent to all three routes."""
@@ -295,7 +295,7 @@ def test_schemathesis_finds_nothing(server: VLLMServer, tmp_path: Path) -> None:
             sys.executable, "-m", "schemathesis.cli", "run", str(file), "--url", f"http://127.0.0.1:{server.port}",
             "--header", f"Authorization: Bearer {server.record().token}",
             "--phases", "examples,coverage,fuzzing,stateful",
-            "--checks", CHECKS, "--max-examples", "1000" if os.environ.get("GSERVE_LONG") else "100",
+            "--checks", CHECKS, "--max-examples", "1000" if os.environ.get("LONG") else "100",
             "--generation-database", "none", "--workers", "2", "--no-color", "--request-timeout", "20",
             "--continue-on-failure", "--suppress-health-check", "all",
         ],

@@ -29,7 +29,7 @@ WHY_NOT = why_not()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=WHY_NOT or "")
 NEAR, FAR, SERVER = "ssh -T", "-P -m gserve_core.process.far", "vllm_server.py --serve"
 CANARY = "hf_canaryInTheEnvironment"
-LONG = pytest.mark.skipif("GSERVE_LONG" not in os.environ and "LONG" not in os.environ, reason="takes minutes: LONG=1")
+LONG = pytest.mark.skipif("LONG" not in os.environ, reason="takes minutes: LONG=1")
 ON_GPUS = """
 from typing import ClassVar
 from dataclasses import dataclass

@@ -170,13 +170,19 @@ def working(engine: RunningEngine) -> Work:
     return Work(engine, check_ready=lambda: None, on_progress=lambda: None, on_alone=on_alone, secrets=())
 
 
+async def begun(work: Work, *prompts: str) -> "asyncio.Future[list[list[ResponseOutput]]]":
+    """Begin a request with prompts; return its answer to come, once all of them are in the engine."""
+    answer = asyncio.ensure_future(work.run_whole(RunRequest([Group([*prompts])])))
+    while work.running < len(prompts):
+        await asyncio.sleep(0)
+    return answer
+
+
 def test_an_item_that_ends_early_without_a_token_is_begun_again_after_the_pause() -> None:
     async def requests() -> None:
         engine = Pausing()
         work = working(engine)
-        answer = asyncio.ensure_future(work.run_whole(RunRequest([Group(["a"])])))
-        while not engine.runs:
-            await asyncio.sleep(0)
+        answer = await begun(work, "a")
         await work.pause("abort")
         assert work.is_still
         assert not answer.done()
@@ -195,9 +201,7 @@ def test_items_that_are_kept_end_after_the_pause() -> None:
         engine = Pausing()
         engine.runs = 1
         work = working(engine)
-        answer = asyncio.ensure_future(work.run_whole(RunRequest([Group(["a", "bad"])])))
-        while work.running < 2:
-            await asyncio.sleep(0)
+        answer = await begun(work, "a", "bad")
         await work.pause("keep")
         assert work.is_still
         for _ in range(10):
@@ -220,9 +224,7 @@ def test_an_engine_that_hangs_at_its_pause_is_watched() -> None:
 
     async def requests() -> None:
         work = working(Hanging())
-        answer = asyncio.ensure_future(work.run_whole(RunRequest([Group(["a"])])))
-        while not work.running:
-            await asyncio.sleep(0)
+        answer = await begun(work, "a")
         pausing = asyncio.ensure_future(work.pause("keep"))
         for _ in range(10):
             await asyncio.sleep(0)
@@ -240,9 +242,7 @@ def test_an_engine_that_cannot_keep_or_end_items_says_so(in_flight: InFlight) ->
     async def requests() -> None:
         engine = Slow()
         work = working(engine)
-        answer = asyncio.ensure_future(work.run_whole(RunRequest([Group(["a"])])))
-        while not work.running:
-            await asyncio.sleep(0)
+        answer = await begun(work, "a")
         with pytest.raises(GserveError, match="use in_flight 'finish' or 'redo'"):
             await work.pause(in_flight)
         await work.resume()

@@ -227,12 +227,12 @@ LIKELY = st.fixed_dictionaries(
     },
 )
 
-EXAMPLES = 100_000 if os.environ.get("GSERVE_LONG") else 2000
+EXAMPLES = 100_000 if os.environ.get("LONG") else 2000
 
 
 @pytest.mark.timeout(3600)
 @settings(
-    max_examples=100_000 if os.environ.get("GSERVE_LONG") else 2000,
+    max_examples=100_000 if os.environ.get("LONG") else 2000,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
