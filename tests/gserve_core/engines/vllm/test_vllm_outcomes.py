@@ -9,6 +9,7 @@ import pytest
 
 from gserve import GserveError, ItemError
 from gserve_core.engines.vllm.engine import Item, RunningVLLM
+from gserve_core.engines.vllm.in_flight import Requests
 from gserve_core.engines.vllm.progress import Progress
 
 
@@ -37,12 +38,12 @@ def engine_of(result: Any) -> RunningVLLM:
         yield result
 
     names = SimpleNamespace(EngineDeadError=EngineDeadError, SamplingParams=SimpleNamespace, FINAL_ONLY=2)
-    engine: Any = SimpleNamespace(generate=generate)
+    engine: Any = SimpleNamespace(generate=generate, add_request=None)
     running = RunningVLLM.__new__(RunningVLLM)
     running.__dict__ |= {
-        "_engine": engine, "_vllm": names, "_pooling": None, "_numbers": iter(range(9)), "_progress": Progress(engine),
+        "_engine": engine, "_vllm": names, "_pooling": None, "_numbers": iter(range(9)),
+        "_progress": Progress(engine), "_requests": Requests(engine),
         "_config": SimpleNamespace(max_model_len=9), "_render": lambda prompts: prompts,
-        "_in_flight": SimpleNamespace(aborts=0, take_parts=lambda item: []),
     }  # fmt: skip
     return running
 
