@@ -181,7 +181,7 @@ def _answer_texts(job: "FileJob", service: "VLLMService", model: "VLLMService | 
 
 def _answer_rows(job: "FileJob", service: "VLLMService", model: "VLLMService | Model") -> None:
     """Write each row of a file with its answer."""
-    from gserve_launchers.slurm.batch import is_over
+    from gserve_launchers.slurm.query import is_over
 
     gc.freeze()
     gc.set_threshold(GC_THRESHOLD)  # thousands of rows wait in memory, and are no garbage

@@ -28,7 +28,7 @@ from gserve_core.host.logs import setup_logging
 from gserve_core.service import records
 from gserve_core.service.service import VLLMService
 from gserve_core.service.state import State
-from gserve_launchers.slurm import batch
+from gserve_launchers.slurm import batch, query
 
 from .user_command import UserCommand
 
@@ -232,7 +232,7 @@ def _run_task(file: Path) -> int:
         file.unlink()
     try:
         if order.output:
-            check_free(Path(order.output), batch.is_over)
+            check_free(Path(order.output), query.is_over)
         ended = run(order.config, order.overrides, order.command, order.patience, order.notice)
     except (GserveError, OSError):
         if is_ours and not _is_ended_by_slurm(job):
@@ -248,7 +248,7 @@ def _run_task(file: Path) -> int:
 def _is_ended_by_slurm(job: str) -> bool:
     """Return whether SLURM is ending a job, and may run it again, or does not answer."""
     # SLURM changes the state before it sends a signal. A command may die of that signal before it reaches us.
-    return batch.state(job) != "RUNNING"
+    return query.state(job) != "RUNNING"
 
 
 def _requeue(job: str, times: int) -> None:

@@ -39,7 +39,7 @@ def run_batch(
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
     """Answer a batch file of OpenAI's. The same command continues it, and tries failed lines again."""
-    from gserve_launchers.slurm.batch import is_over
+    from gserve_launchers.slurm.query import is_over
 
     file, words = split_words("run-batch", config, (), attach)
     if words:

@@ -48,7 +48,7 @@ def sbatch(
     """
     from gserve_core.document import Document
     from gserve_core.host.redaction import secret_values
-    from gserve_launchers.slurm import batch
+    from gserve_launchers.slurm import batch, query
 
     given = {"partition": partition, "account": account, "time": time, "nodes": nodes}
     if bool(command) == (flags.source is not None):
@@ -69,7 +69,7 @@ def sbatch(
     if shards and not flags.overwrite:
         facts = {} if model is None else model.model_facts()
         tasks = [
-            it for it in tasks if not _task(flags, output, shards, it, is_chat=is_chat).is_done(facts, batch.is_over)
+            it for it in tasks if not _task(flags, output, shards, it, is_chat=is_chat).is_done(facts, query.is_over)
         ]
         if not tasks:
             print(f"all rows are answered already: {flags.output}")
@@ -138,7 +138,7 @@ def status(
 ) -> None:
     """Show how far the jobs are that write their output into FOLDER."""
     from gserve_core.rows.parts import parts_in
-    from gserve_launchers.slurm.batch import is_over
+    from gserve_launchers.slurm.query import is_over
 
     parts = parts_in(folder, is_over)
     if not parts:

@@ -248,17 +248,6 @@ def _environment() -> dict[str, str]:
     return kept | {name: value for name, value in environment_for_slurm().items() if not name.startswith("SLURM_")}
 
 
-def is_over(job: str) -> bool:
-    """Return whether a job has ended, or is unknown to SLURM; False if SLURM does not answer."""
-    return state(job) == ""
-
-
-def state(job: str) -> str | None:
-    """Return SLURM's state of a job, such as "RUNNING"; "": it has ended; None: SLURM does not answer."""
-    rows = query_slurm(*SQUEUE, f"--jobs={job},{job}", "--format=%T")  # twice: for a single unknown job, squeue fails
-    return None if rows is None else rows[0][0] if rows else ""
-
-
 def requeue(job: str) -> None:
     """Make SLURM end this run of a job, and run it again from the start. Raises GserveError: SLURM refuses."""
     _run_slurm(["scontrol", "requeue", job], environment_for_slurm())

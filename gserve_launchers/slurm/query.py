@@ -25,3 +25,14 @@ def query_slurm(*command: str) -> list[list[str]] | None:
 def environment_for_slurm() -> dict[str, str]:
     """Return our environment, without the options that a user has set for their own calls of SLURM."""
     return {name: value for name, value in os.environ.items() if not name.startswith(COMMANDS_OPTIONS)}
+
+
+def is_over(job: str) -> bool:
+    """Return whether a job has ended, or is unknown to SLURM; False if SLURM does not answer."""
+    return state(job) == ""
+
+
+def state(job: str) -> str | None:
+    """Return SLURM's state of a job, such as "RUNNING"; "": it has ended; None: SLURM does not answer."""
+    rows = query_slurm(*SQUEUE, f"--jobs={job},{job}", "--format=%T")  # twice: for a single unknown job, squeue fails
+    return None if rows is None else rows[0][0] if rows else ""

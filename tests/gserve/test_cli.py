@@ -455,6 +455,22 @@ def test_generate_with_attach_takes_all_arguments_as_prompts(attached: Place) ->
     assert done.stderr == ""
 
 
+def test_a_job_of_a_launched_service_loads_no_part_that_runs_servers(attached: Place) -> None:
+    attached.write("in.jsonl", {"prompt": "one"})
+    command = [sys.executable, "-X", "importtime", "-m", "gserve.cli", "generate", "--attach", "shared"]
+    done = subprocess.run(
+        [*command, "-i", "in.jsonl", "-o", "out.jsonl"],
+        cwd=attached.folder, env=attached.environ, text=True, capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert {"gserve_core.rows.job", "gserve_core.service.attached", "gserve_launchers.slurm.query"} <= loaded
+    assert not loaded & {
+        "fastapi", "gserve_core.document", "gserve_core.engines.echo", "gserve_core.service.pool", "pygments",
+        "gserve_launchers.local", "gserve_launchers.slurm.launcher", "jinja2", "prometheus_client", "pyarrow", "rich",
+        "uvicorn", "yaml",
+    }  # fmt: skip
+
+
 def test_generate_takes_all_arguments_as_prompts_where_the_environment_names_a_service(attached: Place) -> None:
     done = attached.run("generate", "hello", "a prompt of config.yaml", GSERVE_ATTACH="shared")
     assert (done.stdout, done.stderr) == ("hello\na prompt of config.yaml\n", "")

@@ -11,7 +11,7 @@ import pytest
 
 from gserve import ConfigError, GserveError, Job
 from gserve_launchers.local import SubprocessLauncher
-from gserve_launchers.slurm import batch
+from gserve_launchers.slurm import batch, query
 from gserve_launchers.slurm.command_line import sbatch
 from gserve_launchers.slurm.launcher import SlurmLauncher
 
@@ -278,8 +278,8 @@ def test_a_job_may_be_there_where_slurm_does_not_answer_in_time(slurm: Path, mon
 )  # fmt: skip
 def test_a_job_is_over_where_slurm_says_so(slurm: Path, said: str, state: str | None, is_over: bool) -> None:
     (slurm / "squeue").write_text(f"#!/bin/sh\n{said}\n")
-    assert batch.state("77") == state
-    assert batch.is_over("77") == is_over
+    assert query.state("77") == state
+    assert query.is_over("77") == is_over
 
 
 @pytest.mark.parametrize(
