@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gserve import GserveError
 
-from . import balance, files, gateway, gpus, machine, models, openai_api, starting, table, workloads
+from . import balance, files, gateway, gpus, launching, machine, models, openai_api, starting, table, workloads
 from .rooms import KINDS
 from .rounds import Benchmark, say
 
@@ -32,6 +32,9 @@ MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
     "demo": _demo,
     "balance": lambda bench, options: balance.measure(bench, options.model, options.scale),
     "starting": lambda bench, options: starting.measure(bench, _real(options)),
+    "launching": lambda bench, options: launching.measure(
+        bench, options.model if options.model == "echo" else _real(options)
+    ),
     "scaling": lambda bench, options: gpus.scaling(bench, options.model, options.gpus, options.scale),
     "sharing": lambda bench, options: gpus.sharing(bench, options.model, options.scale),
     "tensor-parallel": lambda bench, options: gpus.tensor_parallel(bench, options.model, options.scale),
@@ -82,7 +85,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("where", choices=("cpu", "gpu"), help="which sizes and what by default")
     parser.add_argument("what", nargs="*", metavar="WHAT", help=f"of {', '.join(NAMES)}")
-    parser.add_argument("--model", help="tiny, 1b, 8b or a folder (default: tiny on a CPU, 1b on a GPU)")
+    parser.add_argument(
+        "--model", help="tiny, 1b, 8b or a folder; for launching also echo (default: tiny on a CPU, 1b on a GPU)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s, after a smaller one to warm up")
     parser.add_argument("--minutes", type=float, help="after which no round begins (default: CPU 14, GPU 8.2)")
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of items")

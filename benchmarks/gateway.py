@@ -23,6 +23,7 @@ import uvloop
 
 from gserve_core.interfaces import Address
 from gserve_core.service import records
+from gserve_core.service.records import ServiceRecord
 from gserve_transports.http_upstream import Upstream
 
 from .rounds import Benchmark, say
@@ -38,6 +39,8 @@ STREAMS, EVENTS, PAUSE = 100, 400, 0.02
 SHORT = msgspec.json.encode({"prompt": "one two three", "max_tokens": 3})
 """The body of a request."""
 READY_SECONDS = 60.0
+TICK = 0.02
+"""Interval between two looks at a service that starts, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +94,7 @@ def launched(folder: Path, latency: float) -> Iterator[tuple[Way, Way, psutil.Pr
     command = [sys.executable, "-m", "gserve.cli", "launch", str(config), "--name", NAME]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:
-            deadline = time.monotonic() + READY_SECONDS
-            while (record := records.read_service(NAME)) is None or len(record.servers) < 2:
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the service of the benchmark was not ready")
-                time.sleep(0.1)
+            record = wait_ready(process, 2, READY_SECONDS)
             assert record.gateway is not None
             url = urlsplit(record.gateway.base_url)
             assert url.hostname is not None
@@ -106,6 +105,16 @@ def launched(folder: Path, latency: float) -> Iterator[tuple[Way, Way, psutil.Pr
         finally:
             process.send_signal(signal.SIGINT)
             process.wait()
+
+
+def wait_ready(process: "subprocess.Popen[bytes]", servers: int, seconds: float) -> ServiceRecord:
+    """Wait until the service of a process has this number of ready servers; return its record."""
+    deadline = time.monotonic() + seconds
+    while (record := records.read_service(NAME)) is None or len(record.servers) < servers:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError("the service of the benchmark was not ready")
+        time.sleep(TICK)
+    return record
 
 
 async def requests(way: Way, count: int, connections: int) -> list[tuple[float, float]]:

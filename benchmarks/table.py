@@ -70,6 +70,10 @@ TARGETS: Mapping[tuple[str, str, str], Target] = {  # by workload, model (the en
 }
 
 
+LIMITS: Mapping[str, float] = {"gateway added": 0.25, "gateway event": 35.0, "launch added": 1.5}
+"""The most that gserve's own figure may be, by workload, where it is not compared with another side. In its unit."""
+
+
 def target(workload: str, model: str, side: str) -> Target | None:
     """Return gserve's target against a side; None if there is none."""
     for (name, kind, other), found in TARGETS.items():
@@ -90,6 +94,13 @@ def verdict(reached: float, wanted: Target | None, unit: str) -> tuple[str, str]
     is_time = unit == "s"
     words = f"{'≤' if is_time else '≥'} {wanted.least:.2f}" + (f" ({wanted.aim:.2f})" if wanted.aim else "")
     return words, "reached" if (reached <= wanted.least if is_time else reached >= wanted.least) else "**missed**"
+
+
+def limit_verdict(reached: float, limit: float | None, unit: str) -> tuple[str, str]:
+    """Return the limit of a figure in words, and whether it is kept."""
+    if limit is None:
+        return "", ""
+    return f"≤ {_figure(limit)} {unit}", "reached" if reached <= limit else "**missed**"
 
 
 def rows(found: Sequence[Figures]) -> Iterator[list[str]]:
@@ -114,7 +125,8 @@ def rows(found: Sequence[Figures]) -> Iterator[list[str]]:
         row += [str(len(one.figures)), str(one.errors)]
         own = next((it for it in found if (it.model, it.title, it.side) == (one.model, one.title, GSERVE)), None)
         if own is None or one is own:
-            yield [*row, "", "", ""]
+            limit = LIMITS.get(one.workload) if one is own else None
+            yield [*row, "", *limit_verdict(median(one.figures), limit, one.unit)]
         else:
             reached = ratio(own, one)
             yield [*row, f"{reached:.2f} x", *verdict(reached, target(one.workload, one.model, one.side), one.unit)]

@@ -62,6 +62,17 @@ def test_a_table_sets_every_side_beside_gserve_and_its_target(tmp_path: Path) ->
     assert msgspec.convert(whole["figures"], list[Figures]) == found
 
 
+@pytest.mark.parametrize(("value", "words"), [(0.25, "reached"), (0.26, "**missed**")])
+def test_a_figure_of_gserve_alone_has_a_limit_in_its_unit(value: float, words: str) -> None:
+    _, row = table.rows([figures("gserve", [value], "ms", "gateway added")])
+    assert row[-3:] == ["", "≤ 0.25 ms", words]
+
+
+def test_a_figure_without_a_limit_has_no_verdict() -> None:
+    _, own, _ = table.rows([figures("gserve", [9], "ms", "gateway alone"), figures("direct", [1], "ms")])
+    assert own[-3:] == ["", "", ""]
+
+
 def test_a_right_answer_has_no_problem() -> None:
     assert not wrong(WORK, Answer(1.0, RIGHT))
     assert not different(Answer(1.0, RIGHT), Answer(2.0, RIGHT))
