@@ -256,17 +256,20 @@ class SshProcess:
                 target=self._pass_all_up, args=(connection, near, ended), name=f"{self._job.name}-up", daemon=True
             ).start()
         by_themselves = [ended.get()]
+        if not self._is_stopping:
+            self._explain_end(by_themselves)  # now: another rank may take longer than the owner waits
         by_themselves += _take(ended, len(connections) - 1, RANKS_SECONDS)
         others = [connection for connection in connections if connection not in by_themselves]
         for connection in others:
             connection.close_stdin()
         hung = {*others}.difference(_take(ended, len(others), FORCE_SECONDS))
         self._end(hung)
-        self._end_code = connections[0].code
-        if self._why is None and not self._is_stopping:
-            self._explain_end(by_themselves, hung)
+        if self._why is None:
+            self._end_code = connections[0].code
+            if not self._is_stopping:
+                self._explain_end(by_themselves, hung)
 
-    def _explain_end(self, by_themselves: Sequence[Connection], hung: Iterable[Connection]) -> None:
+    def _explain_end(self, by_themselves: Sequence[Connection], hung: Iterable[Connection] = ()) -> None:
         """Set why the server has ended, and its exit code, if one of its ranks tells. They have ended in this order."""
         for connection in by_themselves:
             if (why := connection.explain_end()) is not None:
