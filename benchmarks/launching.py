@@ -1,7 +1,7 @@
 """Launching: from `gserve launch` to ready, against the same service without a gateway and without OpenAI's API.
 
-Each start is a new process. The engine `echo` starts at once, so its figures are those of gserve alone. It always offers
-OpenAI's API; only vLLM's can be left out.
+Each start is a new process. The engine `echo` starts at once, so its figures are those of gserve alone. It always
+offers OpenAI's API; only that of vLLM can be left out.
 """
 
 import json
@@ -60,7 +60,7 @@ def _write(folder: Path, side: str, kind: str) -> Path:
         config |= {"llm": {"model_name": ECHO}, "engine": {"type": ECHO}}
     else:
         arguments = machine.engine_arguments(kind, 1)
-        config |= {"llm": asdict(llm_config(arguments)), "engine": {"openai": side == GSERVE}}
+        config |= {"llm": asdict(llm_config(arguments)), "engine": {"type": "vllm", "openai": side == GSERVE}}
     path = folder / f"launching-{side}.yaml"
     path.write_text(json.dumps(config))
     return path
