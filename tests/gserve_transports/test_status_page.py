@@ -12,7 +12,7 @@ import httpx
 import psutil
 import pytest
 
-from gserve import GatewayConfig, LLMConfig, ServeConfig, VLLMService
+from gserve import GatewayConfig, LLMConfig, ModelConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.testing import our_processes
 from tests.browser import ENTER, TAB, Browser, browser
@@ -204,6 +204,45 @@ def test_a_death_is_shown_with_its_cause_and_cuts_the_answer(closed: Browser) ->
         assert [row["Restarts"] for row in servers(closed)] == [str(int(index == busy)) for index in (0, 1)]
         assert closed.run("return document.querySelector('#endings details').open"), "the next status closed it"
         assert not closed.run("return document.querySelector('#send').disabled")
+    closed.until("document.querySelector('#trouble').innerText === 'The gateway does not answer.'")
+    closed.open("about:blank")
+    closed.console()
+    closed.requests()
+
+
+def test_two_models_are_shown_and_the_chat_asks_the_chosen_one(closed: Browser) -> None:
+    models = {
+        "writer": ModelConfig(LLMConfig("large-model", max_model_len=10_000), ServeConfig(servers=2)),
+        "judge": ModelConfig(LLMConfig("small-model", max_model_len=10_000), ServeConfig(max_restarts=10)),
+    }
+    with VLLMService(models=models, engine=EchoEngine(latency=0.05), gateway=GatewayConfig(), name="two") as service:
+        closed.open(root(service))
+        enter(closed, service.api_key or "")
+        closed.until("document.querySelector('#model').value")
+        shown = {row["Server"]: row["Model"] for row in servers(closed)}
+        assert shown == {"writer-0": "large-model", "writer-1": "large-model", "judge-0": "small-model"}
+        assert closed.text("#about").endswith(", writer ok, judge ok")
+        assert closed.run("return [...document.querySelector('#model').options].map(it => it.value)") == [*models]
+        closed.run("document.querySelector('#model').value = 'judge'")
+        say(closed, "word " * 5000, tokens=5000)
+        busy = "[...document.querySelectorAll('#servers tr')].filter(row => row.innerText.includes(arguments[0]))"
+        requests = f"{busy}.map(row => row.querySelector('[data-label=Requests]').textContent)"
+        closed.until(f"{requests}.join() === '1'", "judge")
+        assert closed.run(f"return {requests}", "writer") == ["0", "0"]
+        assert closed.text("#chat-log article:last-child h3") == "judge"
+        (judge,) = [index for index, state in enumerate(service.status()) if state.name == "judge-0"]
+        os.kill(pid_of(service, judge), signal.SIGKILL)
+        closed.until("document.querySelector('#chat-log .error')?.textContent.includes(arguments[0])", CUT)
+        closed.until("document.querySelector('#endings summary')")
+        assert closed.text("#endings summary").startswith("judge-0 (start 1) ")
+        assert "writer ok" in closed.text("#about"), "the death of one model's server is none of the other's"
+        closed.run("document.querySelector('#model').value = 'writer'")
+        say(closed, "one two three", tokens=3)
+        closed.until("document.querySelectorAll('#chat-log article')[3]?.innerText.includes('in all')")
+        closed.until("document.querySelector('#about').textContent.endsWith(', writer ok, judge ok')")
+        assert {row["Server"]: row["Restarts"] for row in servers(closed)} == {
+            "writer-0": "0", "writer-1": "0", "judge-0": "1",
+        }  # fmt: skip
     closed.until("document.querySelector('#trouble').innerText === 'The gateway does not answer.'")
     closed.open("about:blank")
     closed.console()
