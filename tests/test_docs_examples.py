@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pyarrow import parquet
 from gserve import GatewayConfig, LLMConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import run_files
+from tests.images import png
 from tests.pages import ROOT, blocks, files
 
 QUICKSTART = "llm: {model_name: any}\nengine: {type: echo}\n"
@@ -23,6 +25,10 @@ PYTHON = (
     "README.md",
     "docs/index.md",
     "docs/guides/batches.md",
+    "docs/guides/embeddings.md",
+    "docs/guides/images.md",
+    "docs/guides/lora.md",
+    "docs/guides/models.md",
     "docs/guides/openai.md",
     "docs/guides/openai-batch.md",
     "docs/reference/python.md",
@@ -30,6 +36,11 @@ PYTHON = (
 SHELL = {  # page: words by which the blocks are chosen that need no GPU, SLURM, systemd or container
     "README.md": ("gserve chat configs", "gserve launch", "gserve ps"),
     "docs/guides/batches.md": ("gserve generate configs", "gserve launch", "gserve generate --attach"),
+    "docs/guides/embeddings.md": ("gserve embed", "gserve launch", "/embeddings -H"),
+    "docs/guides/images.md": ("gserve chat",),
+    "docs/guides/lora.md": ("gserve launch", "gserve adapters", "/adapters/code --json"),
+    "docs/guides/models.md": ("gserve check", "gserve launch", "gserve logs", "/chat/completions -H", "gserve scale"),
+    "docs/guides/ssh.md": ("gserve check",),
     "docs/guides/http.md": ("gserve launch", "eval", "/health\n", "/generate \\", "/chat \\"),
     "docs/guides/openai.md": ("gserve launch", "eval", "/models --", '"Name three colours."'),
     "docs/guides/openai-batch.md": ("gserve run-batch",),
@@ -38,13 +49,34 @@ SHELL = {  # page: words by which the blocks are chosen that need no GPU, SLURM,
     "docs/reference/config.md": ("gserve check",),
     "docs/reference/http.md": ("GSERVE_TOKEN",),
 }
+CONFIGS: Mapping[str, object] = {  # the configs of the pages, with the engine echo
+    "quickstart": {"llm": {"model_name": "any"}, "engine": {"type": "echo"}},
+    "adapters": {
+        "llm": {"model_name": "any", "adapters": {"sql": "/adapters/sql", "law": "/adapters/law"}},
+        "serve": {"adapters_root": "adapters"}, "engine": {"type": "echo", "show_adapter": True},
+    },
+    "embeddings": {"llm": {"model_name": "any"}, "engine": {"type": "echo", "embedding": 8}},
+    "models": {
+        "models": {name: {"llm": {"model_name": name}} for name in ("writer", "judge")}, "engine": {"type": "echo"},
+    },
+}  # fmt: skip
+ROWS = {  # page: the rows of its file rows.jsonl
+    "docs/guides/embeddings.md": [{"title": "Oslo", "body": "the capital of Norway"}],
+    "docs/guides/models.md": [{"prompt": "one"}, {"prompt": "two"}],
+}
 JOBS = (ROOT / "docs" / "guides" / "files.md").read_text()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "quickstart.yaml").write_text(QUICKSTART)
+    (tmp_path / "adapters" / "code").mkdir(parents=True)
+    (tmp_path / "adapters" / "code" / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapters" / "code" / "adapter_model.safetensors").touch()
+    for name, config in CONFIGS.items():
+        text = json.dumps(config).replace('"adapters_root": "', f'"adapters_root": "{tmp_path}/')
+        (tmp_path / "configs" / f"{name}.yaml").write_text(text)
+    (tmp_path / "configs" / "ssh.yaml").symlink_to(ROOT / "configs" / "ssh.yaml")
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     (tmp_path / "towns.csv").write_text("town,country\nOslo,Norway\nLisbon,Portugal\n")
     (tmp_path / "conversations.jsonl").write_text('[{"role": "user", "content": "Name a colour."}]\n')
@@ -53,6 +85,11 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "batch.jsonl").write_text(f"{json.dumps(line)}\n")
     (tmp_path / "gserve").symlink_to(ROOT / "gserve")
     return tmp_path
+
+
+def with_adapters(text: str, folder: Path) -> str:
+    """Return an example with the folder of adapters of the test."""
+    return re.sub(r'(?<=[ "])/adapters/', f"{folder}/adapters/", text)
 
 
 def environment() -> dict[str, str]:
@@ -69,7 +106,7 @@ def environment() -> dict[str, str]:
 )
 def test_its_python_runs(block: str, folder: Path) -> None:
     block = re.sub(r"(VLLMService\(llm, ServeConfig\(.*?\))\)", r"\1, engine=EchoEngine())", block)
-    block = f"from gserve_core.engines.echo import EchoEngine\n{block}"
+    block = f"from gserve_core.engines.echo import EchoEngine\n{with_adapters(block, folder)}"
     environ = environment()
     with ExitStack() as running:
         if "OpenAI(" in block and "VLLMService" not in block:
@@ -87,29 +124,40 @@ def test_its_python_runs(block: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", SHELL)
 def test_its_shell_session_runs(name: str, folder: Path) -> None:
-    chosen = [
-        block for block in blocks((ROOT / name).read_text(), "bash") if any(words in block for words in SHELL[name])
-    ]
+    page = (ROOT / name).read_text()
+    chosen = [block for block in blocks(page, "bash") if any(words in block for words in SHELL[name])]
+    if rows := ROWS.get(name):
+        (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    if "--media-root photos" in page:
+        (folder / "photos" / "cats").mkdir(parents=True)
+        (folder / "photos" / "cats" / "tom.png").write_bytes(png(200, 30, 30))
+        (folder / "rows.jsonl").write_text(blocks(page, "json")[0])
     assert len(chosen) >= len(SHELL[name]) - 1, "the page has these examples"
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     script = "\n".join(chosen).replace("8000", str(port))
-    script = re.sub(
-        r"^(gserve launch.*?)(#.*)?$",
-        r"\1 & until gserve ps | grep -q ' server-0 *ready '; do sleep 0.2; done",
-        script,
-        flags=re.MULTILINE,
-    )
-    script = script.replace("/tmp/gserve-$(id -u)", str(run_files.folder()))
+    launched = re.search(r"^gserve launch \S*?(\w+)\.yaml(?: --name (\w+))?", script, flags=re.MULTILINE)
+    service = "demo" if launched is None else launched[2] or launched[1]
+    script = re.sub(r"^(gserve launch.*?)(#.*)?$", rf"\1 & gserve wait {service}", script, flags=re.MULTILINE)
+    script = with_adapters(script, folder).replace("/tmp/gserve-$(id -u)", str(run_files.folder()))
     script = re.sub(r"^(gserve (doctor|stop demo --)).*$", "", script, flags=re.MULTILINE)  # vLLM may not be there
     if "launch" in script and "gserve stop" not in script:
-        script += "\ngserve stop demo\n"
-    script = f"trap 'gserve stop demo --now || true' ERR\n{script}\nwait\n"
+        script += f"\ngserve stop {service}\n"
+    script = f"trap 'gserve stop {service} --now || true' ERR\n{script}\nwait\n"
     command = ["bash", "-ec", script]
     ran = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
     assert ran.returncode == 0, f"{script}\n{ran.stderr[-3000:]}"
     if "results.jsonl" in script:
         assert len((folder / "results.jsonl").read_text().splitlines()) == 2
+    if "rows.jsonl" in script and "answers.jsonl" in script:
+        answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+        assert answers
+        assert all(answer["response"] for answer in answers)
+    if "vectors.parquet" in script:
+        (row,) = parquet.read_table(folder / "vectors.parquet").to_pylist()
+        assert len(row["embedding"]) == 8
+    if "/adapters/code" in script:
+        assert json.loads(ran.stdout.splitlines()[-1])["code"] == str(folder / "adapters" / "code")
     if "facts.csv" in script:
         assert (folder / "facts.csv").read_text().count("Norway") == 2, "in the column and in the answer"
 
