@@ -23,6 +23,8 @@ BUFFER = 1024 * 1024
 """Size of a read from a file, in bytes."""
 BOM = b"\xef\xbb\xbf"
 """The bytes with which some programs mark UTF-8 text."""
+STDIN = "stdin"
+"""The name of standard input in messages."""
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 """The bytes with which UTF-16 text begins."""
 MAGIC = {"gz": b"\x1f\x8b", "zst": b"\x28\xb5\x2f\xfd"}
@@ -80,7 +82,7 @@ class Source:
     type: FileType
 
     def __str__(self) -> str:
-        return "stdin" if self.path is None else str(self.path)
+        return STDIN if self.path is None else str(self.path)
 
 
 # ------------------------------------------------------------------------------------------------------------ by name
@@ -175,12 +177,12 @@ def _stdin_source(asked: FileType | None) -> Source:
     first = cast(io.BufferedReader, sys.stdin.buffer).peek(BUFFER)
     compression = _compression(first)
     if not compression:
-        return Source(None, FileType(_checked_format(first, asked.format if asked else None, "stdin")))
+        return Source(None, FileType(_checked_format(first, asked.format if asked else None, STDIN)))
     if asked is None:
-        raise ConfigError(f"cannot tell the format of compressed rows: give --format: {KNOWN}", file="stdin")
+        raise ConfigError(f"cannot tell the format of compressed rows: give --format: {KNOWN}", file=STDIN)
     source = Source(None, FileType(asked.format, compression))
     if compression == "zst" or asked.format in TABLES:
-        require_pyarrow(source.type, "stdin")
+        require_pyarrow(source.type, STDIN)
     return source
 
 

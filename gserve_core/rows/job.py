@@ -27,7 +27,7 @@ from ..errors import ConfigError, GserveError, ItemError
 from ..tasks import GENERATE
 from . import fingerprint
 from .answers import Answers, VectorAnswers
-from .formats import TABLES, FileType, Format, Source, find_sources, output_type
+from .formats import STDIN, TABLES, FileType, Format, Source, find_sources, output_type
 from .output import STDIO, JobFiles, Sink, Totals, open_stream
 from .prompts import Prompts, RowOptions
 from .reading import Digest, Row, begins_as, count_rows, digest, read_rows
@@ -216,6 +216,10 @@ class FileJob:
             files = self._files(output)
             try:
                 yield Run(self, self._prepare(files, output, model), files)
+            except ConfigError as error:
+                if str(error.file) == str(files.input):  # the copy is hidden, and is removed now
+                    error.file = STDIN if self.source == STDIO else ARGUMENTS
+                raise
             finally:
                 files.input.unlink(missing_ok=True)
 

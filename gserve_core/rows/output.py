@@ -295,7 +295,7 @@ class JobFiles:
                 else:
                     copy.writelines(encode_row(dict(row), None, {}) for row in given)
         except OSError as error:
-            raise ConfigError(f"cannot copy the input: {error.strerror}", file=self.input) from error
+            raise ConfigError(f"cannot copy the input to {self.input}: {error.strerror}") from error
 
     @property
     def has_answers(self) -> bool:

@@ -28,6 +28,8 @@ BATCH_ROWS = 1024
 INDEX = re.compile(r"-?\d+")
 """Names that pandas gives to rows."""
 
+UNCLOSED = "unexpected end of data"
+"""What Python's csv says at the end of a file if a quote is open."""
 UNDECODABLE = (ValueError, OverflowError)
 """Errors of Arrow values that Python's types do not have, such as a date in the year 20000."""
 
@@ -233,7 +235,14 @@ def _read_csv(source: Source, place: int, wanted: Wanted | None, delimiter: str)
             except StopIteration:
                 return place
             except csv.Error as wrong:
-                fields, error = [""], f"not {source.type.format.upper()}: {wrong}"
+                if str(wrong) == UNCLOSED and reader.line_num > line:  # it has taken rows that would be lost
+                    raise ConfigError(
+                        "a quote in the row that begins in this line is never closed, and so takes all lines up to the"
+                        f" last, {reader.line_num}: close it; a quote within a quoted field must be doubled",
+                        file=file, line=line,
+                    ) from wrong  # fmt: skip
+                why = "a quote is never closed" if str(wrong) == UNCLOSED else wrong
+                fields, error = [""], f"not {source.type.format.upper()}: {why}"
             if undecoded:
                 error = undecoded[0]
                 undecoded.clear()

@@ -86,6 +86,16 @@ def test_help_names_every_command_and_loads_neither_rich_nor_the_core_behind_the
     assert not {"rich", "yaml", "pluggy", "httpx", "fastapi", "gserve_core.service.service"} & set(loaded)
 
 
+def test_a_command_runs_with_the_garbage_collector_on(place: Place) -> None:
+    program = (
+        "import atexit, gc; from gserve.cli import app;"
+        " atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 0)); app.main()"
+    )
+    command = [sys.executable, "-c", program, "plugins"]
+    done = subprocess.run(command, cwd=place.folder, env=place.environ, text=True, capture_output=True, check=True)
+    assert done.stdout.splitlines()[-1] == "True True"
+
+
 def test_check_hides_secrets(place: Place) -> None:
     config = place.config()
     canary = "canary-0123456789"
@@ -507,6 +517,23 @@ def test_generate_reads_texts_and_json_lines_from_a_file_and_from_stdin(
     (attached.folder / name).write_text(text)
     for source, stdin in (([name], ""), (["-", "--format", name.removeprefix("in.")], text)):
         assert records(attached.run("generate", "--attach", "shared", "-i", *source, stdin=stdin).stdout) == expected
+
+
+def test_a_job_without_a_terminal_writes_its_progress_in_lines(attached: Place) -> None:
+    attached.write("in.jsonl", *({"prompt": f"row {number}"} for number in range(3)))
+    command = ["generate", "--attach", "shared", "-i", "in.jsonl", "-o", "out.jsonl"]
+    assert "of 3 rows" not in attached.run(*command).stderr, "it ends before the first line"
+    cli = "from gserve.cli import app, job_progress; job_progress.LINE_SECONDS = 0.0; app.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", cli, *command, "--overwrite"],
+        cwd=attached.folder, env=attached.environ, text=True, capture_output=True, timeout=60, check=True,
+    )  # fmt: skip
+    *lines, _ = done.stderr.splitlines()  # the last one is the summary
+    form = r"(\d) of 3 rows, [\d.,]+ rows/s, \d+ tokens/s in, \d+ out(, \d+:\d\d left), 1 server ready"
+    counts = [int(found[1]) for line in lines if (found := re.fullmatch(form, line))]
+    assert len(counts) == len(lines), done.stderr
+    assert counts == sorted({*counts})
+    assert counts[-1] == 3
 
 
 def test_results_are_written_the_moment_they_are_ready_and_survive_a_kill(attached: Place) -> None:

@@ -150,6 +150,26 @@ def test_stdin_is_copied_while_the_job_runs(
     assert sorted(path.name for path in output.parent.iterdir()) == [".out.jsonl.gserve.json", "out.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'a,prompt\n1,"open\n2,x\n3,y\n', r"^stdin:2: a quote in the row that begins in this line is never closed"),
+        (b"other\n1\n", r"^stdin:2: no prompt can be made of the first rows: "),
+        (b"PAR1 and more", r"^stdin: "),
+    ],
+)
+def test_a_refused_stdin_is_named_and_not_its_copy(
+    output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, message: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    with (
+        pytest.raises(ConfigError, match=message),
+        FileJob(source=STDIO, output=output, format="csv").begin({}),
+    ):
+        pass
+    assert not list(output.parent.glob(".*.gserve.input"))
+
+
 def test_rows_need_not_be_in_a_file(service: VLLMService, output: Path) -> None:
     with FileJob(source=ROWS[:3], output=output, ordered=True).begin({}) as run:
         service.answer_rows(run)

@@ -151,10 +151,21 @@ def test_a_bad_row_of_csv_is_one_error(tmp_path: Path) -> None:
         (2, "expected 2 fields as in the header, found 3: quote a field that holds delimiters"),
         (4, "not UTF-8: byte 0xe4 at position 1 of line 4"),
         (6, "not CSV: ',' expected after '\"'"),
-        (8, "not CSV: unexpected end of data"),
+        (8, "not CSV: a quote is never closed"),
     ]
     assert values(row for row in rows if not row.error) == [{"a": "ok", "b": "1"}, {"a": "ok", "b": "2"}]
     assert [row.place for row in rows] == list(range(6))
+
+
+def test_a_quote_that_takes_the_rest_of_a_csv_is_refused_with_the_line_of_its_row(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", 'a,b\n"two\nlines",1\nok,"open\nlost,2\nlost,3\n')
+    rows = read_rows(find_sources(str(file)))
+    assert next(rows).values == {"a": "two\nlines", "b": "1"}
+    with pytest.raises(ConfigError) as refused:
+        next(rows)
+    assert (refused.value.file, refused.value.line) == (str(file), 4)
+    assert "a quote in the row that begins in this line is never closed" in refused.value.message
+    assert "takes all lines up to the last, 6" in refused.value.message
 
 
 @pytest.mark.parametrize(
