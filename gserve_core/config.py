@@ -185,7 +185,7 @@ class LLMConfig:
 
     @property
     def item_seed(self) -> int:
-        """The seed from which the seeds of items follow; 0: they are random."""
+        """The seed from which the seeds of items follow; 0: they have none."""
         return self.engine_kwargs.get("seed") or 0
 
     @property

@@ -716,7 +716,7 @@ class RunningEngine(RunningRank):
         """Check prompts that share their sampling parameters. Return the input of `run` or an `ItemError` for each.
 
         `params`: from outside, unchecked.
-        `seeds`: one per prompt, for sampled prompts if `params` have no seed. A retry then samples the same.
+        `seeds`: one per prompt, for sampled prompts if `params` have no seed; None: they may be sampled in any way.
 
         Raises ItemError: the parameters are wrong.
         """
