@@ -564,9 +564,7 @@ class ItemQueue:
             if items:
                 self._send_piece(server, items, is_narrowing=False)
 
-    def _home_of_next(
-        self, server: Server, usable: list[Server], outstanding: int
-    ) -> tuple[Server, int, float] | None:
+    def _home_of_next(self, server: Server, usable: list[Server], outstanding: int) -> tuple[Server, int, float] | None:
         """Return the server that should get the next items in place of `server`, since it alone has their prefix.
 
         It comes with the maximum number of items and bytes that it may get; None: `server` should get them.

@@ -146,8 +146,9 @@ class Waiting:
         rank = best.items[0].index if best else 0
         has_own = best is not None
         for home in [*self._by_home]:
-            if (group := self._first(home)) is None:
-                continue
+            self._update_first(home)
+        for home, groups in self._by_home.items():
+            group = next(iter(groups))
             is_foreign = home is not None and home is not cache
             has_own = has_own or not is_foreign
             index = group.items[0].index + (MAX_PASSED if is_foreign else -MAX_PASSED if home is cache else 0)
@@ -156,15 +157,14 @@ class Waiting:
         assert best is not None
         if has_own:
             return best
-        groups = max(self._by_home.values(), key=len)
-        return max(itertools.islice(groups, MAX_COMPARED), key=lambda it: len(it.items))
+        largest = max(self._by_home.values(), key=len)
+        return max(itertools.islice(largest, MAX_COMPARED), key=lambda it: len(it.items))
 
-    def _first(self, home: Cache | None) -> _Group | None:
-        """Return the oldest group with a home. Moves those that have another one by now."""
+    def _update_first(self, home: Cache | None) -> None:
+        """Move groups that have another home by now, until the first one of this home has not."""
         while groups := self._by_home.get(home):
             group = next(iter(groups))
             assert group.prefix is not None
             if group.prefix.home is home:
-                return group
+                return
             self._move(group)
-        return None

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gserve_core.batch import item_queue, pieces, retries, waiting
 from gserve_core.batch.item_queue import ItemQueue
 from gserve_core.batch.pieces import Call, Item, Outcome, Piece, Server
+from gserve_core.batch.prefixes import MIN_SIZE
 from gserve_core.errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
 from gserve_core.messages import Failure, Heartbeat, ResponseOutput, Result
 
@@ -316,7 +317,8 @@ class World:
         return pieces
 
 
-DOCUMENTS = [f"{number} " * 1000 for number in range(4)]
+DOCUMENTS = ["", *(f"{number} " * 1000 for number in range(4))]
+"""The first is no document: prompts without one have no prefix."""
 PROMPTS = st.lists(st.sampled_from(["a"] * 30 + [POISON]), min_size=1, max_size=40)
 CHOICE = st.integers(0, 10**6)
 
@@ -355,12 +357,12 @@ class QueueMachine(RuleBasedStateMachine):
     def submit_more(self, choice: int, prompts: list[str]) -> None:
         self.world.submit(self.one_call(choice), prompts)
 
-    @rule(choice=CHOICE, documents=st.lists(st.sampled_from([*DOCUMENTS, "a"]), min_size=1, max_size=40))
-    def submit_documents(self, choice: int, documents: list[str]) -> None:
+    @rule(choice=CHOICE, documents=st.lists(st.integers(0, 4), min_size=1, max_size=40))
+    def submit_documents(self, choice: int, documents: list[int]) -> None:
         if not self.open or choice % 2:
             self.open.append(self.world.call())
-        prompts = [f"{document}question {place}?" for place, document in enumerate(documents)]
-        self.world.submit(self.one_call(choice), prompts, item_queue.MIN_SIZE)
+        prompts = [f"{DOCUMENTS[document]}question {place}?" for place, document in enumerate(documents)]
+        self.world.submit(self.one_call(choice), prompts, MIN_SIZE)
 
     @precondition(lambda self: self.open)
     @rule(choice=CHOICE)
@@ -904,7 +906,7 @@ def sent(
     call = world.call()
     most = [0] * servers
     for start in range(0, len(prompts), at_once):
-        world.submit(call, prompts[start : start + at_once], size=item_queue.MIN_SIZE)
+        world.submit(call, prompts[start : start + at_once], size=MIN_SIZE)
         most = [max(before, it.in_flight) for before, it in zip(most, made, strict=True)]
     world.rounds()
     found: defaultdict[str, set[str]] = defaultdict(set)
@@ -944,9 +946,9 @@ def test_a_server_without_work_takes_items_that_another_has_the_prefix_of() -> N
     one, other = world.add(capacity=4), world.add(capacity=4)
     call = world.call()
     prompts = many_questions(1, 100)
-    world.submit(call, prompts[:1], size=item_queue.MIN_SIZE)
+    world.submit(call, prompts[:1], size=MIN_SIZE)
     assert sorted([one.in_flight, other.in_flight]) == [0, 1]
-    world.submit(call, prompts[1:], size=item_queue.MIN_SIZE)
+    world.submit(call, prompts[1:], size=MIN_SIZE)
     assert [one.in_flight, other.in_flight] == [8, 8]
 
 
@@ -955,10 +957,10 @@ def test_another_question_goes_to_the_server_that_has_the_document_if_that_is_no
     for _ in range(4):
         world.add(capacity=4)
     documents = [f"{number} " * 1000 for number in range(4)]
-    homes = {}
+    homes: dict[str, str] = {}
     for turn in range(3):
         for document in documents:
-            world.submit(world.call(), [f"{document}question {turn}?"], size=item_queue.MIN_SIZE)
+            world.submit(world.call(), [f"{document}question {turn}?"], size=MIN_SIZE)
         for piece in [*world.live]:
             document = str(piece.sent[0].prompt).partition("question")[0]
             assert piece.server is not None
@@ -971,7 +973,7 @@ def test_the_documents_of_a_dead_server_go_to_others() -> None:
     world = World()
     one, other = world.add(capacity=4), world.add(capacity=4)
     call = world.call()
-    world.submit(call, many_questions(8, 50), size=item_queue.MIN_SIZE)
+    world.submit(call, many_questions(8, 50), size=MIN_SIZE)
     world.remove(one, returns=False, died=True)
     world.check()
     assert other.in_flight == 8
@@ -985,12 +987,12 @@ def test_an_item_has_its_turn_however_many_suit_the_server_better() -> None:
     world.add(capacity=4)
     call = world.call()
     documents = many_questions(2, 4)
-    world.submit(call, documents, size=item_queue.MIN_SIZE)
+    world.submit(call, documents, size=MIN_SIZE)
     world.submit(call, ["short"])
     place = world.sizes[call] - 1
     turns = 0
     while place not in world.outcomes[call]:
-        world.submit(call, documents * 2, size=item_queue.MIN_SIZE)
+        world.submit(call, documents * 2, size=MIN_SIZE)
         for piece in [*world.live]:
             world.finish(piece)
         turns += 1
