@@ -22,7 +22,7 @@ class Call:
 
     def __init__(self, deliver: Callable[[list[tuple[int, Outcome]]], object]) -> None:
         self.deliver = deliver
-        self.waiting = Waiting()
+        self.waiting: Waiting[Item] = Waiting()
         self.is_cancelled = False
         self.ended_size = 0
         """Total size of its items that have ended, in bytes."""

@@ -3,12 +3,9 @@
 import itertools
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from .prefixes import Cache, Prefix
-
-if TYPE_CHECKING:
-    from .pieces import Item
 
 MAX_PASSED = 4096
 """Number of items by which an item may be older than those that are sent before it, as they suit a server better."""
@@ -18,7 +15,15 @@ PLAIN_ITEMS = 16
 """Number of items without a prefix that are taken before the groups are looked at again."""
 
 
-class _Group:
+class Waits(Protocol):
+    """An item. `index`: its place in the call. `size` is in bytes."""
+
+    index: int
+    size: int
+    prefix: Prefix | None
+
+
+class _Group[Item: Waits]:
     """The waiting items with one prefix. `home`: the home of the prefix when the group was last moved."""
 
     __slots__ = ("home", "items", "prefix")
@@ -29,7 +34,7 @@ class _Group:
         self.home: Cache | None = None
 
 
-class Waiting:
+class Waiting[Item: Waits]:
     """The waiting items of a call.
 
     Items without a prefix are taken in order. The others form groups, one for each prefix. The home of a group is the
@@ -37,9 +42,9 @@ class Waiting:
     """
 
     def __init__(self) -> None:
-        self._plain = _Group(None)
-        self._groups: dict[Prefix, _Group] = {}
-        self._by_home: dict[Cache | None, OrderedDict[_Group, None]] = {}
+        self._plain: _Group[Item] = _Group(None)
+        self._groups: dict[Prefix, _Group[Item]] = {}
+        self._by_home: dict[Cache | None, OrderedDict[_Group[Item], None]] = {}
         """The groups by their homes, the oldest first."""
         self._grouped = 0
         """Number of items in groups."""
@@ -47,11 +52,11 @@ class Waiting:
     def __len__(self) -> int:
         return len(self._plain.items) + self._grouped
 
-    def __iter__(self) -> "Iterator[Item]":
+    def __iter__(self) -> Iterator[Item]:
         for group in (self._plain, *self._groups.values()):
             yield from group.items
 
-    def extend(self, items: "Iterable[Item]") -> None:
+    def extend(self, items: Iterable[Item]) -> None:
         """Add items at the end."""
         for item in items:
             if item.prefix is None:
@@ -60,7 +65,7 @@ class Waiting:
                 self._group(item.prefix).items.append(item)
                 self._grouped += 1
 
-    def appendleft(self, item: "Item") -> None:
+    def appendleft(self, item: Item) -> None:
         """Add an item at the beginning."""
         if item.prefix is None:
             self._plain.items.appendleft(item)
@@ -75,7 +80,7 @@ class Waiting:
         self._by_home.clear()
         self._grouped = 0
 
-    def take(self, cache: Cache, count: int, room: float, taken: "list[Item]") -> float:
+    def take(self, cache: Cache, count: int, room: float, taken: list[Item]) -> float:
         """Move up to `count` items to `taken`, those first that suit a server. Return the remaining room.
 
         `cache`: that of the server.
@@ -111,7 +116,7 @@ class Waiting:
         for group in [*self._by_home.get(cache, ())]:
             self._move(group)
 
-    def _group(self, prefix: Prefix) -> _Group:
+    def _group(self, prefix: Prefix) -> _Group[Item]:
         """Return the group of a prefix; a new one if there is none."""
         group = self._groups.get(prefix)
         if group is None:
@@ -120,7 +125,7 @@ class Waiting:
             self._by_home.setdefault(group.home, OrderedDict())[group] = None
         return group
 
-    def _move(self, group: _Group) -> None:
+    def _move(self, group: _Group[Item]) -> None:
         """Move a group to the home of its prefix. Forget it if it is empty."""
         assert group.prefix is not None
         home = group.prefix.home
@@ -136,7 +141,7 @@ class Waiting:
         else:
             del self._groups[group.prefix]
 
-    def _next(self, cache: Cache) -> _Group:
+    def _next(self, cache: Cache) -> _Group[Item]:
         """Return the items from which a server gets the next one.
 
         Its own groups come first, then those without a home and the items without a prefix in order, then the largest
