@@ -126,12 +126,14 @@ class Waiting[Item: Waits]:
         return group
 
     def _move(self, group: _Group[Item]) -> None:
-        """Move a group to the home of its prefix. Forget it if it is empty."""
+        """Move a group to the home of its prefix, or behind a much older one there. Forget it if it is empty."""
         assert group.prefix is not None
-        home = group.prefix.home
+        home, groups = group.prefix.home, self._by_home[group.home]
         if group.items and home is group.home:
+            second = next(itertools.islice(groups, 1, None), group)
+            if group.items[0].index > second.items[0].index + MAX_PASSED:
+                groups.move_to_end(group)
             return
-        groups = self._by_home[group.home]
         del groups[group]
         if not groups:
             del self._by_home[group.home]

@@ -981,6 +981,29 @@ def test_the_documents_of_a_dead_server_go_to_others() -> None:
     assert len(world.outcomes[call]) == 400
 
 
+def test_a_group_has_its_turn_however_many_items_another_of_its_server_has() -> None:
+    world = World()
+    world.add(capacity=4)
+    world.expect()  # of a server alone, prefixes do not matter
+    call = world.call()
+    hot, *rare = [f"{number} " * 1000 for number in range(4)]
+    world.submit(call, [*rare, hot], size=MIN_SIZE)
+    for piece in [*world.live]:
+        world.finish(piece)
+    first = world.sizes[call]
+    world.submit(call, [hot] * 100, size=MIN_SIZE)
+    world.submit(call, rare, size=MIN_SIZE)
+    late = range(first + 100, first + 103)
+    turns = 0
+    while not world.outcomes[call].keys() >= {*late}:
+        world.submit(call, [hot] * 16, size=MIN_SIZE)
+        for piece in [*world.live]:
+            world.finish(piece)
+        turns += 1
+        assert turns * 16 < 3 * waiting.MAX_PASSED, "a group starves"
+    world.queue.cancel(call)
+
+
 def test_an_item_has_its_turn_however_many_suit_the_server_better() -> None:
     world = World()
     world.add(capacity=4)
