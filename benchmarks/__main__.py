@@ -9,7 +9,20 @@ from pathlib import Path
 
 from gserve import GserveError
 
-from . import balance, files, gateway, gpus, launching, machine, models, openai_api, starting, table, workloads
+from . import (
+    balance,
+    documents,
+    files,
+    gateway,
+    gpus,
+    launching,
+    machine,
+    models,
+    openai_api,
+    starting,
+    table,
+    workloads,
+)
 from .rooms import KINDS
 from .rounds import Benchmark, say
 
@@ -31,6 +44,7 @@ def _real(options: argparse.Namespace) -> str:
 MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
     "demo": _demo,
     "balance": lambda bench, options: balance.measure(bench, options.model, options.scale),
+    "documents": lambda bench, options: documents.measure(bench, _real(options), options.scale),
     "starting": lambda bench, options: starting.measure(bench, _real(options)),
     "launching": lambda bench, options: launching.measure(
         bench, options.model if options.model == "echo" else _real(options)

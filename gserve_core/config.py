@@ -185,7 +185,7 @@ class LLMConfig:
 
     @property
     def item_seed(self) -> int:
-        """The seed from which the seeds of items follow; 0: they are random."""
+        """The seed from which the seeds of items follow; 0: they have none."""
         return self.engine_kwargs.get("seed") or 0
 
     @property
@@ -222,6 +222,7 @@ class ServeConfig:
     `env`: environment variables for the servers.
     `nodes_per_server`: number of nodes of each server, which divide its GPUs evenly. The launcher must know how.
     `weights_root`: folder below which the gateway may take new weights from; None: it takes none.
+    `prefix_affinity`: send prompts that share a long prefix to the same server, unless others have less work.
     `adapters_root`: folder below which the gateway may take new LoRA adapters from; None: it takes none.
 
     Raises ConfigError: a field is wrong.
@@ -242,6 +243,7 @@ class ServeConfig:
     nodes_per_server: Nodes = 1
     adapters_root: str | None = None
     weights_root: str | None = None
+    prefix_affinity: bool = True
 
     def __post_init__(self) -> None:
         check(self)

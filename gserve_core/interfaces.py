@@ -386,8 +386,10 @@ class GatewayApi(Protocol):
         Empty if the service has only one: then a server lists it, and a request may name any.
         """
 
-    def attempts(self, model: str | None = None, *, by_adapter: bool = True) -> Attempts:
+    def attempts(self, model: str | None = None, *, by_adapter: bool = True, body: bytes = b"") -> Attempts:
         """Return the attempts of a new request. `model`: the model that it names. `by_adapter`: or an adapter of it.
+
+        `body`: that of the request. Requests whose bodies begin alike go to the same server.
 
         Raises RemoteError: it must name a model of the service (400, 404).
         """
@@ -716,7 +718,7 @@ class RunningEngine(RunningRank):
         """Check prompts that share their sampling parameters. Return the input of `run` or an `ItemError` for each.
 
         `params`: from outside, unchecked.
-        `seeds`: one per prompt, for sampled prompts if `params` have no seed. A retry then samples the same.
+        `seeds`: one per prompt, for sampled prompts if `params` have no seed; None: they may be sampled in any way.
 
         Raises ItemError: the parameters are wrong.
         """

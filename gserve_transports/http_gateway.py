@@ -264,12 +264,12 @@ class _Gateway:
             if route == RUN_ROUTE:
                 await self._run(body, send, measurement)
             elif not (models := self._api.models()):
-                await self._attempt(self._api.attempts(), scope, body, send, measurement)
+                await self._attempt(self._api.attempts(body=body), scope, body, send, measurement)
             elif route == MODELS_ROUTE:
                 listed = msgspec.json.encode({"object": "list", "data": models})
                 await _answer(scope, 200, listed, JSON, measurement)
             else:
-                attempts = self._api.attempts(asked_model(scope, body), by_adapter=scope["path"] in PATHS)
+                attempts = self._api.attempts(asked_model(scope, body), by_adapter=scope["path"] in PATHS, body=body)
                 await self._attempt(attempts, scope, body, send, measurement)
         except asyncio.CancelledError:
             if not is_lost:

@@ -121,8 +121,8 @@ class Answers:
 
     def _stream(self, client: GatewayClient, messages: Messages, write: Callable[[str], object]) -> str:
         body = {"messages": messages, **self._model(client), **(self._fields or {})}
-        if "seed" not in body and body.get("temperature") != 0:
-            body["seed"] = self._seed(client)
+        if "seed" not in body and body.get("temperature") != 0 and (seed := self._seed(client)) is not None:
+            body["seed"] = seed
         answer = reasoning = ""
         with closing(client.stream_chat(body)) as deltas:
             for delta in deltas:
@@ -151,15 +151,16 @@ class Answers:
             raise RemoteError(f"'{self._name}' has no adapter of its own named '{adapter}'", status=NOT_FOUND)
         return {"model": adapter or self._name}
 
-    def _seed(self, client: GatewayClient) -> int:
-        """Return the seed of the next answer. It follows from the seed of the model, as for other items."""
+    def _seed(self, client: GatewayClient) -> int | None:
+        """Return the seed of the next answer, as it follows from the seed of the model; None: it has none."""
         if self._seeds is None:
             seed = 0
             with suppress(GserveError):  # a service of an older version
                 seen = client.overview()
                 seed = next((it.seed for it in seen.models if it.name == self._name), seen.seed)
             self._seeds = Seeds(seed)
-        return self._seeds.of_next_call()(0)
+        of = self._seeds.of_next_call()
+        return None if of is None else of(0)
 
 
 class _Line:

@@ -124,10 +124,12 @@ class Dispatcher:
     A forked process may go on using it. There it has its own thread and connections, to the servers known at the fork.
 
     `model`: the model that the requests name, for a gateway with several.
+    `prefix_affinity`: see `ServeConfig`.
     """
 
-    def __init__(self, model: str | None = None) -> None:
+    def __init__(self, model: str | None = None, *, prefix_affinity: bool = True) -> None:
         self._model = model
+        self.prefix_affinity = prefix_affinity
         check_not_patched()
         open_missing_descriptors()  # an event loop breaks if one of its descriptors is below 3
         self._known: dict[str, _Known] = {}
@@ -160,6 +162,7 @@ class Dispatcher:
             start=self._start, stop=self._stop, cancel=self._cancel_items, probe=self._probe,
             wake=lambda when: self._loop.call_at(when, self._queue.pump), clock=self._loop.time,
         )  # fmt: skip
+        self._queue.set_prefix_affinity(self.prefix_affinity)
         self._thread = threading.Thread(target=self._run, name="gserve-dispatch", daemon=True)
         for key, known in self._known.items():
             self._loop.call_soon(self._change, self._add, key, known, known.connect())
@@ -242,6 +245,11 @@ class Dispatcher:
         self._known[key] = replace(self._known[key], capacity=capacity)
         self._count_room()
         self._call_soon(self._queue.resize, key, capacity)
+
+    def set_prefix_affinity(self, is_on: bool) -> None:
+        """Choose whether items that share a long prefix go to the same server. It holds for items to come."""
+        self.prefix_affinity = is_on
+        self._call_soon(self._queue.set_prefix_affinity, is_on)
 
     def _count_room(self) -> None:
         self.room = sum(2 * known.capacity for known in list(self._known.values()))

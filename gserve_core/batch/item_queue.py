@@ -20,8 +20,10 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from ..errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
 from ..messages import Event, Heartbeat, Result
+from ..tasks import GENERATE
 from . import retries
 from .pieces import MAX_PIECE_SIZE, Call, Item, Outcome, Piece, Server, size_of
+from .prefixes import MIN_SIZE, Prefixes
 from .retries import Resend, Retry
 
 MAX_PIECE_ITEMS = 256
@@ -36,6 +38,8 @@ BUSY_SECONDS = 1.0
 """Retry delay after a server has refused a piece, in seconds. Applies if the server names no delay."""
 SETTLE_SECONDS = 2.0
 """Time a server may still spend on cancelled items, in seconds. It gets no suspects during this time."""
+AHEAD_BY_PREFIX = 8
+"""A server that alone has the prefix of the next items may exceed its limit by this fraction of it."""
 RESULTS_SIZE = 64 << 20
 """Maximum memory for the results of a call that wait for its caller, in bytes.
 Above it, no more items of the call are sent. The results of its items in flight come on top."""
@@ -84,6 +88,7 @@ class ItemQueue:
         """Whether waiting items come before the next suspects."""
         self._no_server = "there is no server"
         self._ending: str | None = None
+        self._prefixes: Prefixes | None = Prefixes()
         self._waiting_in_calls = 0
         self.submitted = 0
         self.ended_items = 0
@@ -113,6 +118,11 @@ class ItemQueue:
         return self._servers.values()
 
     # --------------------------------------------------------------------------------------------------------- servers
+
+    def set_prefix_affinity(self, is_on: bool) -> None:
+        """Choose whether items that share a long prefix go to the same server. It holds for items to come."""
+        if is_on is (self._prefixes is None):
+            self._prefixes = Prefixes() if is_on else None
 
     def expect(self, key: str) -> None:
         """Keep items waiting for a server that is starting, even if there is no other server."""
@@ -148,8 +158,7 @@ class ItemQueue:
         if server is None:
             self.pump()
             return
-        if self._reserved is server:
-            self._reserved = None
+        self._retire(server)
         suspects: list[Item] = []
         if died:
             retries.count_death(server.accused)
@@ -174,10 +183,15 @@ class ItemQueue:
     def retire(self, key: str) -> None:
         """Send a server no more items. Its items in flight go on."""
         if (server := self._servers.get(key)) is not None:
-            server.is_retired = True
-            if self._reserved is server:
-                self._reserved = None
+            self._retire(server)
             self.pump()
+
+    def _retire(self, server: Server) -> None:
+        server.cache.is_gone = True
+        if self._reserved is server:
+            self._reserved = None
+        for call in (*self._calls, *self._paused):
+            call.waiting.release(server.cache)
 
     def handle_answer(self, server: Server) -> None:
         """Use a server again that answers after a broken connection."""
@@ -212,6 +226,10 @@ class ItemQueue:
             if not call.waiting:
                 self._calls.append(call)
             self._waiting_in_calls += len(items)
+        if self._prefixes is not None and len(self._servers) + len(self._expected) > 1:
+            for item in items:
+                if item.size >= MIN_SIZE and item.task == GENERATE:
+                    item.prefix = self._prefixes.find(item.prompt, item.adapter)
         call.waiting.extend(items)
         for server in self._servers.values():
             if server.is_given_up:
@@ -536,27 +554,44 @@ class ItemQueue:
             if size <= 0 and server.in_flight:
                 usable = [it for it in usable if it is not server]
                 continue
-            items = self._take_items(min(room, MAX_PIECE_ITEMS), size)
+            home = self._home_of_next(server, usable, outstanding)
+            if home is None:
+                items = self._take_items(server, min(room, MAX_PIECE_ITEMS), size)
+            else:
+                server, count, size = home
+                items = self._take_items(server, min(count, MAX_PIECE_ITEMS), size, calls=1)
             self._is_turn_of_calls = False
             if items:
                 self._send_piece(server, items, is_narrowing=False)
 
-    def _take_items(self, count: int, most: float) -> list[Item]:
-        """Take up to `count` items and `most` bytes from the calls in turn, but at least one item."""
+    def _home_of_next(self, server: Server, usable: list[Server], outstanding: int) -> tuple[Server, int, float] | None:
+        """Return the server that should get the next items in place of `server`, since it alone has their prefix.
+
+        It comes with the maximum number of items and bytes that it may get; None: `server` should get them.
+        """
+        if (foreign := self._calls[0].waiting.foreign(server.cache)) is None:
+            return None
+        cache, count = foreign
+        home = next((it for it in usable if it.cache is cache), None)
+        if home is None:
+            return None
+        limit = home.limit(outstanding, len(usable))
+        room = min(limit + limit // AHEAD_BY_PREFIX, home.window) - home.in_flight
+        size = min(home.piece_size, MAX_SIZE_IN_FLIGHT - home.size_in_flight)
+        return (home, min(room, count), size) if room > 0 and size > 0 else None
+
+    def _take_items(self, server: Server, count: int, most: float, calls: int | None = None) -> list[Item]:
+        """Take up to `count` items and `most` bytes for a server from the calls in turn, but at least one item.
+
+        `calls`: the number of calls that may give some; None: all.
+        """
         taken: list[Item] = []
-        size = 0
-        while self._calls and len(taken) < count:
+        while self._calls and len(taken) < count and most >= 0 and calls != 0:
+            calls = calls and calls - 1
             call = self._calls[0]
             waiting = call.waiting
-            share = min(len(waiting), -(-(count - len(taken)) // len(self._calls)))
-            for _ in range(share):
-                item = waiting.popleft()
-                size += item.size
-                if size > most and taken:
-                    waiting.appendleft(item)
-                    count = 0
-                    break
-                taken.append(item)
+            share = min(len(waiting), -(-(count - len(taken)) // (1 if calls == 0 else len(self._calls))))
+            most = waiting.take(server.cache, share, most, taken)
             self._calls.rotate(-1)  # the next piece begins with another call
             if not waiting:
                 self._calls.pop()

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import itertools
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -11,7 +10,6 @@ from typing import Annotated, Any, Protocol
 import msgspec
 
 from ..errors import ConfigError, ItemError
-from ..host.forks import call_in_child
 from ..images import ImageFiles
 from ..messages import Conversation, Message, Params, Prompt
 from ..plain import encodable, is_missing, is_table, plain
@@ -36,17 +34,15 @@ type Read = Callable[[Any], tuple[Prompt, int]]
 INVALID = ItemError, msgspec.ValidationError, UnicodeEncodeError, RecursionError, OverflowError
 """What reading an item raises if the item is invalid."""
 
-# Our own generator, so that the program's global one keeps its seed. The system's (`secrets`) would release the GIL for
-# every item, and wait until another thread gives it back.
-_CHANCE = random.Random()  # noqa: S311
-call_in_child(_CHANCE.seed)
+type SeedOf = Callable[[int], int]
+"""Returns the seed of an item by its index."""
 
 
 class Seeds:
-    """The seeds of items whose parameters have none, so that a retry samples the same.
+    """The seeds of items whose parameters have none. There are none if the model's seed is 0.
 
-    They are random if the model's seed is 0. Otherwise they follow from the model's seed, the number of the call and
-    the index of the item. Then two runs of a program give the same results.
+    They follow from the model's seed, the number of the call and the index of the item. Then two runs of a program give
+    the same results, and so does a retry.
     """
 
     def __init__(self, seed: int = 0) -> None:
@@ -57,11 +53,11 @@ class Seeds:
         self._seed = seed
         self._calls = itertools.count()
 
-    def of_next_call(self) -> Callable[[int], int]:
-        """Return a function that returns the seed of an item by its index."""
+    def of_next_call(self) -> SeedOf | None:
+        """Return the seeds of the next call's items; None if they have none."""
         call = next(self._calls)
         if not self._seed:
-            return lambda index: _CHANCE.getrandbits(31)
+            return None
 
         def seed(index: int) -> int:
             digest = hashlib.blake2b(f"{self._seed} {call} {index}".encode(), digest_size=4).digest()
@@ -91,6 +87,7 @@ class Items:
     `truncate_prompt_tokens`: number of tokens to which prompts are truncated; None: as the parameters say.
     `return_prompt_token_ids`: whether the outputs have the tokens of their prompts.
     `adapter`: the adapter of items that name no other; None: the default.
+    `seed`: the seeds of items that may be sampled and have none; None: they get none.
     `task`: see `Group`. Only items that generate have seeds.
 
     Raises ConfigError: the parameters are wrong, or their number differs from the number of items. For an iterator,
@@ -102,7 +99,7 @@ class Items:
         given: Iterable[Any],
         sampling_params: Any,
         read: Read,
-        seed: Callable[[int], int],
+        seed: SeedOf | None,
         *,
         truncate_prompt_tokens: int | None = None,
         return_prompt_token_ids: bool = False,
@@ -140,7 +137,7 @@ class Items:
         read, seed, returns_prompt, adapter = self._read, self._seed, self._returns_prompt, self._adapter
         task = self._task
         known: object = self  # the parameters that `needs_seed` is for: most items share them
-        needs_seed = True
+        needs_seed, item_seed = True, None
         index = -1
         own = iter(self._params)
         each = _until_missing(own) if self._counts_params else own
@@ -149,10 +146,12 @@ class Items:
                 if isinstance(params, ItemError):
                     raise params
                 if params is not known:
-                    known, needs_seed = params, task == GENERATE and may_be_sampled(params)
+                    known, item_seed = params, None
+                    needs_seed = seed is not None and task == GENERATE and may_be_sampled(params)
                 named, given = _own_adapter(given)
                 prompt, size = read(given)
-                item_seed = seed(index) if needs_seed else None
+                if seed is not None and needs_seed:
+                    item_seed = seed(index)
                 yield Item(
                     call, index, prompt, params, item_seed, size + params_size, returns_prompt, task=task,
                     adapter=named or adapter,

@@ -1,12 +1,13 @@
 """What the queue records: calls, their items, the servers, and the pieces in flight on them."""
 
-from collections import deque
 from collections.abc import Callable
 
 from msgspec import Struct
 
 from ..errors import ItemError
 from ..messages import Params, Prompt, ResponseOutput, weight
+from .prefixes import Cache, Prefix
+from .waiting import Waiting
 
 MAX_PIECE_SIZE = 4 << 20
 """Maximum size of one request, in bytes. A request with a single item may be larger."""
@@ -21,7 +22,7 @@ class Call:
 
     def __init__(self, deliver: Callable[[list[tuple[int, Outcome]]], object]) -> None:
         self.deliver = deliver
-        self.waiting: deque[Item] = deque()
+        self.waiting: Waiting[Item] = Waiting()
         self.is_cancelled = False
         self.ended_size = 0
         """Total size of its items that have ended, in bytes."""
@@ -43,6 +44,7 @@ class Item(Struct, eq=False, gc=False):
     """One prompt or conversation. `size` is in bytes. `seed` is used if the sampling parameters have none.
 
     `returns_prompt`, `task`: see `Group`. `adapter`: see `Group.adapters`.
+    `prefix`: what it shares with other items, if that is long. The queue sets it.
     """
 
     call: Call
@@ -57,6 +59,7 @@ class Item(Struct, eq=False, gc=False):
     returns: int = 0
     is_over: bool = False
     adapter: str | None = None
+    prefix: Prefix | None = None
 
 
 class Server:
@@ -64,6 +67,7 @@ class Server:
 
     def __init__(self, key: str, capacity: int, is_watched: bool, *, ends_hung: bool = True) -> None:
         self.key = key
+        self.cache = Cache()
         self.is_watched = is_watched
         """Whether an owner confirms its death."""
         self.ends_hung = is_watched and ends_hung
@@ -81,8 +85,6 @@ class Server:
         self.stalled_at: float | None = None
         """Time at which a piece last timed out without an event; None once an event has come.
         If a piece that began later times out too, the server hangs. That holds even if it answers other requests."""
-        self.is_retired = False
-        """Whether it gets no more items, since it is about to end."""
         self.is_narrowing = False
         """Whether it works on suspects, and on nothing else. It then refuses requests of other clients."""
         self.accused: list[Item] = []
@@ -92,6 +94,11 @@ class Server:
         """Let the server work on `capacity` items at once."""
         self.window = 2 * capacity
         self.min_in_flight = int(AHEAD * capacity)
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether it gets no more items, since it is about to end, or has ended."""
+        return self.cache.is_gone
 
     def is_usable(self, now: float) -> bool:
         """Return whether a piece may be sent to it."""

@@ -20,7 +20,7 @@ from typing import Any
 
 from ..batch.batch import in_order, outcome_lists
 from ..batch.dispatcher import Dispatcher
-from ..batch.items import INVALID, error_of
+from ..batch.items import INVALID, SeedOf, error_of
 from ..batch.output_lock import check_free, only_writer
 from ..batch.pieces import Outcome
 from ..errors import ConfigError, GserveError, ItemError
@@ -308,10 +308,10 @@ class Run:
         if self._files is not None and self._files.finished_rows is None:
             self._files.complete(self._sources, self.totals, is_last=self._job.limit is None)
 
-    def answer(self, dispatcher: Dispatcher, seed: Callable[[int], int], report: Report | None = None) -> Totals:
+    def answer(self, dispatcher: Dispatcher, seed: SeedOf | None, report: Report | None = None) -> Totals:
         """Answer the remaining rows, and complete the output. Return the totals.
 
-        `seed`: returns the seed of an item by the place of its row.
+        `seed`: returns the seed of an item by the place of its row; None: there are no seeds.
         `report`: called with the totals after each step.
 
         Raises GserveError: the output cannot be written, or the service ends before all rows are answered.

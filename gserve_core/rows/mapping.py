@@ -2,11 +2,12 @@
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ..batch.batch import in_order, outcome_lists
 from ..batch.dispatcher import Dispatcher
+from ..batch.items import SeedOf
 from ..errors import ItemError
 from .answers import ERROR, WEIGHT_VERSION, Answers
 from .kinds import row_with, table_of
@@ -18,7 +19,7 @@ logger = logging.getLogger("gserve.rows")
 
 
 def map_rows(
-    dispatcher: Dispatcher, given: Any, prompts: Prompts, answers: Answers, seed: Callable[[int], int],
+    dispatcher: Dispatcher, given: Any, prompts: Prompts, answers: Answers, seed: SeedOf | None,
     deadline: float | None,
 ) -> Any:  # fmt: skip
     """Return the rows with the columns of their answers, in order, as the kind of table that was given.

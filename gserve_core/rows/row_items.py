@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from ..batch.dispatcher import Dispatcher
-from ..batch.items import INVALID, error_of, may_be_sampled
+from ..batch.items import INVALID, SeedOf, error_of, may_be_sampled
 from ..batch.pieces import Call, Item
 from ..errors import ConfigError, ItemError
 from ..tasks import GENERATE
@@ -19,7 +19,7 @@ class RowItems:
     """The items of rows, for a `Batch`. An `ItemSource`.
 
     `prompts`: makes the prompts. `answers`: knows the columns that a row may not have.
-    `seed`: returns the seed of an item by the place of its row.
+    `seed`: returns the seed of an item by the place of its row; None: there are no seeds.
     `is_at_hand`: whether reading a row never blocks.
     """
 
@@ -30,7 +30,7 @@ class RowItems:
         rows: Iterator[Row],
         prompts: Prompts,
         answers: Answers,
-        seed: Callable[[int], int],
+        seed: SeedOf | None,
         dispatcher: Dispatcher,
         *,
         is_at_hand: bool = True,
@@ -51,7 +51,7 @@ class RowItems:
         adapter, task = self._prompts.adapter, self._prompts.task
         returns_prompt = self._answers.has_extra
         known: object = self  # the parameters that `needs_seed` is for: most rows share them
-        needs_seed = True
+        needs_seed, item_seed = True, None
         for index, row in enumerate(self._rows):
             if not index % CHECKED and self._dispatcher.ending is not None:
                 return
@@ -63,9 +63,11 @@ class RowItems:
                 check(values)
                 prompt, size, params = make(values)
                 if params is not known:
-                    known, needs_seed = params, task == GENERATE and may_be_sampled(params)
+                    known, item_seed = params, None
+                    needs_seed = seed is not None and task == GENERATE and may_be_sampled(params)
                 size += size if raw is None else len(raw)  # the row is kept too
-                item_seed = seed(row.place) if needs_seed else None
+                if seed is not None and needs_seed:
+                    item_seed = seed(row.place)
                 own = adapter(values)
                 yield Item(call, index, prompt, params, item_seed, size, returns_prompt, task=task, adapter=own)
             except ConfigError as error:  # a column with the name of an answer's

@@ -131,6 +131,8 @@ class _Following(Following):
             self._set_states(State.DRAINING)
             return
         self._replace_queue()
+        if self.dispatcher.prefix_affinity is not record.prefix_affinity:
+            self.dispatcher.set_prefix_affinity(record.prefix_affinity)
         now = {server.name: server for server in record.servers}
         gone = [name for name, server in self.servers.items() if now.get(name) != server]
         if record.status != "failed":
@@ -215,6 +217,7 @@ def _record_of(record: ServiceRecord, model: str) -> ServiceRecord:
     return structs.replace(
         record, servers=[server for server in record.servers if server.pool == model],
         status="draining" if record.status == "draining" else own.status, stall_timeout=own.stall_timeout,
+        prefix_affinity=own.prefix_affinity,
     )  # fmt: skip
 
 

@@ -136,10 +136,12 @@ class Deployment:
             transport=parts.registry.section("transport", parts.transport), plugins=list(parts.plugins),
             folder=str(parts.folder.resolve()) if parts.folder else None, client_timeout=first.serve.client_timeout,
             status=status, stall_timeout=first.serve.stall_timeout, seed=first.llm.item_seed,
+            prefix_affinity=first.serve.prefix_affinity,
             models={
                 model.name: ModelRecord(
                     model.llm.item_seed, model.serve.client_timeout, model.serve.stall_timeout,
                     status_of([state for state in states if key in (ONLY, state.pool)]), model.is_alone, model.weights,
+                    model.serve.prefix_affinity,
                 )
                 for key, model in models.items()
             },

@@ -355,10 +355,12 @@ class Gateway:
             raise RemoteError(f"the model '{model}' does not exist here; the models: {known}", status=404)
         return names[model]
 
-    def attempts(self, model: str | None = None, *, by_adapter: bool = True) -> Attempts:
+    def attempts(self, model: str | None = None, *, by_adapter: bool = True, body: bytes = b"") -> Attempts:
         """Return the attempts of a new request. Raises RemoteError: there is no such model (400, 404)."""
         assert self._routing is not None
-        return self._routing.attempts(self._key_of(model, by_adapter=by_adapter))
+        key = self._key_of(model, by_adapter=by_adapter)
+        has_affinity = key in self._dispatchers and self._dispatchers[key].prefix_affinity
+        return self._routing.attempts(key, body if has_affinity else b"")
 
     def backends(self) -> Sequence[Backend]:
         """Return the ready servers."""

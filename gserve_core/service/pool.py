@@ -50,7 +50,7 @@ class Queue:
     """The dispatcher of a model, kept up to date with the states of its servers.
 
     `connect`: makes a connection to a server.
-    `serve`: returns the config of the servers. Their time limits are read when a server becomes ready.
+    `serve`: returns the config of the servers. It is read when a server becomes ready.
     """
 
     def __init__(self, connect: Callable[[ServerState], Connection], serve: Callable[[], ServeConfig]) -> None:
@@ -87,6 +87,7 @@ class Queue:
             if state.usable and instance != now[0]:
                 assert state.info is not None
                 serve = self._serve()
+                self.dispatcher.set_prefix_affinity(serve.prefix_affinity)
                 self.dispatcher.add(
                     state.name, partial(self._connect, state), state.info.capacity, serve.client_timeout,
                     is_watched=True, stall_timeout=serve.stall_timeout,

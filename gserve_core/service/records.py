@@ -72,6 +72,7 @@ class ModelRecord(Struct, frozen=True):
     `status`: "starting", "ready", or "failed" if all of its servers have failed.
     `is_alone`: whether the service can have no other model.
     `weights`: those of its servers; None in records of older versions.
+    `prefix_affinity`: see `ServeConfig`.
     """
 
     seed: int = 0
@@ -80,6 +81,7 @@ class ModelRecord(Struct, frozen=True):
     status: str = "ready"
     is_alone: bool = True
     weights: Weights | None = None
+    prefix_affinity: bool = True
 
 
 class ServiceRecord(Struct, frozen=True):
@@ -96,8 +98,8 @@ class ServiceRecord(Struct, frozen=True):
     `names`: the names of all servers, ready or not; empty in records of older versions.
     `finishing`: instances of the servers that accept no more items, and finish those that they have.
     `logs`: the folder of the servers' logs; "" in records of older versions.
-    `models`: the models by name; empty in records of older versions. `client_timeout`, `stall_timeout` and `seed` are
-    those of the first one.
+    `models`: the models by name; empty in records of older versions. `client_timeout`, `stall_timeout`, `seed` and
+    `prefix_affinity` are those of the first one.
     """
 
     name: str
@@ -120,6 +122,7 @@ class ServiceRecord(Struct, frozen=True):
     names: list[str] = []
     finishing: list[str] = []
     models: dict[str, ModelRecord] = {}
+    prefix_affinity: bool = True
 
     @property
     def is_alive(self) -> bool:

@@ -1,7 +1,8 @@
 """The choice of a server for each request that comes to a gateway.
 
-A request goes to the ready server with the fewest requests and items in flight. It is sent again while its answer has
-not begun: after the death of its server, and after a refusal. `Routing` follows the states that the supervisor
+A request goes to the ready server with the fewest requests and items in flight. If its body begins like that of an
+earlier one, it goes to the server of that one, unless this has more work than others. It is sent again while its answer
+has not begun: after the death of its server, and after a refusal. `Routing` follows the states that the supervisor
 publishes.
 """
 
@@ -10,13 +11,17 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from operator import itemgetter
 
+from ..batch.prefixes import Cache, Prefix, Prefixes
 from ..errors import RemoteError
 from ..interfaces import Backend
 from .state import ONLY, ServerState
 
 MAX_DEATHS = 3
 """Number of servers that may die while they work on a request. Then it is not sent again."""
+AHEAD_BY_PREFIX = 4
+"""A server that has the prefix of a request may have more work than the least busy one by this fraction of it."""
 RETRY_SECONDS = 1.0
 """Retry delay for a client that found no ready server, in seconds."""
 
@@ -34,6 +39,9 @@ class Routing:
         self._states: dict[str, ServerState] = {}
         self._backends: dict[str, Backend] = {}
         """The servers that may have requests in flight, by name."""
+        self._caches: dict[str, Cache] = {}
+        """The prefix caches of these servers, by instance."""
+        self._prefixes = Prefixes()
         self._ready: dict[str, list[Backend]] = {ONLY: []}
         """The ready servers of each pool, kept since each request needs them. `ONLY`: of all pools."""
         self._changed = asyncio.Event()
@@ -52,11 +60,13 @@ class Routing:
         known = self._backends.get(state.name)
         if known is not None and (known.instance != state.instance or not state.works):
             del self._backends[state.name]
+            self._caches.pop(known.instance).is_gone = True
             known.on_gone()
             known = None
         if known is None and state.usable:
             assert state.address is not None
             self._backends[state.name] = Backend(state.name, state.instance, state.address, state.token)
+            self._caches[state.instance] = Cache()
         if before is None or _choice(before) != _choice(state):
             self._notify()
 
@@ -108,9 +118,12 @@ class Routing:
         """Return the states of the servers of a pool. `ONLY`: of all pools."""
         return [state for state in self._states.values() if pool in (ONLY, state.pool)]
 
-    def attempts(self, pool: str = ONLY) -> "Attempts":
-        """Return the attempts of a new request to a pool. `ONLY`: to any pool."""
-        return Attempts(self, self._queue_timeout, pool)
+    def attempts(self, pool: str = ONLY, body: bytes = b"") -> "Attempts":
+        """Return the attempts of a new request to a pool. `ONLY`: to any pool.
+
+        `body`: requests whose bodies share a long prefix go to the same server; empty: to any.
+        """
+        return Attempts(self, self._queue_timeout, pool, self._prefixes.find(body, pool))
 
     async def wait_changed(self, seconds: float, pool: str = ONLY) -> None:
         """Have a request to a pool wait until a state changes, for `seconds` at most."""
@@ -123,17 +136,25 @@ class Routing:
         finally:
             self.waiting_by_pool[pool] -= 1
 
-    def least_busy(self, pool: str, without: set[str]) -> Backend | None:
-        """Return the server of a pool with the least work, but for the instances in `without`. Equal ones take turns.
+    def choose(self, pool: str, without: set[str], prefix: Prefix | None = None) -> Backend | None:
+        """Return the server of a pool for a request, but for the instances in `without`; None: there is none.
 
-        A request counts as much as an item of the service's own calls.
+        It is the one with the least work. Equal ones take turns. A request counts as much as an item of the service's
+        own calls. A server that has the prefix of the request is preferred unless it has much more work.
         """
         found = [backend for backend in self._ready.get(pool, ()) if backend.instance not in without]
         if not found:
             return None
         self._turn += 1
         first = self._turn % len(found)
-        return min(found[first:] + found[:first], key=lambda it: it.requests + self._items(it.name))
+        loads = [(it.requests + self._items(it.name), it) for it in found[first:] + found[:first]]
+        least, chosen = min(loads, key=itemgetter(0))
+        if prefix is not None:
+            most = least and least + max(1, least // AHEAD_BY_PREFIX)  # a server without work always gets some
+            having = [it for it in loads if it[0] <= most and self._caches[it[1].instance] in prefix.caches]
+            _, chosen = min(having, key=itemgetter(0), default=(least, chosen))
+            prefix.add(self._caches[chosen.instance])
+        return chosen
 
 
 def _choice(state: ServerState) -> tuple[object, ...]:
@@ -144,9 +165,10 @@ def _choice(state: ServerState) -> tuple[object, ...]:
 class Attempts:
     """The attempts to have one request answered."""
 
-    def __init__(self, routing: Routing, queue_timeout: float | None, pool: str) -> None:
+    def __init__(self, routing: Routing, queue_timeout: float | None, pool: str, prefix: Prefix | None = None) -> None:
         self._routing = routing
         self._pool = pool
+        self._prefix = prefix
         self._patience = math.inf if queue_timeout is None else queue_timeout
         """Remaining time to wait for a server, in seconds. The time in servers does not count."""
         self._tried: set[str] = set()
@@ -170,7 +192,7 @@ class Attempts:
                 )
             if self._routing.ending:
                 raise RemoteError(self._routing.ending, status=503)
-            backend = self._routing.least_busy(self._pool, self._tried)
+            backend = self._routing.choose(self._pool, self._tried, self._prefix)
             if backend is not None:
                 if self._failed is not None:
                     self._routing.resends[self._failed] = self._routing.resends.get(self._failed, 0) + 1

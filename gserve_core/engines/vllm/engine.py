@@ -13,7 +13,9 @@ import math
 import multiprocessing
 import os
 import re
+import secrets
 import threading
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -316,6 +318,8 @@ def engine_arguments(vllm: differences.Names, arguments: dict[str, Any], llm: LL
     if isinstance(level, int):  # `vllm.LLM` accepts a number here, `AsyncEngineArgs` does not
         arguments["compilation_config"] = vllm.CompilationConfig(mode=vllm.CompilationMode(level))
     arguments.setdefault("disable_log_stats", not options.metrics)
+    if not llm.item_seed:
+        arguments["seed"] = sampler_seed(arguments)
     arguments["worker_extension_cls"] = arguments.get("worker_extension_cls") or WORKER_EXTENSION
     # With vLLM's cache, the engine keeps an image once it got it, and is sent a reference afterwards. If the first item
     # with it is cancelled before, the engine has none.
@@ -337,6 +341,17 @@ def engine_arguments(vllm: differences.Names, arguments: dict[str, Any], llm: LL
         if unknown and unknown[1] not in llm.llm_kwargs:
             raise differences.unfit(f"has no engine argument '{unknown[1]}'") from error
         raise ConfigError(f"vLLM {vllm.release} refuses its keyword arguments: {error}", at="$.llm") from error
+
+
+def sampler_seed(arguments: Mapping[str, Any]) -> int:
+    """Return a seed for items without seeds: another for each start of a server, but the same on all its nodes.
+
+    With equal seeds, two servers would sample the same answers to the same prompts, and so would a server that was
+    started again.
+    """
+    if (meeting := nodes_of_vllm.meeting_place(arguments)) is None:
+        return secrets.randbits(31)
+    return zlib.crc32(repr(meeting).encode()) >> 1
 
 
 class Item(NamedTuple):

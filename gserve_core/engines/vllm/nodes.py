@@ -45,6 +45,12 @@ def arguments(rank: Rank) -> dict[str, Any]:
     }
 
 
+def meeting_place(arguments: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return where the ranks of a server meet, of vLLM's arguments; None: it runs on one node."""
+    _, _, host, port = OURS
+    return (arguments[host], arguments[port]) if host in arguments else None
+
+
 def environment(rank: Rank) -> Mapping[str, str]:
     """Return the variables that keep the traffic between the nodes in their common network."""
     return {

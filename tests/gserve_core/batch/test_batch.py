@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from gserve import (
     VLLMServer,
     VLLMService,
 )
+from gserve_core.batch.items import Seeds
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import BatchInterrupted, DeadlineExceeded, ItemLost
 from gserve_core.testing import our_processes
@@ -605,19 +607,22 @@ def test_a_server_with_enough_to_do_is_asked_again(tmp_path: Path) -> None:
         assert answers == [[[f"c{number} p{index}"] for index in range(200)] for number in range(4)]
 
 
-def test_an_item_that_is_sent_again_is_sampled_alike() -> None:
-    params = {"temperature": 1.0, "max_tokens": 8}
-    with VLLMService(LLM, ServeConfig(), engine=EchoEngine(sample=True, latency=0.05, capacity=4)) as service:
-        one, other = service.generate(["x"] * 2, params)
-        assert one != other, "each item has a seed of its own"
-        assert (
-            service.generate(["x"] * 2, {**params, "seed": 7})[0] == service.generate(["x"], {**params, "seed": 7})[0]
-        )
+@pytest.mark.parametrize("seed", [0, 42])
+def test_an_item_that_is_sent_again_is_sampled_alike_if_it_has_a_seed(seed: int) -> None:
+    llm, params = replace(LLM, seed=seed), {"temperature": 1.0, "max_tokens": 8}
+    with VLLMService(llm, ServeConfig(), engine=EchoEngine(sample=True, latency=0.05, capacity=4)) as service:
         each = service.generate_iter([f"p{index}" for index in range(40)], params)
         seen = dict(next(each) for _ in range(4))
         os.kill(pid_of(service.servers[0]), signal.SIGKILL)
         seen |= dict(each)
-        assert sorted(seen) == list(range(40))
+        one, other = service.generate(["x"] * 2, params)
+        fixed = service.generate(["x"] * 2, {**params, "seed": 7})
+    assert sorted(seen) == list(range(40))
+    assert one != other
+    assert fixed == [["x seed-7"]] * 2
+    if (of := Seeds(seed).of_next_call()) is not None:
+        texts = {index: found[0].text for index, found in seen.items() if not isinstance(found, ItemError)}
+        assert texts == {index: f"p{index} seed-{of(index)}" for index in range(40)}
 
 
 def test_a_deadline_ends_also_a_source_without_end(slow: VLLMService) -> None:

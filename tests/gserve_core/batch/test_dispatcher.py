@@ -26,6 +26,7 @@ from gserve_core.batch import batch, item_queue
 from gserve_core.batch import dispatcher as dispatcher_module
 from gserve_core.batch.dispatcher import Dispatcher
 from gserve_core.batch.items import Items, Seeds, read_prompt
+from gserve_core.batch.pieces import Call, Item
 from gserve_core.errors import DeadlineExceeded, ItemLost, TransportError
 from gserve_core.host.logs import flush
 from gserve_core.interfaces import Access, Address, Connection, ServerApi, Transport
@@ -704,45 +705,33 @@ def seeds_of(notes: Notes) -> list[int]:
     return [seed for request in notes.requests for group in request.groups for seed in group.seeds or []]
 
 
-def test_seeds_leave_the_random_numbers_of_the_program_alone() -> None:
-    random.seed(42)
-    expected = [random.random() for _ in range(3)]
-    random.seed(42)
-    one, other = Notes(), Notes()
-    found = []
-    for notes in (one, other):
-        with client_of(notes) as client:
-            client.generate(["a"] * 3)
-            found.append(random.random())
-    assert found == expected[:2]
-    random.seed(42)
-    assert len({*seeds_of(one), *seeds_of(other)}) == 6, "programs that seed alike sample differently"
-
-
-def test_forked_processes_have_seeds_of_their_own() -> None:
-    read, write = os.pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork()
-    if not pid:
-        os.write(write, str(Seeds().of_next_call()(0)).encode())
-        os._exit(0)
-    os.waitpid(pid, 0)
-    assert int(os.read(read, 64)) != Seeds().of_next_call()(0)
-    os.close(read)
-    os.close(write)
+def test_items_have_seeds_only_if_the_model_has_one() -> None:
+    notes = Notes()
+    with client_of(notes) as client:
+        client.generate(["a"] * 3)
+        client.generate(["a"], {"seed": 5})
+    assert [len(group.prompts) for request in notes.requests for group in request.groups] == [3, 1]
+    assert not seeds_of(notes)
+    assert Seeds(0).of_next_call() is None
 
 
 def test_seeds_follow_from_the_seed_of_the_model() -> None:
     def sample(seed: int) -> list[int]:
         seeds = Seeds(seed)
-        return [of(index) for of in (seeds.of_next_call(), seeds.of_next_call()) for index in range(5)]
+        calls = seeds.of_next_call(), seeds.of_next_call()
+        return [of(index) for of in calls if of is not None for index in range(5)]
 
     assert sample(7) == sample(7)
     assert len(set(sample(7))) == 10
     assert sample(7) != sample(8)
-    assert sample(0) != sample(0)
     assert all(0 <= seed < 1 << 31 for seed in sample(7))
+
+
+def test_items_that_are_sampled_have_the_seeds_of_their_call() -> None:
+    items = Items(["a", "b", "c"], [{}, {"temperature": 0}, {"seed": 1}], read_prompt, Seeds(7).of_next_call())
+    of = Seeds(7).of_next_call()
+    assert of is not None
+    assert [isinstance(item, Item) and item.seed for item in items.read(Call(print))] == [of(0), None, None]
 
 
 # --------------------------------------------------------------------------------------------------- ends of a program

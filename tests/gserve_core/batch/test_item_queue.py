@@ -1,5 +1,6 @@
 """The queue by itself: a state machine with servers that are made up, and a clock that only the test moves."""
 
+import random
 from collections import Counter, defaultdict
 from typing import Any
 
@@ -8,9 +9,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from gserve_core.batch import item_queue, pieces, retries
+from gserve_core.batch import item_queue, pieces, retries, waiting
 from gserve_core.batch.item_queue import ItemQueue
 from gserve_core.batch.pieces import Call, Item, Outcome, Piece, Server
+from gserve_core.batch.prefixes import MIN_SIZE
 from gserve_core.errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
 from gserve_core.messages import Failure, Heartbeat, ResponseOutput, Result
 
@@ -36,6 +38,8 @@ class World:
         self.live: list[Piece] = []
         """The pieces that were started and have neither ended nor been stopped."""
         self.gone: list[Piece] = []
+        self.started: dict[Piece, Server] = {}
+        """The server to which each piece was sent."""
         self.probed: list[Server] = []
         self.servers: dict[str, Server] = {}
         self.coming: set[str] = set()
@@ -64,6 +68,8 @@ class World:
         assert piece.unfinished, "an empty piece was sent"
         assert piece.is_narrowing or not any(item.call.is_paused for item in piece.unfinished), "a paused call goes on"
         self.live.append(piece)
+        assert piece.server is not None
+        self.started[piece] = piece.server
 
     def _stop(self, piece: Piece) -> None:
         self.live.remove(piece)
@@ -311,6 +317,8 @@ class World:
         return pieces
 
 
+DOCUMENTS = ["", *(f"{number} " * 1000 for number in range(4))]
+"""The first is no document: prompts without one have no prefix."""
 PROMPTS = st.lists(st.sampled_from(["a"] * 30 + [POISON]), min_size=1, max_size=40)
 CHOICE = st.integers(0, 10**6)
 
@@ -348,6 +356,13 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(choice=CHOICE, prompts=PROMPTS)
     def submit_more(self, choice: int, prompts: list[str]) -> None:
         self.world.submit(self.one_call(choice), prompts)
+
+    @rule(choice=CHOICE, documents=st.lists(st.integers(0, 4), min_size=1, max_size=40))
+    def submit_documents(self, choice: int, documents: list[int]) -> None:
+        if not self.open or choice % 2:
+            self.open.append(self.world.call())
+        prompts = [f"{DOCUMENTS[document]}question {place}?" for place, document in enumerate(documents)]
+        self.world.submit(self.one_call(choice), prompts, MIN_SIZE)
 
     @precondition(lambda self: self.open)
     @rule(choice=CHOICE)
@@ -548,10 +563,10 @@ class SuspectsComeLast(ItemQueue):
 class FirstComeFirstServed(ItemQueue):
     """Items are sent in the order in which they came, whoever sent them (1.6)."""
 
-    def _take_items(self, count: int, most: float) -> list[Item]:
+    def _take_items(self, server: Server, count: int, most: float, calls: int | None = None) -> list[Item]:
         call = self._calls[0]
         others = [self._calls.pop() for _ in range(len(self._calls) - 1)]
-        taken = super()._take_items(count, most)
+        taken = super()._take_items(server, count, most, calls)
         self._calls.extend(reversed(others))
         if call.waiting:
             self._calls.remove(call)
@@ -867,3 +882,142 @@ def test_what_is_closed_ends_every_call() -> None:
     world.submit(call, ["a"] * 3)
     assert len(world.outcomes[call]) == 103
     world.check()
+
+
+# ------------------------------------------------------------------------------------------------------ long prefixes
+
+
+def many_questions(documents: int, questions: int, system: str = "") -> list[str]:
+    """Return prompts with the same number of questions to each document, in random order."""
+    chance = random.Random(0)
+    texts = [system + f"{chance.random()} " * 200 for _ in range(documents)]
+    prompts = [f"{text}question {number}?" for text in texts for number in range(questions)]
+    chance.shuffle(prompts)
+    return prompts
+
+
+def sent(
+    prompts: list[str], *, servers: int = 2, capacity: int = 256, at_once: int = 10**6, is_on: bool = True
+) -> tuple[dict[str, set[str]], list[int]]:
+    """Send prompts, some at a time. Return by document the servers that had it, and the most in flight on each."""
+    world = World()
+    world.queue.set_prefix_affinity(is_on)
+    made = [world.add(capacity) for _ in range(servers)]
+    call = world.call()
+    most = [0] * servers
+    for start in range(0, len(prompts), at_once):
+        world.submit(call, prompts[start : start + at_once], size=MIN_SIZE)
+        most = [max(before, it.in_flight) for before, it in zip(most, made, strict=True)]
+    world.rounds()
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    pieces = [piece for piece in world.gone if piece.sent]
+    for piece, server in ((piece, world.started[piece]) for piece in pieces):
+        for item in piece.sent:
+            found[str(item.prompt).partition("question")[0]].add(server.key)
+    return found, most
+
+
+@pytest.mark.parametrize("capacity", [16, 256])
+@pytest.mark.parametrize("system", ["", "You answer questions. " * 80], ids=["alone", "after a system message"])
+def test_each_document_goes_to_one_server(system: str, capacity: int) -> None:
+    prompts = many_questions(64, 16, system)
+    found, most = sent(prompts, capacity=capacity)
+    _, before = sent(prompts, capacity=capacity, is_on=False)
+    assert sum(map(len, found.values())) <= 66, "about one server for each of 64 documents"
+    assert most == before, "the servers have as many items in flight as without affinity"
+
+
+@pytest.mark.parametrize(("servers", "most"), [(2, 90), (8, 200)])
+def test_documents_go_to_few_servers_though_their_questions_come_bit_by_bit(servers: int, most: int) -> None:
+    found, loads = sent(many_questions(64, 16), servers=servers, capacity=64, at_once=60)
+    assert sum(map(len, found.values())) <= most, "by chance it is twice as many or more"
+    assert max(loads) - min(loads) <= max(loads) // item_queue.AHEAD_BY_PREFIX + 1
+
+
+def test_what_all_items_share_is_no_reason_to_choose_a_server() -> None:
+    prompts = many_questions(1, 1000)
+    found, most = sent(prompts, at_once=60)
+    assert [len(servers) for servers in found.values()] == [2]
+    assert most == sent(prompts, at_once=60, is_on=False)[1]
+
+
+def test_a_server_without_work_takes_items_that_another_has_the_prefix_of() -> None:
+    world = World()
+    one, other = world.add(capacity=4), world.add(capacity=4)
+    call = world.call()
+    prompts = many_questions(1, 100)
+    world.submit(call, prompts[:1], size=MIN_SIZE)
+    assert sorted([one.in_flight, other.in_flight]) == [0, 1]
+    world.submit(call, prompts[1:], size=MIN_SIZE)
+    assert [one.in_flight, other.in_flight] == [8, 8]
+
+
+def test_another_question_goes_to_the_server_that_has_the_document_if_that_is_not_busier() -> None:
+    world = World()
+    for _ in range(4):
+        world.add(capacity=4)
+    documents = [f"{number} " * 1000 for number in range(4)]
+    homes: dict[str, str] = {}
+    for turn in range(3):
+        for document in documents:
+            world.submit(world.call(), [f"{document}question {turn}?"], size=MIN_SIZE)
+        for piece in [*world.live]:
+            document = str(piece.sent[0].prompt).partition("question")[0]
+            assert piece.server is not None
+            assert homes.setdefault(document, piece.server.key) == piece.server.key
+            world.finish(piece)
+    assert len({*homes.values()}) == 4
+
+
+def test_the_documents_of_a_dead_server_go_to_others() -> None:
+    world = World()
+    one, other = world.add(capacity=4), world.add(capacity=4)
+    call = world.call()
+    world.submit(call, many_questions(8, 50), size=MIN_SIZE)
+    world.remove(one, returns=False, died=True)
+    world.check()
+    assert other.in_flight == 8
+    world.rounds()
+    assert len(world.outcomes[call]) == 400
+
+
+def test_a_group_has_its_turn_however_many_items_another_of_its_server_has() -> None:
+    world = World()
+    world.add(capacity=4)
+    world.expect()  # of a server alone, prefixes do not matter
+    call = world.call()
+    hot, *rare = [f"{number} " * 1000 for number in range(4)]
+    world.submit(call, [*rare, hot], size=MIN_SIZE)
+    for piece in [*world.live]:
+        world.finish(piece)
+    first = world.sizes[call]
+    world.submit(call, [hot] * 100, size=MIN_SIZE)
+    world.submit(call, rare, size=MIN_SIZE)
+    late = range(first + 100, first + 103)
+    turns = 0
+    while not world.outcomes[call].keys() >= {*late}:
+        world.submit(call, [hot] * 16, size=MIN_SIZE)
+        for piece in [*world.live]:
+            world.finish(piece)
+        turns += 1
+        assert turns * 16 < 3 * waiting.MAX_PASSED, "a group starves"
+    world.queue.cancel(call)
+
+
+def test_an_item_has_its_turn_however_many_suit_the_server_better() -> None:
+    world = World()
+    world.add(capacity=4)
+    world.add(capacity=4)
+    call = world.call()
+    documents = many_questions(2, 4)
+    world.submit(call, documents, size=MIN_SIZE)
+    world.submit(call, ["short"])
+    place = world.sizes[call] - 1
+    turns = 0
+    while place not in world.outcomes[call]:
+        world.submit(call, documents * 2, size=MIN_SIZE)
+        for piece in [*world.live]:
+            world.finish(piece)
+        turns += 1
+        assert turns * 16 < 2 * waiting.MAX_PASSED, "it starves"
+    world.queue.cancel(call)

@@ -30,6 +30,11 @@ class Told:
         self.why = ""
         self.died: list[bool] = []
         self.is_drained = self.is_closed = False
+        self.prefix_affinity = True
+
+    def set_prefix_affinity(self, is_on: bool) -> None:
+        self._check()
+        self.prefix_affinity = is_on
 
     def expect(self, key: str, comes: bool = True) -> None:
         self._check()

@@ -239,3 +239,53 @@ def test_a_request_sent_again_is_counted_at_the_server_that_failed_it() -> None:
         assert sum(made.resends.values()) == 2
 
     run(work())
+
+
+async def name_of(made: Routing, body: bytes) -> str:
+    return (await made.attempts(body=body).next()).name
+
+
+DOCUMENTS = [f"document {number} ".encode() * 200 for number in range(4)]
+
+
+def test_a_request_goes_to_the_server_that_has_its_prefix() -> None:
+    async def work() -> None:
+        made = routing(*(ready(name) for name in "abcd"))
+        homes = [await name_of(made, body) for body in DOCUMENTS]
+        assert sorted(homes) == [*"abcd"]
+        for number in range(3):
+            assert [await name_of(made, body + b"question %d" % number) for body in DOCUMENTS] == homes
+
+    run(work())
+
+
+def test_a_server_with_much_more_work_than_others_is_spared_though_it_has_the_prefix() -> None:
+    async def work() -> None:
+        loads = {"a": 0, "b": 1, "c": 1}
+        made = Routing(10.0, loads.__getitem__)
+        for name in "abc":
+            made.update(ready(name))
+        assert await name_of(made, DOCUMENTS[0]) == "a"
+        for chosen, *given in (("a", 2, 1, 1), ("a", 50, 40, 41), ("b", 51, 40, 60), ("b", 60, 40, 39), ("c", 1, 1, 0)):
+            loads.update(zip("abc", given, strict=True))
+            assert await name_of(made, DOCUMENTS[0]) == chosen, given
+
+    run(work())
+
+
+def test_the_next_generation_of_a_server_has_no_prefixes() -> None:
+    async def work() -> None:
+        loads = {"a": 4, "b": 4}
+        made = Routing(10.0, loads.__getitem__)
+        made.update(ready("a"))
+        assert await name_of(made, DOCUMENTS[0]) == "a"
+        made.update(starting("a"))
+        made.update(ready("b"))
+        made.update(ready("a", "again"))
+        chosen = {await name_of(made, body) for body in DOCUMENTS[1:3]}
+        assert chosen == {"a", "b"}
+        first = await name_of(made, DOCUMENTS[0])
+        loads[first] = 5
+        assert await name_of(made, DOCUMENTS[0]) == first
+
+    run(work())

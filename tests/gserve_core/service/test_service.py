@@ -123,7 +123,7 @@ def test_another_process_uses_a_named_service_and_leaves_it_running(named: VLLMS
 def test_a_service_one_that_is_attached_and_a_client_sample_as_the_seed_of_the_model_says() -> None:
     seeds = Seeds(42)
     calls = [seeds.of_next_call(), seeds.of_next_call()]
-    expected = [[[f"a seed-{seed(0)}"], [f"b seed-{seed(1)}"]] for seed in calls]
+    expected = [[[f"a seed-{seed(0)}"], [f"b seed-{seed(1)}"]] for seed in calls if seed is not None]
     with (
         VLLMService(LLMConfig("m", seed=42), engine=EchoEngine(sample=True), name="seeded") as service,
         VLLMService.attach("seeded") as attached,

