@@ -684,10 +684,15 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
         if bounds := _bounds(hint):
             (meta,) = bounds.__metadata__
             with suppress(msgspec.ValidationError):  # the type is right: the value breaks its bounds
-                if meta.pattern is None:
+                if meta.pattern is None and not (isinstance(value, str) and _takes_words(hint)):
                     msgspec.convert(value, bounds.__origin__)
                 text = f"expected {meta.description}, got {value!r}"
         raise ConfigError(text, at=at + place.removeprefix("$")) from error
+
+
+def _takes_words(hint: Any) -> bool:
+    """Return whether the type of a field has words beside its numbers, which the description of these names."""
+    return any(get_origin(it) is Literal for it in get_args(hint))
 
 
 def _bounds(hint: Any) -> Any:

@@ -18,7 +18,7 @@ from .server_command import pinning
 LIMITS = {3: 24 << 20, 2: 48 << 20}
 """Maximum size of the weights for each multiprocessor of the GPU, in bytes, by the number of servers.
 
-Measured with 1B (18 MiB on an H100), where three are best, and with 8B (116 MiB), where two cost a tenth.
+Measured with 1B (16 MiB on an H100), where three are best, and with 8B (107 MiB), where two cost a tenth.
 """
 ROOM = 8 << 30
 """Minimum memory for a server besides its weights, in bytes: half of it is for the KV cache."""
@@ -76,9 +76,11 @@ def _choose(config: Config, name: str, model: ModelConfig, parts: Mapping[str, P
     weights = own.engine.weight_bytes(llm)
     if weights is None:
         return Choice(1, "the size of the model is not known from files of this machine")
-    placements = check_places(config, {other: it.launcher.places for other, it in parts.items()})
-    fractions = gpu_memory(config, placements)[name]
-    return choose(weights, found, min(fractions.values(), default=GPU_MEMORY), len(os.sched_getaffinity(0)))
+    fraction = GPU_MEMORY
+    if "kv_cache_memory_bytes" not in llm.engine_kwargs:  # it replaces the fraction
+        placements = check_places(config, {other: it.launcher.places for other, it in parts.items()})
+        fraction = min(gpu_memory(config, placements)[name].values(), default=GPU_MEMORY)
+    return choose(weights, found, fraction, len(os.sched_getaffinity(0)))
 
 
 def choose(weights: int, found: Sequence[gpus.GPU], fraction: float, cores: int) -> Choice:

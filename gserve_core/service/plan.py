@@ -42,7 +42,7 @@ class Source:
                 config, document.file.parent, launcher=self.launcher, transport=self.transport, engine=self.engine
             )
             if config.gateway is None and plan.transport.has_gateway:
-                plan = replace(plan, config=replace(config, gateway=self.gateway))
+                plan = replace(plan, config=replace(plan.config, gateway=self.gateway))
             return replace(plan, located=document.located)
 
 

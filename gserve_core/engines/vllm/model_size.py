@@ -25,7 +25,9 @@ def weight_bytes(llm: LLMConfig) -> int | None:
     """Return the size that the weights have once they are loaded, in bytes; None if no file here tells it."""
     arguments = llm.engine_kwargs
     name, dtype = str(arguments["model"]), str(arguments.get("dtype", "auto"))
-    with suppress(GserveError, OSError, ValueError, TypeError, KeyError):  # vLLM reports what is wrong with the files
+    with suppress(
+        GserveError, OSError, ValueError, TypeError, AttributeError
+    ):  # vLLM reports what is wrong with the files
         if name.startswith(PREFIX):
             base = folders.home("cache") / "gserve" / name.removeprefix(PREFIX)
         else:

@@ -370,6 +370,17 @@ def test_several_servers_of_a_service_share_a_gpu(tmp_path: Path, gpus: list[int
         assert service.generate([str(item) for item in range(600)]) == [[str(item)] for item in range(600)]
 
 
+def test_each_gpu_has_several_servers_and_no_others(tmp_path: Path, gpus: list[int]) -> None:
+    with on_gpus(tmp_path, "serve.servers_per_gpu=2") as service:
+        assert [server.gpu_ids for server in service.status()] == [(gpu,) for gpu in gpus[:2] for _ in range(2)]
+        assert service.generate([str(item) for item in range(600)]) == [[str(item)] for item in range(600)]
+        with pytest.raises(LaunchError, match=f"GPU {gpus[1]} is held by process"):
+            on_gpus(tmp_path, f"serve.gpu_ids={gpus[1:3]}").start()
+        os.kill(next(iter(processes.processes_of(service.servers[2].record().instance))), signal.SIGKILL)
+        until(lambda: service.status()[2].restarts == 1 and service.status()[2].state == State.READY)
+        assert service.status()[2].gpu_ids == (gpus[1],)
+
+
 def test_services_that_share_a_gpu_start_one_after_the_other(tmp_path: Path, gpus: list[int]) -> None:
     share = ("serve.share_gpu=true", f"serve.gpu_ids={gpus[:1]}", "engine.load_time=1.0")
     services = [on_gpus(tmp_path, *share) for _ in range(2)]
