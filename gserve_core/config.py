@@ -35,6 +35,8 @@ LORA = "lora"
 """Name of the adapter of `lora_path`."""
 GPU_MEMORY = 0.92
 """The part of a GPU's memory for all servers on it that set none. It is vLLM's own default for one."""
+UNCOUNTED_GPU_MEMORY = 0.03
+"""The part of a GPU's memory that stays free for each further server on it: an engine does not count its context."""
 LEAST_GPU_MEMORY = 0.02
 """Minimum part of a GPU's memory for a model."""
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
@@ -859,7 +861,7 @@ def _divide_gpu(
             at=f"{where}.llm.gpu_memory_utilization",
         )
     unset = [name for name in different if models[name].gpu_memory is None]
-    rest = GPU_MEMORY - total
+    rest = GPU_MEMORY - UNCOUNTED_GPU_MEMORY * (len(names) - 1) - total
     if unset and rest < LEAST_GPU_MEMORY * len(unset):
         raise ConfigError(
             f"{which} is that of {whose}, and those with a gpu_memory_utilization take {total:.3g} of its memory. That"

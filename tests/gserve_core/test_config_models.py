@@ -92,9 +92,9 @@ def test_models_that_set_no_memory_divide_what_the_others_leave() -> None:
     }
     config = Config(models=models)
     assert gpu_memory(config, check_places(config)) == {
-        "a": {(0,): pytest.approx(0.3)},
+        "a": {(0,): pytest.approx(0.255)},
         "b": {(0,): 0.32},
-        "c": {(1,): 0.46, (0,): pytest.approx(0.15)},
+        "c": {(1,): 0.445, (0,): pytest.approx(0.1275)},
     }
     full = Config(models=models | {"b": ModelConfig(LLMConfig("b", gpu_memory_utilization=0.9), share)})
     with pytest.raises(ConfigError) as refused:
@@ -107,8 +107,8 @@ def test_models_that_set_no_memory_divide_what_the_others_leave() -> None:
 
 def test_the_servers_of_one_model_on_a_gpu_divide_its_memory() -> None:
     for serve, expected in (
-        (ServeConfig([0, 0, 1], share_gpu=True), {(0,): 0.46}),
-        (ServeConfig(servers=2, share_gpu=True), {None: 0.46}),
+        (ServeConfig([0, 0, 1], share_gpu=True), {(0,): 0.445}),
+        (ServeConfig(servers=2, share_gpu=True), {None: 0.445}),
         (ServeConfig(servers=2), {}),
         (ServeConfig([0], share_gpu=True), {}),
     ):

@@ -80,10 +80,10 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("size", "serve", "expected"),
     [
-        (2 * GIB, {}, [(None, 0.92 / 3)] * 3),
-        (2 * GIB, {"gpu_ids": [0]}, [((0,), 0.92 / 3)] * 3),
-        (2 * GIB, {"gpu_ids": [1]}, [((1,), 0.92 / 2)] * 2),
-        (2 * GIB, {"gpu_ids": [0, 1]}, [((0,), 0.46)] * 2 + [((1,), 0.46)] * 2),
+        (2 * GIB, {}, [(None, 0.86 / 3)] * 3),
+        (2 * GIB, {"gpu_ids": [0]}, [((0,), 0.86 / 3)] * 3),
+        (2 * GIB, {"gpu_ids": [1]}, [((1,), 0.445)] * 2),
+        (2 * GIB, {"gpu_ids": [0, 1]}, [((0,), 0.445)] * 2 + [((1,), 0.445)] * 2),
         (9 * GIB, {"gpu_ids": [0]}, [((0,), None)]),
     ],
 )
@@ -98,13 +98,13 @@ def test_auto_counts_the_memory_that_other_models_leave() -> None:
     llm = {"bytes": 2 * GIB}
     models = {
         "small": ModelConfig(LLMConfig("s", llm_kwargs=llm), ServeConfig([0], share_gpu=True, servers_per_gpu="auto")),
-        "large": ModelConfig(LLMConfig("l", gpu_memory_utilization=0.66), ServeConfig([0], share_gpu=True)),
+        "large": ModelConfig(LLMConfig("l", gpu_memory_utilization=0.6), ServeConfig([0], share_gpu=True)),
     }
     made = Plan.of(Config(models=models), engine=Sized())
     assert [(it.name, it.llm.engine_kwargs["gpu_memory_utilization"]) for it in made.programs()] == [
-        ("small-0", pytest.approx(0.13)), ("small-1", pytest.approx(0.13)), ("large-0", 0.66)
+        ("small-0", pytest.approx(0.13)), ("small-1", pytest.approx(0.13)), ("large-0", 0.6)
     ]  # fmt: skip
-    assert "20.8 GiB of GPU memory have room for no more" in str(made.models["small"].choice)
+    assert "23.2 GiB of GPU memory have room for no more" in str(made.models["small"].choice)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_the_log_of_a_start_has_the_choice(caplog: pytest.LogCaptureFixture) -> 
 
 def test_the_memory_of_the_model_is_divided_by_its_servers() -> None:
     serve: dict[str, Any] = {"gpu_ids": [0, 1], "servers_per_gpu": 2}
-    assert memory(plan({}, **serve)) == [((0,), 0.46), ((0,), 0.46), ((1,), 0.46), ((1,), 0.46)]
+    assert memory(plan({}, **serve)) == [((0,), 0.445), ((0,), 0.445), ((1,), 0.445), ((1,), 0.445)]
     assert [part for _, part in memory(plan({"gpu_memory_utilization": 0.6}, **serve))] == [0.3] * 4
     given = {"gpu_memory_utilization": 0.6, "kv_cache_memory_bytes": 1000}
     for program in plan({"llm_kwargs": given}, **serve).programs():
@@ -192,8 +192,8 @@ def test_models_on_one_gpu_divide_what_the_others_leave() -> None:
         for it in Plan.of(Config(models=models), engine=Sized()).programs()
     }
     assert parts == {
-        ("a-0", (0,)): pytest.approx(0.3), ("a-1", (1,)): None, ("b-0", (0,)): 0.32,
-        ("c-0", (0,)): pytest.approx(0.15), ("c-1", (0,)): pytest.approx(0.15),
+        ("a-0", (0,)): pytest.approx(0.255), ("a-1", (1,)): None, ("b-0", (0,)): 0.32,
+        ("c-0", (0,)): pytest.approx(0.1275), ("c-1", (0,)): pytest.approx(0.1275),
     }  # fmt: skip
 
 

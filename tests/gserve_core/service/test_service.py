@@ -381,6 +381,16 @@ def test_each_gpu_has_several_servers_and_no_others(tmp_path: Path, gpus: list[i
         assert service.status()[2].gpu_ids == (gpus[1],)
 
 
+def test_a_reload_changes_the_number_of_servers_on_each_gpu(tmp_path: Path, gpus: list[int]) -> None:
+    with on_gpus(tmp_path, "serve.servers_per_gpu=2") as service:
+        service.reload(overrides=["serve.servers_per_gpu=3", f"serve.gpu_ids={gpus[:1]}"], path=tmp_path / "c.yaml")
+        assert [server.gpu_ids for server in service.status()] == [(gpus[0],)] * 3
+        assert service.generate([str(item) for item in range(100)]) == [[str(item)] for item in range(100)]
+        service.scale(3)
+        with pytest.raises(ConfigError, match=r"expected a multiple of 3, .* up to 3, got 4"):
+            service.scale(4)
+
+
 def test_services_that_share_a_gpu_start_one_after_the_other(tmp_path: Path, gpus: list[int]) -> None:
     share = ("serve.share_gpu=true", f"serve.gpu_ids={gpus[:1]}", "engine.load_time=1.0")
     services = [on_gpus(tmp_path, *share) for _ in range(2)]
