@@ -35,8 +35,8 @@ LORA = "lora"
 """Name of the adapter of `lora_path`."""
 GPU_MEMORY = 0.92
 """The part of a GPU's memory for all servers on it that set none. It is vLLM's own default for one."""
-UNCOUNTED_GPU_MEMORY = 0.03
-"""The part of a GPU's memory that stays free for each further server on it: an engine does not count its context."""
+UNCOUNTED_GPU_MEMORY, MOST_UNCOUNTED = 0.03, 0.3
+"""The part of a GPU's memory that stays free for each further server on it, and for all: engines count no contexts."""
 LEAST_GPU_MEMORY = 0.02
 """Minimum part of a GPU's memory for a model."""
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
@@ -45,7 +45,7 @@ Fraction = Annotated[float, Meta(gt=0, le=1, description="a fraction above 0 and
 Tokens = Annotated[int, Meta(ge=1, description="a number of tokens")]
 Adapters = Annotated[int, Meta(ge=1, le=1024, description="1 to 1024 adapters")]
 Servers = Annotated[int, Meta(ge=1, le=65535, description="1 to 65535 servers")]
-OnGpu = Annotated[int, Meta(ge=1, le=64, description="1 to 64 servers on each GPU, or auto")]
+OnGpu = Annotated[int, Meta(ge=1, le=16, description="1 to 16 servers on each GPU, or auto")]
 Nodes = Annotated[int, Meta(ge=1, le=1024, description="1 to 1024 nodes")]
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
 Count = Annotated[int, Meta(ge=0, description="a number from 0 up")]
@@ -824,7 +824,7 @@ def gpu_memory(config: Config, placements: Mapping[str, Placement]) -> dict[str,
             if group is not None or (model.serve.shares_gpus and launcher == DEFAULT_TYPES["launcher"]):
                 for gpu in (None,) if group is None else group:  # without ids, all use the first GPUs
                     users.setdefault((launcher, gpu), []).append(name)
-    parts = {place: _divide_gpu(config, models, gpu, names) for place, names in users.items() for _, gpu in (place,)}
+    parts = {(kind, gpu): _divide_gpu(config, gpu, names) for (kind, gpu), names in users.items()}
     found: dict[str, dict[tuple[int, ...] | None, float]] = {}
     for name, model in models.items():
         launcher = (model.launcher or {}).get("type")
@@ -835,15 +835,14 @@ def gpu_memory(config: Config, placements: Mapping[str, Placement]) -> dict[str,
     return found
 
 
-def _divide_gpu(
-    config: Config, models: Mapping[str, ModelConfig], gpu: int | None, names: Sequence[str]
-) -> dict[str, float]:
-    """Return the part of a GPU for each server, by model. `names`: the model of each of its servers.
+def _divide_gpu(config: Config, gpu: int | None, names: Sequence[str]) -> dict[str, float]:
+    """Return the part of a GPU for each server of the models that set none. `names`: the model of each of its servers.
 
     Raises ConfigError: see `gpu_memory`.
     """
     if len(names) == 1:
         return {}
+    models = config.pools
     last, different = names[-1], list(dict.fromkeys(names))
     where = f"$.models.{last}" if config.models else "$"
     which = "the first GPU" if gpu is None else f"GPU {gpu}"
@@ -861,7 +860,7 @@ def _divide_gpu(
             at=f"{where}.llm.gpu_memory_utilization",
         )
     unset = [name for name in different if models[name].gpu_memory is None]
-    rest = GPU_MEMORY - UNCOUNTED_GPU_MEMORY * (len(names) - 1) - total
+    rest = GPU_MEMORY - min(UNCOUNTED_GPU_MEMORY * (len(names) - 1), MOST_UNCOUNTED) - total
     if unset and rest < LEAST_GPU_MEMORY * len(unset):
         raise ConfigError(
             f"{which} is that of {whose}, and those with a gpu_memory_utilization take {total:.3g} of its memory. That"

@@ -593,11 +593,11 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     ),
     "no server on a GPU": (
         LLM + "serve: {servers_per_gpu: 0}\n",
-        ":3: expected 1 to 64 servers on each GPU, or auto, got 0 - at $.serve.servers_per_gpu",
+        ":3: expected 1 to 16 servers on each GPU, or auto, got 0 - at $.serve.servers_per_gpu",
     ),
     "a word that is not auto": (
         LLM + "serve: {servers_per_gpu: many}\n",
-        ":3: expected 1 to 64 servers on each GPU, or auto, got 'many' - at $.serve.servers_per_gpu",
+        ":3: expected 1 to 16 servers on each GPU, or auto, got 'many' - at $.serve.servers_per_gpu",
     ),
     "no GPU ids": (
         LLM + "serve: {gpu_ids: []}\n",

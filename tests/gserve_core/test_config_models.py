@@ -109,11 +109,12 @@ def test_the_servers_of_one_model_on_a_gpu_divide_its_memory() -> None:
     for serve, expected in (
         (ServeConfig([0, 0, 1], share_gpu=True), {(0,): 0.445}),
         (ServeConfig(servers=2, share_gpu=True), {None: 0.445}),
+        (ServeConfig(servers=62, share_gpu=True), {None: 0.01}),
         (ServeConfig(servers=2), {}),
         (ServeConfig([0], share_gpu=True), {}),
     ):
         config = Config(LLMConfig("m"), serve)
-        assert gpu_memory(config, check_places(config)) == {"m": expected}
+        assert gpu_memory(config, check_places(config)) == {"m": pytest.approx(expected)}
     with pytest.raises(ConfigError, match=r"would take 1.2 of the memory of GPU 0: .* - at \$.llm.gpu_memory_util"):
         check_places(Config(LLMConfig("m", gpu_memory_utilization=0.6), ServeConfig([0, 0], share_gpu=True)))
 

@@ -365,24 +365,21 @@ def engine_config(
 ) -> tuple[Any, Any]:
     """Return vLLM's `AsyncEngineArgs` and its `VllmConfig`, with CUDA graphs for as many sequences as it runs.
 
-    `named`: other arguments of `create_engine_config`. Changes `arguments`. Raises as `engine_arguments`.
+    `named`: other arguments of `create_engine_config`. Raises as `engine_arguments`.
     """
 
-    def make() -> tuple[Any, Any]:
-        made = engine_arguments(vllm, arguments, llm, options)
+    def make(**more: Any) -> tuple[Any, Any]:
+        made = engine_arguments(vllm, arguments | more, llm, options)
         # Use the usage context of `vllm.LLM`: others get a fraction of its sequences (max_num_seqs).
         return made, differences.call(made.create_engine_config, usage_context=vllm.LLM_CLASS, **named)
 
-    decides = bool(cuda_graphs.CHOSEN & arguments.keys())
     made, config = make()
-    if not decides:
-        sizes = None
+    if not cuda_graphs.CHOSEN & arguments.keys():
         with differences.optional("CUDA graphs for all batches"):
-            sizes = cuda_graphs.wider_sizes(config)
-        if sizes is not None:  # only now is `max_num_seqs` known, and other parts of the config follow from the sizes
-            arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}
-            logger.info("CUDA graphs for up to %d sequences: %d sizes", sizes[-1], len(sizes))
-            return make()
+            if (sizes := cuda_graphs.wider_sizes(config)) is not None:  # `max_num_seqs` is known only now
+                wider = make(compilation_config={"cudagraph_capture_sizes": sizes})
+                logger.info("CUDA graphs for up to %d sequences: %d sizes", sizes[-1], len(sizes))
+                return wider
     return made, config
 
 
