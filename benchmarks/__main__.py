@@ -30,6 +30,8 @@ USUAL_CPU = ("short", "long", "chat", "logprobs", "sampled", "skewed", "stream",
 USUAL_GPU = ("short", "long", "chat", "logprobs", "sampled", "skewed", "stream", "calls")
 USUAL_LARGE = ("short", "long", "chat")
 """Workloads by default for the model `8b`: there is no time for more."""
+SERVERS_MINUTES = 4.2
+"""Time after which `servers` alone begins no round. The whole command then takes at most 5 minutes."""
 
 
 def _demo(bench: Benchmark, options: argparse.Namespace) -> None:
@@ -50,6 +52,7 @@ MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
         bench, options.model if options.model == "echo" else _real(options)
     ),
     "scaling": lambda bench, options: gpus.scaling(bench, options.model, options.gpus, options.scale),
+    "servers": lambda bench, options: gpus.servers(bench, options.model, options.scale),
     "sharing": lambda bench, options: gpus.sharing(bench, options.model, options.scale),
     "tensor-parallel": lambda bench, options: gpus.tensor_parallel(bench, options.model, options.scale),
     "gateway": lambda bench, options: gateway.measure(bench, options.scale),
@@ -103,7 +106,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--model", help="tiny, 1b, 8b or a folder; for launching also echo (default: tiny on a CPU, 1b on a GPU)"
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s, after a smaller one to warm up")
-    parser.add_argument("--minutes", type=float, help="after which no round begins (default: CPU 14, GPU 8.2)")
+    parser.add_argument(
+        "--minutes", type=float, help="after which no round begins (default: CPU 14, GPU 8.2, servers 4.2)"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of items")
     parser.add_argument("--sides", type=lambda text: text.split(","), default=list(KINDS), help=f"of {','.join(KINDS)}")
     parser.add_argument("--before", type=Path, help="another checkout of gserve, to be measured beside this one")
@@ -115,7 +120,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.where == "gpu" and not machine.gpus():
         parser.error("nvidia-smi finds no GPU here: 'cpu' measures without one")
     options.model = options.model or ("tiny" if options.where == "cpu" else "1b")
-    options.minutes = options.minutes or (14 if options.where == "cpu" else 8.2)
+    on_gpu = SERVERS_MINUTES if options.what == ["servers"] else 8.2
+    options.minutes = options.minutes or (14 if options.where == "cpu" else on_gpu)
     of_gpu = USUAL_LARGE if "8b" in options.model else USUAL_GPU
     options.what = options.what or (USUAL_CPU if options.where == "cpu" else of_gpu)
     if unknown := set(options.what) - set(NAMES):

@@ -13,6 +13,9 @@ from typing import Any, Self
 from msgspec import structs
 
 from gserve import LLMConfig, ServeConfig, VLLMService
+from gserve_core.config import Config
+from gserve_core.service.plan import Plan
+from gserve_core.service.state import ONLY
 
 from . import machine, models
 from .balance import processes
@@ -111,6 +114,40 @@ def sharing(bench: Benchmark, model: str, scale: float) -> None:
                 name = f"{one.name}, {SHARERS} servers"
                 workload = replace(one.scaled(scale), name=name, sides=dict.fromkeys(others))
                 bench.measure(model, workload, {GSERVE: Gserve(service), **others})
+
+
+def servers(bench: Benchmark, model: str, scale: float) -> None:
+    """Measure *short*, *sampled* and *long* by `servers_per_gpu: auto` and by one server, against `vllm.LLM`.
+
+    All engines are on the same GPU. Each side has a KV cache of the same size, which the servers of `auto` divide.
+    """
+    alone = ServeConfig(share_gpu=True, startup_timeout=READY_SECONDS)
+    auto = replace(alone, servers_per_gpu="auto")
+    choice = Plan.of(Config(LLMConfig(models.find(model)), auto)).models[ONLY].choice
+    assert choice is not None
+    bench.notes.append(str(choice))
+    arguments = machine.engine_arguments(model, choice.servers + 2, sides=3)
+    bench.notes.append(", ".join(f"{name}={value}" for name, value in arguments.items() if name != "model"))
+    auto = replace(auto, servers_per_gpu=choice.servers)
+    config = llm_config(arguments)
+    with (
+        Room("vllm.LLM", arguments, bench.folder) as room,
+        VLLMService(config, auto) as several,
+        VLLMService(config, alone) as one,
+    ):
+        room.wait()
+        sides: dict[str, Side] = {GSERVE: Gserve(several), "one server": Gserve(one), "vllm.LLM": room}
+        known = {it.name: it for it in of_gpu()}
+        for name in ("short", "sampled", "long"):
+            workload = replace(
+                known[name].scaled(scale), name=f"{name}, auto", sides={"one server": None, "vllm.LLM": None}
+            )
+            bench.measure(model, workload, sides)
+            found = {it.side: it for it in bench.figures if it.title == workload.title}
+            bench.figures += [
+                structs.replace(found[side], workload=f"{name}, one server", title=f"{name}, one server", side=as_side)
+                for side, as_side in (("one server", GSERVE), ("vllm.LLM", "vllm.LLM")) if side in found
+            ]  # fmt: skip
 
 
 def tensor_parallel(bench: Benchmark, model: str, scale: float) -> None:

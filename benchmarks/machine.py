@@ -39,10 +39,11 @@ def gpus() -> list[GPU]:
     return [GPU(name, int(mebibytes) << 20) for name, _, mebibytes in found]
 
 
-def engine_arguments(model: str, engines: int) -> dict[str, Any]:
+def engine_arguments(model: str, engines: int, sides: int | None = None) -> dict[str, Any]:
     """Return the keyword arguments of `vllm.LLM` for all sides, if `engines` engines share a GPU.
 
-    A single engine gets all memory of the GPU. Raises SystemExit: the engines do not fit on the GPU.
+    A single engine gets all memory of the GPU. `sides`: number of sides, which have KV caches of the same size; None:
+    each engine is one. Raises SystemExit: the engines do not fit on the GPU.
     """
     # The scheduler limits are the defaults of `vllm.LLM` on a CPU and on an H100. `vllm serve` has half of them by
     # default, a difference that should not decide a benchmark.
@@ -57,7 +58,8 @@ def engine_arguments(model: str, engines: int) -> dict[str, Any]:
     given |= {"max_num_seqs": 1024, "max_num_batched_tokens": 16384}
     if engines == 1:
         return given
-    cache = int(here[0].memory * SHARED / engines) - models.weight_bytes(folder) - OVERHEAD
+    size = models.weight_bytes(folder) + OVERHEAD
+    cache = int((here[0].memory * SHARED - engines * size) / (sides or engines))
     if cache <= 0:
         raise SystemExit(f"{model}: {engines} engines do not fit on a {here[0].name}: name fewer --sides")
     return given | {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": cache}  # the size replaces the fraction

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gserve_core.engines.vllm import demo_model
+from gserve import LLMConfig
+from gserve_core.engines.vllm import demo_model, model_size
 
 _TEXT = """
 about after again air all along also always animal answer any around ask away back before begin below between
@@ -90,12 +91,11 @@ def is_exact(model: str) -> bool:
 
 
 def weight_bytes(model: str) -> int:
-    """Return the size of a Llama's weights in bfloat16, in bytes, from the config in its folder."""
-    it = json.loads((Path(model) / "config.json").read_text())
-    hidden, heads = it["hidden_size"], it["num_attention_heads"] + it["num_key_value_heads"]
-    layer = 2 * hidden * heads * it["head_dim"] + 3 * hidden * it["intermediate_size"]
-    tables = it["vocab_size"] * hidden * (1 if it["tie_word_embeddings"] else 2)
-    return int(2 * (it["num_hidden_layers"] * layer + tables))
+    """Return the size of a model's weights in bfloat16, in bytes, from the files in its folder."""
+    size = model_size.weight_bytes(LLMConfig(model))
+    if size is None:
+        raise SystemExit(f"{model}: neither its weights nor its config.json tell its size")
+    return size
 
 
 def adapter(model: str, rank: int = 16) -> Path:

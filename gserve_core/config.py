@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 from msgspec import Meta
@@ -33,12 +33,19 @@ MIN_KEY = 16
 """Minimum length of an API key, in characters."""
 LORA = "lora"
 """Name of the adapter of `lora_path`."""
+GPU_MEMORY = 0.92
+"""The part of a GPU's memory for all servers on it that set none. It is vLLM's own default for one."""
+UNCOUNTED_GPU_MEMORY, MOST_UNCOUNTED = 0.03, 0.3
+"""The part of a GPU's memory that stays free for each further server on it, and for all: engines count no contexts."""
+LEAST_GPU_MEMORY = 0.02
+"""Minimum part of a GPU's memory for a model."""
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float", "half")
 """Allowed values of `dtype` (vLLM's `ModelDType`)."""
 Fraction = Annotated[float, Meta(gt=0, le=1, description="a fraction above 0 and up to 1")]
 Tokens = Annotated[int, Meta(ge=1, description="a number of tokens")]
 Adapters = Annotated[int, Meta(ge=1, le=1024, description="1 to 1024 adapters")]
 Servers = Annotated[int, Meta(ge=1, le=65535, description="1 to 65535 servers")]
+OnGpu = Annotated[int, Meta(ge=1, le=16, description="1 to 16 servers on each GPU, or auto")]
 Nodes = Annotated[int, Meta(ge=1, le=1024, description="1 to 1024 nodes")]
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
 Count = Annotated[int, Meta(ge=0, description="a number from 0 up")]
@@ -223,6 +230,8 @@ class ServeConfig:
     `nodes_per_server`: number of nodes of each server, which divide its GPUs evenly. The launcher must know how.
     `weights_root`: folder below which the gateway may take new weights from; None: it takes none.
     `prefix_affinity`: send prompts that share a long prefix to the same server, unless others have less work.
+    `servers_per_gpu`: number of servers on each GPU or group of GPUs. They divide the memory that the model may use
+    there. "auto": one, two or three, by the sizes of the model and of the GPU. More than one implies `share_gpu`.
     `adapters_root`: folder below which the gateway may take new LoRA adapters from; None: it takes none.
 
     Raises ConfigError: a field is wrong.
@@ -244,11 +253,12 @@ class ServeConfig:
     adapters_root: str | None = None
     weights_root: str | None = None
     prefix_affinity: bool = True
+    servers_per_gpu: OnGpu | Literal["auto"] = 1
 
     def __post_init__(self) -> None:
         check(self)
-        if self.nodes_per_server > 1 and (self.gpu_ids is not None or self.share_gpu):
-            name = "share_gpu" if self.gpu_ids is None else "gpu_ids"
+        if self.nodes_per_server > 1 and (self.gpu_ids is not None or self.shares_gpus):
+            name = "gpu_ids" if self.gpu_ids is not None else "share_gpu" if self.share_gpu else "servers_per_gpu"
             raise ConfigError(f"{name} is for servers on one node: remove it, or nodes_per_server", at=f"$.{name}")
         for name in ("adapters_root", "weights_root"):
             if (root := getattr(self, name)) is not None and (wrong := wrong_path(root)):
@@ -256,6 +266,12 @@ class ServeConfig:
         if self.gpu_ids is not None:
             if not self.gpu_ids or min(self.gpu_ids) < 0:
                 raise ConfigError(f"expected GPU ids from 0 up, got {self.gpu_ids}", at="$.gpu_ids")
+            if len(set(self.gpu_ids)) != len(self.gpu_ids) and self.servers_per_gpu != 1:
+                raise ConfigError(
+                    f"expected different GPU ids, got {self.gpu_ids}: servers_per_gpu sets the number of servers on"
+                    " each of them",
+                    at="$.gpu_ids",
+                )
             if len(set(self.gpu_ids)) != len(self.gpu_ids) and not self.share_gpu:
                 raise ConfigError(
                     f"expected different GPU ids, got {self.gpu_ids}: several servers on a GPU need share_gpu: true",
@@ -265,6 +281,10 @@ class ServeConfig:
                 raise ConfigError(
                     "gpu_ids and servers are both set: remove servers, since the ids set the number", at="$.servers"
                 )
+        if self.servers is not None and self.least_per_gpu > 1:
+            raise ConfigError(
+                "servers and servers_per_gpu are both set: remove servers, and name the GPUs in gpu_ids", at="$.servers"
+            )
         if not self.host:
             raise ConfigError("host is empty: expected an address to listen on", at="$.host")
         if wrong := _wrong_host(self.host):
@@ -278,6 +298,16 @@ class ServeConfig:
     def __repr__(self) -> str:
         """Show the fields, without secrets."""
         return _shown(self)
+
+    @property
+    def least_per_gpu(self) -> int:
+        """The number of servers on each GPU, or group of GPUs. While "auto" is not decided, the least: one."""
+        return 1 if self.servers_per_gpu == "auto" else self.servers_per_gpu
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether other servers may use the GPUs of a server."""
+        return self.share_gpu or self.least_per_gpu > 1
 
     def placement(self, gpus_per_server: int, least: int = 1) -> list[tuple[int, ...] | None]:
         """Return the GPU ids of each server, in order; None for a server that is not pinned.
@@ -306,7 +336,9 @@ class ServeConfig:
             for group in placement:
                 if group is not None and len(set(group)) < gpus_per_server:
                     raise ConfigError(f"a server would get the same GPU twice: {list(group)}", at="$.gpu_ids")
-        if self.min_ready is not None and not least <= self.min_ready <= len(placement):
+        placement = [group for group in placement for _ in range(self.least_per_gpu)]
+        most = math.inf if self.servers_per_gpu == "auto" else len(placement)
+        if self.min_ready is not None and not least <= self.min_ready <= most:
             raise ConfigError(
                 f"expected min_ready from {least} to {len(placement)}, the number of servers, got {self.min_ready}",
                 at="$.min_ready",
@@ -446,7 +478,7 @@ class ModelConfig:
     def gpu_memory(self) -> float | None:
         """The fraction of a GPU's memory that each server takes, if it is set to a number."""
         value = self.llm.engine_kwargs.get("gpu_memory_utilization")
-        return value if isinstance(value, (int, float)) else None
+        return value / self.serve.least_per_gpu if isinstance(value, (int, float)) else None
 
 
 @dataclass(frozen=True)
@@ -520,6 +552,12 @@ class Config:
         assert it.launcher is not None
         assert it.engine is not None
         return Config(it.llm, it.serve, it.launcher, self.transport, it.engine, self.plugins, self.gateway)
+
+    def with_model(self, name: str, **sections: Any) -> "Config":
+        """Return the config with other sections of one of its models. Raises ConfigError: they do not fit."""
+        if not self.models:
+            return replace(self, **sections)
+        return replace(self, models={**self.models, name: replace(self.models[name], **sections)})
 
     @contextmanager
     def placing(self, name: str) -> Iterator[None]:
@@ -650,10 +688,15 @@ def _convert(value: Any, hint: Any, at: str) -> Any:
         if bounds := _bounds(hint):
             (meta,) = bounds.__metadata__
             with suppress(msgspec.ValidationError):  # the type is right: the value breaks its bounds
-                if meta.pattern is None:
+                if meta.pattern is None and not (isinstance(value, str) and _takes_words(hint)):
                     msgspec.convert(value, bounds.__origin__)
                 text = f"expected {meta.description}, got {value!r}"
         raise ConfigError(text, at=at + place.removeprefix("$")) from error
+
+
+def _takes_words(hint: Any) -> bool:
+    """Return whether the type of a field has words beside its numbers, which the description of these names."""
+    return any(get_origin(it) is Literal for it in get_args(hint))
 
 
 def _bounds(hint: Any) -> Any:
@@ -732,13 +775,15 @@ def check_places(config: Config, places: Mapping[str, Places] | None = None) -> 
             room = partial(_assumed_places, model.serve) if places is None else places[name]
             placements[name] = check_placement(model.llm, model.serve, room, 0 if config.models else 1)
     _check_ports(config, placements)
-    _check_gpus(config, placements)
+    gpu_memory(config, placements)
     return placements
 
 
 def _assumed_places(serve: ServeConfig, gpus: int, nodes: int) -> int | None:
     """Return a number of places that fits the config, for a launcher that may have more than one."""
-    return max(serve.min_ready or 1, 1) if serve.servers is None and serve.gpu_ids is None else None
+    if serve.servers is not None or serve.gpu_ids is not None or serve.servers_per_gpu != 1:
+        return None
+    return max(serve.min_ready or 1, 1)
 
 
 def _check_ports(config: Config, placements: Mapping[str, Placement]) -> None:
@@ -765,27 +810,66 @@ def _check_ports(config: Config, placements: Mapping[str, Placement]) -> None:
         )
 
 
-def _check_gpus(config: Config, placements: Mapping[str, Placement]) -> None:
-    """Raise ConfigError if two models on the same machine want a GPU that they do not share, or too much of it."""
-    users: dict[tuple[object, int], list[str]] = {}
-    models = config.pools if config.models else {}  # the ids of one model alone are checked there
+def gpu_memory(config: Config, placements: Mapping[str, Placement]) -> dict[str, dict[tuple[int, ...] | None, float]]:
+    """Return the fraction of a GPU's memory for each server, by the name of its model and its GPUs.
+
+    A server that shares its GPUs with no other server of the config has no entry, unless its model sets the fraction.
+    Models that set none divide what the others leave, and their servers divide the part of each.
+
+    Raises ConfigError: models want a GPU that they do not share, or too much of its memory.
+    """
+    models = config.pools
+    users: dict[tuple[object, int | None], list[str]] = {}
     for name, model in models.items():
-        for gpu in (gpu for group in placements[name] for gpu in group or ()):
-            users.setdefault(((model.launcher or {}).get("type"), gpu), []).append(name)
-    for (_, gpu), names in users.items():
-        last, all_names = names[-1], " and ".join(f"'{name}'" for name in dict.fromkeys(names))
-        if len(set(names)) > 1 and not all(models[name].serve.share_gpu for name in names):
-            raise ConfigError(
-                f"GPU {gpu} is that of {all_names}: choose different ids, or set share_gpu: true for all of them",
-                at=f"$.models.{last}.serve.gpu_ids",
-            )
-        total = sum(models[name].gpu_memory or 0.0 for name in names)
-        if len(names) > 1 and total > 1 + 1e-9:
-            raise ConfigError(
-                f"the servers of {all_names} would take {total:.3g} of the memory of GPU {gpu}: their"
-                " gpu_memory_utilization may be 1 in all",
-                at=f"$.models.{last}.llm.gpu_memory_utilization",
-            )
+        launcher = (model.launcher or {}).get("type")
+        for group in placements[name]:
+            if group is not None or (model.serve.shares_gpus and launcher == DEFAULT_TYPES["launcher"]):
+                for gpu in (None,) if group is None else group:  # without ids, all use the first GPUs
+                    users.setdefault((launcher, gpu), []).append(name)
+    parts = {(kind, gpu): _divide_gpu(config, gpu, names) for (kind, gpu), names in users.items()}
+    found: dict[str, dict[tuple[int, ...] | None, float]] = {}
+    for name, model in models.items():
+        launcher = (model.launcher or {}).get("type")
+        for group in placements[name]:
+            own = [parts.get((launcher, gpu), {}).get(name) for gpu in ((None,) if group is None else group)]
+            known = [part for part in [*own, model.gpu_memory] if part is not None]
+            found.setdefault(name, {}).update({group: min(known)} if known else {})
+    return found
+
+
+def _divide_gpu(config: Config, gpu: int | None, names: Sequence[str]) -> dict[str, float]:
+    """Return the part of a GPU for each server of the models that set none. `names`: the model of each of its servers.
+
+    Raises ConfigError: see `gpu_memory`.
+    """
+    if len(names) == 1:
+        return {}
+    models = config.pools
+    last, different = names[-1], list(dict.fromkeys(names))
+    where = f"$.models.{last}" if config.models else "$"
+    which = "the first GPU" if gpu is None else f"GPU {gpu}"
+    whose = " and ".join(f"'{name}'" for name in different)
+    if len(different) > 1 and not all(models[name].serve.shares_gpus for name in names):
+        raise ConfigError(
+            f"{which} is that of {whose}: choose different ids, or set share_gpu: true for all of them",
+            at=f"{where}.serve.gpu_ids",
+        )
+    total = sum(models[name].gpu_memory or 0.0 for name in names)
+    if total > 1 + 1e-9:
+        raise ConfigError(
+            f"the servers of {whose} would take {total:.3g} of the memory of {which}: their"
+            " gpu_memory_utilization may be 1 in all",
+            at=f"{where}.llm.gpu_memory_utilization",
+        )
+    unset = [name for name in different if models[name].gpu_memory is None]
+    rest = GPU_MEMORY - min(UNCOUNTED_GPU_MEMORY * (len(names) - 1), MOST_UNCOUNTED) - total
+    if unset and rest < LEAST_GPU_MEMORY * len(unset):
+        raise ConfigError(
+            f"{which} is that of {whose}, and those with a gpu_memory_utilization take {total:.3g} of its memory. That"
+            f" leaves too little for {' and '.join(f"'{name}'" for name in unset)}: lower it, or set it for all",
+            at=f"$.models.{unset[-1]}.llm",
+        )
+    return {name: rest / len(unset) / names.count(name) for name in unset}
 
 
 def server_name(model: str | None, index: int) -> str:

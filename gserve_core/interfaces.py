@@ -649,6 +649,20 @@ class Engine(ABC):
         """Return whether the engine, as it is installed on this machine, needs GPUs. Takes less than a second."""
         return self.uses_gpus
 
+    def starts_alone(self, llm: LLMConfig) -> bool:
+        """Return whether a start with `llm` is disturbed if other servers start on its GPUs at the same time.
+
+        True unless overridden: most engines measure how much memory is free.
+        """
+        return True
+
+    def weight_bytes(self, llm: LLMConfig) -> int | None:
+        """Return the size that the weights of `llm` have on its GPUs, in bytes; None if it is not known.
+
+        Takes less than a second, and uses no network. None unless overridden.
+        """
+        return None
+
     def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
         """Return findings of `gserve doctor`: whether this machine has what servers with this engine need.
 

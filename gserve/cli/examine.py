@@ -18,7 +18,11 @@ def check(config: ConfigFile, overrides: Overrides = None) -> None:
     """Check CONFIG, and print the commands that would run. Starts nothing, and uses no network."""
     from gserve_core.doctor.examination import check_config
 
+    shown = None
     for model, job, command in check_config(config, overrides or ()):
+        if model.choice is not None and model.name != shown:
+            print(f"# {'' if model.is_alone else f'{model.name}: '}{model.choice}")
+        shown = model.name
         gpus = f" on GPU {','.join(map(str, job.gpu_ids))}" if job.gpu_ids else ""
         of = "" if model.is_alone else f" of the model {model.name}"
         print(f"# {job.name}{of}{gpus}")

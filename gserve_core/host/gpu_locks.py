@@ -44,14 +44,17 @@ class Hold:
             if share:
                 self._turns.append(_open(device, "start.lock"))
 
-    async def turn(self, report: Report) -> None:
-        """Wait until no other server starts on one of these GPUs. Returns at once if they are not shared."""
+    async def turn(self, report: Report, *, shared: bool = False) -> None:
+        """Wait until no other server starts on one of these GPUs. Returns at once if they are not shared.
+
+        shared: whether other servers that say so may start at the same time.
+        """
         for device, descriptor in zip(self._devices, self._turns, strict=False):
 
             def tell(device: str = device, descriptor: int = descriptor) -> None:
                 report(f"waiting for process {holder(descriptor) or '?'}, which starts on {_name(device)}")
 
-            for _ in attempts(descriptor, tell):
+            for _ in attempts(descriptor, tell, shared=shared):
                 await asyncio.sleep(LOOK_SECONDS)
 
     def started(self) -> None:

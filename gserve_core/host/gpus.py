@@ -1,10 +1,14 @@
 """The GPUs of this machine, and those that a process sees."""
 
 import itertools
+import json
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import LaunchError
 
@@ -23,8 +27,34 @@ QUERY_SECONDS = 60.0
 ORDER = "CUDA_DEVICE_ORDER"
 PCI_ORDER = "PCI_BUS_ID"
 """The order of GPUs in nvidia-smi. CUDA's own default differs: the fastest GPU first."""
+FACTS = Path(__file__).with_name("gpu_facts.py")
+"""Path of the program that asks CUDA for the sizes of GPUs."""
 UUID = re.compile(r"(GPU|MIG)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 """Pattern of a complete UUID, which is known without nvidia-smi."""
+
+
+@dataclass(frozen=True)
+class GPU:
+    """A GPU, or a slice of one. `memory` is in bytes. `processors`: number of its streaming multiprocessors."""
+
+    name: str
+    memory: int
+    processors: int
+
+
+def facts(environ: Mapping[str, str]) -> list[GPU]:
+    """Return the GPUs that a process with this environment sees, in CUDA's order; none without CUDA's driver.
+
+    Another process asks CUDA, since a process that has used CUDA cannot be forked.
+    """
+    try:
+        told = subprocess.run(
+            [sys.executable, "-I", "-S", str(FACTS)], env={ORDER: PCI_ORDER, **environ}, stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, errors="replace", timeout=QUERY_SECONDS, check=True,
+        )  # fmt: skip
+        return [GPU(str(name), int(memory), int(processors)) for name, memory, processors in json.loads(told.stdout)]
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
+        return []
 
 
 def visible(environ: Mapping[str, str], wanted: int) -> list[str]:

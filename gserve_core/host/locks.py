@@ -32,16 +32,17 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
     return True
 
 
-def attempts(descriptor: int, report: Callable[[], object] = lambda: None) -> Iterator[float]:
+def attempts(descriptor: int, report: Callable[[], object] = lambda: None, *, shared: bool = False) -> Iterator[float]:
     """Try to lock an open file until that succeeds. Before each further attempt, yield the seconds waited so far.
 
     The caller sleeps between two attempts, or gives up.
 
     report: called when the wait begins, and then every `REPORT_SECONDS` seconds.
+    shared: see `try_lock`.
     Raises OSError: its file system has no locks.
     """
     began = next_report = time.monotonic()
-    while not try_lock(descriptor):
+    while not try_lock(descriptor, shared=shared):
         now = time.monotonic()
         if now >= next_report:
             report()

@@ -179,7 +179,7 @@ async def start(
     wanted = llm.gpus_per_server // nodes if engine.uses_gpus else 0
     seen = await asyncio.to_thread(gpus.visible, os.environ, wanted) if wanted else []
     locks = gpu_locks.hold(seen, share=share_gpu)
-    await locks.turn(report)
+    await locks.turn(report, shared=not engine.starts_alone(llm))
     return await (engine.start(llm, report) if rank is None else engine.start_rank(llm, report, rank)), locks
 
 

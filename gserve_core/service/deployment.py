@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -80,6 +81,7 @@ class Deployment:
     def prepare(self) -> None:
         """Check the plan before a start, and make room. Raises ConfigError: see `Plan.check`."""
         self.plan.check()
+        _log_choices(self.plan)
         memory_weights.remove_unused()
 
     def close(self) -> None:
@@ -360,6 +362,8 @@ class Deployment:
         """Return the plan for another number of servers. Raises ConfigError: there is no place for so many."""
         serve = self.plan.models[key].serve
         least = None if serve.min_ready is None else min(serve.min_ready, servers)
+        if serve.least_per_gpu > 1:
+            return self._resized_by_gpus(key, servers, replace(serve, min_ready=least))
         if serve.gpu_ids is None:
             return self.plan.resized(key, replace(serve, servers=servers, min_ready=least))
         groups = [program.gpu_ids for program in self.members(key) if program.gpu_ids is not None]
@@ -375,10 +379,29 @@ class Deployment:
         ids = [gpu for group in groups[:servers] for gpu in group]
         return self.plan.resized(key, replace(serve, gpu_ids=ids, min_ready=least))
 
+    def _resized_by_gpus(self, key: str, servers: int, serve: ServeConfig) -> Plan:
+        """Return the plan for another number of servers, of which each GPU has the same number. Raises ConfigError."""
+        each, groups = serve.least_per_gpu, list(dict.fromkeys(self._given.models[key].placement))
+        if servers < 1 or servers % each or servers > each * len(groups) or serve.gpu_ids is None:
+            raise ConfigError(
+                f"expected a multiple of {each}, which is servers_per_gpu, up to {each * len(groups)}, got {servers}:"
+                " change servers_per_gpu or gpu_ids, and use gserve reload",
+                at="$.serve.servers_per_gpu",
+            )
+        used = list(dict.fromkeys(program.gpu_ids for program in self.members(key)))
+        chosen = [*used, *(group for group in groups if group not in used)][: servers // each]
+        return self.plan.resized(key, replace(serve, gpu_ids=[gpu for group in chosen for gpu in group or ()]))
+
     def _free_places(self, plan: Plan, key: str, count: int) -> Iterator[tuple[int, tuple[int, ...] | None, int]]:
         """Yield the index, the GPUs and the place of `count` more servers of a model."""
         members, model = self.members(key), plan.models[key]
-        groups = [group for group in model.placement if group is None or group not in {it.gpu_ids for it in members}]
+        used: Counter[tuple[int, ...] | None] = Counter(it.gpu_ids for it in members if it.gpu_ids is not None)
+        groups: list[tuple[int, ...] | None] = []
+        for group in model.placement:
+            if used[group] > 0:
+                used[group] -= 1
+            else:
+                groups.append(group)
         places = _free({(it.serve.port or 0) - (model.serve.port or 0) for it in members}, count)
         yield from zip(_free({it.index for it in members}, count), groups[:count], places, strict=True)
 
@@ -417,6 +440,7 @@ class Deployment:
                 self.plan = replace(self.plan, config=replace(self.plan.config, gateway=gateway))
             else:
                 given.check()
+                _log_choices(given)
                 plan = self._with_same_models(given)
                 self._replace_models(plan, in_place=in_place, drain=drain)
                 self._given = given
@@ -579,9 +603,18 @@ def _key(program: ServerProgram) -> str:
 
 def _is_same(one: ModelPlan | None, other: ModelPlan) -> bool:
     """Return whether a model is the same in two plans, so that its servers may stay."""
-    return one is not None and (one.llm, one.serve, one.parts.launcher, one.parts.engine, one.parts.plugins) == (
+    if one is None or one.gpu_memory != other.gpu_memory:
+        return False
+    return (one.llm, one.serve, one.parts.launcher, one.parts.engine, one.parts.plugins) == (
         other.llm, other.serve, other.parts.launcher, other.parts.engine, other.parts.plugins
     )  # fmt: skip
+
+
+def _log_choices(plan: Plan) -> None:
+    """Log what was chosen for the models."""
+    for model in plan.models.values():
+        if model.choice is not None:
+            logger.info("%s%s", "" if model.is_alone else f"{model.name}: ", model.choice)
 
 
 def _free(used: Collection[int], count: int) -> list[int]:

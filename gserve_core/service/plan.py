@@ -7,16 +7,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..config import Config, GatewayConfig, LLMConfig, Placement, ServeConfig, check_places, load
+from ..config import Config, GatewayConfig, LLMConfig, Placement, ServeConfig, check_places, gpu_memory, load
 from ..errors import ConfigError
 from ..interfaces import Engine, Job, Launcher, Transport
 from ..plugins import Parts, assemble
 from ..weights import ORIGINAL, Weights
+from .gpu_sharing import Choice, decide
 from .model_names import find_model
 from .nursery import Nursery
 from .server_life import ServerProgram
 from .state import ONLY
 from .supervisor import Limits
+
+FRACTION, CACHE = "gpu_memory_utilization", "kv_cache_memory_bytes"
+"""Arguments of an engine about the memory of a GPU, which the servers on it divide."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class Source:
                 config, document.file.parent, launcher=self.launcher, transport=self.transport, engine=self.engine
             )
             if config.gateway is None and plan.transport.has_gateway:
-                plan = replace(plan, config=replace(config, gateway=self.gateway))
+                plan = replace(plan, config=replace(plan.config, gateway=self.gateway))
             return replace(plan, located=document.located)
 
 
@@ -49,6 +53,8 @@ class ModelPlan:
     `placement`: the GPU ids of each server, in order; None for a server that is not pinned.
     `is_alone`: whether the service has no other model.
     `weights`: those of all its servers.
+    `gpu_memory`: the fraction of the memory for each server, by its GPUs. See `config.gpu_memory`.
+    `choice`: the reason for `serve.servers_per_gpu`, if that was "auto".
     """
 
     name: str
@@ -59,6 +65,8 @@ class ModelPlan:
     is_alone: bool = True
     weights: Weights = ORIGINAL
     nursery: Nursery = field(default_factory=Nursery, compare=False)
+    gpu_memory: Mapping[tuple[int, ...] | None, float] = field(default_factory=dict)
+    choice: Choice | None = None
 
     @property
     def limits(self) -> Limits:
@@ -71,19 +79,29 @@ class ModelPlan:
         given = self.llm.llm_kwargs.get("served_model_name") or []
         return list(dict.fromkeys([self.name, *([given] if isinstance(given, str) else given)]))
 
-    @property
-    def served_llm(self) -> LLMConfig:
-        """The model for a server's engine. One of several is served under its own name first."""
-        if self.is_alone:
-            return self.llm
-        return replace(self.llm, llm_kwargs={**self.llm.llm_kwargs, "served_model_name": self.served_names})
+    def served_llm(self, gpu_ids: tuple[int, ...] | None) -> LLMConfig:
+        """Return the model for the engine of a server on these GPUs, with its part of the memory.
+
+        One of several models is served under its own name first.
+        """
+        given: dict[str, Any] = {} if self.is_alone else {"served_model_name": self.served_names}
+        own, divided = self.llm.engine_kwargs, self.serve.least_per_gpu
+        part = self.gpu_memory.get(gpu_ids, own.get(FRACTION))
+        if part != own.get(FRACTION) and (FRACTION in own or self.parts.engine.needs_gpus()):
+            given |= {FRACTION: part}
+        if divided > 1 and isinstance(cache := own.get(CACHE), int):
+            given |= {CACHE: cache // divided}
+        return replace(self.llm, llm_kwargs={**self.llm.llm_kwargs, **given}) if given else self.llm
 
     def competes(self, old: ServerProgram, gpu_ids: tuple[int, ...] | None) -> bool:
         """Return whether a new server on these GPUs may need the GPUs, or the place in a scheduler, of `old`."""
         both_need_some = all(
             parts.engine.uses_gpus or not parts.launcher.runs_here for parts in (old.parts, self.parts)
         )
-        if not both_need_some or (self.serve.share_gpu and old.serve.share_gpu):
+        if not both_need_some:
+            return False
+        each = max(self.serve.least_per_gpu, old.serve.least_per_gpu)
+        if each == 1 and self.serve.share_gpu and old.serve.share_gpu:  # others divide all memory among themselves
             return False
         return old.gpu_ids is None or gpu_ids is None or bool({*old.gpu_ids} & {*gpu_ids})
 
@@ -124,10 +142,15 @@ class Plan:
                     launcher=launcher if own is None or own.launcher is None else None,
                     engine=engine if own is None or own.engine is None else None,
                 )  # fmt: skip
+        config, choices = decide(config, parts)
         placements = check_places(config, {name: it.launcher.places for name, it in parts.items()})
+        memory = gpu_memory(config, placements)
         models: dict[str, ModelPlan] = {}
         for name, model in config.pools.items():
-            made = ModelPlan(name, model.llm, model.serve, parts[name], placements[name], not config.models)
+            made = ModelPlan(
+                name, model.llm, model.serve, parts[name], placements[name], not config.models,
+                gpu_memory=memory[name], choice=choices.get(name),
+            )  # fmt: skip
             alike = [it for it in models.values() if _can_share_nursery(it, made)]
             models[name if config.models else ONLY] = replace(made, nursery=alike[0].nursery) if alike else made
         _check_shared_places(config, models)
@@ -165,8 +188,13 @@ class Plan:
         """Return the plan with other servers of one model. Raises ConfigError: there is no place for them."""
         name, config = self.models[key].name, self._config_with(key, serve=serve)
         places = {model.name: model.parts.launcher.places for model in self.models.values()}
-        model = replace(self.models[key], serve=serve, placement=check_places(config, places)[name])
-        models = {**self.models, key: model}
+        placements = check_places(config, places)
+        memory = gpu_memory(config, placements)
+        models = {
+            other: it if it.gpu_memory == memory[it.name] else replace(it, gpu_memory=memory[it.name])
+            for other, it in self.models.items()
+        }
+        models[key] = replace(models[key], serve=serve, placement=placements[name])
         _check_shared_places(config, models)
         return replace(self, config=config, models=models)
 
@@ -187,10 +215,7 @@ class Plan:
 
     def _config_with(self, key: str, **sections: Any) -> Config:
         """Return the config with other sections of one model."""
-        name, config = self.models[key].name, self.config
-        if not config.models:
-            return replace(config, **sections)
-        return replace(config, models={**config.models, name: replace(config.models[name], **sections)})
+        return self.config.with_model(self.models[key].name, **sections)
 
     def program(self, key: str, index: int, gpu_ids: tuple[int, ...] | None, place: int | None = None) -> ServerProgram:
         """Return the program of a model's server with this index, on these GPUs.
@@ -206,8 +231,8 @@ class Plan:
         beside = {other: len(it.placement) for other, it in self.models.items() if it.parts.launcher == launcher}
         before = list(beside).index(key)
         return ServerProgram(
-            llm=model.served_llm, serve=own, gpu_ids=gpu_ids, parts=model.parts, nursery=model.nursery, index=index,
-            first=sum([*beside.values()][:before]), servers=sum(beside.values()), model=model.name,
+            llm=model.served_llm(gpu_ids), serve=own, gpu_ids=gpu_ids, parts=model.parts, nursery=model.nursery,
+            index=index, first=sum([*beside.values()][:before]), servers=sum(beside.values()), model=model.name,
             is_alone=model.is_alone, weights=model.weights,
         )  # fmt: skip
 

@@ -39,7 +39,7 @@ def make_hello(
     return lease.Hello(
         instance, token, control,
         ttl=lease.TTL if launcher.is_line_cut_silently else None,
-        stall_timeout=serve.stall_timeout, share_gpu=serve.share_gpu,
+        stall_timeout=serve.stall_timeout, share_gpu=serve.shares_gpus,
         llm=llm,
         engine=parts.registry.section("engine", parts.engine),
         transport=parts.registry.section("transport", parts.transport),

@@ -123,6 +123,14 @@ def test_check_prints_commands_for_the_shell_and_starts_nothing(place: Place) ->
         assert json.loads(words[words.index("--engine") + 1])["fail_start"] == "it's a trap; echo no"
 
 
+def test_check_says_how_many_servers_auto_chooses_and_why(place: Place) -> None:
+    lines = place.run("check", place.config(), "--set", "serve={servers: 2, servers_per_gpu: auto}").stdout.splitlines()
+    assert lines[0].startswith(
+        "# 1 server on each GPU, chosen by auto: the engine here uses no GPU; without one, 'serv"
+    )
+    assert [line for line in lines if line.startswith("# server")] == ["# server-0", "# server-1"]
+
+
 def test_a_model_that_is_not_there_is_told_by_the_check_and_before_a_server_starts(place: Place) -> None:
     (place.folder / "bad.yaml").write_text("llm:\n  model_name: demo:foo\n")
     said = "there is no demo model 'demo:foo'; expected demo:smollm2-135m - at $.llm.model_name\n"

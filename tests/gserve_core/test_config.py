@@ -163,6 +163,7 @@ def test_serve_config_has_the_fields_order_and_defaults_of_the_seed_and_then_ser
         ("adapters_root", None),
         ("weights_root", None),
         ("prefix_affinity", True),
+        ("servers_per_gpu", 1),
     ]
 
 
@@ -337,6 +338,22 @@ def test_servers_may_share_gpus_but_no_server_has_one_twice() -> None:
     assert str(refused.value) == "a server would get the same GPU twice: [0, 0] - at $.serve.gpu_ids"
 
 
+def test_each_group_of_gpus_has_servers_per_gpu_servers() -> None:
+    alone, pairs = LLMConfig("m"), LLMConfig("m", llm_kwargs={"tensor_parallel_size": 2})
+    assert check_placement(alone, ServeConfig([3, 1], servers_per_gpu=2, min_ready=4)) == [(3,), (3,), (1,), (1,)]
+    assert check_placement(pairs, ServeConfig([0, 1], servers_per_gpu=3)) == [(0, 1)] * 3
+    assert check_placement(alone, ServeConfig(servers_per_gpu=2)) == [None, None]
+    assert ServeConfig([0], servers_per_gpu=2).shares_gpus
+    assert not ServeConfig([0]).shares_gpus
+
+
+def test_auto_is_a_number_of_servers_that_is_not_known_yet(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(LLM + "serve: {gpu_ids: [0], servers_per_gpu: auto, min_ready: 2}")
+    serve = load(tmp_path / "c.yaml")[0].serve
+    assert (serve.servers_per_gpu, serve.shares_gpus) == ("auto", False)
+    assert ServeConfig(servers=2, servers_per_gpu="auto").servers == 2, "without a GPU, it has no effect"
+
+
 def range_of(count: int) -> list[int]:
     return list(range(count))
 
@@ -422,7 +439,7 @@ def test_the_gpus_of_a_server_are_divided_evenly_over_its_nodes() -> None:
     assert told.value.at == "$.serve.nodes_per_server"
 
 
-@pytest.mark.parametrize("options", [{"gpu_ids": [0, 1]}, {"share_gpu": True}], ids=str)
+@pytest.mark.parametrize("options", [{"gpu_ids": [0, 1]}, {"share_gpu": True}, {"servers_per_gpu": 2}], ids=str)
 def test_options_for_one_node_do_not_go_with_several(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"is for servers on one node: remove it, or nodes_per_server") as raised:
         ServeConfig(**options, nodes_per_server=2)
@@ -558,12 +575,31 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "a key with a line end": (
         LLM + 'serve: {"a\\nb": 1}\n',
         ":3: unknown key 'a\\nb'; expected one of adapters_root, client_timeout, env, gpu_ids, host, max_restarts,"
-        " min_ready, nodes_per_server, port, prefix_affinity, servers, share_gpu, stall_timeout, startup_timeout,"
+        " min_ready, nodes_per_server, port, prefix_affinity, servers, servers_per_gpu, share_gpu, stall_timeout,"
+        " startup_timeout,"
         " verbose, weights_root - at $.serve.a\nb",
     ),
     "gpu_ids and servers": (
         LLM + "serve:\n  gpu_ids: [0]\n  servers: 2\n",
         ":5: gpu_ids and servers are both set: remove servers, since the ids set the number - at $.serve.servers",
+    ),
+    "servers and servers_per_gpu": (
+        LLM + "serve:\n  servers: 2\n  servers_per_gpu: 2\n",
+        ":4: servers and servers_per_gpu are both set: remove servers, and name the GPUs in gpu_ids"
+        " - at $.serve.servers",
+    ),
+    "repeated ids and servers_per_gpu": (
+        LLM + "serve: {gpu_ids: [0, 0], servers_per_gpu: auto}\n",
+        ":3: expected different GPU ids, got [0, 0]: servers_per_gpu sets the number of servers on each of them"
+        " - at $.serve.gpu_ids",
+    ),
+    "no server on a GPU": (
+        LLM + "serve: {servers_per_gpu: 0}\n",
+        ":3: expected 1 to 16 servers on each GPU, or auto, got 0 - at $.serve.servers_per_gpu",
+    ),
+    "a word that is not auto": (
+        LLM + "serve: {servers_per_gpu: many}\n",
+        ":3: expected 1 to 16 servers on each GPU, or auto, got 'many' - at $.serve.servers_per_gpu",
     ),
     "no GPU ids": (
         LLM + "serve: {gpu_ids: []}\n",

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from gserve import ConfigError, GatewayConfig, LLMConfig, ModelConfig, ServeConfig, VLLMService
-from gserve_core.config import Config, check_places, load
+from gserve_core.config import Config, check_places, gpu_memory, load
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.service.plan import Source
 
@@ -81,6 +81,42 @@ def test_the_memory_of_a_shared_gpu_is_divided(first: float, fits: bool) -> None
     else:
         with pytest.raises(ConfigError, match=r"would take 1.1 of the memory of GPU 0.*models.judge.llm.gpu_mem"):
             check_places(Config(models=models))
+
+
+def test_models_that_set_no_memory_divide_what_the_others_leave() -> None:
+    share = ServeConfig([0], share_gpu=True)
+    models = {
+        "a": ModelConfig(LLMConfig("a"), share),
+        "b": ModelConfig(LLMConfig("b", gpu_memory_utilization=0.32), share),
+        "c": ModelConfig(LLMConfig("c"), ServeConfig([1, 0], servers_per_gpu=2)),
+    }
+    config = Config(models=models)
+    assert gpu_memory(config, check_places(config)) == {
+        "a": {(0,): pytest.approx(0.255)},
+        "b": {(0,): 0.32},
+        "c": {(1,): 0.445, (0,): pytest.approx(0.1275)},
+    }
+    full = Config(models=models | {"b": ModelConfig(LLMConfig("b", gpu_memory_utilization=0.9), share)})
+    with pytest.raises(ConfigError) as refused:
+        check_places(full)
+    assert str(refused.value) == (
+        "GPU 0 is that of 'a' and 'b' and 'c', and those with a gpu_memory_utilization take 0.9 of its memory. That"
+        " leaves too little for 'a' and 'c': lower it, or set it for all - at $.models.c.llm"
+    )
+
+
+def test_the_servers_of_one_model_on_a_gpu_divide_its_memory() -> None:
+    for serve, expected in (
+        (ServeConfig([0, 0, 1], share_gpu=True), {(0,): 0.445}),
+        (ServeConfig(servers=2, share_gpu=True), {None: 0.445}),
+        (ServeConfig(servers=62, share_gpu=True), {None: 0.01}),
+        (ServeConfig(servers=2), {}),
+        (ServeConfig([0], share_gpu=True), {}),
+    ):
+        config = Config(LLMConfig("m"), serve)
+        assert gpu_memory(config, check_places(config)) == {"m": pytest.approx(expected)}
+    with pytest.raises(ConfigError, match=r"would take 1.2 of the memory of GPU 0: .* - at \$.llm.gpu_memory_util"):
+        check_places(Config(LLMConfig("m", gpu_memory_utilization=0.6), ServeConfig([0, 0], share_gpu=True)))
 
 
 def test_a_wrong_name_or_kind_of_a_model_is_refused() -> None:

@@ -45,7 +45,18 @@ from ...messages import Conversation, Message, Params, Prompt, ResponseOutput
 from ...sampling import TRUNCATE, check_params, public_names, read_params, split_prompt_params
 from ...template_kwargs import check_template_kwargs
 from ...weights import FIRST, Weights
-from . import compile_turn, demo_model, differences, examination, hub, installed, openai_app, series
+from . import (
+    compile_turn,
+    cuda_graphs,
+    demo_model,
+    differences,
+    examination,
+    hub,
+    installed,
+    model_size,
+    openai_app,
+    series,
+)
 from . import nodes as nodes_of_vllm
 from .adapter_files import LORA_RANKS, adapter_rank, check_adapter, check_rank, max_lora_rank
 from .adapters import Adapters
@@ -65,7 +76,8 @@ from .weight_loading import CHECK, LOAD, WORKER_EXTENSION
 
 CPU_KV_CACHE = 4 << 30
 """Default size of the KV cache without a GPU, in bytes."""
-_MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+"""Arguments of vLLM about its memory. They change no compiled code."""
 RENDER_CHUNK = 128
 """Number of prompts rendered before the event loop runs again. A chunk takes about 5 ms."""
 CHECKED_TOKENS = 16
@@ -197,6 +209,14 @@ class VLLMEngine(Engine):
         package = installed.package()
         return package is not None and "cpu" not in "".join(package)
 
+    def starts_alone(self, llm: LLMConfig) -> bool:
+        """Return whether vLLM measures the memory of its GPUs: it does unless the size of its KV cache is given."""
+        return "kv_cache_memory_bytes" not in llm.engine_kwargs
+
+    def weight_bytes(self, llm: LLMConfig) -> int | None:
+        """Return the size of the weights by the headers of their files, or by the shape in config.json."""
+        return model_size.weight_bytes(llm)
+
     def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
         """Look for vLLM's package, and for the files of the model and of the adapter."""
         return examination.examine(llm, environ, allow_insecure=self.allow_insecure_vllm)
@@ -217,7 +237,8 @@ class VLLMEngine(Engine):
         def load(ended: threading.Event) -> nodes_of_vllm.Workers:
             vllm, arguments, _ = prepare(llm, self, report, rank)
             report("starting the workers")
-            return nodes_of_vllm.Workers(vllm, engine_arguments(vllm, arguments, llm, self), ended)
+            _, config = engine_config(vllm, arguments, llm, self, headless=True)
+            return nodes_of_vllm.Workers(config, ended)
 
         return await _load(load)
 
@@ -332,7 +353,7 @@ def engine_arguments(vllm: differences.Names, arguments: dict[str, Any], llm: LL
     for name, place in CONFIGS.items():  # `vllm.LLM` accepts mappings here, `AsyncEngineArgs` does not
         if isinstance(arguments.get(name), dict):
             arguments[name] = differences.find(place)(**arguments[name])
-    if vllm.platform.is_cpu() and not _MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+    if vllm.platform.is_cpu() and not MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
         arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE  # vLLM's default, 92% of RAM, exceeds the free memory
     try:
         return vllm.AsyncEngineArgs(**arguments)
@@ -352,6 +373,29 @@ def sampler_seed(arguments: Mapping[str, Any]) -> int:
     if (meeting := nodes_of_vllm.meeting_place(arguments)) is None:
         return secrets.randbits(31)
     return zlib.crc32(repr(meeting).encode()) >> 1
+
+
+def engine_config(
+    vllm: differences.Names, arguments: dict[str, Any], llm: LLMConfig, options: VLLMEngine, **named: Any
+) -> tuple[Any, Any]:
+    """Return vLLM's `AsyncEngineArgs` and its `VllmConfig`, with CUDA graphs for as many sequences as it runs.
+
+    `named`: other arguments of `create_engine_config`. Raises as `engine_arguments`.
+    """
+
+    def make(**more: Any) -> tuple[Any, Any]:
+        made = engine_arguments(vllm, arguments | more, llm, options)
+        # Use the usage context of `vllm.LLM`: others get a fraction of its sequences (max_num_seqs).
+        return made, differences.call(made.create_engine_config, usage_context=vllm.LLM_CLASS, **named)
+
+    made, config = make()
+    if not cuda_graphs.CHOSEN & arguments.keys():
+        with differences.optional("CUDA graphs for all batches"):
+            if (sizes := cuda_graphs.wider_sizes(config)) is not None:  # `max_num_seqs` is known only now
+                wider = make(compilation_config={"cudagraph_capture_sizes": sizes})
+                logger.info("CUDA graphs for up to %d sequences: %d sizes", sizes[-1], len(sizes))
+                return wider
+    return made, config
 
 
 class Item(NamedTuple):
@@ -396,13 +440,12 @@ class RunningVLLM(RunningEngine):
                 logger.warning("without OpenAI's API: %s", error)
 
         report("starting the engine")
-        compiled = compile_turn.key(arguments, vllm.release, vllm.platform.device_type)
-        made = engine_arguments(vllm, arguments, llm, options)
+        code = {name: value for name, value in arguments.items() if name not in MEMORY}
+        compiled = compile_turn.key(code, vllm.release, vllm.platform.device_type)
         chosen = os.environ.get(START_METHOD)
+        made, config = engine_config(vllm, arguments, llm, options)
         alone = compile_turn.turn(demo_model.cache_folder() / "compile", compiled, report)
         with contextlib.nullcontext() if made.enforce_eager else alone:
-            # Use the usage context of `vllm.LLM`: others get a fraction of its sequences (max_num_seqs).
-            config = differences.call(made.create_engine_config, usage_context=vllm.LLM_CLASS)
             if chosen is None and vllm.platform.is_cpu() and config.parallel_config.world_size == 1:
                 with differences.optional("the faster start on a CPU"):
                     fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))

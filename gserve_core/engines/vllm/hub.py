@@ -120,13 +120,18 @@ def download(arguments: Mapping[str, Any], report: Report) -> None:
             _download_once(wanted, report)
 
 
-def folder_of(model: str) -> Path:
-    """Return the folder of a model: one on this machine, or that of the cache. Nothing may be there."""
+def folder_of(model: str, cache: str | None = None, revision: str | None = None) -> Path:
+    """Return the folder of a model: one on this machine, or that of the cache. Nothing may be there.
+
+    `cache`: the folder of the cache; None: that of Hugging Face. `revision`: None: the main one.
+    """
     if not Path(model).is_dir():
         with contextlib.suppress(Exception):  # it is no name of a hub
             import huggingface_hub
 
-            if isinstance(found := huggingface_hub.try_to_load_from_cache(model, "config.json"), str):
+            given = None if cache is None else expanded(cache)
+            found = huggingface_hub.try_to_load_from_cache(model, "config.json", given, revision)
+            if isinstance(found, str):
                 return Path(found).parent
     return Path(model)
 

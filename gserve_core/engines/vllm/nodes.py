@@ -63,9 +63,11 @@ def environment(rank: Rank) -> Mapping[str, str]:
 class Workers(RunningRank):
     """The workers of a rank above 0. The engine of rank 0 sends them their work."""
 
-    def __init__(self, vllm: differences.Names, engine_arguments: Any, ended: threading.Event) -> None:
-        """Load the workers, which takes until those of all ranks have met. Raises any exception: they cannot load."""
-        config = differences.call(engine_arguments.create_engine_config, usage_context=vllm.LLM_CLASS, headless=True)
+    def __init__(self, config: Any, ended: threading.Event) -> None:
+        """Load the workers, which takes until those of all ranks have met. Raises any exception: they cannot load.
+
+        `config`: vLLM's, of an engine without a front.
+        """
         executor = differences.find("vllm.v1.executor.multiproc_executor:MultiprocExecutor")
         self._ended = ended
         self._why: str | None = None

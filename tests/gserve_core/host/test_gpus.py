@@ -17,6 +17,7 @@ import pytest
 
 from gserve_core.errors import LaunchError
 from gserve_core.host import gpu_locks, gpus
+from tests.gserve_core.fake_cuda import make_driver
 
 HOLDER = """
 import asyncio, json, os, sys, time
@@ -26,7 +27,7 @@ from gserve_core.errors import LaunchError
 def say(**what):
     print(json.dumps({"at": time.monotonic(), **what}), flush=True)
 
-share = sys.argv[1] == "share"
+share = sys.argv[1] in ("share", "beside")
 if user := os.environ.get("AS_USER"):
     os.umask(0o077)
     os.setuid(int(user))
@@ -36,7 +37,7 @@ except LaunchError as error:
     say(refused=str(error))
     sys.exit(1)
 say(held=True)
-asyncio.run(held.turn(lambda text: say(report=text)))
+asyncio.run(held.turn(lambda text: say(report=text), shared=sys.argv[1] == "beside"))
 say(turn=True)
 for line in sys.stdin:
     if line == "started\\n":
@@ -204,6 +205,26 @@ def test_sharers_of_several_gpus_in_another_order_do_not_wait_for_each_other(
         time.sleep(0.01)
 
 
+def test_servers_that_measure_nothing_start_beside_each_other_but_not_beside_one_that_does(
+    gpu: str, holder: Callable[..., Holder]
+) -> None:
+    first, second = holder("beside", gpu), holder("beside", gpu)
+    for one in (first, second):
+        assert one.hear("held")
+        assert one.hear("turn")
+    measuring = holder("share", gpu)
+    assert measuring.hear("held")
+    assert f"which starts on GPU {gpu}" in measuring.hear("report")
+    first.say("started")
+    second.say("started")
+    assert measuring.hear("turn")
+    third = holder("beside", gpu)
+    assert third.hear("held")
+    assert f"waiting for process {measuring.pid}" in third.hear("report")
+    measuring.say("started")
+    assert third.hear("turn")
+
+
 def test_waiting_for_ones_turn_can_be_cancelled(gpu: str, holder: Callable[..., Holder]) -> None:
     first = holder("share", gpu)
     assert first.hear("held")
@@ -360,3 +381,20 @@ def test_a_driver_without_a_gpu_is_an_error_only_where_one_is_asked_for(smi: Cal
 def test_without_nvidia_smi_and_a_list_there_are_no_gpus(tmp_path: Path) -> None:
     assert gpus.visible({"PATH": str(tmp_path)}, 2) == []
     assert gpus.visible({"PATH": str(tmp_path), "CUDA_VISIBLE_DEVICES": "3"}, 1) == ["3"]
+
+
+# --------------------------------------------------------------------------------------------------------------- facts
+
+
+def test_the_sizes_of_gpus_are_those_of_cuda(tmp_path: Path) -> None:
+    make_driver(tmp_path)
+    large, small = gpus.GPU("Large", 80 << 30, 132), gpus.GPU("Small", 24 << 30, 50)
+    environ = {"LD_LIBRARY_PATH": str(tmp_path)}
+    assert gpus.facts(environ) == [large, small]
+    assert gpus.facts(environ | {"CUDA_VISIBLE_DEVICES": "1,0"}) == [small, large]
+    assert gpus.facts(environ | {"CUDA_VISIBLE_DEVICES": ""}) == []
+    assert gpus.facts(environ | {"CUDA_IS_BROKEN": "1"}) == []
+
+
+def test_without_a_driver_there_are_no_gpus(tmp_path: Path) -> None:
+    assert gpus.facts({"LD_LIBRARY_PATH": str(tmp_path)}) == []

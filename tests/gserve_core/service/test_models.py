@@ -160,7 +160,7 @@ def test_a_model_has_the_other_names_that_its_servers_know() -> None:
     assert {name: model.served_names for name, model in plan.models.items()} == {
         "writer": ["writer", "author"], "judge": ["judge", "critic"]
     }  # fmt: skip
-    assert plan.models["writer"].served_llm.llm_kwargs["served_model_name"] == ["writer", "author"]
+    assert plan.models["writer"].served_llm(None).llm_kwargs["served_model_name"] == ["writer", "author"]
 
 
 def test_a_record_of_an_older_version_has_one_model() -> None:

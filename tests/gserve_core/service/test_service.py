@@ -300,18 +300,31 @@ def test_shutdown_during_a_call_ends_the_call_with_what_it_has() -> None:
 
 
 ON_GPUS = """
+import asyncio, os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 from gserve import hookimpl
 from gserve_core.engines.echo import EchoEngine
 
 @dataclass(frozen=True, kw_only=True)
 class OnGpus(EchoEngine):
-    '''Like echo, but servers with it must not share a GPU.'''
+    '''Like echo, but servers with it must not share a GPU. They start together with those in the folder `meet`.'''
 
     name: ClassVar[str] = "on-gpus"
     uses_gpus: ClassVar[bool] = True
     api_key: str = ""
+    meet: str = ""
+
+    def starts_alone(self, llm):
+        return not self.meet
+
+    async def start(self, llm, report):
+        if self.meet:
+            (Path(self.meet) / str(os.getpid())).touch()
+            while len(os.listdir(self.meet)) < 2:
+                await asyncio.sleep(0.05)
+        return await super().start(llm, report)
 
 @hookimpl
 def gserve_register_engines():
@@ -368,6 +381,34 @@ def test_several_servers_of_a_service_share_a_gpu(tmp_path: Path, gpus: list[int
         assert [server.gpu_ids for server in service.status()] == [(one,), (one,), (other,)]
         assert len({server.port for server in service.status()}) == 3
         assert service.generate([str(item) for item in range(600)]) == [[str(item)] for item in range(600)]
+
+
+def test_each_gpu_has_several_servers_and_no_others(tmp_path: Path, gpus: list[int]) -> None:
+    with on_gpus(tmp_path, "serve.servers_per_gpu=2") as service:
+        assert [server.gpu_ids for server in service.status()] == [(gpu,) for gpu in gpus[:2] for _ in range(2)]
+        assert service.generate([str(item) for item in range(600)]) == [[str(item)] for item in range(600)]
+        with pytest.raises(LaunchError, match=f"GPU {gpus[1]} is held by process"):
+            on_gpus(tmp_path, f"serve.gpu_ids={gpus[1:3]}").start()
+        os.kill(next(iter(processes.processes_of(service.servers[2].record().instance))), signal.SIGKILL)
+        until(lambda: service.status()[2].restarts == 1 and service.status()[2].state == State.READY)
+        assert service.status()[2].gpu_ids == (gpus[1],)
+
+
+def test_servers_that_measure_no_memory_start_together_on_their_gpu(tmp_path: Path, gpus: list[int]) -> None:
+    (tmp_path / "meeting").mkdir()
+    one = f"serve.gpu_ids={gpus[:1]}"
+    with on_gpus(tmp_path, "serve.servers_per_gpu=2", one, f"engine.meet={tmp_path / 'meeting'}") as service:
+        assert service.generate(["a"]) == [["a"]]
+
+
+def test_a_reload_changes_the_number_of_servers_on_each_gpu(tmp_path: Path, gpus: list[int]) -> None:
+    with on_gpus(tmp_path, "serve.servers_per_gpu=2") as service:
+        service.reload(overrides=["serve.servers_per_gpu=3", f"serve.gpu_ids={gpus[:1]}"], path=tmp_path / "c.yaml")
+        assert [server.gpu_ids for server in service.status()] == [(gpus[0],)] * 3
+        assert service.generate([str(item) for item in range(100)]) == [[str(item)] for item in range(100)]
+        service.scale(3)
+        with pytest.raises(ConfigError, match=r"expected a multiple of 3, .* up to 3, got 4"):
+            service.scale(4)
 
 
 def test_services_that_share_a_gpu_start_one_after_the_other(tmp_path: Path, gpus: list[int]) -> None:

@@ -33,8 +33,8 @@ PARAMETERS = {  # function of vLLM: the parameters with which gserve calls it
     "vllm:AsyncLLMEngine.remove_lora": ("lora_id",),
     "vllm:AsyncLLMEngine.is_sleeping": (),
     "vllm:AsyncLLMEngine.shutdown": ("timeout",),
-    "vllm:AsyncEngineArgs.create_engine_config": ("usage_context",),
-    "vllm.config:CompilationConfig": ("mode",),
+    "vllm:AsyncEngineArgs.create_engine_config": ("usage_context", "headless"),
+    "vllm.config:CompilationConfig": ("mode", "cudagraph_capture_sizes"),
     "vllm.config:StructuredOutputsConfig": ("backend",),
     "vllm.renderers:ChatParams": ("chat_template", "chat_template_content_format", "chat_template_kwargs"),
     "vllm.renderers:TokenizeParams.with_kwargs": ("add_special_tokens",),
@@ -74,6 +74,13 @@ def test_every_function_takes_the_parameters_with_which_it_is_called(place: str)
 def test_the_engine_takes_the_arguments_that_gserve_gives_it() -> None:
     assert {it.name for it in dataclasses.fields(vllm.AsyncEngineArgs)} >= ARGUMENTS
     assert installed.known_arguments() is not None
+
+
+def test_the_config_shows_how_many_sequences_have_cuda_graphs() -> None:
+    config = {it.name for it in dataclasses.fields(differences.find("vllm.config:VllmConfig"))}
+    assert config >= {"compilation_config", "scheduler_config", "speculative_config", "model_config"}
+    assert "max_num_seqs" in {it.name for it in dataclasses.fields(differences.find("vllm.config:SchedulerConfig"))}
+    assert {"runner_type"} <= attributes_of("vllm.config.model")
 
 
 def test_an_output_has_the_fields_that_are_read() -> None:

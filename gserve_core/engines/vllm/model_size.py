@@ -1,0 +1,62 @@
+"""The size of a model's weights, by what its folder tells: the headers of its files, or the shape in config.json."""
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from ...config import LLMConfig
+from ...errors import GserveError
+from ...host import folders
+from . import hub
+from .demo_model import PREFIX
+from .safetensors_files import FLOATS, Shapes, shapes_of
+
+BITS = {"F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16}
+"""Sizes of the types of safetensors files, in bits. Those of all others are at most 8."""
+DTYPES = {"float32": 32, "float": 32}
+"""Sizes of the types of `llm.dtype`, in bits. All others but `auto` have 16."""
+SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+"""Keys of config.json that a dense transformer has."""
+
+
+def weight_bytes(llm: LLMConfig) -> int | None:
+    """Return the size that the weights have once they are loaded, in bytes; None if no file here tells it."""
+    arguments = llm.engine_kwargs
+    name, dtype = str(arguments["model"]), str(arguments.get("dtype", "auto"))
+    with suppress(
+        GserveError, OSError, ValueError, TypeError, AttributeError
+    ):  # vLLM reports what is wrong with the files
+        if name.startswith(PREFIX):
+            base = folders.home("cache") / "gserve" / name.removeprefix(PREFIX)
+        else:
+            base = hub.folder_of(name, arguments.get("download_dir"), arguments.get("revision"))
+        if shapes := shapes_of(base):
+            return bytes_of(shapes, dtype)
+        return bytes_of_config(json.loads((base / "config.json").read_text()), dtype)
+    return None
+
+
+def bytes_of(shapes: Shapes, dtype: str) -> int:
+    """Return the size of tensors that are loaded as `dtype`, in bytes. Those of quantized weights stay as they are."""
+    chosen = None if dtype == "auto" else DTYPES.get(dtype, 16)
+    bits = 0
+    for kind, shape in shapes.values():
+        each = chosen if chosen is not None and kind in FLOATS else BITS.get(kind, 8)
+        bits += math.prod(shape) * each
+    return bits // 8
+
+
+def bytes_of_config(config: Mapping[str, Any], dtype: str) -> int | None:
+    """Return the size of a dense transformer without quantization, in bytes; None if `config` describes another one."""
+    if not all(isinstance(config.get(key), int) for key in SHAPE) or "quantization_config" in config:
+        return None
+    if any("expert" in key for key in config):
+        return None
+    hidden, middle, layers, heads, words = (int(config[key]) for key in SHAPE)
+    size = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * size * (heads + (config.get("num_key_value_heads") or heads))
+    tables = words * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    given = str(config.get("dtype") or config.get("torch_dtype")) if dtype == "auto" else dtype
+    return (layers * (attention + 3 * hidden * middle) + tables) * DTYPES.get(given, 16) // 8

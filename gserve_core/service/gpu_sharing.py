@@ -1,0 +1,104 @@
+"""How many servers of a model should share a GPU, by the sizes of both.
+
+While a server prepares a step in Python, its GPU waits. The step of a small model is over before the next one is
+prepared, so that other servers can use the GPU meanwhile. The steps of a large model fill the GPU: its servers would
+only divide its memory.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ..config import GPU_MEMORY, Config, ModelConfig, check_places, gpu_memory
+from ..errors import ConfigError
+from ..host import gpus
+from ..plugins import Parts
+from .server_command import pinning
+
+LIMITS = {3: 24 << 20, 2: 48 << 20}
+"""Maximum size of the weights for each multiprocessor of the GPU, in bytes, by the number of servers.
+
+Measured with 1B (16 MiB on an H100), where three are best, and with 8B (107 MiB), where two cost a tenth.
+"""
+ROOM = 8 << 30
+"""Minimum memory for a server besides its weights, in bytes: half of it is for the KV cache."""
+CORES = 4
+"""Minimum number of cores for a server. Its processes keep two or three busy."""
+GIB, MIB = 1 << 30, 1 << 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The number of servers on each GPU, and the reason, as a sentence without its end."""
+
+    servers: int
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.servers} server{'s' if self.servers > 1 else ''} on each GPU, chosen by auto: {self.why}"
+
+
+def decide(config: Config, parts: Mapping[str, Parts]) -> tuple[Config, dict[str, Choice]]:
+    """Return the config with a number in place of each `servers_per_gpu: auto`, and the choices by model.
+
+    Raises ConfigError: the GPUs do not fit the servers, or more than one server is wanted on each GPU by a launcher
+    whose servers start elsewhere.
+    """
+    choices: dict[str, Choice] = {}
+    for name, model in config.pools.items():
+        with config.placing(name):
+            if not parts[name].launcher.runs_here and model.serve.least_per_gpu > 1:
+                raise ConfigError(
+                    f"servers_per_gpu is for servers on this machine, and the launcher '{parts[name].launcher.name}'"
+                    " starts them on others: remove it",
+                    at="$.serve.servers_per_gpu",
+                )
+            if model.serve.servers_per_gpu == "auto":
+                choices[name] = _choose(config, name, model, parts)
+    for name, choice in choices.items():
+        config = config.with_model(name, serve=replace(config.pools[name].serve, servers_per_gpu=choice.servers))
+    return config, choices
+
+
+def _choose(config: Config, name: str, model: ModelConfig, parts: Mapping[str, Parts]) -> Choice:
+    llm, serve, own = model.llm, model.serve, parts[name]
+    if not own.launcher.runs_here:
+        return Choice(1, f"the launcher '{own.launcher.name}' starts servers on other machines")
+    if not own.engine.needs_gpus():
+        return Choice(1, "the engine here uses no GPU; without one, 'servers' is their number")
+    if serve.servers is not None:
+        return Choice(1, "'servers' sets their number")
+    if llm.gpus_per_server > 1:
+        return Choice(1, f"each server has {llm.gpus_per_server} GPUs")
+    found = gpus.facts(os.environ | pinning(serve.gpu_ids) | serve.env)[: len(serve.gpu_ids or [0])]
+    if not found:
+        return Choice(1, "CUDA finds no GPU here")
+    weights = own.engine.weight_bytes(llm)
+    if weights is None:
+        return Choice(1, "the size of the model is not known from files of this machine")
+    fraction = GPU_MEMORY
+    if "kv_cache_memory_bytes" not in llm.engine_kwargs:  # it replaces the fraction
+        placements = check_places(config, {other: it.launcher.places for other, it in parts.items()})
+        fraction = min(gpu_memory(config, placements)[name].values(), default=GPU_MEMORY)
+    return choose(weights, found, fraction, len(os.sched_getaffinity(0)))
+
+
+def choose(weights: int, found: Sequence[gpus.GPU], fraction: float, cores: int) -> Choice:
+    """Return the number of servers on each GPU for a model on these GPUs, of which each server has one.
+
+    `weights`: their size in bytes. `fraction`: the part of the memory of each GPU that the model may use.
+    """
+    gpu = min(found, key=lambda it: (it.processors, it.memory))
+    room, each = int(min(it.memory for it in found) * fraction), weights / gpu.processors
+    by_size = next((count for count, most in LIMITS.items() if each <= most), 1)
+    limits = {
+        f"; {room / GIB:.1f} GiB of GPU memory have room for no more": room // (weights + ROOM),
+        f"; {cores} cores for {len(found)} GPU{'s' * (len(found) > 1)} are too few for more": cores
+        // (CORES * len(found)),
+    }
+    count = max(min(by_size, *limits.values()), 1)
+    why = (
+        f"the weights take {weights / GIB:.1f} GiB, {each / MIB:.0f} MiB for each of the {gpu.processors}"
+        f" multiprocessors of {gpu.name}"
+    )
+    return Choice(count, why + "".join(text for text, most in limits.items() if most <= count < by_size))

@@ -1,0 +1,85 @@
+"""The size of a model's weights is read from its files, before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gserve_core.config import LLMConfig
+from gserve_core.engines.vllm import hub
+from gserve_core.engines.vllm.engine import VLLMEngine
+
+BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4}
+LLAMA_1B = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "tie_word_embeddings": True, "dtype": "bfloat16",
+}  # fmt: skip
+PARAMETERS_1B = 1_235_746_816
+"""Number of parameters of this shape, without those of the norms."""
+
+
+def write_weights(file: Path, **tensors: tuple[str, list[int]]) -> None:
+    """Write a safetensors file with tensors of these types and shapes. Their values are holes, and take no room."""
+    header, end = {}, 0
+    for name, (kind, shape) in tensors.items():
+        size = BYTES[kind]
+        for one in shape:
+            size *= one
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [end, end := end + size]}
+    text = json.dumps(header).encode()
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + end)
+
+
+def size(folder: Path, **llm: Any) -> int | None:
+    return VLLMEngine().weight_bytes(LLMConfig(str(folder), **llm))
+
+
+def test_the_size_is_that_of_all_tensors_as_they_are_loaded(tmp_path: Path) -> None:
+    write_weights(tmp_path / "model-1-of-2.safetensors", a=("F32", [1000, 10]), b=("BF16", [7]))
+    write_weights(tmp_path / "model-2-of-2.safetensors", c=("F8_E4M3", [100, 100]), d=("I32", [5]))
+    assert size(tmp_path) == 10_000 * 2 + 7 * 2 + 10_000 + 20
+    assert size(tmp_path, dtype="auto") == 10_000 * 4 + 7 * 2 + 10_000 + 20
+    assert size(tmp_path, dtype="float32") == 10_000 * 4 + 7 * 4 + 10_000 + 20
+    assert size(tmp_path, llm_kwargs={"dtype": "auto"}) == size(tmp_path, dtype="auto")
+
+
+def test_a_model_without_weights_has_the_size_of_its_shape(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_1B))
+    assert size(tmp_path) == 2 * PARAMETERS_1B
+    assert size(tmp_path, dtype="float32") == 4 * PARAMETERS_1B
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_1B | {"tie_word_embeddings": False, "dtype": "float32"}))
+    assert size(tmp_path, dtype="auto") == 4 * (PARAMETERS_1B + 2048 * 128256)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["{", "[]", "{}", json.dumps(LLAMA_1B | {"num_experts": 8}), json.dumps(LLAMA_1B | {"quantization_config": {}})],
+)
+def test_the_size_of_another_model_is_not_guessed(tmp_path: Path, config: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    assert size(tmp_path) is None
+
+
+def test_a_model_that_is_not_here_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert size(tmp_path / "nothing") is None
+    assert VLLMEngine().weight_bytes(LLMConfig("demo:smollm2-135m")) is None
+    assert VLLMEngine().weight_bytes(LLMConfig("org/nothing", download_dir=str(tmp_path))) is None
+
+
+def test_a_model_in_a_cache_of_hugging_face_is_found_by_its_revision(tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub", reason="comes with vLLM")
+    for revision, rows in (("main", 10), ("other", 20)):
+        snapshot = tmp_path / "models--org--model" / "snapshots" / (commit := revision[0] * 40)
+        snapshot.mkdir(parents=True)
+        (ref := tmp_path / "models--org--model" / "refs" / revision).parent.mkdir(exist_ok=True)
+        ref.write_text(commit)
+        (snapshot / "config.json").write_text("{}")
+        write_weights(snapshot / "model.safetensors", a=("BF16", [rows]))
+    llm = LLMConfig("org/model", download_dir=str(tmp_path))
+    assert VLLMEngine().weight_bytes(llm) == 20
+    assert hub.folder_of("org/model", str(tmp_path), "other").name == "o" * 40
+    assert VLLMEngine().weight_bytes(LLMConfig("org/model", download_dir=str(tmp_path), revision="other")) == 40
