@@ -10,18 +10,26 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from .. import lease
 from ..batch.items import Seeds
 from ..commands import (
     DRAIN_SECONDS,
+    UPDATE_SECONDS,
     AddAdapter,
     Command,
     Done,
+    GateCommand,
     ListAdapters,
+    Pause,
     Reload,
     RemoveAdapter,
+    ResetCache,
+    Resume,
     Scale,
     ShowWeights,
+    Sleep,
     UpdateWeights,
+    Wake,
 )
 from ..config import LORA, GatewayConfig, ServeConfig, wrong_key
 from ..errors import ChangeInProgress, ConfigError, GserveError
@@ -29,8 +37,10 @@ from ..host import adapter_folders, folders, processes, weight_folders
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
 from ..interfaces import Connection
+from ..pauses import OPEN, Gate
 from ..weights import FIRST, ORIGINAL, Weights
 from . import memory_weights
+from .gates import PauseLimits, close_gate, open_gate
 from .gateway import Gateway, ModelCard, new_key
 from .memory_weights import MemoryFolder, Tensors
 from .plan import ModelPlan, Plan, Source
@@ -38,10 +48,12 @@ from .pool import Pool, Queue, Record, status_of
 from .records import ModelRecord, ServiceRecord
 from .server import record_of
 from .server_life import ServerProgram
-from .state import ONLY, ServerState
+from .state import ONLY, ServerState, faults_of
 from .weight_updates import WeightUpdate
 
 logger = logging.getLogger("gserve.service")
+OPEN_SECONDS = 60.0
+"""Maximum wait for the end of a pause, in seconds. Servers that do not go on are started again."""
 UNDO_SECONDS = 10.0
 """Maximum wait for the servers that take back a change of their adapters, in seconds."""
 IMMUTABLE = ("port", "host", "certfile", "keyfile", "allowed_hosts")
@@ -67,6 +79,7 @@ class Deployment:
         """The folders with weights from memory, by their paths."""
         self._changes = threading.Lock()
         """Held during a change."""
+        self._limits = PauseLimits()
         self.pool = Pool(
             list(plan.programs()),
             logs=lambda: folders.log_folder(name or uuid.uuid4().hex[:8]),
@@ -84,7 +97,11 @@ class Deployment:
 
     def close(self) -> None:
         """End the nurseries, and remove weights from memory. Called by the pool once all servers have ended."""
+        self._limits.clear()
         for key, model in self.plan.models.items():
+            if not model.gate.is_open:  # another start pauses nothing
+                self.plan = self.plan.with_gate(key, OPEN)
+                self.pool.set_programs([replace(it, gate=OPEN) for it in self.members(key)])
             if model.weights.path in self._in_memory:  # another start has those of the config
                 self.plan = self.plan.with_weights(key, ORIGINAL)
                 self.pool.set_programs([replace(it, weights=ORIGINAL) for it in self.members(key)])
@@ -163,6 +180,8 @@ class Deployment:
             case ShowWeights(model):
                 weights = self.weights_of(model)
                 return Done(f"version {weights.version}", weights=weights)
+            case Pause() | Resume() | ResetCache() | Sleep() | Wake():
+                return Done(self.move_gate(command))
             case ListAdapters(model):
                 return Done(f"{len(found := self.adapters_of(model))} adapters", found)
             case Scale(servers, drain, model):
@@ -253,7 +272,7 @@ class Deployment:
         For the errors see `VLLMService`. `is_below_root`: see `commands.AddAdapter`.
         """
         with self._changing():
-            key = self.plan.key_of(model)
+            key = self._awake(model)
             own = self.plan.models[key]
             if name == LORA and own.llm.lora_path is not None:
                 raise ConfigError(f"'{LORA}' is the adapter of lora_path: choose another name")
@@ -286,7 +305,7 @@ class Deployment:
     def remove_adapter(self, name: str, drain: float = DRAIN_SECONDS, model: str | None = None) -> None:
         """Remove a LoRA adapter from all servers of a model. For the errors see `VLLMService`."""
         with self._changing():
-            key = self.plan.key_of(model)
+            key = self._awake(model)
             llm = self.plan.models[key].llm
             if name not in llm.adapters:
                 why = "is that of lora_path, which stays" if name in llm.all_adapters else "is not loaded"
@@ -308,7 +327,7 @@ class Deployment:
         `tensors`: the weights, if they are in the memory of this process, and not in the folder of the command.
         """
         with self._changing():
-            key = self.plan.key_of(command.model)
+            key = self._awake(command.model)
             own = self.plan.models[key]
             if command.version == FIRST:
                 raise ConfigError(f"'{FIRST}' is the version of the weights of the start: choose another one")
@@ -333,6 +352,54 @@ class Deployment:
             update = WeightUpdate(self.pool, self.members(key), weights, command.timeout)
             update.run(command.in_flight, on_commit=commit)
             self.pool.write_record()
+
+    def move_gate(self, command: GateCommand) -> str:
+        """Pause a model, end its pause, or reset its caches. Return what was done. For the errors see `VLLMService`."""
+        with self._changing():
+            key = self.plan.key_of(command.model)
+            own, members = self.plan.models[key], self.members(key)
+            self.pool.running()
+            match command:
+                case Pause(in_flight, limit, timeout):
+                    self._close_gate(key, Gate(False, in_flight), timeout)
+                    self._limits.set(key, limit, lambda: self.move_gate(Resume(command.model)))
+                    return "all servers are paused"
+                case Sleep(level, in_flight, timeout):
+                    self._limits.clear(key)
+                    self._close_gate(key, Gate(False, in_flight, level), timeout)
+                    return f"all servers sleep at level {level}"
+                case Resume() if own.gate.sleep:
+                    raise GserveError("the servers are asleep: wake them")
+                case Resume() | Wake():
+                    self._limits.clear(key)
+                    self.plan = self.plan.with_gate(key, OPEN)  # no server that is started from now on pauses
+                    open_gate(self.pool, members, command.timeout if isinstance(command, Wake) else OPEN_SECONDS)
+                    return "all servers begin items"
+                case ResetCache():
+                    self._awake(command.model)
+                    answers = self.pool.order(
+                        members, lease.ResetCache, UPDATE_SECONDS, "reset its caches", only_ready=True
+                    )  # fmt: skip
+                    if faults := faults_of(answers):
+                        raise GserveError(f"cannot reset all caches: {faults}")
+                    return "all servers have reset their caches"
+
+    def _close_gate(self, key: str, gate: Gate, timeout: float) -> None:
+        """Have all servers of a model begin no items. Raises GserveError: see `close_gate`; or they are asleep."""
+        known = self.plan.models[key].gate
+        if known.sleep and known.sleep != gate.sleep:
+            raise GserveError(f"the servers are asleep at level {known.sleep}: wake them first")
+        if known.sleep:
+            return
+        close_gate(self.pool, self.members(key), gate, timeout)
+        self.plan = self.plan.with_gate(key, gate)
+
+    def _awake(self, model: str | None) -> str:
+        """Return the key of a model by its name. Raises ConfigError: there is none. Raises GserveError: it sleeps."""
+        key = self.plan.key_of(model)
+        if self.plan.models[key].gate.sleep:
+            raise GserveError("the servers are asleep: wake them first")
+        return key
 
     def _write(self, model: ModelPlan, tensors: Tensors) -> MemoryFolder:
         """Return a folder with tensors. Raises ConfigError or GserveError: see `memory_weights.write`."""
@@ -447,7 +514,7 @@ class Deployment:
         for key, model in given.models.items():
             known = self.plan.models.get(key)
             if known is not None and known.llm.model_name == model.llm.model_name:
-                plan = plan.with_weights(key, known.weights)
+                plan = plan.with_weights(key, known.weights).with_gate(key, known.gate)
             if not model.is_alone and _is_same(self._given.models.get(key), model):
                 plan = plan.with_kept(key, self.plan.models[key])
         return plan

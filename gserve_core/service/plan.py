@@ -10,6 +10,7 @@ from typing import Any, Self
 from ..config import Config, GatewayConfig, LLMConfig, Placement, ServeConfig, check_places, load
 from ..errors import ConfigError
 from ..interfaces import Engine, Job, Launcher, Transport
+from ..pauses import OPEN, Gate
 from ..plugins import Parts, assemble
 from ..weights import ORIGINAL, Weights
 from .model_names import find_model
@@ -48,7 +49,7 @@ class ModelPlan:
 
     `placement`: the GPU ids of each server, in order; None for a server that is not pinned.
     `is_alone`: whether the service has no other model.
-    `weights`: those of all its servers.
+    `weights`, `gate`: those of all its servers.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ModelPlan:
     placement: Placement
     is_alone: bool = True
     weights: Weights = ORIGINAL
+    gate: Gate = OPEN
     nursery: Nursery = field(default_factory=Nursery, compare=False)
 
     @property
@@ -185,6 +187,10 @@ class Plan:
         """Return the plan with other weights of one model."""
         return replace(self, models={**self.models, key: replace(self.models[key], weights=weights)})
 
+    def with_gate(self, key: str, gate: Gate) -> "Plan":
+        """Return the plan with another gate of one model."""
+        return replace(self, models={**self.models, key: replace(self.models[key], gate=gate)})
+
     def _config_with(self, key: str, **sections: Any) -> Config:
         """Return the config with other sections of one model."""
         name, config = self.models[key].name, self.config
@@ -208,7 +214,7 @@ class Plan:
         return ServerProgram(
             llm=model.served_llm, serve=own, gpu_ids=gpu_ids, parts=model.parts, nursery=model.nursery, index=index,
             first=sum([*beside.values()][:before]), servers=sum(beside.values()), model=model.name,
-            is_alone=model.is_alone, weights=model.weights,
+            is_alone=model.is_alone, weights=model.weights, gate=model.gate,
         )  # fmt: skip
 
     def programs(self) -> Iterator[ServerProgram]:

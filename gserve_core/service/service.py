@@ -14,13 +14,24 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
-from ..commands import DRAIN_SECONDS, UPDATE_SECONDS, VERSION, UpdateWeights
+from ..commands import (
+    DRAIN_SECONDS,
+    PAUSE_SECONDS,
+    UPDATE_SECONDS,
+    VERSION,
+    Pause,
+    ResetCache,
+    Resume,
+    Sleep,
+    UpdateWeights,
+    Wake,
+)
 from ..config import Config, GatewayConfig, LLMConfig, ModelConfig, ServeConfig, wrong_key
 from ..errors import ConfigError, GserveError
 from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
 from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
 from ..messages import Prompt
-from ..pauses import check_in_flight
+from ..pauses import LEVELS, check_in_flight
 from ..plugins import find_transport
 from ..service import records
 from ..service.records import GatewayRecord, ServerRecord
@@ -429,6 +440,85 @@ class VLLMService(Inference):
         path, tensors = (str(weights), None) if isinstance(weights, (str, os.PathLike)) else ("", weights)
         command = UpdateWeights(path, version, in_flight=how, timeout=timeout, model=model)
         self._changeable().update_weights(command, tensors)
+
+    def pause(
+        self,
+        in_flight: str = "finish",
+        *,
+        limit: float | None = PAUSE_SECONDS,
+        timeout: float = UPDATE_SECONDS,
+        model: str | None = None,
+    ) -> None:
+        """Have all servers begin no more items, until `resume`. Returns when their engines compute none.
+
+        Calls and requests wait meanwhile. A server that is started later is paused too. `update_weights` ends no pause.
+
+        `in_flight`: see `update_weights`.
+        `limit`: time after which the servers go on by themselves, in seconds. Another `pause` begins it anew. None:
+        never.
+        `timeout`: maximum time until all have paused, in seconds.
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: `in_flight` is unknown, or there is no such model.
+        Raises GserveError: a server cannot pause, or does not in time, and all go on. Or they are asleep, the service
+        does not run here, or another change is in progress.
+        """
+        self._changeable().move_gate(Pause(check_in_flight(in_flight), limit, timeout, model))
+
+    def resume(self, *, model: str | None = None) -> None:
+        """End a pause. Does nothing if there is none. A server that cannot go on is started again.
+
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: there is no such model.
+        Raises GserveError: the servers are asleep, the service does not run here, or another change is in progress.
+        """
+        self._changeable().move_gate(Resume(model))
+
+    def reset_cache(self, *, model: str | None = None) -> None:
+        """Have all servers forget what they computed for earlier prompts. Items in flight get the same answers.
+
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: there is no such model.
+        Raises GserveError: a server cannot do that, or they are asleep. Or the service does not run here, or another
+        change is in progress.
+        """
+        self._changeable().move_gate(ResetCache(model))
+
+    def sleep(
+        self, level: int = 1, in_flight: str = "finish", *, timeout: float = UPDATE_SECONDS, model: str | None = None
+    ) -> None:
+        """Pause all servers, and free the memory of their GPUs, until `wake`.
+
+        vLLM must have been started with `enable_sleep_mode: true` in `llm_kwargs`. On a CPU it only pauses. What is
+        kept in flight is computed anew afterwards.
+
+        `level`: 1: the weights move to the memory of the machine. 2: they are forgotten, and `wake` loads those of
+        `weights` again.
+        `in_flight`: see `update_weights`.
+        `timeout`: maximum time until all sleep, in seconds.
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: an argument is wrong, or there is no such model.
+        Raises GserveError: a server cannot sleep, or does not in time, and all go on. Or they sleep at another level,
+        the service does not run here, or another change is in progress.
+        """
+        if level not in LEVELS:
+            raise ConfigError(f"expected level 1 or 2, got {level!r:.100}")
+        how = check_in_flight(in_flight)
+        self._changeable().move_gate(Sleep(1 if level == 1 else 2, how, timeout, model))
+
+    def wake(self, *, timeout: float = UPDATE_SECONDS, model: str | None = None) -> None:
+        """End a `sleep`, or a pause. A server that cannot wake, or not in time, is started again.
+
+        `timeout`: maximum time until all are awake, in seconds.
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: there is no such model.
+        Raises GserveError: the service does not run here, or another change is in progress.
+        """
+        self._changeable().move_gate(Wake(timeout, model))
 
     def _changeable(self) -> "Deployment":
         if self._deployment is None:
