@@ -1,10 +1,12 @@
 """The commands that change a running service, as its gateway gets them over `POST /control`."""
 
+import re
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from .pauses import InFlight
+from .errors import ConfigError
+from .pauses import LEVELS, InFlight, check_in_flight
 from .weights import Weights
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -158,6 +160,23 @@ class Wake(Struct, frozen=True, forbid_unknown_fields=True, tag="wake"):
 type GateCommand = Pause | Resume | ResetCache | Sleep | Wake
 """A command about the items of a model, and not about what its servers are."""
 type Command = Scale | Reload | AddAdapter | RemoveAdapter | ListAdapters | UpdateWeights | ShowWeights | GateCommand
+
+
+def update_command(
+    path: str, version: str, in_flight: str, timeout: float, model: str | None = None
+) -> UpdateWeights:  # fmt: skip
+    """Return the command of a caller in Python. Raises ConfigError: an argument is wrong."""
+    how = check_in_flight(in_flight)
+    if not re.fullmatch(VERSION, version):
+        raise ConfigError(f"expected a version of 1 to 64 letters, digits, '.', '_' and '-', got {version!r:.100}")
+    return UpdateWeights(path, version, in_flight=how, timeout=timeout, model=model)
+
+
+def sleep_command(level: int, in_flight: str, timeout: float, model: str | None = None) -> Sleep:
+    """Return the command of a caller in Python. Raises ConfigError: an argument is wrong."""
+    if level not in LEVELS:
+        raise ConfigError(f"expected level 1 or 2, got {level!r:.100}")
+    return Sleep(1 if level == 1 else 2, check_in_flight(in_flight), timeout, model)
 
 
 class Done(Struct, frozen=True, omit_defaults=True):

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -10,11 +9,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from .. import lease
 from ..batch.items import Seeds
 from ..commands import (
     DRAIN_SECONDS,
-    UPDATE_SECONDS,
     AddAdapter,
     Command,
     Done,
@@ -32,28 +29,25 @@ from ..commands import (
     Wake,
 )
 from ..config import LORA, GatewayConfig, ServeConfig, wrong_key
-from ..errors import ChangeInProgress, ConfigError, GserveError
-from ..host import adapter_folders, folders, processes, weight_folders
+from ..errors import ConfigError, GserveError
+from ..host import adapter_folders, folders, processes
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
 from ..interfaces import Connection
 from ..pauses import OPEN, Gate
-from ..weights import FIRST, ORIGINAL, Weights
+from ..weights import ORIGINAL, Weights
 from . import memory_weights
-from .gates import PauseLimits, close_gate, open_gate
+from .changes import Changes, check_awake
 from .gateway import Gateway, ModelCard, new_key
-from .memory_weights import MemoryFolder, Tensors
+from .memory_weights import Tensors
 from .plan import ModelPlan, Plan, Source
 from .pool import Pool, Queue, Record, status_of
 from .records import ModelRecord, ServiceRecord
 from .server import record_of
 from .server_life import ServerProgram
-from .state import ONLY, ServerState, faults_of
-from .weight_updates import WeightUpdate
+from .state import ONLY, ServerState
 
 logger = logging.getLogger("gserve.service")
-OPEN_SECONDS = 60.0
-"""Maximum wait for the end of a pause, in seconds. Servers that do not go on are started again."""
 UNDO_SECONDS = 10.0
 """Maximum wait for the servers that take back a change of their adapters, in seconds."""
 IMMUTABLE = ("port", "host", "certfile", "keyfile", "allowed_hosts")
@@ -75,11 +69,6 @@ class Deployment:
         self._source = source
         self.seeds = {key: Seeds(model.llm.item_seed) for key, model in plan.models.items()}
         """The seeds of items of the service's own calls, for each model."""
-        self._in_memory: dict[str, MemoryFolder] = {}
-        """The folders with weights from memory, by their paths."""
-        self._changes = threading.Lock()
-        """Held during a change."""
-        self._limits = PauseLimits()
         self.pool = Pool(
             list(plan.programs()),
             logs=lambda: folders.log_folder(name or uuid.uuid4().hex[:8]),
@@ -89,6 +78,7 @@ class Deployment:
             record=None if name is None else Record(name, partial(self._record, name)),
             nursery=self,
         )
+        self._changes = Changes(self.pool, lambda: [model.weights for model in self.plan.models.values()])
 
     def prepare(self) -> None:
         """Check the plan before a start, and make room. Raises ConfigError: see `Plan.check`."""
@@ -97,15 +87,14 @@ class Deployment:
 
     def close(self) -> None:
         """End the nurseries, and remove weights from memory. Called by the pool once all servers have ended."""
-        self._limits.clear()
         for key, model in self.plan.models.items():
             if not model.gate.is_open:  # another start pauses nothing
                 self.plan = self.plan.with_gate(key, OPEN)
                 self.pool.set_programs([replace(it, gate=OPEN) for it in self.members(key)])
-            if model.weights.path in self._in_memory:  # another start has those of the config
+            if self._changes.is_in_memory(model.weights):  # another start has those of the config
                 self.plan = self.plan.with_weights(key, ORIGINAL)
                 self.pool.set_programs([replace(it, weights=ORIGINAL) for it in self.members(key)])
-        self._remove_unused_weights()
+        self._changes.end()
         for plan in (self.plan, self._tried):
             if plan is not None:
                 plan.close()
@@ -202,26 +191,6 @@ class Deployment:
         known = self._source or Source(path)
         return replace(known, path=path, overrides=tuple(overrides))
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Hold the right to change the servers for the block. Raises ChangeInProgress: another one is."""
-        if not self._changes.acquire(blocking=False):
-            raise ChangeInProgress("another change of this service is in progress: try again when it has ended")
-        try:
-            yield
-        finally:
-            try:
-                self._remove_unused_weights()
-            finally:
-                self._changes.release()
-
-    def _remove_unused_weights(self) -> None:
-        """Remove the folders with weights from memory that no model has. A change and `close` may call it at once."""
-        used = {model.weights.path for model in self.plan.models.values()}
-        for path in [it for it in list(self._in_memory) if it not in used]:
-            if (folder := self._in_memory.pop(path, None)) is not None:
-                folder.remove()
-
     def members(self, key: str | None = None) -> list[ServerProgram]:
         """Return the programs of the servers of a model, or of all models, in the order of their indexes."""
         programs = [it for it in self.pool.programs if isinstance(it, ServerProgram)]
@@ -239,7 +208,7 @@ class Deployment:
         Raises LaunchError: a new server failed. The number stays as it was.
         Raises ChangeInProgress: another change is in progress. Raises GserveError: the service does not run.
         """
-        with self._changing():
+        with self._changes.one():
             key = self.plan.key_of(model)
             with self.plan.config.placing(self.plan.models[key].name):
                 plan = self._resized(key, servers)
@@ -271,9 +240,10 @@ class Deployment:
 
         For the errors see `VLLMService`. `is_below_root`: see `commands.AddAdapter`.
         """
-        with self._changing():
-            key = self._awake(model)
+        with self._changes.one():
+            key = self.plan.key_of(model)
             own = self.plan.models[key]
+            check_awake(self.members(key)[0])
             if name == LORA and own.llm.lora_path is not None:
                 raise ConfigError(f"'{LORA}' is the adapter of lora_path: choose another name")
             if is_below_root:
@@ -304,8 +274,9 @@ class Deployment:
 
     def remove_adapter(self, name: str, drain: float = DRAIN_SECONDS, model: str | None = None) -> None:
         """Remove a LoRA adapter from all servers of a model. For the errors see `VLLMService`."""
-        with self._changing():
-            key = self._awake(model)
+        with self._changes.one():
+            key = self.plan.key_of(model)
+            check_awake(self.members(key)[0])
             llm = self.plan.models[key].llm
             if name not in llm.adapters:
                 why = "is that of lora_path, which stays" if name in llm.all_adapters else "is not loaded"
@@ -326,91 +297,25 @@ class Deployment:
 
         `tensors`: the weights, if they are in the memory of this process, and not in the folder of the command.
         """
-        with self._changing():
-            key = self._awake(command.model)
-            own = self.plan.models[key]
-            if command.version == FIRST:
-                raise ConfigError(f"'{FIRST}' is the version of the weights of the start: choose another one")
-            path = _weight_folder(own, command) if tensors is None else ""
-            if command.version == own.weights.version:
-                if path == own.weights.path or (tensors is not None and own.weights.path in self._in_memory):
-                    return
-                raise ConfigError(
-                    f"the weights of version '{own.weights.version}' are those in {own.weights.path or own.name}: give"
-                    " other weights another version"
-                )
-            self.pool.running()
-            if tensors is not None:
-                folder = self._write(own, tensors)
-                path = str(folder.path)
-                self._in_memory[path] = folder
-            weights = Weights(command.version, path)
+        with self._changes.one():
+            key = self.plan.key_of(command.model)
 
-            def commit() -> None:
+            def commit(weights: Weights) -> None:
                 self.plan = self.plan.with_weights(key, weights)
 
-            update = WeightUpdate(self.pool, self.members(key), weights, command.timeout)
-            update.run(command.in_flight, on_commit=commit)
-            self.pool.write_record()
+            self._changes.update_weights(self.members(key), command, tensors, commit)
 
     def move_gate(self, command: GateCommand) -> str:
         """Pause a model, end its pause, or reset its caches. Return what was done. For the errors see `VLLMService`."""
-        with self._changing():
+        with self._changes.one():
             key = self.plan.key_of(command.model)
-            own, members = self.plan.models[key], self.members(key)
-            self.pool.running()
-            match command:
-                case Pause(in_flight, limit, timeout):
-                    self._close_gate(key, Gate(False, in_flight), timeout)
-                    self._limits.set(key, limit, lambda: self.move_gate(Resume(command.model)))
-                    return "all servers are paused"
-                case Sleep(level, in_flight, timeout):
-                    self._limits.clear(key)
-                    self._close_gate(key, Gate(False, in_flight, level), timeout)
-                    return f"all servers sleep at level {level}"
-                case Resume() if own.gate.sleep:
-                    raise GserveError("the servers are asleep: wake them")
-                case Resume() | Wake():
-                    self._limits.clear(key)
-                    self.plan = self.plan.with_gate(key, OPEN)  # no server that is started from now on pauses
-                    open_gate(self.pool, members, command.timeout if isinstance(command, Wake) else OPEN_SECONDS)
-                    return "all servers begin items"
-                case ResetCache():
-                    self._awake(command.model)
-                    answers = self.pool.order(
-                        members, lease.ResetCache, UPDATE_SECONDS, "reset its caches", only_ready=True
-                    )  # fmt: skip
-                    if faults := faults_of(answers):
-                        raise GserveError(f"cannot reset all caches: {faults}")
-                    return "all servers have reset their caches"
 
-    def _close_gate(self, key: str, gate: Gate, timeout: float) -> None:
-        """Have all servers of a model begin no items. Raises GserveError: see `close_gate`; or they are asleep."""
-        known = self.plan.models[key].gate
-        if known.sleep and known.sleep != gate.sleep:
-            raise GserveError(f"the servers are asleep at level {known.sleep}: wake them first")
-        if known.sleep:
-            return
-        close_gate(self.pool, self.members(key), gate, timeout)
-        self.plan = self.plan.with_gate(key, gate)
+            def commit(gate: Gate) -> None:
+                self.plan = self.plan.with_gate(key, gate)
 
-    def _awake(self, model: str | None) -> str:
-        """Return the key of a model by its name. Raises ConfigError: there is none. Raises GserveError: it sleeps."""
-        key = self.plan.key_of(model)
-        if self.plan.models[key].gate.sleep:
-            raise GserveError("the servers are asleep: wake them first")
-        return key
-
-    def _write(self, model: ModelPlan, tensors: Tensors) -> MemoryFolder:
-        """Return a folder with tensors. Raises ConfigError or GserveError: see `memory_weights.write`."""
-        launcher = model.parts.launcher
-        if not launcher.runs_here:
-            raise GserveError(
-                "tensors reach servers through the memory of this machine, and the launcher"
-                f" '{launcher.name}' starts servers on others: save them into a folder that all machines see, and pass"
-                " its path"
-            )
-        return memory_weights.write(tensors)
+            return self._changes.move_gate(
+                self.members(key), command, commit, lambda: self.move_gate(Resume(command.model))
+            )  # fmt: skip
 
     def _adapted(self, key: str, adapters: Mapping[str, str]) -> tuple[Plan, list[ServerProgram]]:
         """Return the plan and the programs of a model's servers with other adapters. Raises ConfigError."""
@@ -473,7 +378,7 @@ class Deployment:
         source = source or self._source
         if source is None:
             raise GserveError("this service does not come from a file: name a CONFIG")
-        with self._changing():
+        with self._changes.one():
             given = source.read()
             with given.located():
                 self._check_change(given)
@@ -626,15 +531,6 @@ class Deployment:
                 self.pool.add([old for old in olds if old is not twin])
             except GserveError as error:
                 logger.error("cannot bring back %s: %s", new.name, error)
-
-
-def _weight_folder(model: ModelPlan, command: UpdateWeights) -> str:
-    """Return the folder of new weights. Raises ConfigError: see `weight_folders`."""
-    if command.is_below_root:
-        return str(weight_folders.find_below(model.serve.weights_root, command.path))
-    if model.parts.launcher.runs_here:  # else the folder may be on other machines only
-        return str(weight_folders.find(command.path))
-    return command.path
 
 
 def _key(program: ServerProgram) -> str:

@@ -470,7 +470,10 @@ class Pool:
         """
         if (session := self._session) is None:
             raise LaunchError(f"{', '.join(names)} is not started")
-        return session.supervisor.wait_ready(seconds, names)
+        is_ready = session.supervisor.wait_ready(seconds, names)
+        if is_ready and self.states.keys() <= {*names}:
+            session.supervisor.has_started = True
+        return is_ready
 
     def wait_stopped(self, name: str) -> None:
         """Wait, for a limited time, until a server that was asked to stop has ended."""

@@ -1,7 +1,6 @@
 """`VLLMService`: all servers of a config, behind one queue."""
 
 import os
-import re
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -18,20 +17,19 @@ from ..commands import (
     DRAIN_SECONDS,
     PAUSE_SECONDS,
     UPDATE_SECONDS,
-    VERSION,
     Pause,
     ResetCache,
     Resume,
-    Sleep,
-    UpdateWeights,
     Wake,
+    sleep_command,
+    update_command,
 )
 from ..config import Config, GatewayConfig, LLMConfig, ModelConfig, ServeConfig, wrong_key
 from ..errors import ConfigError, GserveError
 from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
 from ..interfaces import Access, Connection, Engine, Job, Launcher, Transport
 from ..messages import Prompt
-from ..pauses import LEVELS, check_in_flight
+from ..pauses import check_in_flight
 from ..plugins import find_transport
 from ..service import records
 from ..service.records import GatewayRecord, ServerRecord
@@ -434,11 +432,8 @@ class VLLMService(Inference):
         Raises GserveError: the weights do not fit, or no server can load them: all servers have the old ones. Or the
         service does not run here, or another change is in progress.
         """
-        how = check_in_flight(in_flight)
-        if not re.fullmatch(VERSION, version):
-            raise ConfigError(f"expected a version of 1 to 64 letters, digits, '.', '_' and '-', got {version!r:.100}")
         path, tensors = (str(weights), None) if isinstance(weights, (str, os.PathLike)) else ("", weights)
-        command = UpdateWeights(path, version, in_flight=how, timeout=timeout, model=model)
+        command = update_command(path, version, in_flight, timeout, model)
         self._changeable().update_weights(command, tensors)
 
     def pause(
@@ -504,10 +499,7 @@ class VLLMService(Inference):
         Raises GserveError: a server cannot sleep, or does not in time, and all go on. Or they sleep at another level,
         the service does not run here, or another change is in progress.
         """
-        if level not in LEVELS:
-            raise ConfigError(f"expected level 1 or 2, got {level!r:.100}")
-        how = check_in_flight(in_flight)
-        self._changeable().move_gate(Sleep(1 if level == 1 else 2, how, timeout, model))
+        self._changeable().move_gate(sleep_command(level, in_flight, timeout, model))
 
     def wake(self, *, timeout: float = UPDATE_SECONDS, model: str | None = None) -> None:
         """End a `sleep`, or a pause. A server that cannot wake, or not in time, is started again.

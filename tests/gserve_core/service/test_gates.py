@@ -13,9 +13,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 
-from gserve import ConfigError, GatewayConfig, GserveError, LLMConfig, ServeConfig, VLLMService
+from gserve import ConfigError, GatewayConfig, GserveError, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from tests.gserve_core.fake_servers import until
 from tests.gserve_core.service.test_adapter_changes import main_process
@@ -199,15 +200,42 @@ def test_wrong_arguments_are_refused(service: VLLMService) -> None:
     assert gates(service) == {"open"}
 
 
+def test_a_server_of_its_own_has_the_same(root: Path) -> None:
+    with VLLMServer(LLMConfig("m"), engine=ECHO) as server, server.client() as client:
+        server.update_weights(root / "v1", version="1")
+        assert client.generate(["a"], return_extra=True)[0][0].text == "a weights=v1"
+        assert (server.weights.version, server.weights.path) == ("1", str(root / "v1"))
+        server.update_weights({"a": numpy.zeros(3)}, version="2")
+        folder = Path(server.weights.path)
+        assert [file.name for file in folder.glob("*.safetensors")] == ["model-00001.safetensors"]
+        server.pause("keep")
+        assert server.status().gate == "paused"
+        server.resume()
+        server.sleep(2)
+        assert server.status().gate == "asleep"
+        server.wake()
+        server.reset_cache()
+        assert client.generate(["a"], return_extra=True)[0][0].weight_version == "2"
+    assert not folder.exists()
+    assert server.weights.version == "0"
+
+
+def test_one_server_of_a_service_does_not_change_alone(service: VLLMService) -> None:
+    with pytest.raises(GserveError, match="server-0 belongs to a service, whose servers change together"):
+        service.servers[0].pause()
+
+
 def test_the_gateway_has_routes_for_it() -> None:
     with VLLMService(LLMConfig("m"), ServeConfig(), engine=ECHO, gateway=GatewayConfig(), name="gates") as service:
-        gateway = service.gateway
+        gateway, address, key = service.gateway, service.base_url, service.api_key
         assert gateway is not None
+        assert address is not None
+        assert key is not None
 
         def post(path: str, body: Any = None, secret: str = gateway.control, method: str = "POST") -> tuple[int, Any]:
             data = None if body is None else json.dumps(body).encode()
             request = urllib.request.Request(
-                service.base_url.removesuffix("/v1") + path, data, {"Authorization": f"Bearer {secret}"}, method=method
+                address.removesuffix("/v1") + path, data, {"Authorization": f"Bearer {secret}"}, method=method
             )
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
@@ -223,7 +251,7 @@ def test_the_gateway_has_routes_for_it() -> None:
         assert post("/wake?model=m", {}) == (200, {"status": "all servers begin items"})
         assert post("/reset_cache") == (200, {"status": "all servers have reset their caches"})
         for path in ("/pause", "/resume", "/sleep", "/wake", "/reset_cache"):
-            assert post(path, secret=service.api_key)[0] == 403
+            assert post(path, secret=key)[0] == 403
             assert post(path, secret="wrong")[0] == 401
             assert post(path, method="GET")[0] == 405
             assert post(path, {"level": 5, "limits": 3})[0] == 422
