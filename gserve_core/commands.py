@@ -1,10 +1,12 @@
 """The commands that change a running service, as its gateway gets them over `POST /control`."""
 
-from typing import Annotated
+import re
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
-from .pauses import InFlight
+from .errors import ConfigError
+from .pauses import LEVELS, InFlight, check_in_flight
 from .weights import Weights
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9)]
@@ -16,6 +18,8 @@ VERSION = "[A-Za-z0-9._-]{1,64}"
 type Version = Annotated[str, Meta(pattern=f"^{VERSION}$")]
 UPDATE_SECONDS = 600.0
 """Default time for a change of the weights, in seconds."""
+PAUSE_SECONDS = 600.0
+"""Default time after which a pause ends by itself, in seconds."""
 
 
 class Scale(Struct, frozen=True, forbid_unknown_fields=True, tag="scale"):
@@ -104,7 +108,75 @@ class ShowWeights(Struct, frozen=True, forbid_unknown_fields=True, tag="show_wei
     model: str | None = None
 
 
-type Command = Scale | Reload | AddAdapter | RemoveAdapter | ListAdapters | UpdateWeights | ShowWeights
+class Pause(Struct, frozen=True, forbid_unknown_fields=True, tag="pause"):
+    """Begin no more items. See `VLLMService.pause`.
+
+    `in_flight`: see `pauses.InFlight`.
+    `limit`: time after which the servers go on by themselves, in seconds. The same command again begins it anew.
+    `timeout`: maximum time until all servers have paused, in seconds.
+    `model`: see `AddAdapter`.
+    """
+
+    in_flight: InFlight = "finish"
+    limit: Seconds | None = PAUSE_SECONDS
+    timeout: Seconds = UPDATE_SECONDS
+    model: str | None = None
+
+
+class Resume(Struct, frozen=True, forbid_unknown_fields=True, tag="resume"):
+    """End a pause. `model`: see `AddAdapter`."""
+
+    model: str | None = None
+
+
+class ResetCache(Struct, frozen=True, forbid_unknown_fields=True, tag="reset_cache"):
+    """Forget what was computed for earlier prompts. `model`: see `AddAdapter`."""
+
+    model: str | None = None
+
+
+class Sleep(Struct, frozen=True, forbid_unknown_fields=True, tag="sleep"):
+    """Free the memory of the GPUs. See `VLLMService.sleep`.
+
+    `level`: see `pauses.Gate.sleep`.
+    `in_flight`: see `pauses.InFlight`.
+    `timeout`: maximum time until all servers sleep, in seconds.
+    `model`: see `AddAdapter`.
+    """
+
+    level: Literal[1, 2] = 1
+    in_flight: InFlight = "finish"
+    timeout: Seconds = UPDATE_SECONDS
+    model: str | None = None
+
+
+class Wake(Struct, frozen=True, forbid_unknown_fields=True, tag="wake"):
+    """End a sleep. `timeout`: maximum time until all servers are awake, in seconds. `model`: see `AddAdapter`."""
+
+    timeout: Seconds = UPDATE_SECONDS
+    model: str | None = None
+
+
+type GateCommand = Pause | Resume | ResetCache | Sleep | Wake
+"""A command about the items of a model, and not about what its servers are."""
+type Command = Scale | Reload | AddAdapter | RemoveAdapter | ListAdapters | UpdateWeights | ShowWeights | GateCommand
+
+
+def update_command(
+    path: str, version: str, in_flight: str, timeout: float, model: str | None = None
+) -> UpdateWeights:  # fmt: skip
+    """Return the command of a caller in Python. Raises ConfigError: an argument is wrong."""
+    how = check_in_flight(in_flight)
+    if not re.fullmatch(VERSION, version):
+        raise ConfigError(f"expected a version of 1 to 64 letters, digits, '.', '_' and '-', got {version!r:.100}")
+    return UpdateWeights(path, version, in_flight=how, timeout=timeout, model=model)
+
+
+def sleep_command(level: int, in_flight: str, timeout: float, model: str | None = None) -> Sleep:
+    """Return the command of a caller in Python. Raises ConfigError: an argument is wrong."""
+    if level not in LEVELS:
+        raise ConfigError(f"expected level 1 or 2, got {level!r:.100}")
+    return Sleep(1 if level == 1 else 2, check_in_flight(in_flight), timeout, model)
 
 
 class Done(Struct, frozen=True, omit_defaults=True):

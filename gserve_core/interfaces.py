@@ -810,6 +810,27 @@ class RunningEngine(RunningRank):
     async def resume(self) -> None:
         """End a `pause`, whether it was complete or not. Does nothing if there is none."""
 
+    async def reset_cache(self) -> None:
+        """Forget what was computed for earlier prompts. Requests in flight are answered as if it had not been called.
+
+        Unless overridden, there is nothing to forget. Raises any exception: that fails.
+        """
+
+    async def sleep(self, level: int) -> None:
+        """Free the memory of the GPUs, until `wake`. Requests in the engine stay, as during a `pause`.
+
+        Called while it computes none. `level`: see `pauses.Gate.sleep`.
+
+        Raises GserveError: the engine cannot do that, as unless it is overridden.
+        """
+        raise GserveError("this engine cannot sleep: use a pause")
+
+    async def wake(self, weights: Weights) -> None:
+        """End a `sleep`, and have these weights, which it had before. `resume` follows.
+
+        Raises any exception: that fails. The engine is not used again.
+        """
+
     async def abort(self) -> None:
         """End all requests now, each with the tokens that it has, and the finish reason "abort".
 

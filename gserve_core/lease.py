@@ -31,7 +31,7 @@ from .config import LLMConfig
 from .host.forks import call_in_child
 from .interfaces import Address, EngineInfo
 from .overview import Counters
-from .pauses import InFlight
+from .pauses import OPEN, Gate, InFlight
 from .weights import FIRST, ORIGINAL, Weights
 
 HEARTBEAT_SECONDS = 5.0
@@ -80,6 +80,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     limits: the soft and hard limits that the process must set, by the number of the resource.
     ranks: the server runs on several nodes. None: on one.
     weights: those that it must have before it is ready.
+    gate: whether it begins items.
     """
 
     instance: str
@@ -97,6 +98,7 @@ class Hello(Struct, frozen=True, tag="hello"):
     limits: dict[int, tuple[int, int]] = {}
     ranks: Ranks | None = None
     weights: Weights = ORIGINAL
+    gate: Gate = OPEN
 
 
 class Beat(Struct, frozen=True, tag="beat"):
@@ -167,12 +169,32 @@ class Resume(Struct, frozen=True, tag="resume"):
     """Begin items again. It ends a `Pause` that has not been answered too."""
 
 
+class SetGate(Struct, frozen=True, tag="set_gate"):
+    """Begin items, or none: the last one counts. The server answers with `Answered`.
+
+    One that opens the gate ends one in progress that closes it. A closed gate stays closed after a `Resume`.
+    """
+
+    number: int
+    gate: Gate
+
+
+class ResetCache(Struct, frozen=True, tag="reset_cache"):
+    """Forget what the engine computed for earlier prompts. The server answers with `Answered`."""
+
+    number: int
+
+
 class Answered(Struct, frozen=True, tag="answered"):
-    """The order with this number is done, or has failed: `fault` is the reason. `version`: that of the weights now."""
+    """The order with this number is done, or has failed: `fault` is the reason.
+
+    `version`: that of the weights now. `gate`: the name of the gate now; see `Gate`.
+    """
 
     number: int
     fault: str = ""
     version: str = FIRST
+    gate: str = OPEN.name
 
 
 class Listening(Struct, frozen=True, tag="listening"):
@@ -233,7 +255,7 @@ class Stopped(Struct, frozen=True, tag="stopped"):
     """The server ends as ordered."""
 
 
-type Order = SetAdapters | CheckWeights | Pause | LoadWeights
+type Order = SetAdapters | CheckWeights | Pause | LoadWeights | SetGate | ResetCache
 type Down = Hello | Beat | Drain | Stop | Meeting | Order | Resume
 type Up = Listening | Meeting | Phase | Ready | Pulse | Failed | Stopped | AdaptersSet | Answered
 

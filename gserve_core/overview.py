@@ -34,6 +34,7 @@ class ServerOverview(Struct, frozen=True, kw_only=True):
     `error`: why its last generation ended, until it is ready again.
     `log`: path of its log, on the owner's machine.
     `machine`: name of the machine on which it runs; "": the owner's, or one that only its address names.
+    `gate`: "open"; or "paused" or "asleep", and then it begins no items.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ServerOverview(Struct, frozen=True, kw_only=True):
     error: str | None = None
     log: str | None = None
     machine: str = ""
+    gate: str = "open"
 
 
 class Ending(Struct, frozen=True):

@@ -2,6 +2,8 @@
 
 from typing import Literal, get_args
 
+from msgspec import Struct
+
 from .errors import ConfigError
 
 type InFlight = Literal["finish", "redo", "keep", "abort"]
@@ -10,6 +12,30 @@ type InFlight = Literal["finish", "redo", "keep", "abort"]
 finish: they are answered first. redo: they are cancelled, and start again afterwards. keep: they stay in the engine,
 and go on afterwards. abort: they end with the tokens that they have; those without a token start again afterwards.
 """
+
+
+class Gate(Struct, frozen=True):
+    """Whether the servers of a model begin items.
+
+    `in_flight`: what happens to items in flight when the gate closes.
+    `sleep`: 0: the engine keeps its memory. 1: it moves the weights to the memory of the machine, and frees that of the
+    GPU. 2: it forgets the weights too.
+    """
+
+    is_open: bool = True
+    in_flight: InFlight = "finish"
+    sleep: int = 0
+
+    @property
+    def name(self) -> str:
+        """Its name: "open", "paused" or "asleep"."""
+        return "open" if self.is_open else "asleep" if self.sleep else "paused"
+
+
+OPEN = Gate()
+"""The gate of servers that begin items."""
+LEVELS = (1, 2)
+"""The values of `Gate.sleep` for engines that sleep."""
 
 
 def check_in_flight(given: str) -> InFlight:

@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 import msgspec
+from msgspec import structs
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gserve_core.commands import (
@@ -21,12 +22,18 @@ from gserve_core.commands import (
     UPDATE_SECONDS,
     AddAdapter,
     Command,
+    GateCommand,
     ListAdapters,
+    Pause,
     RemoveAdapter,
+    ResetCache,
+    Resume,
     Seconds,
     ShowWeights,
+    Sleep,
     UpdateWeights,
     Version,
+    Wake,
 )
 from gserve_core.config import GatewayConfig
 from gserve_core.errors import ConfigError, RemoteError, unknown_adapter
@@ -53,7 +60,11 @@ ANSWERED = {("GET", "/status"), ("GET", "/logs"), ("GET", METRICS_PATH), ("POST"
 OPEN_ROUTES = {("GET", "/"), ("GET", "/health")}
 """Routes that need no key."""
 CONTROL_PATH, ADAPTERS_PATH, WEIGHTS_PATH = "/control", "/adapters", "/weights"
-"""Routes that need the control secret instead of an API key."""
+"""Routes that need the control secret instead of an API key. `GATE_PATHS` need it too."""
+GATE_PATHS: dict[str, type[GateCommand]] = {
+    "/pause": Pause, "/resume": Resume, "/reset_cache": ResetCache, "/sleep": Sleep, "/wake": Wake,
+}  # fmt: skip
+"""Routes about a pause, with the command that their body holds."""
 ALL_ROUTES = {*PASSED_ROUTES, *ANSWERED, *OPEN_ROUTES, RUN_ROUTE, ("POST", CONTROL_PATH)}
 MEASURED = frozenset(path for _, path in ALL_ROUTES)
 """Paths that the metrics name. All others are "other", so that a client cannot make new series."""
@@ -140,6 +151,9 @@ class _Gateway:
             if f"{scope['path']}/".startswith(f"{ADAPTERS_PATH}/"):
                 await _answer(scope, 200, await self._adapters(scope, receive), JSON, measurement)
                 return
+            if (kind := GATE_PATHS.get(scope["path"])) is not None:
+                await _answer(scope, 200, await self._move_gate(scope, receive, kind), JSON, measurement)
+                return
             if scope["path"] == WEIGHTS_PATH:
                 await _answer(scope, 200, await self._weights(scope, receive), JSON, measurement)
                 return
@@ -218,6 +232,16 @@ class _Gateway:
         elif scope["method"] != "GET":
             raise RemoteError(f"Method Not Allowed: {scope['method']} {WEIGHTS_PATH}", status=405)
         return msgspec.json.encode((await self._api.control(ShowWeights(model))).weights)
+
+    async def _move_gate(self, scope: Scope, receive: Receive, kind: type[GateCommand]) -> bytes:
+        """Answer a request about a pause. Raises RemoteError: it is refused, or has failed."""
+        self._check_control(scope)
+        if scope["method"] != "POST":
+            raise RemoteError(f"Method Not Allowed: {scope['method']} {scope['path']}", status=405)
+        command = read_json(await read_body(scope, receive, self._max_body) or b"{}", kind)
+        model = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("model", command.model)
+        command = structs.replace(command, model=model)
+        return msgspec.json.encode({"status": (await self._api.control(command)).text})
 
     def _check_access(self, scope: Scope) -> ApiKey:
         """Return the API key of a request. Raises RemoteError: it has none, or its route does not exist."""

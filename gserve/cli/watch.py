@@ -95,7 +95,8 @@ def _rows(view: "View") -> Iterator[tuple[str, ...]]:
 
 
 def _state(server: "ServerOverview") -> str:
-    return f"{server.state}: {server.phase}" if server.phase else server.state
+    phase = server.phase or (server.gate if server.gate != "open" else "")
+    return f"{server.state}: {phase}" if phase else server.state
 
 
 def _address(server: "ServerOverview") -> str:

@@ -471,14 +471,22 @@ class RunningEcho(RunningEngine):
                 run.began += time.monotonic() - max(run.began, self._paused_at)
         self._going.set()
 
+    async def sleep(self, level: int) -> None:
+        """Make no more words. There is no memory to free."""
+        await self.pause()
+
     async def abort(self) -> None:
         """End all items with the words that they have."""
         self.aborts += 1
-        now = time.monotonic()
+        is_paused = not self._going.is_set()
+        now = self._paused_at if is_paused else time.monotonic()
         for number, run in self._runs.items():
             if (future := self._waiting.get(number)) is not None and not future.done():
                 run.most = run.made(now)
                 future.set_result("")
+        if is_paused:  # the others have all words, and wait
+            self._going.set()
+            self._going.clear()
 
     def _fault(self, text: str) -> str:
         """Return the fault that an item with this text triggers; "" if none."""
@@ -502,7 +510,7 @@ class RunningEcho(RunningEngine):
         self._flush_soon()
         try:
             error = await future
-            if run is not None:
+            if run is not None and run.most is None:
                 await self._going.wait()
             return error
         finally:

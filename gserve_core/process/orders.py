@@ -1,4 +1,4 @@
-"""The orders of a server's owner: other adapters, other weights, and a pause of the items meanwhile."""
+"""The orders of a server's owner: other adapters, other weights, and pauses of the items."""
 
 import asyncio
 import logging
@@ -9,6 +9,7 @@ from .. import lease
 from ..errors import sentence_of
 from ..host.redaction import redact
 from ..interfaces import RunningEngine
+from ..pauses import OPEN, Gate
 from ..weights import Weights
 from .work import Work
 
@@ -35,20 +36,30 @@ class Orders:
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_unsound = False
         """Whether weights are being loaded, or could not be loaded."""
+        self._gate = OPEN
 
     def add(self, order: lease.Order | lease.Resume) -> None:
         """Add an order of the owner."""
         match order:
             case lease.Pause() if self._work is not None:
-                self._pausing = self._begin(self._pause(order, self._work))
+                self._pausing = self._begin(self._in_turn(order.number, self._work.pause(order.in_flight)))
             case lease.Resume() if self._work is not None:
-                if self._pausing is not None:
-                    self._pausing.cancel()
+                self._end_pause()
                 self._begin(self._resume(self._work))
+            case lease.SetGate(number, gate) if self._work is not None:
+                if gate.is_open:
+                    self._end_pause()
+                moving = self._begin(self._in_turn(number, self._move(gate, self._work)))
+                self._pausing = self._pausing if gate.is_open else moving
             case lease.Resume():
                 pass  # nothing is paused yet
             case _:
                 self._waiting.put_nowait(order)
+
+    def _end_pause(self) -> None:
+        """End the pause in progress, if there is one."""
+        if self._pausing is not None:
+            self._pausing.cancel()
 
     def _begin(self, doing: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Return a task that is kept until it has ended."""
@@ -57,29 +68,34 @@ class Orders:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def begin(self, engine: RunningEngine, work: Work, weights: Weights, adapters: Mapping[str, str]) -> None:
-        """Give the engine these weights and adapters, then what was ordered so far.
+    async def begin(
+        self, engine: RunningEngine, work: Work, weights: Weights, gate: Gate, adapters: Mapping[str, str]
+    ) -> None:
+        """Give the engine these weights, gate and adapters, then what was ordered so far.
 
-        Raises any exception: the weights cannot be loaded.
+        Raises any exception: the weights cannot be loaded, or the engine cannot sleep.
         """
         self._engine, self._work = engine, work
         if weights.path:
             await self._load(weights)
-        self._send(lease.Answered(0, version=self._version))
+        self._weights = weights
         if adapters:
             await self._set_adapters(lease.SetAdapters(0, dict(adapters)))
+        await self._move(gate, work)
+        await self._answer(0)
         while not self._waiting.empty():
             order = self._waiting.get_nowait()
             if isinstance(order, lease.LoadWeights):
                 await self._load(order.weights)  # a server that cannot have them does not become ready
-            await self._follow(order)
+            await self._follow(order, work)
 
     async def follow(self) -> None:
         """Follow orders, until it is cancelled."""
+        assert self._work is not None
         while True:
-            await self._follow(await self._waiting.get())
+            await self._follow(await self._waiting.get(), self._work)
 
-    async def _follow(self, order: lease.Order) -> None:
+    async def _follow(self, order: lease.Order, work: Work) -> None:
         match order:
             case lease.SetAdapters():
                 await self._set_adapters(order)
@@ -87,17 +103,47 @@ class Orders:
                 await self._answer(number, self._engine.check_weights(path))
             case lease.LoadWeights(number, weights):
                 await self._answer(number, self._load_paused(weights))
+            case lease.ResetCache(number):
+                await self._answer(number, self._engine.reset_cache())
+            case lease.SetGate(number, gate):
+                await self._answer(number, self._move(gate, work))
             case lease.Pause(number):
-                self._send(lease.Answered(number, version=self._version))  # it came before any item
+                await self._answer(number)  # it came before any item
 
-    async def _pause(self, order: lease.Pause, work: Work) -> None:
-        async with self._turn:
-            await self._answer(order.number, work.pause(order.in_flight))
+    async def _in_turn(self, number: int, doing: Coroutine[Any, Any, None]) -> None:
+        """Answer an order that begins or ends a pause, once those before it have ended."""
+        try:
+            async with self._turn:
+                await self._answer(number, doing)
+        finally:
+            doing.close()  # it was never begun if this was cancelled before
 
     async def _resume(self, work: Work) -> None:
         async with self._turn:
-            if not self._is_unsound:  # otherwise its owner ends it
-                await work.resume()
+            await self._resume_unless(self._gate, work)
+
+    async def _move(self, gate: Gate, work: Work) -> None:
+        """Open or close the gate. Raises any exception: the engine cannot do that."""
+        if self._gate.sleep and not gate.sleep:
+            await self._engine.wake(self._weights)
+            if work.is_kept and not gate.is_open:
+                await self._engine.pause()
+        if not gate.is_open and gate != self._gate:
+            await work.pause(gate.in_flight)
+            if gate.sleep:
+                self._pausing = None  # no order ends it any more
+                try:
+                    await self._engine.sleep(gate.sleep)
+                except Exception:
+                    await self._resume_unless(self._gate, work)
+                    raise
+        await self._resume_unless(gate, work)
+        self._gate = gate
+
+    async def _resume_unless(self, gate: Gate, work: Work) -> None:
+        """Begin items again if the gate is open."""
+        if gate.is_open and not self._is_unsound:  # otherwise its owner ends it
+            await work.resume()
 
     async def _load_paused(self, weights: Weights) -> None:
         assert self._work is not None
@@ -115,6 +161,7 @@ class Orders:
         await self._engine.load_weights(weights)
         await self._engine.check_loaded()
         self._work.weight_version = weights.version
+        self._weights = weights
         self._is_unsound = False
 
     @property
@@ -122,15 +169,16 @@ class Orders:
         assert self._work is not None
         return self._work.weight_version
 
-    async def _answer(self, number: int, doing: Awaitable[object]) -> None:
+    async def _answer(self, number: int, doing: Awaitable[object] | None = None) -> None:
         """Wait for `doing`, and report that it is done, or why it is not."""
         fault = ""
         try:
-            await doing
+            if doing is not None:
+                await doing
         except Exception as error:
             logger.warning("an order failed", exc_info=error)
             fault = redact(sentence_of(error), self._secrets)
-        self._send(lease.Answered(number, fault, self._version))
+        self._send(lease.Answered(number, fault, self._version, self._gate.name))
 
     async def _set_adapters(self, order: lease.SetAdapters) -> None:
         """Change the adapters, and report that it is done."""

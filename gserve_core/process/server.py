@@ -20,8 +20,9 @@ from ..host.ports import port_holder
 from ..host.redaction import redact
 from ..interfaces import Address, ASGIApp, ASGIMessage, ASGIReceive, ASGISend, Engine, RunningEngine, Transport
 from ..messages import Event, Health, ResponseOutput, RunRequest
+from ..pauses import OPEN
 from ..tasks import GENERATE
-from ..weights import ORIGINAL, Weights
+from ..weights import ORIGINAL
 from . import openai_face, ranks
 from .engine_watchdog import wait_hung
 from .orders import Orders
@@ -159,7 +160,7 @@ class Server:
         """
         loop = asyncio.get_running_loop()
         self._lease = owner
-        weights = ORIGINAL if owner is None else owner.hello.weights
+        hello = None if owner is None else owner.hello
         if owner is not None:
             owner.watch(
                 on_message=lambda message: loop.call_soon_threadsafe(self._handle_message, message),
@@ -171,7 +172,7 @@ class Server:
             logger.info("listening on %s", address)
             self._address = address
             self._send(lease.Listening(address))
-            starting, code = asyncio.create_task(self._others.watch(self._start(engine, llm, weights))), 0
+            starting, code = asyncio.create_task(self._others.watch(self._start(engine, llm, hello))), 0
             try:
                 if await self._wait_first(starting):
                     await self._until_end()
@@ -190,7 +191,8 @@ class Server:
         self._state = "stopped"
         return code
 
-    async def _start(self, engine: Engine, llm: LLMConfig, weights: Weights) -> None:
+    async def _start(self, engine: Engine, llm: LLMConfig, hello: lease.Hello | None) -> None:
+        weights, gate = (ORIGINAL, OPEN) if hello is None else (hello.weights, hello.gate)
         loop, ours = asyncio.get_running_loop(), threading.get_ident()
 
         def report(text: str) -> None:
@@ -218,7 +220,7 @@ class Server:
         locks.started()
         if weights.path:
             self._report(f"loading the weights of version {weights.version}")
-        await self._orders.begin(running, self._work, weights, llm.all_adapters)
+        await self._orders.begin(running, self._work, weights, gate, llm.all_adapters)
         self._state, self._phase = "ready", None
         logger.info("ready: %s", running.info.model)
         self._send(lease.Ready(running.info))
@@ -286,7 +288,9 @@ class Server:
             case lease.Drain(seconds):
                 self._is_drain_a_signal = True
                 self._begin_drain(DRAIN_SECONDS if seconds is None else seconds)
-            case lease.SetAdapters() | lease.CheckWeights() | lease.Pause() | lease.LoadWeights() | lease.Resume():
+            case lease.Beat() | lease.Hello() | lease.Meeting():
+                pass
+            case _:
                 self._orders.add(message)
 
     def _on_lost(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from msgspec import structs
 
-from ..errors import ItemError, RemoteError, sentence_of
+from ..errors import GserveError, ItemError, RemoteError, sentence_of
 from ..host.redaction import redact
 from ..interfaces import RunningEngine
 from ..messages import Event, Failure, Group, Heartbeat, ResponseOutput, Result, RunRequest, unfolded
@@ -312,8 +312,13 @@ class Work:
         `in_flight`: what happens to those in the engine. Requests that the engine's own application answers are never
         put back: they finish.
 
-        Raises GserveError: the engine cannot do that.
+        Raises GserveError: the engine cannot do that, or an earlier pause keeps items that would have to finish.
         """
+        if in_flight == "finish" and self.is_kept and not self.is_empty:
+            raise GserveError(
+                f"a pause keeps {self.running} items in the engine, which cannot finish: resume first, or choose"
+                " in_flight 'keep', 'redo' or 'abort'"
+            )
         self._opened.clear()
         self._most_running = 0
         if in_flight == "keep":

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import threading
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -17,30 +16,37 @@ from ..commands import (
     AddAdapter,
     Command,
     Done,
+    GateCommand,
     ListAdapters,
+    Pause,
     Reload,
     RemoveAdapter,
+    ResetCache,
+    Resume,
     Scale,
     ShowWeights,
+    Sleep,
     UpdateWeights,
+    Wake,
 )
 from ..config import LORA, GatewayConfig, ServeConfig, wrong_key
-from ..errors import ChangeInProgress, ConfigError, GserveError
-from ..host import adapter_folders, folders, processes, weight_folders
+from ..errors import ConfigError, GserveError
+from ..host import adapter_folders, folders, processes
 from ..host.api_keys import kept_key
 from ..host.environment import KEY_VARIABLE
 from ..interfaces import Connection
-from ..weights import FIRST, ORIGINAL, Weights
+from ..pauses import OPEN, Gate
+from ..weights import ORIGINAL, Weights
 from . import memory_weights
+from .changes import Changes, check_awake
 from .gateway import Gateway, ModelCard, new_key
-from .memory_weights import MemoryFolder, Tensors
+from .memory_weights import Tensors
 from .plan import ModelPlan, Plan, Source
 from .pool import Pool, Queue, Record, status_of
 from .records import ModelRecord, ServiceRecord
 from .server import record_of
 from .server_life import ServerProgram
 from .state import ONLY, ServerState
-from .weight_updates import WeightUpdate
 
 logger = logging.getLogger("gserve.service")
 UNDO_SECONDS = 10.0
@@ -64,10 +70,6 @@ class Deployment:
         self._source = source
         self.seeds = {key: Seeds(model.llm.item_seed) for key, model in plan.models.items()}
         """The seeds of items of the service's own calls, for each model."""
-        self._in_memory: dict[str, MemoryFolder] = {}
-        """The folders with weights from memory, by their paths."""
-        self._changes = threading.Lock()
-        """Held during a change."""
         self.pool = Pool(
             list(plan.programs()),
             logs=lambda: folders.log_folder(name or uuid.uuid4().hex[:8]),
@@ -77,6 +79,7 @@ class Deployment:
             record=None if name is None else Record(name, partial(self._record, name)),
             nursery=self,
         )
+        self._changes = Changes(self.pool, lambda: [model.weights for model in self.plan.models.values()])
 
     def prepare(self) -> None:
         """Check the plan before a start, and make room. Raises ConfigError: see `Plan.check`."""
@@ -87,10 +90,13 @@ class Deployment:
     def close(self) -> None:
         """End the nurseries, and remove weights from memory. Called by the pool once all servers have ended."""
         for key, model in self.plan.models.items():
-            if model.weights.path in self._in_memory:  # another start has those of the config
+            if not model.gate.is_open:  # another start pauses nothing
+                self.plan = self.plan.with_gate(key, OPEN)
+                self.pool.set_programs([replace(it, gate=OPEN) for it in self.members(key)])
+            if self._changes.is_in_memory(model.weights):  # another start has those of the config
                 self.plan = self.plan.with_weights(key, ORIGINAL)
                 self.pool.set_programs([replace(it, weights=ORIGINAL) for it in self.members(key)])
-        self._remove_unused_weights()
+        self._changes.end()
         for plan in (self.plan, self._tried):
             if plan is not None:
                 plan.close()
@@ -167,6 +173,8 @@ class Deployment:
             case ShowWeights(model):
                 weights = self.weights_of(model)
                 return Done(f"version {weights.version}", weights=weights)
+            case Pause() | Resume() | ResetCache() | Sleep() | Wake():
+                return Done(self.move_gate(command))
             case ListAdapters(model):
                 return Done(f"{len(found := self.adapters_of(model))} adapters", found)
             case Scale(servers, drain, model):
@@ -187,26 +195,6 @@ class Deployment:
         known = self._source or Source(path)
         return replace(known, path=path, overrides=tuple(overrides))
 
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Hold the right to change the servers for the block. Raises ChangeInProgress: another one is."""
-        if not self._changes.acquire(blocking=False):
-            raise ChangeInProgress("another change of this service is in progress: try again when it has ended")
-        try:
-            yield
-        finally:
-            try:
-                self._remove_unused_weights()
-            finally:
-                self._changes.release()
-
-    def _remove_unused_weights(self) -> None:
-        """Remove the folders with weights from memory that no model has. A change and `close` may call it at once."""
-        used = {model.weights.path for model in self.plan.models.values()}
-        for path in [it for it in list(self._in_memory) if it not in used]:
-            if (folder := self._in_memory.pop(path, None)) is not None:
-                folder.remove()
-
     def members(self, key: str | None = None) -> list[ServerProgram]:
         """Return the programs of the servers of a model, or of all models, in the order of their indexes."""
         programs = [it for it in self.pool.programs if isinstance(it, ServerProgram)]
@@ -224,7 +212,7 @@ class Deployment:
         Raises LaunchError: a new server failed. The number stays as it was.
         Raises ChangeInProgress: another change is in progress. Raises GserveError: the service does not run.
         """
-        with self._changing():
+        with self._changes.one():
             key = self.plan.key_of(model)
             with self.plan.config.placing(self.plan.models[key].name):
                 plan = self._resized(key, servers)
@@ -256,9 +244,10 @@ class Deployment:
 
         For the errors see `VLLMService`. `is_below_root`: see `commands.AddAdapter`.
         """
-        with self._changing():
+        with self._changes.one():
             key = self.plan.key_of(model)
             own = self.plan.models[key]
+            check_awake(self.members(key)[0])
             if name == LORA and own.llm.lora_path is not None:
                 raise ConfigError(f"'{LORA}' is the adapter of lora_path: choose another name")
             if is_below_root:
@@ -289,8 +278,9 @@ class Deployment:
 
     def remove_adapter(self, name: str, drain: float = DRAIN_SECONDS, model: str | None = None) -> None:
         """Remove a LoRA adapter from all servers of a model. For the errors see `VLLMService`."""
-        with self._changing():
+        with self._changes.one():
             key = self.plan.key_of(model)
+            check_awake(self.members(key)[0])
             llm = self.plan.models[key].llm
             if name not in llm.adapters:
                 why = "is that of lora_path, which stays" if name in llm.all_adapters else "is not loaded"
@@ -311,43 +301,25 @@ class Deployment:
 
         `tensors`: the weights, if they are in the memory of this process, and not in the folder of the command.
         """
-        with self._changing():
+        with self._changes.one():
             key = self.plan.key_of(command.model)
-            own = self.plan.models[key]
-            if command.version == FIRST:
-                raise ConfigError(f"'{FIRST}' is the version of the weights of the start: choose another one")
-            path = _weight_folder(own, command) if tensors is None else ""
-            if command.version == own.weights.version:
-                if path == own.weights.path or (tensors is not None and own.weights.path in self._in_memory):
-                    return
-                raise ConfigError(
-                    f"the weights of version '{own.weights.version}' are those in {own.weights.path or own.name}: give"
-                    " other weights another version"
-                )
-            self.pool.running()
-            if tensors is not None:
-                folder = self._write(own, tensors)
-                path = str(folder.path)
-                self._in_memory[path] = folder
-            weights = Weights(command.version, path)
 
-            def commit() -> None:
+            def commit(weights: Weights) -> None:
                 self.plan = self.plan.with_weights(key, weights)
 
-            update = WeightUpdate(self.pool, self.members(key), weights, command.timeout)
-            update.run(command.in_flight, on_commit=commit)
-            self.pool.write_record()
+            self._changes.update_weights(self.members(key), command, tensors, commit)
 
-    def _write(self, model: ModelPlan, tensors: Tensors) -> MemoryFolder:
-        """Return a folder with tensors. Raises ConfigError or GserveError: see `memory_weights.write`."""
-        launcher = model.parts.launcher
-        if not launcher.runs_here:
-            raise GserveError(
-                "tensors reach servers through the memory of this machine, and the launcher"
-                f" '{launcher.name}' starts servers on others: save them into a folder that all machines see, and pass"
-                " its path"
-            )
-        return memory_weights.write(tensors)
+    def move_gate(self, command: GateCommand) -> str:
+        """Pause a model, end its pause, or reset its caches. Return what was done. For the errors see `VLLMService`."""
+        with self._changes.one():
+            key = self.plan.key_of(command.model)
+
+            def commit(gate: Gate) -> None:
+                self.plan = self.plan.with_gate(key, gate)
+
+            return self._changes.move_gate(
+                self.members(key), command, commit, lambda: self.move_gate(Resume(command.model))
+            )  # fmt: skip
 
     def _adapted(self, key: str, adapters: Mapping[str, str]) -> tuple[Plan, list[ServerProgram]]:
         """Return the plan and the programs of a model's servers with other adapters. Raises ConfigError."""
@@ -431,7 +403,7 @@ class Deployment:
         source = source or self._source
         if source is None:
             raise GserveError("this service does not come from a file: name a CONFIG")
-        with self._changing():
+        with self._changes.one():
             given = source.read()
             with given.located():
                 self._check_change(given)
@@ -473,7 +445,7 @@ class Deployment:
         for key, model in given.models.items():
             known = self.plan.models.get(key)
             if known is not None and known.llm.model_name == model.llm.model_name:
-                plan = plan.with_weights(key, known.weights)
+                plan = plan.with_weights(key, known.weights).with_gate(key, known.gate)
             if not model.is_alone and _is_same(self._given.models.get(key), model):
                 plan = plan.with_kept(key, self.plan.models[key])
         return plan
@@ -585,15 +557,6 @@ class Deployment:
                 self.pool.add([old for old in olds if old is not twin])
             except GserveError as error:
                 logger.error("cannot bring back %s: %s", new.name, error)
-
-
-def _weight_folder(model: ModelPlan, command: UpdateWeights) -> str:
-    """Return the folder of new weights. Raises ConfigError: see `weight_folders`."""
-    if command.is_below_root:
-        return str(weight_folders.find_below(model.serve.weights_root, command.path))
-    if model.parts.launcher.runs_here:  # else the folder may be on other machines only
-        return str(weight_folders.find(command.path))
-    return command.path
 
 
 def _key(program: ServerProgram) -> str:

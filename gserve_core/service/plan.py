@@ -10,6 +10,7 @@ from typing import Any, Self
 from ..config import Config, GatewayConfig, LLMConfig, Placement, ServeConfig, check_places, gpu_memory, load
 from ..errors import ConfigError
 from ..interfaces import Engine, Job, Launcher, Transport
+from ..pauses import OPEN, Gate
 from ..plugins import Parts, assemble
 from ..weights import ORIGINAL, Weights
 from .gpu_sharing import Choice, decide
@@ -52,7 +53,7 @@ class ModelPlan:
 
     `placement`: the GPU ids of each server, in order; None for a server that is not pinned.
     `is_alone`: whether the service has no other model.
-    `weights`: those of all its servers.
+    `weights`, `gate`: those of all its servers.
     `gpu_memory`: the fraction of the memory for each server, by its GPUs. See `config.gpu_memory`.
     `choice`: the reason for `serve.servers_per_gpu`, if that was "auto".
     """
@@ -64,6 +65,7 @@ class ModelPlan:
     placement: Placement
     is_alone: bool = True
     weights: Weights = ORIGINAL
+    gate: Gate = OPEN
     nursery: Nursery = field(default_factory=Nursery, compare=False)
     gpu_memory: Mapping[tuple[int, ...] | None, float] = field(default_factory=dict)
     choice: Choice | None = None
@@ -213,6 +215,10 @@ class Plan:
         """Return the plan with other weights of one model."""
         return replace(self, models={**self.models, key: replace(self.models[key], weights=weights)})
 
+    def with_gate(self, key: str, gate: Gate) -> "Plan":
+        """Return the plan with another gate of one model."""
+        return replace(self, models={**self.models, key: replace(self.models[key], gate=gate)})
+
     def _config_with(self, key: str, **sections: Any) -> Config:
         """Return the config with other sections of one model."""
         return self.config.with_model(self.models[key].name, **sections)
@@ -233,7 +239,7 @@ class Plan:
         return ServerProgram(
             llm=model.served_llm(gpu_ids), serve=own, gpu_ids=gpu_ids, parts=model.parts, nursery=model.nursery,
             index=index, first=sum([*beside.values()][:before]), servers=sum(beside.values()), model=model.name,
-            is_alone=model.is_alone, weights=model.weights,
+            is_alone=model.is_alone, weights=model.weights, gate=model.gate,
         )  # fmt: skip
 
     def programs(self) -> Iterator[ServerProgram]:

@@ -26,8 +26,8 @@ from ..overview import Counters
 from ..service import records
 from ..service.records import GatewayRecord, ServiceRecord
 from .gateway import Gateway
-from .state import BEGINNING, ONLY, AdaptersSet, Published, ServerState, State
-from .supervisor import CLEANING_UP, END_SECONDS, Answers, Limits, Program, Supervisor, failure_of
+from .state import BEGINNING, ONLY, AdaptersSet, Answers, Published, ServerState, State
+from .supervisor import CLEANING_UP, END_SECONDS, Limits, Program, Supervisor, failure_of
 
 type Faults = dict[str, Mapping[str, str]]
 """Why adapters could not be loaded: by the name of the server, and the name of the adapter."""
@@ -471,7 +471,10 @@ class Pool:
         """
         if (session := self._session) is None:
             raise LaunchError(f"{', '.join(names)} is not started")
-        return session.supervisor.wait_ready(seconds, names)
+        is_ready = session.supervisor.wait_ready(seconds, names)
+        if is_ready and self.states.keys() <= {*names}:
+            session.supervisor.has_started = True
+        return is_ready
 
     def wait_stopped(self, name: str) -> None:
         """Wait, for a limited time, until a server that was asked to stop has ended."""

@@ -1,26 +1,47 @@
 """`VLLMServer`: one server as its owner sees it."""
 
 import math
+import os
 import sys
 import uuid
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ..batch.items import Seeds
+from ..commands import (
+    PAUSE_SECONDS,
+    UPDATE_SECONDS,
+    GateCommand,
+    Pause,
+    ResetCache,
+    Resume,
+    UpdateWeights,
+    Wake,
+    sleep_command,
+    update_command,
+)
 from ..config import Config, LLMConfig, ServeConfig
 from ..errors import ConfigError, GserveError
 from ..host import folders
 from ..interfaces import Engine, Job, Launcher, Transport
+from ..pauses import OPEN, check_in_flight
 from ..plugins import assemble
 from ..service import records
+from ..weights import ORIGINAL, Weights
+from .changes import Changes
 from .client import VLLMClient
 from .nursery import Nursery
 from .pool import Pool
 from .server_life import ServerProgram
 from .state import ServerState
+
+if TYPE_CHECKING:
+    from .memory_weights import Tensors
 
 
 class VLLMServer:
@@ -66,24 +87,21 @@ class VLLMServer:
         parts = assemble(
             Config(llm_config, plugins=list(plugins)), launcher=launcher, transport=transport, engine=engine
         )
-        nursery = Nursery()
         program = ServerProgram(
-            llm=llm_config, serve=serve, gpu_ids=None if ids is None else tuple(ids), parts=parts, nursery=nursery,
+            llm=llm_config, serve=serve, gpu_ids=None if ids is None else tuple(ids), parts=parts, nursery=Nursery(),
             model=llm_config.model_name,
         )  # fmt: skip
-        pool = Pool(
-            [program], logs=lambda: folders.log_folder(uuid.uuid4().hex[:8]), nursery=nursery,
-            keeps_places=True, what=program.name,
-        )  # fmt: skip
-        self._set_up(program, pool, is_alone=True)
+        alone = _Alone(program)
+        self._set_up(program, alone.pool, alone)
 
-    def _set_up(self, program: ServerProgram, pool: Pool, *, is_alone: bool) -> None:
+    def _set_up(self, program: ServerProgram, pool: Pool, alone: "_Alone | None" = None) -> None:
         self.name = program.name
         self._program = program
         self._pool = pool
-        self._is_alone = is_alone
+        self._alone = alone
+        """What can change of it, unless it belongs to a service."""
         self._seeds = Seeds(program.llm.item_seed)
-        if is_alone:
+        if alone is not None:
             weakref.finalize(self, pool.ask_to_close)
 
     # ---------------------------------------------------------------------------------------------------------- status
@@ -91,7 +109,7 @@ class VLLMServer:
     @property
     def program(self) -> ServerProgram:
         """What the server runs."""
-        return self._program
+        return self._program if self._alone is None else self._alone.program
 
     @property
     def host(self) -> str:
@@ -121,7 +139,7 @@ class VLLMServer:
 
     def job(self, log: Path, instance: str = "") -> Job:
         """Return the job for the launcher. Raises ConfigError or PluginError."""
-        return self._program.job(log, instance)
+        return self.program.job(log, instance)
 
     def record(self) -> records.ServerRecord:
         """Return the record with which another process can use this server. The server must be ready."""
@@ -157,7 +175,7 @@ class VLLMServer:
 
     def begin(self) -> None:
         """Start the server, without waiting until it is ready. Raises GserveError."""
-        if self._is_alone:
+        if self._alone is not None:
             self._pool.begin()
         else:
             self._pool.begin_one(self.name)
@@ -173,7 +191,7 @@ class VLLMServer:
         """Stop the server and all its child processes. Idempotent. May be called from any thread."""
         if sys.is_finalizing():  # no thread runs any more that could do this: the end of the lease stops the server
             return
-        if self._is_alone:
+        if self._alone is not None:
             self._pool.close()
         else:
             self.ask_to_stop()
@@ -184,7 +202,7 @@ class VLLMServer:
 
         Does nothing in a forked process, which is not the owner.
         """
-        if self._is_alone:
+        if self._alone is not None:
             self._pool.ask_to_close()
         else:
             self._pool.stop_one(self.name)
@@ -192,6 +210,55 @@ class VLLMServer:
     def wait_stopped(self) -> None:
         """Wait until a server that was asked to stop has ended. For the time limit see `supervisor.END_SECONDS`."""
         self._pool.wait_stopped(self.name)
+
+    # --------------------------------------------------------------------------------------- changes while it works
+
+    @property
+    def weights(self) -> Weights:
+        """The version and the folder of its weights. Those of the start have version "0" and no folder."""
+        return self.program.weights
+
+    def update_weights(
+        self,
+        weights: "Path | str | Tensors",
+        *,
+        version: str,
+        in_flight: str = "finish",
+        timeout: float = UPDATE_SECONDS,
+    ) -> None:
+        """Replace the weights while the server works. See `VLLMService.update_weights`.
+
+        Raises GserveError in addition: the server belongs to a service, whose servers change together.
+        """
+        path, tensors = (str(weights), None) if isinstance(weights, (str, os.PathLike)) else ("", weights)
+        self._changeable().update_weights(update_command(path, version, in_flight, timeout), tensors)
+
+    def pause(
+        self, in_flight: str = "finish", *, limit: float | None = PAUSE_SECONDS, timeout: float = UPDATE_SECONDS
+    ) -> None:
+        """Have the server begin no more items, until `resume`. See `VLLMService.pause`, and `update_weights`."""
+        self._changeable().move_gate(Pause(check_in_flight(in_flight), limit, timeout))
+
+    def resume(self) -> None:
+        """End a pause. See `VLLMService.resume`, and `update_weights`."""
+        self._changeable().move_gate(Resume())
+
+    def reset_cache(self) -> None:
+        """Have the server forget what it computed for earlier prompts. See `VLLMService.reset_cache`."""
+        self._changeable().move_gate(ResetCache())
+
+    def sleep(self, level: int = 1, in_flight: str = "finish", *, timeout: float = UPDATE_SECONDS) -> None:
+        """Pause the server, and free the memory of its GPUs, until `wake`. See `VLLMService.sleep`."""
+        self._changeable().move_gate(sleep_command(level, in_flight, timeout))
+
+    def wake(self, *, timeout: float = UPDATE_SECONDS) -> None:
+        """End a `sleep`, or a pause. See `VLLMService.wake`."""
+        self._changeable().move_gate(Wake(timeout))
+
+    def _changeable(self) -> "_Alone":
+        if self._alone is None:
+            raise GserveError(f"{self.name} belongs to a service, whose servers change together: call its own method")
+        return self._alone
 
     def __enter__(self) -> Self:
         self.start()
@@ -201,6 +268,38 @@ class VLLMServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.shutdown()
+
+
+class _Alone:
+    """What a server runs that belongs to no service, and its pool. Implements `pool.Closable`."""
+
+    def __init__(self, program: ServerProgram) -> None:
+        self.program = program
+        self.pool = Pool(
+            [program], logs=lambda: folders.log_folder(uuid.uuid4().hex[:8]), nursery=self, keeps_places=True,
+            what=program.name,
+        )  # fmt: skip
+        self._changes = Changes(self.pool, lambda: [self.program.weights])
+
+    def update_weights(self, command: UpdateWeights, tensors: "Tensors | None") -> None:
+        with self._changes.one():
+            self._changes.update_weights([self.program], command, tensors, lambda it: self._keep(weights=it))
+
+    def move_gate(self, command: GateCommand) -> None:
+        with self._changes.one():
+            resume = partial(self.move_gate, Resume())
+            self._changes.move_gate([self.program], command, lambda gate: self._keep(gate=gate), resume)
+
+    def _keep(self, **changed: Any) -> None:
+        self.program = replace(self.program, **changed)
+
+    def close(self) -> None:
+        """End the nursery, what a pause has begun, and weights in memory. Called once the server has ended."""
+        weights = ORIGINAL if self._changes.is_in_memory(self.program.weights) else self.program.weights
+        self._keep(weights=weights, gate=OPEN)
+        self.pool.set_programs([self.program])
+        self._changes.end()
+        self.program.nursery.close()
 
 
 def record_of(state: ServerState) -> records.ServerRecord:
@@ -216,5 +315,5 @@ def record_of(state: ServerState) -> records.ServerRecord:
 def member_of(pool: Pool, program: ServerProgram) -> VLLMServer:
     """Return one of the servers of a pool."""
     server = VLLMServer.__new__(VLLMServer)
-    server._set_up(program, pool, is_alone=False)
+    server._set_up(program, pool)
     return server

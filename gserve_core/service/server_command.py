@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from ..host import addresses
 from ..host.environment import Surroundings
 from ..host.redaction import divided
+from ..pauses import OPEN, Gate
 from ..plugins import Parts
 from ..weights import ORIGINAL, Weights
 
@@ -23,6 +24,7 @@ PROGRAM = Path(__file__).resolve().parents[2] / "gserve" / "vllm_server.py"
 def make_hello(
     llm: LLMConfig, serve: ServeConfig, parts: Parts, origin: Surroundings, instance: str, token: str, control: str,
     weights: Weights = ORIGINAL,
+    gate: Gate = OPEN,
 ) -> lease.Hello:  # fmt: skip
     """Return the hello message for a server, with its complete config.
 
@@ -46,7 +48,7 @@ def make_hello(
         plugins=list(parts.plugins),
         folder=str(parts.folder.resolve()) if parts.folder else None,
         umask=origin.umask if is_here else None, limits=dict(origin.limits) if is_here else {},
-        ranks=ranks, weights=weights,
+        ranks=ranks, weights=weights, gate=gate,
     )  # fmt: skip
 
 

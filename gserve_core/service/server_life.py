@@ -25,6 +25,7 @@ from ..host.memory import memory_kills
 from ..host.server_log import BoundedLog
 from ..interfaces import Address, Job, Process
 from ..overview import Counters
+from ..pauses import OPEN, Gate
 from ..plugins import Parts
 from ..weights import ORIGINAL, Weights
 from .nursery import Nursery
@@ -103,7 +104,7 @@ class ServerProgram:
     `index`: its number among the servers of its model.
     `first`, `servers`: number of servers of the models before it, and of all models. They divide the cores.
     `model`: name of its model. `is_alone`: whether the service has no other model.
-    `weights`: those that it has before it is ready.
+    `weights`, `gate`: those that it has before it is ready.
     """
 
     llm: LLMConfig
@@ -117,6 +118,7 @@ class ServerProgram:
     model: str = ""
     is_alone: bool = True
     weights: Weights = ORIGINAL
+    gate: Gate = OPEN
 
     @property
     def name(self) -> str:
@@ -303,7 +305,15 @@ class ServerRun:
             processes.SERVER_VARIABLE: "", "SPT_NOENV": "1",
         }  # fmt: skip
         hello = make_hello(
-            self._program.llm, self._serve, self._parts, self.origin, instance, token, control, self._program.weights
+            self._program.llm,
+            self._serve,
+            self._parts,
+            self.origin,
+            instance,
+            token,
+            control,
+            self._program.weights,
+            self._program.gate,
         )
         self.process = process = self._parts.launcher.launch(
             replace(job, env=marked, nursery=self._program.nursery, previous=self._previous)
@@ -459,8 +469,8 @@ class ServerRun:
             case lease.AdaptersSet(number, faults):
                 self._report(AdaptersSet(number, faults))
                 self._note_followed(number)
-            case lease.Answered(number, fault, version):
-                self._report(Answered(number, fault, version))
+            case lease.Answered(number, fault, version, gate):
+                self._report(Answered(number, fault, version, gate))
                 self._note_followed(number)
             case lease.Pulse():
                 self._pulse = message

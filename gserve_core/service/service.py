@@ -1,7 +1,6 @@
 """`VLLMService`: all servers of a config, behind one queue."""
 
 import os
-import re
 import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,17 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from ..batch.dispatcher import Dispatcher
 from ..batch.items import Seeds
-from ..commands import DRAIN_SECONDS, UPDATE_SECONDS, VERSION, UpdateWeights
+from ..commands import (
+    DRAIN_SECONDS,
+    PAUSE_SECONDS,
+    UPDATE_SECONDS,
+    Pause,
+    ResetCache,
+    Resume,
+    Wake,
+    sleep_command,
+    update_command,
+)
 from ..config import Config, GatewayConfig, LLMConfig, ModelConfig, ServeConfig, wrong_key
 from ..errors import ConfigError, GserveError
 from ..host.environment import ATTACH_VARIABLE, KEY_VARIABLE
@@ -423,12 +432,85 @@ class VLLMService(Inference):
         Raises GserveError: the weights do not fit, or no server can load them: all servers have the old ones. Or the
         service does not run here, or another change is in progress.
         """
-        how = check_in_flight(in_flight)
-        if not re.fullmatch(VERSION, version):
-            raise ConfigError(f"expected a version of 1 to 64 letters, digits, '.', '_' and '-', got {version!r:.100}")
         path, tensors = (str(weights), None) if isinstance(weights, (str, os.PathLike)) else ("", weights)
-        command = UpdateWeights(path, version, in_flight=how, timeout=timeout, model=model)
+        command = update_command(path, version, in_flight, timeout, model)
         self._changeable().update_weights(command, tensors)
+
+    def pause(
+        self,
+        in_flight: str = "finish",
+        *,
+        limit: float | None = PAUSE_SECONDS,
+        timeout: float = UPDATE_SECONDS,
+        model: str | None = None,
+    ) -> None:
+        """Have all servers begin no more items, until `resume`. Returns when their engines compute none.
+
+        Calls and requests wait meanwhile. A server that is started later is paused too. `update_weights` ends no pause.
+
+        `in_flight`: see `update_weights`.
+        `limit`: time after which the servers go on by themselves, in seconds. Another `pause` begins it anew. None:
+        never.
+        `timeout`: maximum time until all have paused, in seconds.
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: `in_flight` is unknown, or there is no such model.
+        Raises GserveError: a server cannot pause, or does not in time, and all go on. Or they are asleep, the service
+        does not run here, or another change is in progress.
+        """
+        self._changeable().move_gate(Pause(check_in_flight(in_flight), limit, timeout, model))
+
+    def resume(self, *, model: str | None = None) -> None:
+        """End a pause. Does nothing if there is none. A server that cannot go on is started again.
+
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: there is no such model.
+        Raises GserveError: the servers are asleep, the service does not run here, or another change is in progress.
+        """
+        self._changeable().move_gate(Resume(model))
+
+    def reset_cache(self, *, model: str | None = None) -> None:
+        """Have all servers forget what they computed for earlier prompts. Items in flight get the same answers.
+
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: there is no such model.
+        Raises GserveError: a server cannot do that, or they are asleep. Or the service does not run here, or another
+        change is in progress.
+        """
+        self._changeable().move_gate(ResetCache(model))
+
+    def sleep(
+        self, level: int = 1, in_flight: str = "finish", *, timeout: float = UPDATE_SECONDS, model: str | None = None
+    ) -> None:
+        """Pause all servers, and free the memory of their GPUs, until `wake`.
+
+        vLLM must have been started with `enable_sleep_mode: true` in `llm_kwargs`. On a CPU it only pauses. What is
+        kept in flight is computed anew afterwards.
+
+        `level`: 1: the weights move to the memory of the machine. 2: they are forgotten, and `wake` loads those of
+        `weights` again.
+        `in_flight`: see `update_weights`.
+        `timeout`: maximum time until all sleep, in seconds.
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: an argument is wrong, or there is no such model.
+        Raises GserveError: a server cannot sleep, or does not in time, and all go on. Or they sleep at another level,
+        the service does not run here, or another change is in progress.
+        """
+        self._changeable().move_gate(sleep_command(level, in_flight, timeout, model))
+
+    def wake(self, *, timeout: float = UPDATE_SECONDS, model: str | None = None) -> None:
+        """End a `sleep`, or a pause. A server that cannot wake, or not in time, is started again.
+
+        `timeout`: maximum time until all are awake, in seconds.
+        `model`: the name of the model, if there are several.
+
+        Raises ConfigError: there is no such model.
+        Raises GserveError: the service does not run here, or another change is in progress.
+        """
+        self._changeable().move_gate(Wake(timeout, model))
 
     def _changeable(self) -> "Deployment":
         if self._deployment is None:

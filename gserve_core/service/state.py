@@ -19,6 +19,7 @@ from msgspec import Struct, structs
 from ..errors import GserveError
 from ..interfaces import Address, EngineInfo
 from ..overview import Counters
+from ..pauses import OPEN
 from ..weights import FIRST
 
 TICK = 0.2
@@ -60,6 +61,7 @@ class ServerState:
     `prompt_rate`, `completion_rate`: tokens per second, over the last seconds.
     `adapter_faults`: why adapters could not be loaded, by name.
     `weight_version`: the version of its weights.
+    `gate`: "open"; or "paused" or "asleep", and then it begins no items; see `pauses.Gate`.
     """
 
     name: str
@@ -90,6 +92,7 @@ class ServerState:
     completion_rate: float = 0.0
     adapter_faults: Mapping[str, str] = MappingProxyType({})
     weight_version: str = FIRST
+    gate: str = OPEN.name
 
     @property
     def usable(self) -> bool:
@@ -137,8 +140,8 @@ class ServerState:
                 return counted if self.works else counted._at_rest()
             case AdaptersSet(_, faults):
                 return replace(self, adapter_faults=faults)
-            case Answered(_, _, version):
-                return replace(self, weight_version=version)
+            case Answered(_, _, version, gate):
+                return replace(self, weight_version=version, gate=gate)
         return self
 
     def _at_rest(self) -> Self:
@@ -152,7 +155,7 @@ class ServerState:
             self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=first.host,
             port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False, returns=True,
             unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
-            counters=Counters(), machine="", adapter_faults=MappingProxyType({}), weight_version=FIRST,
+            counters=Counters(), machine="", adapter_faults=MappingProxyType({}), weight_version=FIRST, gate=OPEN.name,
         )  # fmt: skip
 
     def queued(self, phase: str) -> Self:
@@ -271,11 +274,12 @@ class AdaptersSet(Struct, frozen=True):
 
 
 class Answered(Struct, frozen=True):
-    """The server has followed an order about its weights; see `lease.Answered`."""
+    """The server has followed an order about its weights or its gate; see `lease.Answered`."""
 
     number: int
     fault: str
     version: str
+    gate: str
 
 
 class Released(Struct, frozen=True):
@@ -284,7 +288,18 @@ class Released(Struct, frozen=True):
 
 type Answer = AdaptersSet | Answered
 """The report that an order was followed."""
+type Answers = dict[str, Answer]
+"""The answers to an order, by the names of the servers."""
 type Report = Logging | Queued | Phase | Listening | Ready | Counted | Ended | Gone | Released | Answer
+
+
+def faults_of(answers: Answers) -> str:
+    """Return in one text what servers could not do."""
+    return "; ".join(
+        f"{name}: {answer.fault}"
+        for name, answer in sorted(answers.items())
+        if isinstance(answer, Answered) and answer.fault
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- readers

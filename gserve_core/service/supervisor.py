@@ -26,8 +26,8 @@ from ..lease import Order
 from .state import (
     BEGINNING,
     AdaptersSet,
-    Answer,
     Answered,
+    Answers,
     Ended,
     Gone,
     Phase,
@@ -172,10 +172,6 @@ class _Server:
         self.fruitless = 0
         """Number of ends in a row without a finished item, including expected deaths."""
         self.failed_starts = 0
-
-
-type Answers = dict[str, Answer]
-"""What servers have answered to an order, by their names."""
 
 
 @dataclass

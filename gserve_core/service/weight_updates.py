@@ -16,8 +16,7 @@ from ..pauses import InFlight
 from ..weights import Weights
 from .pool import Pool
 from .server_life import ServerProgram
-from .state import Answered, ServerState
-from .supervisor import Answers
+from .state import Answered, Answers, ServerState, faults_of
 
 BACK_SECONDS = 600.0
 """Maximum wait for the servers that are started again with the old weights, in seconds."""
@@ -61,7 +60,7 @@ class WeightUpdate:
         answers = self._order(self._olds, lambda number: lease.CheckWeights(number, path), "checked the weights")
         if not answers:
             raise GserveError("no server is ready that could load other weights: try again later")
-        if faults := _faults(answers):
+        if faults := faults_of(answers):
             raise GserveError(f"cannot load the weights in {path}, and nothing has changed: {faults}")
 
     def _pause(self, in_flight: InFlight) -> None:
@@ -71,7 +70,7 @@ class WeightUpdate:
             lambda number: lease.Pause(number, in_flight),
             "paused all servers (the weights have not changed)",
         )
-        if faults := _faults(answers):
+        if faults := faults_of(answers):
             raise GserveError(f"cannot pause all servers, and the weights have not changed: {faults}")
 
     def _load(self, on_commit: Callable[[], object]) -> None:
@@ -98,7 +97,7 @@ class WeightUpdate:
             self._pool.wait_until(lambda: all(it.done() for it in returned), BACK_SECONDS)
             are_back = all(it.done() and it.exception() is None for it in returned)
             what = "all servers have the old ones again" if are_back else "servers cannot return to the old ones"
-            faults = _faults(answers) or f"no server has loaded them within {self._seconds:g} s"
+            faults = faults_of(answers) or f"no server has loaded them within {self._seconds:g} s"
             raise GserveError(f"cannot load the weights in {self._weights.path}, and {what}: {faults}")
         for state in failed:
             answer = answers.get(state.name)
@@ -128,12 +127,3 @@ class WeightUpdate:
         self, programs: Sequence[ServerProgram], make: Callable[[int], lease.Order], doing: str, *, to_all: bool = False
     ) -> Answers:
         return self._pool.order(programs, make, self._left(), doing, only_ready=not to_all)
-
-
-def _faults(answers: Answers) -> str:
-    """Return in one text what servers could not do."""
-    return "; ".join(
-        f"{name}: {answer.fault}"
-        for name, answer in sorted(answers.items())
-        if isinstance(answer, Answered) and answer.fault
-    )

@@ -190,7 +190,10 @@ class SlurmCluster:
             time.sleep(0.05)
         self._start("slurmd", name)
         usable = ("idle", "mixed", "allocated", "completing")
-        self._until(_START, f"does not get its node {name} back", lambda: self.node_states()[name] in usable)
+        self._until(
+            _START, f"does not get its node {name} back",
+            lambda: f"slurmd[{name}]" in self.daemons and self.node_states()[name] in usable,
+        )  # fmt: skip
 
     def wait_idle(self, seconds: float) -> None:
         """Wait until no job is in the queue, every node is idle, and no process of a job is left.

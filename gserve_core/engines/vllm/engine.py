@@ -482,6 +482,7 @@ class RunningVLLM(RunningEngine):
             most=llm.max_adapters, rank=arguments.get("max_lora_rank", 0),
         )  # fmt: skip
         self._warming: asyncio.Task[None] | None = None
+        self._sleep_level = 0
         self._pooling: Pooling | None = None
         """The tasks of a pooling model, which does not generate."""
         self._stopped = False
@@ -521,22 +522,63 @@ class RunningVLLM(RunningEngine):
 
         What a pause keeps is computed anew then: its keys and values are those of the old weights.
         """
-        if self._warming is not None and not self._warming.done():  # it would use the engine meanwhile
-            self._warming.cancel()
-            await asyncio.gather(self._warming, return_exceptions=True)
-            self._warming = None
+        await self._stop_warming()
         if self._requests.is_paused:
             await self._requests.note_version(self._version)
         await differences.call(self._engine.collective_rpc, LOAD, args=(weights.path,))
-        with differences.expected("resetting the caches"):
-            for _ in range(RESETS):
-                if await self._engine.reset_prefix_cache(reset_running_requests=self._requests.is_paused):
-                    break
-                await asyncio.sleep(RESET_SECONDS)
-            else:
-                raise GserveError("vLLM keeps what it has computed with the old weights")
+        await self._reset_cache(is_paused=self._requests.is_paused)
         await self._adapters.load_again()
         self._version = weights.version
+
+    async def _stop_warming(self) -> None:
+        """End the first check of grammars, which would use the engine meanwhile."""
+        if self._warming is not None and not self._warming.done():
+            self._warming.cancel()
+            await asyncio.gather(self._warming, return_exceptions=True)
+            self._warming = None
+
+    async def reset_cache(self) -> None:
+        """Reset the prefix cache. Requests in flight compute theirs anew."""
+        await self._reset_cache(is_paused=True)
+
+    async def _reset_cache(self, *, is_paused: bool) -> None:
+        """Reset the prefix cache. `is_paused`: requests that have begun compute theirs anew afterwards."""
+        with differences.expected("resetting the caches"):
+            for _ in range(RESETS):
+                if await self._engine.reset_prefix_cache(reset_running_requests=is_paused):
+                    return
+                await asyncio.sleep(RESET_SECONDS)
+        raise GserveError("vLLM keeps what it has computed before")
+
+    async def sleep(self, level: int) -> None:
+        """Have vLLM free its memory. On a CPU it frees none: see `enable_sleep_mode` of vLLM."""
+        if not self._config.enable_sleep_mode:
+            if self._vllm.platform.is_cpu():
+                logger.warning("vLLM cannot free memory on a CPU: it only pauses")
+                return
+            raise GserveError(
+                "vLLM frees its memory only if it was started for that: set enable_sleep_mode: true in llm_kwargs"
+            )
+        await self._stop_warming()
+        await self._requests.pause()
+        await self._reset_cache(is_paused=True)  # what stays in flight is computed anew afterwards
+        await differences.call(self._engine.sleep, level=level, mode="keep")
+        self._sleep_level = level
+
+    async def wake(self, weights: Weights) -> None:
+        """Have vLLM take its memory again. After level 2, the weights and the adapters are loaded again."""
+        level, self._sleep_level = self._sleep_level, 0
+        if not level:
+            return
+        await differences.call(self._engine.wake_up, tags=["weights"])
+        if level > 1:
+            if weights.path:
+                await differences.call(self._engine.collective_rpc, LOAD, args=(weights.path,))
+            else:
+                await differences.call(self._engine.collective_rpc, "reload_weights")
+        await differences.call(self._engine.wake_up, tags=["kv_cache"])
+        if level > 1:
+            await self._adapters.load_again()
 
     async def check_loaded(self) -> None:
         """Make a token, whose probability must be finite. During a pause, the weights themselves must be."""

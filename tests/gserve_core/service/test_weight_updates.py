@@ -147,6 +147,8 @@ class Load:
 
     def __exit__(self, kind: object, *_: object) -> None:
         self._is_over = True
+        if kind is not None:
+            self._service.shutdown()  # it may be paused
         self._thread.join()
         if kind is None:
             assert len(self.outputs) == self.items

@@ -162,6 +162,31 @@ def test_items_that_are_kept_go_on_as_a_fresh_start_on_the_new_weights(
             assert output.token_ids[end:] == expected, output.weight_spans
 
 
+def test_pauses_resets_of_the_caches_and_sleep_change_no_answer(service: VLLMService, models: list[Path]) -> None:
+    """On a CPU, sleep only pauses."""
+    service.update_weights(models[1], version="paused")
+    wanted = tokens_of(service, PROMPTS[0], 100)
+    found: dict[int, Any] = {}
+
+    def work() -> None:
+        for index, outputs in service.generate_iter([PROMPTS[0]] * ITEMS, LONG_ANSWER):
+            found[index] = outputs
+
+    batch = threading.Thread(target=work)
+    batch.start()
+    for close, open_again in ((service.pause, service.resume), (lambda how: service.sleep(2, how), service.wake)):
+        until(lambda: any(state.counters.running for state in service.status()), 60)
+        close("keep")
+        running = sum(state.counters.running for state in service.status())
+        if close == service.pause:
+            service.reset_cache()
+        open_again()
+        assert running or not batch.is_alive()
+    batch.join()
+    assert [found[index][0].token_ids for index in range(ITEMS)] == [wanted] * ITEMS
+    assert {state.generation for state in service.status()} == {1}
+
+
 def test_several_completions_of_an_item_have_spans_of_their_own(service: VLLMService, models: list[Path]) -> None:
     service.update_weights(models[1], version="several-1")
     changes = [(models[2], "several-2"), (models[0], "several-3")]
