@@ -286,7 +286,14 @@ class Server:
             case lease.Drain(seconds):
                 self._is_drain_a_signal = True
                 self._begin_drain(DRAIN_SECONDS if seconds is None else seconds)
-            case lease.SetAdapters() | lease.CheckWeights() | lease.Pause() | lease.LoadWeights() | lease.Resume():
+            case (
+                lease.SetAdapters()
+                | lease.CheckWeights()
+                | lease.Pause()
+                | lease.LoadWeights()
+                | lease.Transfer()
+                | lease.Resume()
+            ):
                 self._orders.add(message)
 
     def _on_lost(self) -> None:

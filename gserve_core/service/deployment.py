@@ -5,7 +5,7 @@ import os
 import threading
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from .records import ModelRecord, ServiceRecord
 from .server import record_of
 from .server_life import ServerProgram
 from .state import ONLY, ServerState
+from .trl_pushes import TRL, Pushes, new_secret
 from .weight_updates import WeightUpdate
 
 logger = logging.getLogger("gserve.service")
@@ -67,6 +68,8 @@ class Deployment:
         """The folders with weights from memory, by their paths."""
         self._changes = threading.Lock()
         """Held during a change."""
+        self.pushes = Pushes(self) if any(it.serve.weight_protocol == TRL for it in plan.models.values()) else None
+        """The pushes of a trainer; None without `weight_protocol`."""
         self.pool = Pool(
             list(plan.programs()),
             logs=lambda: folders.log_folder(name or uuid.uuid4().hex[:8]),
@@ -84,8 +87,11 @@ class Deployment:
 
     def close(self) -> None:
         """End the nurseries, and remove weights from memory. Called by the pool once all servers have ended."""
+        if self.pushes is not None:
+            self.pushes.close()
         for key, model in self.plan.models.items():
-            if model.weights.path in self._in_memory:  # another start has those of the config
+            if model.weights.are_pushed or model.weights.path in self._in_memory:
+                # another start has those of the config
                 self.plan = self.plan.with_weights(key, ORIGINAL)
                 self.pool.set_programs([replace(it, weights=ORIGINAL) for it in self.members(key)])
         self._remove_unused_weights()
@@ -104,7 +110,9 @@ class Deployment:
         config = self.plan.config
         assert config.gateway is not None
         key = partial(api_key, self._name)
-        return Gateway(self.plan.transport, config.gateway, key, self.handle, self._name, self._model_cards)
+        return Gateway(
+            self.plan.transport, config.gateway, key, self.handle, self._name, self._model_cards, self.pushes
+        )  # fmt: skip
 
     def _model_cards(self) -> dict[str, ModelCard]:
         """Return what the gateway knows of each model."""
@@ -183,10 +191,32 @@ class Deployment:
         known = self._source or Source(path)
         return replace(known, path=path, overrides=tuple(overrides))
 
+    def changing(self, seconds: float) -> AbstractContextManager[None]:
+        """Hold the right to change the servers for the block, which another thread may end.
+
+        Raises ChangeInProgress: another change is still in progress after `seconds`.
+        """
+        return self._changing(seconds)
+
+    @property
+    def model(self) -> ModelPlan:
+        """The plan of the first model."""
+        return next(iter(self.plan.models.values()))
+
+    def commit(self, weights: Weights) -> None:
+        """Take note of the weights that a trainer has pushed to servers of the first model."""
+        self.plan = self.plan.with_weights(next(iter(self.plan.models)), weights)
+        self.pool.set_programs([replace(program, weights=weights) for program in self.members()])
+        self.pool.write_record()
+
+    def kept_secret(self) -> str:
+        """Return the secret of TRL's URL, made once for each service name. Raises GserveError: it cannot be kept."""
+        return kept_key(self._name, new_secret, TRL) if self._name else new_secret()
+
     @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """Hold the right to change the servers for the block. Raises ChangeInProgress: another one is."""
-        if not self._changes.acquire(blocking=False):
+    def _changing(self, seconds: float = 0.0) -> Iterator[None]:
+        """See `changing`."""
+        if not self._changes.acquire(timeout=seconds):
             raise ChangeInProgress("another change of this service is in progress: try again when it has ended")
         try:
             yield

@@ -74,9 +74,10 @@ class ModelPlan:
     @property
     def served_llm(self) -> LLMConfig:
         """The model for a server's engine. One of several is served under its own name first."""
+        llm = self.llm if self.serve.weight_protocol is None else self.parts.engine.for_pushes(self.llm)
         if self.is_alone:
-            return self.llm
-        return replace(self.llm, llm_kwargs={**self.llm.llm_kwargs, "served_model_name": self.served_names})
+            return llm
+        return replace(llm, llm_kwargs={**llm.llm_kwargs, "served_model_name": self.served_names})
 
     def competes(self, old: ServerProgram, gpu_ids: tuple[int, ...] | None) -> bool:
         """Return whether a new server on these GPUs may need the GPUs, or the place in a scheduler, of `old`."""
@@ -159,6 +160,12 @@ class Plan:
         """Check that the engines can load the models. Raises ConfigError."""
         for model in self.models.values():
             with self.located(), self.config.placing(model.name):
+                if model.serve.weight_protocol is not None and self.config.gateway is None:
+                    raise ConfigError(
+                        "a trainer reaches the servers by the gateway, and this service has none: give it one, or"
+                        " start it with gserve launch",
+                        at="$.serve.weight_protocol",
+                    )
                 model.parts.check(model.llm, model.serve)
 
     def resized(self, key: str, serve: ServeConfig) -> "Plan":
