@@ -68,7 +68,7 @@ class Deployment:
         """The folders with weights from memory, by their paths."""
         self._changes = threading.Lock()
         """Held during a change."""
-        self.pushes = Pushes(self) if any(it.serve.weight_protocol == TRL for it in plan.models.values()) else None
+        self.pushes = Pushes(self) if TRL in _protocols(plan) else None
         """The pushes of a trainer; None without `weight_protocol`."""
         self.pool = Pool(
             list(plan.programs()),
@@ -462,6 +462,10 @@ class Deployment:
         for name in IMMUTABLE if before is not None else ():
             if getattr(before, name) != getattr(after, name):
                 raise ConfigError(f"{name} cannot change while it listens: launch it anew", at=f"$.gateway.{name}")
+        if _protocols(known) != _protocols(new):
+            raise ConfigError(
+                "weight_protocol cannot change while the service runs: launch it anew", at="$.serve.weight_protocol"
+            )
         if known.transport != new.transport:
             raise ConfigError("the transport cannot change while the service runs: launch it anew", at="$.transport")
         if bool(known.config.models) != bool(new.config.models):
@@ -598,6 +602,11 @@ def _weight_folder(model: ModelPlan, command: UpdateWeights) -> str:
     if model.parts.launcher.runs_here:  # else the folder may be on other machines only
         return str(weight_folders.find(command.path))
     return command.path
+
+
+def _protocols(plan: Plan) -> set[str]:
+    """Return the protocols by which trainers push weights."""
+    return {it.serve.weight_protocol for it in plan.models.values() if it.serve.weight_protocol is not None}
 
 
 def _key(program: ServerProgram) -> str:

@@ -388,3 +388,12 @@ def test_servers_that_are_added_after_a_push_join_the_next_one(service: VLLMServ
     trainer.push("w2")
     assert versions(service) == ["2", "2", "2"]
     assert answers(service) == {("a weights=w2", "2")}
+
+
+def test_the_protocol_cannot_change_while_the_service_runs(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("llm: {model_name: m}\nserve: {weight_protocol: trl}\nengine: {type: echo}\ngateway: {}\n")
+    with VLLMService.from_yaml(config) as service:
+        config.write_text("llm: {model_name: m}\nengine: {type: echo}\ngateway: {}\n")
+        with pytest.raises(ConfigError, match="weight_protocol cannot change while the service runs"):
+            service.reload()
