@@ -162,6 +162,7 @@ def test_serve_config_has_the_fields_order_and_defaults_of_the_seed_and_then_ser
         ("nodes_per_server", 1),
         ("adapters_root", None),
         ("weights_root", None),
+        ("weight_protocol", None),
     ]
 
 
@@ -557,7 +558,8 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "a key with a line end": (
         LLM + 'serve: {"a\\nb": 1}\n',
         ":3: unknown key 'a\\nb'; expected one of adapters_root, client_timeout, env, gpu_ids, host, max_restarts,"
-        " min_ready, nodes_per_server, port, servers, share_gpu, stall_timeout, startup_timeout, verbose, weights_root"
+        " min_ready, nodes_per_server, port, servers, share_gpu, stall_timeout, startup_timeout, verbose, weight_protocol,"
+        " weights_root"
         " - at $.serve.a\nb",
     ),
     "gpu_ids and servers": (
