@@ -558,8 +558,8 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "a key with a line end": (
         LLM + 'serve: {"a\\nb": 1}\n',
         ":3: unknown key 'a\\nb'; expected one of adapters_root, client_timeout, env, gpu_ids, host, max_restarts,"
-        " min_ready, nodes_per_server, port, servers, share_gpu, stall_timeout, startup_timeout, verbose, weight_protocol,"
-        " weights_root"
+        " min_ready, nodes_per_server, port, servers, share_gpu, stall_timeout, startup_timeout, verbose,"
+        " weight_protocol, weights_root"
         " - at $.serve.a\nb",
     ),
     "gpu_ids and servers": (
