@@ -50,6 +50,7 @@ Nodes = Annotated[int, Meta(ge=1, le=1024, description="1 to 1024 nodes")]
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
 Count = Annotated[int, Meta(ge=0, description="a number from 0 up")]
 Timeout = Annotated[float, Meta(gt=0, le=1e9, description="seconds above 0, at most 1e9, or null for no limit")]
+WeightProtocol = Annotated[str, Meta(pattern="^trl$", description="'trl', or null for none")]
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HOST = re.compile(r"(?!-)[\w-]{1,63}(?<!-)(\.(?!-)[\w-]{1,63}(?<!-))*\.?")
@@ -233,6 +234,8 @@ class ServeConfig:
     `servers_per_gpu`: number of servers on each GPU or group of GPUs. They divide the memory that the model may use
     there. "auto": one, two or three, by the sizes of the model and of the GPU. More than one implies `share_gpu`.
     `adapters_root`: folder below which the gateway may take new LoRA adapters from; None: it takes none.
+    `weight_protocol`: "trl": the gateway has the routes by which TRL's trainers push new weights, under a secret URL.
+    For a service with one model. None: it has none.
 
     Raises ConfigError: a field is wrong.
     """
@@ -254,6 +257,7 @@ class ServeConfig:
     weights_root: str | None = None
     prefix_affinity: bool = True
     servers_per_gpu: OnGpu | Literal["auto"] = 1
+    weight_protocol: WeightProtocol | None = None
 
     def __post_init__(self) -> None:
         check(self)
@@ -525,6 +529,12 @@ class Config:
                 raise ConfigError(
                     f"expected an instance of gserve.ModelConfig, got {what}: write gserve.ModelConfig(…)",
                     at=f"$.models.{name}",
+                )
+            if given.serve.weight_protocol is not None and len(self.models) > 1:
+                raise ConfigError(
+                    f"a trainer's routes name no model, and this service has {len(self.models)}: give this model a"
+                    " service of its own, or remove weight_protocol",
+                    at=f"$.models.{name}.serve.weight_protocol",
                 )
             for adapter in given.llm.adapters:  # clients of OpenAI's API choose by these names alone
                 taken = f"of the model '{of[adapter]}' too" if adapter in of else "a model of this service"

@@ -380,6 +380,18 @@ class GatewayApi(Protocol):
         Raises RemoteError: the command is wrong (400), or has failed (500).
         """
 
+    def trl_key(self, secret: bytes) -> "ApiKey | None":
+        """Return the key of a trainer whose URL has this secret, if it is right. The time taken reveals nothing of it.
+
+        None too if the service has no `weight_protocol`.
+        """
+
+    async def trl(self, method: str, path: str, body: bytes) -> Mapping[str, Any]:
+        """Answer a trainer's request to a route of `http_trl.PUSH_ROUTES`. It may take minutes.
+
+        Raises RemoteError: it cannot be done (409), or the servers are not ready (503).
+        """
+
     def models(self) -> Sequence[Mapping[str, Any]]:
         """Return the models from which a request chooses, as `GET /v1/models` lists them. Never waits.
 
@@ -673,6 +685,14 @@ class Engine(ABC):
         """
         return ()
 
+    def for_pushes(self, llm: LLMConfig) -> LLMConfig:
+        """Return `llm` with the arguments that the engine needs to receive weights from a trainer. The same here."""
+        return llm
+
+    def push_info(self, llm: LLMConfig) -> Mapping[str, Any]:
+        """Return the fields of vLLM's config that a trainer reads. `llm`: that of `for_pushes`."""
+        return {"weight_transfer_config": {"backend": "nccl"}, "model_config": {"logprobs_mode": "processed_logprobs"}}
+
     @abstractmethod
     async def start(self, llm: LLMConfig, report: Report) -> "RunningEngine":
         """Load the model and return the running engine. `report` receives the phases.
@@ -792,6 +812,24 @@ class RunningEngine(RunningRank):
         Raises any exception: that fails.
         """
         await self.check_weights(weights.path)
+
+    async def init_transfer(self, info: Mapping[str, Any]) -> None:
+        """Connect to a trainer that pushes weights. `info`: see TRL's `POST /init_weight_transfer_engine`.
+
+        Called again for another trainer. Raises GserveError: the engine cannot do that, as unless it is overridden.
+        """
+        raise GserveError("this engine cannot receive weights that a trainer pushes")
+
+    async def receive_weights(self, info: Mapping[str, Any]) -> None:
+        """Receive a part of new weights. `info`: see TRL's `POST /update_weights`. Called while no item runs.
+
+        Raises any exception: that fails, and the engine is not used again.
+        """
+        raise NotImplementedError
+
+    async def finish_transfer(self, version: str) -> None:
+        """Use all parts received since the last call, like `load_weights`. `version`: that of the weights."""
+        raise NotImplementedError
 
     async def check_loaded(self) -> None:
         """Check new weights: make one token, or one vector. Raises any exception: they do not work.

@@ -22,7 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import msgspec
 from msgspec import Struct
@@ -48,7 +48,8 @@ PULSE_SECONDS = 2.0
 """Maximum interval between two `Pulse` of a ready server, in seconds. It is shorter if `stall_timeout` is short."""
 CHECK_SECONDS = 1.0
 """Interval between two checks of a watchdog, and between two retries of a write to a full pipe, in seconds."""
-_LONGEST_LINE = 1 << 20
+_LONGEST_LINE = 1 << 24
+"""Maximum size of a message, in bytes. A `Transfer` names all tensors of a model."""
 RANK_CAUSE = 600
 """Maximum length of a cause that a rank above 0 reports, in bytes. srun divides lines of more than 1,024 bytes."""
 
@@ -165,6 +166,20 @@ class LoadWeights(Struct, frozen=True, tag="load_weights"):
     weights: Weights
 
 
+class Transfer(Struct, frozen=True, tag="transfer"):
+    """Take part in a step of a trainer's transfer of weights. The server answers with `Answered`.
+
+    step: "init": connect to the trainer. "receive": pause, and receive a part of the weights. "finish": use all parts.
+    info: what the trainer sends with the step. It is for the engine.
+    version: that of the weights, for "finish".
+    """
+
+    number: int
+    step: Literal["init", "receive", "finish"]
+    info: dict[str, Any] = {}
+    version: str = FIRST
+
+
 class Resume(Struct, frozen=True, tag="resume"):
     """Begin items again. It ends a `Pause` that has not been answered too."""
 
@@ -255,7 +270,7 @@ class Stopped(Struct, frozen=True, tag="stopped"):
     """The server ends as ordered."""
 
 
-type Order = SetAdapters | CheckWeights | Pause | LoadWeights | SetGate | ResetCache
+type Order = SetAdapters | CheckWeights | Pause | LoadWeights | SetGate | ResetCache | Transfer
 type Down = Hello | Beat | Drain | Stop | Meeting | Order | Resume
 type Up = Listening | Meeting | Phase | Ready | Pulse | Failed | Stopped | AdaptersSet | Answered
 

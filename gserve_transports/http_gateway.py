@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qsl
@@ -42,6 +42,7 @@ from gserve_core.messages import Event
 from gserve_core.openai_api import PATHS, ROUTES, error_body, read_body
 from gserve_core.pauses import check_in_flight
 
+from . import http_trl
 from .frames import CONTENT_TYPE, INSTANCE_HEADER, METRICS_PATH, METRICS_TYPE, packed
 from .http_bodies import asked_model, read_cancel, read_json, read_run
 from .http_front import BODIES, CALL_WHEN_LOST, SEND_WHOLE, Bodies, given_secret, host_names, hostname, listen
@@ -137,6 +138,10 @@ class _Gateway:
         """Answer a request. Each answer is noted in `measurement`."""
         try:
             self._check_host(scope)
+            if (entry := http_trl.entry(self._api, scope)) is not None:
+                scope = entry.scope
+                await self._serve_trainer(entry, receive, send, measurement)
+                return
             if (scope["method"], scope["path"]) == ("GET", "/"):
                 await _answer(scope, 200, *self._page, measurement)
                 return
@@ -171,6 +176,32 @@ class _Gateway:
             elif error.status == 503:  # OpenAI's clients would send it again, and kill more servers
                 headers.append((b"x-should-retry", b"false"))
             await _answer(scope, error.status, _error(scope["path"], error.status, str(error)), headers, measurement)
+
+    async def _serve_trainer(
+        self, entry: http_trl.Entry, receive: Receive, send: Send, measurement: Measurement
+    ) -> None:
+        """Answer a request of a trainer. Raises RemoteError: it is refused, or has failed."""
+        scope, key = entry
+        http_trl.check_route(scope)
+        route = scope["method"], scope["path"]
+        with key.request():
+            body = bytes(await read_body(scope, receive, self._max_body))
+            if route in http_trl.PUSH_ROUTES:
+                with _until_lost(scope):
+                    answer = msgspec.json.encode(await self._api.trl(*route, body))
+                    await _answer(scope, 200, answer, JSON, measurement)
+            elif route == http_trl.COMPLETIONS and len(bodies := http_trl.shares(body, len(self._api.backends()))) > 1:
+                with _until_lost(scope):
+                    found = await http_trl.complete(self._pass_on_part, scope, bodies)
+                    await _answer(scope, found.status, found.body, found.headers, measurement)
+            else:
+                await self._pass_on(scope, body, send, measurement)
+
+    async def _pass_on_part(self, scope: Scope, body: bytes, send: Send) -> None:
+        """Have a part of a request answered by a server."""
+        with self._api.measured(scope["path"]) as measurement:
+            attempts = self._api.attempts(asked_model(scope, body), by_adapter=True)
+            await self._attempt(attempts, scope, body, send, measurement)
 
     async def _metrics(self) -> bytes:
         """Return all series. Those of the engines come from the servers that answer in time."""
@@ -273,17 +304,7 @@ class _Gateway:
 
     async def _pass_on(self, scope: Scope, body: bytes, send: Send, measurement: Measurement) -> None:
         """Have a request answered by the servers, and stop if the client disconnects."""
-        working, is_lost = asyncio.current_task(), False
-        assert working is not None
-
-        def cancel() -> None:
-            nonlocal is_lost
-            is_lost = True
-            working.cancel()
-
-        call_when_lost = scope["extensions"][CALL_WHEN_LOST]
-        call_when_lost(cancel)
-        try:
+        with _until_lost(scope):
             route = scope["method"], scope["path"]
             if route == RUN_ROUTE:
                 await self._run(body, send, measurement)
@@ -295,11 +316,6 @@ class _Gateway:
             else:
                 attempts = self._api.attempts(asked_model(scope, body), by_adapter=scope["path"] in PATHS, body=body)
                 await self._attempt(attempts, scope, body, send, measurement)
-        except asyncio.CancelledError:
-            if not is_lost:
-                raise
-        finally:
-            call_when_lost(None)
 
     async def _run(self, body: bytes, send: Send, measurement: Measurement) -> None:
         """Answer a batch with a stream of its events. Raises RemoteError: it is refused."""
@@ -408,6 +424,28 @@ class _Gateway:
         await send({"type": "http.response.body", "body": rest})
         measurement.end_answer()
         return True
+
+
+@contextlib.contextmanager
+def _until_lost(scope: Scope) -> Iterator[None]:
+    """End the block early if the client of a request disconnects."""
+    working, is_lost = asyncio.current_task(), False
+    assert working is not None
+
+    def cancel() -> None:
+        nonlocal is_lost
+        is_lost = True
+        working.cancel()
+
+    call_when_lost = scope["extensions"][CALL_WHEN_LOST]
+    call_when_lost(cancel)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not is_lost:
+            raise
+    finally:
+        call_when_lost(None)
 
 
 def _wanted_log(scope: Scope) -> tuple[str, int | None, str]:

@@ -72,6 +72,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.gpu_sharing"},
     {"service.server_life"},
     {"service.server", "service.plan", "service.weight_updates", "service.memory_weights"},
+    {"service.trl_pushes"},
     {"service.model", "service.followed_models", "service.deployment"},
     {"service.service"},
 )  # fmt: skip
@@ -137,13 +138,14 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "engines.vllm.known_errors", "engines.vllm.nodes", "engines.vllm.openai_app", "engines.vllm.outputs",
         "engines.vllm.patches", "engines.vllm.pooling", "engines.vllm.prompt_lengths",
         "engines.vllm.progress", "engines.vllm.series", "engines.vllm.token_counts", "engines.vllm.tokenizing",
-        "engines.vllm.weight_files", "engines.vllm.weight_loading", "weights",
+        "engines.vllm.weight_files", "engines.vllm.weight_loading", "engines.vllm.weight_transfer", "weights",
     },
 }  # fmt: skip
 OF_AN_ENGINE = {
     "engines.vllm.differences": {"errors", "engines.vllm.installed"},
     "engines.vllm.safetensors_files": {"errors"},
     "engines.vllm.weight_loading": set(),
+    "engines.vllm.weight_transfer": {"engines.vllm.weight_loading"},
     "engines.vllm.weight_files": {
         "errors",
         "host.weight_folders",
@@ -215,7 +217,8 @@ FOR_PLUGINS = {
 HOMES = {  # third parties: the only files that may import them
     "vllm": {"gserve_core/engines/vllm/differences.py"},
     "torch": {
-        f"gserve_core/engines/vllm/{name}.py" for name in ("demo_model", "patches", "weight_files", "weight_loading")
+        f"gserve_core/engines/vllm/{name}.py"
+        for name in ("demo_model", "patches", "weight_files", "weight_loading", "weight_transfer")
     },
     "safetensors": {
         f"gserve_core/{name}.py"
@@ -226,7 +229,7 @@ HOMES = {  # third parties: the only files that may import them
     "anyio": {"gserve_core/batch/dispatcher.py"},
     "sniffio": {"gserve_transports/http_client.py"},
     "fastapi": {"gserve_transports/http_server.py"},
-    "starlette": {f"gserve_transports/{name}.py" for name in ("http_front", "http_gateway", "http_server")},
+    "starlette": {f"gserve_transports/{name}.py" for name in ("http_front", "http_gateway", "http_server", "http_trl")},
     "uvicorn": {"gserve_transports/http_front.py"},
     "httptools": {"gserve_transports/http_upstream.py"},
     "prometheus_client": {"gserve_core/engines/vllm/series.py", "gserve_core/service/metrics.py"},
@@ -272,6 +275,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm/demo_model.py": {"torch", "transformers"},
     "gserve_core/engines/vllm/weight_files.py": {"torch", "safetensors"},  # they are there when it is called
     "gserve_core/engines/vllm/weight_loading.py": {"safetensors", "torch"},
+    "gserve_core/engines/vllm/weight_transfer.py": {"torch"},
     "gserve_core/engines/vllm/prompt_lengths.py": {"transformers"},  # takes seconds
     "gserve_core/testing/__init__.py": {"pytest"},  # only its fixtures need pytest
     "gserve_core/batch/progress.py": {"tqdm"},  # it may be missing

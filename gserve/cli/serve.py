@@ -130,7 +130,7 @@ def wait(
 
 def env(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A launched service.")],
-    control: Annotated[bool, typer.Option("--control", help="Print the control secret too.")] = False,
+    control: Annotated[bool, typer.Option("--control", help="Print the control secret too, and TRL's URL.")] = False,
 ) -> None:
     """Print the lines that set a shell's variables for OpenAI's clients: eval "$(gserve env NAME)"."""
     from gserve_core.service import records
@@ -144,6 +144,8 @@ def env(
     print(f"export OPENAI_API_KEY={shlex.quote(gateway.api_key)}")
     if control:
         print(f"export GSERVE_CONTROL_SECRET={shlex.quote(gateway.control)}")
+        if gateway.trl_url:
+            print(f"export GSERVE_TRL_URL={shlex.quote(gateway.trl_url)}")
 
 
 def scale(

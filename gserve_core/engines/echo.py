@@ -72,7 +72,7 @@ class EchoEngine(Engine):
     `show_adapter`: if an item has an adapter, the word NAME=FOLDER follows the words of the prompt. FOLDER is the last
     part of the adapter's path.
     `show_weights`: if the weights were replaced, the word weights=FOLDER follows the words of the prompt. FOLDER is the
-    last part of their path.
+    last part of their path, or the name of the first tensor that a trainer has pushed.
     `fail_start`: if not empty, the start fails with this message.
     `die_on`, `hang_on`, `wedge_on`, `error_on`: an item that contains this text triggers the fault. So does the path of
     new weights.
@@ -259,6 +259,8 @@ class RunningEcho(RunningEngine):
         self._prompt_tokens = self._completion_tokens = 0
         self._stopping = False
         self._weights = ORIGINAL
+        self._received: list[str] = []
+        """The names of the tensors that a trainer has sent."""
         self._runs: dict[int, _Run] = {}
         self._going = asyncio.Event()
         """Cleared during a pause. The engine process goes on, and its answers wait."""
@@ -455,6 +457,20 @@ class RunningEcho(RunningEngine):
         for run in self._runs.values():
             run.parts.append((self._weights, run.made(self._paused_at)))
         self._weights = weights
+
+    async def init_transfer(self, info: Mapping[str, Any]) -> None:
+        """Do nothing: the engine receives names of tensors only."""
+
+    async def receive_weights(self, info: Mapping[str, Any]) -> None:
+        """Work on one token, whose fault the name of the first tensor may trigger, as the path of weights does."""
+        names = info["names"]
+        if error := await self._request(1, self._fault(names[0]), waits=False):
+            raise GserveError(error)
+        self._received += names
+
+    async def finish_transfer(self, version: str) -> None:
+        """Have weights whose folder is the name of the first tensor."""
+        self._weights, self._received = Weights(version, self._received[0]), []
 
     async def pause(self) -> None:
         """Make no more words."""

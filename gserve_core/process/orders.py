@@ -107,6 +107,8 @@ class Orders:
                 await self._answer(number, self._engine.reset_cache())
             case lease.SetGate(number, gate):
                 await self._answer(number, self._move(gate, work))
+            case lease.Transfer(number):
+                await self._answer(number, self._transfer(order))
             case lease.Pause(number):
                 await self._answer(number)  # it came before any item
 
@@ -146,10 +148,33 @@ class Orders:
             await work.resume()
 
     async def _load_paused(self, weights: Weights) -> None:
-        assert self._work is not None
-        if weights.version != self._version and not self._work.is_kept:
-            await self._work.pause("finish")  # it may have become ready after the order to pause
+        if weights.version != self._version:
+            await self._ensure_paused()
         await self._load(weights)
+
+    async def _ensure_paused(self) -> None:
+        """Pause, unless items are kept: this server may have become ready after the order to pause."""
+        assert self._work is not None
+        if not self._work.is_kept:
+            await self._work.pause("finish")
+
+    async def _transfer(self, order: lease.Transfer) -> None:
+        """Take part in a step of a transfer. Raises any exception: that fails."""
+        assert self._work is not None
+        logger.info("transfer of weights: %s %s", order.step, order.info if order.step == "init" else order.version)
+        match order.step:
+            case "init":
+                await self._engine.init_transfer(order.info)
+            case "receive":
+                await self._ensure_paused()
+                self._is_unsound = True
+                await self._engine.receive_weights(order.info)
+            case "finish":
+                await self._engine.finish_transfer(order.version)
+                await self._engine.check_loaded()
+                self._work.weight_version = order.version
+                self._weights = Weights(order.version)
+                self._is_unsound = False
 
     async def _load(self, weights: Weights) -> None:
         """Load weights, unless they are loaded, and check them. Raises any exception: that fails."""

@@ -39,9 +39,12 @@ class Changes:
         """The folders with weights from memory, by their paths."""
 
     @contextmanager
-    def one(self) -> Iterator[None]:
-        """Hold the right to change the servers for the block. Raises ChangeInProgress: another change has it."""
-        if not self._turn.acquire(blocking=False):
+    def one(self, seconds: float = 0.0) -> Iterator[None]:
+        """Hold the right to change the servers for the block, which another thread may end.
+
+        Raises ChangeInProgress: another change still has it after `seconds`.
+        """
+        if not self._turn.acquire(timeout=seconds):
             raise ChangeInProgress("another change of this service is in progress: try again when it has ended")
         try:
             yield
@@ -146,6 +149,8 @@ class Changes:
         known = programs[0].gate
         if known.sleep and known.sleep != gate.sleep:
             raise GserveError(f"the servers are asleep at level {known.sleep}: wake them first")
+        if gate.sleep > 1 and programs[0].weights.are_pushed:
+            raise GserveError("level 2 forgets the weights, and those that a trainer has pushed are in no folder")
         if not known.sleep:
             close_gate(self._pool, programs, gate, timeout)
             commit(gate)

@@ -5,7 +5,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ from .records import ModelRecord, ServiceRecord
 from .server import record_of
 from .server_life import ServerProgram
 from .state import ONLY, ServerState
+from .trl_pushes import TRL, Pushes, new_secret
 
 logger = logging.getLogger("gserve.service")
 UNDO_SECONDS = 10.0
@@ -70,6 +71,8 @@ class Deployment:
         self._source = source
         self.seeds = {key: Seeds(model.llm.item_seed) for key, model in plan.models.items()}
         """The seeds of items of the service's own calls, for each model."""
+        self.pushes = Pushes(self) if TRL in _protocols(plan) else None
+        """The pushes of a trainer; None without `weight_protocol`."""
         self.pool = Pool(
             list(plan.programs()),
             logs=lambda: folders.log_folder(name or uuid.uuid4().hex[:8]),
@@ -89,11 +92,14 @@ class Deployment:
 
     def close(self) -> None:
         """End the nurseries, and remove weights from memory. Called by the pool once all servers have ended."""
+        if self.pushes is not None:
+            self.pushes.close()
         for key, model in self.plan.models.items():
             if not model.gate.is_open:  # another start pauses nothing
                 self.plan = self.plan.with_gate(key, OPEN)
                 self.pool.set_programs([replace(it, gate=OPEN) for it in self.members(key)])
-            if self._changes.is_in_memory(model.weights):  # another start has those of the config
+            if model.weights.are_pushed or self._changes.is_in_memory(model.weights):
+                # another start has those of the config
                 self.plan = self.plan.with_weights(key, ORIGINAL)
                 self.pool.set_programs([replace(it, weights=ORIGINAL) for it in self.members(key)])
         self._changes.end()
@@ -112,7 +118,9 @@ class Deployment:
         config = self.plan.config
         assert config.gateway is not None
         key = partial(api_key, self._name)
-        return Gateway(self.plan.transport, config.gateway, key, self.handle, self._name, self._model_cards)
+        return Gateway(
+            self.plan.transport, config.gateway, key, self.handle, self._name, self._model_cards, self.pushes
+        )  # fmt: skip
 
     def _model_cards(self) -> dict[str, ModelCard]:
         """Return what the gateway knows of each model."""
@@ -194,6 +202,28 @@ class Deployment:
         """Return the source for another file, with what the program added to the first one."""
         known = self._source or Source(path)
         return replace(known, path=path, overrides=tuple(overrides))
+
+    def changing(self, seconds: float) -> AbstractContextManager[None]:
+        """Hold the right to change the servers for the block, which another thread may end.
+
+        Raises ChangeInProgress: another change is still in progress after `seconds`.
+        """
+        return self._changes.one(seconds)
+
+    @property
+    def model(self) -> ModelPlan:
+        """The plan of the first model."""
+        return next(iter(self.plan.models.values()))
+
+    def commit(self, weights: Weights) -> None:
+        """Take note of the weights that a trainer has pushed to servers of the first model."""
+        self.plan = self.plan.with_weights(next(iter(self.plan.models)), weights)
+        self.pool.set_programs([replace(program, weights=weights) for program in self.members()])
+        self.pool.write_record()
+
+    def kept_secret(self) -> str:
+        """Return the secret of TRL's URL, made once for each service name. Raises GserveError: it cannot be kept."""
+        return kept_key(self._name, new_secret, TRL) if self._name else new_secret()
 
     def members(self, key: str | None = None) -> list[ServerProgram]:
         """Return the programs of the servers of a model, or of all models, in the order of their indexes."""
@@ -430,6 +460,10 @@ class Deployment:
         for name in IMMUTABLE if before is not None else ():
             if getattr(before, name) != getattr(after, name):
                 raise ConfigError(f"{name} cannot change while it listens: launch it anew", at=f"$.gateway.{name}")
+        if _protocols(known) != _protocols(new):
+            raise ConfigError(
+                "weight_protocol cannot change while the service runs: launch it anew", at="$.serve.weight_protocol"
+            )
         if known.transport != new.transport:
             raise ConfigError("the transport cannot change while the service runs: launch it anew", at="$.transport")
         if bool(known.config.models) != bool(new.config.models):
@@ -557,6 +591,11 @@ class Deployment:
                 self.pool.add([old for old in olds if old is not twin])
             except GserveError as error:
                 logger.error("cannot bring back %s: %s", new.name, error)
+
+
+def _protocols(plan: Plan) -> set[str]:
+    """Return the protocols by which trainers push weights."""
+    return {it.serve.weight_protocol for it in plan.models.values() if it.serve.weight_protocol is not None}
 
 
 def _key(program: ServerProgram) -> str:

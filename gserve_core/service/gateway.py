@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import uvloop
 from msgspec import structs
@@ -49,6 +49,8 @@ CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE----
 CLOSE_SECONDS = 10.0
 """Maximum time for requests to end when a gateway closes, in seconds."""
 
+CONFLICT = 409
+"""Status of a request of a trainer that cannot be done."""
 CONFIG_ERRORS = ConfigError, PluginError
 """Errors of a command that are the fault of its sender."""
 logger = logging.getLogger("gserve.gateway")
@@ -98,6 +100,19 @@ class Key:
         self.requests -= 1
 
 
+class Pushes(Protocol):
+    """The pushes of weights by a trainer. For the methods see `trl_pushes.Pushes`."""
+
+    def secret(self) -> str:
+        """Return the secret of the trainer's URL."""
+
+    def attended(self) -> AbstractContextManager[None]:
+        """Count a request for the block."""
+
+    def handle(self, method: str, path: str, body: bytes) -> dict[str, Any]:
+        """Answer a request."""
+
+
 class ModelCard(NamedTuple):
     """What a gateway knows of a model.
 
@@ -127,6 +142,7 @@ class Gateway:
 
     `key`: returns the owner's key for a config. It is called at the start, and when the config changes.
     `handle`: executes a command, and returns what was done. It is called in a thread.
+    `pushes`: the pushes of a trainer, if it has their routes.
     `name`: of its service. `cards`: returns what is known of each model, by the key of its dispatcher.
     """
 
@@ -138,6 +154,7 @@ class Gateway:
         handle: Callable[[Command], Done],
         name: str,
         cards: Callable[[], Mapping[str, ModelCard]],
+        pushes: Pushes | None = None,
     ) -> None:
         self._transport = transport
         self._config = config
@@ -146,6 +163,9 @@ class Gateway:
         self._keys: Sequence[Key] = ()
         self._control = new_key()
         self._cards = cards
+        self._pushes = pushes
+        self._trl: Key | None = None
+        """The secret of the URL of trainers."""
         self._began = int(time.time())
         self._watch = Watch(name, lambda: next(iter(cards().values())).seed)
         self._dispatchers: Mapping[str, Dispatcher] = {}
@@ -173,6 +193,8 @@ class Gateway:
         Raises GserveError: the transport has no gateway, or there is no key.
         """
         self._set_keys(self._config)
+        if self._pushes is not None:
+            self._trl = Key("trl", KeyConfig(self._pushes.secret()))
         self._dispatchers = dispatchers
         self._thread = threading.Thread(target=self._run, name="gserve-gateway", daemon=True)
         self._thread.start()
@@ -264,6 +286,24 @@ class Gateway:
     def is_control(self, secret: bytes) -> bool:
         """Return whether this is the control secret."""
         return hmac.compare_digest(secret, self._control.encode())
+
+    def trl_key(self, secret: bytes) -> Key | None:
+        """Return the key of a trainer whose URL has this secret, if it is right."""
+        return self._trl if self._trl is not None and hmac.compare_digest(secret, self._trl.secret) else None
+
+    async def trl(self, method: str, path: str, body: bytes) -> Mapping[str, Any]:
+        """Answer a trainer's request."""
+        assert self._pushes is not None
+        try:
+            with self._pushes.attended():
+                return await asyncio.shield(asyncio.to_thread(self._pushes.handle, method, path, body))
+        except GserveError as error:
+            if isinstance(error, RemoteError):
+                raise
+            raise RemoteError(str(error), status=CONFLICT) from error  # TRL sends it again after 500, 502 and 503
+        except Exception as error:
+            logger.exception("a trainer's request failed")
+            raise RemoteError(sentence_of(error), status=CONFLICT) from error
 
     async def control(self, command: Command) -> Done:
         """Execute a command."""
@@ -415,6 +455,7 @@ class Gateway:
             self.record = GatewayRecord(
                 f"{scheme}://{address}/v1", self._keys[0].config.key, self._control,
                 certificate=_certificate(self._config.certfile),
+                trl_url="" if self._trl is None else f"{scheme}://{address}/{self._trl.config.key}",
             )  # fmt: skip
             self._listening.set()
             await self._end.wait()

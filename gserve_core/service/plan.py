@@ -93,7 +93,8 @@ class ModelPlan:
             given |= {FRACTION: part}
         if divided > 1 and isinstance(cache := own.get(CACHE), int):
             given |= {CACHE: cache // divided}
-        return replace(self.llm, llm_kwargs={**self.llm.llm_kwargs, **given}) if given else self.llm
+        llm = self.llm if self.serve.weight_protocol is None else self.parts.engine.for_pushes(self.llm)
+        return replace(llm, llm_kwargs={**llm.llm_kwargs, **given}) if given else llm
 
     def competes(self, old: ServerProgram, gpu_ids: tuple[int, ...] | None) -> bool:
         """Return whether a new server on these GPUs may need the GPUs, or the place in a scheduler, of `old`."""
@@ -184,6 +185,12 @@ class Plan:
         """Check that the engines can load the models. Raises ConfigError."""
         for model in self.models.values():
             with self.located(), self.config.placing(model.name):
+                if model.serve.weight_protocol is not None and self.config.gateway is None:
+                    raise ConfigError(
+                        "a trainer reaches the servers by the gateway, and this service has none: give it one, or"
+                        " start it with gserve launch",
+                        at="$.serve.weight_protocol",
+                    )
                 model.parts.check(model.llm, model.serve)
 
     def resized(self, key: str, serve: ServeConfig) -> "Plan":

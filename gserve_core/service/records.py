@@ -54,12 +54,14 @@ class GatewayRecord(Struct, frozen=True):
 
     `control`: the secret of `POST /control`; "" if there is none.
     `certificate`: the certificate that it shows, in PEM format; "" if it speaks plain HTTP.
+    `trl_url`: the secret base URL for TRL's trainers; "" without `weight_protocol`.
     """
 
     base_url: str
     api_key: str
     control: str = ""
     certificate: str = ""
+    trl_url: str = ""
 
     def __repr__(self) -> str:
         """Show no secret."""

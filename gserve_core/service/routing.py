@@ -114,6 +114,11 @@ class Routing:
             return "ok"
         return "starting" if any(state.returns for state in self.states_of(pool)) else "stopped"
 
+    def is_stale(self, pool: str) -> bool:
+        """Return whether all servers of a pool that could work have not the pushed weights. `ONLY`: of all pools."""
+        states = [state for state in self.states_of(pool) if state.works or state.returns]
+        return bool(states) and all(state.is_stale for state in states)
+
     def states_of(self, pool: str) -> list[ServerState]:
         """Return the states of the servers of a pool. `ONLY`: of all pools."""
         return [state for state in self._states.values() if pool in (ONLY, state.pool)]
@@ -202,6 +207,11 @@ class Attempts:
             if self._routing.status_of(self._pool) == "stopped":
                 of = f" of the model '{self._pool}'" if self._pool else ""
                 raise RemoteError(f"no server{of} is running", status=503)
+            if self._routing.is_stale(self._pool):
+                raise RemoteError(
+                    "all servers were started again after the last push of weights, and wait for the next one",
+                    status=503,
+                )
             if self._patience <= 0:
                 raise RemoteError("no server became ready in time", status=503, retry_after=RETRY_SECONDS)
             began = loop.time()

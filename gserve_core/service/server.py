@@ -83,6 +83,8 @@ class VLLMServer:
         for name, number in (("servers", serve.servers), ("min_ready", serve.min_ready)):
             if number not in (None, 1):
                 raise ConfigError(f"a VLLMServer is one server, but serve_config.{name} is {number}: use a VLLMService")
+        if serve.weight_protocol is not None:
+            raise ConfigError("weight_protocol needs a gateway, which a VLLMServer has not: use a VLLMService with one")
         ids = serve.gpu_ids
         parts = assemble(
             Config(llm_config, plugins=list(plugins)), launcher=launcher, transport=transport, engine=engine

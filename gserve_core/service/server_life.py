@@ -129,7 +129,8 @@ class ServerProgram:
     def state(self) -> ServerState:
         """The state of the server before its first start."""
         return ServerState(
-            name=self.name, pool=self.model, host=self.serve.host, port=self.serve.port, gpu_ids=self.gpu_ids
+            name=self.name, pool=self.model, host=self.serve.host, port=self.serve.port, gpu_ids=self.gpu_ids,
+            wanted_version=self.weights.version if self.weights.are_pushed else None,
         )  # fmt: skip
 
     def job(self, log: Path, instance: str = "", environ: Mapping[str, str] = os.environ) -> Job:

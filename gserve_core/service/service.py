@@ -607,6 +607,12 @@ class VLLMService(Inference):
         return None if gateway is None else gateway.base_url
 
     @property
+    def trl_url(self) -> str | None:
+        """The secret base URL of TRL's trainers; None without `ServeConfig.weight_protocol`, or before the start."""
+        gateway = self._pool.gateway
+        return (gateway.trl_url or None) if gateway is not None else None
+
+    @property
     def api_key(self) -> str | None:
         """The API key of the gateway; None without a gateway that runs."""
         gateway = self._pool.gateway

@@ -26,6 +26,8 @@ TICK = 0.2
 """Maximum time between two checks of a state that a thread waits for, in seconds."""
 ONLY = ""
 """Key of the queue and the limits of a service with one model, which may have another name after `reload`."""
+STALE = "stale: it waits for the next push of weights"
+"""Phase of a ready server that has not the weights that a trainer has pushed."""
 BEGINNING = "starting the process"
 """Phase of a server that has not reported one."""
 
@@ -62,6 +64,9 @@ class ServerState:
     `adapter_faults`: why adapters could not be loaded, by name.
     `weight_version`: the version of its weights.
     `gate`: "open"; or "paused" or "asleep", and then it begins no items; see `pauses.Gate`.
+    `wanted_version`: the version of the pushed weights that it must have; None: it finds its weights at its start.
+    Only `Program.state` has it.
+    `is_stale`: whether it is ready, and gets no work since it has not the pushed weights.
     """
 
     name: str
@@ -93,11 +98,18 @@ class ServerState:
     adapter_faults: Mapping[str, str] = MappingProxyType({})
     weight_version: str = FIRST
     gate: str = OPEN.name
+    wanted_version: str | None = None
+    is_stale: bool = False
+
+    @property
+    def follows_orders(self) -> bool:
+        """Whether the server is ready, and not held."""
+        return self.state == State.READY and not self.is_held
 
     @property
     def usable(self) -> bool:
         """Whether the server accepts items."""
-        return self.state == State.READY and not self.is_held
+        return self.follows_orders and not self.is_stale
 
     @property
     def works(self) -> bool:
@@ -156,6 +168,7 @@ class ServerState:
             port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False, returns=True,
             unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
             counters=Counters(), machine="", adapter_faults=MappingProxyType({}), weight_version=FIRST, gate=OPEN.name,
+            is_stale=False,
         )  # fmt: skip
 
     def queued(self, phase: str) -> Self:
@@ -164,7 +177,14 @@ class ServerState:
 
     def released(self) -> Self:
         """Return the state of a server that is not held any more."""
-        return replace(self, is_held=False, returns=self.returns and self.state != State.READY)
+        return replace(self, is_held=False, returns=self.is_stale or (self.returns and self.state != State.READY))
+
+    def wanting(self, version: str | None) -> Self:
+        """Return the state of a server that must have the pushed weights of this version; None: any weights."""
+        is_stale = self.state == State.READY and version not in (None, self.weight_version)
+        if is_stale == self.is_stale:
+            return self
+        return replace(self, is_stale=is_stale, returns=is_stale or self.is_held, phase=STALE if is_stale else None)
 
     def draining(self, phase: str, *, finishing: bool = False, returns: bool = False, died: bool = False) -> Self:
         """Return the state of a server that is about to end, or that has ended and is being cleaned up."""

@@ -498,11 +498,15 @@ class Supervisor:
                 elif isinstance(report, AdaptersSet):  # at a start
                     for name, fault in report.faults.items():
                         logger.warning("%s could not load the adapter '%s': %s", state.name, name, fault)
-                self._publish(state.after(report))
+                new = state.after(report)
+                self._publish(new.wanting(server.program.state.wanted_version) if new.is_stale else new)
             case Queued() | Phase() | Ready() if server.is_stopping:
                 pass  # late: it is stopping, even if it will be started again
             case _:
-                self._publish(state.after(report))
+                new = state.after(report)
+                if isinstance(report, Ready):
+                    new = new.wanting(server.program.state.wanted_version)
+                self._publish(new)
                 if isinstance(report, Ready) and self._state(server).state == State.READY:
                     server.was_ready = server.is_ready = True
                     server.failed_starts = 0
@@ -659,7 +663,7 @@ class Supervisor:
                 continue
             server.program = program
             if server.run is not None and not server.is_gone:
-                if self._state(server).usable:
+                if self._state(server).follows_orders:
                     change.waiting[program.name] = server.run.start.instance
                 elif only_ready:
                     continue
@@ -669,6 +673,7 @@ class Supervisor:
         for program in programs:
             if (server := self._servers.get(program.name)) is not None:
                 server.program = program
+                self._publish(self._state(server).wanting(program.state.wanted_version))
 
     def _resume(self, names: Sequence[str]) -> None:
         for name in names:
@@ -683,7 +688,7 @@ class Supervisor:
                 del self._changes[number]
                 continue
             states = self._published.states
-            ready = {name: state.instance for name, state in states.items() if state.works}
+            ready = {name: it.instance for name, it in states.items() if it.works or it.follows_orders}
             if not any(ready.get(name) == instance for name, instance in change.waiting.items()):
                 del self._changes[number]
                 change.done.set_result(change.answers)

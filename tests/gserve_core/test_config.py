@@ -164,6 +164,7 @@ def test_serve_config_has_the_fields_order_and_defaults_of_the_seed_and_then_ser
         ("weights_root", None),
         ("prefix_affinity", True),
         ("servers_per_gpu", 1),
+        ("weight_protocol", None),
     ]
 
 
@@ -576,8 +577,8 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
         LLM + 'serve: {"a\\nb": 1}\n',
         ":3: unknown key 'a\\nb'; expected one of adapters_root, client_timeout, env, gpu_ids, host, max_restarts,"
         " min_ready, nodes_per_server, port, prefix_affinity, servers, servers_per_gpu, share_gpu, stall_timeout,"
-        " startup_timeout,"
-        " verbose, weights_root - at $.serve.a\nb",
+        " startup_timeout, verbose, weight_protocol, weights_root"
+        " - at $.serve.a\nb",
     ),
     "gpu_ids and servers": (
         LLM + "serve:\n  gpu_ids: [0]\n  servers: 2\n",

@@ -17,7 +17,7 @@ import secrets
 import threading
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -72,7 +72,8 @@ from .prompt_lengths import prompt_lengths
 from .token_counts import OWN, TokenCounts
 from .tokenizing import Ahead, quicken
 from .weight_files import check_weights
-from .weight_loading import CHECK, LOAD, WORKER_EXTENSION
+from .weight_loading import CHECK, LOAD
+from .weight_transfer import FINISH, INIT, RECEIVE, WORKER_EXTENSION
 
 CPU_KV_CACHE = 4 << 30
 """Default size of the KV cache without a GPU, in bytes."""
@@ -105,6 +106,8 @@ CONFIGS = {
     "profiler_config": "vllm.config:ProfilerConfig",
     "kv_transfer_config": "vllm.config:KVTransferConfig",
 }
+FOR_PUSHES = {"weight_transfer_config": {"backend": "nccl"}, "logprobs_mode": "processed_logprobs"}
+"""vLLM's arguments for a trainer that pushes weights."""
 IDLE_SECONDS = 2.0
 """Time without items after which the engine is warmed up further, in seconds."""
 WARM_UP_SECONDS = 60.0
@@ -220,6 +223,17 @@ class VLLMEngine(Engine):
     def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
         """Look for vLLM's package, and for the files of the model and of the adapter."""
         return examination.examine(llm, environ, allow_insecure=self.allow_insecure_vllm)
+
+    def for_pushes(self, llm: LLMConfig) -> LLMConfig:
+        """Return `llm` with vLLM's engine for transfers, and with the probabilities that TRL expects."""
+        return replace(llm, llm_kwargs={**FOR_PUSHES, **llm.llm_kwargs})
+
+    def push_info(self, llm: LLMConfig) -> Mapping[str, Any]:
+        """Return both."""
+        return {
+            "weight_transfer_config": llm.llm_kwargs.get("weight_transfer_config"),
+            "model_config": {"logprobs_mode": llm.llm_kwargs.get("logprobs_mode")},
+        }
 
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Load the model, in a thread that runs until the engine stops."""
@@ -526,9 +540,29 @@ class RunningVLLM(RunningEngine):
         if self._requests.is_paused:
             await self._requests.note_version(self._version)
         await differences.call(self._engine.collective_rpc, LOAD, args=(weights.path,))
+        await self._renew(weights.version)
+
+    async def _renew(self, version: str) -> None:
+        """Reset all caches, and load the adapters again, after the weights were replaced. Raises any exception."""
         await self._reset_cache(is_paused=self._requests.is_paused)
         await self._adapters.load_again()
-        self._version = weights.version
+        self._version = version
+
+    async def init_transfer(self, info: Mapping[str, Any]) -> None:
+        """Connect all workers to a trainer."""
+        if not self._is_extended:
+            raise GserveError("weights cannot be received: worker_extension_cls in llm_kwargs takes that place")
+        await differences.call(self._engine.collective_rpc, INIT, args=(dict(info),))
+
+    async def receive_weights(self, info: Mapping[str, Any]) -> None:
+        """Have all workers receive a part of the weights."""
+        await self._stop_warming()
+        await differences.call(self._engine.collective_rpc, RECEIVE, args=(dict(info),))
+
+    async def finish_transfer(self, version: str) -> None:
+        """Have all workers use the parts, reset all caches, and load the adapters again."""
+        await differences.call(self._engine.collective_rpc, FINISH)
+        await self._renew(version)
 
     async def _stop_warming(self) -> None:
         """End the first check of grammars, which would use the engine meanwhile."""

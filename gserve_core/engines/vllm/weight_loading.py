@@ -1,10 +1,9 @@
-"""Other weights in vLLM's workers. vLLM adds `WeightLoading` to its worker class: see `worker_extension_cls`."""
+"""Other weights in vLLM's workers: see `worker_extension_cls`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-WORKER_EXTENSION = f"{__name__}.WeightLoading"
 LOAD, CHECK = "gserve_load_weights", "gserve_check_weights"
 """The methods of a worker that load weights, and that check those that it has."""
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -15,9 +14,7 @@ class WeightLoading:
 
     def gserve_load_weights(self: Any, folder: str) -> None:
         """Replace the weights by those in a folder. Raises any exception: the engine cannot be used any more."""
-        config = self.model_runner.model_config.hf_text_config
-        tied = bool(getattr(config, "tie_word_embeddings", False))
-        self.reload_weights(weights_iterator=_tensors(Path(folder), is_tied=tied))
+        self.reload_weights(weights_iterator=with_head(_tensors(Path(folder)), is_tied=is_tied(self)))
 
     def gserve_check_weights(self: Any) -> None:
         """Raise ValueError if a number of the weights is not finite."""
@@ -32,20 +29,30 @@ class WeightLoading:
                 raise ValueError(f"the weights hold numbers that are not finite, in '{name}'")
 
 
-def _tensors(folder: Path, *, is_tied: bool) -> Iterator[tuple[str, Any]]:
-    """Yield the tensors of all files.
+def is_tied(worker: Any) -> bool:
+    """Return whether the output layer of a worker's model has the weights of the embedding."""
+    return bool(getattr(worker.model_runner.model_config.hf_text_config, "tie_word_embeddings", False))
+
+
+def with_head(tensors: Iterable[tuple[str, Any]], *, is_tied: bool) -> Iterator[tuple[str, Any]]:
+    """Yield tensors with their names, and those of the output layer.
 
     `is_tied`: the output layer has the weights of the embedding. On a CPU vLLM keeps a copy of them, which it makes
     anew only if they are loaded under the layer's own name too.
     """
+    for name, tensor in tensors:
+        if is_tied and name == HEAD:
+            continue
+        yield name, tensor
+        if is_tied and name.endswith(EMBEDDING):
+            yield HEAD, tensor
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the tensors of all files, with their names."""
     from safetensors import safe_open
 
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
-                tensor = tensors.get_tensor(name)
-                if is_tied and name == HEAD:
-                    continue
-                yield name, tensor
-                if is_tied and name.endswith(EMBEDDING):
-                    yield HEAD, tensor
+                yield name, tensors.get_tensor(name)
