@@ -73,13 +73,14 @@ def _documents(count: int, words: int, questions: int) -> Documents:
 
 
 def _compare(bench: Benchmark, service: VLLMService, model: str, workload: Workload) -> None:
-    """Measure a workload with and without affinity in turn. No prompt is like one of another round or side."""
+    """Measure a workload with and without affinity in turn. No prompt is in a cache, or like one of another round."""
     title = f"{workload.title}, 2 servers"
     made = {side: no_figures(f"{workload.name} of two", title, side, model, "tokens/s") for side in (GSERVE, WITHOUT)}
     Gserve(service).do(workload.scaled(WARM_UP).work(0), "")
     for turn in bench.turns(title):
-        for place, side in enumerate((GSERVE, WITHOUT) if turn % 2 else (WITHOUT, GSERVE)):
-            work = workload.work(2 * turn + place)
+        work = workload.work(turn)
+        for side in (GSERVE, WITHOUT) if turn % 2 else (WITHOUT, GSERVE):
+            service.reset_cache()
             with _affinity(service, is_on=side == GSERVE):
                 answer = Gserve(service).do(work, "")
             say(f"{title}, round {turn}, {side}: {answer.seconds:.2f} s")

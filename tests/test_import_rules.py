@@ -71,7 +71,9 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.server_command"},
     {"service.gpu_sharing"},
     {"service.server_life"},
-    {"service.server", "service.plan", "service.weight_updates", "service.memory_weights"},
+    {"service.gates", "service.weight_updates", "service.memory_weights"},
+    {"service.changes"},
+    {"service.server", "service.plan"},
     {"service.trl_pushes"},
     {"service.model", "service.followed_models", "service.deployment"},
     {"service.service"},
@@ -93,9 +95,9 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "process.server": {
         "errors", "messages", "config", "interfaces", "lease", "host.ports",
         "host.redaction", "host.tokens", "process.engine_watchdog", "process.openai_face", "process.ranks",
-        "process.work", "tasks", "process.orders", "weights",
+        "process.work", "tasks", "process.orders", "pauses", "weights",
     },
-    "process.orders": {"errors", "interfaces", "lease", "host.redaction", "weights", "process.work"},
+    "process.orders": {"errors", "interfaces", "lease", "host.redaction", "pauses", "weights", "process.work"},
     "process.ranks": {
         "errors", "config", "interfaces", "lease", "host.addresses", "host.forks", "host.gpu_locks", "host.gpus",
     },
