@@ -47,6 +47,9 @@ class Told:
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
         self.told.append(("remove", key, why, returns, died))
 
+    def set_prefix_affinity(self, is_on: bool) -> None:
+        pass
+
     def drain(self, why: str) -> None:
         self.told.append(("drain", why))
 
