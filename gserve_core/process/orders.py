@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 from .. import lease
@@ -42,14 +43,14 @@ class Orders:
         """Add an order of the owner."""
         match order:
             case lease.Pause() if self._work is not None:
-                self._pausing = self._begin(self._in_turn(order.number, self._work.pause(order.in_flight)))
+                self._pausing = self._begin(self._in_turn(order.number, partial(self._work.pause, order.in_flight)))
             case lease.Resume() if self._work is not None:
                 self._end_pause()
                 self._begin(self._resume(self._work))
             case lease.SetGate(number, gate) if self._work is not None:
                 if gate.is_open:
                     self._end_pause()
-                moving = self._begin(self._in_turn(number, self._move(gate, self._work)))
+                moving = self._begin(self._in_turn(number, partial(self._move, gate, self._work)))
                 self._pausing = self._pausing if gate.is_open else moving
             case lease.Resume():
                 pass  # nothing is paused yet
@@ -112,13 +113,10 @@ class Orders:
             case lease.Pause(number):
                 await self._answer(number)  # it came before any item
 
-    async def _in_turn(self, number: int, doing: Coroutine[Any, Any, None]) -> None:
+    async def _in_turn(self, number: int, act: Callable[[], Awaitable[object]]) -> None:
         """Answer an order that begins or ends a pause, once those before it have ended."""
-        try:
-            async with self._turn:
-                await self._answer(number, doing)
-        finally:
-            doing.close()  # it was never begun if this was cancelled before
+        async with self._turn:
+            await self._answer(number, act())
 
     async def _resume(self, work: Work) -> None:
         async with self._turn:
