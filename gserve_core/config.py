@@ -864,7 +864,11 @@ def _divide_gpu(config: Config, gpu: int | None, names: Sequence[str]) -> dict[s
             f"{which} is that of {whose}: choose different ids, or set share_gpu: true for all of them",
             at=f"{where}.serve.gpu_ids",
         )
-    total = sum(models[name].gpu_memory or 0.0 for name in names)
+    total = sum(
+        models[name].gpu_memory or 0.0
+        for name in names
+        if "kv_cache_memory_bytes" not in models[name].llm.engine_kwargs
+    )
     if total > 1 + 1e-9:
         raise ConfigError(
             f"the servers of {whose} would take {total:.3g} of the memory of {which}: their"

@@ -67,10 +67,11 @@ class Answer:
         self.status = 0
         self.headers: Headers = []
         self.body = b""
+        self.is_complete = False
 
     async def send_whole(self, status: int, headers: Headers, body: bytes) -> None:
         """Take an answer in one piece."""
-        self.status, self.headers, self.body = status, headers, body
+        self.status, self.headers, self.body, self.is_complete = status, headers, body, True
 
     async def send(self, message: Message) -> None:
         """Take a part of an answer."""
@@ -78,6 +79,7 @@ class Answer:
             self.status, self.headers = message["status"], message["headers"]
         else:
             self.body += message.get("body", b"")
+            self.is_complete = not message.get("more_body", False)
 
 
 def shares(body: bytes, servers: int) -> list[bytes]:
@@ -109,6 +111,8 @@ async def complete(pass_on: PassOn, scope: Scope, bodies: Sequence[bytes]) -> An
     finally:
         for task in tasks:
             task.cancel()
+    if any(it.status == HTTPStatus.OK and not it.is_complete for it in answers):
+        raise RemoteError("a server died before its part of the answer was complete", status=503)
     failed = next((it for it in answers if it.status != HTTPStatus.OK), None)
     return failed or (answers[0] if len(answers) == 1 else _joined(answers))
 

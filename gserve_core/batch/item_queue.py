@@ -222,14 +222,14 @@ class ItemQueue:
             for item in items:
                 self._end(item)
             return
-        if not call.is_paused:
-            if not call.waiting:
-                self._calls.append(call)
-            self._waiting_in_calls += len(items)
         if self._prefixes is not None and len(self._servers) + len(self._expected) > 1:
             for item in items:
                 if item.size >= MIN_SIZE and item.task == GENERATE:
                     item.prefix = self._prefixes.find(item.prompt, item.adapter)
+        if not call.is_paused:
+            if not call.waiting:
+                self._calls.append(call)
+            self._waiting_in_calls += len(items)
         call.waiting.extend(items)
         for server in self._servers.values():
             if server.is_given_up:

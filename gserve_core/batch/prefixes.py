@@ -126,15 +126,26 @@ def _text(prompt: Prompt | bytes) -> tuple[Sequence[Any], int]:
 
 
 def _messages(conversation: Conversation) -> bytes:
-    """Return the first part of a conversation as bytes. Its next turns continue them.
-
-    JSON, since the binary form of a text begins with its length.
-    """
-    parts = [msgspec.json.encode(conversation.tools)] if conversation.tools else []
+    """Return the first part of a conversation as bytes. Its next turns continue them."""
+    parts = [_encoded(conversation.tools)] if conversation.tools else []
     size = sum(map(len, parts))
     for message in conversation.messages:
         if size >= MAX_SIZE:
             break
-        parts.append(msgspec.json.encode(message))
+        content = message.content
+        if isinstance(content, str):
+            parts.append(f"{message.role}\0{content[:MAX_SIZE]}".encode(errors="surrogatepass"))
+        elif message.images:  # they may be large, and no text that follows them is shared by chance
+            break
+        else:
+            parts.append(_encoded(message))
         size += len(parts[-1])
-    return b"".join(parts)
+    return b"\0".join(parts)
+
+
+def _encoded(value: Any) -> bytes:
+    """Return a value as bytes, so that longer texts at its end begin alike, if JSON has all of its keys."""
+    try:
+        return msgspec.json.encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError):
+        return msgspec.msgpack.encode(value)

@@ -77,18 +77,19 @@ class Orders:
         Raises any exception: the weights cannot be loaded, or the engine cannot sleep.
         """
         self._engine, self._work = engine, work
-        if weights.path:
-            await self._load(weights)
-        self._weights = weights
-        if adapters:
-            await self._set_adapters(lease.SetAdapters(0, dict(adapters)))
-        await self._move(gate, work)
-        await self._answer(0)
-        while not self._waiting.empty():
-            order = self._waiting.get_nowait()
-            if isinstance(order, lease.LoadWeights):
-                await self._load(order.weights)  # a server that cannot have them does not become ready
-            await self._follow(order, work)
+        async with self._turn:  # the gate of orders that come meanwhile counts more than this one
+            if weights.path:
+                await self._load(weights)
+            self._weights = weights
+            if adapters:
+                await self._set_adapters(lease.SetAdapters(0, dict(adapters)))
+            await self._move(gate, work)
+            await self._answer(0)
+            while not self._waiting.empty():
+                order = self._waiting.get_nowait()
+                if isinstance(order, lease.LoadWeights):
+                    await self._load(order.weights)  # a server that cannot have them does not become ready
+                await self._follow(order, work)
 
     async def follow(self) -> None:
         """Follow orders, until it is cancelled."""

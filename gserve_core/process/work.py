@@ -319,6 +319,11 @@ class Work:
                 f"a pause keeps {self.running} items in the engine, which cannot finish: resume first, or choose"
                 " in_flight 'keep', 'redo' or 'abort'"
             )
+        if in_flight in ("redo", "abort") and self.is_kept and self._replies:
+            raise GserveError(
+                f"a pause keeps {self._replies} requests of OpenAI's API in the engine, which are never put back:"
+                " resume first, or choose in_flight 'keep'"
+            )
         self._opened.clear()
         self._most_running = 0
         if in_flight == "keep":

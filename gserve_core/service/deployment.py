@@ -95,13 +95,11 @@ class Deployment:
         if self.pushes is not None:
             self.pushes.close()
         for key, model in self.plan.models.items():
-            if not model.gate.is_open:  # another start pauses nothing
-                self.plan = self.plan.with_gate(key, OPEN)
-                self.pool.set_programs([replace(it, gate=OPEN) for it in self.members(key)])
-            if model.weights.are_pushed or self._changes.is_in_memory(model.weights):
-                # another start has those of the config
-                self.plan = self.plan.with_weights(key, ORIGINAL)
-                self.pool.set_programs([replace(it, weights=ORIGINAL) for it in self.members(key)])
+            is_lost = model.weights.are_pushed or self._changes.is_in_memory(model.weights)
+            weights = ORIGINAL if is_lost else model.weights  # another start has those of the config then
+            self.plan = self.plan.with_gate(key, OPEN).with_weights(key, weights)
+            # the end may have interrupted a change that only the programs know
+            self.pool.set_programs([replace(it, gate=OPEN, weights=weights) for it in self.members(key)])
         self._changes.end()
         for plan in (self.plan, self._tried):
             if plan is not None:
@@ -384,7 +382,13 @@ class Deployment:
     def _resized_by_gpus(self, key: str, servers: int, serve: ServeConfig) -> Plan:
         """Return the plan for another number of servers, of which each GPU has the same number. Raises ConfigError."""
         each, groups = serve.least_per_gpu, list(dict.fromkeys(self._given.models[key].placement))
-        if servers < 1 or servers % each or servers > each * len(groups) or serve.gpu_ids is None:
+        if serve.gpu_ids is None:
+            raise ConfigError(
+                f"all {each} servers are on the first GPU: name GPUs in gpu_ids, or change servers_per_gpu, and use"
+                " gserve reload",
+                at="$.serve.gpu_ids",
+            )
+        if servers < 1 or servers % each or servers > each * len(groups):
             raise ConfigError(
                 f"expected a multiple of {each}, which is servers_per_gpu, up to {each * len(groups)}, got {servers}:"
                 " change servers_per_gpu or gpu_ids, and use gserve reload",
@@ -555,7 +559,8 @@ class Deployment:
                 port = None if model.serve.port is None else model.serve.port + place
                 on_port = [old for old in left if port is not None and old.serve.port == port]
                 competing = [old for old in left if old in on_port or model.competes(old, gpu_ids)]
-                if all(old.gpu_ids is None for old in competing):
+                each = max([model.serve.least_per_gpu, *(old.serve.least_per_gpu for old in competing)])
+                if each == 1 and all(old.gpu_ids is None for old in competing):
                     own = [old for old in left if _key(old) == key][:1]
                     competing = own + [old for old in on_port if old not in own] or competing[:1]
                 left = [old for old in left if old not in competing]

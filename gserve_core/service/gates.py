@@ -10,7 +10,7 @@ from ..errors import ChangeInProgress, GserveError
 from ..pauses import OPEN, Gate
 from .pool import Pool
 from .server_life import ServerProgram
-from .state import faults_of
+from .state import Answered, faults_of
 
 BACK_SECONDS = 60.0
 """Maximum wait for the servers that return to the gate that they had, in seconds."""
@@ -46,18 +46,23 @@ def open_gate(pool: Pool, programs: Sequence[ServerProgram], seconds: float) -> 
 
 
 def _move(pool: Pool, programs: Sequence[ServerProgram], gate: Gate, seconds: float) -> None:
-    """Give servers a gate that they can have. One that fails is started again."""
+    """Give servers a gate that they can have. One that does not follow is started again."""
     moved = [replace(it, gate=gate) for it in programs]
-    why = "they have not answered in time"
+    pool.set_programs(moved)
+    asked = {name: state.instance for name, state in pool.states.items() if state.follows_orders}
     try:
-        answers = pool.order(moved, lambda number: lease.SetGate(number, gate), seconds, "ended the pause")
-        why = faults_of(answers)
-    except GserveError as error:
-        why = str(error)
-    failed = [it for it in moved if (state := pool.states.get(it.name)) and state.usable and state.gate != gate.name]
-    if failed:
-        logger.error("cannot end the pause of %s: %s; starting again", ", ".join(it.name for it in failed), why)
-        pool.restart(failed)
+        answers = pool.order_each(moved, lambda _, number: lease.SetGate(number, gate), seconds)
+    except GserveError:  # the servers end
+        return
+    states, failed = pool.states, []
+    for program in moved:
+        state, answer = states.get(program.name), answers.get(program.name)
+        is_asked = state is not None and state.follows_orders and asked.get(program.name) == state.instance
+        if is_asked and not (isinstance(answer, Answered) and not answer.fault):
+            why = answer.fault if isinstance(answer, Answered) else f"it has not answered within {seconds:g} s"
+            logger.error("cannot end the pause of %s, which is started again: %s", program.name, why)
+            failed.append(program)
+    pool.restart(failed)
 
 
 class PauseLimits:

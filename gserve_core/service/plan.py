@@ -96,6 +96,14 @@ class ModelPlan:
         llm = self.llm if self.serve.weight_protocol is None else self.parts.engine.for_pushes(self.llm)
         return replace(llm, llm_kwargs={**llm.llm_kwargs, **given}) if given else llm
 
+    def _divides(self, old: ServerProgram, gpu_ids: tuple[int, ...] | None) -> bool:
+        """Return whether the servers on these GPUs divide all of the memory, so that nothing fits beside `old`."""
+        if max(self.serve.least_per_gpu, old.serve.least_per_gpu) > 1:
+            return True
+        if FRACTION in self.llm.engine_kwargs or not self.parts.engine.needs_gpus():
+            return False
+        return gpu_ids in self.gpu_memory or FRACTION in old.llm.engine_kwargs
+
     def competes(self, old: ServerProgram, gpu_ids: tuple[int, ...] | None) -> bool:
         """Return whether a new server on these GPUs may need the GPUs, or the place in a scheduler, of `old`."""
         both_need_some = all(
@@ -103,8 +111,7 @@ class ModelPlan:
         )
         if not both_need_some:
             return False
-        each = max(self.serve.least_per_gpu, old.serve.least_per_gpu)
-        if each == 1 and self.serve.share_gpu and old.serve.share_gpu:  # others divide all memory among themselves
+        if self.serve.share_gpu and old.serve.share_gpu and not self._divides(old, gpu_ids):
             return False
         return old.gpu_ids is None or gpu_ids is None or bool({*old.gpu_ids} & {*gpu_ids})
 

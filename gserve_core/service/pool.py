@@ -571,6 +571,35 @@ class Pool:
             raise GserveError(f"{self._what} {why}")
         return done.result()
 
+    def order_each[Own: Program](
+        self,
+        programs: Sequence[Own],
+        make: Callable[[Own, int], Order],
+        seconds: float,
+        *,
+        only_ready: bool = False,
+    ) -> Answers:
+        """Have servers follow an order each, at once. See `Supervisor.order`.
+
+        `make`: returns the order for a program, with a number.
+
+        Return the answers that come within `seconds`. A server that dies gives none.
+
+        Raises GserveError: the pool does not run, or ends.
+        """
+        supervisor = self.running()
+        orders = [supervisor.order([it], partial(make, it), only_ready=only_ready) for it in programs]
+        self._published.wait(lambda: all(it.done() for it in orders) or supervisor.is_closing, seconds)
+        answers: Answers = {}
+        for order in orders:
+            if order.done():
+                answers |= order.result()
+            else:
+                supervisor.call_soon(order.cancel)
+        if supervisor.is_closing:
+            raise GserveError(f"{self._what} is ending")
+        return answers
+
     def set_adapters(self, programs: Sequence[Program], adapters: Mapping[str, str], seconds: float) -> Faults:
         """Have servers load and remove LoRA adapters, so that they have these: their folders by name.
 

@@ -80,7 +80,8 @@ class VLLMServer:
                 "expected gpu_ids, host, port, startup_timeout and verbose inside serve_config, not beside it"
             )
         serve = serve_config or given
-        for name, number in (("servers", serve.servers), ("min_ready", serve.min_ready)):
+        numbers = {"servers": serve.servers, "min_ready": serve.min_ready, "servers_per_gpu": serve.least_per_gpu}
+        for name, number in numbers.items():
             if number not in (None, 1):
                 raise ConfigError(f"a VLLMServer is one server, but serve_config.{name} is {number}: use a VLLMService")
         if serve.weight_protocol is not None:

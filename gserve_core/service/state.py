@@ -184,6 +184,8 @@ class ServerState:
         is_stale = self.state == State.READY and version not in (None, self.weight_version)
         if is_stale == self.is_stale:
             return self
+        if self.state != State.READY:  # its phase and its return are those of its end
+            return replace(self, is_stale=False)
         return replace(self, is_stale=is_stale, returns=is_stale or self.is_held, phase=STALE if is_stale else None)
 
     def draining(self, phase: str, *, finishing: bool = False, returns: bool = False, died: bool = False) -> Self:

@@ -121,6 +121,8 @@ class Pushes:
         """The requests that change something, whose repetition is recognised."""
         self._requests = 0
         """Number of requests in progress."""
+        self._last = 0
+        """The number of the last push."""
         self._timer: threading.Timer | None = None
         """Gives up a push whose trainer is gone."""
 
@@ -132,7 +134,7 @@ class Pushes:
         """Forget the trainer: the servers have ended."""
         self._give_up(self._push, restarts=False)
         with self._lock:
-            self._group = None
+            self._group, self._last = None, 0
             self._calls.clear()
 
     @contextmanager
@@ -148,10 +150,17 @@ class Pushes:
         finally:
             with self._lock:
                 self._requests -= 1
-                if not self._requests and (push := self._push) is not None:
-                    self._timer = threading.Timer(TRAINER_SECONDS, self._give_up, (push,))
-                    self._timer.daemon = True
-                    self._timer.start()
+                self._watch_trainer()
+
+    def _watch_trainer(self) -> None:
+        """Give up the push in progress after a time, if no request is in progress. The caller holds the lock."""
+        if self._requests or (push := self._push) is None:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(TRAINER_SECONDS, self._give_up, (push,))
+        self._timer.daemon = True
+        self._timer.start()
 
     def handle(self, method: str, path: str, body: bytes) -> dict[str, Any]:
         """Answer a request. Raises RemoteError or GserveError: it cannot be done."""
@@ -162,6 +171,7 @@ class Pushes:
                     raise RemoteError("not all servers are ready", status=503)
                 return {"status": "ok"}
             case "GET", "/get_world_size":
+                self._interrupt()
                 return {"world_size": self._welcome()}
             case "GET", "/server_info":
                 model = self._service.model
@@ -223,23 +233,18 @@ class Pushes:
         """Return the number of ranks of a server."""
         return self._service.model.llm.gpus_per_server
 
-    def _order(
-        self, programs: Sequence[ServerProgram], make: Callable[[ServerProgram, int], lease.Order], doing: str
-    ) -> Answers:
-        """Have servers follow an order each, at once. A server that dies does not answer.
-
-        Raises GserveError: a server has not answered in time, or the service ends.
-        """
-        supervisor = self._service.pool.running()
-        orders = [supervisor.order([it], partial(make, it), only_ready=True) for it in programs]
-        if not self._service.pool.wait_until(lambda: all(order.done() for order in orders), STEP_SECONDS):
-            for order in orders:
-                supervisor.call_soon(order.cancel)
-            why = "it is ending" if supervisor.is_closing else f"not all servers have {doing} in {STEP_SECONDS:g} s"
-            raise GserveError(f"the push cannot go on: {why}")
-        return {name: answer for order in orders for name, answer in order.result().items()}
+    def _order(self, programs: Sequence[ServerProgram], make: Callable[[ServerProgram, int], lease.Order]) -> Answers:
+        """Have servers follow an order each. See `Pool.order_each`."""
+        return self._service.pool.order_each(programs, make, STEP_SECONDS, only_ready=True)
 
     # ------------------------------------------------------------------------------------------------------- the steps
+
+    def _interrupt(self) -> None:
+        """Start servers again that still connect to an earlier trainer, which may be gone: they would not end soon."""
+        with self._lock:
+            connects = any(path == INIT and not call.done() for (path, _), call in self._calls.items())
+        if connects:
+            self._service.pool.restart(self._programs(self._ready(), self._service.model.weights))
 
     def _welcome(self) -> int:
         """Return the number of ranks of all servers, to a new trainer. What an earlier one has begun is given up."""
@@ -268,8 +273,11 @@ class Pushes:
                     f" got {size}: ask for GET /get_world_size again"
                 )
             offsets = dict(zip(names, accumulate([each] * len(names), initial=first), strict=False))
-            answers = self._order(programs, lambda it, number: _joining(number, info, offsets[it.name]), "connected")
+            answers = self._order(programs, lambda it, number: _joining(number, info, offsets[it.name]))
             if faults := _faults(names, answers):
+                alive = self._ready()
+                hung = {name: it for name, it in names.items() if name not in answers and alive.get(name) == it}
+                self._service.pool.restart(self._programs(hung, self._service.model.weights))
                 raise GserveError(f"not all servers can connect to the trainer: {_listed(faults)}")
             with self._lock:
                 self._group = _Group(info, names, size)
@@ -292,20 +300,23 @@ class Pushes:
             ending.callback(lambda: self._service.pool.resume([it.name for it in self._service.members()]))
             before = self._service.model.weights
             check_awake(self._service.members()[0])
-            answers = self._order(self._programs(ready, before), lambda _, number: lease.Pause(number), "paused")
-            if faults := _faults(answers, answers):
+            answers = self._order(self._programs(ready, before), lambda _, number: lease.Pause(number))
+            alive = self._ready()
+            if faults := _faults([name for name, it in ready.items() if alive.get(name) == it], answers):
                 raise GserveError(f"cannot pause all servers: {_listed(faults)}")
-            number = int(before.version) + 1 if before.version.isdecimal() else 1
-            push = _Push(Weights(str(number)), before, ending.pop_all())
+            known = int(before.version) if before.version.isdecimal() else 0
+            self._last = max(self._last, known) + 1
+            push = _Push(Weights(str(self._last)), before, ending.pop_all())
         with self._lock:
             self._push = push
+            self._watch_trainer()  # the trainer may be gone already
 
     def _receive(self, info: dict[str, Any]) -> None:
         """Have all servers receive a part of the weights."""
         push = self._opened()
         if push.taking is None:
             self._gather(push)
-        self._follow(push, lambda _, number: lease.Transfer(number, "receive", info), "received the weights")
+        self._follow(push, lambda _, number: lease.Transfer(number, "receive", info))
 
     def _gather(self, push: _Push) -> None:
         """Choose the servers that take part. All others are stale from now on."""
@@ -317,13 +328,15 @@ class Pushes:
             offsets = {name: group.ranks + number * self._ranks() for number, name in enumerate(newcomers)}
             programs = self._programs(newcomers, push.before)
             info = group.info
-            answers = self._order(programs, lambda it, number: _joining(number, info, offsets[it.name]), "connected")
+            answers = self._order(programs, lambda it, number: _joining(number, info, offsets[it.name]))
             push.faults |= (faults := _faults(newcomers, answers))
             joined = {name: instance for name, instance in newcomers.items() if name not in faults}
             group.members |= joined
             group.ranks += len(newcomers) * self._ranks()
             taking |= joined
-        push.taking = taking
+        with self._lock:
+            self._check_open(push)
+            push.taking = taking
         others = [it for it in self._service.members() if it.name not in taking]
         self._service.pool.set_programs([replace(it, weights=push.weights) for it in others])
 
@@ -334,7 +347,7 @@ class Pushes:
             self._give_up(push)
             return
         version = push.weights.version
-        self._follow(push, lambda _, number: lease.Transfer(number, "finish", {}, version), "loaded the weights")
+        self._follow(push, lambda _, number: lease.Transfer(number, "finish", {}, version))
         with self._lock:
             self._check_open(push)
             self._push = None
@@ -343,20 +356,20 @@ class Pushes:
         for name, fault in push.faults.items():
             logger.error("%s has not the weights of version %s: %s", name, version, fault)
 
-    def _follow(self, push: _Push, make: Callable[[ServerProgram, int], lease.Order], doing: str) -> None:
+    def _follow(self, push: _Push, make: Callable[[ServerProgram, int], lease.Order]) -> None:
         """Have the servers that take part follow an order. Those that cannot are started again, and are stale.
 
         Raises GserveError: none can. All are started again with the old weights, if these have a folder.
         """
         assert push.taking is not None
         programs = self._programs(push.taking, push.weights)
+        answers = self._order(programs, make)
         try:
-            answers = self._order(programs, make, doing)
-        except GserveError:
-            self._give_up(push)
+            with self._lock:
+                self._check_open(push)
+        except GserveError:  # what was given up meanwhile has restarted them before this order, perhaps
+            self._service.pool.restart(self._programs(push.taking, self._service.model.weights))
             raise
-        with self._lock:
-            self._check_open(push)
         push.faults |= (faults := _faults(push.taking, answers))
         if len(faults) == len(push.taking):
             self._give_up(push)
@@ -402,7 +415,7 @@ def _joining(number: int, info: Mapping[str, Any], offset: int) -> lease.Transfe
 def _faults(names: Iterable[str], answers: Answers) -> dict[str, str]:
     """Return why servers with these names have not followed an order, by their names."""
     said = {name: it.fault for name, it in answers.items() if isinstance(it, Answered)}
-    return {name: fault for name in names if (fault := said.get(name, "it has died"))}
+    return {name: fault for name in names if (fault := said.get(name, "it has died, or has not answered in time"))}
 
 
 def _listed(faults: Mapping[str, str]) -> str:

@@ -85,7 +85,7 @@ class WeightUpdate:
             logger.error("%s", error)
         finally:  # a signal may interrupt the wait
             is_on_none = not self._are_new()
-            failed = [it for it in self._states() if it.usable and not self._is_new(it)]
+            failed = [it for it in self._states() if it.follows_orders and not self._is_new(it)]
             if is_on_none:
                 returned = self._pool.restart(self._olds)
             else:
@@ -97,6 +97,8 @@ class WeightUpdate:
             self._pool.wait_until(lambda: all(it.done() for it in returned), BACK_SECONDS)
             are_back = all(it.done() and it.exception() is None for it in returned)
             what = "all servers have the old ones again" if are_back else "servers cannot return to the old ones"
+            if are_back and any(it.weights.are_pushed for it in self._olds):
+                what = "all servers wait for another push, since a trainer had pushed the old ones"
             faults = faults_of(answers) or f"no server has loaded them within {self._seconds:g} s"
             raise GserveError(f"cannot load the weights in {self._weights.path}, and {what}: {faults}")
         for state in failed:

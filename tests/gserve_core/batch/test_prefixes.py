@@ -82,3 +82,12 @@ def test_the_home_of_a_prefix_is_the_only_server_that_has_it() -> None:
     assert one not in found.caches
     other.is_gone = True
     assert found.home is None
+
+
+def test_tools_with_keys_that_json_has_not_are_compared_too() -> None:
+    """YAML makes booleans of names such as `on`."""
+    known = Prefixes()
+    tools: list[list[dict[str, Any]]] = [[{"properties": {key: SYSTEM}}] for key in (True, True, None)]
+    one, same, other = (known.find(Conversation([Message("user", "Who?")], tools=it)) for it in tools)
+    assert one is same is not None
+    assert other is not one

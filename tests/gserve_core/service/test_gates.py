@@ -84,6 +84,20 @@ def test_a_server_that_is_started_during_a_pause_is_paused(service: VLLMService)
     assert gates(service) == {"open"}
 
 
+def test_a_pause_that_ends_while_a_server_starts_has_ended_for_that_too(root: Path) -> None:
+    """Loading weights takes a second, like the token of an item."""
+    with VLLMService(LLMConfig("m"), SERVE, engine=replace(ECHO, latency=1.0)) as service:
+        service.update_weights(root / "v1", version="1")
+        service.pause()
+        server = service.servers[0]
+        os.kill(main_process(service, server.name), signal.SIGKILL)
+        until(lambda: "loading the weights" in (server.status().phase or ""), 30)
+        service.resume()
+        until(partial(_is_back, server, 1), 30)
+        assert gates(service) == {"open"}
+        assert len(answers(service, 4)) == 1
+
+
 def test_a_server_that_is_killed_in_a_pause_loses_nothing_that_was_kept(service: VLLMService) -> None:
     with Load(service) as load:
         service.pause("keep")
