@@ -122,7 +122,7 @@ class Pushes:
         self._requests = 0
         """Number of requests in progress."""
         self._last = 0
-        """The number of the last push."""
+        """The version of the last push, as a number."""
         self._timer: threading.Timer | None = None
         """Gives up a push whose trainer is gone."""
 
@@ -305,8 +305,7 @@ class Pushes:
             if faults := _faults([name for name, it in ready.items() if alive.get(name) == it], answers):
                 raise GserveError(f"cannot pause all servers: {_listed(faults)}")
             known = int(before.version) if before.version.isdecimal() else 0
-            self._last = max(self._last, known) + 1
-            push = _Push(Weights(str(self._last)), before, ending.pop_all())
+            push = _Push(Weights(str(max(self._last, known) + 1)), before, ending.pop_all())
         with self._lock:
             self._push = push
             self._watch_trainer()  # the trainer may be gone already
@@ -350,7 +349,7 @@ class Pushes:
         self._follow(push, lambda _, number: lease.Transfer(number, "finish", {}, version))
         with self._lock:
             self._check_open(push)
-            self._push = None
+            self._push, self._last = None, int(version)
         self._service.commit(push.weights)
         push.ending.close()
         for name, fault in push.faults.items():
