@@ -25,6 +25,7 @@ pytest_terminal_summary = cluster.pytest_terminal_summary
 ENGINE = (
     "tests/gserve_core/engines/vllm/", "tests/clients/", "tests/test_faults_vllm.py", "tests/test_quickstart.py",
     "tests/test_seed_readme.py", "tests/gserve_core/host/test_core_locks.py", "tests/slurm/test_vllm_on_nodes.py",
+    "tests/slurm/test_vllm_ranks.py",
 )  # fmt: skip
 """Tests that start real vLLM. Two cores bear one engine at a time: with several test processes, all are in one."""
 SLURM = ("tests/slurm/",)
