@@ -219,7 +219,10 @@ class VLLMServer:
     @property
     def weights(self) -> Weights:
         """The version and the folder of its weights. Those of the start have version "0" and no folder."""
-        return self.program.weights
+        if self._alone is not None:
+            return self._alone.program.weights
+        own = [it for it in self._pool.programs if isinstance(it, ServerProgram) and it.name == self.name]
+        return (own[0] if own else self._program).weights  # its service may have replaced them
 
     def update_weights(
         self,

@@ -366,7 +366,7 @@ class Pushes:
         try:
             with self._lock:
                 self._check_open(push)
-        except GserveError:  # what was given up meanwhile has restarted them before this order, perhaps
+        except GserveError:  # it was given up meanwhile, and this order may have come after the restart
             self._service.pool.restart(self._programs(push.taking, self._service.model.weights))
             raise
         push.faults |= (faults := _faults(push.taking, answers))

@@ -33,6 +33,15 @@ def service() -> Iterator[VLLMService]:
         yield running
 
 
+def made_until_now(load: Load) -> int:
+    """Return the number of outputs of a load that is paused. Fail if there are more soon."""
+    time.sleep(0.1)  # an output may still be on its way
+    made = len(load.outputs)
+    time.sleep(STILL_SECONDS)
+    assert len(load.outputs) == made
+    return made
+
+
 def gates(service: VLLMService) -> set[str]:
     return {state.gate for state in service.status()}
 
@@ -43,10 +52,7 @@ def test_a_pause_begins_and_makes_nothing_until_it_ends(service: VLLMService, in
         for _ in range(3):
             service.pause(in_flight)
             assert gates(service) == {"paused"}
-            time.sleep(0.1)  # what has ended may still be on its way
-            made = len(load.outputs)
-            time.sleep(STILL_SECONDS)
-            assert len(load.outputs) == made
+            made = made_until_now(load)
             service.resume()
             assert gates(service) == {"open"}
             until(lambda made=made: len(load.outputs) > made + 100)  # type: ignore[misc]
@@ -143,10 +149,7 @@ def test_new_weights_end_no_pause(service: VLLMService, root: Path) -> None:
             else:
                 service.update_weights(root / path_of(number), version=str(number))
             assert gates(service) == {"paused"}
-            time.sleep(0.1)
-            made = len(load.outputs)
-            time.sleep(STILL_SECONDS)
-            assert len(load.outputs) == made
+            made = made_until_now(load)
             service.resume()
             until(lambda made=made: len(load.outputs) > made + 100)  # type: ignore[misc]
     assert load.outputs[-1].weight_version == "4"
@@ -184,10 +187,7 @@ def test_servers_sleep_and_wake(service: VLLMService, root: Path) -> None:
         os.kill(main_process(service, server.name), signal.SIGKILL)
         until(partial(_is_back, server, 1), 30)
         assert gates(service) == {"asleep"}
-        time.sleep(0.1)
-        made = len(load.outputs)
-        time.sleep(STILL_SECONDS)
-        assert len(load.outputs) == made
+        made = made_until_now(load)
         service.wake()
         assert gates(service) == {"open"}
         until(lambda: len(load.outputs) > made + 100)
@@ -234,7 +234,10 @@ def test_a_server_of_its_own_has_the_same(root: Path) -> None:
     assert server.weights.version == "0"
 
 
-def test_one_server_of_a_service_does_not_change_alone(service: VLLMService) -> None:
+def test_one_server_of_a_service_does_not_change_alone(service: VLLMService, root: Path) -> None:
+    server = service.servers[0]
+    service.update_weights(root / "v1", version="1")
+    assert server.weights.version == "1"
     with pytest.raises(GserveError, match="server-0 belongs to a service, whose servers change together"):
         service.servers[0].pause()
 
