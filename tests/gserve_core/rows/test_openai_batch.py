@@ -1,5 +1,6 @@
 """OpenAI's batch files: what is refused, sent, sent again, and continued. Over real servers and a scripted one."""
 
+import contextlib
 import errno
 import json
 import os
@@ -28,7 +29,7 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Reply
 from gserve_core.rows import openai_batch
 from gserve_core.rows.batch_files import BatchSummary
-from tests.gserve_core.service.test_gateway import server_pids
+from tests.gserve_core.service.test_gateway import listening_pids
 
 CHAT = "/v1/chat/completions"
 OK = b'{"id": "x", "usage": {"prompt_tokens": 2, "completion_tokens": 3}}'
@@ -168,8 +169,9 @@ def test_servers_that_are_killed_in_mid_run_cost_no_line(source: Path, output: P
 
         def kill() -> None:
             while not done.wait(0.5):
-                for pid in server_pids(service)[:1]:
-                    os.kill(pid, signal.SIGKILL)
+                for pid in list(listening_pids(service).values())[:1]:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
 
         killer = threading.Thread(target=kill)
         killer.start()

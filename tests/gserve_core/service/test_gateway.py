@@ -1,5 +1,6 @@
 """The gateway over real servers and sockets: one address, its key, and what clients see when servers die."""
 
+import contextlib
 import json
 import os
 import signal
@@ -66,15 +67,22 @@ def error_of(reply: httpx.Response) -> tuple[int, str]:
     return reply.status_code, reply.json()["error"]["message"]
 
 
-def server_pids(service: VLLMService) -> list[int]:
-    """Return the server processes, in the order of the servers."""
+def listening_pids(service: VLLMService) -> dict[str, int]:
+    """Return the process of each server that listens at this moment, by the server's name."""
     found = {}
     for server in service.servers:
         port = server.port
         for pid in our_processes():
-            open_here = psutil.Process(pid).net_connections()
-            if any(it.laddr.port == port and it.status == psutil.CONN_LISTEN for it in open_here):
-                found[server.name] = pid
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it was listed
+                open_here = psutil.Process(pid).net_connections()
+                if any(it.laddr.port == port and it.status == psutil.CONN_LISTEN for it in open_here):
+                    found[server.name] = pid
+    return found
+
+
+def server_pids(service: VLLMService) -> list[int]:
+    """Return the server processes, in the order of the servers, all of which have to listen."""
+    found = listening_pids(service)
     return [found[server.name] for server in service.servers]
 
 
