@@ -124,7 +124,7 @@ LONG_ANSWER = {"max_tokens": 100}
 
 
 def _deadline(service: VLLMService, seconds: float) -> None:
-    results = service.generate(SLOW, LONG_ANSWER, on_error="return", deadline=0.5 + seconds)
+    results = service.generate(SLOW, LONG_ANSWER, on_error="return", deadline=3.0 + seconds)
     assert results[0] == ["quick"], "what was finished is kept"
     assert all(isinstance(result, DeadlineExceeded) for result in results[1:])
 
@@ -137,7 +137,7 @@ def _closed_iterator(service: VLLMService, seconds: float) -> None:
 
 
 def _interrupt(service: VLLMService, seconds: float) -> None:
-    timer = threading.Timer(0.5 + seconds, os.kill, (os.getpid(), signal.SIGINT))
+    timer = threading.Timer(3.0 + seconds, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     call = functools.partial(service.generate, SLOW, LONG_ANSWER, deadline=20.0)
     interrupt = oracles.raised(BatchInterrupted, call)

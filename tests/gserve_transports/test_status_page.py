@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from gserve import GatewayConfig, LLMConfig, ModelConfig, ServeConfig, VLLMService
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.testing import our_processes
 from tests.browser import ENTER, TAB, Browser, browser
+from tests.listeners import server_pid
 
 MARKUP = "<b>bold</b><img src=x onerror=hacked=1><script>hacked=1</script>"
 """Text that would set a variable of the page if it were taken for HTML."""
@@ -83,16 +82,6 @@ def servers(page: Browser) -> Any:
         "return [...document.querySelectorAll('#servers tr')].map(row => Object.fromEntries([...row.cells].map("
         "cell => [cell.dataset.label ?? (cell.tagName === 'TH' ? 'Server' : 'State'), cell.innerText])))"
     )
-
-
-def pid_of(service: VLLMService, index: int) -> int:
-    port = service.status()[index].port
-    for pid in our_processes():
-        if any(
-            it.laddr.port == port and it.status == psutil.CONN_LISTEN for it in psutil.Process(pid).net_connections()
-        ):
-            return pid
-    raise AssertionError(f"no process listens on {port}")
 
 
 # ----------------------------------------------------------------------------------------------------------- the answer
@@ -193,7 +182,7 @@ def test_a_death_is_shown_with_its_cause_and_cuts_the_answer(closed: Browser) ->
         closed.until("document.querySelector('#chat-log article:last-child').innerText.includes('word word')")
         requests = "[...document.querySelectorAll('[data-label=Requests]')]"
         busy = closed.until(f"{requests}.findIndex(it => it.textContent === '1') + 1") - 1
-        os.kill(pid_of(service, busy), signal.SIGKILL)
+        os.kill(server_pid(service.servers[busy]), signal.SIGKILL)
         closed.until("document.querySelector('#chat-log .error')?.textContent.includes(arguments[0])", CUT)
         closed.until("document.querySelector('#endings summary')")
         assert closed.text("#endings summary").startswith(f"server-{busy} (start 1) ")
@@ -231,7 +220,7 @@ def test_two_models_are_shown_and_the_chat_asks_the_chosen_one(closed: Browser) 
         assert closed.run(f"return {requests}", "writer") == ["0", "0"]
         assert closed.text("#chat-log article:last-child h3") == "judge"
         (judge,) = [index for index, state in enumerate(service.status()) if state.name == "judge-0"]
-        os.kill(pid_of(service, judge), signal.SIGKILL)
+        os.kill(server_pid(service.servers[judge]), signal.SIGKILL)
         closed.until("document.querySelector('#chat-log .error')?.textContent.includes(arguments[0])", CUT)
         closed.until("document.querySelector('#endings summary')")
         assert closed.text("#endings summary").startswith("judge-0 (start 1) ")

@@ -489,7 +489,7 @@ def test_a_deadline_ends_what_is_not_finished_and_keeps_what_is(slow: VLLMServic
     prompts = ["short", *["long " * 500] * 100, "long " * 499 + "late"]  # a short one might overtake the long ones
     began = time.monotonic()
     with pytest.raises(BatchError) as caught:
-        slow.generate(prompts, {"max_tokens": 500}, deadline=2.0)
+        slow.generate(prompts, {"max_tokens": 500}, deadline=5.0)
     assert time.monotonic() - began < 20
     assert caught.value.results[0] == ["short"]
     assert all(isinstance(error, DeadlineExceeded) for error in caught.value.results[1:])
@@ -510,7 +510,7 @@ def test_a_deadline_that_is_none_is_told(service: VLLMService, deadline: Any) ->
 
 
 def test_ctrl_c_leaves_what_is_finished_and_frees_the_servers(slow: VLLMService) -> None:
-    interrupt = threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt = threading.Timer(4.0, os.kill, (os.getpid(), signal.SIGINT))
     interrupt.start()
     with pytest.raises(KeyboardInterrupt) as caught:
         slow.generate(["short", *["long " * 500] * 50], {"max_tokens": 500})
@@ -584,7 +584,7 @@ def test_a_cancelled_async_call_frees_the_servers(slow: VLLMService) -> None:
             async with asyncio.timeout(0.5):
                 await slow.generate_async(["long " * 500] * 50, {"max_tokens": 500})
         results = await slow.generate_async(
-            ["a b", "long " * 500], {"max_tokens": 500}, deadline=1.0, on_error="return"
+            ["a b", "long " * 500], {"max_tokens": 500}, deadline=5.0, on_error="return"
         )
         assert results[0] == ["a b"]
         assert isinstance(results[1], DeadlineExceeded)

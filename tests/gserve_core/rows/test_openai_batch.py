@@ -29,7 +29,7 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Reply
 from gserve_core.rows import openai_batch
 from gserve_core.rows.batch_files import BatchSummary
-from tests.gserve_core.service.test_gateway import listening_pids
+from tests.listeners import listener
 
 CHAT = "/v1/chat/completions"
 OK = b'{"id": "x", "usage": {"prompt_tokens": 2, "completion_tokens": 3}}'
@@ -169,8 +169,8 @@ def test_servers_that_are_killed_in_mid_run_cost_no_line(source: Path, output: P
 
         def kill() -> None:
             while not done.wait(0.5):
-                for pid in list(listening_pids(service).values())[:1]:
-                    with contextlib.suppress(ProcessLookupError):
+                with contextlib.suppress(ProcessLookupError):
+                    if (pid := listener(service.servers[0].port)) is not None:
                         os.kill(pid, signal.SIGKILL)
 
         killer = threading.Thread(target=kill)

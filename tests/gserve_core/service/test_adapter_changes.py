@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
 from gserve import (
@@ -24,8 +23,8 @@ from gserve import (
     VLLMService,
 )
 from gserve_core.engines.echo import EchoEngine
-from gserve_core.testing import our_processes
 from tests.gserve_core.fake_servers import until
+from tests.listeners import server_pid
 
 ECHO = EchoEngine(show_adapter=True)
 
@@ -65,15 +64,6 @@ def service(running: VLLMService, root: Path) -> Iterator[VLLMService]:
     for name in running.adapters:
         running.remove_adapter(name)
     running.add_adapter("sql", root / "sql-1")
-
-
-def main_process(service: VLLMService, name: str) -> int:
-    """Return the process of a server that listens."""
-    port = {server.name: server.port for server in service.servers}[name]
-    for pid in our_processes():
-        if any(it.status == "LISTEN" and it.laddr.port == port for it in psutil.Process(pid).net_connections()):
-            return pid
-    raise AssertionError
 
 
 def answers(service: VLLMService, adapter: str | None, count: int = 20) -> set[str]:
@@ -164,7 +154,7 @@ def test_a_killed_server_has_the_adapters_again_before_it_takes_work(root: Path)
         service.remove_adapter("sql")
         for server in service.servers:
             generation = server.status().generation
-            os.kill(main_process(service, server.name), signal.SIGKILL)
+            os.kill(server_pid(server), signal.SIGKILL)
             assert answers(service, "new") == {"a new=one"}
             until(partial(_is_back, server, generation), 30)
         assert answers(service, "new") == {"a new=one"}
@@ -175,7 +165,7 @@ def test_a_killed_server_has_the_adapters_again_before_it_takes_work(root: Path)
 
 def test_an_adapter_that_one_server_cannot_load_is_on_none(service: VLLMService, root: Path) -> None:
     """That server is stopped, so that it does not answer in time."""
-    victim = main_process(service, "server-0")
+    victim = server_pid(service.servers[0])
     os.kill(victim, signal.SIGSTOP)
     try:
         with pytest.raises(GserveError, match=r"has not changed its adapters within 0\.5 s"):
@@ -270,7 +260,7 @@ def test_each_of_several_models_has_its_own_adapters(root: Path) -> None:
 def test_without_a_ready_server_no_adapter_is_added(root: Path) -> None:
     llm, serve = LLMConfig("m", adapters={"sql": str(root / "sql-1")}), ServeConfig(max_restarts=100)
     with VLLMService(llm, serve, engine=EchoEngine(load_time=2.0)) as service:
-        os.kill(main_process(service, "server-0"), signal.SIGKILL)
+        os.kill(server_pid(service.servers[0]), signal.SIGKILL)
         until(lambda: not service.is_running())
         with pytest.raises(GserveError, match="no server is ready that could load the adapter 'law': try again later"):
             service.add_adapter("law", root / "one")

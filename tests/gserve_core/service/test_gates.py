@@ -19,8 +19,8 @@ import pytest
 from gserve import ConfigError, GatewayConfig, GserveError, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from tests.gserve_core.fake_servers import until
-from tests.gserve_core.service.test_adapter_changes import main_process
 from tests.gserve_core.service.test_weight_updates import ECHO, FEW, SERVE, Load, _is_back, answers, path_of, root
+from tests.listeners import server_pid
 
 __all__ = ["root"]
 STILL_SECONDS = 0.5
@@ -75,7 +75,7 @@ def test_a_pause_ends_at_its_limit_unless_it_is_renewed(service: VLLMService, ca
 def test_a_server_that_is_started_during_a_pause_is_paused(service: VLLMService) -> None:
     service.pause("keep")
     server = service.servers[0]
-    os.kill(main_process(service, server.name), signal.SIGKILL)
+    os.kill(server_pid(server), signal.SIGKILL)
     until(partial(_is_back, server, 1), 30)
     service.scale(3)
     assert gates(service) == {"paused"}
@@ -96,7 +96,7 @@ def test_a_pause_that_ends_while_a_server_starts_has_ended_for_that_too(root: Pa
         service.update_weights(root / "v1", version="1")
         service.pause()
         server = service.servers[0]
-        os.kill(main_process(service, server.name), signal.SIGKILL)
+        os.kill(server_pid(server), signal.SIGKILL)
         until(lambda: "loading the weights" in (server.status().phase or ""), 30)
         service.resume()
         until(partial(_is_back, server, 1), 30)
@@ -108,7 +108,7 @@ def test_a_server_that_is_killed_in_a_pause_loses_nothing_that_was_kept(service:
     with Load(service) as load:
         service.pause("keep")
         server = service.servers[0]
-        os.kill(main_process(service, server.name), signal.SIGKILL)
+        os.kill(server_pid(server), signal.SIGKILL)
         until(partial(_is_back, server, 1), 30)
         service.resume()
         made = len(load.outputs)
@@ -184,7 +184,7 @@ def test_servers_sleep_and_wake(service: VLLMService, root: Path) -> None:
             with pytest.raises(GserveError, match=why):
                 ask()
         server = service.servers[0]
-        os.kill(main_process(service, server.name), signal.SIGKILL)
+        os.kill(server_pid(server), signal.SIGKILL)
         until(partial(_is_back, server, 1), 30)
         assert gates(service) == {"asleep"}
         made = made_until_now(load)

@@ -1,6 +1,5 @@
 """The gateway over real servers and sockets: one address, its key, and what clients see when servers die."""
 
-import contextlib
 import json
 import os
 import signal
@@ -26,6 +25,7 @@ from gserve_core.messages import Group, RunRequest
 from gserve_core.overview import ServiceOverview
 from gserve_core.testing import our_processes
 from tests.gserve_core.fake_servers import until
+from tests.listeners import server_pid
 
 LLM = LLMConfig("m", max_model_len=200_000)
 CHAT = "/v1/chat/completions"
@@ -65,25 +65,6 @@ def text_of(reply: httpx.Response) -> Any:
 
 def error_of(reply: httpx.Response) -> tuple[int, str]:
     return reply.status_code, reply.json()["error"]["message"]
-
-
-def listening_pids(service: VLLMService) -> dict[str, int]:
-    """Return the process of each server that listens at this moment, by the server's name."""
-    found = {}
-    for server in service.servers:
-        port = server.port
-        for pid in our_processes():
-            with contextlib.suppress(psutil.NoSuchProcess):  # it ended since it was listed
-                open_here = psutil.Process(pid).net_connections()
-                if any(it.laddr.port == port and it.status == psutil.CONN_LISTEN for it in open_here):
-                    found[server.name] = pid
-    return found
-
-
-def server_pids(service: VLLMService) -> list[int]:
-    """Return the server processes, in the order of the servers, all of which have to listen."""
-    found = listening_pids(service)
-    return [found[server.name] for server in service.servers]
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +169,7 @@ def test_the_status_counts_what_runs_and_what_waits() -> None:
 
 def test_the_status_shows_a_death_and_its_cause_after_the_restart_too() -> None:
     with launched(2) as service, client(service) as asking:
-        os.kill(server_pids(service)[1], signal.SIGKILL)
+        os.kill(server_pid(service.servers[1]), signal.SIGKILL)
         until(lambda: [server.generation for server in status(asking).servers if server.state == "ready"] == [1, 2])
         shown = status(asking)
         assert [server.restarts for server in shown.servers] == [0, 1]
@@ -352,7 +333,7 @@ def test_what_a_killed_server_had_not_begun_to_answer_is_answered_by_another() -
     with launched(2, latency=0.3) as service, client(service) as asking, ThreadPoolExecutor(8) as pool:
         replies = [pool.submit(asking.post, CHAT, json=chat(f"a b c {number}")) for number in range(8)]
         time.sleep(0.4)
-        os.kill(server_pids(service)[0], signal.SIGKILL)
+        os.kill(server_pid(service.servers[0]), signal.SIGKILL)
         assert [text_of(reply.result()) for reply in replies] == [f"a b c {number}" for number in range(8)]
 
 
@@ -360,7 +341,7 @@ def test_the_engine_of_a_server_may_die_too() -> None:
     with launched(2, latency=0.3) as service, client(service) as asking, ThreadPoolExecutor(8) as pool:
         replies = [pool.submit(asking.post, CHAT, json=chat(f"a b c {number}")) for number in range(8)]
         time.sleep(0.4)
-        (engine,) = psutil.Process(server_pids(service)[0]).children()
+        (engine,) = psutil.Process(server_pid(service.servers[0])).children()
         engine.kill()
         assert [text_of(reply.result()) for reply in replies] == [f"a b c {number}" for number in range(8)]
 
@@ -368,7 +349,7 @@ def test_the_engine_of_a_server_may_die_too() -> None:
 def test_a_stream_that_has_begun_ends_with_an_error_and_a_cut() -> None:
     with launched(1, latency=0.05) as service, client(service) as asking, stream(asking, chat("w " * 500)) as events:
         seen = [next(events)]
-        os.kill(server_pids(service)[0], signal.SIGKILL)
+        os.kill(server_pid(service.servers[0]), signal.SIGKILL)
         with pytest.raises(httpx.RemoteProtocolError):
             seen.extend(events)
         assert seen[-1]["error"]["message"] == "the server died before the answer was complete"
@@ -384,14 +365,14 @@ def test_a_request_that_kills_servers_is_not_sent_for_ever() -> None:
 
 def test_a_request_waits_for_a_server_that_restarts() -> None:
     with launched(1, load_time=1.0) as service, client(service) as asking:
-        os.kill(server_pids(service)[0], signal.SIGKILL)
+        os.kill(server_pid(service.servers[0]), signal.SIGKILL)
         assert text_of(asking.post(CHAT, json=chat("one"))) == "one"
 
 
 def test_a_request_waits_no_longer_than_it_may() -> None:
     config = GatewayConfig(queue_timeout=0.5)
     with launched(1, load_time=3.0, gateway=config) as service, client(service) as asking:
-        os.kill(server_pids(service)[0], signal.SIGKILL)
+        os.kill(server_pid(service.servers[0]), signal.SIGKILL)
         reply = asking.post(CHAT, json=chat("one"))
         if reply.json()["error"]["message"].startswith("the server"):  # it was asked before its death was known
             reply = asking.post(CHAT, json=chat("one"))

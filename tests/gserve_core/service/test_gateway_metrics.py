@@ -15,7 +15,8 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import run_files
 from gserve_core.overview import Counters
 from gserve_core.service import records
-from tests.gserve_core.service.test_gateway import CHAT, chat, client, launched, server_pids, stream, text_of
+from tests.gserve_core.service.test_gateway import CHAT, chat, client, launched, stream, text_of
+from tests.listeners import server_pid
 
 SECONDS = 30.0
 """Maximum time until counters arrive, in seconds. They come every two seconds."""
@@ -153,7 +154,7 @@ def test_a_killed_server_leaves_its_totals_and_its_requests_count_as_sent_again(
         with httpx.Client(base_url=asking.base_url, headers=asking.headers, timeout=60) as other:
             before = series(asking, "gserve_server_items_total")
             assert before == 40
-            victim = server_pids(service)[0]
+            victim = server_pid(service.servers[0])
             with ThreadPoolExecutor(4) as pool:
                 replies = [pool.submit(other.post, CHAT, json=chat(f"a b c {number}")) for number in range(4)]
                 wait(lambda: series(asking, "gserve_requests_in_flight", server="server-0") == 2)
@@ -177,7 +178,7 @@ def test_a_stream_that_is_cut_and_a_client_that_leaves_are_counted_and_a_frozen_
         wait(lambda: series(asking, "gserve_requests_total", route=CHAT, status="499") == 1)
         with stream(asking, chat("w " * 500)) as events:
             next(events)
-            pid = server_pids(service)[0]
+            pid = server_pid(service.servers[0])
             os.kill(pid, signal.SIGSTOP)
             began = time.monotonic()
             assert series(asking, "gserve_server_state", server="server-0", state="ready") == 1

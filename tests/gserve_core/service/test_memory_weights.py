@@ -18,7 +18,7 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import scratch
 from gserve_core.service import memory_weights
 from tests.gserve_core.fake_servers import until
-from tests.gserve_core.service.test_adapter_changes import main_process
+from tests.listeners import server_pid
 
 pytest.importorskip("safetensors", reason="comes with vLLM")
 SOME = {"a": numpy.arange(6, dtype=numpy.float32).reshape(2, 3), "b": numpy.array([1.5], numpy.float16)}
@@ -158,7 +158,7 @@ def test_a_service_has_weights_from_memory_until_others_take_their_place(
         service.update_weights({}, version="2")
     assert list(shared.iterdir()) == [first]
 
-    os.kill(main_process(service, "server-0"), signal.SIGKILL)
+    os.kill(server_pid(service.servers[0]), signal.SIGKILL)
     until(lambda: service.status()[0].generation > 1 and service.is_running(), 30)
     assert answer() == (f"a weights={first.name}", "1")
 

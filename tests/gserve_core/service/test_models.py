@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from gserve import (
@@ -32,6 +31,7 @@ from gserve_core.service import records
 from gserve_core.service.attached import models_of
 from gserve_core.service.plan import Plan
 from tests.gserve_core.fake_servers import until
+from tests.listeners import server_pid
 
 KEY = "a-key-of-the-owner"
 
@@ -238,7 +238,8 @@ def test_killing_any_server_of_any_model_costs_nothing_of_the_others(tmp_path: P
             until(lambda: all(state.usable for state in service.status()), 30)
             before = {it: state.instance for it, state in states(service).items() if it != name}
             instance = states(service)[name].instance
-            os.kill(pid_at(states(service)[name].port), signal.SIGKILL)
+            (server,) = [it for it in service.servers if it.name == name]
+            os.kill(server_pid(server), signal.SIGKILL)
             until(lambda name=name, instance=instance: states(service)[name].instance != instance)  # type: ignore[misc]
             assert {it: states(service)[it].instance for it in before} == before
         for call in calls.values():
@@ -255,14 +256,6 @@ def free_port() -> int:
     with socket.socket() as it:
         it.bind(("127.0.0.1", 0))
         return int(it.getsockname()[1])
-
-
-def pid_at(port: int) -> int:
-    """Return the id of the process that listens on a port of this machine."""
-    found = {it.pid for it in psutil.net_connections("tcp") if it.laddr[1:] == (port,) and it.status == "LISTEN"}
-    (pid,) = found
-    assert pid is not None
-    return pid
 
 
 def test_a_model_that_needs_no_server_leaves_the_others_at_work(tmp_path: Path) -> None:

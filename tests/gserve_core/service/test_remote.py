@@ -45,6 +45,7 @@ from gserve_core.service.records import GatewayRecord
 from gserve_core.service.remote import Remote, Url
 from gserve_transports.frames import CONTENT_TYPE
 from tests.gserve_core.fake_servers import until
+from tests.listeners import server_pid
 
 LLM = LLMConfig("m", max_model_len=200_000)
 KEY = "a-key-of-the-tests-of-gateways"
@@ -99,13 +100,6 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
-
-
-def server_pids(service: VLLMService) -> list[int]:
-    """Return the server processes of a service of this process."""
-    ports = {server.port for server in service.servers}
-    found = psutil.Process().children(recursive=True)
-    return [it.pid for it in found if any(c.laddr.port in ports and c.status == "LISTEN" for c in it.net_connections())]
 
 
 def is_free(service: VLLMService) -> bool:
@@ -239,7 +233,7 @@ def test_a_server_that_is_killed_costs_no_item_of_another_process(mortal: VLLMSe
     with client_process(mortal, 300, 2) as client:
         for _ in range(2):
             time.sleep(0.7)
-            os.kill(server_pids(mortal)[0], signal.SIGKILL)
+            os.kill(server_pid(mortal.servers[0]), signal.SIGKILL)
         outcomes = json.loads(client.communicate(timeout=60)[0])
     assert sorted(outcomes) == [[n, [f"item number {n} w w"]] for n in range(300)]
 

@@ -20,7 +20,7 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.service import trl_pushes
 from gserve_core.service.state import STALE
 from tests.gserve_core.fake_servers import until
-from tests.gserve_core.service.test_adapter_changes import main_process
+from tests.listeners import server_pid
 
 SERVE = ServeConfig(servers=2, max_restarts=100, stall_timeout=5.0, weight_protocol="trl")
 INIT = {"master_address": "127.0.0.1", "master_port": 51216, "rank_offset": 1, "world_size": 3, "packed": True}
@@ -102,7 +102,8 @@ def versions(service: VLLMService) -> list[str]:
 
 
 def kill(service: VLLMService, name: str) -> None:
-    os.kill(main_process(service, name), signal.SIGKILL)
+    (server,) = [it for it in service.servers if it.name == name]
+    os.kill(server_pid(server), signal.SIGKILL)
 
 
 def is_back(service: VLLMService, index: int) -> bool:

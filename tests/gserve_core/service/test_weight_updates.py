@@ -16,7 +16,7 @@ import pytest
 from gserve import ConfigError, GserveError, LLMConfig, ResponseOutput, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from tests.gserve_core.fake_servers import until
-from tests.gserve_core.service.test_adapter_changes import main_process
+from tests.listeners import server_pid
 
 ECHO = EchoEngine(show_weights=True, latency=0.002, die_on="deadly", error_on="wrong", hang_on="endless")
 SERVE = ServeConfig(servers=2, max_restarts=100, stall_timeout=5.0)
@@ -180,7 +180,7 @@ def test_a_server_that_is_killed_while_it_has_items_loses_none_and_mixes_nothing
     with VLLMService(LLMConfig("m"), serve, engine=FEW) as service, Load(service):
         for number in range(1, kills + 1):
             server = chance.choice(service.servers)
-            victim, generation = main_process(service, server.name), server.status().generation
+            victim, generation = server_pid(server), server.status().generation
             killing = threading.Timer(chance.uniform(0.0, 0.2), os.kill, (victim, signal.SIGKILL))
             killing.start()
             service.update_weights(root / path_of(number), version=str(number), in_flight=in_flight)
@@ -233,7 +233,7 @@ def test_a_server_that_dies_starts_again_with_the_new_weights(service: VLLMServi
     service.update_weights(root / "v1", version="1")
     for server in service.servers:
         generation = server.status().generation
-        os.kill(main_process(service, server.name), signal.SIGKILL)
+        os.kill(server_pid(server), signal.SIGKILL)
         until(partial(_is_back, server, generation), 30)
     assert answers(service) == {("a weights=v1", "1")}
     service.scale(3)
@@ -243,7 +243,7 @@ def test_a_server_that_dies_starts_again_with_the_new_weights(service: VLLMServi
 def test_a_server_that_is_killed_during_a_change_comes_back_with_the_new_weights(root: Path) -> None:
     """Loading takes a second, like the token of an item."""
     with VLLMService(LLMConfig("m"), SERVE, engine=EchoEngine(show_weights=True, latency=1.0)) as service:
-        victim = main_process(service, "server-0")
+        victim = server_pid(service.servers[0])
         killing = threading.Timer(0.5, lambda: os.kill(victim, signal.SIGKILL))
         killing.start()
         service.update_weights(root / "v1", version="1")

