@@ -134,7 +134,7 @@ def _answer(flags: JobFlags, job: "FileJob", config: Path | None, attach: str | 
         raise ConfigError(f"{min(wrong)} requires --input")
     if flags.dry_run:
         model = chosen(open_service(config, None, changes), flags.model) if config is not None else None
-        _show_previews(job, flags.limit or PREVIEWS, model)
+        show_previews(job, flags.limit or PREVIEWS, model)
         return
     service = open_service(config, attach, changes)
     model = chosen(service, flags.model)
@@ -201,7 +201,7 @@ def _answer_rows(job: "FileJob", service: "VLLMService", model: "VLLMService | M
     print_stderr(str(totals))
 
 
-def _show_previews(job: "FileJob", count: int, model: "VLLMService | Model | None") -> None:
+def show_previews(job: "FileJob", count: int, model: "VLLMService | Model | None") -> None:
     """Write the first prompts to stdout, with their lengths if they can be counted here."""
     shown = list(job.previews(count))
     good = [prompt for _, prompt in shown if not isinstance(prompt, ItemError)]

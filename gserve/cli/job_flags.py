@@ -1,6 +1,7 @@
 """The options of a job on a file, which `generate`, `chat` and `sbatch` share."""
 
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import wraps
@@ -88,6 +89,8 @@ class JobFlags:
     limit: Annotated[int | None, typer.Option(metavar="N", help="Work on the first N rows only.")] = None
     shard: Annotated[str | None, typer.Option(metavar="I/N", help="Work on every N-th row, from the I-th on.")] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Discard an earlier OUT.")] = False
+    overwrite_once: Annotated[bool, typer.Option("--overwrite-once", hidden=True)] = False
+    """In a SLURM job: discard an earlier output, but not that of an earlier run of this job."""
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the first prompts, and start nothing.")] = False
 
     def job(self, rows: Sequence[Any] = (), *, is_chat: bool = False, task: str = GENERATE) -> "FileJob":
@@ -109,7 +112,8 @@ class JobFlags:
             source=rows if self.source is None else self.source,
             output=None if self.output is None or str(self.output) == STDIO else self.output,
             prompts=options, format=self.format, prefix=self.prefix, extra=self.extra, ordered=self.ordered,
-            failed=self.failed, limit=self.limit, shard=self.shard, overwrite=self.overwrite,
+            failed=self.failed, limit=self.limit, shard=self.shard,
+            overwrite=os.environ["SLURM_JOB_ID"] if self.overwrite_once else self.overwrite,
         )  # fmt: skip
 
     def replaced(self, **changes: Any) -> Self:

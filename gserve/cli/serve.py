@@ -1,6 +1,7 @@
 """The commands that handle launched services: `launch`, `wait`, `env`, `scale`, `reload`, `stop`, `reap`."""
 
 import gc
+import math
 import os
 import re
 import shlex
@@ -31,6 +32,8 @@ ERRORS: Mapping[int, type[GserveError]] = {400: ConfigError, 409: ChangeInProgre
 """The errors of commands, by the status with which the gateway answers."""
 FULL_COLLECTION = 100
 """Number of collections of the second generation before a full one, in a launched service. Python's default is 10."""
+TELL_SECONDS = 2.0
+"""Time until `wait` tells that it waits for a launch, in seconds."""
 
 
 def launch(
@@ -103,6 +106,7 @@ def wait(
 
     records.check_form(name)
     deadline = time.monotonic() + timeout
+    telling = time.monotonic() + TELL_SECONDS
     while True:
         try:
             record = records.wait_service(name, max(0.0, deadline - time.monotonic()))
@@ -110,6 +114,9 @@ def wait(
         except ConfigError as error:  # it has not been launched yet
             if time.monotonic() >= deadline:
                 raise GserveError(f"no service '{name}' was launched within {timeout:g} s: {error}") from error
+            if time.monotonic() >= telling:
+                print_stderr(f"{error}; waiting for its launch, {timeout:g} s in all")
+                telling = math.inf
             time.sleep(TICK)
     if record.status != "ready":
         cause = f": {record.error}" if record.error else ""

@@ -10,6 +10,7 @@ import typer
 import gserve
 from gserve_core.errors import ConfigError
 
+from .batch import PREVIEWS, show_previews
 from .display import print_table
 from .job_flags import JobFlags, with_job_flags
 from .options import CommandOrNot, ConfigFile, Overrides, SlurmNumber, SlurmText
@@ -65,6 +66,12 @@ def sbatch(
     launcher = batch.configured(service.launcher, {name: value for name, value in given.items() if value is not None})
     jobs = [job for job, _ in service.jobs()]
     model = chosen(service, flags.model) if flags.source is not None else None
+    if model is not None:
+        first = _task(flags, output, shards, 1, is_chat=is_chat)
+        model.check_params(first.make_prompts().params)
+        if flags.dry_run:
+            show_previews(first, flags.limit or PREVIEWS, model)
+            return
     tasks = list(range(1, (shards or 0) + 1))
     if shards and not flags.overwrite:
         facts = {} if model is None else model.model_facts()
@@ -121,7 +128,7 @@ def _answering(flags: JobFlags, output: str, shards: int | None, task: str, *, i
     """
     _task(flags, output, shards, 1, is_chat=is_chat).check()
     shard = f"{task}/{shards}" if shards else flags.shard
-    words = flags.replaced(output=Path(output), shard=shard).words()
+    words = flags.replaced(output=Path(output), shard=shard, overwrite=False, overwrite_once=flags.overwrite).words()
     return [sys.executable, "-P", "-m", "gserve.cli", "chat" if is_chat else "generate", *words]
 
 

@@ -242,9 +242,15 @@ def logs(
     model: Model = None,
 ) -> None:
     """Show the last lines of the servers' logs. Restarts are followed too."""
+    from gserve_core.host.folders import last_logs
     from gserve_core.service import records
 
-    record = records.find_service(name)
+    try:
+        record = records.find_service(name)
+    except ConfigError as error:
+        if (left := last_logs(name)) is None:
+            raise
+        raise ConfigError(f"{error}; its last run left its logs in {left}") from error
     found = _log_paths(record, model)
     if server is not None and server not in found:
         raise ConfigError(f"the service '{name}' has no server '{server}'{did_you_mean(server, list(found))}")

@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import PurePath
-from typing import IO, Annotated, Any, ClassVar, NamedTuple
+from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -411,9 +411,7 @@ class RunningEcho(RunningEngine):
         error = await self._request(len(words), self._fault(text), run)
         if error:
             raise ItemError(error, invalid=False)
-        ends = "stop" if params.max_tokens is None or len(words) < params.max_tokens else "length"
-        if run.most is not None:
-            ends = "abort"
+        ends = "abort" if run.most is not None else self.finish_reason(prepared)
         words, spans = run.answer(self._weights, show=self._engine.show_weights)
         answer = " ".join(words)
         ids = _ids(answer) if words else []
@@ -573,6 +571,12 @@ class RunningEcho(RunningEngine):
             self._completion_tokens += 1
             yield space + word
             fault, space = NEXT_TOKEN, " "
+
+    @staticmethod
+    def finish_reason(prepared: "tuple[str, list[str], EchoParams, int]") -> Literal["stop", "length"]:
+        """Return why an answer ends that is not aborted."""
+        _, words, params, _ = prepared
+        return "stop" if params.max_tokens is None or len(words) < params.max_tokens else "length"
 
     def prompt_tokens(self, prepared: "tuple[str, list[str], EchoParams, int]") -> int:
         """Return the number of words of a prompt."""

@@ -6,7 +6,7 @@ It has the fields that programs read first. What the answers contain, `echo` dec
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -44,7 +44,10 @@ class Streaming(echo_openai_vectors.Preparing, Protocol):
         """Return the completions of a prompt."""
 
     def stream(self, prepared: Any) -> AsyncIterator[str]:
-        """Yield the parts of one completion of a prompt as they are made."""
+        """Yield the parts of one completion of a prompt as they are made, one for each token."""
+
+    def finish_reason(self, prepared: Any) -> str:
+        """Return why a completion of a prompt ends that is not aborted."""
 
     def prompt_tokens(self, prepared: Any) -> int:
         """Return the number of tokens of a prompt."""
@@ -93,15 +96,14 @@ def application(engine: Streaming) -> ASGIApp:
                     prepared = [engine.with_adapter(item, named) for item in prepared]
             except (ItemError, msgspec.ValidationError) as error:
                 raise RemoteError(str(error), status=400) from error
-            reply = _Reply(PLACES[path], f"echo-{next(numbers)}", named)
+            reply = _Reply(PLACES[path], f"echo-{next(numbers)}", named, sum(map(engine.prompt_tokens, prepared)))
             if asked.get("stream"):
-                streams = [engine.stream(it) for it in prepared for _ in range(params.get("n", 1))]
-                aborts = engine.aborts
-                await reply.stream(send, streams, lambda: "abort" if engine.aborts > aborts else "stop")
+                each = [it for it in prepared for _ in range(params.get("n", 1))]
+                shows_usage = bool((asked.get("stream_options") or {}).get("include_usage"))
+                await reply.stream(send, engine, each, shows_usage=shows_usage)
             else:
                 outputs = await asyncio.gather(*map(engine.run, prepared))
-                prompt_tokens = sum(map(engine.prompt_tokens, prepared))
-                await reply.whole(send, [output for item in outputs for output in item], prompt_tokens)
+                await reply.whole(send, [output for item in outputs for output in item])
 
     return answer
 
@@ -117,37 +119,44 @@ def _prompts(asked: dict[str, Any], *, is_chat: bool) -> list[Prompt]:
 class _Reply:
     """The forms of one answer."""
 
-    def __init__(self, kind: str, number: str, model: str) -> None:
+    def __init__(self, kind: str, number: str, model: str, prompt_tokens: int) -> None:
         self._is_chat = kind == "chat.completion"
         self._kind = kind
+        self._prompt_tokens = prompt_tokens
         self._head = {"id": number, "created": int(time.time()), "model": model}
 
-    async def whole(self, send: ASGISend, outputs: Sequence[ResponseOutput], prompt_tokens: int) -> None:
+    async def whole(self, send: ASGISend, outputs: Sequence[ResponseOutput]) -> None:
         choices = [
             self._choice(index, {"message": {"role": "assistant", "content": it.text}}, it.text, it.finish_reason)
             for index, it in enumerate(outputs)
         ]
-        tokens = sum(len(it.token_ids) for it in outputs)
-        usage = {
-            "prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens
-        }  # fmt: skip
+        usage = self._usage(sum(len(it.token_ids) for it in outputs))
         whole = self._head | {"object": self._kind, "choices": choices, "usage": usage}
         await _send(send, 200, msgspec.json.encode(whole))
 
-    async def stream(
-        self, send: ASGISend, streams: Sequence[AsyncIterator[str]], finish_reason: Callable[[], str]
-    ) -> None:
+    async def stream(self, send: ASGISend, engine: Streaming, prepared: Sequence[Any], *, shows_usage: bool) -> None:
+        """Send one completion of each prompt in events."""
         await send(_head(200, b"text/event-stream; charset=utf-8"))
-        for index, stream in enumerate(streams):
-            async for word in stream:
-                await self._event(send, index, word, None)
-            await self._event(send, index, "", finish_reason())
+        aborts, tokens = engine.aborts, 0
+        for index, item in enumerate(prepared):
+            role = {"role": "assistant"}
+            async for word in engine.stream(item):
+                tokens += 1
+                await self._event(send, [self._choice(index, {"delta": {**role, "content": word}}, word, None)])
+                role = {}
+            ends = "abort" if engine.aborts > aborts else engine.finish_reason(item)
+            await self._event(send, [self._choice(index, {"delta": {**role, "content": ""}}, "", ends)])
+        if shows_usage:
+            await self._event(send, [], usage=self._usage(tokens))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
-    async def _event(self, send: ASGISend, index: int, text: str, finish_reason: str | None) -> None:
-        choice = self._choice(index, {"delta": {"content": text}}, text, finish_reason)
+    def _usage(self, tokens: int) -> dict[str, int]:
+        prompt = self._prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
+
+    async def _event(self, send: ASGISend, choices: list[dict[str, Any]], **more: Any) -> None:
         kind = "chat.completion.chunk" if self._is_chat else self._kind
-        event = msgspec.json.encode(self._head | {"object": kind, "choices": [choice]})
+        event = msgspec.json.encode(self._head | {"object": kind, "choices": choices} | more)
         await send({"type": "http.response.body", "body": b"data: " + event + b"\n\n", "more_body": True})
 
     def _choice(self, index: int, chat: dict[str, Any], text: str, finish_reason: str | None) -> dict[str, Any]:

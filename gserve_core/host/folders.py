@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import glob
 import logging
 import os
 import re
@@ -194,6 +195,14 @@ def log_folder(run: str) -> Path:
     except OSError as error:
         raise GserveError(f"cannot make a folder for logs in {base}: {error.strerror}") from error
     return path
+
+
+def last_logs(run: str) -> Path | None:
+    """Return the newest folder that `log_folder` made for runs of this name; None: there is none."""
+    with contextlib.suppress(OSError, GserveError):
+        found = (home("state") / "gserve/logs").glob(f"*-{glob.escape(run)}-????????")
+        return max(found, default=None, key=lambda it: it.name)
+    return None
 
 
 def keep_logs(path: Path) -> None:

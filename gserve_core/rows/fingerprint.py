@@ -73,11 +73,13 @@ class Fingerprint(Struct, frozen=True):
     `facts`: names and values. A value is JSON, and may be a mapping of further facts.
     `version`: of gserve, when the output was begun.
     `progress`: how far the job was at the end of its last run; None: no run has ended in order.
+    `begun_by`: the SLURM job that discarded an earlier output; empty: none.
     """
 
     facts: dict[str, Any]
     version: str = ""
     progress: Progress | None = None
+    begun_by: str = ""
 
 
 def model_facts(llm: LLMConfig, engine: Any, weights: Weights = ORIGINAL) -> dict[str, Any]:
@@ -171,11 +173,11 @@ def read(output: Path) -> Fingerprint | None:
         raise ConfigError(f"not a fingerprint of gserve: {REMEDY}", file=path) from error
 
 
-def note(output: Path, progress: Progress) -> None:
-    """Write the progress of a job into its fingerprint. Raises ConfigError: it cannot be written."""
+def note(output: Path, **changes: Any) -> None:
+    """Write fields of `Fingerprint` besides the facts. Raises ConfigError: they cannot be written."""
     path = path_beside(output)
     try:
-        _write(path, msgspec.json.decode(path.read_bytes()) | {"progress": progress})
+        _write(path, msgspec.json.decode(path.read_bytes()) | changes)
     except FileNotFoundError:  # a device has none
         pass
     except OSError as error:

@@ -64,7 +64,8 @@ class FileJob:
     `failed`: the file for failed rows; None: beside the output, with the suffix `.failed.jsonl`.
     `limit`: number of rows of the input to work on; None: all.
     `shard`: "I/N": work on every N-th row, from the I-th on, counted from 1.
-    `overwrite`: whether an earlier output is discarded.
+    `overwrite`: whether an earlier output is discarded. A text names the SLURM job that discards it: only in its first
+    run, since SLURM may run a job again.
 
     Raises ConfigError: an option is wrong.
     """
@@ -79,9 +80,13 @@ class FileJob:
     failed: Path | None = None
     limit: int | None = None
     shard: str | None = None
-    overwrite: bool = False
+    overwrite: bool | str = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, (str, Path, Sequence)):
+            raise ConfigError(
+                f"expected a file, a folder or a pattern as input, got {type(self.source).__name__}: 'map' takes tables"
+            )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"expected a limit of at least 1 row, got {self.limit}")
         self.wanted()
@@ -234,11 +239,21 @@ class FileJob:
             job = replace(self, source=files.input, format=self.format if self.source == STDIO else Format.JSONL)
         sources = job.sources()
         self._try_some(job)
-        if self.overwrite:
+        begins = self._begins_anew(output)
+        if begins:
             files.remove()
         facts = {**self.facts(), **model, "input": _input_facts(sources, output, is_copy=job is not self)}
         fingerprint.check_or_write(output, facts, overwrite=False, parts=[files.journal])
+        if begins and isinstance(self.overwrite, str):
+            fingerprint.note(output, begun_by=self.overwrite)
         return sources
+
+    def _begins_anew(self, output: Path) -> bool:
+        """Return whether this run discards an earlier output."""
+        if not isinstance(self.overwrite, str):
+            return self.overwrite
+        known = fingerprint.read(output)
+        return known is None or known.begun_by != self.overwrite
 
     def _try_some(self, job: "FileJob") -> None:
         """Raise ConfigError if no prompt can be made of any of the first rows, or the output cannot hold the first."""
@@ -369,7 +384,9 @@ def _input_facts(sources: Sequence[Source], output: Path, *, is_copy: bool) -> d
     The last file keeps its earlier facts if rows were appended to it, so that a job goes on with these.
     """
     earlier = fingerprint.read(output)
-    known = {} if earlier is None else earlier.facts.get("input", {})
+    known = {} if earlier is None else earlier.facts.get("input")
+    if not isinstance(known, Mapping):  # of a batch file, say
+        known = {}
     found: dict[str, str] = {}
     for number, (source, now) in enumerate(zip(sources, digest(sources), strict=True), 1):
         name = COPY if is_copy else f"{now.name} ({number})" if now.name in found else now.name

@@ -24,7 +24,7 @@ from ..errors import ConfigError, GserveError, RemoteError, TransportError, sent
 from ..host.descriptors import connection_limit, raise_limit
 from ..interfaces import Reply
 from .batch_files import Answered, BatchInput, BatchOutput, BatchSummary, Failure, Request, Response, new_id, one_line
-from .fingerprint import check_or_write
+from .fingerprint import Progress, check_or_write, note
 
 LEAST, MOST = 64, 4096
 """Minimum and maximum number of requests in flight, whatever the capacity of the servers.
@@ -112,6 +112,7 @@ def run(
             if first is not None:
                 with serving(given.lines - summary.answered - summary.failed) as advance:
                     _run_in_thread(_Sending(chain([first], lines), written, requests, advance).send_all)
+            note(output, progress=Progress(summary.lines, summary.answered, summary.failed))
     return summary
 
 

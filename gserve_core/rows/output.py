@@ -2,6 +2,7 @@
 
 import array
 import contextlib
+import fnmatch
 import mmap
 import os
 import re
@@ -248,7 +249,7 @@ class JobFiles:
         given = given.resolve()
         inputs = {source.path.resolve() for source in sources if source.path is not None}
         for path in (self._output, self.failed):
-            if path in inputs or path.parent == given or path.match(str(given)):
+            if path in inputs or path.parent == given or _would_match(path.parts, given.parts):
                 raise ConfigError("the output is among the files of the input: write it elsewhere", file=path)
 
     def check_failed(self) -> None:
@@ -357,7 +358,7 @@ class JobFiles:
             with self._answers() as answer:
                 write_table(self._output, self._type, sources, answer, self._vectors)
         answered = totals.before + totals.done
-        fingerprint.note(self._output, fingerprint.Progress(totals.rows, answered, totals.failed))
+        fingerprint.note(self._output, progress=fingerprint.Progress(totals.rows, answered, totals.failed))
         if not totals.failed:
             self.failed.unlink(missing_ok=True)
             if is_last:
@@ -381,3 +382,12 @@ class JobFiles:
                 return columns
 
             yield answer
+
+
+def _would_match(path: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Return whether `glob` would find a path by a pattern, if the path existed. Both are given as their parts."""
+    if not path or not pattern:
+        return not path and all(it == "**" for it in pattern)
+    if pattern[0] == "**":
+        return _would_match(path[1:], pattern) or _would_match(path, pattern[1:])
+    return fnmatch.fnmatchcase(path[0], pattern[0]) and _would_match(path[1:], pattern[1:])

@@ -238,7 +238,7 @@ def test_a_launched_service_has_an_address_that_a_shell_can_use(place: Place) ->
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     again = place.start("launch", place.config(), "--set", "gateway.host=localhost")
-    assert place.run("wait", "demo").stderr == ""
+    place.run("wait", "demo")
     assert place.run("env", "demo").stdout.split("OPENAI_API_KEY=")[1].strip() == key, "the key is kept for the name"
     again.send_signal(signal.SIGINT)
     assert again.wait(30) == 0
@@ -247,11 +247,18 @@ def test_a_launched_service_has_an_address_that_a_shell_can_use(place: Place) ->
 def test_wait_and_env_say_what_is_wrong(place: Place) -> None:
     none = place.run("wait", "demo", "--timeout", "0.2", code=1).stderr
     assert none.startswith("error: no service 'demo' was launched within 0.2 s: no service named 'demo' is running")
+    told, _ = place.run("wait", "demo", "--timeout", "3", code=1).stderr.splitlines()
+    assert told.startswith("no service named 'demo' is running here")
+    assert told.endswith("; waiting for its launch, 3 s in all")
     assert "expected a name of at most 64 letters" in place.run("wait", "a/b", code=2).stderr
     assert "demo" in place.run("env", "demo", code=2).stderr
     failing = place.start("launch", place.config(load_time=1.0, fail_start="no luck"))
     assert re.search("is failed: .*no luck|ended while it started", place.run("wait", "demo", code=1).stderr)
     assert failing.wait(30) == 1
+    said = place.run("logs", "demo", code=2).stderr
+    folder = re.search(r"its last run left its logs in (\S+)$", said.strip())
+    assert folder is not None, said
+    assert "no luck" in (Path(folder[1]) / "server-0.log").read_text()
 
 
 def launched_with_items(place: Place, *items: Any) -> tuple["subprocess.Popen[str]", "subprocess.Popen[bytes]"]:

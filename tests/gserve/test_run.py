@@ -389,6 +389,7 @@ def test_print_shows_the_script_and_the_command_line_and_submits_nothing(tmp_pat
         (["-i", "in.txt", "-o", "none/x"], "the folder .* does not exist"),
         (["-i", "in.txt", "-o", "x", "--params", "{"], "expected --params as a JSON object"),
         (["-i", "in.txt", "-o", "x", "--shards", "2", "--failed", "f"], "each part has a file of its own for failed"),
+        (["-i", "in.txt", "-o", "x.csv", "--params", '{"max_token": 1}'], "max_token"),
         (["--params", "{}", "--", "true"], "--params requires --input"),
         (["--time", "soon", "--", "true"], "expected a time such as 02:00:00 .* - at --time"),
         (["--set", "serve.env={API_KEY: canary-0123456789}", "--", "true"], "--set contains a secret"),
@@ -404,6 +405,25 @@ def test_what_is_wrong_is_said_before_a_job_waits_in_the_queue(
     assert code == 2, said
     assert re.search(error, said), said
     assert not state.exists()
+
+
+def test_a_dry_run_shows_the_first_prompts_and_submits_nothing(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\ntwo\nthree\n")
+    arguments = "sbatch", config(tmp_path), "-i", "in.txt", "-o", "parts", "--shards", "2", "--dry-run"
+    code, said = run(tmp_path, *arguments, PATH="/nowhere", XDG_STATE_HOME=str(tmp_path / "state"))
+    assert code == 0, said
+    assert re.findall(r"^(?:one|two|three)$", said, re.MULTILINE) == ["one", "three"]
+    assert not (tmp_path / "parts").exists()
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_job_that_is_run_again_does_not_discard_what_it_has_written(tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("one\n")
+    arguments = "sbatch", config(tmp_path), "-i", "in.txt", "-o", "out.jsonl", "--overwrite", "--print"
+    code, said = run(tmp_path, *arguments, PATH="/nowhere")
+    assert code == 0, said
+    assert " --overwrite-once\n" in said
+    assert " --overwrite\n" not in said
 
 
 @pytest.mark.parametrize("options", [("--shards", "3"), ("--shards", "2", "--part-format", "csv")])

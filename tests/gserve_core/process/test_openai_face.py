@@ -63,6 +63,16 @@ def test_an_answer_comes_whole_or_in_events(fast: int) -> None:
     assert done == "[DONE]"
 
 
+def test_a_stream_ends_as_the_whole_answer_does_and_tells_its_usage(fast: int) -> None:
+    asked = chat("one two three four", max_tokens=2)
+    whole = ask(fast, "POST", CHAT, asked).json
+    with stream(fast, asked | {"stream_options": {"include_usage": True}}) as events:
+        first, _, last, usage, _ = events
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": "one"}
+    assert last["choices"][0]["finish_reason"] == whole["choices"][0]["finish_reason"] == "length"
+    assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
+
+
 def test_events_come_as_they_are_made(tmp_path: Path) -> None:
     with by_hand(tmp_path, latency=0.2) as server:
         port = server.ready()

@@ -7,9 +7,11 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from gserve import ConfigError, GserveError, LLMConfig, VLLMService
@@ -343,6 +345,25 @@ def test_overwrite_begins_anew(service: VLLMService, source: Path, output: Path,
     assert len(table(output)) == 2
 
 
+def test_a_job_that_slurm_runs_again_discards_an_earlier_output_once(
+    service: VLLMService, source: Path, output: Path
+) -> None:
+    service.run_file(source, output, limit=5)
+    job = FileJob(source=source, output=output, limit=3, overwrite="4711")
+    for before in (0, 3):
+        with job.begin(service.model_facts()) as run:
+            assert run.totals.before == before
+            if before == 0:
+                service.answer_rows(run)
+    with replace(job, overwrite="4712").begin(service.model_facts()) as run:
+        assert run.totals.before == 0
+
+
+def test_a_table_is_no_file(service: VLLMService, output: Path) -> None:
+    with pytest.raises(ConfigError, match="expected a file, a folder or a pattern as input, got DataFrame: 'map'"):
+        service.run_file(pd.DataFrame({"prompt": ["a"]}), output)
+
+
 def test_an_output_has_one_writer(service: VLLMService, source: Path, output: Path) -> None:
     with only_writer(output, lambda job: False), pytest.raises(ConfigError, match=str(os.getpid())):
         service.run_file(source, output)
@@ -350,13 +371,16 @@ def test_an_output_has_one_writer(service: VLLMService, source: Path, output: Pa
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("given", ["in.jsonl", ".", "*.jsonl", "link.jsonl"])
+@pytest.mark.parametrize("given", ["in.jsonl", ".", "*.jsonl", "link.jsonl", "**/*.jsonl"])
 def test_a_job_never_writes_among_the_files_of_its_input(
     service: VLLMService, source: Path, given: str, overwrite: bool
 ) -> None:
     folder, content = source.parent, source.read_bytes()
     (folder / "link.jsonl").symlink_to(source)
+    deeper = folder / "some" / "where"
+    deeper.mkdir(parents=True)
     outputs = [source] if "*" not in given and given != "." else [source, folder / "new.jsonl"]
+    outputs += [deeper / "new.jsonl"] if "**" in given else []
     for output in outputs:
         with pytest.raises(ConfigError, match="the output is among the files of the input: write it elsewhere"):
             service.run_file(f"{folder}/{given}", output, overwrite=overwrite)

@@ -29,6 +29,8 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.interfaces import Reply
 from gserve_core.rows import openai_batch
 from gserve_core.rows.batch_files import BatchSummary
+from gserve_core.rows.job import FileJob
+from gserve_core.rows.parts import Part, parts_in
 from tests.listeners import listener
 
 CHAT = "/v1/chat/completions"
@@ -183,6 +185,17 @@ def test_servers_that_are_killed_in_mid_run_cost_no_line(source: Path, output: P
     statuses = Counter(it["response"] and it["response"]["status_code"] for it in read(output))
     assert sorted(int(it["custom_id"]) for it in read(output)) == list(range(400))
     assert statuses[200] == summary.answered == 400, statuses
+
+
+def test_its_state_is_told_and_a_job_on_rows_does_not_continue_it(source: Path, output: Path) -> None:
+    run(write(source, line("a"), line("b")), output, Scripted())
+    assert parts_in(output.parent) == [Part("out.jsonl", "done", 2, 0, 2)]
+    rows = write(source.with_name("rows.jsonl"), {"prompt": "a"})
+    with (
+        pytest.raises(ConfigError, match=r"out\.jsonl was made .*choose another --output, or --overwrite"),
+        FileJob(source=rows, output=output).begin({}),
+    ):
+        raise AssertionError("it has begun")
 
 
 def test_a_key_with_a_limit_only_takes_longer(source: Path, output: Path) -> None:

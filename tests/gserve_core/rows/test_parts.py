@@ -19,7 +19,7 @@ def make(output: Path, *, lines: int = 0, in_journal: bool = False, progress: Pr
     if lines:
         (journal_of(output) if in_journal else output).write_text(f"{json.dumps({'_row': 0})}\n" * lines)
     if progress is not None:
-        fingerprint.note(output, progress)
+        fingerprint.note(output, progress=progress)
     return output
 
 
