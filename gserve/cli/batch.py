@@ -134,6 +134,8 @@ def _answer(flags: JobFlags, job: "FileJob", config: Path | None, attach: str | 
         raise ConfigError(f"{min(wrong)} requires --input")
     if flags.dry_run:
         model = chosen(open_service(config, None, changes), flags.model) if config is not None else None
+        if model is not None and job.prompts.task != EMBED:
+            model.check_params(job.make_prompts().params)
         show_previews(job, flags.limit or PREVIEWS, model)
         return
     service = open_service(config, attach, changes)
