@@ -76,7 +76,7 @@ def test_no_message_names_more_than_three_tensors(base: Path, tmp_path: Path) ->
     with pytest.raises(ConfigError) as caught:
         check_pushed(info(**dict.fromkeys(NAMES, ("float32", [9]))), str(base))
     assert str(caught.value).count("in the loaded one") == 3
-    with pytest.raises(ConfigError, match="6 tensors of the model are missing, such as '[^']*', '[^']*', '[^']*'$"):
+    with pytest.raises(ConfigError, match=r"6 tensors of the model are missing, such as '[^']*', '[^']*', '[^']*'$"):
         check_weights(str(saved(tmp_path / "few", {"steps": np.zeros(1, dtype=np.int64)})), str(base))
 
 
