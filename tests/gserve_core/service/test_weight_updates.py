@@ -1,5 +1,6 @@
 """New weights while a service works: on all servers or on none, and every output says which made it."""
 
+import json
 import os
 import random
 import signal
@@ -13,8 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from gserve import ConfigError, GserveError, LLMConfig, ResponseOutput, ServeConfig, VLLMServer, VLLMService
+from gserve import (
+    ConfigError,
+    GatewayConfig,
+    GserveError,
+    LLMConfig,
+    ResponseOutput,
+    ServeConfig,
+    VLLMServer,
+    VLLMService,
+)
+from gserve.cli.app import app
 from gserve_core.engines.echo import EchoEngine
 from tests.gserve_core.fake_servers import until
 from tests.gserve_core.load import Load, update_and_kill
@@ -214,6 +226,30 @@ def test_a_server_that_is_killed_during_a_change_comes_back_with_the_new_weights
         until(partial(_is_back, service.servers[0], 1), 30)
         assert answers(service, 20) == {("a weights=v1", "1")}
         assert {state.weight_version for state in service.status()} == {"1"}
+
+
+def gates_shown() -> set[str]:
+    """Return what `gserve ps` shows of the servers of the service "updated"."""
+    services = json.loads(CliRunner().invoke(app, ["ps", "--json"]).stdout)["services"]
+    (found,) = (it for it in services if it["name"] == "updated")
+    return {server["gate"] for server in found["servers"]}
+
+
+def test_servers_are_shown_as_updating_until_all_have_the_new_weights(root: Path) -> None:
+    """The update waits for an item that takes minutes, until that is cancelled."""
+    engine = EchoEngine(show_weights=True, latency=0.05)
+    with VLLMService(LLMConfig("m"), SERVE, engine=engine, gateway=GatewayConfig(), name="updated") as service:
+        assert gates_shown() == {"open"}
+        items = service.generate_iter(["a", " ".join(["a"] * 2_000)], {"max_tokens": 2_000})
+        next(items)
+        update = threading.Thread(target=service.update_weights, args=(root / "v1",), kwargs={"version": "1"})
+        update.start()
+        until(lambda: all(state.is_updating for state in service.status()))
+        assert gates_shown() == {"updating"}
+        items.close()
+        update.join()
+        until(lambda: not any(state.is_updating for state in service.status()))
+        assert gates_shown() == {"open"}
 
 
 def test_all_servers_are_killed_by_weights_as_often_as_they_may_and_return_with_the_old(root: Path) -> None:
