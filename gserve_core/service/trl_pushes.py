@@ -324,8 +324,16 @@ class Pushes:
         No server has changed then, unless it has an earlier part.
         """
         is_first = push.taking is None
-        programs = self._programs(push.taking or self._ready(), push.before if is_first else push.weights)
+        names = self._ready() if push.taking is None else push.taking
+        programs = self._programs(names, push.before if is_first else push.weights)
         answers = self._order(programs, lambda _, number: lease.Transfer(number, "check", info))
+        try:
+            with self._lock:
+                self._check_open(push)
+        except GserveError:  # it was given up meanwhile, and these programs may have come after that
+            programs = self._programs(names, self._service.model.weights)
+            self._service.pool.set_programs(programs) if is_first else self._service.pool.restart(programs)
+            raise
         if faults := faults_of(answers):
             self._give_up(push)
             what = "nothing has changed" if is_first else "the push is given up"
