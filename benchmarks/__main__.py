@@ -21,6 +21,7 @@ from . import (
     openai_api,
     starting,
     table,
+    updating,
     workloads,
 )
 from .rooms import KINDS
@@ -51,6 +52,7 @@ MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
     "launching": lambda bench, options: launching.measure(
         bench, options.model if options.model == "echo" else _real(options)
     ),
+    "updating": lambda bench, options: updating.measure(bench, _real(options)),
     "scaling": lambda bench, options: gpus.scaling(bench, options.model, options.gpus, options.scale),
     "servers": lambda bench, options: gpus.servers(bench, options.model, options.scale),
     "sharing": lambda bench, options: gpus.sharing(bench, options.model, options.scale),

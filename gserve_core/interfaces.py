@@ -820,8 +820,16 @@ class RunningEngine(RunningRank):
         """
         raise GserveError("this engine cannot receive weights that a trainer pushes")
 
+    async def check_transfer(self, info: Mapping[str, Any]) -> None:
+        """Check that `receive_weights` can receive a part of new weights. Changes nothing.
+
+        `info`: see TRL's `POST /update_weights`: the lists `names`, `dtype_names` and `shapes` describe the tensors.
+
+        Raises GserveError: they are not those of the model. Unless overridden, all are taken.
+        """
+
     async def receive_weights(self, info: Mapping[str, Any]) -> None:
-        """Receive a part of new weights. `info`: see TRL's `POST /update_weights`. Called while no item runs.
+        """Receive a part of new weights. `info`: see `check_transfer`. Called while no item runs.
 
         Raises any exception: that fails, and the engine is not used again.
         """

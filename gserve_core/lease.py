@@ -169,13 +169,14 @@ class LoadWeights(Struct, frozen=True, tag="load_weights"):
 class Transfer(Struct, frozen=True, tag="transfer"):
     """Take part in a step of a trainer's transfer of weights. The server answers with `Answered`.
 
-    step: "init": connect to the trainer. "receive": pause, and receive a part of the weights. "finish": use all parts.
+    step: "init": connect to the trainer. "check": check the tensors of a part of the weights, and change nothing.
+    "receive": pause, and receive that part. "finish": use all parts.
     info: what the trainer sends with the step. It is for the engine.
     version: that of the weights, for "finish".
     """
 
     number: int
-    step: Literal["init", "receive", "finish"]
+    step: Literal["init", "check", "receive", "finish"]
     info: dict[str, Any] = {}
     version: str = FIRST
 

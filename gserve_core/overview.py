@@ -34,7 +34,7 @@ class ServerOverview(Struct, frozen=True, kw_only=True):
     `error`: why its last generation ended, until it is ready again.
     `log`: path of its log, on the owner's machine.
     `machine`: name of the machine on which it runs; "": the owner's, or one that only its address names.
-    `gate`: "open"; or "paused" or "asleep", and then it begins no items.
+    `gate`: "open"; or "paused", "asleep" or "updating", and then it begins no items.
     """
 
     name: str

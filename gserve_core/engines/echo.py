@@ -459,6 +459,11 @@ class RunningEcho(RunningEngine):
     async def init_transfer(self, info: Mapping[str, Any]) -> None:
         """Do nothing: the engine receives names of tensors only."""
 
+    async def check_transfer(self, info: Mapping[str, Any]) -> None:
+        """Refuse tensors without a number: the engine knows no others that could be wrong."""
+        if empty := [name for name, shape in zip(info["names"], info["shapes"], strict=True) if 0 in shape]:
+            raise GserveError(f"the pushed weights have tensors without a number, such as '{empty[0]}'")
+
     async def receive_weights(self, info: Mapping[str, Any]) -> None:
         """Work on one token, whose fault the name of the first tensor may trigger, as the path of weights does."""
         names = info["names"]

@@ -164,6 +164,8 @@ class Orders:
         match order.step:
             case "init":
                 await self._engine.init_transfer(order.info)
+            case "check":
+                await self._engine.check_transfer(order.info)
             case "receive":
                 await self._ensure_paused()
                 self._is_unsound = True

@@ -67,6 +67,7 @@ class ServerState:
     `wanted_version`: the version of the pushed weights that it must have; None: it finds its weights at its start.
     Only `Program.state` has it.
     `is_stale`: whether it is ready, and gets no work since it has not the pushed weights.
+    `is_updating`: whether it begins no items since all servers of its model get other weights.
     """
 
     name: str
@@ -100,6 +101,7 @@ class ServerState:
     gate: str = OPEN.name
     wanted_version: str | None = None
     is_stale: bool = False
+    is_updating: bool = False
 
     @property
     def follows_orders(self) -> bool:
@@ -168,7 +170,7 @@ class ServerState:
             port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False, returns=True,
             unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
             counters=Counters(), machine="", adapter_faults=MappingProxyType({}), weight_version=FIRST, gate=OPEN.name,
-            is_stale=False,
+            is_stale=False, is_updating=False,
         )  # fmt: skip
 
     def queued(self, phase: str) -> Self:

@@ -22,7 +22,7 @@ from typing import Protocol
 
 from ..errors import GserveError, LaunchError
 from ..host.logs import keep_logging_from_waiting
-from ..lease import Order
+from ..lease import Order, Pause
 from .state import (
     BEGINNING,
     AdaptersSet,
@@ -668,6 +668,8 @@ class Supervisor:
                 elif only_ready:
                     continue
                 server.run.order(order)
+                if isinstance(order, Pause):
+                    self._publish(replace(self._state(server), is_updating=True))
 
     def _set_programs(self, programs: Sequence[Program]) -> None:
         for program in programs:
@@ -677,8 +679,11 @@ class Supervisor:
 
     def _resume(self, names: Sequence[str]) -> None:
         for name in names:
-            server = self._servers.get(name)
-            if server is not None and server.run is not None and not server.is_gone:
+            if (server := self._servers.get(name)) is None:
+                continue
+            if (state := self._state(server)).is_updating:
+                self._publish(replace(state, is_updating=False))
+            if server.run is not None and not server.is_gone:
                 server.run.resume()
 
     def _complete_changes(self) -> None:

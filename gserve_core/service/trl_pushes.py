@@ -24,7 +24,7 @@ from .changes import check_awake
 from .plan import ModelPlan
 from .pool import Pool
 from .server_life import ServerProgram
-from .state import Answered, Answers, ServerState
+from .state import Answered, Answers, ServerState, faults_of
 
 TRL = "trl"
 """The value of `weight_protocol`, and the name of the folder with kept secrets."""
@@ -313,9 +313,31 @@ class Pushes:
     def _receive(self, info: dict[str, Any]) -> None:
         """Have all servers receive a part of the weights."""
         push = self._opened()
+        self._check_part(push, info)
         if push.taking is None:
             self._gather(push)
         self._follow(push, lambda _, number: lease.Transfer(number, "receive", info))
+
+    def _check_part(self, push: _Push, info: dict[str, Any]) -> None:
+        """Have all servers check the tensors of a part. Raises GserveError: one refuses them, and the push is given up.
+
+        No server has changed then, unless it has an earlier part.
+        """
+        is_first = push.taking is None
+        names = self._ready() if push.taking is None else push.taking
+        programs = self._programs(names, push.before if is_first else push.weights)
+        answers = self._order(programs, lambda _, number: lease.Transfer(number, "check", info))
+        try:
+            with self._lock:
+                self._check_open(push)
+        except GserveError:  # it was given up meanwhile, and these programs may have come after that
+            programs = self._programs(names, self._service.model.weights)
+            self._service.pool.set_programs(programs) if is_first else self._service.pool.restart(programs)
+            raise
+        if faults := faults_of(answers):
+            self._give_up(push)
+            what = "nothing has changed" if is_first else "the push is given up"
+            raise GserveError(f"cannot receive these weights, and {what}: {faults}")
 
     def _gather(self, push: _Push) -> None:
         """Choose the servers that take part. All others are stale from now on."""

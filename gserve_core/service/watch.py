@@ -97,5 +97,5 @@ def _overview(state: ServerState, now: float, requests: int) -> ServerOverview:
         error=state.error,
         log=None if state.log is None else str(state.log),
         machine=state.machine if state.works else "",
-        gate=state.gate,
+        gate="updating" if state.is_updating else state.gate,
     )

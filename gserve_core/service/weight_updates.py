@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 from .. import lease
 from ..errors import GserveError
@@ -47,12 +48,20 @@ class WeightUpdate:
 
         Raises GserveError: all servers have the old ones, or are started again with them.
         """
+        times = [time.monotonic()]
         self._check_files()
+        times.append(time.monotonic())
         try:
             self._pause(in_flight)
+            times.append(time.monotonic())
             self._load(on_commit)
+            times.append(time.monotonic())
         finally:
             self._pool.resume(self._names)
+        logger.info(
+            "new weights, of version %s: files checked in %.2f s, servers paused in %.2f s, weights loaded in %.2f s",
+            self._weights.version, *(end - begin for begin, end in pairwise(times)),
+        )  # fmt: skip
 
     def _check_files(self) -> None:
         """Raise GserveError unless all ready servers find good files."""

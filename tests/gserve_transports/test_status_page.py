@@ -172,6 +172,16 @@ def test_the_servers_are_shown_with_what_they_do(page: Browser, service: VLLMSer
     assert captions == ["Tokens out", "Tokens in", "Requests", "Waiting"]
 
 
+def test_servers_are_shown_that_begin_no_items(page: Browser, service: VLLMService) -> None:
+    phases = "[...document.querySelectorAll('#servers small')].map(it => it.textContent).join(' ')"
+    service.pause()
+    try:
+        page.until(f"{phases} === 'paused paused'")
+    finally:
+        service.resume()
+    page.until(f"{phases} === ' '")
+
+
 def test_a_death_is_shown_with_its_cause_and_cuts_the_answer(closed: Browser) -> None:
     llm, serve = LLMConfig("m", max_model_len=10_000), ServeConfig(servers=2, max_restarts=10)
     with VLLMService(llm, serve, engine=EchoEngine(latency=0.05), gateway=GatewayConfig()) as service:

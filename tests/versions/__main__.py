@@ -17,7 +17,7 @@ DEFAULT = "0.26.0 0.29.0 0.32.0 newest"
 TESTS = "tests/gserve_core/engines/vllm"
 ROWS = (
     "contract", "same answers", "chat", "logprobs", "n", "stop", "structured outputs", "bad parameters",
-    "late grammar failures", "killed engine", "LoRA", "OpenAI's API", "embeddings",
+    "late grammar failures", "killed engine", "LoRA", "OpenAI's API", "embeddings", "update",
 )  # fmt: skip
 PAGE = environments.ROOT / "docs" / "reference" / "vllm.md"
 BEGIN, END = "<!-- written by make versions -->\n", "<!-- end -->\n"

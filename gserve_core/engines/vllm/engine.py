@@ -71,7 +71,7 @@ from .progress import Progress
 from .prompt_lengths import prompt_lengths
 from .token_counts import OWN, TokenCounts
 from .tokenizing import Ahead, quicken
-from .weight_files import check_weights
+from .weight_files import check_pushed, check_weights
 from .weight_loading import CHECK, LOAD
 from .weight_transfer import FINISH, INIT, RECEIVE, WORKER_EXTENSION
 
@@ -553,6 +553,10 @@ class RunningVLLM(RunningEngine):
         if not self._is_extended:
             raise GserveError("weights cannot be received: worker_extension_cls in llm_kwargs takes that place")
         await differences.call(self._engine.collective_rpc, INIT, args=(dict(info),))
+
+    async def check_transfer(self, info: Mapping[str, Any]) -> None:
+        """Compare the tensors with those of the loaded model."""
+        await asyncio.to_thread(check_pushed, info, self._base)
 
     async def receive_weights(self, info: Mapping[str, Any]) -> None:
         """Have all workers receive a part of the weights."""

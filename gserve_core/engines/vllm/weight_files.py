@@ -1,9 +1,10 @@
-"""The checks of a folder with weights before vLLM loads them: complete, made for the loaded model, and finite.
+"""The checks of new weights before vLLM has them: complete, made for the loaded model, and finite.
 
 vLLM itself keeps old layers where a file lacks them, and a file that it refuses breaks the engine.
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from .weight_loading import HEAD
 INDEX = "model.safetensors.index.json"
 MOST_READ = 2 << 30
 """Maximum size of files whose numbers are all checked, in bytes."""
+NAMED = 3
+"""Maximum number of tensors that a message names."""
+TYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}
+"""The names of types in the headers of files, by those of torch."""
 
 
 def check_weights(path: str, base: str) -> Path:
@@ -30,11 +35,32 @@ def check_weights(path: str, base: str) -> Path:
     given: dict[str, tuple[str, list[int]]] = {}
     for file in files_of(folder):
         given |= read_header(file)
-    known = hub.folder_of(base)
-    _compare(folder, given, shapes_of(known), is_tied=_is_tied(known))
+    local = hub.folder_of(base)
+    known = shapes_of(local)
+    _check_complete(folder, given, known, is_tied=_is_tied(local))
+    _check_tensors(f"the weights in {folder}", given, known)
     if sum(file.stat().st_size for file in files_of(folder)) <= MOST_READ:
         _check_numbers(folder)
     return folder
+
+
+def check_pushed(info: Mapping[str, Any], base: str) -> None:
+    """Check the tensors that a trainer is about to push. They may be a part of the weights.
+
+    vLLM knows other names of some tensors too, such as those in the trainer's memory. So only tensors with a name of the
+    files are compared, and vLLM itself refuses what it does not know.
+
+    `info`: see `RunningEngine.check_transfer`. `base`: see `check_weights`.
+
+    Raises ConfigError: a tensor does not fit the loaded model.
+    """
+    try:
+        each = zip(info["names"], info["dtype_names"], info["shapes"], strict=True)
+        given = {str(name): (TYPES.get(kind, str(kind)), [int(one) for one in shape]) for name, kind, shape in each}
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError("expected the lists names, dtype_names and shapes of the same length") from error
+    known = shapes_of(hub.folder_of(base))
+    _check_tensors("the pushed weights", {name: it for name, it in given.items() if name in known}, known)
 
 
 def _check_index(folder: Path) -> None:
@@ -59,29 +85,43 @@ def _is_tied(base: Path) -> bool:
         return False
 
 
-def _compare(folder: Path, given: Shapes, known: Shapes, *, is_tied: bool) -> None:
-    """Raise ConfigError unless the tensors are those of the loaded model.
+def _check_complete(folder: Path, given: Shapes, known: Shapes, *, is_tied: bool) -> None:
+    """Raise ConfigError unless all tensors of the loaded model are there.
 
     `known`: the tensors of the loaded model; none if they are not known. `is_tied`: see `_is_tied`.
     """
-    if not known:
-        return
     if missing := sorted(known.keys() - given.keys() - ({HEAD} if is_tied else set())):
         raise ConfigError(
             f"the weights in {folder} are not complete: {len(missing)} tensors of the model are missing, such as"
-            f" '{missing[0]}'"
+            f" {_named(missing)}"
         )
+
+
+def _check_tensors(what: str, given: Shapes, known: Shapes) -> None:
+    """Raise ConfigError unless the loaded model has tensors of these names, types and shapes.
+
+    `what`: the weights that are checked, in words. `known`: see `_check_complete`.
+    """
+    if not known:
+        return
     if unknown := sorted(given.keys() - known.keys() - {HEAD}):
         raise ConfigError(
-            f"the weights in {folder} are those of another model: the loaded one has no tensor '{unknown[0]}'"
+            f"{what} are those of another model: the loaded one has no tensor {_named(unknown)}; its files have names"
+            f" such as '{min(known)}'"
         )
-    for name, (kind, shape) in given.items():
-        own_kind, own_shape = known.get(name, (kind, shape))
-        if shape != own_shape or (kind in FLOATS) != (own_kind in FLOATS):
-            raise ConfigError(
-                f"the weights in {folder} are those of another model: '{name}' is {kind} of shape {shape}, and in the"
-                f" loaded one {own_kind} of shape {own_shape}"
-            )
+    wrong = [
+        f"'{name}' is {kind} of shape {shape}, and in the loaded one {own_kind} of shape {own_shape}"
+        for name, (kind, shape) in given.items()
+        for own_kind, own_shape in [known.get(name, (kind, shape))]
+        if shape != own_shape or (kind in FLOATS) != (own_kind in FLOATS)
+    ]
+    if wrong:
+        raise ConfigError(f"{what} are those of another model: {'; '.join(wrong[:NAMED])}")
+
+
+def _named(tensors: Sequence[str]) -> str:
+    """Return the first of these names, in words."""
+    return ", ".join(f"'{name}'" for name in tensors[:NAMED])
 
 
 def _check_numbers(folder: Path) -> None:

@@ -19,7 +19,17 @@ import pytest
 from gserve import ConfigError, GatewayConfig, GserveError, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core.engines.echo import EchoEngine
 from tests.gserve_core.fake_servers import until
-from tests.gserve_core.service.test_weight_updates import ECHO, FEW, SERVE, Load, _is_back, answers, path_of, root
+from tests.gserve_core.load import Load
+from tests.gserve_core.service.test_weight_updates import (
+    ECHO,
+    FEW,
+    SERVE,
+    _is_back,
+    answers,
+    checked_load,
+    path_of,
+    root,
+)
 from tests.listeners import server_pid
 
 __all__ = ["root"]
@@ -33,13 +43,12 @@ def service() -> Iterator[VLLMService]:
         yield running
 
 
-def made_until_now(load: Load) -> int:
-    """Return the number of outputs of a load that is paused. Fail if there are more soon."""
+def check_still(load: Load) -> None:
+    """Fail if a load that is paused has more outputs soon."""
     time.sleep(0.1)  # an output may still be on its way
     made = len(load.outputs)
     time.sleep(STILL_SECONDS)
     assert len(load.outputs) == made
-    return made
 
 
 def gates(service: VLLMService) -> set[str]:
@@ -48,15 +57,15 @@ def gates(service: VLLMService) -> set[str]:
 
 @pytest.mark.parametrize("in_flight", ["finish", "redo", "keep", "abort"])
 def test_a_pause_begins_and_makes_nothing_until_it_ends(service: VLLMService, in_flight: str) -> None:
-    with Load(service) as load:
+    with checked_load(service) as load:
         for _ in range(3):
             service.pause(in_flight)
             assert gates(service) == {"paused"}
-            made = made_until_now(load)
+            check_still(load)
             service.resume()
             assert gates(service) == {"open"}
-            until(lambda made=made: len(load.outputs) > made + 100)  # type: ignore[misc]
-    aborted = [output for output in load.outputs if output.finish_reason == "abort"]
+            load.go_on(100)
+    aborted = [output for output in load.outputs.values() if output.finish_reason == "abort"]
     assert bool(aborted) == (in_flight == "abort")
     assert {state.generation for state in service.status()} == {1}
 
@@ -105,24 +114,22 @@ def test_a_pause_that_ends_while_a_server_starts_has_ended_for_that_too(root: Pa
 
 
 def test_a_server_that_is_killed_in_a_pause_loses_nothing_that_was_kept(service: VLLMService) -> None:
-    with Load(service) as load:
+    with checked_load(service) as load:
         service.pause("keep")
         server = service.servers[0]
         os.kill(server_pid(server), signal.SIGKILL)
         until(partial(_is_back, server, 1), 30)
         service.resume()
-        made = len(load.outputs)
-        until(lambda: len(load.outputs) > made + 100)
+        load.go_on(100)
 
 
 def test_a_pause_longer_than_the_stall_timeout_kills_nobody() -> None:
     serve = replace(SERVE, stall_timeout=1.0)
-    with VLLMService(LLMConfig("m"), serve, engine=FEW) as service, Load(service) as load:
+    with VLLMService(LLMConfig("m"), serve, engine=FEW) as service, checked_load(service) as load:
         service.pause("keep")
         time.sleep(3.0)
         service.resume()
-        made = len(load.outputs)
-        until(lambda: len(load.outputs) > made + 100)
+        load.go_on(100)
         assert {state.generation for state in service.status()} == {1}
 
 
@@ -139,7 +146,7 @@ def test_a_pause_that_does_not_come_in_time_changes_nothing() -> None:
 
 
 def test_new_weights_end_no_pause(service: VLLMService, root: Path) -> None:
-    with Load(service) as load:
+    with checked_load(service) as load:
         for number, in_flight in enumerate(("keep", "finish", "redo", "abort"), 1):
             service.pause(in_flight)
             if in_flight == "keep":
@@ -149,27 +156,26 @@ def test_new_weights_end_no_pause(service: VLLMService, root: Path) -> None:
             else:
                 service.update_weights(root / path_of(number), version=str(number))
             assert gates(service) == {"paused"}
-            made = made_until_now(load)
+            check_still(load)
             service.resume()
-            until(lambda made=made: len(load.outputs) > made + 100)  # type: ignore[misc]
-    assert load.outputs[-1].weight_version == "4"
+            load.go_on(100)
+    assert [*load.outputs.values()][-1].weight_version == "4"
 
 
 @pytest.mark.parametrize("in_flight", ["redo", "abort"])
 def test_what_a_pause_keeps_can_be_put_back_or_aborted_afterwards(
     service: VLLMService, root: Path, in_flight: str
 ) -> None:
-    with Load(service) as load:
+    with checked_load(service) as load:
         service.pause("keep")
         service.update_weights(root / "v2", version="1", in_flight=in_flight)
         service.resume()
-        made = len(load.outputs)
-        until(lambda: len(load.outputs) > made + 100)
-    assert not any(output.weight_spans for output in load.outputs)
+        load.go_on(100)
+    assert not any(output.weight_spans for output in load.outputs.values())
 
 
 def test_servers_sleep_and_wake(service: VLLMService, root: Path) -> None:
-    with Load(service) as load:
+    with checked_load(service) as load:
         service.sleep(2, "keep")
         assert gates(service) == {"asleep"}
         service.sleep(2)
@@ -187,10 +193,10 @@ def test_servers_sleep_and_wake(service: VLLMService, root: Path) -> None:
         os.kill(server_pid(server), signal.SIGKILL)
         until(partial(_is_back, server, 1), 30)
         assert gates(service) == {"asleep"}
-        made = made_until_now(load)
+        check_still(load)
         service.wake()
         assert gates(service) == {"open"}
-        until(lambda: len(load.outputs) > made + 100)
+        load.go_on(100)
         service.reset_cache()
 
 

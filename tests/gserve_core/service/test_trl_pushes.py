@@ -190,7 +190,7 @@ def test_requests_that_come_again_change_nothing(service: VLLMService) -> None:
     for state in service.status():
         assert state.log is not None
         steps = re.findall(r"transfer of weights: (\w+)", state.log.read_text())
-        assert steps == ["init", "receive", "finish", "receive", "finish"]
+        assert steps == ["init", *["check", "receive", "finish"] * 2]
 
 
 def test_a_request_that_comes_again_while_it_is_in_progress_waits_for_the_same_end() -> None:
@@ -337,6 +337,28 @@ def test_weights_that_no_server_can_take_are_an_error_and_the_old_ones_return(se
     assert service.weights.version == "0"
     trainer.push("w1")
     assert answers(service) == {("a weights=w1", "1")}
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_server_has_a_part_of_them(service: VLLMService) -> None:
+    """The engine takes no tensor without a number."""
+    trainer = Trainer(service)
+    trainer.init(ALONE)
+    empty = {"update_info": {"names": ["w1", "none"], "dtype_names": ["float32"] * 2, "shapes": [[2], [0, 2]]}}
+    trainer.post("start_weight_update", {})
+    error = trainer.error("update_weights", empty)
+    assert error.startswith("cannot receive these weights, and nothing has changed: server-0: ")
+    assert "; server-1: the pushed weights have tensors without a number, such as 'none'" in error
+    assert answers(service) == {("a", "0")}  # no server waits for the trainer
+    assert "no push of weights is in progress" in trainer.error("finish_weight_update", {})
+    trainer.push("w1")
+    assert answers(service) == {("a weights=w1", "1")}
+    assert {state.generation for state in service.status()} == {1}
+    trainer.post("start_weight_update", {})
+    trainer.update("w2")
+    assert "cannot receive these weights, and the push is given up" in trainer.error("update_weights", empty)
+    until(lambda: all(is_back(service, index) for index in range(2)))
+    trainer.push("w3")
+    assert answers(service) == {("a weights=w3", "2")}
 
 
 def test_a_push_whose_trainer_is_gone_is_given_up(monkeypatch: pytest.MonkeyPatch, service: VLLMService) -> None:

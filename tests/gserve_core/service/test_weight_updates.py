@@ -1,21 +1,35 @@
 """New weights while a service works: on all servers or on none, and every output says which made it."""
 
+import json
 import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from gserve import ConfigError, GserveError, LLMConfig, ResponseOutput, ServeConfig, VLLMServer, VLLMService
+from gserve import (
+    ConfigError,
+    GatewayConfig,
+    GserveError,
+    LLMConfig,
+    ResponseOutput,
+    ServeConfig,
+    VLLMServer,
+    VLLMService,
+)
+from gserve.cli.app import app
 from gserve_core.engines.echo import EchoEngine
 from tests.gserve_core.fake_servers import until
+from tests.gserve_core.load import Load, update_and_kill
 from tests.listeners import server_pid
 
 ECHO = EchoEngine(show_weights=True, latency=0.002, die_on="deadly", error_on="wrong", hang_on="endless")
@@ -87,8 +101,6 @@ def test_items_in_flight_are_of_one_version_and_none_is_lost(service: VLLMServic
 
 
 WORDS = 20
-AHEAD = 200
-"""Number of items that a batch sends before the first answer."""
 FEW = replace(ECHO, capacity=16)
 
 
@@ -118,57 +130,28 @@ def path_of(number: int) -> str:
     return f"v{number % 2 + 1}"
 
 
-class Load:
-    """A batch that runs for the block, and whose answers are checked afterwards."""
-
-    def __init__(self, service: VLLMService) -> None:
-        self.outputs: list[ResponseOutput] = []
-        self.items = 0
-        self._service = service
-        self._is_over = False
-        self._thread = threading.Thread(target=self._work)
-
-    def _prompts(self) -> Iterator[str]:
-        while not self._is_over:
-            until(lambda: self.items < len(self.outputs) + AHEAD, 60)  # else the call reads thousands
-            self.items += 1
-            yield " ".join(["a"] * WORDS)
-
-    def _work(self) -> None:
-        for _, outcome in self._service.generate_iter(self._prompts(), {"max_tokens": WORDS}):
-            assert isinstance(outcome, list)
-            (output,) = outcome
-            self.outputs.append(output)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        until(lambda: len(self.outputs) > 100)
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._is_over = True
-        if kind is not None:
-            self._service.shutdown()  # it may be paused
-        self._thread.join()
-        if kind is None:
-            assert len(self.outputs) == self.items
-            for output in self.outputs:
-                check_answer(output)
+@contextmanager
+def checked_load(service: VLLMService) -> Iterator[Load]:
+    """Have a batch run for the block, and check its answers afterwards."""
+    with Load(service, lambda _: (" ".join(["a"] * WORDS), {"max_tokens": WORDS})) as load:
+        yield load
+    for output in load.outputs.values():
+        check_answer(output)
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "abort"])
 def test_items_in_flight_go_on_with_new_weights_or_end_with_what_they_have(root: Path, in_flight: str) -> None:
-    with VLLMService(LLMConfig("m"), SERVE, engine=FEW) as service, Load(service) as load:
+    with VLLMService(LLMConfig("m"), SERVE, engine=FEW) as service, checked_load(service) as load:
         for number in range(1, 9):
-            made = len(load.outputs)
             service.update_weights(root / path_of(number), version=str(number), in_flight=in_flight)
-            until(lambda made=made: len(load.outputs) > made + 100)  # type: ignore[misc]
+            load.go_on(100)
         assert {state.generation for state in service.status()} == {1}
-    several = [output for output in load.outputs if output.weight_spans]
-    aborted = [output for output in load.outputs if output.finish_reason == "abort"]
+    outputs = load.outputs.values()
+    several = [output for output in outputs if output.weight_spans]
+    aborted = [output for output in outputs if output.finish_reason == "abort"]
     assert bool(several) == (in_flight == "keep")
     assert bool(aborted) == (in_flight == "abort")
-    assert {output.weight_version for output in load.outputs} == {str(number) for number in range(9)}
+    assert {output.weight_version for output in outputs} == {str(number) for number in range(9)}
 
 
 @pytest.mark.parametrize("in_flight", ["keep", "abort"])
@@ -177,17 +160,9 @@ def test_a_server_that_is_killed_while_it_has_items_loses_none_and_mixes_nothing
     kills = 50 if os.environ.get("LONG") else 3
     chance = random.Random(17)
     serve = replace(SERVE, max_restarts=1000)
-    with VLLMService(LLMConfig("m"), serve, engine=FEW) as service, Load(service):
+    with VLLMService(LLMConfig("m"), serve, engine=FEW) as service, checked_load(service):
         for number in range(1, kills + 1):
-            server = chance.choice(service.servers)
-            victim, generation = server_pid(server), server.status().generation
-            killing = threading.Timer(chance.uniform(0.0, 0.2), os.kill, (victim, signal.SIGKILL))
-            killing.start()
-            service.update_weights(root / path_of(number), version=str(number), in_flight=in_flight)
-            killing.join()
-            until(partial(_is_back, server, generation), 30)
-            assert service.weights.version == str(number)
-            assert {state.weight_version for state in service.status()} == {str(number)}
+            update_and_kill(service, root / path_of(number), str(number), in_flight, chance, 0.2)
 
 
 def test_a_server_that_was_stopped_starts_with_the_newest_weights(service: VLLMService, root: Path) -> None:
@@ -251,6 +226,30 @@ def test_a_server_that_is_killed_during_a_change_comes_back_with_the_new_weights
         until(partial(_is_back, service.servers[0], 1), 30)
         assert answers(service, 20) == {("a weights=v1", "1")}
         assert {state.weight_version for state in service.status()} == {"1"}
+
+
+def gates_shown() -> set[str]:
+    """Return what `gserve ps` shows of the servers of the service "updated"."""
+    services = json.loads(CliRunner().invoke(app, ["ps", "--json"]).stdout)["services"]
+    (found,) = (it for it in services if it["name"] == "updated")
+    return {server["gate"] for server in found["servers"]}
+
+
+def test_servers_are_shown_as_updating_until_all_have_the_new_weights(root: Path) -> None:
+    """The update waits for an item that takes minutes, until that is cancelled."""
+    engine = EchoEngine(show_weights=True, latency=0.05)
+    with VLLMService(LLMConfig("m"), SERVE, engine=engine, gateway=GatewayConfig(), name="updated") as service:
+        assert gates_shown() == {"open"}
+        items = service.generate_iter(["a", " ".join(["a"] * 2_000)], {"max_tokens": 2_000})
+        next(items)
+        update = threading.Thread(target=service.update_weights, args=(root / "v1",), kwargs={"version": "1"})
+        update.start()
+        until(lambda: all(state.is_updating for state in service.status()))
+        assert gates_shown() == {"updating"}
+        items.close()
+        update.join()
+        until(lambda: not any(state.is_updating for state in service.status()))
+        assert gates_shown() == {"open"}
 
 
 def test_all_servers_are_killed_by_weights_as_often_as_they_may_and_return_with_the_old(root: Path) -> None:

@@ -7,6 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import httpx
 import pytest
 
 from gserve import GatewayConfig, LLMConfig, ServeConfig, VLLMService
@@ -29,6 +30,17 @@ def answers(service: VLLMService) -> list[tuple[list[int], str]]:
     """Return tokens and versions, one prompt a call: what else is in the engine may decide a near tie."""
     found = [service.generate([prompt], GREEDY, return_extra=True)[0][0] for prompt in PROMPTS for _ in range(2)]
     return [(it.token_ids, it.weight_version) for it in found]
+
+
+def refusal(service: VLLMService, *names: str) -> str:
+    """Return the error of a push of tensors with one number each."""
+    info = {"names": names, "dtype_names": ["float32"] * len(names), "shapes": [[1]] * len(names)}
+    httpx.post(f"{service.trl_url}/start_weight_update", json={}, timeout=60).raise_for_status()
+    reply = httpx.post(f"{service.trl_url}/update_weights", json={"update_info": info}, timeout=60)
+    assert reply.status_code == 409, reply.text
+    message: str = reply.json()["error"]["message"]
+    assert "and nothing has changed: server-0: the pushed weights are those of another model" in message
+    return message
 
 
 def test_a_trainer_goes_on_when_a_server_dies_and_all_its_answers_are_of_its_last_push(tmp_path: Path) -> None:
@@ -64,6 +76,11 @@ def test_a_trainer_goes_on_when_a_server_dies_and_all_its_answers_are_of_its_las
         pushed = answers(service)
         assert {version for _, version in pushed} == {"3"}
         until(lambda: all(state.follows_orders for state in service.status()), 300)
+        assert [state.generation for state in service.status()] == [2, 1]
+        assert "'model.norm.weight' is F32 of shape [1], and in the loaded one F32 of shape [64]" in refusal(
+            service, "model.norm.weight"
+        )
+        assert answers(service) == pushed
         assert [state.generation for state in service.status()] == [2, 1]
         service.update_weights(tmp_path / "push-3", version="folder")
         assert answers(service) == [(tokens, "folder") for tokens, _ in pushed]
