@@ -47,8 +47,8 @@ def check_weights(path: str, base: str) -> Path:
 def check_pushed(info: Mapping[str, Any], base: str) -> None:
     """Check the tensors that a trainer is about to push. They may be a part of the weights.
 
-    vLLM knows other names of some tensors too, such as those in the trainer's memory. So only tensors with a name of the
-    files are compared, and vLLM itself refuses what it does not know.
+    vLLM knows other names of some tensors too, such as those in the trainer's memory. So only tensors that have a name
+    of the files are compared, and vLLM itself refuses what it does not know.
 
     `info`: see `RunningEngine.check_transfer`. `base`: see `check_weights`.
 
