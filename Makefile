@@ -21,6 +21,9 @@ help: ## say what there is to make
 quickstart: $(READY) ## ask the demo model a question, on real vLLM
 	$(RUN)/gserve chat configs/quickstart.yaml "Write a haiku about the sea." --params '{"temperature": 0, "max_tokens": 60}'
 
+# Tests start hundreds of processes. Without bytecode on disk, each compiles all of gserve, and pytest all of its plugins.
+test cover faults: export PYTHONDONTWRITEBYTECODE :=
+
 test: $(READY) $(CLIENTS_READY) ## pass the tests
 	$(RUN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder --durations 30 $(ARGS)
 

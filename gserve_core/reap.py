@@ -101,7 +101,7 @@ def _descends(process: Process, found: Collection[int], marked: Mapping[int, Pro
 
 
 def _processes() -> Iterator[Process]:
-    for pid, environ in processes.environments():
+    for pid, environ in processes.environments(processes.ID_VARIABLE):
         with contextlib.suppress(OSError, psutil.Error):
             started = processes.process_start(pid)
             if started is not None and processes.ID_VARIABLE in environ:

@@ -99,9 +99,10 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, default_signals: None)
 @pytest.fixture(autouse=True)
 def clean(nothing_left: None) -> Iterator[None]:
     """Fail where a test leaves a process, a state file or a listening socket behind; end the processes."""
-    began, sockets = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"), _listening()
+    before, sockets = {*psutil.pids()}, _listening()
+    began = time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
     yield
-    _, left = psutil.wait_procs(_started_since(began), timeout=testing.END_SECONDS)
+    _, left = psutil.wait_procs(_started_since(began, before), timeout=testing.END_SECONDS)
     told = [f"{process.pid} {_command(process)}" for process in left]
     for process in left:
         with suppress(psutil.NoSuchProcess):
@@ -111,20 +112,21 @@ def clean(nothing_left: None) -> Iterator[None]:
     assert not _listening() - sockets, "listening sockets left behind"
 
 
-def _started_since(began: float) -> list[psutil.Process]:
-    """Return the live processes that this one has started since then (in clock ticks), and all below them."""
-    found = {child.pid for child in psutil.Process().children()}
+def _started_since(began: float, before: set[int]) -> list[psutil.Process]:
+    """Return the live processes that this one has started since then (in clock ticks), and all below them.
+
+    before: ids of the processes of that time, which are not looked at. Ids are given out again only after all others.
+    """
     mark = f"\0{testing.RUN_VARIABLE}={os.environ[testing.RUN_VARIABLE]}\0".encode()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with suppress(OSError):
-                if mark in b"\0" + (entry / "environ").read_bytes() + b"\0":
-                    found.add(int(entry.name))
     started = []
-    for pid in found:
-        if (start := processes.process_start(pid)) is not None and start >= int(began):
-            with suppress(psutil.NoSuchProcess):
-                started.append(psutil.Process(pid))
+    for pid in {*psutil.pids()} - before:
+        with suppress(OSError, psutil.Error):
+            process = psutil.Process(pid)
+            is_ours = process.ppid() == os.getpid()
+            is_ours = is_ours or mark in b"\0" + Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
+            start = processes.process_start(pid)
+            if is_ours and start is not None and start >= int(began):
+                started.append(process)
     return started
 
 

@@ -124,9 +124,10 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "testing.signals": set(),
     "engines.echo": {
         "errors", "images", "messages", "config", "interfaces", "hookspecs", "sampling", "template_kwargs",
-        "engines.echo_json", "engines.echo_openai", "engines.echo_vectors", "engines.orphans", "tasks",
+        "engines.echo_json", "engines.echo_openai", "engines.echo_process", "engines.echo_vectors", "tasks",
         "host.weight_folders", "weights",
     },
+    "engines.echo_process": {"engines.orphans"},
     "engines.echo_json": set(),
     "engines.echo_openai": {"errors", "messages", "interfaces", "tasks", "engines.echo_openai_vectors"},
     "engines.echo_openai_vectors": {"errors", "messages", "interfaces", "tasks"},

@@ -5,29 +5,24 @@ them until it has `max_tokens`. For a conversation, it repeats the last message,
 the place of an image. With a JSON schema in
 `structured_outputs`, the answer is a value that fits, unless the prompt is JSON itself.
 
-As in vLLM, a child process of the server does the work: `-m gserve_core.engines.echo engine OPTIONS`. Options make it
-slow, or make it fail. With `processes: 2` it passes the work on to a child of its own:
-`-m gserve_core.engines.echo worker OPTIONS`.
+As in vLLM, a child process of the server does the work: see `echo_process`. Options make it slow, or make it fail. With
+`processes: 2` it passes the work on to a child of its own.
 """
 
 import asyncio
 import contextlib
-import heapq
 import itertools
 import os
 import secrets
-import select
 import signal
-import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import PurePath
-from typing import IO, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct
@@ -43,16 +38,9 @@ from ..sampling import read_params, split_prompt_params
 from ..tasks import CLASSIFY, EMBED, GENERATE, SCORE, PoolingOptions, read_options, texts_of
 from ..template_kwargs import check_template_kwargs
 from ..weights import ORIGINAL, Weights
-from . import echo_openai, echo_vectors, orphans
+from . import echo_openai, echo_vectors
 from .echo_json import fitting_text
-
-FAULTS = ("die", "hang", "wedge", "error")
-NEXT_TOKEN = "next"
-"""Marks work on another token of an item that has been counted."""
-STEP_SECONDS = 0.2
-"""Interval at which a process with work reports progress, in seconds."""
-WORKER_DIED = 70
-"""The exit code of an engine process whose worker has died."""
+from .echo_process import FAULTS, NEXT_TOKEN, WORKER_DIED, command
 
 Seconds = Annotated[float, Meta(ge=0, le=1e9, description="seconds from 0 up")]
 Count = Annotated[int, Meta(ge=1, description="a number from 1 up")]
@@ -131,17 +119,12 @@ class EchoEngine(Engine):
         """Count words."""
         return [len(prompt) if isinstance(prompt, list) else len(_text(prompt).split()) for prompt in prompts]
 
-    def command(self, role: str) -> list[str]:
-        """Return the command line of a process below the server. `role`: "engine", or "worker" for its child."""
-        options = {item.name: getattr(self, item.name) for item in fields(EchoEngine)}
-        module = "gserve_core.engines.echo"
-        return [sys.executable, "-P", "-m", module, role, msgspec.json.encode(options).decode()]
-
     async def start(self, llm: LLMConfig, report: Report) -> RunningEngine:
         """Start the processes below the server, and wait until they have "loaded"."""
         report("starting the engine")
+        options = {item.name: getattr(self, item.name) for item in fields(EchoEngine)}
         child = await asyncio.create_subprocess_exec(
-            *self.command("engine"),
+            *command("engine", msgspec.json.encode(options).decode()),
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, limit=1 << 30,
         )  # fmt: skip
@@ -653,113 +636,7 @@ def _ids(text: str) -> list[int]:
     return [zlib.crc32(word) % 50_000 for word in text.encode(errors="replace").split(b" ")]
 
 
-# ------------------------------------------------------------------------------------ in the engine and worker process
-
-
-def _send_line(line: str) -> None:
-    """Send a line to the server, which reads lines until the engine has loaded."""
-    os.write(1, line.encode() + b"\n")
-
-
-def _work(engine: EchoEngine) -> None:
-    """Read work from stdin, and answer each item on stdout when its time is over."""
-    _send_line("phase loading")
-    time.sleep(engine.load_time)
-    if engine.fail_start:
-        _send_line(f"failed {engine.fail_start}")
-        sys.exit(1)
-    _send_line("ready")
-    rest = b""
-    due: list[tuple[float, int, str]] = []
-    faults = {at: fault for fault in reversed(FAULTS) if (at := getattr(engine, f"{fault}_at")) is not None}
-    count = 0
-    is_wedged = False
-    answered = time.monotonic()
-    while True:
-        wait = max(0.0, min(due[0][0] - time.monotonic(), STEP_SECONDS)) if due else None
-        if select.select([0], [], [], wait)[0]:
-            chunk = os.read(0, 1 << 20)
-            if not chunk:
-                return
-            works, rest = _split_frames(rest + chunk)
-            for number, tokens, fault in works:
-                if fault not in ("check", NEXT_TOKEN):
-                    count += 1
-                    fault = fault or faults.get(count, "")
-                match fault:
-                    case "die":
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    case "hang":
-                        _hang()
-                    case "wedge":
-                        is_wedged = True
-                if not is_wedged:
-                    answer = "an error, as requested" if fault == "error" else ""
-                    heapq.heappush(due, (time.monotonic() + tokens * engine.latency, number, answer))
-        now = time.monotonic()
-        done = []
-        while due and due[0][0] <= now:
-            done.append(heapq.heappop(due)[1:])
-        if done or (due and now >= answered + STEP_SECONDS):  # an empty frame reports progress
-            answered = now
-            frame = msgspec.msgpack.encode(done)
-            frame = len(frame).to_bytes(4, "big") + frame
-            while frame:
-                frame = frame[os.write(1, frame) :]
-
-
-def _split_frames(text: bytes) -> tuple[list[tuple[int, int, str]], bytes]:
-    """Return the work in the complete frames at the start of `text`, and the rest of `text`."""
-    works: list[tuple[int, int, str]] = []
-    while len(text) >= 4 and len(text) >= (end := 4 + int.from_bytes(text[:4], "big")):
-        works += msgspec.msgpack.decode(text[4:end], type=list[tuple[int, int, str]])
-        text = text[end:]
-    return works, text
-
-
-def _hang() -> None:
-    """Do nothing until the other end of stdin is closed; then exit."""
-    end = select.poll()
-    end.register(0, 0)
-    end.poll()
-    sys.exit(1)
-
-
-def _run_above_worker(engine: EchoEngine) -> None:
-    """Run as the engine process above a worker: pass work down and answers up, and end when the worker ends."""
-    worker = subprocess.Popen(engine.command("worker"), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert worker.stdin is not None
-    assert worker.stdout is not None
-    _send_line(f"worker {worker.pid}")
-    threading.Thread(target=_copy, args=(0, worker.stdin), daemon=True).start()
-    _copy(worker.stdout.fileno(), sys.stdout.buffer)
-    if worker.wait():
-        os._exit(WORKER_DIED)
-
-
-def _copy(source: int, sink: IO[bytes]) -> None:
-    """Copy everything from `source` to `sink` until `source` ends; then close `sink`."""
-    with contextlib.suppress(BrokenPipeError), sink:
-        while chunk := os.read(source, 1 << 16):
-            sink.write(chunk)
-            sink.flush()
-
-
 @hookimpl
 def gserve_register_engines() -> list[type[Engine]]:
     """Register the engine `echo`."""
     return [EchoEngine]
-
-
-def _main(role: str, options: str) -> None:
-    """Run as the engine process, or as its worker."""
-    orphans.watch()
-    engine = EchoEngine(**msgspec.json.decode(options))
-    if role == "engine" and engine.processes == 2:
-        _run_above_worker(engine)
-    else:
-        _work(engine)
-
-
-if __name__ == "__main__":
-    _main(*sys.argv[1:])

@@ -24,7 +24,7 @@ def our_processes() -> dict[int, str]:
     """
     found = {}
     run = os.environ.get(RUN_VARIABLE)
-    for pid, environ in processes.environments():
+    for pid, environ in processes.environments(processes.ID_VARIABLE):
         if pid != os.getpid() and processes.ID_VARIABLE in environ and run in (None, environ.get(RUN_VARIABLE)):
             with suppress(OSError, psutil.Error):
                 found[pid] = " ".join(psutil.Process(pid).cmdline()).strip()

@@ -29,8 +29,8 @@ ROLES = {  # what the command of a process holds, and what the process is
     "slurm/task.py": "task",
     "gserve nursery": "nursery",
     "vllm_server.py": "server",
-    "gserve_core.engines.echo engine": "engine",
-    "gserve_core.engines.echo worker": "worker",
+    "gserve_core.engines.echo_process engine": "engine",
+    "gserve_core.engines.echo_process worker": "worker",
     "VLLM::EngineCore": "engine",
     "VLLM::Worker": "worker",
 }

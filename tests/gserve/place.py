@@ -28,8 +28,7 @@ class Place:
             "XDG_RUNTIME_DIR": str(self.runtime),
             "XDG_STATE_HOME": str(folder / "state"),
             "TERM": "xterm",
-            "PYTHONPYCACHEPREFIX": str(folder.parent / "bytecode"),  # a third of the time of these tests
-            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONDONTWRITEBYTECODE": "",  # compiling takes a third of the time of these tests
         }
 
     def config(self, name: str = "demo", servers: int = 1, **engine: Any) -> str:

@@ -20,6 +20,8 @@ pytestmark = pytest.mark.usefixtures("slurm_cluster")
 ROOT = Path(__file__).parent.parent.parent
 SLOW: dict[str, Any] = {"latency": 0.25, "capacity": 4}
 """Three quarters of a second for each of the items below; two servers have 16 of them at once."""
+MANY = 200 if os.environ.get("LONG") else 100
+"""Number of such items that take two servers ten seconds, or twenty: the first 16 are answered, and a fault comes."""
 REQUEUE = "--set", "launcher.requeue=true"
 SECRET = "canary-0123456789"
 PROGRAM = """
@@ -208,15 +210,15 @@ def test_a_program_whose_job_has_no_time_left_has_its_results_and_does_the_rest_
 
 def test_a_job_that_is_to_be_run_again_goes_on_where_it_stopped(place: Place) -> None:
     """SLURM's notice is given by hand, so that it comes in the midst of the work."""
-    job = place.submit(place.config(**SLOW), *place.items(200), *REQUEUE)
+    job = place.submit(place.config(**SLOW), *place.items(MANY), *REQUEUE)
     until(lambda: len(place.lines("out.jsonl")) >= 16)
     place.cluster.run("scancel", "--batch", "--signal=USR1", job)
     until(lambda: place.state(job)["Restarts"] == "1")
     done = len(place.lines("out.jsonl"))
     assert place.ended(job, 90) == ("COMPLETED", "0:0")
     assert re.search(r"rows: .* answered, .*; the other rows were not answered: .* is ending", place.output(job))
-    assert re.search(r"\d+ of 200 rows are answered already", place.output(job)), done
-    place.check_each_once("out.jsonl", 200)
+    assert re.search(rf"\d+ of {MANY} rows are answered already", place.output(job)), done
+    place.check_each_once("out.jsonl", MANY)
     assert list((place.folder / "state" / "gserve" / "jobs").iterdir()) == []
 
 
@@ -268,7 +270,7 @@ def test_of_two_jobs_with_one_output_the_second_is_refused_and_nothing_is_there_
 def test_a_job_that_was_suspended_goes_on_with_the_servers_that_it_had(place: Place) -> None:
     """By default for longer than any watchdog waits here, with LONG=1 for longer than the time of a lease."""
     config = place.config(serve={"servers": 2, "stall_timeout": 5}, **SLOW)
-    job = place.submit(config, *place.items(150))
+    job = place.submit(config, *place.items(MANY))
     until(lambda: len(place.lines("out.jsonl")) >= 16)
     place.cluster.run("scontrol", "suspend", job)
     until(lambda: place.state(job)["JobState"] == "SUSPENDED")
@@ -277,7 +279,7 @@ def test_a_job_that_was_suspended_goes_on_with_the_servers_that_it_had(place: Pl
     assert place.ended(job, 90) == ("COMPLETED", "0:0")
     assert "hangs" not in place.output(job)
     assert not re.search(r"server-\d restarts", place.output(job))
-    place.check_each_once("out.jsonl", 150)
+    place.check_each_once("out.jsonl", MANY)
 
 
 def test_neither_the_folder_nor_variables_of_the_user_change_what_is_submitted(place: Place) -> None:

@@ -49,7 +49,7 @@ def process(role: str) -> psutil.Process:
     (found,) = [
         child
         for child in psutil.Process().children(recursive=True)
-        if child.cmdline()[3:5] == ["gserve_core.engines.echo", role]
+        if child.cmdline()[3:5] == ["gserve_core.engines.echo_process", role]
     ]
     return found
 
