@@ -67,7 +67,9 @@ def test_without_a_gpu_there_are_no_graphs_and_servers_are_up_to_the_cores() -> 
     assert tried(EchoEngine(), ServeConfig(servers=4))[SERVERS] == [1, 2, 3, None]
 
 
-@pytest.mark.parametrize(("fraction", "values"), [(0.18, [None, 2, 3]), (0.4, [None, 2]), (0.5, [None]), (None, [None])])
+@pytest.mark.parametrize(
+    ("fraction", "values"), [(0.18, [None, 2, 3]), (0.4, [None, 2]), (0.5, [None]), (None, [None])]
+)
 def test_without_a_gpu_servers_are_as_many_as_the_memory_takes(fraction: float | None, values: list[Any]) -> None:
     assert tried(OnCpu(), gpu_memory_utilization=fraction)[SERVERS] == values
 
@@ -81,7 +83,7 @@ def test_without_a_gpu_servers_are_as_many_as_the_memory_takes(fraction: float |
     ],
 )
 def test_a_number_of_servers_that_cannot_change_on_gpus_is_left(serve: ServeConfig, llm: dict[str, Any]) -> None:
-    assert [*tried(OnGpu(), serve, **llm)][0] == SEQS
+    assert next(iter(tried(OnGpu(), serve, **llm))) == SEQS
 
 
 def test_servers_elsewhere_are_left() -> None:
