@@ -9,25 +9,26 @@ from .search import Dimension
 
 MOST_MEMORY = 0.9
 """Maximum part of the memory of a machine without a GPU that several servers may take."""
-USUAL_FRACTION = 0.92
-"""The part of that memory for a server whose config sets none. It is vLLM's own default."""
+USUAL_CACHE = 4 << 30
+"""The memory for the KV cache of a server whose config sets none there, in bytes. It is vLLM's own default."""
 SERVERS = (1, 2, 3)
 """Numbers of servers on a GPU, or on a machine without one."""
 TOKENS = (2048, None, 16384)
 """Values for `max_num_batched_tokens` if none is given: vLLM's defaults for different machines."""
 
 
-def dimensions(model: ModelPlan, at: str, capacity: int, rows: int, cores: int) -> Iterator[Dimension]:
+def dimensions(model: ModelPlan, at: str, capacity: int, rows: int, cores: int, memory: int) -> Iterator[Dimension]:
     """Yield the keys to try, the most valuable first.
 
     `at`: the path of the model in its file, "" or as in "models.NAME.".
     `capacity`: number of items at once of a server of the config as given.
-    `rows`: number of rows of a trial. `cores`: number of cores of this machine.
+    `rows`: number of rows of a trial.
+    `cores`, `memory`: number of cores of this machine, and its memory in bytes.
     """
     known, on_gpu = model.llm.engine_kwargs, model.parts.engine.needs_gpus()
     is_eager = bool(known.get("enforce_eager"))
     graphs = Dimension(at + _key(model.llm, "enforce_eager"), (None, not is_eager))
-    yield from _servers(model, at, cores)
+    yield from _servers(model, at, cores, memory)
     if on_gpu and is_eager:
         yield graphs
     more = [capacity * factor for factor in (2, 4) if capacity * factor < 2 * rows]  # others would never be full
@@ -50,7 +51,7 @@ def _key(llm: LLMConfig, name: str) -> str:
     return f"llm.{name}" if is_field else f"llm.llm_kwargs.{name}"
 
 
-def _servers(model: ModelPlan, at: str, cores: int) -> Iterator[Dimension]:
+def _servers(model: ModelPlan, at: str, cores: int, memory: int) -> Iterator[Dimension]:
     """Yield the number of servers, if it can be changed on this machine."""
     llm, serve, engine = model.llm, model.serve, model.parts.engine
     ids = serve.gpu_ids or ()
@@ -60,8 +61,9 @@ def _servers(model: ModelPlan, at: str, cores: int) -> Iterator[Dimension]:
         if serve.servers is None:
             yield _numbers(f"{at}serve.servers_per_gpu", serve.least_per_gpu, SERVERS)
     elif not ids:
-        # no GPU: servers do not divide the memory by themselves
-        fraction = llm.engine_kwargs.get(FRACTION, USUAL_FRACTION if engine.uses_gpus else 0.0)
+        fraction = llm.engine_kwargs.get(FRACTION)  # without a GPU, servers do not divide it
+        if fraction is None:
+            fraction = (USUAL_CACHE + (engine.weight_bytes(llm) or 0)) / memory if engine.uses_gpus else 0.0
         fitting = [count for count in SERVERS if count <= cores and count * fraction <= MOST_MEMORY]
         yield _numbers(f"{at}serve.servers", serve.servers or 1, fitting)
 

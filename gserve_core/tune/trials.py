@@ -104,8 +104,8 @@ class Trials:
             return measured
 
         search = Search(measure, self._left)
-        cores = len(os.sched_getaffinity(0))
-        search.run(lambda: [*dimensions(self._model, self._at, self._capacity, len(self._measured), cores)])
+        cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        search.run(lambda: [*dimensions(self._model, self._at, self._capacity, len(self._measured), cores, memory)])
         return search
 
     def write(self, setting: Setting, comment: str) -> None:

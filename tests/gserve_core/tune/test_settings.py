@@ -42,7 +42,7 @@ def tried(
 ) -> dict[str, Sequence[Any]]:
     config = Config(LLMConfig("any", **llm), serve or ServeConfig())
     model = Plan.of(config, engine=engine).models[ONLY]
-    return {it.key: list(it.values) for it in dimensions(model, "", 256, rows, cores)}
+    return {it.key: list(it.values) for it in dimensions(model, "", 256, rows, cores, 16 << 30)}
 
 
 def test_on_gpus_servers_come_first_and_graphs_last_if_they_are_on() -> None:
@@ -68,10 +68,15 @@ def test_without_a_gpu_there_are_no_graphs_and_servers_are_up_to_the_cores() -> 
 
 
 @pytest.mark.parametrize(
-    ("fraction", "values"), [(0.18, [None, 2, 3]), (0.4, [None, 2]), (0.5, [None]), (None, [None])]
+    ("fraction", "values"), [(0.18, [None, 2, 3]), (0.4, [None, 2]), (0.5, [None]), (None, [None, 2, 3])]
 )
 def test_without_a_gpu_servers_are_as_many_as_the_memory_takes(fraction: float | None, values: list[Any]) -> None:
     assert tried(OnCpu(), gpu_memory_utilization=fraction)[SERVERS] == values
+
+
+def test_without_a_gpu_a_cache_that_is_not_set_takes_4_gib_beside_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OnCpu, "weight_bytes", lambda *_: 2 << 30)
+    assert tried(OnCpu())[SERVERS] == [None, 2], "three take 18 of 16 GiB"
 
 
 @pytest.mark.parametrize(
@@ -89,7 +94,7 @@ def test_a_number_of_servers_that_cannot_change_on_gpus_is_left(serve: ServeConf
 def test_servers_elsewhere_are_left() -> None:
     launcher = SshLauncher(hosts=[{"host": "far", "gpu_ids": [0]}])
     model = Plan.of(Config(LLMConfig("any")), launcher=launcher, engine=OnGpu()).models[ONLY]
-    assert next(dimensions(model, "", 256, 1000, 8)).key == SEQS
+    assert next(dimensions(model, "", 256, 1000, 8, 16 << 30)).key == SEQS
 
 
 def test_given_values_are_the_middle_and_rows_are_the_limit() -> None:
@@ -104,4 +109,4 @@ def test_given_values_are_the_middle_and_rows_are_the_limit() -> None:
 
 def test_the_keys_of_one_of_several_models_have_its_path() -> None:
     model = Plan.of(Config(LLMConfig("any")), engine=EchoEngine()).models[ONLY]
-    assert next(dimensions(model, "models.judge.", 256, 1000, 8)).key == "models.judge.serve.servers"
+    assert next(dimensions(model, "models.judge.", 256, 1000, 8, 16 << 30)).key == "models.judge.serve.servers"
