@@ -121,9 +121,11 @@ class Trials:
 
     def _check_output(self, *, has_plugins: bool) -> None:
         out, folder = self._output, self._config.parent.resolve()
-        if out.exists() and (not self._overwrite or out.samefile(self._config)):
-            remedy = "use another --output" if out.samefile(self._config) else "use another --output, or --overwrite"
-            raise ConfigError(f"the file exists already: {remedy}", file=out)
+        if out.exists():
+            is_replaceable = out.is_file() and not out.samefile(self._config)
+            if not (self._overwrite and is_replaceable):
+                remedy = "use another --output" + ", or --overwrite" * is_replaceable
+                raise ConfigError(f"the file exists already: {remedy}", file=out)
         if not os.access(out.parent, os.W_OK):
             raise ConfigError(f"cannot write into the folder '{out.parent}': use another --output", file=out)
         if has_plugins and out.parent.resolve() != folder:
