@@ -65,6 +65,7 @@ def tune(
         config, overrides or (), job, model=flags.model, seconds=minutes * 60, output=out, overwrite=overwrite
     )
     prepare_for_rows()
+    print_stderr(f"measuring settings of {config.name} for at most {minutes:g} minutes")
     with trials:
         search = trials.search(lambda it: print_stderr(f"{setting_text(it.setting)}: {_outcome(it)}"))
     _print_results(search, setting_text)
@@ -97,4 +98,5 @@ def _print_results(search: "Search", text: "Callable[[Setting], str]") -> None:
                 (name, f"{it.rows:,.1f}", f"{it.tokens:,.0f}", f"{ratio:.2f}", "#" * round(BAR * it.rows / fastest))
             )
     print_table(("setting", "rows/s", "tokens/s", "ratio", ""), rows, numbers={1, 2, 3})
-    print_stderr(f"noise: {search.noise:.1%}, the largest difference between two trials of the same setting")
+    if len(seen) < len(search.measured):
+        print_stderr(f"noise: {search.noise:.1%}, the largest difference between two trials of the same setting")
