@@ -3,6 +3,7 @@
 It knows no service. It is given a function that measures, and one that returns the time left.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
@@ -15,6 +16,8 @@ GIVEN: Setting = ()
 """The config as given."""
 LEAST_GAIN = 0.03
 """Minimum advantage with which a setting wins, as a part of the other rate. The noise replaces it if that is larger."""
+CLOSE = 0.10
+"""Advantage up to which a setting is measured once more before it wins, as a part of the other rate."""
 ROOMY = 8
 """Number of measurements for which there must be time, so that the config as given is measured twice at the start."""
 
@@ -100,8 +103,10 @@ class Search:
     def _rates(self, setting: Setting) -> list[float]:
         return [it.rows for it in self.measured if it.setting == setting and not it.failure]
 
-    def _wins(self, one: Setting, other: Setting) -> bool:
-        return self.rate(one) > self.rate(other) * (1 + max(LEAST_GAIN, self.noise))
+    def _wins(self, one: Setting, other: Setting, at_most: float = math.inf) -> bool:
+        """Return whether a setting wins against another one, and by no more than `at_most`."""
+        base = self.rate(other)
+        return base * (1 + max(LEAST_GAIN, self.noise)) < self.rate(one) <= base * (1 + at_most)
 
     def _try(self, setting: Setting) -> None:
         self.measured.append(self._measure(setting))
@@ -123,6 +128,8 @@ class Search:
                     self.untried.append(setting)
                     break
                 self._try(setting)
+                if self._wins(setting, best, at_most=CLOSE) and self._fits(2):
+                    self._try(setting)
                 if not self._wins(setting, best):
                     break
                 best, at = setting, at + step

@@ -109,6 +109,14 @@ def test_an_advantage_below_the_noise_that_was_seen_does_not_win() -> None:
     assert trials.search.noise == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize(("second", "won"), [(97.0, False), (105.0, True)])
+def test_a_close_winner_is_measured_once_more_before_others_follow(second: float, won: bool) -> None:
+    rates = iter([106.0, second])
+    trials = Trials(lambda it: next(rates, 105.0) if it == {"servers": 2} else 90.0 if it else 100.0)
+    assert (dict(trials.run()) == {"servers": 2}) is won
+    assert [dict(it) for it in trials.tried[2:4]] == [{"servers": 2}] * 2
+
+
 def test_a_winner_that_is_slower_at_the_end_loses() -> None:
     rates = iter([150.0, 90.0])
     trials = Trials(lambda it: next(rates, 90.0) if it == {"servers": 2} else 100.0)
