@@ -15,6 +15,8 @@ MAX_YAML_NODES = 100_000
 """Maximum number of values in a file, after its aliases are expanded."""
 MAX_YAML_WRITTEN = 20_000
 """Maximum number of values and keys in the text of a file. Reading so many takes about a second."""
+WIDTH = 120
+"""Length of a line after which a long text is continued on the next one, in characters."""
 
 
 class Document:
@@ -180,3 +182,18 @@ for _tag, _pattern, _first in (
     ("float", _FLOAT, "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), list(_first))
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper. It quotes each text that YAML 1.1 or `_Loader` would read as something else."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *_Loader.yaml_implicit_resolvers.get(first, ())]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
+def dump(data: Any) -> str:
+    """Return the YAML text of a document's data, which `Document` reads as the same data. It has no comments."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=WIDTH)

@@ -46,6 +46,7 @@ SHELL = {  # page: words by which the blocks are chosen that need no GPU, SLURM,
     "docs/guides/openai-batch.md": ("gserve run-batch",),
     "docs/guides/server.md": ("gserve check", "gserve stop demo "),
     "docs/guides/troubleshooting.md": ("gserve check",),
+    "docs/guides/tune.md": ("gserve tune configs", "gserve check"),
     "docs/reference/config.md": ("gserve check",),
     "docs/reference/http.md": ("GSERVE_TOKEN",),
 }

@@ -77,6 +77,9 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"service.trl_pushes"},
     {"service.model", "service.followed_models", "service.deployment"},
     {"service.service"},
+    {"tune.search"},
+    {"tune.settings"},
+    {"tune.trials"},
 )  # fmt: skip
 CORE_LEAVES = {  # modules that nothing in the core imports, and what each may import
     "process.main": {
@@ -209,7 +212,7 @@ OF_AN_ENGINE = {
     "engines.vllm.known_errors": {"interfaces"},
     "engines.vllm.tokenizing": set(),
 }
-ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "rows", "service"}
+ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "rows", "service", "tune"}
 """Packages that hold modules, and nothing themselves."""
 FOR_PLUGINS = {
     "errors", "messages", "config", "interfaces", "command_launcher", "hookspecs", "lease", "host.child_process",
@@ -258,6 +261,7 @@ HOMES = {  # third parties: the only files that may import them
             "run_batch",
             "serve",
             "slurm",
+            "tune",
             "watch",
         )
     },
@@ -309,6 +313,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
             "serve",
             "service",
             "slurm",
+            "tune",
             "watch",
         )
     },

@@ -18,7 +18,7 @@ from gserve_core.errors import ConfigError, GserveError, PluginError
 from gserve_core.host.environment import open_missing_descriptors
 from gserve_core.host.logs import LEVEL_VARIABLE, setup_logging
 
-from . import batch, checkpoints, examine, run_batch, serve, slurm, watch
+from . import batch, checkpoints, examine, run_batch, serve, slurm, tune, watch
 from .display import print_stderr
 from .signals import Signalled, ignore, on_signals, raise_signalled
 
@@ -70,6 +70,7 @@ app.command()(batch.chat)
 app.command()(batch.embed)
 app.command()(batch.run)
 app.command()(run_batch.run_batch)
+app.command()(tune.tune)
 app.command()(slurm.sbatch)
 app.command()(slurm.status)
 app.command()(examine.check)

@@ -1,8 +1,8 @@
-"""The options of a job on a file, which `generate`, `chat` and `sbatch` share."""
+"""The options of a job on a file, which `generate`, `chat`, `embed`, `tune` and `sbatch` share."""
 
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
@@ -145,15 +145,15 @@ def _option(field: str) -> str:
     return "--input" if field == "source" else f"--{field.replace('_', '-')}"
 
 
-def with_job_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `JobFlags` in the place of its parameter `flags`."""
+def with_job_flags(command: Callable[..., None], names: Container[str] | None = None) -> Callable[..., None]:
+    """Give a command the options of `JobFlags` in the place of its parameter `flags`. `names`: only these fields."""
     hints = get_type_hints(JobFlags, include_extras=True)
     own = {
         it.name: inspect.Parameter(
             it.name, inspect.Parameter.KEYWORD_ONLY, annotation=hints[it.name],
             default=inspect.Parameter.empty if it.default is MISSING else it.default,
         )
-        for it in fields(JobFlags)
+        for it in fields(JobFlags) if names is None or it.name in names
     }  # fmt: skip
     parameters: dict[str, inspect.Parameter] = {}
     for name, parameter in inspect.signature(command, eval_str=True).parameters.items():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from gserve_core.document import Document, dump
+
 logger = logging.getLogger(__name__)
 LLM = "llm: {model_name: m}\n"
 HARMFUL = {
@@ -62,3 +64,14 @@ def test_a_harmful_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     assert seconds < 10
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
     logger.info("%s: %.2f s, %d MiB", kind, seconds, mebibytes)
+
+
+def test_what_is_written_is_read_as_the_same_data(tmp_path: Path) -> None:
+    texts = ["on", "no", "true", "1e5", "0o17", "012", "12:30:00", "2024-01-01", "~", "", "a: b", "# c", "<<", "é\n\tf"]
+    data = {
+        "llm": {"texts": [*texts, "word " * 100], "numbers": [1, -2, 0.5, 1e-5, 1e300], "others": [True, None, [], {}]},
+        "on": {"no": "yes"},
+    }
+    (tmp_path / "config.yaml").write_text(dump(data))
+    assert Document(tmp_path / "config.yaml").data == data
+    assert list(Document(tmp_path / "config.yaml").data) == ["llm", "on"]

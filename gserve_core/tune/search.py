@@ -1,0 +1,138 @@
+"""The search for the best settings: one key after the other, from the config as given.
+
+It knows no service. It is given a function that measures, and one that returns the time left.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+type Setting = tuple[tuple[str, Any], ...]
+"""The changed keys of a config, each with its value. In the order of the search."""
+
+GIVEN: Setting = ()
+"""The config as given."""
+LEAST_GAIN = 0.03
+"""Minimum advantage with which a setting wins, as a part of the other rate. The noise replaces it if that is larger."""
+CLOSE = 0.10
+"""Advantage up to which a setting is measured once more before it wins, as a part of the other rate."""
+ROOMY = 8
+"""Number of measurements for which there must be time, so that the config as given is measured twice at the start."""
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """A key of a config, and its values in order. None is in the place of the value as given."""
+
+    key: str
+    values: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The outcome of one trial of a setting.
+
+    `rows`, `tokens`: rows and tokens of answers per second.
+    `seconds`: what the trial took, with the start and the end of its servers.
+    `failure`: why there are no rates; "": there are.
+    """
+
+    setting: Setting
+    rows: float = 0.0
+    tokens: float = 0.0
+    seconds: float = 0.0
+    failure: str = ""
+
+
+class Search:
+    """A search by coordinate descent.
+
+    For each key it goes up from the value as given, or else down, as long as each step wins. At the end it measures
+    the config as given and the best setting again.
+
+    `measure`: measures a setting. `left`: returns the time left, in seconds.
+    """
+
+    def __init__(self, measure: Callable[[Setting], Measured], left: Callable[[], float]) -> None:
+        self._measure = measure
+        self._left = left
+        self.measured: list[Measured] = []
+        """All outcomes, in order."""
+        self.untried: list[Setting] = []
+        """The settings for which there was no time. Others may follow each of them."""
+
+    def run(self, dimensions: Callable[[], Sequence[Dimension]]) -> None:
+        """Search until all keys were tried, or no trial fits into the time left.
+
+        `dimensions`: returns the keys, the most valuable first. Called after the first trial.
+        """
+        self._try(GIVEN)
+        if self._left() >= ROOMY * self.measured[0].seconds:
+            self._try(GIVEN)
+        best = GIVEN
+        for dimension in dimensions():
+            best = self._climb(dimension, best)
+        for setting in dict.fromkeys((GIVEN, best)):
+            if self._fits(1):
+                self._try(setting)
+
+    @property
+    def noise(self) -> float:
+        """The largest difference between two trials of the same setting, as a part of the lower rate."""
+        settings = {it.setting for it in self.measured}
+        several = [rates for it in settings if len(rates := self._rates(it)) > 1]
+        return max((max(rates) / min(rates) - 1 for rates in several), default=0.0)
+
+    @property
+    def best(self) -> Setting:
+        """The setting with the highest rate, or the config as given if that does not win against it."""
+        top = max((it.setting for it in self.measured), key=self.rate)
+        return top if self._wins(top, GIVEN) else GIVEN
+
+    def rate(self, setting: Setting) -> float:
+        """Return the mean of the rates of a setting, in rows per second; 0: it was not measured."""
+        rates = self._rates(setting)
+        return mean(rates) if rates else 0.0
+
+    def ratio(self, setting: Setting) -> float:
+        """Return the rate of a setting, as a multiple of that of the config as given."""
+        return self.rate(setting) / self.rate(GIVEN)
+
+    def _rates(self, setting: Setting) -> list[float]:
+        return [it.rows for it in self.measured if it.setting == setting and not it.failure]
+
+    def _wins(self, one: Setting, other: Setting, at_most: float = math.inf) -> bool:
+        """Return whether a setting wins against another one, and by no more than `at_most`."""
+        base = self.rate(other)
+        return base * (1 + max(LEAST_GAIN, self.noise)) < self.rate(one) <= base * (1 + at_most)
+
+    def _try(self, setting: Setting) -> None:
+        self.measured.append(self._measure(setting))
+
+    def _fits(self, trials: int) -> bool:
+        """Return whether there is time for so many trials, if each takes as long as the longest one."""
+        first, *others = self.measured
+        if not others:  # the first one imported vLLM and chose rows: later ones are faster
+            return self._left() >= first.seconds
+        return self._left() >= trials * max(it.seconds for it in others)
+
+    def _climb(self, dimension: Dimension, best: Setting) -> Setting:
+        """Try the values of a key, with the other keys as in `best`. Return the best setting."""
+        given = at = dimension.values.index(None)
+        for step in (1, -1):
+            while 0 <= at + step < len(dimension.values):
+                setting = (*(it for it in best if it[0] != dimension.key), (dimension.key, dimension.values[at + step]))
+                if not self._fits(2):  # the config as given comes once more
+                    self.untried.append(setting)
+                    break
+                self._try(setting)
+                if self._wins(setting, best, at_most=CLOSE) and self._fits(2):
+                    self._try(setting)
+                if not self._wins(setting, best):
+                    break
+                best, at = setting, at + step
+            if at != given:
+                break
+        return best

@@ -1,0 +1,285 @@
+"""The trials of settings: each starts a service with one setting, and answers rows of the user."""
+
+import itertools
+import json
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..config import load
+from ..document import Document, dump
+from ..errors import ConfigError, GserveError, ServerExited
+from ..host import gpu_locks, gpus
+from ..rows.job import FileJob
+from ..rows.output import Totals
+from ..service.deployment import Deployment
+from ..service.model import check_params
+from ..service.model_names import find_model
+from ..service.nursery import Nursery
+from ..service.plan import FRACTION, Plan
+from ..service.server_command import pinning
+from ..service.service import VLLMService
+from ..service.state import ONLY
+from .search import GIVEN, Measured, Search, Setting
+from .settings import dimensions
+
+END_SECONDS = 5.0
+"""Time that is kept for the end of servers, in seconds. A tenth of the time given if that is less."""
+PIECES = 30
+"""The time given, divided by the time of the rows that are measured in a trial."""
+FIRST_PIECE = 16
+"""Number of rows that are answered first, to learn the speed."""
+MOST_ROWS = 20_000
+"""Maximum number of rows that are read."""
+MADE_UP_ROWS, MADE_UP_WORDS = 4096, 100
+"""Number of prompts if the user gives none, and of words in each."""
+MADE_UP_PARAMS = '{"temperature": 0, "max_tokens": 64, "ignore_eos": true}'
+"""The sampling parameters for them, in JSON."""
+WORDS = (
+    "about after again animal answer around because before below between big book both boy call change child city "
+    "close country day different door earth end every eye family farm father few find food four girl good great "
+    "group hand hard head help high home house idea important keep kind land large last letter life light line long"
+)
+"""The words of these prompts, as one text."""
+
+
+class Trials:
+    """Trials of settings of a config, with the rows of a job. A context manager.
+
+    Between trials it keeps the imports of vLLM, and the locks of the GPUs.
+
+    `config`, `overrides`: see `config.load`.
+    `model`: the name of one of several models; None: the only one.
+    `job`: makes prompts of rows, and reads them if it names a file.
+    `seconds`: time for all trials, counted from now.
+    `output`: the file for the best setting. `overwrite`: whether it may exist.
+
+    Raises ConfigError or PluginError: the config, the model, the rows or the output are wrong.
+    """
+
+    def __init__(
+        self, config: Path, overrides: Sequence[str], job: FileJob, *, model: str | None, seconds: float, output: Path,
+        overwrite: bool = False,
+    ) -> None:  # fmt: skip
+        self._end = time.monotonic() + seconds - min(END_SECONDS, seconds / 10)
+        self._piece_seconds = seconds / PIECES
+        self._nursery = _KeptNursery()
+        self._locks: gpu_locks.Hold | None = None
+        self._config, self._overrides = config, overrides
+        loaded, document = load(config, overrides)
+        with document.located():
+            self._name = find_model({name: name for name in loaded.pools}, model)
+            if loaded.models and "." in self._name:
+                raise ConfigError(f"'{self._name}' has a dot, so that --set cannot name its keys: rename the model")
+        self._output, self._overwrite = output, overwrite
+        self._check_output(has_plugins=bool(loaded.plugins))
+        self._at = f"models.{self._name}." if loaded.models else ""
+        self._model = self._plan(GIVEN).models[ONLY]
+        check_params(self._model, job.make_prompts().params)
+        self._job = replace(job, output=Path(os.devnull), format=None, limit=None)
+        places = itertools.islice(job.rows(job.sources(), job.wanted()), MOST_ROWS)
+        self._rows = [row.values for row in places if row.values is not None]
+        if not self._rows:
+            raise ConfigError("the sample has no rows that can be read")
+        replace(self._job, source=self._rows).check()
+        self._warm_up: Sequence[Mapping[str, Any]] = ()
+        self._measured: Sequence[Mapping[str, Any]] = ()
+        self._capacity = self._failed = 0
+
+    def search(self, report: Callable[[Measured], object]) -> Search:
+        """Search for the best setting until the time is over. `report`: called with each outcome.
+
+        Raises GserveError: the config as given does not start, or there is no time to measure it.
+        """
+
+        def measure(setting: Setting) -> Measured:
+            measured = self._measure(setting)
+            report(measured)
+            return measured
+
+        search = Search(measure, self._left)
+        cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        search.run(lambda: [*dimensions(self._model, self._at, self._capacity, len(self._measured), cores, memory)])
+        return search
+
+    def write(self, setting: Setting, comment: str) -> None:
+        """Write the config with a setting to the output, below a comment. Raises ConfigError: it cannot be written."""
+        text = f"# {comment}\n{dump(Document(self._config, [*self._overrides, *_changes(setting)]).data)}"
+        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if self._overwrite else os.O_EXCL)
+        try:
+            mode = self._config.stat().st_mode & 0o777  # it may hold secrets
+            with os.fdopen(os.open(self._output, flags, mode), "w", encoding="utf-8") as stream:
+                stream.write(text)
+        except OSError as error:
+            raise ConfigError(f"cannot write the config: {error.strerror}", file=self._output) from error
+
+    def _check_output(self, *, has_plugins: bool) -> None:
+        out, folder = self._output, self._config.parent.resolve()
+        if out.exists():
+            is_replaceable = out.is_file() and not out.samefile(self._config)
+            if not (self._overwrite and is_replaceable):
+                remedy = "use another --output" + ", or --overwrite" * is_replaceable
+                raise ConfigError(f"the file exists already: {remedy}", file=out)
+        if not os.access(out.parent, os.W_OK):
+            raise ConfigError(f"cannot write into the folder '{out.parent}': use another --output", file=out)
+        if has_plugins and out.parent.resolve() != folder:
+            raise ConfigError(f"its plugins are looked for beside it: use an --output in {folder}", file=out)
+
+    def __enter__(self) -> "Trials":
+        model = self._model
+        if model.parts.launcher.runs_here and model.parts.engine.needs_gpus():
+            environ = os.environ | pinning(model.serve.gpu_ids) | model.serve.env
+            devices = gpus.visible(environ, len(model.serve.gpu_ids or [0] * model.llm.gpus_per_server))
+            if not model.serve.shares_gpus:  # nobody else may have them
+                gpu_locks.hold(devices, share=False).release()
+            self._locks = gpu_locks.hold(devices, share=True)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._nursery.end()
+        if self._locks is not None:
+            self._locks.release()
+
+    def _left(self) -> float:
+        return self._end - time.monotonic()
+
+    def _plan(self, setting: Setting) -> Plan:
+        """Return the plan of a service with the model alone, and its part of the memory. It has no gateway."""
+        config, document = load(self._config, [*self._overrides, *_changes(setting)])
+        with document.located():
+            own = config.pools[self._name]
+            if config.models:
+                model = Plan.of(config, document.file.parent).models[self._name]
+                llm, parts = own.llm, [part * model.serve.least_per_gpu for part in model.gpu_memory.values()]
+                if parts:  # the other models have the rest
+                    llm = replace(llm, llm_kwargs={**llm.llm_kwargs, FRACTION: min(parts)})
+                own = replace(own, llm=llm, serve=model.serve)
+            is_shared = own.serve.share_gpu or self._locks is not None  # the lock is shared with us
+            serve = replace(own.serve, weight_protocol=None, share_gpu=is_shared)
+            config = replace(config.only(self._name), llm=own.llm, serve=serve, gateway=None)
+            return Plan.of(config, document.file.parent)
+
+    def _measure(self, setting: Setting) -> Measured:
+        """Start a service with a setting, measure it, and stop it. A failure is an outcome too.
+
+        Raises GserveError: the config as given fails at the first time.
+        """
+        began, is_first = time.monotonic(), not self._measured
+        totals, has_started, failure = Totals(), False, ""
+        try:
+            with self._serving(self._plan(setting)) as service:
+                service.start()
+                has_started = True
+                if is_first:
+                    self._choose_rows(service)
+                else:
+                    self._answer(service, self._warm_up)
+                totals = self._answer(service, self._measured)
+                if totals.failed > self._failed and not is_first:
+                    raise GserveError(str(totals))
+                self._failed = max(self._failed, totals.failed)
+        except GserveError as error:
+            if self._left() <= 0:
+                failure = "not finished: the time was over"
+                if is_first:
+                    raise GserveError(
+                        "the config as given could not be measured in the time given: give more --minutes"
+                    ) from error
+            elif is_first:
+                raise
+            else:
+                failure = f"{'failed' if has_started else 'did not start'}: {_sentence(error)}"
+        seconds = time.monotonic() - began
+        if failure:
+            return Measured(setting, seconds=seconds, failure=failure)
+        return Measured(setting, totals.done / totals.seconds, totals.completion_tokens / totals.seconds, seconds)
+
+    @contextmanager
+    def _serving(self, plan: Plan) -> Iterator["_Service"]:
+        """Yield a service that is shut down at the end of the block, and when the time is over."""
+        plan = replace(plan, models={ONLY: replace(plan.models[ONLY], nursery=self._nursery)})
+        service, is_over = _Service(plan), threading.Event()
+
+        def stop_in_time() -> None:
+            is_over.wait(max(self._left(), 0.0))
+            while not is_over.wait(0.1):  # again and again: the start may not have begun
+                service.shutdown()
+
+        threading.Thread(target=stop_in_time, name="time limit", daemon=True).start()
+        try:
+            yield service
+        finally:
+            is_over.set()
+            try:
+                service.shutdown()
+            except BaseException:  # a signal has interrupted it
+                service.shutdown()
+                raise
+
+    def _choose_rows(self, service: "_Service") -> None:
+        """Answer rows until the speed is known, and choose the rows of all trials by it."""
+        rows, at, size = self._rows, 0, FIRST_PIECE
+        self._capacity = max(state.info.capacity for state in service.status() if state.info is not None)
+        while True:
+            size = min(size, max((len(rows) - at) // 2, 1))
+            totals = self._answer(service, rows[at : at + size])
+            at, size = at + size, size * 2
+            if totals.seconds >= self._piece_seconds / 4 or at >= len(rows) // 2:
+                break
+        count = int(totals.done / totals.seconds * self._piece_seconds)
+        self._warm_up = rows[:at]
+        self._measured = rows[at : at + max(count, FIRST_PIECE)] or rows
+
+    def _answer(self, service: "_Service", rows: Sequence[Mapping[str, Any]]) -> Totals:
+        """Answer rows, and throw the answers away. Raises GserveError: none was answered, or the service ends."""
+        with replace(self._job, source=rows).begin({}) as run:
+            totals = service.answer_rows(run)
+        if not totals.done:
+            raise GserveError(f"no row was answered: {totals}")
+        return totals
+
+
+class _Service(VLLMService):
+    """A service with a plan that is made already."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._set_up(Deployment(plan, None))
+
+
+class _KeptNursery(Nursery):
+    """A nursery that stays when its service ends."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def end(self) -> None:
+        """End it. Idempotent."""
+        super().close()
+
+
+def made_up_rows() -> list[dict[str, str]]:
+    """Return prompts of random words, always the same."""
+    chance, words = random.Random(0), WORDS.split()  # noqa: S311 - no secret
+    return [{"prompt": " ".join(chance.choices(words, k=MADE_UP_WORDS))} for _ in range(MADE_UP_ROWS)]
+
+
+def setting_text(setting: Setting) -> str:
+    """Return a setting as the options of a command line."""
+    return " ".join(_changes(setting)) or "as given"
+
+
+def _changes(setting: Setting) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in setting]
+
+
+def _sentence(error: GserveError) -> str:
+    """Return the cause of an error in one line."""
+    if isinstance(error, ServerExited) and error.cause:
+        return error.cause
+    return str(error).partition("\n")[0]
