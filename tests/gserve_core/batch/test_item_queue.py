@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from gserve_core.batch import item_queue, pieces, retries, waiting
 from gserve_core.batch.item_queue import ItemQueue
 from gserve_core.batch.pieces import Call, Item, Outcome, Piece, Server
-from gserve_core.batch.prefixes import MIN_SIZE
+from gserve_core.batch.prefixes import MIN_SIZE, Cache
 from gserve_core.errors import ItemError, ItemLost, RemoteError, StallTimeout, TransportError
 from gserve_core.messages import Failure, Heartbeat, ResponseOutput, Result
 
@@ -563,10 +563,12 @@ class SuspectsComeLast(ItemQueue):
 class FirstComeFirstServed(ItemQueue):
     """Items are sent in the order in which they came, whoever sent them (1.6)."""
 
-    def _take_items(self, server: Server, count: int, most: float, calls: int | None = None) -> list[Item]:
+    def _take_items(
+        self, server: Server, serving: frozenset[Cache], count: int, calls: int | None = None
+    ) -> list[Item]:
         call = self._calls[0]
         others = [self._calls.pop() for _ in range(len(self._calls) - 1)]
-        taken = super()._take_items(server, count, most, calls)
+        taken = super()._take_items(server, serving, count, calls)
         self._calls.extend(reversed(others))
         if call.waiting:
             self._calls.remove(call)
