@@ -288,12 +288,14 @@ class Run:
             for _ in self._job.rows(self._sources, count):
                 pass
         finished = self._files.finished_rows
-        if finished is not None and finished != rows:
+        if finished is not None and rows > finished:
             raise ConfigError(
-                f"the output is complete, with {finished} rows, and the input has {rows} now: choose another --output,"
-                " or --overwrite"
+                f"this output is finished, with {finished} rows, and the input has {rows} now: rows are added only to"
+                " JSON lines without --ordered; put the new rows into a file of their own, choose another --output,"
+                " or answer all rows again with --overwrite",
+                file=self._job.output,
             )
-        self.totals.rows, self.totals.before = rows, before if finished is None else rows
+        self.totals.rows, self.totals.before = rows, before if finished is None else rows  # fewer: --limit
 
     @property
     def remaining(self) -> int | None:

@@ -289,6 +289,39 @@ def test_rows_that_are_appended_to_the_input_are_answered_too(service: VLLMServi
     assert (totals.before, totals.done) == (40, 1)
 
 
+@pytest.mark.parametrize(("name", "ordered"), [("out.csv", False), ("out.parquet", False), ("out.jsonl", True)])
+def test_a_finished_table_takes_no_more_rows_and_a_smaller_limit_is_done(
+    service: VLLMService, source: Path, output: Path, name: str, ordered: bool
+) -> None:
+    output = output.with_name(name)
+    service.run_file(source, output, ordered=ordered)
+    content = output.read_bytes()
+    totals = service.run_file(source, output, ordered=ordered, limit=2)
+    assert (totals.rows, totals.before, totals.done) == (2, 2, 0)
+    with source.open("a") as stream:
+        stream.write('{"id": 40, "prompt": "new"}\n')
+    said = (
+        rf"{name}: this output is finished, with 40 rows, and the input has 41 now: rows are added only to JSON lines"
+        " without --ordered; put the new rows into a file of their own, choose another --output, or answer all rows"
+        " again with --overwrite$"
+    )
+    with pytest.raises(ConfigError, match=said):
+        service.run_file(source, output, ordered=ordered)
+    assert service.run_file(source, output, ordered=ordered, limit=40).done == 0
+    assert output.read_bytes() == content
+    assert service.run_file(source, output, ordered=ordered, overwrite=True).done == 41
+
+
+def test_rows_are_added_to_a_table_that_is_not_finished(service: VLLMService, poisoned: Path, output: Path) -> None:
+    output = output.with_name("out.csv")
+    service.run_file(poisoned, output)
+    with poisoned.open("a") as stream:
+        stream.write('{"id": 40, "prompt": "new"}\n')
+    totals = service.run_file(poisoned, output)
+    assert (totals.before, totals.done, totals.failed) == (38, 1, 2)
+    assert {int(row["id"]) for row in table(output)} == set(range(41)) - BAD
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
