@@ -479,6 +479,55 @@ def test_a_job_of_which_no_prompt_can_be_made_does_not_begin(source: Path, outpu
     assert list(output.parent.iterdir()) == []
 
 
+@pytest.fixture
+def late_bytes(tmp_path: Path) -> Path:
+    """A table in which rows from the 20th on have bytes, and a prompt that fails once it is sent."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"id": it, "prompt": "a" if it < 20 else "POISON", "bin": None if it < 20 else b"x"} for it in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    return tmp_path / "in.parquet"
+
+
+@pytest.mark.parametrize(
+    ("name", "ordered"), [("o.csv", False), ("o.json", False), ("o.jsonl", False), ("o.jsonl", True)]
+)
+def test_a_job_whose_output_cannot_hold_its_columns_does_not_begin(
+    service: VLLMService, late_bytes: Path, output: Path, name: str, ordered: bool
+) -> None:
+    output = output.with_name(name)
+    job = FileJob(source=late_bytes, output=output, ordered=ordered)
+    with pytest.raises(ConfigError, match=r"the column 'bin' holds bytes, .* choose \.parquet or \.arrow$") as caught:
+        job.check()
+    assert (caught.value.file, caught.value.line) == (str(late_bytes), 21)
+    with pytest.raises(ConfigError, match="the column 'bin' holds bytes"), job.begin({}):
+        raise AssertionError("it has begun")
+    assert list(output.parent.iterdir()) == []
+    assert service.run_file(late_bytes, output, ordered=ordered, limit=20).done == 20
+    assert len(table(output)) == 20
+
+
+def test_bytes_go_to_a_table(service: VLLMService, late_bytes: Path, output: Path) -> None:
+    output = output.with_name("o.arrow")
+    assert service.run_file(late_bytes, output, template="{{ id }}").done == 40
+    assert [row["bin"] for row in table(output)] == [None] * 20 + [b"x"] * 20
+
+
+def test_a_row_that_the_output_cannot_hold_fails_before_it_is_sent(
+    service: VLLMService, late_bytes: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stdin is read once, so that its later rows are not known before it begins."""
+    with late_bytes.open("rb") as stream:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
+        with FileJob(source=STDIO).begin({}) as run:
+            totals = service.answer_rows(run)
+    assert (totals.done, totals.failed) == (20, 20)
+    ((kind, _),) = totals.failures.items()
+    assert kind.startswith("the column 'bin' holds bytes")
+    assert len(capfd.readouterr().out.splitlines()) == 40
+
+
 def test_previews_are_prompts_or_errors_of_the_rows_that_are_worked_on(tmp_path: Path) -> None:
     source = write(tmp_path / "in.jsonl", [{"prompt": "a"}, {"x": 1}, {"prompt": "c"}, {"prompt": "d"}])
     found = list(FileJob(source=source, shard="1/2", limit=3).previews(9))
