@@ -401,6 +401,17 @@ def test_rows_that_were_appended_to_the_input_are_answered_too(place: Place) -> 
     check_each_once(output, source)
 
 
+def test_a_finished_table_names_itself_when_rows_were_appended_and_is_done_for_a_smaller_limit(place: Place) -> None:
+    _, output = write_rows(place, 20), place.folder / "to" / "out.csv"
+    place.run(*generate(output))
+    content = output.read_bytes()
+    assert f"all 5 rows are answered already: {output}" in place.run(*generate(output, "--limit", "5")).stderr
+    write_rows(place, 1, first=20)
+    refused = place.run(*generate(output), code=2)
+    assert f"error: {output}: this output is finished, with 20 rows, and the input has 21 now: " in refused.stderr
+    assert output.read_bytes() == content
+
+
 def test_of_several_inputs_only_the_last_may_grow(place: Place) -> None:
     """Rows that are appended to another one would move those of the last one to other places."""
     output = place.folder / "to" / "out.jsonl"

@@ -9,6 +9,7 @@ Beside the output `NAME` there are, as long as they are needed: `.NAME.lock` (se
 """
 
 import contextlib
+import functools
 import itertools
 import math
 import re
@@ -27,12 +28,12 @@ from ..errors import ConfigError, GserveError, ItemError
 from ..tasks import GENERATE
 from . import fingerprint
 from .answers import Answers, VectorAnswers
-from .formats import STDIN, TABLES, FileType, Format, Source, find_sources, output_type
+from .formats import STDIN, FileType, Format, Source, find_sources, output_type
 from .output import STDIO, JobFiles, Sink, Totals, open_stream
 from .prompts import Prompts, RowOptions
 from .reading import Digest, Row, begins_as, count_rows, digest, read_rows
 from .row_items import RowItems
-from .writing import encode_row
+from .writing import check_row, check_sources
 
 TRIED = 10
 """Number of rows of which prompts are made before servers start. If all fail, the job does not begin."""
@@ -161,7 +162,7 @@ class FileJob:
                 yield row, error_of(error, row.place)
 
     def check(self) -> None:
-        """Raise ConfigError if the input is wrong, or no prompt can be made of it."""
+        """Raise ConfigError if the input is wrong, the output cannot hold it, or no prompt can be made of it."""
         self._try_some(self)
 
     def is_done(self, model: Mapping[str, Any], is_over: Callable[[str], bool] = lambda job: False) -> bool:
@@ -258,9 +259,9 @@ class FileJob:
     def _try_some(self, job: "FileJob") -> None:
         """Raise ConfigError if no prompt can be made of any of the first rows, or the output cannot hold the first."""
         first: tuple[Row, ItemError] | None = None
+        check_sources(self.output_type, job.sources(), job.wanted())
         for row, prompt in job.previews(TRIED):
-            if row.values is not None and self.output_type.format not in TABLES:
-                encode_row(row.values, row.raw, {})
+            check_row(self.output_type.format, row)
             if not isinstance(prompt, ItemError):
                 return
             first = first or (row, prompt)
@@ -303,12 +304,14 @@ class Run:
             for _ in self._job.rows(self._sources, count):
                 pass
         finished = self._files.finished_rows
-        if finished is not None and finished != rows:
+        if finished is not None and rows > finished:
             raise ConfigError(
-                f"the output is complete, with {finished} rows, and the input has {rows} now: choose another --output,"
-                " or --overwrite"
+                f"this output is finished, with {finished} rows, and the input has {rows} now: rows are added only to"
+                " JSON lines without --ordered; put the new rows into a file of their own, choose another --output,"
+                " or answer all rows again with --overwrite",
+                file=self._job.output,
             )
-        self.totals.rows, self.totals.before = rows, before if finished is None else rows
+        self.totals.rows, self.totals.before = rows, before if finished is None else rows  # fewer: --limit
 
     @property
     def remaining(self) -> int | None:
@@ -333,7 +336,10 @@ class Run:
         """
         job, totals = self._job, self.totals
         rows, is_stored = job.rows(self._sources, self._open()), all(it.path is not None for it in self._sources)
-        items = RowItems(rows, job.make_prompts(), job.make_answers(), seed, dispatcher, is_at_hand=is_stored)
+        check = functools.partial(check_row, job.output_type.format)
+        items = RowItems(
+            rows, job.make_prompts(), job.make_answers(), seed, dispatcher, check_row=check, is_at_hand=is_stored
+        )
         steps: Iterable[Sequence[tuple[int, Outcome]]] = outcome_lists(dispatcher, items, None)
         if self._files is None and job.ordered:
             steps = ([one] for one in in_order(itertools.chain.from_iterable(steps)))

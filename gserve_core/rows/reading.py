@@ -511,23 +511,33 @@ def _read_table(source: Source, place: int, wanted: Wanted | None, columns: Sequ
 
 def _decode_batch(batch: Any, marks: bytes) -> Iterator[tuple[int, Values | None, str | None]]:
     """Yield the index, the values and the error of each row of a batch that is marked."""
-    import pyarrow as pa
-
     indices = [index for index, mark in enumerate(marks) if mark]
     if not indices:
         return
-    if len(indices) < batch.num_rows:
-        batch = batch.take(pa.array(indices))
+    batch = rows_at(batch, indices)
     decoded: list[tuple[Values | None, str | None]]
     if not batch.num_columns:
         decoded = [({}, None)] * len(indices)
     else:
-        batch = _to_microseconds(batch)
+        batch = to_microseconds(batch)
         try:
             decoded = [(values, None) for values in batch.to_pylist()]
         except UNDECODABLE:
             decoded = [_decode_row(batch, at) for at in range(batch.num_rows)]
     yield from ((index, *one) for index, one in zip(indices, decoded, strict=True))
+
+
+def rows_at(batch: Any, indices: Sequence[int]) -> Any:
+    """Return the rows of a record batch at some places, of which there is at least one."""
+    import pyarrow as pa
+
+    if len(indices) == batch.num_rows:
+        return batch
+    try:
+        return batch.take(pa.array(indices))
+    except pa.ArrowNotImplementedError:  # pyarrow takes none of views, which polars writes
+        slices = pa.Table.from_batches([batch.slice(index, 1) for index in indices])
+        return slices.combine_chunks().to_batches()[0]
 
 
 def _decode_row(batch: Any, at: int) -> tuple[Values | None, str | None]:
@@ -537,7 +547,7 @@ def _decode_row(batch: Any, at: int) -> tuple[Values | None, str | None]:
         return None, f"cannot decode the row: {error}"
 
 
-def _to_microseconds(batch: Any) -> Any:
+def to_microseconds(batch: Any) -> Any:
     """Return a batch whose times have no nanoseconds, which Python's types do not have."""
     import pyarrow as pa
 

@@ -20,6 +20,7 @@ class RowItems:
 
     `prompts`: makes the prompts. `answers`: knows the columns that a row may not have.
     `seed`: returns the seed of an item by the place of its row; None: there are no seeds.
+    `check_row`: raises ConfigError for a row that cannot be written beside its answer, so that it is not sent.
     `is_at_hand`: whether reading a row never blocks.
     """
 
@@ -33,6 +34,7 @@ class RowItems:
         seed: SeedOf | None,
         dispatcher: Dispatcher,
         *,
+        check_row: Callable[[Row], object] | None = None,
         is_at_hand: bool = True,
     ) -> None:
         self._rows = rows
@@ -40,6 +42,7 @@ class RowItems:
         self._answers = answers
         self._seed = seed
         self._dispatcher = dispatcher
+        self._check_row = check_row
         self.is_at_hand = is_at_hand
         self._kept: dict[int, Row] = {}
         self.take: Callable[[int], Row] = self._kept.pop
@@ -48,6 +51,7 @@ class RowItems:
     def read(self, call: Call) -> Iterator[Item | ItemError]:
         """Yield each item, or its error, until the service ends. Raises what the rows raise."""
         make, seed, check, kept = self._prompts.make, self._seed, self._answers.check_columns, self._kept
+        check_row = self._check_row
         adapter, task = self._prompts.adapter, self._prompts.task
         returns_prompt = self._answers.has_extra
         known: object = self  # the parameters that `needs_seed` is for: most rows share them
@@ -61,6 +65,8 @@ class RowItems:
                 if values is None:
                     raise ItemError(row.error or "it cannot be read")
                 check(values)
+                if check_row is not None:
+                    check_row(row)
                 prompt, size, params = make(values)
                 if params is not known:
                     known, item_seed = params, None
@@ -70,7 +76,7 @@ class RowItems:
                     item_seed = seed(row.place)
                 own = adapter(values)
                 yield Item(call, index, prompt, params, item_seed, size, returns_prompt, task=task, adapter=own)
-            except ConfigError as error:  # a column with the name of an answer's
+            except ConfigError as error:  # a column with the name of an answer's, or of bytes
                 yield ItemError(str(error), index=index)
             except INVALID as error:
                 yield error_of(error, index)

@@ -17,7 +17,7 @@ import msgspec
 
 from ..errors import ConfigError
 from .formats import BUFFER, TABLES, FileType, Format, Source
-from .reading import Row, open_table, read_rows
+from .reading import Row, open_table, read_rows, rows_at, to_microseconds
 
 GROUP_BYTES = 64 * 1024 * 1024
 """Size of a row group of Parquet, in bytes before compression. This much is held in memory."""
@@ -55,7 +55,8 @@ def write_table(
     - CSV and TSV: None, NaN and infinities are empty; nested values are JSON text.
     - Times, decimals and UUIDs are text in all of these. Bytes are refused.
     - Parquet and Arrow: columns of Parquet and Arrow sources keep their types. Others get the type of their values.
-      Text beside numbers, or objects with more than `MAX_NAMES` names, become JSON text. Columns of None are text.
+      Text beside numbers, or objects with more than `MAX_NAMES` names, become JSON text, and bytes in it Base64.
+      Columns of None are text.
 
     `sources`: files; they are read twice, except for JSON and JSON lines.
     `answers`: returns the columns of the answer to the row at a place; None for none. It is called as often.
@@ -88,6 +89,39 @@ def encode_row(values: Values, raw: bytes | None, extra: Values) -> bytes:
     return join_objects(raw if values else b"", encode(extra)) if extra else raw + b"\n"
 
 
+def check_row(text_format: Format, row: Row) -> None:
+    """Raise ConfigError if a format cannot hold the columns of a row. The message names the column."""
+    if text_format in (Format.CSV, Format.TSV):
+        for name, value in (row.values or {}).items():
+            _field(name, value)
+    elif text_format not in TABLES and row.raw is None:
+        encode(row.values or {})
+
+
+def check_sources(file_type: FileType, sources: Sequence[Source], wanted: Callable[[int], bool] | None = None) -> None:
+    """Check that an output can hold the columns of those sources that are tables, as far as their types tell.
+
+    Where a type tells that there may be bytes, the column is read up to the first ones.
+
+    `wanted`: whether the row at a place is for the output; None: all are.
+
+    Raises ConfigError: it cannot; the message names the column. Or a source cannot be read.
+    """
+    tables = [source for source in sources if source.type.format in TABLES and source.path is not None]
+    if file_type.format in TABLES:
+        _check_types(file_type.format, tables)
+        return
+    names = {field.name for field in _fields_of_tables(tables) if _holds(field.type, _may_be_bytes)}
+    if not names:
+        return
+    for row in read_rows(sources, wanted, list(names)):
+        try:
+            encode({name: value for name, value in (row.values or {}).items() if name in names})
+        except ConfigError as error:
+            error.file, error.line = row.file, row.line
+            raise
+
+
 def join_objects(first: bytes, second: bytes) -> bytes:
     r"""Return a line of JSON lines: the columns of two objects of JSON, then "\n".
 
@@ -99,9 +133,14 @@ def join_objects(first: bytes, second: bytes) -> bytes:
 # --------------------------------------------------------------------------------------------------------------- text
 
 
-def encode(values: Values) -> bytes:
-    """Return columns as a JSON object. Raises ConfigError: a value cannot be JSON. The message names its column."""
-    for name, value in values.items():
+def encode(values: Values, *, takes_bytes: bool = False) -> bytes:
+    """Return columns as a JSON object.
+
+    `takes_bytes`: whether bytes become Base64, and are no error.
+
+    Raises ConfigError: a value cannot be JSON. The message names its column.
+    """
+    for name, value in () if takes_bytes else values.items():
         if type(value) not in PLAIN:
             _check_text(name, value)
     try:
@@ -178,9 +217,9 @@ def _field(name: str, value: Any) -> str:
     return cast(str, msgspec.json.decode(text)) if text.startswith('"') else text
 
 
-def _json_text(name: str, value: Any) -> str:
-    """Return the JSON text of a value in a column."""
-    return encode({name: value})[len(msgspec.json.encode(name)) + 2 : -1].decode()
+def _json_text(name: str, value: Any, *, takes_bytes: bool = False) -> str:
+    """Return the JSON text of a value in a column. `takes_bytes`: see `encode`."""
+    return encode({name: value}, takes_bytes=takes_bytes)[len(msgspec.json.encode(name)) + 2 : -1].decode()
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
@@ -293,6 +332,35 @@ def _holds(kind: Any, matches: Callable[[Any], bool]) -> bool:
     return matches(kind) or any(_holds(kind.field(index).type, matches) for index in range(kind.num_fields))
 
 
+def _may_be_bytes(kind: Any) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _holds(kind.value_type, _may_be_bytes)
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds(kind.storage_type, _may_be_bytes)
+    is_bytes = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
+    return any(matches(kind) for matches in is_bytes)
+
+
+def _check_types(file_format: Format, tables: Sequence[Source]) -> None:
+    """Raise ConfigError: a format does not store a type of these tables."""
+    import pyarrow as pa
+
+    columns = _Columns()
+    for field in _fields_of_tables(tables):
+        columns.add_type(field.name, _storable(field.type))
+    for field in columns.schema():
+        schema = pa.schema([field])
+        try:
+            with _open_writer(pa.BufferOutputStream(), file_format, schema) as writer:
+                writer.write_table(pa.Table.from_arrays([pa.nulls(1, field.type)], schema=schema))
+        except pa.ArrowException as error:
+            raise ConfigError(
+                f"the column {field.name!r} has the type {field.type}, which {file_format} cannot hold: {error}"
+            ) from error
+
+
 def _storable(kind: Any) -> Any:
     """Return a type, or the nearest one that Parquet stores: no dictionary of views, which polars writes."""
     import pyarrow as pa
@@ -353,7 +421,8 @@ def _chunks(sources: Sequence[Source], answers: Answers, columns: list[str] | No
                     place += batch.num_rows
                     kept = [answer for answer in found if answer is not None]
                     if kept:
-                        yield _Chunk(_kept_rows(batch, found, len(kept)), [], kept)
+                        places = [index for index, answer in enumerate(found) if answer is not None]
+                        yield _Chunk(rows_at(batch, places), [], kept)
             continue
         rows: list[Values] = []
         kept = []
@@ -373,34 +442,30 @@ def _chunks(sources: Sequence[Source], answers: Answers, columns: list[str] | No
             yield _Chunk(None, rows, kept)
 
 
-def _kept_rows(batch: Any, found: list[Values | None], count: int) -> Any:
-    import pyarrow as pa
-
-    if count == len(found):
-        return batch
-    return batch.filter(pa.array([answer is not None for answer in found]))
-
-
 def _write_batches(
     path: Path, file_format: Format, schemas: tuple[Any, Any], texts: set[str], chunks: Iterable[_Chunk]
 ) -> None:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     own, answered = schemas
     own = pa.schema([field for field in own if field.name not in answered.names])
     schema = pa.schema([*own, *answered])
-    with pa.OSFile(str(path), "wb") as sink:
-        if file_format is Format.PARQUET:
-            writer = pq.ParquetWriter(sink, schema)
-        elif any(_holds(field.type, pa.types.is_dictionary) for field in schema):
-            writer = pa.ipc.new_stream(sink, schema)  # the file format has one dictionary for all batches
-        else:
-            writer = pa.ipc.new_file(sink, schema)
-        with writer:
-            for group in _grouped(_batches(own, answered, schema, texts, chunks)):
-                table = pa.Table.from_batches(group, schema)
-                writer.write_table(table, table.num_rows or None)
+    with pa.OSFile(str(path), "wb") as sink, _open_writer(sink, file_format, schema) as writer:
+        for group in _grouped(_batches(own, answered, schema, texts, chunks)):
+            table = pa.Table.from_batches(group, schema)
+            writer.write_table(table, table.num_rows or None)
+
+
+def _open_writer(sink: Any, file_format: Format, schema: Any) -> Any:
+    """Return what writes tables of a schema into a sink, which it finishes as a context manager."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file_format is Format.PARQUET:
+        return pq.ParquetWriter(sink, schema)
+    if any(_holds(field.type, pa.types.is_dictionary) for field in schema):
+        return pa.ipc.new_stream(sink, schema)  # the file format has one dictionary for all batches
+    return pa.ipc.new_file(sink, schema)
 
 
 def _batches(own: Any, answered: Any, schema: Any, texts: set[str], chunks: Iterable[_Chunk]) -> Iterator[Any]:
@@ -422,7 +487,7 @@ def _build(rows: list[Values], field: Any, as_text: bool) -> Any:
 
     values = [row.get(field.name) for row in rows]
     if as_text:
-        values = [None if value is None else _json_text(field.name, value) for value in values]
+        values = [None if value is None else _json_text(field.name, value, takes_bytes=True) for value in values]
     try:
         return pa.array(values, type=field.type)
     except (pa.ArrowException, ValueError, TypeError, OverflowError) as error:
@@ -443,7 +508,8 @@ def _convert(batch: Any, field: Any, as_text: bool) -> Any:
             return column
         with contextlib.suppress(pa.ArrowException):
             return column.cast(field.type)
-    return _build([{field.name: value} for value in column.to_pylist()], field, as_text)
+    values = to_microseconds(batch.select([field.name])).column(0).to_pylist()
+    return _build([{field.name: value} for value in values], field, as_text)
 
 
 def _grouped(batches: Iterable[Any]) -> Iterator[list[Any]]:

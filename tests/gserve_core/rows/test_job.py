@@ -291,6 +291,39 @@ def test_rows_that_are_appended_to_the_input_are_answered_too(service: VLLMServi
     assert (totals.before, totals.done) == (40, 1)
 
 
+@pytest.mark.parametrize(("name", "ordered"), [("out.csv", False), ("out.parquet", False), ("out.jsonl", True)])
+def test_a_finished_table_takes_no_more_rows_and_a_smaller_limit_is_done(
+    service: VLLMService, source: Path, output: Path, name: str, ordered: bool
+) -> None:
+    output = output.with_name(name)
+    service.run_file(source, output, ordered=ordered)
+    content = output.read_bytes()
+    totals = service.run_file(source, output, ordered=ordered, limit=2)
+    assert (totals.rows, totals.before, totals.done) == (2, 2, 0)
+    with source.open("a") as stream:
+        stream.write('{"id": 40, "prompt": "new"}\n')
+    said = (
+        rf"{name}: this output is finished, with 40 rows, and the input has 41 now: rows are added only to JSON lines"
+        " without --ordered; put the new rows into a file of their own, choose another --output, or answer all rows"
+        " again with --overwrite$"
+    )
+    with pytest.raises(ConfigError, match=said):
+        service.run_file(source, output, ordered=ordered)
+    assert service.run_file(source, output, ordered=ordered, limit=40).done == 0
+    assert output.read_bytes() == content
+    assert service.run_file(source, output, ordered=ordered, overwrite=True).done == 41
+
+
+def test_rows_are_added_to_a_table_that_is_not_finished(service: VLLMService, poisoned: Path, output: Path) -> None:
+    output = output.with_name("out.csv")
+    service.run_file(poisoned, output)
+    with poisoned.open("a") as stream:
+        stream.write('{"id": 40, "prompt": "new"}\n')
+    totals = service.run_file(poisoned, output)
+    assert (totals.before, totals.done, totals.failed) == (38, 1, 2)
+    assert {int(row["id"]) for row in table(output)} == set(range(41)) - BAD
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -468,6 +501,55 @@ def test_a_job_of_which_no_prompt_can_be_made_does_not_begin(source: Path, outpu
     with pytest.raises(ConfigError, match="no prompt can be made"), job.begin({}):
         raise AssertionError("it has begun")
     assert list(output.parent.iterdir()) == []
+
+
+@pytest.fixture
+def late_bytes(tmp_path: Path) -> Path:
+    """A table in which rows from the 20th on have bytes, and a prompt that fails once it is sent."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"id": it, "prompt": "a" if it < 20 else "POISON", "bin": None if it < 20 else b"x"} for it in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+    return tmp_path / "in.parquet"
+
+
+@pytest.mark.parametrize(
+    ("name", "ordered"), [("o.csv", False), ("o.json", False), ("o.jsonl", False), ("o.jsonl", True)]
+)
+def test_a_job_whose_output_cannot_hold_its_columns_does_not_begin(
+    service: VLLMService, late_bytes: Path, output: Path, name: str, ordered: bool
+) -> None:
+    output = output.with_name(name)
+    job = FileJob(source=late_bytes, output=output, ordered=ordered)
+    with pytest.raises(ConfigError, match=r"the column 'bin' holds bytes, .* choose \.parquet or \.arrow$") as caught:
+        job.check()
+    assert (caught.value.file, caught.value.line) == (str(late_bytes), 21)
+    with pytest.raises(ConfigError, match="the column 'bin' holds bytes"), job.begin({}):
+        raise AssertionError("it has begun")
+    assert list(output.parent.iterdir()) == []
+    assert service.run_file(late_bytes, output, ordered=ordered, limit=20).done == 20
+    assert len(table(output)) == 20
+
+
+def test_bytes_go_to_a_table(service: VLLMService, late_bytes: Path, output: Path) -> None:
+    output = output.with_name("o.arrow")
+    assert service.run_file(late_bytes, output, template="{{ id }}").done == 40
+    assert [row["bin"] for row in table(output)] == [None] * 20 + [b"x"] * 20
+
+
+def test_a_row_that_the_output_cannot_hold_fails_before_it_is_sent(
+    service: VLLMService, late_bytes: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stdin is read once, so that its later rows are not known before it begins."""
+    with late_bytes.open("rb") as stream:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(stream))
+        with FileJob(source=STDIO).begin({}) as run:
+            totals = service.answer_rows(run)
+    assert (totals.done, totals.failed) == (20, 20)
+    ((kind, _),) = totals.failures.items()
+    assert kind.startswith("the column 'bin' holds bytes")
+    assert len(capfd.readouterr().out.splitlines()) == 40
 
 
 def test_previews_are_prompts_or_errors_of_the_rows_that_are_worked_on(tmp_path: Path) -> None:

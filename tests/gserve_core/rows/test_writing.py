@@ -18,8 +18,8 @@ import pytest
 
 from gserve_core.errors import ConfigError
 from gserve_core.rows.formats import FileType, Format, Source, find_sources, output_type
-from gserve_core.rows.reading import read_rows
-from gserve_core.rows.writing import encode_row, write_table
+from gserve_core.rows.reading import Row, read_rows
+from gserve_core.rows.writing import check_row, check_sources, encode_row, write_table
 
 COUNT = 1000
 COMPRESSIONS = ["", ".gz", ".zst"]
@@ -218,6 +218,19 @@ def test_tables_of_polars_are_read_and_written(tmp_path: Path, start: str) -> No
         assert read(write(tmp_path / name, sources_of(tmp_path / start), all_rows)) == frame.to_dicts()
 
 
+def test_some_rows_of_a_table_of_views_are_read_and_written(tmp_path: Path) -> None:
+    """Tables of polars have views, of which pyarrow takes no rows. A job that was interrupted needs some of them."""
+    import polars as pl
+
+    frame = pl.DataFrame({"text": ["a", "b", None, "d"], "nested": [{"a": "x"}] * 4})
+    frame.write_ipc(tmp_path / "in.arrow")
+    sources = sources_of(tmp_path / "in.arrow")
+    assert [row.values for row in read_rows(sources, lambda place: place % 2 == 1)] == frame.to_dicts()[1::2]
+    for name in ("out.parquet", "out.arrow", "out.csv"):
+        rows = read(write(tmp_path / name, sources, lambda place: {"r": "x"} if place != 1 else None))
+        assert [row["text"] for row in rows] == ["a", None, "d"]
+
+
 def test_types_follow_from_all_rows(tmp_path: Path) -> None:
     import pyarrow.parquet as pq
 
@@ -332,6 +345,73 @@ def test_bytes_are_refused_by_text_formats(tmp_path: Path, name: str, nested: bo
     with pytest.raises(ConfigError, match=r"the column 'picture' holds bytes, .*: choose \.parquet or \.arrow"):
         write(tmp_path / name, sources, all_rows)
     assert [path.name for path in tmp_path.iterdir()] == ["in.parquet"]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv.gz", "out.json", "out.jsonl"])
+def test_bytes_in_a_late_row_of_a_table_are_found_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    import pyarrow as pa
+
+    file_type = output_type(tmp_path / name)
+    late = [None] * 3000 + [b"x"]
+    kinds: dict[str, Any] = {
+        "plain": pa.array(late), "large": pa.array(late, pa.large_binary()), "view": pa.array(late, pa.binary_view()),
+        "fixed": pa.array(late, pa.binary(1)), "dictionary": pa.array(late).dictionary_encode(),
+        "nested": pa.array([[{"bytes": one}] for one in late]),
+        "map": pa.array([[("k", one)] for one in late], pa.map_(pa.string(), pa.binary())),
+    }  # fmt: skip
+    first = jsonl(tmp_path / "0.jsonl", [{"text": "x"}])
+    for kind, column in kinds.items():
+        sources = [*first, *arrow(tmp_path / f"{kind}.arrow", pa.table({"id": range(3001), "c": column}))]
+        with pytest.raises(ConfigError, match="the column 'c' holds bytes, which this format cannot hold") as refused:
+            check_sources(file_type, sources)
+        assert (Path(str(refused.value.file)).name, refused.value.line) == (f"{kind}.arrow", 3001)
+        check_sources(file_type, sources, lambda place: place < 3001)  # as with --limit
+    ids = pa.array([uuid.UUID(int=1).bytes], pa.uuid())
+    check_sources(file_type, arrow(tmp_path / "ids.arrow", pa.table({"id": ids, "none": pa.nulls(1, pa.binary())})))
+    check_sources(file_type, first)
+
+
+def test_a_type_that_parquet_does_not_store_is_refused_with_its_column(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    kinds: dict[str, Any] = {
+        "month_day_nano_interval": pa.array([(1, 2, 3)], pa.month_day_nano_interval()),
+        "dictionary": pa.DictionaryArray.from_arrays(pa.array([0]), pa.array([[1]])),
+    }
+    for kind, column in kinds.items():
+        sources = arrow(tmp_path / "in.arrow", pa.table({"id": [1], "odd": column}))
+        with pytest.raises(ConfigError, match=f"the column 'odd' has the type {kind}.*, which parquet cannot hold: "):
+            check_sources(output_type(Path("out.parquet")), sources)
+        check_sources(output_type(Path("out.arrow")), sources)
+        assert len(read(write(tmp_path / "out.arrow", sources, all_rows))) == 1
+    check_sources(output_type(Path("out.parquet")), arrow(tmp_path / "in.arrow", pa.Table.from_pylist(BINARY)))
+
+
+def test_a_row_is_checked_as_it_would_be_written() -> None:
+    row = Row(0, 1, "f", {"a": {"b": [b"x"]}})
+    for text_format in (Format.CSV, Format.TSV, Format.JSON, Format.JSONL):
+        with pytest.raises(ConfigError, match="the column 'a' holds bytes"):
+            check_row(text_format, row)
+        check_row(text_format, Row(0, 1, "f", {"a": {"b": ["x", None, 1.5]}, "day": datetime.date(2026, 1, 1)}))
+        check_row(text_format, Row(0, 1, "f", None, error="cannot be read"))
+    check_row(Format.PARQUET, row)
+
+
+@pytest.mark.parametrize("name", ["out.parquet", "out.arrow"])
+def test_a_column_of_a_table_that_becomes_text_holds_any_value(tmp_path: Path, name: str) -> None:
+    """Else a job whose rows are all answered could never write them."""
+    import pyarrow as pa
+
+    table = pa.table({"mixed": [b"\xff", None], "at": pa.array([1, None], pa.timestamp("ns"))})
+    sources = [
+        *arrow(tmp_path / "1.parquet", table),
+        *jsonl(tmp_path / "2.jsonl", [{"mixed": {"a": 1}, "at": "now"}, {"mixed": 3, "at": [1]}]),
+    ]
+    check_sources(output_type(tmp_path / name), sources)
+    assert read(write(tmp_path / name, sources, all_rows)) == [
+        {"mixed": '"/w=="', "at": '"1970-01-01T00:00:00"'}, {"mixed": None, "at": None},
+        {"mixed": '{"a":1}', "at": '"now"'}, {"mixed": "3", "at": "[1]"},
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.jsonl", "out.parquet"])
