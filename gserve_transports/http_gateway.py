@@ -397,10 +397,10 @@ class _Gateway:
             return False
         headers = [header for header in answer.headers if header[0] not in NOT_RETURNED]
         if answer.is_complete:
-            await _answer(scope, answer.status, first, headers, measurement, backend.name)
+            await _answer(scope, answer.status, first, headers, measurement, backend)
             return True
         is_stream = any(b"event-stream" in value for _, value in headers)
-        measurement.begin_answer(answer.status, backend.name, is_stream=is_stream)
+        measurement.begin_answer(answer.status, backend, is_stream=is_stream)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         part: bytes | None = first
         rest = last = b""
@@ -472,9 +472,9 @@ def _allowed(scope: Scope, status: int) -> Headers:
 
 
 async def _answer(
-    scope: Scope, status: int, body: bytes, headers: Headers, measurement: Measurement, server: str = ""
+    scope: Scope, status: int, body: bytes, headers: Headers, measurement: Measurement, server: Backend | None = None
 ) -> None:
-    """Send an answer in one piece. `server`: name of the server that gives it."""
+    """Send an answer in one piece. `server`: the one that gives it; None: the gateway."""
     measurement.begin_answer(status, server)
     await scope["extensions"][SEND_WHOLE](status, headers, body)
     measurement.end_answer()
