@@ -58,7 +58,9 @@ MODELS_ROUTE = ("GET", "/v1/models")
 """Route that the gateway answers itself if its service has several models."""
 ANSWERED = {("GET", "/status"), ("GET", "/logs"), ("GET", METRICS_PATH), ("POST", "/cancel")}
 """Routes that the gateway answers itself, to a client with the key."""
-OPEN_ROUTES = {("GET", "/"), ("GET", "/health")}
+OPEN_PATHS = frozenset({"/", "/health"})
+"""Paths that need no key."""
+OPEN_ROUTES = {(method, path) for method in ("GET", "HEAD") for path in OPEN_PATHS}
 """Routes that need no key."""
 CONTROL_PATH, ADAPTERS_PATH, WEIGHTS_PATH = "/control", "/adapters", "/weights"
 """Routes that need the control secret instead of an API key. `GATE_PATHS` need it too."""
@@ -142,13 +144,8 @@ class _Gateway:
                 scope = entry.scope
                 await self._serve_trainer(entry, receive, send, measurement)
                 return
-            if (scope["method"], scope["path"]) == ("GET", "/"):
-                await _answer(scope, 200, *self._page, measurement)
-                return
-            if (scope["method"], scope["path"]) == ("GET", "/health"):
-                health = self._api.health()
-                status = 200 if health.status == "ok" else 503
-                await _answer(scope, status, msgspec.json.encode(health), JSON, measurement)
+            if scope["path"] in OPEN_PATHS:
+                await self._answer_open(scope, measurement)
                 return
             if scope["path"] == CONTROL_PATH:
                 await _answer(scope, 200, await self._control(scope, receive), JSON, measurement)
@@ -176,6 +173,16 @@ class _Gateway:
             elif error.status == 503:  # OpenAI's clients would send it again, and kill more servers
                 headers.append((b"x-should-retry", b"false"))
             await _answer(scope, error.status, _error(scope["path"], error.status, str(error)), headers, measurement)
+
+    async def _answer_open(self, scope: Scope, measurement: Measurement) -> None:
+        """Answer a request that needs no key. Raises RemoteError: its method is wrong."""
+        _check_method(scope)
+        if scope["path"] == "/":
+            await _answer(scope, 200, *self._page, measurement)
+        else:
+            health = self._api.health()
+            status = 200 if health.status == "ok" else 503
+            await _answer(scope, status, msgspec.json.encode(health), JSON, measurement)
 
     async def _serve_trainer(
         self, entry: http_trl.Entry, receive: Receive, send: Send, measurement: Measurement
@@ -282,10 +289,9 @@ class _Gateway:
         method, path = scope["method"], scope["path"]
         if path == "/shutdown":
             raise RemoteError("a gateway has no POST /shutdown: end the service with gserve stop", status=404)
-        if (method, path) not in ALL_ROUTES:
-            if any(path == known for _, known in ALL_ROUTES):
-                raise RemoteError(f"Method Not Allowed: {method} {path}", status=405)
+        if path not in MEASURED:
             raise RemoteError(f"Not Found: {method} {path}", status=404)
+        _check_method(scope)
         return key
 
     async def _own_answer(self, scope: Scope, receive: Receive) -> tuple[bytes, Headers]:
@@ -465,9 +471,16 @@ def _wanted_log(scope: Scope) -> tuple[str, int | None, str]:
     return query["server"], None if after is None else int(after), query.get("file", "")
 
 
+def _check_method(scope: Scope) -> None:
+    """Raise RemoteError unless the route of a request has its method."""
+    method, path = scope["method"], scope["path"]
+    if (method, path) not in ALL_ROUTES:
+        raise RemoteError(f"Method Not Allowed: {method} {path}", status=405)
+
+
 def _allowed(scope: Scope, status: int) -> Headers:
     """Return the header that names the methods of a route, for the status 405."""
-    methods = [method for method, path in ALL_ROUTES if path == scope["path"]]
+    methods = sorted(method for method, path in ALL_ROUTES if path == scope["path"])
     return [(b"allow", ", ".join(methods).encode())] if status == 405 else []
 
 

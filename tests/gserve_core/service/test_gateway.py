@@ -227,7 +227,7 @@ def test_the_gateway_has_a_key_of_its_own(fast: VLLMService) -> None:
     wrong = ["x", key[:-1], key + "x", key.swapcase(), token, fast.servers[0].record().control or ""]
     for given in wrong:
         with client(fast, Authorization=f"Bearer {given}") as asking:
-            for path in ("/v1/models", CHAT, "/generate", "/run", "/shutdown", "/nothing", "/metrics", "/"):
+            for path in ("/v1/models", CHAT, "/generate", "/run", "/shutdown", "/nothing", "/metrics"):
                 assert asking.post(path, json={}).status_code == 401, path
             assert asking.get("/health").status_code == 200
     for headers in ({"x-api-key": key}, {"Authorization": f"Bearer {key}"}):
@@ -235,6 +235,19 @@ def test_the_gateway_has_a_key_of_its_own(fast: VLLMService) -> None:
             assert asking.get("/v1/models").status_code == 200
     with client(fast, **{"x-api-key": key, "Authorization": f"Bearer {key}x"}) as asking:
         assert asking.get("/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/"])
+def test_an_open_route_answers_head_as_get_without_a_body_and_has_no_other_method(fast: VLLMService, path: str) -> None:
+    for headers in ({"x-nothing": "x"}, {}, {"Authorization": "Bearer wrong"}):
+        with client(fast, **headers) as asking:
+            whole, head = asking.get(path), asking.head(path)
+            assert (whole.status_code, head.status_code, head.content) == (200, 200, b"")
+            assert head.headers == whole.headers
+            for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"):
+                reply = asking.request(method, path)
+                assert (reply.status_code, reply.headers["allow"]) == (405, "GET, HEAD"), method
+                assert error_of(reply)[1] == f"Method Not Allowed: {method} {path}"
 
 
 @pytest.mark.parametrize("path", ["/shutdown", "/metrics", "/docs", "/v1", "/v1/load_lora_adapter", "/health"])
