@@ -339,6 +339,9 @@ class Measurement(Protocol):
     def __exit__(self, *_: object) -> None:
         """Count the request."""
 
+    def ask(self, server: Backend | None) -> None:
+        """Take note which server works on the request from now on; None: it waits for one."""
+
     def begin_answer(
         self, status: int, server: Backend | None = None, *, is_stream: bool = False, is_batch: bool = False
     ) -> None:

@@ -342,7 +342,8 @@ class _Gateway:
         target = scope["raw_path"] + (b"?" + query if query else b"")
         headers = [header for header in scope["headers"] if header[0] in PASSED]
         while True:
-            backend = await attempts.next()
+            measurement.ask(None)
+            measurement.ask(backend := await attempts.next())
             own = [*headers, (b"authorization", b"Bearer " + backend.token.encode())]
             upstream = self._upstream(backend)
             with attempts.at_work(backend):

@@ -79,6 +79,10 @@ class Measurement:
         self._ended: float | None = None
         self._began = metrics.clock()
 
+    def ask(self, server: Backend | None) -> None:
+        """Note which server works on the request from now on; None: it waits for one."""
+        self._server = _place(server)
+
     def begin_answer(
         self, status: int, server: Backend | None = None, *, is_stream: bool = False, is_batch: bool = False
     ) -> None:

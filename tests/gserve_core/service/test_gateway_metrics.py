@@ -202,6 +202,9 @@ def test_a_stream_that_is_cut_and_a_client_that_leaves_are_counted_and_a_frozen_
         with stream(asking, chat("w " * 500)) as events:
             next(events)
         wait(lambda: series(asking, "gserve_requests_total", route=CHAT, status="499") == 1)
+        with pytest.raises(httpx.ReadTimeout):
+            asking.post(CHAT, json=chat("w " * 500), timeout=0.5)
+        wait(lambda: series(asking, "gserve_requests_total", route=CHAT, status="499", server="server-0") == 2)
         with stream(asking, chat("w " * 500)) as events:
             next(events)
             pid = server_pid(service.servers[0])

@@ -193,6 +193,24 @@ def test_a_client_that_leaves_and_an_answer_that_is_cut_have_statuses_of_their_o
     assert "gserve_request_seconds" not in found
 
 
+def test_a_client_that_leaves_before_the_answer_is_counted_at_the_server_that_worked_for_it() -> None:
+    made = metrics(ready(A))
+    with made.measured(CHAT) as left:
+        left.ask(AT_A)
+    with made.measured(CHAT) as waited:
+        waited.ask(AT_A)
+        waited.ask(None)  # that one died, and there is no other
+    with made.measured(CHAT) as refused:
+        refused.ask(AT_A)
+        refused.begin_answer(503)  # the gateway gives up
+        refused.end_answer()
+    shown = [
+        (it.labels["status"], it.labels["pool"], it.labels["server"])
+        for it in families(made)["gserve_requests"].samples
+    ]
+    assert sorted(shown) == [("499", "", ""), ("499", "small", A), ("503", "", "")]
+
+
 def test_the_times_of_answers_are_in_their_buckets() -> None:
     clock = Clock()
     made = metrics(ready(A), clock=clock)
