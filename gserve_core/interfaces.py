@@ -281,6 +281,7 @@ class ServerApi(Protocol):
 class Backend:
     """A ready generation of a server, as a gateway sees it. A context manager that counts a request for the block.
 
+    `pool`: name of its model.
     `requests`: number of requests of the gateway that it works on.
     `on_gone`: called when the server is known to have died. Requests in flight there must end.
     """
@@ -289,6 +290,7 @@ class Backend:
     instance: str
     address: Address
     token: str = field(repr=False)
+    pool: str = ""
     requests: int = 0
     on_gone: Callable[[], object] = lambda: None
 
@@ -337,8 +339,13 @@ class Measurement(Protocol):
     def __exit__(self, *_: object) -> None:
         """Count the request."""
 
-    def begin_answer(self, status: int, server: str = "", *, is_stream: bool = False, is_batch: bool = False) -> None:
-        """Take note that the first byte of an answer is sent. `server`: name of the server that gives it.
+    def ask(self, server: Backend | None) -> None:
+        """Take note which server works on the request from now on; None: it waits for one."""
+
+    def begin_answer(
+        self, status: int, server: Backend | None = None, *, is_stream: bool = False, is_batch: bool = False
+    ) -> None:
+        """Take note that the first byte of an answer is sent. `server`: the one that gives it; None: the gateway.
 
         `is_batch`: whether it has the results of a batch, which any servers give.
         """

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import math
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Set
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qsl
@@ -58,17 +58,27 @@ MODELS_ROUTE = ("GET", "/v1/models")
 """Route that the gateway answers itself if its service has several models."""
 ANSWERED = {("GET", "/status"), ("GET", "/logs"), ("GET", METRICS_PATH), ("POST", "/cancel")}
 """Routes that the gateway answers itself, to a client with the key."""
-OPEN_ROUTES = {("GET", "/"), ("GET", "/health")}
+OPEN_PATHS = frozenset({"/", "/health"})
+"""Paths that need no key."""
+OPEN_ROUTES = {(method, path) for method in ("GET", "HEAD") for path in OPEN_PATHS}
 """Routes that need no key."""
 CONTROL_PATH, ADAPTERS_PATH, WEIGHTS_PATH = "/control", "/adapters", "/weights"
-"""Routes that need the control secret instead of an API key. `GATE_PATHS` need it too."""
+ADAPTER_PATH = f"{ADAPTERS_PATH}/NAME"
 GATE_PATHS: dict[str, type[GateCommand]] = {
     "/pause": Pause, "/resume": Resume, "/reset_cache": ResetCache, "/sleep": Sleep, "/wake": Wake,
 }  # fmt: skip
 """Routes about a pause, with the command that their body holds."""
-ALL_ROUTES = {*PASSED_ROUTES, *ANSWERED, *OPEN_ROUTES, RUN_ROUTE, ("POST", CONTROL_PATH)}
-MEASURED = frozenset(path for _, path in ALL_ROUTES)
-"""Paths that the metrics name. All others are "other", so that a client cannot make new series."""
+CONTROL_ROUTES = {
+    ("POST", CONTROL_PATH), ("GET", WEIGHTS_PATH), ("POST", WEIGHTS_PATH), *(("POST", path) for path in GATE_PATHS),
+    ("GET", ADAPTERS_PATH), ("GET", ADAPTER_PATH), ("PUT", ADAPTER_PATH), ("DELETE", ADAPTER_PATH),
+}  # fmt: skip
+"""Routes that need the control secret instead of an API key."""
+CONTROL_PATHS = frozenset(path for _, path in CONTROL_ROUTES)
+ALL_ROUTES = {*PASSED_ROUTES, *ANSWERED, *OPEN_ROUTES, *CONTROL_ROUTES, RUN_ROUTE}
+KNOWN_PATHS = frozenset(path for _, path in ALL_ROUTES)
+TRAINER_PATHS = frozenset(path for _, path in http_trl.ROUTES)
+OTHER = "other"
+"""Route in the metrics of all unknown paths, so that a client cannot make new series."""
 PASSED = frozenset({b"content-type", b"accept", b"traceparent", b"tracestate", b"x-request-id"})
 """Headers of a request that a server gets. The API key is not among them: each server has its own token."""
 NOT_RETURNED = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"content-length", b"x-gserve-instance"})
@@ -130,37 +140,26 @@ class _Gateway:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         if scope["type"] == "http":
-            path = scope["path"]
-            with self._api.measured(path if path in MEASURED else "other") as measurement:
-                await self._serve(scope, receive, send, measurement)
+            entry = http_trl.entry(self._api, scope)
+            with self._api.measured(_measured_route(scope, entry)) as measurement:
+                await self._serve(scope, entry, receive, send, measurement)
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, measurement: Measurement) -> None:
-        """Answer a request. Each answer is noted in `measurement`."""
+    async def _serve(
+        self, scope: Scope, entry: http_trl.Entry | None, receive: Receive, send: Send, measurement: Measurement
+    ) -> None:
+        """Answer a request. Each answer is noted in `measurement`. `entry`: that of a trainer's request."""
+        routes = ALL_ROUTES
         try:
             self._check_host(scope)
-            if (entry := http_trl.entry(self._api, scope)) is not None:
-                scope = entry.scope
+            if entry is not None:
+                scope, routes = entry.scope, http_trl.ROUTES
                 await self._serve_trainer(entry, receive, send, measurement)
                 return
-            if (scope["method"], scope["path"]) == ("GET", "/"):
-                await _answer(scope, 200, *self._page, measurement)
+            if scope["path"] in OPEN_PATHS:
+                await self._answer_open(scope, measurement)
                 return
-            if (scope["method"], scope["path"]) == ("GET", "/health"):
-                health = self._api.health()
-                status = 200 if health.status == "ok" else 503
-                await _answer(scope, status, msgspec.json.encode(health), JSON, measurement)
-                return
-            if scope["path"] == CONTROL_PATH:
+            if _path_of_route(scope["path"]) in CONTROL_PATHS:
                 await _answer(scope, 200, await self._control(scope, receive), JSON, measurement)
-                return
-            if f"{scope['path']}/".startswith(f"{ADAPTERS_PATH}/"):
-                await _answer(scope, 200, await self._adapters(scope, receive), JSON, measurement)
-                return
-            if (kind := GATE_PATHS.get(scope["path"])) is not None:
-                await _answer(scope, 200, await self._move_gate(scope, receive, kind), JSON, measurement)
-                return
-            if scope["path"] == WEIGHTS_PATH:
-                await _answer(scope, 200, await self._weights(scope, receive), JSON, measurement)
                 return
             key = self._check_access(scope)
             if (scope["method"], scope["path"]) in ANSWERED:
@@ -170,12 +169,22 @@ class _Gateway:
                 body = bytes(await read_body(scope, receive, self._max_body))
                 await self._pass_on(scope, body, send, measurement)
         except RemoteError as error:
-            headers = [*JSON, *_allowed(scope, error.status)]
+            headers = [*JSON, *_allowed(scope, error.status, routes)]
             if error.retry_after is not None:
                 headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after))))
             elif error.status == 503:  # OpenAI's clients would send it again, and kill more servers
                 headers.append((b"x-should-retry", b"false"))
             await _answer(scope, error.status, _error(scope["path"], error.status, str(error)), headers, measurement)
+
+    async def _answer_open(self, scope: Scope, measurement: Measurement) -> None:
+        """Answer a request that needs no key. Raises RemoteError: its method is wrong."""
+        _check_method(scope)
+        if scope["path"] == "/":
+            await _answer(scope, 200, *self._page, measurement)
+        else:
+            health = self._api.health()
+            status = 200 if health.status == "ok" else 503
+            await _answer(scope, status, msgspec.json.encode(health), JSON, measurement)
 
     async def _serve_trainer(
         self, entry: http_trl.Entry, receive: Receive, send: Send, measurement: Measurement
@@ -215,10 +224,15 @@ class _Gateway:
             raise RemoteError("the Host header does not name this gateway: see gateway.allowed_hosts", status=400)
 
     async def _control(self, scope: Scope, receive: Receive) -> bytes:
-        """Execute a command, and return the answer. Raises RemoteError: it is refused, or has failed."""
+        """Answer a request of `CONTROL_ROUTES`. Raises RemoteError: it is refused, or has failed."""
         self._check_control(scope)
-        if scope["method"] != "POST":
-            raise RemoteError(f"Method Not Allowed: {scope['method']} {CONTROL_PATH}", status=405)
+        _check_method(scope)
+        if (kind := GATE_PATHS.get(scope["path"])) is not None:
+            return await self._move_gate(scope, receive, kind)
+        if scope["path"] == WEIGHTS_PATH:
+            return await self._weights(scope, receive)
+        if scope["path"] != CONTROL_PATH:
+            return await self._adapters(scope, receive)
         command: Command = read_json(await read_body(scope, receive, self._max_body), Command)  # type: ignore[arg-type]
         return msgspec.json.encode(await self._api.control(command))
 
@@ -231,15 +245,12 @@ class _Gateway:
 
     async def _adapters(self, scope: Scope, receive: Receive) -> bytes:
         """Answer a request about LoRA adapters. Raises RemoteError: it is refused, or has failed."""
-        self._check_control(scope)
         method, name = scope["method"], scope["path"].removeprefix(ADAPTERS_PATH).removeprefix("/")
         model = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("model")
-        if method == "PUT" and name:
+        if method == "PUT":
             asked = read_json(await read_body(scope, receive, self._max_body), NewAdapter)
             done = await self._api.control(AddAdapter(name, asked.path, asked.drain, True, model))
             return msgspec.json.encode({name: done.adapters.get(name)})
-        if method != "GET" and (method != "DELETE" or not name):
-            raise RemoteError(f"Method Not Allowed: {method} {scope['path']}", status=405)
         known = (await self._api.control(ListAdapters(model))).adapters
         if not name:
             return msgspec.json.encode(known)
@@ -251,7 +262,6 @@ class _Gateway:
 
     async def _weights(self, scope: Scope, receive: Receive) -> bytes:
         """Answer a request about the weights. Raises RemoteError: it is refused, or has failed."""
-        self._check_control(scope)
         model = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("model")
         if scope["method"] == "POST":
             asked = read_json(await read_body(scope, receive, self._max_body), NewWeights)
@@ -260,15 +270,10 @@ class _Gateway:
             except ConfigError as error:
                 raise RemoteError(str(error), status=400) from error
             await self._api.control(UpdateWeights(asked.path, asked.version, how, asked.timeout, True, model))
-        elif scope["method"] != "GET":
-            raise RemoteError(f"Method Not Allowed: {scope['method']} {WEIGHTS_PATH}", status=405)
         return msgspec.json.encode((await self._api.control(ShowWeights(model))).weights)
 
     async def _move_gate(self, scope: Scope, receive: Receive, kind: type[GateCommand]) -> bytes:
         """Answer a request about a pause. Raises RemoteError: it is refused, or has failed."""
-        self._check_control(scope)
-        if scope["method"] != "POST":
-            raise RemoteError(f"Method Not Allowed: {scope['method']} {scope['path']}", status=405)
         command = read_json(await read_body(scope, receive, self._max_body) or b"{}", kind)
         model = dict(parse_qsl(scope["query_string"].decode("latin-1"))).get("model", command.model)
         command = structs.replace(command, model=model)
@@ -282,10 +287,9 @@ class _Gateway:
         method, path = scope["method"], scope["path"]
         if path == "/shutdown":
             raise RemoteError("a gateway has no POST /shutdown: end the service with gserve stop", status=404)
-        if (method, path) not in ALL_ROUTES:
-            if any(path == known for _, known in ALL_ROUTES):
-                raise RemoteError(f"Method Not Allowed: {method} {path}", status=405)
+        if path not in KNOWN_PATHS:
             raise RemoteError(f"Not Found: {method} {path}", status=404)
+        _check_method(scope)
         return key
 
     async def _own_answer(self, scope: Scope, receive: Receive) -> tuple[bytes, Headers]:
@@ -338,7 +342,8 @@ class _Gateway:
         target = scope["raw_path"] + (b"?" + query if query else b"")
         headers = [header for header in scope["headers"] if header[0] in PASSED]
         while True:
-            backend = await attempts.next()
+            measurement.ask(None)
+            measurement.ask(backend := await attempts.next())
             own = [*headers, (b"authorization", b"Bearer " + backend.token.encode())]
             upstream = self._upstream(backend)
             with attempts.at_work(backend):
@@ -397,10 +402,10 @@ class _Gateway:
             return False
         headers = [header for header in answer.headers if header[0] not in NOT_RETURNED]
         if answer.is_complete:
-            await _answer(scope, answer.status, first, headers, measurement, backend.name)
+            await _answer(scope, answer.status, first, headers, measurement, backend)
             return True
         is_stream = any(b"event-stream" in value for _, value in headers)
-        measurement.begin_answer(answer.status, backend.name, is_stream=is_stream)
+        measurement.begin_answer(answer.status, backend, is_stream=is_stream)
         await send({"type": "http.response.start", "status": answer.status, "headers": headers})
         part: bytes | None = first
         rest = last = b""
@@ -465,16 +470,39 @@ def _wanted_log(scope: Scope) -> tuple[str, int | None, str]:
     return query["server"], None if after is None else int(after), query.get("file", "")
 
 
-def _allowed(scope: Scope, status: int) -> Headers:
-    """Return the header that names the methods of a route, for the status 405."""
-    methods = [method for method, path in ALL_ROUTES if path == scope["path"]]
+def _path_of_route(path: str) -> str:
+    """Return the path as a route has it: the name of an adapter is replaced."""
+    if not path.startswith(f"{ADAPTERS_PATH}/"):
+        return path
+    return ADAPTER_PATH if path.removeprefix(f"{ADAPTERS_PATH}/") else ADAPTERS_PATH
+
+
+def _measured_route(scope: Scope, entry: http_trl.Entry | None) -> str:
+    """Return the route of a request for the metrics. `entry`: that of a trainer's request."""
+    if entry is not None:
+        path = entry.scope["path"]
+        return f"/SECRET{path}" if path in TRAINER_PATHS else OTHER
+    path = _path_of_route(scope["path"])
+    return path if path in KNOWN_PATHS else OTHER
+
+
+def _check_method(scope: Scope) -> None:
+    """Raise RemoteError unless the route of a request has its method."""
+    method, path = scope["method"], scope["path"]
+    if (method, _path_of_route(path)) not in ALL_ROUTES:
+        raise RemoteError(f"Method Not Allowed: {method} {path}", status=405)
+
+
+def _allowed(scope: Scope, status: int, routes: Set[tuple[str, str]]) -> Headers:
+    """Return the header that names the methods of a route, for the status 405. `routes`: all that there are."""
+    methods = sorted(method for method, path in routes if path == _path_of_route(scope["path"]))
     return [(b"allow", ", ".join(methods).encode())] if status == 405 else []
 
 
 async def _answer(
-    scope: Scope, status: int, body: bytes, headers: Headers, measurement: Measurement, server: str = ""
+    scope: Scope, status: int, body: bytes, headers: Headers, measurement: Measurement, server: Backend | None = None
 ) -> None:
-    """Send an answer in one piece. `server`: name of the server that gives it."""
+    """Send an answer in one piece. `server`: the one that gives it; None: the gateway."""
     measurement.begin_answer(status, server)
     await scope["extensions"][SEND_WHOLE](status, headers, body)
     measurement.end_answer()

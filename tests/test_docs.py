@@ -17,6 +17,7 @@ from gserve import GatewayConfig, LLMConfig, ServeConfig
 from gserve.cli import app
 from gserve_core import config, diagnosis, errors, hookspecs, interfaces, messages, openai_api, plugins
 from gserve_core.engines.vllm.known_errors import KNOWN_ERRORS
+from gserve_core.interfaces import Address, Backend
 from gserve_core.service.metrics import Metrics, Waiting
 from gserve_core.service.plan import Plan
 from gserve_core.service.routing import Routing
@@ -147,9 +148,9 @@ def all_series() -> str:
     series = Metrics(routing, lambda: {"m": Waiting(items=0, requests=0)})
     series.update(ServerState(name="server-0"))
     with series.measured("/chat") as request:
-        request.begin_answer(200, "server-0", is_stream=True)
+        request.begin_answer(200, Backend("server-0", "", Address([], 0), ""), is_stream=True)
         request.end_answer()
-    routing.resends["server-0", "died"] = 1
+    routing.resends["", "server-0", "died"] = 1
     return asyncio.run(series.text({})).decode()
 
 

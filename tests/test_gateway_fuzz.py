@@ -90,9 +90,9 @@ def service() -> Iterator[VLLMService]:
 class Asker:
     """Sends requests to one address; judges the answers."""
 
-    def __init__(self, port: int, key: str, other: str, open_paths: set[str]) -> None:
+    def __init__(self, port: int, key: str, other: str, open_routes: set[tuple[str, str]]) -> None:
         self._port = port
-        self._open_paths = open_paths
+        self._open_routes = open_routes
         self._keys = {
             "right": [f"Bearer {key}"], "none": [], "near": [f"Bearer {key[:-1]}"], "of the other": [f"Bearer {other}"],
             "twice": [f"Bearer {key}", f"Bearer {key}"], "no scheme": [key],
@@ -113,9 +113,12 @@ class Asker:
         self.statuses[reply.status] += 1
         where = f"{method} {path} with {headers}, key {key}, {body!r}: {reply.status} {answer[:300]!r}"
         assert reply.status < 500 or reply.status == 503, where
-        is_open = method == "GET" and path in self._open_paths
-        if key != "right" or "X-Api-Key" in headers:
-            assert reply.status in ({200} if is_open else {401}), where
+        if (method, path) in self._open_routes:
+            assert reply.status == 200, where
+        elif ("HEAD", path) in self._open_routes:  # an open path of the gateway, which has no other method
+            assert reply.status == 405, where
+        elif key != "right" or "X-Api-Key" in headers:
+            assert reply.status == 401, where
         elif reply.status not in (200, 400) and method != "HEAD":
             assert json.loads(answer)["error"]["message"], where
 
@@ -125,8 +128,13 @@ def test_nothing_acts_without_its_key_and_nothing_breaks(service: VLLMService) -
     url, server = urlsplit(service.base_url or ""), service.servers[0].record()
     assert url.port is not None
     assert service.api_key is not None
-    gateway = Asker(url.port, service.api_key, server.token, {"/health", "/"})
-    direct = Asker(server.address.port, server.token, service.api_key, {"/health"})
+    gateway = Asker(
+        url.port,
+        service.api_key,
+        server.token,
+        {(method, path) for method in ("GET", "HEAD") for path in ("/", "/health")},
+    )
+    direct = Asker(server.address.port, server.token, service.api_key, {("GET", "/health")})
 
     @settings(
         max_examples=REQUESTS // 2 // DRAWN, deadline=None, database=None, suppress_health_check=list(HealthCheck)

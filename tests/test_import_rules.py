@@ -44,7 +44,7 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     },
     {"template_kwargs", "tasks", "host.core_locks"},
     {"host.server_log", "openai_api", "run_requests"},
-    {"host.tokens", "host.api_keys", "diagnosis", "batch.prefixes"},
+    {"host.tokens", "host.api_keys", "host.certificates", "diagnosis", "batch.prefixes"},
     {"plugins", "service.nursery", "service.records"},
     {"service.state", "service.model_names", "service.checkpoints"},
     {"service.rates", "service.routing", "service.watch"},
@@ -289,6 +289,7 @@ LATE = {  # imports that do not stand at the top of their file, and why
     "gserve_core/engines/vllm/hub.py": {"huggingface_hub"},  # it comes with vLLM
     "gserve_core/service/vector_calls.py": {"numpy"},  # it may be missing
     "gserve_core/service/memory_weights.py": {"safetensors"},  # it comes with vLLM
+    "gserve_core/host/certificates.py": {"ssl"},  # only HTTPS needs it
     "gserve_core/engines/vllm/series.py": {"prometheus_client"},  # 0.15 s, and only a scrape needs it
     "gserve_core/service/metrics.py": {"prometheus_client"},
     **{f"gserve_core/rows/{name}.py": {"pyarrow"} for name in ("formats", "reading", "writing")},  # it is optional

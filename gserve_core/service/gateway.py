@@ -4,14 +4,12 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import re
 import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import uvloop
@@ -30,6 +28,7 @@ from ..errors import (
     RemoteError,
     sentence_of,
 )
+from ..host.certificates import first_certificate
 from ..host.logs import keep_logging_from_waiting
 from ..interfaces import Backend, Transport
 from ..messages import Event, Health, RunRequest
@@ -44,8 +43,6 @@ from .watch import Watch
 
 START_SECONDS = 30.0
 """Maximum time until a gateway listens, in seconds. A certificate may be read, and names may be resolved."""
-CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL)
-"""Pattern of a certificate in PEM format."""
 CLOSE_SECONDS = 10.0
 """Maximum time for requests to end when a gateway closes, in seconds."""
 
@@ -454,7 +451,7 @@ class Gateway:
             keep_logging_from_waiting()  # again: the transport has imported libraries that log
             self.record = GatewayRecord(
                 f"{scheme}://{address}/v1", self._keys[0].config.key, self._control,
-                certificate=_certificate(self._config.certfile),
+                certificate=first_certificate(self._config.certfile),
                 trl_url="" if self._trl is None else f"{scheme}://{address}/{self._trl.config.key}",
             )  # fmt: skip
             self._listening.set()
@@ -470,9 +467,3 @@ def _status_of(error: GserveError) -> int:
     if isinstance(error, ChangeInProgress):
         return 409
     return 400 if isinstance(error, CONFIG_ERRORS) else 500
-
-
-def _certificate(file: str | None) -> str:
-    """Return the first certificate in a file in PEM format, and nothing else of the file, such as a private key."""
-    found = None if file is None else CERTIFICATE.search(Path(file).read_text(errors="replace"))
-    return "" if found is None else found[0]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple, Self
 
+from ..interfaces import Backend
 from ..overview import Counters
 from .routing import Routing
 from .state import ServerState, State
@@ -17,6 +18,8 @@ BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 6
 """Upper bounds of the buckets of the histograms, in seconds."""
 LEFT, CUT = "499", "cut"
 """Values of the label `status` if the client disconnects, and if the server dies after the answer has begun."""
+NOWHERE = "", ""
+"""Values of the labels `pool` and `server` of a request that no server answers."""
 PREFIX = "gserve_"
 """Beginning of the names of gserve's series. Those of an engine must begin otherwise."""
 
@@ -52,10 +55,12 @@ class _Histogram:
 
 
 @dataclass
-class _Server:
-    """A server. `ended`: the totals of its earlier generations. `restarts`: number of times it was started again."""
+class _Totals:
+    """The totals of a server, or of all servers that had its name and its model one after another.
 
-    state: ServerState
+    `ended`: those of the generations that have ended. `restarts`: number of times it was started again.
+    """
+
     ended: Counters = field(default_factory=Counters)
     restarts: int = 0
 
@@ -68,17 +73,24 @@ class Measurement:
     def __init__(self, metrics: "Metrics", route: str) -> None:
         self._metrics = metrics
         self._route = route
-        self._status, self._server, self._sent, self._is_timed = LEFT, "", 0, False
+        self._status, self._sent, self._is_timed = LEFT, 0, False
+        self._server = NOWHERE
         self._first: float | None = None
         self._ended: float | None = None
         self._began = metrics.clock()
 
-    def begin_answer(self, status: int, server: str = "", *, is_stream: bool = False, is_batch: bool = False) -> None:
-        """Note that the first byte of the answer is sent. `server`: name of the server that gives it.
+    def ask(self, server: Backend | None) -> None:
+        """Note which server works on the request from now on; None: it waits for one."""
+        self._server = _place(server)
+
+    def begin_answer(
+        self, status: int, server: Backend | None = None, *, is_stream: bool = False, is_batch: bool = False
+    ) -> None:
+        """Note that the first byte of the answer is sent. `server`: the one that gives it; None: the gateway.
 
         `is_batch`: whether it has the results of a batch, which any servers give.
         """
-        self._sent, self._server, self._is_timed = status, server, bool(server) or is_batch
+        self._sent, self._server, self._is_timed = status, _place(server), server is not None or is_batch
         if is_stream:
             self._first = self._metrics.clock()
 
@@ -96,16 +108,21 @@ class Measurement:
 
     def __exit__(self, *_: object) -> None:
         metrics, route, server = self._metrics, self._route, self._server
-        key = route, self._status, server
+        key = route, self._status, *server
         metrics.requests[key] = metrics.requests.get(key, 0) + 1
         if self._is_timed and self._ended is not None and self._sent < 300:
-            where = route, server
+            where = route, *server
             if self._first is not None:
                 _histogram(metrics.first_events, where).add(self._first - self._began)
             _histogram(metrics.durations, where).add(self._ended - self._began)
 
 
-def _histogram(histograms: dict[tuple[str, str], _Histogram], where: tuple[str, str]) -> _Histogram:
+def _place(server: Backend | None) -> tuple[str, str]:
+    """Return the pool and the name of a server."""
+    return NOWHERE if server is None else (server.pool, server.name)
+
+
+def _histogram(histograms: dict[tuple[str, str, str], _Histogram], where: tuple[str, str, str]) -> _Histogram:
     found = histograms.get(where)
     if found is None:
         found = histograms[where] = _Histogram()
@@ -116,7 +133,8 @@ class Metrics:
     """The series of a service. All methods run in the event loop of its gateway.
 
     A total counts all generations of a server since the start of the service, so it does not fall when a server
-    restarts. What a killed server finished after its last message is missing from it: the work of two seconds at most.
+    restarts. It remains when a server is removed, and goes on if another one of its model gets its name. What a killed
+    server finished after its last message is missing from it: the work of two seconds at most.
 
     `routing`: the gateway's.
     `waiting`: returns what waits for the servers of each model, by the model's name.
@@ -132,28 +150,34 @@ class Metrics:
         self._waiting = waiting
         self._version = version("gserve")
         self.clock = clock
-        self._servers: dict[str, _Server] = {}
-        self.requests: dict[tuple[str, str, str], int] = {}
-        """Number of requests, by route, status and server."""
-        self.first_events: dict[tuple[str, str], _Histogram] = {}
-        """Time to the first byte of streamed answers, by route and server."""
-        self.durations: dict[tuple[str, str], _Histogram] = {}
-        """Time to the end of an answer, by route and server. A batch has no server."""
+        self._servers: dict[str, ServerState] = {}
+        self._totals: dict[tuple[str, str], _Totals] = {}
+        """The totals of servers, by pool and name. They include the servers that were removed."""
+        self.requests: dict[tuple[str, str, str, str], int] = {}
+        """Number of requests, by route, status, and the server's pool and name."""
+        self.first_events: dict[tuple[str, str, str], _Histogram] = {}
+        """Time to the first byte of streamed answers, by route, and the server's pool and name."""
+        self.durations: dict[tuple[str, str, str], _Histogram] = {}
+        """Time to the end of an answer, by route, and the server's pool and name. A batch has no server."""
 
     def update(self, state: ServerState) -> None:
         """Take over a server's new state."""
         known = self._servers.get(state.name)
-        if known is None:
-            self._servers[state.name] = _Server(state)
-            return
-        if state.generation != known.state.generation:
-            known.ended = _sum(known.ended, known.state.counters)
-            known.restarts += known.state.generation > 0
-        known.state = state
+        totals = self._totals.setdefault((state.pool, state.name), _Totals())
+        if known is not None and state.generation != known.generation:
+            self._end(known)
+            totals.restarts += known.generation > 0
+        self._servers[state.name] = state
 
     def forget(self, name: str) -> None:
-        """Forget a server that has ended and does not return. Its requests remain counted."""
-        self._servers.pop(name, None)
+        """Forget a server that has ended and does not return. Its totals and its requests remain counted."""
+        if (state := self._servers.pop(name, None)) is not None:
+            self._end(state)
+
+    def _end(self, state: ServerState) -> None:
+        """Add the counters of a generation that has ended to the totals."""
+        totals = self._totals[state.pool, state.name]
+        totals.ended = _sum(totals.ended, state.counters)
 
     def measured(self, route: str) -> Measurement:
         """Return the measurement of a new request. `route`: the path of a known route, or one word for all others."""
@@ -166,20 +190,24 @@ class Metrics:
         that cannot be read is left out.
         """
         own = [family for family in self._families() if family.samples]  # here, where nothing changes meanwhile
-        pools = {name: server.state.pool for name, server in self._servers.items()}
+        pools = {name: state.pool for name, state in self._servers.items()}
         return await asyncio.to_thread(_text, own, pools, engines)
 
     def _families(self) -> Iterator["_Family"]:
         """Yield gserve's own series."""
-        servers = [(_labels(it.state), it, _sum(it.ended, it.state.counters)) for it in self._servers.values()]
-        pools = {name: it.state.pool for name, it in self._servers.items()}
+        servers = [(_labels(state.pool, state.name), state) for state in self._servers.values()]
+        current = {(state.pool, state.name): state.counters for state in self._servers.values()}
+        totals = [
+            (_labels(*where), it.restarts, _sum(it.ended, current.get(where, Counters())))
+            for where, it in self._totals.items()
+        ]
 
         yield _Family("info", "gauge", "The version of gserve.", [({"version": self._version}, 1)])
         yield _Family(
             "requests", "counter", "Requests to the gateway that have ended.",
             [
-                ({"route": route, "status": status, "pool": pools.get(server, ""), "server": server}, number)
-                for (route, status, server), number in self.requests.items()
+                ({"route": route, "status": status} | _labels(*where), number)
+                for (route, status, *where), number in self.requests.items()
             ],
         )  # fmt: skip
         for name, what, histograms in (
@@ -189,15 +217,15 @@ class Metrics:
             yield _Family(
                 name, "histogram", what,
                 [
-                    ({"route": route, "pool": pools.get(server, ""), "server": server}, (it.buckets(), it.sum))
-                    for (route, server), it in histograms.items()
+                    ({"route": route} | _labels(*where), (it.buckets(), it.sum))
+                    for (route, *where), it in histograms.items()
                 ],
             )  # fmt: skip
         yield _Family(
             "resends", "counter", "Requests that the gateway sent again, by the server that had failed them, and why.",
             [
-                ({"pool": pools.get(server, ""), "server": server, "reason": reason}, number)
-                for (server, reason), number in self._routing.resends.items()
+                (_labels(pool, server) | {"reason": reason}, number)
+                for (pool, server, reason), number in self._routing.resends.items()
             ],
         )  # fmt: skip
         waiting = self._waiting()
@@ -212,27 +240,30 @@ class Metrics:
         in_flight = self._routing.requests
         yield _Family(
             "requests_in_flight", "gauge", "Requests of the gateway that a server works on.",
-            [(labels, in_flight.get(it.state.name, 0)) for labels, it, _ in servers],
+            [(labels, in_flight.get(it.name, 0)) for labels, it in servers],
         )  # fmt: skip
         yield _Family(
             "server_state", "gauge", "1 for the current state of a server, 0 for the others.",
-            [(labels | {"state": state}, int(it.state.state is state)) for labels, it, _ in servers for state in State],
+            [(labels | {"state": state}, int(it.state is state)) for labels, it in servers for state in State],
         )  # fmt: skip
         yield _Family(
             "server_restarts", "counter", "Times that a server was started again.",
-            [(labels, it.restarts) for labels, it, _ in servers],
+            [(labels, restarts) for labels, restarts, _ in totals],
         )  # fmt: skip
-        for name, kind, what in (
-            ("running", "gauge", "Items in the engine."),
-            ("waiting", "gauge", "Items that a server has admitted, and that wait for the engine."),
-            ("items", "counter", "Items that a server has answered."),
-            ("failed", "counter", "Items that have failed in a server."),
-            ("prompt_tokens", "counter", "Tokens of the prompts that the engine got."),
-            ("completion_tokens", "counter", "Tokens that the engine generated."),
+        for name, what in (
+            ("running", "Items in the engine."),
+            ("waiting", "Items that a server has admitted, and that wait for the engine."),
         ):
-            yield _Family(
-                _SERVER_NAMES[name], kind, what, [(labels, getattr(total, name)) for labels, _, total in servers]
-            )
+            samples = [(labels, getattr(it.counters, name)) for labels, it in servers]
+            yield _Family(_SERVER_NAMES[name], "gauge", what, samples)
+        for name, what in (
+            ("items", "Items that a server has answered."),
+            ("failed", "Items that have failed in a server."),
+            ("prompt_tokens", "Tokens of the prompts that the engine got."),
+            ("completion_tokens", "Tokens that the engine generated."),
+        ):
+            samples = [(labels, getattr(total, name)) for labels, _, total in totals]
+            yield _Family(_SERVER_NAMES[name], "counter", what, samples)
 
 
 _SERVER_NAMES: Mapping[str, str] = {
@@ -256,14 +287,14 @@ class _Family:
     samples: list[tuple[dict[str, str], Any]]
 
 
-def _labels(state: ServerState) -> dict[str, str]:
-    return {"pool": state.pool, "server": state.name}
+def _labels(pool: str, server: str) -> dict[str, str]:
+    return {"pool": pool, "server": server}
 
 
 def _sum(ended: Counters, now: Counters) -> Counters:
-    """Return the totals of generations that have ended and of the current one, and the current work."""
+    """Return the totals of generations that have ended and of one more."""
     return Counters(
-        running=now.running, waiting=now.waiting, items=ended.items + now.items, failed=ended.failed + now.failed,
+        items=ended.items + now.items, failed=ended.failed + now.failed,
         prompt_tokens=ended.prompt_tokens + now.prompt_tokens,
         completion_tokens=ended.completion_tokens + now.completion_tokens,
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from ..config import Config, GatewayConfig, LLMConfig, Placement, ServeConfig, check_places, gpu_memory, load
 from ..errors import ConfigError
+from ..host.certificates import check_certificate
 from ..interfaces import Engine, Job, Launcher, Transport
 from ..pauses import OPEN, Gate
 from ..plugins import Parts, assemble
@@ -189,7 +190,11 @@ class Plan:
         return find_model({model.name: key for key, model in self.models.items()}, name)
 
     def check(self) -> None:
-        """Check that the engines can load the models. Raises ConfigError."""
+        """Check the certificate of the gateway, and that the engines can load the models. Raises ConfigError."""
+        gateway = self.config.gateway
+        if gateway is not None and gateway.certfile is not None and gateway.keyfile is not None:
+            with self.located():
+                check_certificate(gateway.certfile, gateway.keyfile)
         for model in self.models.values():
             with self.located(), self.config.placing(model.name):
                 if model.serve.weight_protocol is not None and self.config.gateway is None:

@@ -48,8 +48,8 @@ class Routing:
         self._turn = 0
         self.waiting_by_pool: Counter[str] = Counter()
         """Number of requests that wait for a server, by the key of the pool."""
-        self.resends: dict[tuple[str, str], int] = {}
-        """Number of requests sent again, by the server that had failed them, and "died" or "refused"."""
+        self.resends: dict[tuple[str, str, str], int] = {}
+        """Number of requests sent again, by pool and name of the server that failed them, and "died" or "refused"."""
         self.ending = ""
         """Why no more requests are accepted."""
 
@@ -65,7 +65,7 @@ class Routing:
             known = None
         if known is None and state.usable:
             assert state.address is not None
-            self._backends[state.name] = Backend(state.name, state.instance, state.address, state.token)
+            self._backends[state.name] = Backend(state.name, state.instance, state.address, state.token, state.pool)
             self._caches[state.instance] = Cache()
         if before is None or _choice(before) != _choice(state):
             self._notify()
@@ -180,8 +180,8 @@ class Attempts:
         """Instances that refused the request, or seemed to die while they worked on it, a moment ago."""
         self._tried_at = 0.0
         self._deaths = 0
-        self._failed: tuple[str, str] | None = None
-        """The server of the last attempt, and why it failed."""
+        self._failed: tuple[str, str, str] | None = None
+        """Pool and name of the server of the last attempt, and why it failed."""
         self._busy: RemoteError | None = None
 
     async def next(self) -> Backend:
@@ -235,6 +235,6 @@ class Attempts:
         self._deaths += 1
 
     def _exclude(self, backend: Backend, why: str) -> None:
-        self._failed = backend.name, why
+        self._failed = backend.pool, backend.name, why
         self._tried.add(backend.instance)
         self._tried_at = asyncio.get_running_loop().time()

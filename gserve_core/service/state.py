@@ -164,11 +164,14 @@ class ServerState:
         return replace(self, counters=at_rest, prompt_rate=0.0, completion_rate=0.0)
 
     def begun(self, start: "Start", first: "ServerState") -> Self:
-        """Return the state at the start of another generation. `first`: the state before its first start."""
+        """Return the state at the start of another generation. `first`: the state before its first start.
+
+        It may be of another model then: the place of the server was given to that.
+        """
         return replace(
-            self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, host=first.host,
-            port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False, returns=True,
-            unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
+            self, state=State.STARTING, phase=BEGINNING, generation=self.generation + 1, pool=first.pool,
+            host=first.host, port=first.port, gpu_ids=first.gpu_ids, info=None, address=None, finishing=False,
+            returns=True, unkillable=(), log=None, instance=start.instance, token=start.token, control=start.control,
             counters=Counters(), machine="", adapter_faults=MappingProxyType({}), weight_version=FIRST, gate=OPEN.name,
             is_stale=False, is_updating=False,
         )  # fmt: skip

@@ -250,6 +250,7 @@ def test_servers_are_replaced_in_place_under_load(tmp_path: Path, servers: int) 
         assert model_of(service) == "new"
         assert names(service) == [f"server-{index}" for index in range(servers)]
         assert [state.generation for state in service.status()] == [2] * servers
+        assert {state.pool for state in service.status()} == {"new"}
 
 
 @pytest.mark.parametrize("in_place", [False, True])

@@ -20,6 +20,7 @@ import pytest
 
 import gserve
 from gserve import ConfigError, GatewayConfig, GserveError, LaunchError, LLMConfig, ServeConfig, VLLMService
+from gserve_core.doctor.examination import check_config
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.messages import Group, RunRequest
 from gserve_core.overview import ServiceOverview
@@ -226,7 +227,7 @@ def test_the_gateway_has_a_key_of_its_own(fast: VLLMService) -> None:
     wrong = ["x", key[:-1], key + "x", key.swapcase(), token, fast.servers[0].record().control or ""]
     for given in wrong:
         with client(fast, Authorization=f"Bearer {given}") as asking:
-            for path in ("/v1/models", CHAT, "/generate", "/run", "/shutdown", "/nothing", "/metrics", "/"):
+            for path in ("/v1/models", CHAT, "/generate", "/run", "/shutdown", "/nothing", "/metrics"):
                 assert asking.post(path, json={}).status_code == 401, path
             assert asking.get("/health").status_code == 200
     for headers in ({"x-api-key": key}, {"Authorization": f"Bearer {key}"}):
@@ -234,6 +235,19 @@ def test_the_gateway_has_a_key_of_its_own(fast: VLLMService) -> None:
             assert asking.get("/v1/models").status_code == 200
     with client(fast, **{"x-api-key": key, "Authorization": f"Bearer {key}x"}) as asking:
         assert asking.get("/v1/models").status_code == 401
+
+
+@pytest.mark.parametrize("path", ["/health", "/"])
+def test_an_open_route_answers_head_as_get_without_a_body_and_has_no_other_method(fast: VLLMService, path: str) -> None:
+    for headers in ({"x-nothing": "x"}, {}, {"Authorization": "Bearer wrong"}):
+        with client(fast, **headers) as asking:
+            whole, head = asking.get(path), asking.head(path)
+            assert (whole.status_code, head.status_code, head.content) == (200, 200, b"")
+            assert head.headers == whole.headers
+            for method in ("POST", "PUT", "DELETE", "OPTIONS", "PATCH", "TRACE"):
+                reply = asking.request(method, path)
+                assert (reply.status_code, reply.headers["allow"]) == (405, "GET, HEAD"), method
+                assert error_of(reply)[1] == f"Method Not Allowed: {method} {path}"
 
 
 @pytest.mark.parametrize("path", ["/shutdown", "/metrics", "/docs", "/v1", "/v1/load_lora_adapter", "/health"])
@@ -290,20 +304,41 @@ def test_https(tmp_path: Path) -> None:
         assert service.base_url is not None
         assert service.base_url.startswith("https://")
         assert text_of(asking.post(CHAT, json=chat("one"))) == "one"
-    with (
-        pytest.raises(LaunchError, match="the gateway cannot start"),
-        launched(1, gateway=GatewayConfig(certfile="/nowhere", keyfile="/nowhere")),
+
+
+def test_a_wrong_certificate_is_told_with_its_file_and_key_before_a_server_starts(tmp_path: Path) -> None:
+    made = {}
+    for name, how in (("one", "-nodes"), ("two", "-nodes"), ("locked", "-passout pass:secret")):
+        cert, key = made[name] = tmp_path / f"{name}-cert.pem", tmp_path / f"{name}-key.pem"
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", *how.split(), "-subj", "/CN=localhost"]
+        subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+    cert, key = made["one"]
+    nowhere, other, locked = tmp_path / "nowhere.pem", made["two"][1], made["locked"]
+    for certfile, keyfile, at, expected in (
+        (nowhere, key, "certfile", f"cannot read the certificate '{nowhere}': No such file or directory"),
+        (cert, nowhere, "keyfile", f"cannot read the private key '{nowhere}': No such file or directory"),
+        (tmp_path, key, "certfile", f"cannot read the certificate '{tmp_path}': Is a directory"),
+        (key, key, "certfile", f"'{key}' has no certificate in PEM format"),
+        (cert, cert, "keyfile", f"'{cert}' has no private key in PEM format"),
+        (cert, other, "keyfile", f"'{other}' is not the key of the certificate in '{cert}'"),
+        (*locked, "keyfile", f"'{locked[1]}' needs a password"),
     ):
-        pass
+        config = GatewayConfig(certfile=str(certfile), keyfile=str(keyfile))
+        service = VLLMService(LLM, engine=EchoEngine(), gateway=config)
+        with pytest.raises(ConfigError) as caught:
+            service.start()
+        assert str(caught.value).startswith(expected)
+        assert caught.value.at == f"$.gateway.{at}"
+        assert all(state.generation == 0 for state in service.status())
 
 
-def test_a_certificate_that_needs_a_password_is_told_and_not_asked_for(tmp_path: Path) -> None:
-    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-passout", "pass:secret", "-subj", "/CN=localhost"]
-    subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
-    config = GatewayConfig(certfile=str(cert), keyfile=str(key))
-    with pytest.raises(LaunchError, match="the gateway cannot start"), launched(1, gateway=config):
-        pass
+def test_a_wrong_certificate_in_a_file_is_found_by_a_check_with_its_line(tmp_path: Path) -> None:
+    file = tmp_path / "service.yaml"
+    file.write_text("llm: {model_name: m}\nengine: {type: echo}\ngateway:\n  certfile: nope.pem\n  keyfile: nope.key\n")
+    with pytest.raises(ConfigError) as caught:
+        check_config(file)
+    assert str(caught.value).startswith(f"{file}:4: cannot read the certificate 'nope.pem': No such file or directory")
+    assert str(caught.value).endswith(" - at $.gateway.certfile")
 
 
 def test_a_port_that_is_taken_is_told(fast: VLLMService) -> None:

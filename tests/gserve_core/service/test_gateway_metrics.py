@@ -125,6 +125,32 @@ def test_an_unknown_route_makes_no_new_series(counting: VLLMService) -> None:
         assert "models/" not in text
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "route", "allowed"),
+    [
+        ("PATCH", "/control", "/control", "POST"),
+        ("PATCH", "/weights", "/weights", "GET, POST"),
+        ("PATCH", "/adapters", "/adapters", "GET"),
+        ("PUT", "/adapters/", "/adapters", "GET"),
+        ("PATCH", "/adapters/one", "/adapters/NAME", "DELETE, GET, PUT"),
+        *[("GET", path, path, "POST") for path in ("/pause", "/resume", "/sleep", "/wake", "/reset_cache")],
+    ],
+)
+def test_routes_that_need_the_control_secret_are_counted_by_their_paths_and_name_their_methods(
+    counting: VLLMService, method: str, path: str, route: str, allowed: str
+) -> None:
+    record = records.find_service("counting").gateway
+    assert record is not None
+    with client(counting) as asking, client(counting, Authorization=f"Bearer {record.control}") as controlling:
+        before = [series(asking, "gserve_requests_total", route=route, status=status) for status in ("401", "405")]
+        assert asking.request(method, path, headers={"Authorization": "Bearer wrong"}).status_code == 401
+        refused = controlling.request(method, path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, allowed)
+        after = [series(asking, "gserve_requests_total", route=route, status=status) for status in ("401", "405")]
+        assert after == [number + 1 for number in before]
+        assert "adapters/one" not in asking.get("/metrics").text
+
+
 def test_no_secret_is_in_the_metrics(counting: VLLMService) -> None:
     with client(counting) as asking:
         text = asking.get("/metrics").text
@@ -176,6 +202,9 @@ def test_a_stream_that_is_cut_and_a_client_that_leaves_are_counted_and_a_frozen_
         with stream(asking, chat("w " * 500)) as events:
             next(events)
         wait(lambda: series(asking, "gserve_requests_total", route=CHAT, status="499") == 1)
+        with pytest.raises(httpx.ReadTimeout):
+            asking.post(CHAT, json=chat("w " * 500), timeout=0.5)
+        wait(lambda: series(asking, "gserve_requests_total", route=CHAT, status="499", server="server-0") == 2)
         with stream(asking, chat("w " * 500)) as events:
             next(events)
             pid = server_pid(service.servers[0])

@@ -9,14 +9,15 @@ import pytest
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from gserve_core.interfaces import Address
+from gserve_core.interfaces import Address, Backend
 from gserve_core.overview import Counters
 from gserve_core.service.metrics import Metrics, Waiting
 from gserve_core.service.routing import Routing
 from gserve_core.service.state import BEGINNING, Counted, Ready, ServerState, Start, State
 
-NEW = ServerState(name="server-0")
+NEW = ServerState(name="server-0", pool="small")
 A, B = "server-0", "server-1"
+AT_A = Backend(A, f"{A}-1", Address(["127.0.0.1"], 8000), "a-token", "small")
 CHAT = "/v1/chat/completions"
 ENGINE = """\
 # HELP vllm:tokens_total Tokens.
@@ -104,8 +105,44 @@ def test_a_total_does_not_fall_when_a_server_restarts() -> None:
     assert values(found["gserve_server_restarts"]) == {A: 1}
 
 
+def test_the_totals_and_the_requests_of_a_removed_server_remain_with_its_model() -> None:
+    made = metrics(ready(A, items=3, running=2, completion_tokens=7))
+    with made.measured(CHAT) as request:
+        request.begin_answer(200, AT_A)
+        request.end_answer()
+    before = families(made)
+    made.forget(A)
+    after = families(made)
+    for name in ("gserve_server_items", "gserve_server_completion_tokens", "gserve_server_restarts", "gserve_requests"):
+        assert after[name].samples == before[name].samples
+    assert "gserve_server_state" not in after
+    assert "gserve_server_items_running" not in after
+    made.update(ready(A, items=1))  # another server gets the name
+    assert values(families(made)["gserve_server_items"]) == {A: 4}
+    assert values(families(made)["gserve_server_restarts"]) == {A: 0}
+
+
+@pytest.mark.parametrize("is_in_place", [False, True])
+def test_another_model_that_takes_over_a_name_does_not_get_the_totals_of_the_older_one(is_in_place: bool) -> None:
+    made = metrics(ready(A, items=3))
+    with made.measured(CHAT) as request:
+        request.begin_answer(200, AT_A)
+        request.end_answer()
+    if not is_in_place:
+        made.forget(A)
+    made.update(replace(ready(A, generation=2 if is_in_place else 1, items=5), pool="large"))
+    with made.measured(CHAT) as request:
+        request.begin_answer(200, replace(AT_A, pool="large"))
+        request.end_answer()
+    found = families(made)
+    assert values(found["gserve_server_items"], "pool") == {"small": 3, "large": 5}
+    assert values(found["gserve_requests"], "pool") == {"small": 1, "large": 1}
+    assert values(found["gserve_server_items_running"], "pool") == {"large": 0}
+    assert values(found["gserve_server_restarts"], "pool") == {"small": 0, "large": int(is_in_place)}
+
+
 def test_the_first_start_is_no_restart() -> None:
-    before = ServerState(name=A).queued(BEGINNING)
+    before = NEW.queued(BEGINNING)
     made = metrics(before)
     made.update(before.begun(Start("first"), NEW))
     assert values(families(made)["gserve_server_restarts"]) == {A: 0}
@@ -129,7 +166,7 @@ def test_no_secret_is_shown() -> None:
 def test_a_request_is_counted_by_its_route_status_and_server() -> None:
     made = metrics(ready(A))
     with made.measured(CHAT) as one:
-        one.begin_answer(200, A)
+        one.begin_answer(200, AT_A)
         one.end_answer()
     with made.measured("other") as refused:
         refused.begin_answer(404)
@@ -146,14 +183,32 @@ def test_a_client_that_leaves_and_an_answer_that_is_cut_have_statuses_of_their_o
     with made.measured(CHAT):
         pass
     with made.measured(CHAT) as left:
-        left.begin_answer(200, A, is_stream=True)
+        left.begin_answer(200, AT_A, is_stream=True)
     with made.measured(CHAT) as cut:
-        cut.begin_answer(200, A, is_stream=True)
+        cut.begin_answer(200, AT_A, is_stream=True)
         cut.cut()
     found = families(made)
     shown = [(it.labels["status"], it.labels["server"], it.value) for it in found["gserve_requests"].samples]
     assert sorted(shown) == [("499", "", 1), ("499", A, 1), ("cut", A, 1)]
     assert "gserve_request_seconds" not in found
+
+
+def test_a_client_that_leaves_before_the_answer_is_counted_at_the_server_that_worked_for_it() -> None:
+    made = metrics(ready(A))
+    with made.measured(CHAT) as left:
+        left.ask(AT_A)
+    with made.measured(CHAT) as waited:
+        waited.ask(AT_A)
+        waited.ask(None)  # that one died, and there is no other
+    with made.measured(CHAT) as refused:
+        refused.ask(AT_A)
+        refused.begin_answer(503)  # the gateway gives up
+        refused.end_answer()
+    shown = [
+        (it.labels["status"], it.labels["pool"], it.labels["server"])
+        for it in families(made)["gserve_requests"].samples
+    ]
+    assert sorted(shown) == [("499", "", ""), ("499", "small", A), ("503", "", "")]
 
 
 def test_the_times_of_answers_are_in_their_buckets() -> None:
@@ -163,11 +218,11 @@ def test_the_times_of_answers_are_in_their_buckets() -> None:
         clock.now = 0.0
         with made.measured(CHAT) as request:
             clock.now = first
-            request.begin_answer(200, A, is_stream=True)
+            request.begin_answer(200, AT_A, is_stream=True)
             clock.now = last
             request.end_answer()
     with made.measured(CHAT) as failed:
-        failed.begin_answer(500, A)
+        failed.begin_answer(500, AT_A)
         failed.end_answer()
     found = families(made)
     begun = {it.labels.get("le", it.name): it.value for it in found["gserve_first_event_seconds"].samples}

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import pytest
@@ -53,6 +53,7 @@ def test_a_new_generation_knows_nothing_of_the_last_one_but_why_it_ended() -> No
     assert (again.generation, again.instance, again.address, again.info) == (2, "another", None, None)
     assert (again.host, again.port, again.token, again.error) == ("0.0.0.0", 4000, "", "boom")
     assert again.after(Listening(THERE)).after(Ready(INFO)).error is None
+    assert failed.begun(Start("another"), replace(NEW, pool="another model")).pool == "another model"
 
 
 @pytest.mark.parametrize("report", [Queued("x"), Phase("x"), Ready(INFO)])

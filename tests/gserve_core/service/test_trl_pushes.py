@@ -239,7 +239,14 @@ def test_no_route_is_open_without_the_secret(service: VLLMService) -> None:
     key = {"Authorization": f"Bearer {service.api_key}"}
     assert httpx.get(f"{root}/get_world_size", headers=key).status_code == 404
     assert httpx.post(f"{url}/v1/embeddings", json={}).status_code == 404
-    assert httpx.get(f"{url}/start_weight_update").status_code == 405
+    refused = httpx.get(f"{url}/start_weight_update")
+    assert (refused.status_code, refused.headers["allow"]) == (405, "POST")
+    assert service.base_url is not None
+    shown = httpx.get(
+        f"{service.base_url.removesuffix('/v1')}/metrics", headers={"Authorization": f"Bearer {service.api_key}"}
+    ).text
+    assert 'gserve_requests_total{pool="",route="/SECRET/start_weight_update",server="",status="405"} 1.0' in shown
+    assert url.rpartition("/")[2] not in shown
     assert httpx.post(f"{url}/control", json={"type": "scale", "servers": 1}).status_code == 404
     assert trainer.send("update_weights", []).status_code == 400
     for state in service.status():
