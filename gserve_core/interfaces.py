@@ -283,7 +283,8 @@ class Backend:
 
     `pool`: name of its model.
     `requests`: number of requests of the gateway that it works on.
-    `on_gone`: called when the server is known to have died. Requests in flight there must end.
+    `is_stopping`: whether it ends, or has ended, on request.
+    `on_gone`: called when the server is known to have ended. Requests in flight there must end.
     """
 
     name: str
@@ -292,6 +293,7 @@ class Backend:
     token: str = field(repr=False)
     pool: str = ""
     requests: int = 0
+    is_stopping: bool = False
     on_gone: Callable[[], object] = lambda: None
 
     def __enter__(self) -> None:
@@ -325,6 +327,9 @@ class Attempts(Protocol):
 
     def died(self, backend: Backend) -> None:
         """Take note that a server died while it worked on the request."""
+
+    def why_cut(self, backend: Backend) -> str:
+        """Return why a server cannot complete an answer that has begun."""
 
 
 class Measurement(Protocol):

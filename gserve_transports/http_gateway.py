@@ -89,7 +89,6 @@ EVENT_END, ERROR_EVENT = b"\n\n", b'data: {"error"'
 LOG_PARAMETERS = ("server", "after", "file")
 """Parameters of `GET /logs`."""
 _POSITION = re.compile(r"[0-9]{1,15}")
-DIED = "the server died before the answer was complete"
 
 
 @asynccontextmanager
@@ -423,7 +422,7 @@ class _Gateway:
         except Gone:
             measurement.cut()
             if is_stream and not last.rpartition(EVENT_END[:-1])[0].rpartition(EVENT_END)[2].startswith(ERROR_EVENT):
-                event = b"data: " + error_body(503, DIED) + EVENT_END
+                event = b"data: " + error_body(503, attempts.why_cut(backend)) + EVENT_END
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             return True  # the answer is incomplete, so its connection is cut
         await send({"type": "http.response.body", "body": rest})

@@ -36,6 +36,8 @@ RECORD_SECONDS = 5.0
 MARGIN = 10.0
 """Time that `close` waits for the supervisor in addition to the time limit of the servers, in seconds."""
 
+ENDING = "the service is ending"
+"""Why a gateway accepts no more requests."""
 logger = logging.getLogger("gserve.pool")
 
 
@@ -295,7 +297,7 @@ class _Session:
     def draining(self) -> None:
         self._is_draining = True
         if self.gateway is not None:
-            self.gateway.drain("the service is ending")
+            self.gateway.drain(ENDING)
         self._write_record(self._published.states)
 
     def keep(self) -> None:
@@ -308,6 +310,8 @@ class _Session:
     def closing(self, drain: float | None) -> None:
         if drain is not None:
             self.draining()
+        elif self.gateway is not None:
+            self.gateway.drain(ENDING)
         self._is_closing = True  # the record keeps its last states until it is removed
         if drain is None:
             self.close_queues()

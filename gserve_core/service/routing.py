@@ -16,7 +16,7 @@ from operator import itemgetter
 from ..batch.prefixes import Cache, Prefix, Prefixes
 from ..errors import RemoteError
 from ..interfaces import Backend
-from .state import ONLY, ServerState
+from .state import ONLY, ServerState, State
 
 MAX_DEATHS = 3
 """Number of servers that may die while they work on a request. Then it is not sent again."""
@@ -54,10 +54,12 @@ class Routing:
         """Why no more requests are accepted."""
 
     def update(self, state: ServerState) -> None:
-        """Take over a server's new state. If the server has died, the requests in flight there end."""
+        """Take over a server's new state. If the server has ended, the requests in flight there end."""
         before = self._states.get(state.name)
         self._states[state.name] = state
         known = self._backends.get(state.name)
+        if known is not None and known.instance == state.instance:
+            known.is_stopping = state.state in (State.DRAINING, State.STOPPED) and not state.died
         if known is not None and (known.instance != state.instance or not state.works):
             del self._backends[state.name]
             self._caches.pop(known.instance).is_gone = True
@@ -233,6 +235,13 @@ class Attempts:
         """Take note that a server died while it worked on the request."""
         self._exclude(backend, "died")
         self._deaths += 1
+
+    def why_cut(self, backend: Backend) -> str:
+        """Return why a server cannot complete an answer that has begun."""
+        what = "the server died"
+        if backend.is_stopping:
+            what = "the service was stopped" if self._routing.ending else "the server was stopped"
+        return f"{what} before the answer was complete"
 
     def _exclude(self, backend: Backend, why: str) -> None:
         self._failed = backend.pool, backend.name, why

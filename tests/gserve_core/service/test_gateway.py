@@ -479,6 +479,25 @@ def test_a_drain_lets_requests_end_and_takes_no_more() -> None:
         ending.join()
 
 
+def test_a_stream_that_is_ended_by_a_stop_at_once_is_told_so() -> None:
+    with launched(2, latency=0.05) as service, client(service) as asking, stream(asking, chat("w " * 2000)) as first:
+        next(first)
+        with client(service) as other, stream(other, chat("w " * 2000)) as second:
+            next(second)
+            service.servers[0].shutdown()  # of one of the two streams
+            ending = threading.Thread(target=service.shutdown)
+            ending.start()
+            errors = set()
+            for events in (first, second):
+                seen: list[Any] = []
+                with pytest.raises(httpx.RemoteProtocolError):
+                    seen.extend(events)
+                errors.add(seen[-1]["error"]["message"])
+            ending.join()
+    assert errors <= {f"the {what} was stopped before the answer was complete" for what in ("server", "service")}
+    assert "the service was stopped before the answer was complete" in errors
+
+
 def test_a_client_that_reads_nothing_fills_no_memory() -> None:
     with launched(1) as service, client(service) as asking:
         with stream(asking, chat("w " * 90_000, max_tokens=90_000)) as events:

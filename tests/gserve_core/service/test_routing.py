@@ -223,6 +223,24 @@ def test_counters_of_servers_do_not_wake_requests_that_wait() -> None:
     run(work())
 
 
+def test_the_end_of_a_server_on_request_is_told_from_its_death() -> None:
+    async def work() -> None:
+        made = routing(ready("a"), ready("b"))
+        attempts = made.attempts()
+        one, two = await attempts.next(), await attempts.next()
+        assert attempts.why_cut(one) == "the server died before the answer was complete"  # no state tells of it yet
+        made.update(ready(one.name).draining("cleaning up", returns=True, died=True))
+        made.update(ready(two.name).draining("ending"))
+        made.update(ready(two.name).stopped())
+        assert attempts.why_cut(one) == "the server died before the answer was complete"
+        assert attempts.why_cut(two) == "the server was stopped before the answer was complete"
+        made.end("the service is ending")
+        assert attempts.why_cut(one) == "the server died before the answer was complete"
+        assert attempts.why_cut(two) == "the service was stopped before the answer was complete"
+
+    run(work())
+
+
 def test_a_request_sent_again_is_counted_at_the_server_that_failed_it() -> None:
     async def work() -> None:
         made = routing(ready("a"), ready("b"), ready("c"))
