@@ -483,7 +483,7 @@ def test_a_job_whose_service_is_stopped_continues_with_another_service(place: Pl
     rows = [{"prompt": " ".join(["word"] * (1 + 37 * number % 100))} for number in range(200)]
     place.write("in.jsonl", *rows)
     output = place.folder / "to" / "out.jsonl"
-    launch(place, place.config("stopped", latency=0.05, capacity=64), "stopped")
+    launch(place, place.config("stopped", latency=0.05, capacity=24), "stopped")
     job = generate(output, "--params", '{"max_tokens": 100}')
     process = place.start(*[word.replace("shared", "stopped") for word in job])
     eventually(lambda: written(output) > 50)
