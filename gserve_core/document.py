@@ -84,6 +84,8 @@ class Document:
             if key not in parent:
                 self._overridden[at] = override
             target = parent.setdefault(key, {})
+            if isinstance(target, dict):
+                target = parent[key] = dict(target)  # an alias of it may be elsewhere
         parent[keys[-1]] = value
         for known in (self._lines, self._overridden):  # the lines of the old value do not apply to the new one
             for below in [it for it in known if it.startswith((f"$.{path}.", f"$.{path}["))]:
@@ -186,6 +188,10 @@ for _tag, _pattern, _first in (
 
 class _Dumper(yaml.SafeDumper):
     """PyYAML's safe dumper. It quotes each text that YAML 1.1 or `_Loader` would read as something else."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Write each value in full."""
+        return True
 
 
 _Dumper.yaml_implicit_resolvers = {

@@ -202,7 +202,7 @@ class Pushes:
                 call = self._calls[path, body] = Future()
         assert call is not None
         if not is_first:
-            return call.result(2 * STEP_SECONDS)
+            return call.result(3 * STEP_SECONDS)
         try:
             call.set_result(act())
         except BaseException as error:
@@ -337,6 +337,7 @@ class Pushes:
         if faults := faults_of(answers):
             self._give_up(push)
             what = "nothing has changed" if is_first else "the push is given up"
+            logger.error("a push is refused, and %s: %s", what, faults)  # a trainer that uses NCCL may not read it
             raise GserveError(f"cannot receive these weights, and {what}: {faults}")
 
     def _gather(self, push: _Push) -> None:

@@ -37,6 +37,7 @@ class Measured:
     `rows`, `tokens`: rows and tokens of answers per second.
     `seconds`: what the trial took, with the start and the end of its servers.
     `failure`: why there are no rates; "": there are.
+    `is_cut`: whether only the time was over.
     """
 
     setting: Setting
@@ -44,6 +45,7 @@ class Measured:
     tokens: float = 0.0
     seconds: float = 0.0
     failure: str = ""
+    is_cut: bool = False
 
 
 class Search:
@@ -62,6 +64,8 @@ class Search:
         """All outcomes, in order."""
         self.untried: list[Setting] = []
         """The settings for which there was no time. Others may follow each of them."""
+        self._winners = [GIVEN]
+        """The settings that have won, each against the one before."""
 
     def run(self, dimensions: Callable[[], Sequence[Dimension]]) -> None:
         """Search until all keys were tried, or no trial fits into the time left.
@@ -71,12 +75,14 @@ class Search:
         self._try(GIVEN)
         if self._left() >= ROOMY * self.measured[0].seconds:
             self._try(GIVEN)
-        best = GIVEN
         for dimension in dimensions():
-            best = self._climb(dimension, best)
-        for setting in dict.fromkeys((GIVEN, best)):
-            if self._fits(1):
-                self._try(setting)
+            self._climb(dimension)
+        again = {GIVEN}
+        if self._fits(1):
+            self._try(GIVEN)
+        while self.best not in again and self._fits(1):
+            again.add(self.best)
+            self._try(self.best)
 
     @property
     def noise(self) -> float:
@@ -87,9 +93,9 @@ class Search:
 
     @property
     def best(self) -> Setting:
-        """The setting with the highest rate, or the config as given if that does not win against it."""
-        top = max((it.setting for it in self.measured), key=self.rate)
-        return top if self._wins(top, GIVEN) else GIVEN
+        """The last winner that still wins against the config as given, and has not failed; otherwise the config."""
+        failed = {it.setting for it in self.measured if it.failure and not it.is_cut}
+        return next((it for it in self._winners[::-1] if it not in failed and self._wins(it, GIVEN)), GIVEN)
 
     def rate(self, setting: Setting) -> float:
         """Return the mean of the rates of a setting, in rows per second; 0: it was not measured."""
@@ -114,12 +120,14 @@ class Search:
     def _fits(self, trials: int) -> bool:
         """Return whether there is time for so many trials, if each takes as long as the longest one."""
         first, *others = self.measured
-        if not others:  # the first one imported vLLM and chose rows: later ones are faster
+        good = [it.seconds for it in others if not it.failure]
+        if not good:  # the first one imported vLLM and chose rows: later ones are faster
             return self._left() >= first.seconds
-        return self._left() >= trials * max(it.seconds for it in others)
+        return self._left() >= trials * max(good)
 
-    def _climb(self, dimension: Dimension, best: Setting) -> Setting:
-        """Try the values of a key, with the other keys as in `best`. Return the best setting."""
+    def _climb(self, dimension: Dimension) -> None:
+        """Try the values of a key, with the other keys as in the last winner."""
+        best = self._winners[-1]
         given = at = dimension.values.index(None)
         for step in (1, -1):
             while 0 <= at + step < len(dimension.values):
@@ -132,7 +140,7 @@ class Search:
                     self._try(setting)
                 if not self._wins(setting, best):
                     break
+                self._winners.append(setting)
                 best, at = setting, at + step
             if at != given:
                 break
-        return best

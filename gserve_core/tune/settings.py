@@ -11,6 +11,8 @@ MOST_MEMORY = 0.9
 """Maximum part of the memory of a machine without a GPU that several servers may take."""
 USUAL_CACHE = 4 << 30
 """The memory for the KV cache of a server whose config sets none there, in bytes. It is vLLM's own default."""
+CACHE = "kv_cache_memory_bytes"
+"""The argument of vLLM that sets it."""
 SERVERS = (1, 2, 3)
 """Numbers of servers on a GPU, or on a machine without one."""
 TOKENS = (2048, None, 16384)
@@ -62,8 +64,9 @@ def _servers(model: ModelPlan, at: str, cores: int, memory: int) -> Iterator[Dim
             yield _numbers(f"{at}serve.servers_per_gpu", serve.least_per_gpu, SERVERS)
     elif not ids:
         fraction = llm.engine_kwargs.get(FRACTION)  # without a GPU, servers do not divide it
-        if fraction is None:
-            fraction = (USUAL_CACHE + (engine.weight_bytes(llm) or 0)) / memory if engine.uses_gpus else 0.0
+        if fraction is None or CACHE in llm.engine_kwargs:
+            cache = llm.engine_kwargs.get(CACHE) or USUAL_CACHE
+            fraction = (cache + (engine.weight_bytes(llm) or 0)) / memory if engine.uses_gpus else 0.0
         fitting = [count for count in SERVERS if count <= cores and count * fraction <= MOST_MEMORY]
         yield _numbers(f"{at}serve.servers", serve.servers or 1, fitting)
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import random
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from ..config import load
 from ..document import Document, dump
 from ..errors import ConfigError, GserveError, ServerExited
 from ..host import gpu_locks, gpus
+from ..host.memory import usable_memory
 from ..rows.job import FileJob
 from ..rows.output import Totals
 from ..service.deployment import Deployment
@@ -73,6 +75,7 @@ class Trials:
         self._locks: gpu_locks.Hold | None = None
         self._config, self._overrides = config, overrides
         loaded, document = load(config, overrides)
+        self._content = config.read_bytes()
         with document.located():
             self._name = find_model({name: name for name in loaded.pools}, model)
             if loaded.models and "." in self._name:
@@ -83,7 +86,8 @@ class Trials:
         self._model = self._plan(GIVEN).models[ONLY]
         check_params(self._model, job.make_prompts().params)
         self._job = replace(job, output=Path(os.devnull), format=None, limit=None)
-        places = itertools.islice(job.rows(job.sources(), job.wanted()), MOST_ROWS)
+        most = MOST_ROWS if job.limit is None else min(job.limit, MOST_ROWS)
+        places = itertools.islice(job.rows(job.sources(), job.wanted()), most)
         self._rows = [row.values for row in places if row.values is not None]
         if not self._rows:
             raise ConfigError("the sample has no rows that can be read")
@@ -104,20 +108,39 @@ class Trials:
             return measured
 
         search = Search(measure, self._left)
-        cores, memory = len(os.sched_getaffinity(0)), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        cores, memory = len(os.sched_getaffinity(0)), usable_memory()
         search.run(lambda: [*dimensions(self._model, self._at, self._capacity, len(self._measured), cores, memory)])
         return search
 
     def write(self, setting: Setting, comment: str) -> None:
         """Write the config with a setting to the output, below a comment. Raises ConfigError: it cannot be written."""
+        self._check_config()
         text = f"# {comment}\n{dump(Document(self._config, [*self._overrides, *_changes(setting)]).data)}"
-        flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if self._overwrite else os.O_EXCL)
+        out = self._output.resolve()
+        scratch = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
         try:
             mode = self._config.stat().st_mode & 0o777  # it may hold secrets
-            with os.fdopen(os.open(self._output, flags, mode), "w", encoding="utf-8") as stream:
-                stream.write(text)
+            descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+            try:
+                with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+                    stream.write(text)
+                if self._overwrite:
+                    scratch.replace(out)
+                else:
+                    out.hardlink_to(scratch)
+            finally:
+                scratch.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError(f"cannot write the config: {error.strerror}", file=self._output) from error
+
+    def _check_config(self) -> None:
+        """Raise ConfigError: the config has another content than at the beginning."""
+        try:
+            is_same = self._config.read_bytes() == self._content
+        except OSError:
+            is_same = False
+        if not is_same:
+            raise ConfigError("the file was changed during the measurements: start again", file=self._config)
 
     def _check_output(self, *, has_plugins: bool) -> None:
         out, folder = self._output, self._config.parent.resolve()
@@ -150,7 +173,11 @@ class Trials:
         return self._end - time.monotonic()
 
     def _plan(self, setting: Setting) -> Plan:
-        """Return the plan of a service with the model alone, and its part of the memory. It has no gateway."""
+        """Return the plan of a service with the model alone, and its part of the memory. It has no gateway.
+
+        All servers have to be ready before a measurement. Raises ConfigError: the setting, or the file, is wrong.
+        """
+        self._check_config()
         config, document = load(self._config, [*self._overrides, *_changes(setting)])
         with document.located():
             own = config.pools[self._name]
@@ -161,7 +188,7 @@ class Trials:
                     llm = replace(llm, llm_kwargs={**llm.llm_kwargs, FRACTION: min(parts)})
                 own = replace(own, llm=llm, serve=model.serve)
             is_shared = own.serve.share_gpu or self._locks is not None  # the lock is shared with us
-            serve = replace(own.serve, weight_protocol=None, share_gpu=is_shared)
+            serve = replace(own.serve, weight_protocol=None, share_gpu=is_shared, min_ready=None)
             config = replace(config.only(self._name), llm=own.llm, serve=serve, gateway=None)
             return Plan.of(config, document.file.parent)
 
@@ -171,7 +198,7 @@ class Trials:
         Raises GserveError: the config as given fails at the first time.
         """
         began, is_first = time.monotonic(), not self._measured
-        totals, has_started, failure = Totals(), False, ""
+        totals, has_started, failure, is_cut = Totals(), False, "", False
         try:
             with self._serving(self._plan(setting)) as service:
                 service.start()
@@ -186,7 +213,7 @@ class Trials:
                 self._failed = max(self._failed, totals.failed)
         except GserveError as error:
             if self._left() <= 0:
-                failure = "not finished: the time was over"
+                failure, is_cut = "not finished: the time was over", True
                 if is_first:
                     raise GserveError(
                         "the config as given could not be measured in the time given: give more --minutes"
@@ -197,7 +224,7 @@ class Trials:
                 failure = f"{'failed' if has_started else 'did not start'}: {_sentence(error)}"
         seconds = time.monotonic() - began
         if failure:
-            return Measured(setting, seconds=seconds, failure=failure)
+            return Measured(setting, seconds=seconds, failure=failure, is_cut=is_cut)
         return Measured(setting, totals.done / totals.seconds, totals.completion_tokens / totals.seconds, seconds)
 
     @contextmanager
