@@ -113,7 +113,7 @@ class JobFlags:
             output=None if self.output is None or str(self.output) == STDIO else self.output,
             prompts=options, format=self.format, prefix=self.prefix, extra=self.extra, ordered=self.ordered,
             failed=self.failed, limit=self.limit, shard=self.shard,
-            overwrite=os.environ["SLURM_JOB_ID"] if self.overwrite_once else self.overwrite,
+            overwrite=os.environ.get("SLURM_JOB_ID") or True if self.overwrite_once else self.overwrite,
         )  # fmt: skip
 
     def replaced(self, **changes: Any) -> Self:

@@ -88,6 +88,7 @@ def application(engine: Streaming) -> ASGIApp:
                 params = {name: asked[name] for name in PARAMS if asked.get(name) is not None}
                 if (most := asked.get("max_completion_tokens")) is not None:
                     params["max_tokens"] = most
+                options = msgspec.convert(asked.get("stream_options") or {}, dict[str, Any])
                 prepared = await engine.prepare(prompts, params)
                 for item in prepared:
                     if isinstance(item, ItemError):
@@ -99,8 +100,7 @@ def application(engine: Streaming) -> ASGIApp:
             reply = _Reply(PLACES[path], f"echo-{next(numbers)}", named, sum(map(engine.prompt_tokens, prepared)))
             if asked.get("stream"):
                 each = [it for it in prepared for _ in range(params.get("n", 1))]
-                shows_usage = bool((asked.get("stream_options") or {}).get("include_usage"))
-                await reply.stream(send, engine, each, shows_usage=shows_usage)
+                await reply.stream(send, engine, each, shows_usage=bool(options.get("include_usage")))
             else:
                 outputs = await asyncio.gather(*map(engine.run, prepared))
                 await reply.whole(send, [output for item in outputs for output in item])

@@ -1,6 +1,7 @@
 """Certificates for HTTPS, in files in PEM format."""
 
 import re
+import secrets
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -9,7 +10,7 @@ CERTIFICATE = re.compile("-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE----
 """Pattern of a certificate in PEM format."""
 ENCRYPTED = re.compile("-----BEGIN ENCRYPTED |^Proc-Type: .*ENCRYPTED", re.MULTILINE)
 """Pattern of a private key that needs a password."""
-NO_PASSWORD = "none"
+NO_PASSWORD = secrets.token_hex(8)
 """Given as the password of a key. Without one, OpenSSL would ask the terminal for it."""
 
 

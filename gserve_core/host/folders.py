@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import glob
 import logging
 import os
 import re
@@ -200,7 +199,8 @@ def log_folder(run: str) -> Path:
 def last_logs(run: str) -> Path | None:
     """Return the newest folder that `log_folder` made for runs of this name; None: there is none."""
     with contextlib.suppress(OSError, GserveError):
-        found = (home("state") / "gserve/logs").glob(f"*-{glob.escape(run)}-????????")
+        name = re.compile(rf"\d{{8}}-\d{{6}}-{re.escape(run)}-.{{8}}")
+        found = [it for it in (home("state") / "gserve/logs").iterdir() if name.fullmatch(it.name)]
         return max(found, default=None, key=lambda it: it.name)
     return None
 

@@ -240,12 +240,11 @@ class FileJob:
             job = replace(self, source=files.input, format=self.format if self.source == STDIO else Format.JSONL)
         sources = job.sources()
         self._try_some(job)
-        begins = self._begins_anew(output)
-        if begins:
+        if self._begins_anew(output):
             files.remove()
         facts = {**self.facts(), **model, "input": _input_facts(sources, output, is_copy=job is not self)}
         fingerprint.check_or_write(output, facts, overwrite=False, parts=[files.journal])
-        if begins and isinstance(self.overwrite, str):
+        if isinstance(self.overwrite, str):
             fingerprint.note(output, begun_by=self.overwrite)
         return sources
 
@@ -253,7 +252,10 @@ class FileJob:
         """Return whether this run discards an earlier output."""
         if not isinstance(self.overwrite, str):
             return self.overwrite
-        known = fingerprint.read(output)
+        try:
+            known = fingerprint.read(output)
+        except ConfigError:  # it is damaged
+            return True
         return known is None or known.begun_by != self.overwrite
 
     def _try_some(self, job: "FileJob") -> None:

@@ -389,5 +389,7 @@ def _would_match(path: Sequence[str], pattern: Sequence[str]) -> bool:
     if not path or not pattern:
         return not path and all(it == "**" for it in pattern)
     if pattern[0] == "**":
-        return _would_match(path[1:], pattern) or _would_match(path, pattern[1:])
-    return fnmatch.fnmatchcase(path[0], pattern[0]) and _would_match(path[1:], pattern[1:])
+        is_below = not path[0].startswith(".") and _would_match(path[1:], pattern)
+        return is_below or _would_match(path, pattern[1:])
+    is_seen = pattern[0].startswith(".") or not path[0].startswith(".")
+    return is_seen and fnmatch.fnmatchcase(path[0], pattern[0]) and _would_match(path[1:], pattern[1:])

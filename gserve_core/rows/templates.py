@@ -28,12 +28,15 @@ SLOW = {
 """Filters that take a text apart."""
 PARTS = {"attr", "d", "default", "first", "last", "max", "min", "random", "safe"}
 """Filters whose result is a value that they are given, or a part of it."""
+TEXTS = {
+    "capitalize", "center", "e", "escape", "forceescape", "indent", "lower", "pprint", "replace", "string", "striptags",
+    "title", "trim", "truncate", "upper", "urlencode", "urlize", "wordcount", "wordwrap", "xmlattr",
+}  # fmt: skip
+"""Filters that make a text of whatever they are given."""
 SHOWN = 12
 """Maximum number of columns that a message names."""
-_WIDE = re.compile(r"%[^a-zA-Z%]*[0-9]{7}|\{[^}]*:[^}]*[0-9]{7}")
-"""A text to format with a width or precision above MAX_NUMBER, as in "%9999999d" and "{:9999999}"."""
-_BROAD = re.compile(r"%[^a-zA-Z%]*[0-9]{4}|\{[^}]*:[^}]*[0-9]{4}")
-"""The same, above 1,000."""
+_SPEC = re.compile(r"%(?:\([^)]*\))?[-+ #0-9.*]*|\{[^{}]*:[^{}]*")
+"""A place of a text to format, with its width and precision, as in "%(name)9d" and "{:.9}"."""
 _OPEN = re.compile(r"%[^a-zA-Z%]*\*|\{[^}]*:[^}]*\{")
 """A text to format whose width is one of the values, as in "%*d" and "{:{}}"."""
 
@@ -129,6 +132,8 @@ def _environment() -> "ImmutableSandboxedEnvironment":
                 raise ItemError(f"the template gives the filter '{name}' more than {MAX_SLOW} characters")
             if name == "join" and values:
                 values[0] = list(values[0])
+            if name in TEXTS and values and isinstance(values[0], (list, tuple, dict)):
+                _check_size(_size(values[0]))
             if name in GROWING:
                 GROWING[name](*values, **named)
             made = function(*own, *values, **named)
@@ -152,7 +157,14 @@ def _environment() -> "ImmutableSandboxedEnvironment":
 
         visit_List = visit_Tuple = visit_Dict = visit_literal
 
+    def shown(value: Any) -> Any:
+        """Return a value that is about to become text."""
+        if isinstance(value, (list, tuple, dict)):
+            _check_size(_size(value))
+        return "" if value is None else value
+
     class Environment(ImmutableSandboxedEnvironment):
+        concat = staticmethod(_joined)  # of macros and blocks
         intercepted_binops = frozenset({"+", "*", "**", "%"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -181,7 +193,7 @@ def _environment() -> "ImmutableSandboxedEnvironment":
             return tree
 
     environment = Environment(
-        undefined=jinja2.StrictUndefined, finalize=lambda value: "" if value is None else value
+        undefined=jinja2.StrictUndefined, finalize=shown
     )  # fmt: skip
     environment.filters["sum"] = jinja2.pass_environment(add_up)
     environment.filters = {name: checked(name, function) for name, function in environment.filters.items()}
@@ -211,8 +223,10 @@ def _size(*values: Any) -> int:
 
 
 def _joined(values: Iterable[Any]) -> str:
-    """Return texts as one, which the operator `~` makes."""
-    texts = [str(value) for value in values]
+    """Return values as one text."""
+    parts = [*values]
+    _check_size(_size(*parts) - ITEM * len(parts))
+    texts = [str(value) for value in parts]
     _check_size(sum(map(len, texts)))
     return "".join(texts)
 
@@ -223,8 +237,8 @@ def _check_operation(operator: str, left: Any, right: Any) -> None:
     numbers = [it for it in (left, right) if isinstance(it, int)]
     if operator == "%" and isinstance(left, (str, bytes)):
         _check_format(left, *(right if isinstance(right, tuple) else (right,)))
-    elif operator == "+" and values:
-        _check_size(_size(*values))
+    elif operator == "+" and values:  # not what they hold: a template may add to a list again and again
+        _check_size(sum(len(it) * (1 if isinstance(it, (str, bytes)) else ITEM) for it in values))
     elif operator == "*" and values and numbers:
         _check_size((_size(*values) - ITEM) * numbers[0])
     elif operator == "*" and sum(it.bit_length() for it in numbers) > MAX_BITS:
@@ -241,9 +255,10 @@ def _check_format(text: Any, *values: Any, **named: Any) -> None:
     if not isinstance(text, str):
         return
     values = *values, *named.values()
-    if _WIDE.search(text):
+    numbers = [it for spec in _SPEC.findall(text) for it in re.findall("[0-9]+", spec.partition(":")[2] or spec)]
+    width = max((int(it) if len(it) < 20 else MAX_NUMBER + 1 for it in numbers), default=0)
+    if width > MAX_NUMBER:
         raise ItemError(f"the template formats a text with a width above {MAX_NUMBER}")
-    width = MAX_NUMBER if _BROAD.search(text) else 0
     if _OPEN.search(text):
         _refuse_large(*values)
         width = max([width, *(abs(it) for it in values if isinstance(it, int))])
@@ -295,12 +310,17 @@ def _check_product(value: Any, *others: Any, **named: Any) -> None:
     _check_size((_size(value) - ITEM) * (1 + lengths + _size(*others) - ITEM * len(others)))
 
 
+def _check_json(value: Any, indent: Any = None) -> None:
+    """Raise ItemError: a value becomes long by what begins its lines."""
+    _check_size(_size(value) * (1 + (abs(indent) if isinstance(indent, int) else 0) // 4))
+
+
 def _check_precision(number: Any, *given: Any, **named: Any) -> None:
     """Raise ItemError: a number is rounded to very many digits."""
     _refuse_large(*given, *named.values(), at_most=MAX_POWER)
 
 
-def _check_lengths(*given: Any, **named: Any) -> None:
+def _check_lengths(_value: Any, *given: Any, **named: Any) -> None:
     """Raise ItemError: a length is large."""
     _refuse_large(*given, *named.values())
 
@@ -308,7 +328,7 @@ def _check_lengths(*given: Any, **named: Any) -> None:
 GROWING: Mapping[str, Callable[..., None]] = {
     "batch": _check_lengths, "center": _check_lengths, "expandtabs": _check_tabs, "format": _check_format,
     "indent": _check_indent, "join": _check_join, "replace": _check_replace, "round": _check_precision,
-    "slice": _check_lengths, "striptags": _check_tags, "tojson": _check_product, "translate": _check_product,
+    "slice": _check_lengths, "striptags": _check_tags, "tojson": _check_json, "translate": _check_product,
     "urlize": _check_product, "wordwrap": _check_wrap,
 }  # fmt: skip
 """Checks of the values of filters, and of methods of texts, whose result may be much larger than each of these."""

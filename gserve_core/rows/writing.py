@@ -338,7 +338,7 @@ def _may_be_bytes(kind: Any) -> bool:
     if pa.types.is_dictionary(kind):
         return _holds(kind.value_type, _may_be_bytes)
     if isinstance(kind, pa.BaseExtensionType):
-        return _holds(kind.storage_type, _may_be_bytes)
+        return kind != pa.uuid() and _holds(kind.storage_type, _may_be_bytes)
     is_bytes = pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_fixed_size_binary
     return any(matches(kind) for matches in is_bytes)
 
@@ -355,7 +355,7 @@ def _check_types(file_format: Format, tables: Sequence[Source]) -> None:
         try:
             with _open_writer(pa.BufferOutputStream(), file_format, schema) as writer:
                 writer.write_table(pa.Table.from_arrays([pa.nulls(1, field.type)], schema=schema))
-        except pa.ArrowException as error:
+        except pa.ArrowNotImplementedError as error:
             raise ConfigError(
                 f"the column {field.name!r} has the type {field.type}, which {file_format} cannot hold: {error}"
             ) from error

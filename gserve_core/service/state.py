@@ -161,7 +161,7 @@ class ServerState:
     def _at_rest(self) -> Self:
         """Return the state of a server that does no work any more. Its totals remain until its next start."""
         at_rest = structs.replace(self.counters, running=0, waiting=0)
-        return replace(self, counters=at_rest, prompt_rate=0.0, completion_rate=0.0)
+        return replace(self, counters=at_rest, prompt_rate=0.0, completion_rate=0.0, is_updating=False)
 
     def begun(self, start: "Start", first: "ServerState") -> Self:
         """Return the state at the start of another generation. `first`: the state before its first start.

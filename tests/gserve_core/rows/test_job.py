@@ -18,6 +18,7 @@ from gserve import ConfigError, GserveError, LLMConfig, VLLMService
 from gserve_core.batch.output_lock import only_writer
 from gserve_core.engines.echo import EchoEngine
 from gserve_core.errors import ItemError
+from gserve_core.rows.fingerprint import path_beside
 from gserve_core.rows.formats import find_sources
 from gserve_core.rows.job import FileJob
 from gserve_core.rows.output import STDIO, Totals, journal_of
@@ -383,12 +384,15 @@ def test_a_job_that_slurm_runs_again_discards_an_earlier_output_once(
 ) -> None:
     service.run_file(source, output, limit=5)
     job = FileJob(source=source, output=output, limit=3, overwrite="4711")
-    for before in (0, 3):
+    for before, answers in ((0, False), (0, True), (3, False)):  # the first run ends before its first answer
         with job.begin(service.model_facts()) as run:
             assert run.totals.before == before
-            if before == 0:
+            if answers:
                 service.answer_rows(run)
     with replace(job, overwrite="4712").begin(service.model_facts()) as run:
+        assert run.totals.before == 0
+    path_beside(output).write_text("damaged")
+    with replace(job, overwrite="4713").begin(service.model_facts()) as run:
         assert run.totals.before == 0
 
 

@@ -173,6 +173,10 @@ def test_a_template_changes_no_values(change: str) -> None:
         "{{ ('a' * 9000000) | sort | length }}",
         "{{ ('a b ' * 1000000).split() | length }}",
         "{{ 5 | round(-999999999) }}",
+        "{% set x %}{% for i in range(300) %}{{ 'b' * 1000000 }}{% endfor %}{% endset %}done",
+        "{% macro m() %}{% for i in range(300) %}{{ 'b' * 1000000 }}{% endfor %}{% endmacro %}{{ m() | length }}",
+        "{% set n = namespace(l=[]) %}{% set t = 'b' * 1000000 %}{% for i in range(99) %}{% set n.l = n.l + [t] %}"
+        "{% endfor %}{{ n.l }}",
         "{{ {}.fromkeys(range(99999), 'b' * 1000000) | string | length }}",
         "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x }}",
         "{% set n = namespace(x=1) %}{% for i in range(60) %}{% set n.x = dict(a=n.x, b=n.x) %}{% endfor %}",
@@ -183,6 +187,22 @@ def test_a_template_that_would_fill_the_memory_fails_at_once(text: str, monkeypa
     with pytest.raises(ItemError) as refused:
         render(text)
     assert "the template runs for more than" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "made"),
+    [
+        ("{% set n = namespace(l=[]) %}{% for i in range(2000) %}{% set n.l = n.l + [{'role': 'user', 'n': [i]}] %}"
+         "{% endfor %}{{ n.l | length }}", "2000"),
+        ("{{ 'Growth 5% (2023): {} {} {}'.format(1, 2, 3) }}", "Growth 5% (2023): 1 2 3"),
+        ("{{ ('{} ' * 40 ~ '5% 2023').format(*range(40)) | length }}", "117"),
+        ("{{ 5000000 | center(12) }}", "  5000000   "),
+        ("{{ ('b' * 9000000) | tojson(indent=2) | length }}", "9000002"),
+        ("{{ (range(99999) | list) | tojson(indent=4) | length }}", "1088881"),
+    ],
+)  # fmt: skip
+def test_what_rows_need_is_within_the_limits(text: str, made: str) -> None:
+    assert render(text) == made
 
 
 @pytest.mark.parametrize(
