@@ -55,7 +55,7 @@ def measure(bench: Benchmark, model: str, scale: float) -> None:
     here = machine.gpus()
     serve = ServeConfig(
         gpu_ids=[0, min(1, len(here) - 1)] if here else None, servers=None if here else 2, share_gpu=len(here) == 1,
-        startup_timeout=READY_SECONDS, stall_timeout=READY_SECONDS,  # other work on few cores slows long prompts much
+        startup_timeout=READY_SECONDS,
     )  # fmt: skip
     arguments = machine.engine_arguments(model, 2 if len(here) == 1 else 1)
     shared: list[Workload] = [_documents(64, 1500, 16) if here else _documents(12, 900, 8)]

@@ -23,11 +23,13 @@ from ..messages import Event, Heartbeat, Result
 from ..tasks import GENERATE
 from . import retries
 from .pieces import MAX_PIECE_SIZE, Call, Item, Outcome, Piece, Server, size_of
-from .prefixes import MIN_SIZE, Cache, Prefixes
+from .prefixes import MIN_SIZE, Prefixes
 from .retries import Resend, Retry
 
 MAX_PIECE_ITEMS = 256
 """Maximum number of items in one request."""
+MAX_SIZE_IN_FLIGHT = 64 << 20
+"""Maximum size of the items in flight on one server, in bytes. A single piece may be larger."""
 GROWTH = 1.1
 """Growth factor of a server's piece size limit after each accepted piece."""
 VERDICT_SECONDS = 2.0
@@ -36,10 +38,8 @@ BUSY_SECONDS = 1.0
 """Retry delay after a server has refused a piece, in seconds. Applies if the server names no delay."""
 SETTLE_SECONDS = 2.0
 """Time a server may still spend on cancelled items, in seconds. It gets no suspects during this time."""
-MAX_PASSED_CALLS = 16
-"""Number of calls in a row without an item for a server after which no more are looked at for this piece."""
-MAX_PASSED_SERVERS = 4
-"""Number of busy servers for which no item waits after which no more are looked at until the next event."""
+AHEAD_BY_PREFIX = 8
+"""A server that alone has the prefix of the next items may exceed its limit by this fraction of it."""
 RESULTS_SIZE = 64 << 20
 """Maximum memory for the results of a call that wait for its caller, in bytes.
 Above it, no more items of the call are sent. The results of its items in flight come on top."""
@@ -543,93 +543,58 @@ class ItemQueue:
 
     def _send_waiting(self, usable: list[Server]) -> None:
         """Send waiting items to the servers with the least work, in pieces that are worth a request."""
-        serving: frozenset[Cache] = frozenset()
-        passed: set[Server] = set()
-        """Servers that are busy, while all items that were looked at are for others."""
-        while self._waiting_in_calls and len(passed) < MAX_PASSED_SERVERS:
-            if not (found := [it for it in usable if it not in passed] if passed else usable):
-                return
-            server = min(found, key=lambda it: it.in_flight / it.window)
-            limit = self._limit(server, usable)
+        while self._waiting_in_calls and usable:
+            server = min(usable, key=lambda it: it.in_flight / it.window)
+            outstanding = self._waiting_in_calls + sum(it.in_flight for it in usable)
+            limit = server.limit(outstanding, len(usable))
             room = limit - server.in_flight
             if room < min(self._waiting_in_calls, max(1, limit // 4)):
                 return
-            if server.size_room <= 0 and server.in_flight:
+            size = min(server.piece_size, MAX_SIZE_IN_FLIGHT - server.size_in_flight)
+            if size <= 0 and server.in_flight:
                 usable = [it for it in usable if it is not server]
                 continue
-            serving = serving or frozenset(it.cache for it in usable)
-            count, before = min(room, MAX_PIECE_ITEMS), self._waiting_in_calls
-            items = self._take_items(server, serving, count)
-            if self._waiting_in_calls == before:
-                foreign = self._calls[0].waiting.foreign(server.cache, serving)
-                if foreign is None:  # there are more calls than were looked at
-                    continue
-                homes, in_group = foreign
-                home, more = self._home_with_room([it for it in usable if it.cache in homes], usable)
-                if home is not None:
-                    server = home
-                    items = self._take_items(server, serving, min(more, in_group, MAX_PIECE_ITEMS), calls=1)
-                elif server.in_flight < server.capacity:
-                    items = self._steal_items(server, count)
-                else:
-                    passed.add(server)
-                    continue
+            home = self._home_of_next(server, usable, outstanding)
+            if home is None:
+                items = self._take_items(server, min(room, MAX_PIECE_ITEMS), size)
+            else:
+                server, count, size = home
+                items = self._take_items(server, min(count, MAX_PIECE_ITEMS), size, calls=1)
             self._is_turn_of_calls = False
             if items:
                 self._send_piece(server, items, is_narrowing=False)
 
-    def _limit(self, server: Server, usable: list[Server]) -> int:
-        """Return the maximum number of items in flight on one of the usable servers."""
-        return server.limit(self._waiting_in_calls + sum(it.in_flight for it in usable), len(usable))
+    def _home_of_next(self, server: Server, usable: list[Server], outstanding: int) -> tuple[Server, int, float] | None:
+        """Return the server that should get the next items in place of `server`, since it alone has their prefix.
 
-    def _home_with_room(self, homes: list[Server], usable: list[Server]) -> tuple[Server | None, int]:
-        """Return the least busy home of a group, and how many more items it can work on; None: it has no room.
-
-        It may exceed its limit by the square root, as the shares of servers by chance differ by about as much.
+        It comes with the maximum number of items and bytes that it may get; None: `server` should get them.
         """
-        home = min(homes, key=lambda it: it.in_flight / it.window, default=None)
-        if home is None or home.size_room <= 0:
-            return None, 0
-        limit = self._limit(home, usable)
-        room = min(limit + math.isqrt(limit), home.capacity) - home.in_flight
-        return (home, room) if room > 0 else (None, 0)
+        if (foreign := self._calls[0].waiting.foreign(server.cache)) is None:
+            return None
+        cache, count = foreign
+        home = next((it for it in usable if it.cache is cache), None)
+        if home is None:
+            return None
+        limit = home.limit(outstanding, len(usable))
+        room = min(limit + limit // AHEAD_BY_PREFIX, home.window) - home.in_flight
+        size = min(home.piece_size, MAX_SIZE_IN_FLIGHT - home.size_in_flight)
+        return (home, min(room, count), size) if room > 0 and size > 0 else None
 
-    def _take_items(
-        self, server: Server, serving: frozenset[Cache], count: int, calls: int | None = None
-    ) -> list[Item]:
-        """Take up to `count` items that suit a server from the calls in turn.
+    def _take_items(self, server: Server, count: int, most: float, calls: int | None = None) -> list[Item]:
+        """Take up to `count` items and `most` bytes for a server from the calls in turn, but at least one item.
 
-        `serving`: see `Waiting`.
         `calls`: the number of calls that may give some; None: all.
         """
         taken: list[Item] = []
-        most, without = server.size_room, 0
         while self._calls and len(taken) < count and most >= 0 and calls != 0:
             calls = calls and calls - 1
-            waiting, before = self._calls[0].waiting, len(taken)
-            share = min(len(waiting), -(-(count - before) // (1 if calls == 0 else len(self._calls))))
-            most = waiting.take(server.cache, serving, share, most, taken)
-            without = 0 if len(taken) > before else without + 1
-            self._rotate_calls()
-            if without == min(len(self._calls), MAX_PASSED_CALLS):
-                break
-        return self._count_taken(taken)
-
-    def _steal_items(self, server: Server, count: int) -> list[Item]:
-        """Take up to `count` items of one group of another server from the next call."""
-        taken: list[Item] = []
-        self._calls[0].waiting.steal(server.cache, count, server.size_room, taken)
-        self._rotate_calls()
-        return self._count_taken(taken)
-
-    def _rotate_calls(self) -> None:
-        """Have the next piece begin with another call."""
-        self._calls.rotate(-1)
-        if not self._calls[-1].waiting:
-            self._calls.pop()
-
-    def _count_taken(self, taken: list[Item]) -> list[Item]:
-        """Count items as no longer waiting in calls. Return those that may be sent."""
+            call = self._calls[0]
+            waiting = call.waiting
+            share = min(len(waiting), -(-(count - len(taken)) // (1 if calls == 0 else len(self._calls))))
+            most = waiting.take(server.cache, share, most, taken)
+            self._calls.rotate(-1)  # the next piece begins with another call
+            if not waiting:
+                self._calls.pop()
         self._waiting_in_calls -= len(taken)
         accused = [*filter(retries.is_suspect, taken)]
         if accused:  # a verdict while they waited made them suspects

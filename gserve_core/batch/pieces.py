@@ -11,8 +11,6 @@ from .waiting import Waiting
 
 MAX_PIECE_SIZE = 4 << 20
 """Maximum size of one request, in bytes. A request with a single item may be larger."""
-MAX_SIZE_IN_FLIGHT = 64 << 20
-"""Maximum size of the items in flight on one server, in bytes. A single piece may be larger."""
 AHEAD = 1.25
 """Keep at least this multiple of a server's capacity in flight, so that it never runs dry."""
 
@@ -94,14 +92,8 @@ class Server:
 
     def resize(self, capacity: int) -> None:
         """Let the server work on `capacity` items at once."""
-        self.capacity = capacity
         self.window = 2 * capacity
         self.min_in_flight = int(AHEAD * capacity)
-
-    @property
-    def size_room(self) -> float:
-        """Maximum size of its next piece, in bytes."""
-        return min(self.piece_size, MAX_SIZE_IN_FLIGHT - self.size_in_flight)
 
     @property
     def is_retired(self) -> bool:

@@ -56,14 +56,15 @@ class Prefix:
     def add(self, cache: Cache) -> None:
         """Take note that a prompt with this prefix is sent to a server."""
         if cache not in self.caches:
-            self.caches = self.homes | {cache}
+            self.caches = frozenset([cache, *(it for it in self.caches if not it.is_gone)])
 
     @property
-    def homes(self) -> frozenset[Cache]:
-        """The caches with this prefix, of servers that still get prompts."""
-        if any(it.is_gone for it in self.caches):
-            self.caches = frozenset(it for it in self.caches if not it.is_gone)
-        return self.caches
+    def home(self) -> Cache | None:
+        """The only cache with this prefix; None if there is none, or several."""
+        if len(self.caches) != 1:
+            return None
+        (cache,) = self.caches
+        return None if cache.is_gone else cache
 
 
 class Prefixes:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from .prefixes import Cache, Prefix
@@ -24,35 +24,28 @@ class Waits(Protocol):
 
 
 class _Group[Item: Waits]:
-    """The waiting items with one prefix. `homes`: the homes of the prefix when the group was last placed."""
+    """The waiting items with one prefix. `home`: the home of the prefix when the group was last moved."""
 
-    __slots__ = ("homes", "items", "prefix")
+    __slots__ = ("home", "items", "prefix")
 
     def __init__(self, prefix: Prefix | None) -> None:
         self.prefix = prefix
         self.items: deque[Item] = deque()
-        self.homes: frozenset[Cache] = frozenset()
-
-
-type _Place = tuple[Cache | None, bool]
-"""A home of groups, or None for groups without one; and whether it is their only home."""
+        self.home: Cache | None = None
 
 
 class Waiting[Item: Waits]:
     """The waiting items of a call.
 
-    Items without a prefix are taken in order. The others form groups, one for each prefix. The homes of a group are the
-    servers that have its prefix.
-
-    Of the groups of other servers, a server gets none with `take`, and one at a time with `steal`. In both methods
-    `serving` has the caches of the servers that get items now. The groups of no such server count as without a home.
+    Items without a prefix are taken in order. The others form groups, one for each prefix. The home of a group is the
+    only server that has its prefix. It has no home if no server has the prefix, or if several have it.
     """
 
     def __init__(self) -> None:
         self._plain: _Group[Item] = _Group(None)
         self._groups: dict[Prefix, _Group[Item]] = {}
-        self._by_place: dict[_Place, OrderedDict[_Group[Item], None]] = {}
-        """The groups by their places, the oldest first. A group with several homes has a place for each."""
+        self._by_home: dict[Cache | None, OrderedDict[_Group[Item], None]] = {}
+        """The groups by their homes, the oldest first."""
         self._grouped = 0
         """Number of items in groups."""
 
@@ -84,11 +77,11 @@ class Waiting[Item: Waits]:
         """Remove all items."""
         self._plain.items.clear()
         self._groups.clear()
-        self._by_place.clear()
+        self._by_home.clear()
         self._grouped = 0
 
-    def take(self, cache: Cache, serving: Set[Cache], count: int, room: float, taken: list[Item]) -> float:
-        """Move up to `count` items that suit a server to `taken`. Return the remaining room.
+    def take(self, cache: Cache, count: int, room: float, taken: list[Item]) -> float:
+        """Move up to `count` items to `taken`, those first that suit a server. Return the remaining room.
 
         `cache`: that of the server.
         `room`: maximum size of the items, in bytes. A negative result means that an item did not fit. The first item of
@@ -96,127 +89,89 @@ class Waiting[Item: Waits]:
         """
         last = len(taken) + count
         while len(taken) < last and len(self) and room >= 0:
-            group = self._next(cache, serving) if self._grouped else self._plain
-            if group is None:
-                break
-            end = min(last, len(taken) + PLAIN_ITEMS) if self._grouped and group is self._plain else last
-            room = self._take_from(group, cache, end, room, taken)
+            group = self._next(cache) if self._grouped else self._plain
+            items, before = group.items, len(taken)
+            end = min(last, before + PLAIN_ITEMS) if self._grouped and group is self._plain else last
+            while items and len(taken) < end:
+                room -= items[0].size
+                if room < 0 and taken:
+                    break
+                taken.append(items.popleft())
+            if group.prefix is not None and len(taken) > before:
+                self._grouped -= len(taken) - before
+                group.prefix.add(cache)
+                self._move(group)
         return room
 
-    def steal(self, cache: Cache, count: int, room: float, taken: list[Item]) -> float:
-        """Move up to `count` items of the group that `foreign` returns to `taken`. See `take`."""
-        return self._take_from(self._largest(), cache, len(taken) + count, room, taken)
-
-    def foreign(self, cache: Cache, serving: Set[Cache]) -> tuple[frozenset[Cache], int] | None:
-        """Return the homes and the number of items of a large group of other servers, if no item suits a server.
-
-        None: `take` has an item for it, or no item waits.
-        """
-        if not self._grouped or self._next(cache, serving) is not None:
+    def foreign(self, cache: Cache) -> tuple[Cache, int] | None:
+        """Return the home of the next items for a server, and their number, if it is another server; otherwise None."""
+        if not self._grouped:
             return None
-        group = self._largest()
-        return group.homes, len(group.items)
+        group = self._next(cache)
+        home = group.home
+        return None if home is None or home is cache else (home, len(group.items))
 
     def release(self, cache: Cache) -> None:
         """Let other servers take the groups of a server that is gone."""
-        for place in ((cache, True), (cache, False)):
-            for group in [*self._by_place.get(place, ())]:
-                self._update(group)
+        for group in [*self._by_home.get(cache, ())]:
+            self._move(group)
 
     def _group(self, prefix: Prefix) -> _Group[Item]:
         """Return the group of a prefix; a new one if there is none."""
         group = self._groups.get(prefix)
         if group is None:
             group = self._groups[prefix] = _Group(prefix)
-            self._place(group, prefix.homes)
+            group.home = prefix.home
+            self._by_home.setdefault(group.home, OrderedDict())[group] = None
         return group
 
-    def _place(self, group: _Group[Item], homes: frozenset[Cache]) -> None:
-        """Put a group into its places, as the last one there."""
-        group.homes = homes
-        for place in _places(homes):
-            self._by_place.setdefault(place, OrderedDict())[group] = None
-
-    def _displace(self, group: _Group[Item]) -> None:
-        """Remove a group from its places."""
-        for place in _places(group.homes):
-            groups = self._by_place[place]
-            del groups[group]
-            if not groups:
-                del self._by_place[place]
-
-    def _take_from(self, group: _Group[Item], cache: Cache, end: int, room: float, taken: list[Item]) -> float:
-        """Move items of a group to `taken`, until this has `end` items. Return the remaining room, as `take` does."""
-        items, before = group.items, len(taken)
-        while items and len(taken) < end:
-            room -= items[0].size
-            if room < 0 and taken:
-                break
-            taken.append(items.popleft())
-        if group.prefix is not None and len(taken) > before:
-            self._grouped -= len(taken) - before
-            group.prefix.add(cache)
-            self._update(group)
-        return room
-
-    def _update(self, group: _Group[Item]) -> None:
-        """Have a group in the places of its prefix, behind much older ones there. Forget it if it is empty."""
+    def _move(self, group: _Group[Item]) -> None:
+        """Move a group to the home of its prefix, or behind a much older one there. Forget it if it is empty."""
         assert group.prefix is not None
-        homes = group.prefix.homes
-        if not group.items:
-            self._displace(group)
-            del self._groups[group.prefix]
-        elif homes != group.homes:
-            self._displace(group)
-            self._place(group, homes)
+        home, groups = group.prefix.home, self._by_home[group.home]
+        if group.items and home is group.home:
+            second = next(itertools.islice(groups, 1, None), group)
+            if group.items[0].index > second.items[0].index + MAX_PASSED:
+                groups.move_to_end(group)
+            return
+        del groups[group]
+        if not groups:
+            del self._by_home[group.home]
+        if group.items:
+            group.home = home
+            self._by_home.setdefault(home, OrderedDict())[group] = None
         else:
-            for place in _places(homes):
-                groups = self._by_place[place]
-                second = next(itertools.islice(groups, 1, None), group)
-                if group.items[0].index > second.items[0].index + MAX_PASSED:
-                    groups.move_to_end(group)
+            del self._groups[group.prefix]
 
-    def _next(self, cache: Cache, serving: Set[Cache]) -> _Group[Item] | None:
-        """Return the items from which a server gets the next one; None: all are for other servers.
+    def _next(self, cache: Cache) -> _Group[Item]:
+        """Return the items from which a server gets the next one.
 
-        First come the groups that it alone has, then all others that it or no server has, and the items without a
-        prefix, in order. Items that are older by `MAX_PASSED` come before them, of any server.
+        Its own groups come first, then those without a home and the items without a prefix in order, then the largest
+        group of another server. Items that are older by `MAX_PASSED` come before them.
         """
         best = self._plain if self._plain.items else None
         rank = best.items[0].index if best else 0
-        suits = best is not None
-        for place in [*self._by_place]:
-            self._update_first(place)
-        for groups in self._by_place.values():
+        has_own = best is not None
+        for home in [*self._by_home]:
+            self._update_first(home)
+        for home, groups in self._by_home.items():
             group = next(iter(groups))
-            index = group.items[0].index
-            if cache in group.homes:
-                index -= MAX_PASSED if len(group.homes) == 1 else 0
-            elif not group.homes.isdisjoint(serving):
-                index += MAX_PASSED
-                if best is None or index < rank:
-                    best, rank = group, index
-                continue
+            is_foreign = home is not None and home is not cache
+            has_own = has_own or not is_foreign
+            index = group.items[0].index + (MAX_PASSED if is_foreign else -MAX_PASSED if home is cache else 0)
             if best is None or index < rank:
                 best, rank = group, index
-            suits = True
-        return best if suits else None
-
-    def _largest(self) -> _Group[Item]:
-        """Return a group with many items, of the server with the most groups."""
-        largest = max(self._by_place.values(), key=len)
+        assert best is not None
+        if has_own:
+            return best
+        largest = max(self._by_home.values(), key=len)
         return max(itertools.islice(largest, MAX_COMPARED), key=lambda it: len(it.items))
 
-    def _update_first(self, place: _Place) -> None:
-        """Move groups that have other homes by now, until the first one of this place has not."""
-        while groups := self._by_place.get(place):
+    def _update_first(self, home: Cache | None) -> None:
+        """Move groups that have another home by now, until the first one of this home has not."""
+        while groups := self._by_home.get(home):
             group = next(iter(groups))
             assert group.prefix is not None
-            if group.prefix.homes == group.homes:
+            if group.prefix.home is home:
                 return
-            self._update(group)
-
-
-def _places(homes: frozenset[Cache]) -> list[_Place]:
-    """Return the places of groups with these homes."""
-    return [(home, len(homes) == 1) for home in homes] or [(None, True)]
+            self._move(group)

@@ -68,21 +68,20 @@ def test_the_memory_for_prefixes_is_bounded_and_those_in_use_are_kept() -> None:
     assert not first.caches
 
 
-def test_the_homes_of_a_prefix_are_the_servers_that_have_it_and_are_not_gone() -> None:
+def test_the_home_of_a_prefix_is_the_only_server_that_has_it() -> None:
     found = Prefixes().find(DOCUMENT)
     assert found is not None
     one, other = Cache(), Cache()
-    assert not found.homes
+    assert found.home is None
     found.add(one)
-    assert found.homes == {one}
+    assert found.home is one
     found.add(other)
-    assert found.homes == {one, other}
+    assert found.home is None
     one.is_gone = True
-    assert found.homes == {other}
-    found.add(third := Cache())
-    assert found.caches == {other, third}, "what is gone is forgotten"
-    other.is_gone = third.is_gone = True
-    assert not found.homes
+    found.add(Cache())
+    assert one not in found.caches
+    other.is_gone = True
+    assert found.home is None
 
 
 def test_tools_with_keys_that_json_has_not_are_compared_too() -> None:
