@@ -229,6 +229,7 @@ from gserve_core import diagnosis
 from gserve_core.host import memory
 
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+assert memory.usable_memory() == 100 << 20
 kills = memory.memory_kills()
 child = subprocess.run([sys.executable, "-c", "b'x' * (1 << 30)"])
 how = {"phase": "loading", "cause": None, "returncode": child.returncode, "log": Path(sys.argv[1], "none")}

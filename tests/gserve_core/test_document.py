@@ -66,6 +66,14 @@ def test_a_harmful_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
     logger.info("%s: %.2f s, %d MiB", kind, seconds, mebibytes)
 
 
+def test_an_override_changes_what_it_names_and_no_alias_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "models.yaml"
+    path.write_text("models: {a: {serve: &s {servers: 1}}, b: {serve: *s}}\n")
+    data = Document(path, ["models.a.serve.servers=2"]).data
+    assert data == {"models": {"a": {"serve": {"servers": 2}}, "b": {"serve": {"servers": 1}}}}
+    assert "&" not in dump(Document(path).data)
+
+
 def test_what_is_written_is_read_as_the_same_data(tmp_path: Path) -> None:
     texts = ["on", "no", "true", "1e5", "0o17", "012", "12:30:00", "2024-01-01", "~", "", "a: b", "# c", "<<", "é\n\tf"]
     data = {

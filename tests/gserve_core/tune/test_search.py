@@ -28,12 +28,12 @@ class Trials:
 
     def _measure(self, setting: Setting) -> Measured:
         wanted, left = self._cost(), self.total - self.now
-        longest = max((it.seconds for it in self.search.measured[1:]), default=0.0)
+        longest = max((it.seconds for it in self.search.measured[1:] if not it.failure), default=0.0)
         assert left >= longest, "it was begun without time for it"
         seconds = min(wanted, left)
         self.now += seconds
         if wanted > left:
-            return Measured(setting, seconds=seconds, failure="not finished")
+            return Measured(setting, seconds=seconds, failure="not finished", is_cut=True)
         rate = self._rate(dict(setting))
         if rate <= 0:
             return Measured(setting, seconds=seconds, failure="did not start: out of memory")
@@ -128,6 +128,27 @@ def test_a_setting_that_fails_is_an_outcome_and_the_search_goes_the_other_way() 
     assert dict(trials.run()) == {"seqs": 128}
     failed = [dict(it.setting) for it in trials.search.measured if it.failure]
     assert failed == [{"seqs": 512}, {"seqs": 64}]
+
+
+def test_a_winner_that_fails_when_it_is_confirmed_is_not_written() -> None:
+    rates = iter([150.0, 0.0])
+    assert Trials(lambda it: next(rates) if it == {"servers": 2} else 100.0).run() == GIVEN
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_key_that_changes_nothing_is_left_as_it_was(seed: int) -> None:
+    chance = random.Random(seed)
+    trials = Trials(lambda it: (170 if "servers" in it else 100) * chance.uniform(0.99, 1.01))
+    best = trials.run()
+    assert dict(best) == {"servers": 2}
+    assert trials.tried[-1] == best, "it is confirmed"
+
+
+def test_a_failure_that_takes_long_does_not_end_the_search() -> None:
+    costs = iter([10.0, 10.0, 180.0])
+    trials = Trials(lambda it: 0.0 if "servers" in it else 100.0, 400.0, lambda: next(costs, 10.0))
+    trials.run()
+    assert not trials.search.untried
 
 
 def test_a_given_config_that_fails_at_the_end_does_not_change_its_rate() -> None:

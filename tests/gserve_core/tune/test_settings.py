@@ -79,6 +79,10 @@ def test_without_a_gpu_a_cache_that_is_not_set_takes_4_gib_beside_the_weights(mo
     assert tried(OnCpu())[SERVERS] == [None, 2], "three take 18 of 16 GiB"
 
 
+def test_without_a_gpu_a_cache_that_is_set_counts() -> None:
+    assert tried(OnCpu(), llm_kwargs={"kv_cache_memory_bytes": 6 << 30})[SERVERS] == [None, 2], "of 16 GiB"
+
+
 @pytest.mark.parametrize(
     ("serve", "llm"),
     [
