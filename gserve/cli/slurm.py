@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from gserve_core.rows.job import FileJob
 
 
+PART_FORMAT = "jsonl"
+
+
 @with_job_flags
 def sbatch(
     flags: JobFlags,
@@ -32,7 +35,7 @@ def sbatch(
     ] = None,
     part_format: Annotated[
         str, typer.Option(metavar="FORMAT", help="With --shards: the format of the parts, as in parquet.")
-    ] = "jsonl",
+    ] = PART_FORMAT,
     overrides: Overrides = None,
     only_print: Annotated[bool, typer.Option("--print", help="Only show what would be submitted.")] = False,
     partition: SlurmText = None,
@@ -58,6 +61,8 @@ def sbatch(
     if flags.source is not None:
         output = _output(flags, shards, part_format, batch.TASK)
         command = _answering(flags, output, shards, batch.TASK, is_chat=is_chat)
+        if part_format != PART_FORMAT and shards is None:
+            raise ConfigError("--part-format requires --shards")
     elif wrong := [*flags.given, *(["--chat"] if is_chat else ()), *(["--shards"] if shards else ())]:
         raise ConfigError(f"{wrong[0]} requires --input")
     service = gserve.VLLMService.from_yaml(config, overrides=overrides or ())

@@ -80,8 +80,8 @@ class Answers:
         if not self._reserved.isdisjoint(row):
             taken = min(self._reserved.intersection(row))
             raise ConfigError(
-                f"the rows have the column '{taken}', which is a column of the answers too: choose a prefix for these,"
-                " such as new_"
+                f"the rows have the column '{taken}', which is a column of the answers too: choose a prefix for these"
+                " (--prefix), such as new_"
             )
 
     def encode(self, outputs: list[ResponseOutput], place: int) -> bytes:

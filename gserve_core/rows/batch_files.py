@@ -19,6 +19,7 @@ from msgspec import Raw, Struct
 
 from ..errors import ConfigError, GserveError, did_you_mean
 from ..openai_api import ROUTES, Kind
+from .formats import MAGIC
 from .id_set import IdSet
 
 URLS = sorted(path for (method, path), kind in ROUTES.items() if method == "POST" and kind is not Kind.HEARS)
@@ -203,6 +204,8 @@ class BatchInput:
         """Number of lines that are not blank."""
         with self._open() as stream:
             for row in stream:
+                if self.lines == 0 and row.startswith((*MAGIC.values(),)):
+                    raise ConfigError("it is compressed: expected a batch file of plain text, so unpack it", file=path)
                 digest.update(row)
                 self.lines += not row.isspace()
         self.digest = f"blake2b:{digest.hexdigest()}"

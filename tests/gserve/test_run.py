@@ -390,6 +390,7 @@ def test_print_shows_the_script_and_the_command_line_and_submits_nothing(tmp_pat
         (["-i", "in.txt", "-o", "x", "--params", "{"], "expected --params as a JSON object"),
         (["-i", "in.txt", "-o", "x", "--shards", "2", "--failed", "f"], "each part has a file of its own for failed"),
         (["-i", "in.txt", "-o", "x.csv", "--params", '{"max_token": 1}'], "max_token"),
+        (["-i", "in.txt", "-o", "x.csv", "--part-format", "csv"], "--part-format requires --shards"),
         (["--params", "{}", "--", "true"], "--params requires --input"),
         (["--time", "soon", "--", "true"], "expected a time such as 02:00:00 .* - at --time"),
         (["--set", "serve.env={API_KEY: canary-0123456789}", "--", "true"], "--set contains a secret"),

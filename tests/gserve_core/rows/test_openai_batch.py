@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gzip
 import json
 import os
 import signal
@@ -419,6 +420,9 @@ def test_files_that_are_none_are_refused(source: Path, output: Path) -> None:
         run(source, output, Scripted())
     with pytest.raises(ConfigError, match="is not a file"):
         run(source.parent, output, Scripted())
+    source.write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ConfigError, match="it is compressed: expected a batch file of plain text"):
+        run(source, output, Scripted())
     write(source, line("a"))
     with pytest.raises(ConfigError, match="expected another file for the output"):
         run(source, source, Scripted())
