@@ -40,6 +40,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "template.txt").write_text("{{ q }}\n")
     (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
     return tmp_path
 
 
@@ -64,6 +65,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "limit": ("--limit", "7"),
     "shard": ("--shard", "2/3"),
     "overwrite": ("--overwrite",),
+    "overwrite_once": ("--overwrite-once",),
     "dry_run": ("--dry-run",),
 }
 """The words of each option."""
@@ -85,6 +87,7 @@ IN_JOB: dict[str, tuple[str, Any]] = {
     "limit": ("limit", 7),
     "shard": ("shard", "2/3"),
     "overwrite": ("overwrite", True),
+    "overwrite_once": ("overwrite", "4711"),
 }
 """Where each option is in the job, and its value there."""
 REST = ("source", "output")
