@@ -3,11 +3,13 @@
 import os
 import socket
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import psutil
@@ -94,6 +96,18 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory, default_signals: None)
         assert not testing.our_files(), "state files left behind by the suite"
         if os.environ.get("CI"):  # elsewhere somebody may be at work in it
             assert _changed_files() == tree, "the suite changed files of the checkout"
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Forget the modules that a test has imported from its own folder: another test may have one of the same name."""
+    paths, modules, base = [*sys.path], {*sys.modules}, str(tmp_path_factory.getbasetemp())
+    yield
+    sys.path[:] = paths
+    for name in sys.modules.keys() - modules:
+        module = sys.modules[name]
+        if isinstance(module, ModuleType) and str(vars(module).get("__file__")).startswith(base):
+            del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)
