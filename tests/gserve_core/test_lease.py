@@ -315,11 +315,11 @@ def test_where_only_the_end_of_the_line_counts_a_server_needs_no_heartbeat(tmp_p
 
 def test_a_server_that_was_stopped_does_not_count_that_time_as_silence(tmp_path: Path) -> None:
     with leased(tmp_path) as server:
-        server.say({**HELLO, "ttl": 3.0})
+        server.say({**HELLO, "ttl": 6.0})  # two checks after the end of the stop count for up to 3 s
         with beating(server):
             server.hear("ready")
         server.process.send_signal(signal.SIGSTOP)
-        time.sleep(4.0)
+        time.sleep(7.0)
         server.process.send_signal(signal.SIGCONT)
         time.sleep(0.5)
         with beating(server):
