@@ -99,9 +99,9 @@ def check_row(text_format: Format, row: Row) -> None:
 
 
 def check_sources(file_type: FileType, sources: Sequence[Source], wanted: Callable[[int], bool] | None = None) -> None:
-    """Check that an output can hold the columns of those sources that are tables, as far as their types tell.
+    """Check by the types of columns that an output can hold the sources that are tables.
 
-    Where a type tells that there may be bytes, the column is read up to the first ones.
+    A column that may have bytes is read up to the first ones.
 
     `wanted`: whether the row at a place is for the output; None: all are.
 
