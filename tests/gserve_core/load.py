@@ -12,7 +12,7 @@ from gserve import ResponseOutput, VLLMService
 from tests.gserve_core.fake_servers import until
 from tests.listeners import server_pid
 
-AHEAD = 100
+AHEAD = 200
 """Number of items that a batch has sent and that are not answered. Two servers with a capacity of 16 take 32."""
 BEGUN = 20
 """Number of answers after which a batch has begun."""
@@ -31,6 +31,7 @@ class Load:
         self._items = 0
         self._service = service
         self._is_over = False
+        self._has_failed = False
         self._thread = threading.Thread(target=self._work)
 
     def _prompts(self) -> Iterator[Any]:
@@ -48,6 +49,8 @@ class Load:
 
     def _work(self) -> None:
         for number, outcome in self._service.generate_iter(self._prompts(), self._params()):
+            if self._has_failed:
+                break
             assert isinstance(outcome, list)
             (self.outputs[number],) = outcome
 
@@ -59,6 +62,7 @@ class Load:
     def __exit__(self, kind: object, *_: object) -> None:
         self._is_over = True
         if kind is not None:
+            self._has_failed = True
             self._service.shutdown()  # it may be paused
         self._thread.join()
         if kind is None:
