@@ -29,6 +29,8 @@ FREE = 0.05
 """Maximum part of a server's GPU memory that may be in use when the memory counts as free."""
 SHARERS = 2
 """Number of servers that share a GPU."""
+SERVED = ("short", "long", "sampled", "skewed")
+"""The workloads of several servers on a GPU, in this order."""
 PROMPT, PARAMS = "Once upon a time there was", {"temperature": 0, "max_tokens": 4}
 
 
@@ -117,7 +119,7 @@ def sharing(bench: Benchmark, model: str, scale: float) -> None:
 
 
 def servers(bench: Benchmark, model: str, scale: float) -> None:
-    """Measure *short*, *sampled* and *long* by `servers_per_gpu: auto` and by one server, against `vllm.LLM`.
+    """Measure the workloads `SERVED` by `servers_per_gpu: auto` and by one server, against `vllm.LLM`.
 
     All engines are on the same GPU. Each side has a KV cache of the same size, which the servers of `auto` divide.
     """
@@ -138,7 +140,7 @@ def servers(bench: Benchmark, model: str, scale: float) -> None:
         room.wait()
         sides: dict[str, Side] = {GSERVE: Gserve(several), "one server": Gserve(one), "vllm.LLM": room}
         known = {it.name: it for it in of_gpu()}
-        for name in ("short", "sampled", "long"):
+        for name in SERVED:
             workload = replace(
                 known[name].scaled(scale), name=f"{name}, auto", sides={"one server": None, "vllm.LLM": None}
             )

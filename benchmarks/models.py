@@ -132,6 +132,9 @@ def _made(target: Path, make: Callable[[Path], None]) -> Path:
         try:
             make(scratch)
             scratch.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process has made it
+                raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     return target

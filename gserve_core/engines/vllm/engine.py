@@ -70,7 +70,7 @@ from .pooling import Pooling, Vector
 from .progress import Progress
 from .prompt_lengths import prompt_lengths
 from .token_counts import OWN, TokenCounts
-from .tokenizing import Ahead, quicken
+from .tokenizing import Ahead, quicken, quicken_answers
 from .weight_files import check_pushed, check_weights
 from .weight_loading import CHECK, LOAD
 from .weight_transfer import FINISH, INIT, RECEIVE, WORKER_EXTENSION
@@ -483,6 +483,7 @@ class RunningVLLM(RunningEngine):
         if self._renderer.tokenizer is not None:
             with differences.optional("the faster tokenizer"):
                 self._ahead = quicken(self._renderer.tokenizer)
+                quicken_answers()
         self._chat_failure: str | None = None
         """Why this vLLM cannot render conversations, if that is not their fault."""
         self._numbers = iter(range(1 << 62))

@@ -1,12 +1,20 @@
-"""A faster tokenizer for vLLM's repeated requests: encode one text, decode one token, get the end token."""
+"""Faster texts: a tokenizer for vLLM's repeated requests, and a detokenizer that does not read whole prompts."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
+
+from . import differences
 
 REMEMBERED, FEW = 1 << 16, 8
 """Maximum number of cached decodings, and maximum number of tokens in each."""
 PLAIN_OPTIONS = {"truncation", "max_length", "add_special_tokens"}
 """Options with which the tokens of a text do not depend on the other texts in the same call."""
+
+TAILS = 32, 256
+"""Numbers of last tokens of a prompt that may be enough to decode its answer."""
+CUT = "\ufffd"
+"""What stands for a character of which some bytes are missing."""
 
 type Ahead = dict[str, list[int] | None]
 """Texts that will soon be encoded, and their token ids; None: not encoded yet."""
@@ -44,3 +52,38 @@ def quicken(tokenizer: Any) -> Ahead:
     own = {"decode": decode, "__call__": encode, "eos_token_id": tokenizer.eos_token_id}
     tokenizer.__class__ = type(kind.__name__, (kind,), own)
     return ahead
+
+
+@functools.cache
+def quicken_answers() -> None:
+    """Let vLLM's detokenizers begin with the last tokens of a prompt. Idempotent.
+
+    They decode a whole prompt twice to get the text of the first token after it: 0.8 ms for 1,500 tokens, in which the
+    server does nothing else. Texts are the same. Raises GserveError: this vLLM has no such detokenizer.
+    """
+    kind = differences.find("vllm.v1.engine.detokenizer:FastIncrementalDetokenizer")
+    begin = kind.__init__
+
+    @functools.wraps(begin)
+    def begin_short(self: Any, tokenizer: Any, request: Any) -> None:
+        begin(self, tokenizer, request)
+        prompt = request.prompt_token_ids
+        if prompt is not None and (tail := _tail(self, prompt)) is not None:
+            self.stream = type(self.stream)(ids=tail, skip_special_tokens=self.skip_special_tokens)
+
+    kind.__init__ = begin_short
+
+
+def _tail(detokenizer: Any, prompt: Sequence[int]) -> Sequence[int] | None:
+    """Return last tokens of a prompt after which any token has the text that it has after the prompt; None: use all.
+
+    Decoders drop a space at the beginning, so there must be a text. It must not end within a character.
+    """
+    for count in TAILS:
+        if len(prompt) < 2 * count:
+            break
+        tail = prompt[-count:]
+        text = detokenizer.tokenizer.decode(tail, skip_special_tokens=detokenizer.skip_special_tokens)
+        if text.strip() and not text.endswith(CUT):
+            return tail
+    return None
