@@ -22,7 +22,7 @@ from gserve_core.messages import Event, Group, Health, RunRequest
 from gserve_transports import HttpTransport
 from tests.gserve_transports.noted import Noted, left_open, until
 
-ACCESS = Access(token="a-token-of-this-server", control="the-control-secret", instance="noted", timeout=5.0)
+ACCESS = Access(token="a-token-of-this-server", control="the-control-secret", instance="noted", timeout=60.0)
 REQUEST = RunRequest([Group(["a"])])
 
 

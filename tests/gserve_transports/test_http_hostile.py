@@ -453,5 +453,5 @@ def test_a_client_that_takes_nothing_of_its_answer_is_cut_off(monkeypatch: pytes
         body = msgspec.msgpack.encode(RunRequest([Group([*["x" * 5000] * 180, "slow"])]))
         head = f"POST /run HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {api.token}\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        until(lambda: api.working)
+        until(lambda: api.effects)
         until(lambda: not api.working)

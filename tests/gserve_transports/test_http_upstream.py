@@ -1,6 +1,7 @@
 """The gateway's connections to servers: requests end with them, and none stays open that nobody needs."""
 
 import asyncio
+import itertools
 import socket
 import ssl
 import time
@@ -80,7 +81,7 @@ def test_a_request_that_is_cancelled_at_any_moment_leaves_no_connection_open(by_
 
     async def cancel(address: Address) -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: problems.append(context))
-        for turns in range(MOMENTS):
+        for turns in itertools.count():
             upstream = Upstream(address, accept_any() if by_tls else None)
             asking = asyncio.create_task(ask(upstream))
             for _ in range(turns):
@@ -89,7 +90,9 @@ def test_a_request_that_is_cancelled_at_any_moment_leaves_no_connection_open(by_
             asking.cancel()
             await asyncio.wait([asking])
             upstream.close()
-        assert asking.result() == b"ok", "this request takes longer"
+            if turns >= MOMENTS - 1 and not asking.cancelled():  # the server's thread may be late
+                break
+        assert asking.result() == b"ok"
 
     with prompt_server(certificate if by_tls else None) as address:
         assert left_open(cancel(address)) == []

@@ -355,9 +355,9 @@ def test_a_hundred_thousand_items_go_in_one_call(service: VLLMService) -> None:
 
 
 def test_all_servers_get_work(slow: VLLMService) -> None:
-    began = time.monotonic()
-    slow.generate(["a " * 20] * 16)  # four at once of two seconds: 8 s for one server, 4 s for two
-    assert time.monotonic() - began < 7
+    before = [state.counters.items for state in slow.status()]
+    slow.generate(["a " * 5] * 16)
+    until(lambda: all(it.counters.items > was for it, was in zip(slow.status(), before, strict=True)))
 
 
 # ------------------------------------------------------------------------------------------------------------- deaths
@@ -397,12 +397,13 @@ def test_a_server_that_is_slow_gets_less_of_a_batch() -> None:
 def test_a_server_that_is_killed_loses_no_item() -> None:
     with service_of(2, latency=0.03, capacity=8) as service:
         prompts = [f"prompt {index}" for index in range(150)]
+        victim = pid_of(service.servers[0])
         delivered: dict[int, Any] = {}
         for number, (index, outcome) in zip(count(), service.generate_iter(prompts), strict=False):
             assert index not in delivered, "an item must come once"
             delivered[index] = outcome
             if number == 20:
-                os.kill(pid_of(service.servers[0]), signal.SIGKILL)
+                os.kill(victim, signal.SIGKILL)
         assert len(delivered) == 150
         assert all(delivered[index][0].text == prompt for index, prompt in enumerate(prompts))
         assert service.is_running()
@@ -443,7 +444,7 @@ def test_when_all_servers_are_killed_the_call_ends_with_what_is_finished() -> No
 
         calling = threading.Thread(target=call)
         calling.start()
-        time.sleep(2.0)
+        until(lambda: sum(state.counters.items for state in service.status()) >= 16)
         for server in service.servers:
             os.kill(pid_of(server), signal.SIGKILL)
         began = time.monotonic()
@@ -611,9 +612,10 @@ def test_a_server_with_enough_to_do_is_asked_again(tmp_path: Path) -> None:
 def test_an_item_that_is_sent_again_is_sampled_alike_if_it_has_a_seed(seed: int) -> None:
     llm, params = replace(LLM, seed=seed), {"temperature": 1.0, "max_tokens": 8}
     with VLLMService(llm, ServeConfig(), engine=EchoEngine(sample=True, latency=0.05, capacity=4)) as service:
+        victim = pid_of(service.servers[0])
         each = service.generate_iter([f"p{index}" for index in range(40)], params)
         seen = dict(next(each) for _ in range(4))
-        os.kill(pid_of(service.servers[0]), signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
         seen |= dict(each)
         one, other = service.generate(["x"] * 2, params)
         fixed = service.generate(["x"] * 2, {**params, "seed": 7})

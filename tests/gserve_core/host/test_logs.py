@@ -324,7 +324,13 @@ os.kill(os.getpid(), 9)
 
 
 def test_the_stack_of_a_crash_is_in_the_file(log: Path) -> None:
-    text = run("print('running', flush=True); time.sleep(0.2); os.abort()", log, code=-signal.SIGABRT)
+    program = f"""
+print("running", flush=True)
+while not os.path.getsize({str(log)!r}):
+    time.sleep(0.01)
+os.abort()
+"""
+    text = run(program, log, code=-signal.SIGABRT)
     assert text.startswith("running\n")
     assert "Fatal Python error: Aborted" in text
 
