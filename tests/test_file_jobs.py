@@ -84,8 +84,10 @@ def lines_of(path: Path) -> list[Any]:
 
 def written(output: Path) -> int:
     """Return the number of answers that a job has written so far."""
-    found = [path for path in (output.with_name(f".{output.name}.gserve.journal"), output) if path.exists()]
-    return found[0].read_bytes().count(b"\n") if found else 0
+    for path in (output.with_name(f".{output.name}.gserve.journal"), output):
+        with suppress(FileNotFoundError):  # the journal goes when the output is there
+            return path.read_bytes().count(b"\n")
+    return 0
 
 
 def rows_of(output: Path) -> list[dict[str, Any]]:
@@ -170,7 +172,7 @@ def kill_again_and_again(place: Place, output: Path, moments: Iterator[Moment], 
     """Start a job and kill it, until it has been killed this often."""
     killed = runs = 0
     while killed < kills:
-        assert runs < 5 * kills, f"only {killed} of {runs} runs were killed before they ended"
+        assert runs < 20 + 5 * kills, f"only {killed} of {runs} runs were killed before they ended"
         runs += 1
         has_come = next(moments)
         process = place.start(*generate(output), start_new_session=True)
@@ -213,7 +215,7 @@ def test_a_job_that_is_killed_again_and_again_has_each_row_once(place: Place, na
 
 
 def test_a_kill_of_a_server_and_then_of_the_job_leaves_each_row_once_and_no_process(place: Place) -> None:
-    source, output = write_rows(place, 1000), place.folder / "to" / "out.jsonl"
+    source, output = write_rows(place, 3000), place.folder / "to" / "out.jsonl"
     command = ["generate", place.config(servers=2, **SLOW), "-i", "in.jsonl", "-o", str(output)]
     process = place.start(*command, start_new_session=True)
     eventually(lambda: written(output) > 50)
@@ -222,8 +224,8 @@ def test_a_kill_of_a_server_and_then_of_the_job_leaves_each_row_once_and_no_proc
     eventually(lambda: written(output) > before + 100)
     kill(process)
     eventually(lambda: not place.processes())
-    assert written(output) < 1000
-    place.run(*command)
+    assert written(output) < 3000
+    place.run(*command, "--set", "engine.latency=0")
     check_each_once(output, source)
 
 
@@ -464,7 +466,7 @@ def test_failed_rows_are_in_a_file_of_their_own_and_are_tried_again(place: Place
 
 
 def test_a_job_in_a_run_that_ends_leaves_the_rest_to_the_same_command(place: Place) -> None:
-    source, output = write_rows(place, 600), place.folder / "to" / "out.parquet"
+    source, output = write_rows(place, 1500), place.folder / "to" / "out.parquet"
     job = [sys.executable, "-m", "gserve.cli", "generate", "-i", "in.jsonl", "-o", str(output)]
     command = ["run", place.config(**SLOW), "--", *job]
     process = place.start(*command)
@@ -473,7 +475,7 @@ def test_a_job_in_a_run_that_ends_leaves_the_rest_to_the_same_command(place: Pla
     assert process.wait(60) == 1
     assert "; the other rows were not answered: " in place.stderr
     done = written(output)
-    assert 50 < done < 600
+    assert 50 < done < 1500
     assert f"{done:,} answered before" in place.run(*command).stderr
     check_each_once(output, source)
 

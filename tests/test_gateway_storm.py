@@ -128,8 +128,8 @@ async def blow(storm: Storm, record: ServiceRecord) -> Seen:
 
     async def client(number: int) -> None:
         await asyncio.sleep(number / storm.streams * WORDS * 0.2)
-        turn = 0
-        while time.monotonic() < end:
+        turn, how = 0, ""
+        while time.monotonic() < end or how in ("cut after an error event", "three deaths"):  # the last one is whole
             words = [f"{number}.{turn}.{place}" for place in range(WORDS)]
             try:
                 async with asyncio.timeout(60):

@@ -115,7 +115,7 @@ def test_the_server_runs_by_hand(tmp_path: Path) -> None:
             assert [next(iter(item[0])) for item in outputs] == ["text", "text"]
             assert all(item[0]["logprobs"] for item in outputs)
             assert client.post("/shutdown").status_code == 200
-        assert shell.wait(30) == 0
+        assert shell.wait(90) == 0
     finally:
         shell.terminate()
         shell.wait(30)

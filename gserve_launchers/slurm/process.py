@@ -23,7 +23,10 @@ from .command_line import program
 from .query import SQUEUE, query_slurm
 
 QUEUE_CHECK_SECONDS = 1.0, 15.0
-"""First and maximum interval between two queries about a waiting job, in seconds. The interval doubles each time."""
+"""First and maximum interval between two queries about a waiting job, in seconds.
+
+The interval doubles each time, as soon as SLURM has the job.
+"""
 STEP_SECONDS = 120.0
 """Maximum wait of a step for its place in the allocation, in seconds, unless `queue_timeout` is set."""
 FORCE_SECONDS = 10.0
@@ -214,11 +217,13 @@ class SlurmProcess(LocalProcess):
         """Ask SLURM why the job waits, until it runs. Runs in a thread of its own."""
         pause = QUEUE_CHECK_SECONDS[0]
         while not self._runs and self._popen.poll() is None:
-            for number, state, reason in self._query_active() or ():
+            rows = self._query_active()
+            for number, state, reason in rows or ():
                 self._runs = state not in ("PENDING", "CONFIGURING")
                 self._awaited = f"SLURM's queue (job {number}, {reason})"
             time.sleep(pause)
-            pause = min(2 * pause, QUEUE_CHECK_SECONDS[1])
+            if rows != [] or self._allocation:  # else SLURM does not have the job yet
+                pause = min(2 * pause, QUEUE_CHECK_SECONDS[1])
 
     def _query_active(self) -> list[list[str]] | None:
         """Return a row with id, state and reason for our job or step; no row if SLURM has none; None: unknown."""

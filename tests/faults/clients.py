@@ -81,7 +81,7 @@ def big_items(scale: Scale) -> Outcome:
     with outcome.trial("a stream"), VLLMService(llm, ServeConfig(), engine=EchoEngine()) as service:
         ended = bytearray(count)
         prompts = (f"document-{index} {text}{index}" for index in range(count))
-        for index, result in service.generate_iter(prompts, {"max_tokens": 1}, deadline=scale.of(60.0, 600.0)):
+        for index, result in service.generate_iter(prompts, {"max_tokens": 1}, deadline=scale.of(150.0, 600.0)):
             outcome.duplicated += ended[index]
             ended[index] = 1
             outcome.lost += not isinstance(result, list)

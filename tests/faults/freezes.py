@@ -65,7 +65,7 @@ def _same(before: Sequence[Marked], one: Owner) -> None:
 
 def together(scale: Scale) -> Outcome:
     """Freeze whole services, owners included, for longer than any timeout, and thaw them from above, and from below."""
-    seconds, stall, count = scale.of((5.0, 2.0, 2), (66.0, 60.0, 20))
+    seconds, stall, count = scale.of((5.0, 3.0, 2), (66.0, 60.0, 20))
     outcome = Outcome(
         fault=f"{count} services frozen together for {seconds:g} s (stall_timeout {stall:g} s), both orders"
     )
@@ -101,7 +101,7 @@ def owner_alone(scale: Scale) -> list[Outcome]:
     Where the line is a pipe, only its end says that the owner is gone: the servers live. Where it can be cut without an
     end, they end after the lease's time limit, and the owner has others when it goes on.
     """
-    seconds, ttl, stall = scale.of((5.0, 1.5, 2.0), (66.0, 60.0, 60.0))
+    seconds, ttl, stall = scale.of((5.0, 1.5, 3.0), (66.0, 60.0, 60.0))
     serve = {"stall_timeout": stall, "client_timeout": scale.of(3.0, 30.0)}
     options = Options(echo=ECHO | {"load_time": 0.0}, servers=2, is_notebook=True, serve=serve, ttl=ttl)
     alive = Outcome(fault=f"owner stopped, or busy in one C call, for {seconds:g} s; the line is a pipe")

@@ -43,7 +43,7 @@ HEAL_SECONDS = 150.0
 """How long a server may take to be ready again: as long as that, and to start."""
 LIMIT_SECONDS = 180.0
 """How long SLURM may take to end a job whose time of one minute is over."""
-SECONDS = 240, 1500
+SECONDS = 480, 1500
 """How long a row may take, in its short and its long form; and then, two minutes to end what it has started."""
 LIMIT = SECONDS[0] + 120, SECONDS[1] + 120
 STALL = 10.0
@@ -454,7 +454,7 @@ def pending(
 
 def released(on: SlurmCluster, outcome: Outcome) -> None:
     """A job waits in the queue, longer than startup_timeout, and is released: it serves."""
-    with pending(on, ServeConfig(startup_timeout=7.0), SlurmLauncher()) as (one, start):
+    with pending(on, ServeConfig(startup_timeout=9.5), SlurmLauncher()) as (one, start):
         time.sleep(10.0)
         assert not start.done(), f"startup_timeout ran in the queue: {start.exception()}"
         phase = one.status()[0].phase or ""
@@ -708,7 +708,7 @@ def suspended(on: SlurmCluster, *jobs: str) -> Iterator[None]:
 def servers_wait(on: SlurmCluster, seconds: float, stall: float) -> Outcome:
     """Suspend the jobs of all servers for longer than `stall_timeout`: the same items see each of these ends."""
     outcome, tally, heard = Outcome(fault=f"the jobs of 2 servers suspended for {seconds:g} s"), Patient(), Heard()
-    engine = EchoEngine(latency=4.0, capacity=4, processes=2)
+    engine = EchoEngine(latency=6.0, capacity=4, processes=2)
     serve = ServeConfig(servers=2, stall_timeout=stall, max_restarts=1000)
     said: list[str] = []
     with (

@@ -48,7 +48,7 @@ ROWS = (
     Row("freeze", freezes.together, (150, 900)),
     Row("owner-stopped", freezes.owner_alone, (150, 600)),
     Row("slow-readers", clients.slow_readers, (90, 600)),
-    Row("big-items", clients.big_items, (120, 900)),
+    Row("big-items", clients.big_items, (240, 900)),
     Row("handlers", clients.handlers, (90, 600)),
     Row("forks", clients.forks, (150, 1800)),
     Row("attached", clients.attached, (150, 900)),

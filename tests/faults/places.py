@@ -99,6 +99,9 @@ def restarts(scale: Scale) -> Outcome:
     def beyond(items: int) -> bool:
         return finished > items
 
+    def lives_again(life: int) -> bool:
+        return service.servers[0].status().generation > life
+
     with (
         VLLMService(LLMConfig("m"), serve, engine=EchoEngine(latency=0.01, capacity=4)) as service,
         ThreadPoolExecutor(1) as pool,
@@ -113,8 +116,9 @@ def restarts(scale: Scale) -> Outcome:
                     until(partial(beyond, before + 30), HEAL_SECONDS, "work")
                     if number:
                         outcome.recover.append(time.monotonic() - since)
+                    life = service.servers[0].status().generation
                     os.kill(oracles.of(service.servers[0])["server"], signal.SIGKILL)
-                    until(lambda: not service.servers[0].is_running(), HEAL_SECONDS, "the end of the server")
+                    until(partial(lives_again, life), HEAL_SECONDS, "its next life")
         finally:
             over.set()
         working.result(2 * HEAL_SECONDS)

@@ -173,7 +173,7 @@ def wedge(scale: Scale) -> Outcome:
                 until(partial(have_restarted, before + 3), HEAL_SECONDS, "three restarts for one item")
                 until(lambda: all(it.usable for it in service.status()), HEAL_SECONDS, "both servers ready")
                 assert restarts() <= before + 4, "one more, where others were in flight at both of the first two deaths"
-                first = [watch.wait_recovered(it, since, 1.0) for it in (0, 1) if watch.detected(it, since)]
+                first = [watch.wait_recovered(it, since, HEAL_SECONDS) for it in (0, 1) if watch.detected(it, since)]
                 detect, recover = min(first)
                 outcome.detect.append(detect)
                 outcome.recover.append(recover)

@@ -10,6 +10,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,10 @@ class Place:
 
     def start(self, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "gserve.cli", *arguments]
-        with (Path(os.devnull) if "stderr" in options else self.folder / "stderr").open("w") as stderr:
+        path = Path(os.devnull) if "stderr" in options else self.folder / "stderr"
+        # an older process may still write into the file: each appends
+        appending = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
+        with os.fdopen(appending, "w") as stderr:
             usual: dict[str, Any] = {
                 "cwd": self.folder, "env": self.environ, "text": True,
                 "stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": stderr,
@@ -58,7 +62,7 @@ class Place:
     ) -> "subprocess.CompletedProcess[str]":
         done = subprocess.run(
             [sys.executable, "-m", "gserve.cli", *arguments],
-            cwd=self.folder, env=self.environ | environ, input=stdin, text=True, capture_output=True, timeout=60,
+            cwd=self.folder, env=self.environ | environ, input=stdin, text=True, capture_output=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == code, done.stderr
         assert "Traceback" not in done.stderr
@@ -76,13 +80,18 @@ class Place:
             try:
                 ours = process.environ().get("XDG_STATE_HOME") == self.environ["XDG_STATE_HOME"]
                 if ours and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
+                    found.append((process.create_time(), process.pid, process))
             except psutil.Error:
                 continue
-        return sorted(found, key=lambda process: process.create_time())
+        return [process for _, _, process in sorted(found)]
 
     def servers(self) -> list[psutil.Process]:
-        return [process for process in self.processes() if "--lease" in process.cmdline()]
+        found = []
+        for process in self.processes():
+            with suppress(psutil.Error):  # it has ended meanwhile
+                if "--lease" in process.cmdline():
+                    found.append(process)
+        return found
 
     def assert_nothing_is_left(self) -> None:
         for process in self.started:

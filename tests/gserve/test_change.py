@@ -18,11 +18,11 @@ def test_a_launched_service_is_scaled_and_reloaded(place: Place) -> None:
     place.run("wait", "demo")
     assert place.run("scale", "demo", "2").stderr == "'demo': 2 servers ready\n"
     assert sorted(servers(place)) == ["server-0", "server-1"]
-    assert "server-1 is ready\n" in place.stderr
+    eventually(lambda: "server-1 is ready\n" in place.stderr)
     place.config(servers=1, latency=0.01)
     assert place.run("reload", "demo").stderr == "'demo': 1 server ready\n"
     assert list(servers(place)) == ["server-2"]
-    assert "server-2 is ready\n" in place.stderr
+    eventually(lambda: "server-2 is ready\n" in place.stderr)
     assert place.run("generate", "--attach", "demo", "a b").stdout == "a b\n"
 
     failed = place.run("reload", "demo", place.config(fail_start="out of words"), code=1)

@@ -14,7 +14,7 @@ import pytest
 
 from gserve import ConfigError
 from gserve_core.host import processes
-from gserve_core.service import records
+from gserve_core.service import checkpoints, records
 from gserve_core.service.checkpoints import Checkpoints
 from tests.gserve.place import Place, eventually
 
@@ -59,7 +59,8 @@ def test_checkpoints_come_in_order_once_they_are_complete(tmp_path: Path) -> Non
             Checkpoints(tmp_path, marker)
 
 
-def test_a_marker_that_may_still_be_written_does_not_count_yet(tmp_path: Path) -> None:
+def test_a_marker_that_may_still_be_written_does_not_count_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "SETTLE_SECONDS", 60.0)
     found = Checkpoints(tmp_path, "STABLE")
     (checkpoint(tmp_path, "step_1") / "STABLE").touch()
     assert (found.new(), found.is_settling) == ([], True)
@@ -209,7 +210,9 @@ def test_a_watch_takes_each_checkpoint_and_goes_on_after_failures_and_its_own_en
     assert waiting.wait(30) == 130
     assert processes.process_start(int(begun.read_text())) is None, "all that the command has started has ended"
     place.run("watch", "demo", str(runs), "--timeout", "0", code=1)
+    checkpoint(runs, "step_9")
     waiting = place.start("watch", "demo", str(runs), *LOOK)
+    eventually(lambda: "version step_9" in place.stderr)  # it follows the service
     place.run("stop", "demo")
     assert waiting.wait(30) == 2
     assert "no service named 'demo'" in place.stderr

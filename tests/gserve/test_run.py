@@ -28,10 +28,19 @@ from gserve_launchers.slurm import batch
 PROGRAM = """
 import json, sys
 from gserve import BatchError, ItemError, VLLMService
+
+class Bar:
+    ended = 0
+    def update(self, n):
+        self.ended += n
+        if self.ended - n < 8 <= self.ended:
+            print("eight are done", flush=True)
+    def close(self):
+        pass
+
 with VLLMService.attach() as service:
-    print("attached", flush=True)
     try:
-        results = service.generate([f"item {number}" for number in range(400)])
+        results = service.generate([f"item {number}" for number in range(400)], use_tqdm=lambda **_: Bar())
     except BatchError as error:
         results = error.results
 json.dump([str(it) if isinstance(it, ItemError) else it for it in results], open("results.json", "w"))
@@ -140,8 +149,7 @@ def test_what_cannot_be_started_is_said(tmp_path: Path) -> None:
 def test_at_a_signal_the_command_gets_what_is_done_and_errors_for_the_rest(tmp_path: Path, number: int) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     process = start(tmp_path, "run", config(tmp_path, latency=0.25), "--", sys.executable, "program.py")
-    until(lambda: b"attached" in (tmp_path / "out").read_bytes())
-    time.sleep(2)
+    until(lambda: b"eight are done" in (tmp_path / "out").read_bytes())
     process.send_signal(number)
     assert process.wait(30) == 1
     results = json.loads((tmp_path / "results.json").read_text())
@@ -280,14 +288,14 @@ def test_a_notice_that_comes_too_early_waits_for_the_last_quarter_of_the_jobs_ti
     job = BatchJob(tmp_path, "echo begun; exec sleep 99", notice=120, requeue=False)
     process = job.start()
     until(lambda: "begun" in job.output)
-    (tmp_path / "end").write_text(str(int(time.time()) + 18))
+    (tmp_path / "end").write_text(str(int(time.time()) + 19))
     process.send_signal(signal.SIGUSR1)
     until(lambda: "continuing for" in job.output)
     assert "the service is ending" not in job.output
-    until(lambda: "the service is ending" in job.output, 6)
+    until(lambda: "the service is ending" in job.output, 20)
     said = re.search(r"the command has (\S+) s to end", job.output)
     assert said
-    assert said[1] in ("9", "10"), "two thirds of what is left"
+    assert said[1] in ("7", "8", "9", "10"), "two thirds of what is left"
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     process.wait(30)
@@ -308,7 +316,7 @@ def test_a_notice_to_a_script_of_the_users_own_waits_too_also_while_servers_star
     until(lambda: "begun" in job.output)
     assert "the service is ending" not in job.output
     process.send_signal(signal.SIGUSR1)  # a second one counts
-    until(lambda: "the service is ending" in job.output, 6)
+    until(lambda: "the service is ending" in job.output, 20)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGINT)
     process.wait(30)

@@ -66,7 +66,8 @@ def served(place: Place, name: str = "demo") -> Any:
 
 @pytest.fixture(scope="module")
 def listed(shared: Place) -> dict[tuple[str, str], dict[str, str]]:
-    return rows(shared.run("ps").stdout)
+    # a gateway that is silent for a moment is told of on stderr
+    return rows(eventually(lambda: (done := shared.run("ps")).stderr == "" and done).stdout)
 
 
 def test_ps_shows_what_each_server_does_and_where_its_log_is(
@@ -157,7 +158,7 @@ def test_logs_says_which_name_is_wrong(shared: Place) -> None:
 
 def test_logs_of_a_starting_server_are_followed_through_its_restart_to_the_end_of_the_service(place: Place) -> None:
     launched = place.start("launch", place.config(load_time=1.0))
-    eventually(lambda: "server-0: loading" in place.stderr)
+    eventually(lambda: "server-0: loading" in place.stderr or "server-0: ready" in place.stderr)
     with (place.folder / "followed").open("w") as output, (place.folder / "notes").open("w") as notes:
         following = place.start("logs", "demo", "-f", stdout=output, stderr=notes)
 

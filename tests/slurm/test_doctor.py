@@ -24,7 +24,7 @@ def idle(slurm_cluster: SlurmCluster) -> Iterator[None]:
     slurm_cluster.wait_idle(60)
     yield
     left = [job for job in slurm_cluster.jobs() if "gserve-doctor" in job]
-    slurm_cluster.wait_idle(30)
+    slurm_cluster.wait_idle(60)
     assert not left, "a job was left behind"
 
 
@@ -164,7 +164,7 @@ def test_a_job_that_waits_is_shown_and_an_interrupt_cancels_it(config: str, slur
     found = run(config, "--set", "launcher.queue_timeout=2", code=1)
     assert "(queue_timeout)" in found["node"][1]
     slurm_cluster.run("scancel", full)
-    slurm_cluster.wait_idle(30)
+    slurm_cluster.wait_idle(60)
 
 
 def test_a_controller_that_is_dead_is_named(config: str) -> None:

@@ -37,7 +37,7 @@ def idle(slurm_cluster: SlurmCluster) -> Iterator[None]:
     """Begin with an idle cluster, and hold the test to leave no job and no process of one."""
     slurm_cluster.wait_idle(60)
     yield
-    slurm_cluster.wait_idle(30)
+    slurm_cluster.wait_idle(60)
 
 
 def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -312,9 +312,9 @@ def test_a_job_that_waits_too_long_is_given_up_with_slurms_reason_and_leaves_the
     full = slurm_cluster.run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--wrap=sleep 600").strip()
     until(lambda: slurm_cluster.jobs() and "RUNNING" in slurm_cluster.jobs()[0])
     with pytest.raises(
-        StartupTimeout, match=r"waited 5 s \(queue_timeout\) for SLURM's queue \(job \d+, (Resources|Priority)"
+        StartupTimeout, match=r"waited 6 s \(queue_timeout\) for SLURM's queue \(job \d+, (Resources|Priority)"
     ):
-        echo(1, SlurmLauncher(queue_timeout=5)).start()
+        echo(1, SlurmLauncher(queue_timeout=6)).start()
     assert [job.split()[0] for job in slurm_cluster.jobs()] == [full]
     slurm_cluster.run("scancel", full)
 

@@ -31,7 +31,7 @@ def idle(slurm_cluster: SlurmCluster) -> Iterator[None]:
     """Begin with an idle cluster, and hold the test to leave no job and no process of one."""
     slurm_cluster.wait_idle(60)
     yield
-    slurm_cluster.wait_idle(30)
+    slurm_cluster.wait_idle(60)
 
 
 def service(launcher: SlurmLauncher | None = None, engine: EchoEngine | None = None, **options: Any) -> VLLMService:
@@ -53,6 +53,13 @@ def ranks(one: VLLMService) -> dict[int, psutil.Process]:
     """Return the process of each rank of the first server. srun and the task have its command among their arguments."""
     below = [psutil.Process(pid) for pid in processes.processes_of(one.servers[0].record().instance)]
     return {int(it.environ()["SLURM_PROCID"]): it for it in below if it.cmdline()[1:2] == [str(PROGRAM)]}
+
+
+def await_ranks(one: VLLMService) -> None:
+    """Wait until rank 1 has started too: a server is ready when rank 0 is."""
+    log = one.status()[0].log
+    assert log is not None
+    until(lambda: "rank 1 has started" in log.read_text(errors="replace"))
 
 
 def engine_of(rank: psutil.Process) -> psutil.Process:
@@ -91,6 +98,7 @@ SHORT = ("rank 1", "rank 0", "engine of rank 1", "scancel", "node down")
 
 def suffer(cluster: SlurmCluster, one: VLLMService, fault: str) -> None:
     """Cause a fault while items are in flight. All of them are answered, and the server is back with both ranks."""
+    await_ranks(one)
     cause, expected = FAULTS[fault]
     of, before, told = ranks(one), one.status()[0].generation, [""]
     assert sorted(of) == [0, 1]
@@ -110,6 +118,7 @@ def suffer(cluster: SlurmCluster, one: VLLMService, fault: str) -> None:
     results |= dict(iterator)
     assert [results[place][0].text for place in range(len(PROMPTS))] == PROMPTS, fault
     until(lambda: one.status()[0].generation > before and one.status()[0].state == State.READY, 150)
+    await_ranks(one)
     until(lambda: not any(it.is_running() for it in of.values()), 60)
     new = ranks(one)
     assert sorted(new) == [0, 1]
@@ -117,6 +126,7 @@ def suffer(cluster: SlurmCluster, one: VLLMService, fault: str) -> None:
 
 def test_a_server_over_two_nodes_answers_and_leaves_nothing(slurm_cluster: SlurmCluster) -> None:
     with service(servers=1) as one:
+        await_ranks(one)
         of = ranks(one)
         assert len({it.environ()["SLURMD_NODENAME"] for it in of.values()}) == 2
         assert [it.environ()["CUDA_VISIBLE_DEVICES"] for it in of.values()].count("0") == 2, "one GPU of each node"
@@ -134,6 +144,7 @@ def test_two_such_servers_share_an_allocation_of_two_nodes(slurm_cluster: SlurmC
         service(SlurmLauncher(gpus_per_server=2), servers=2) as one,
     ):
         assert len(one.generate(PROMPTS)) == len(PROMPTS)
+        await_ranks(one)
         ranks(one)[1].kill()
         until(lambda: KILLED in str(one.status()[0].error))
         until(lambda: one.status()[0].state == State.READY)

@@ -32,7 +32,7 @@ def idle(slurm_cluster: SlurmCluster) -> Iterator[None]:
     """Begin with an idle cluster, and hold the test to leave no job and no process of one."""
     slurm_cluster.wait_idle(60)
     yield
-    slurm_cluster.wait_idle(30)
+    slurm_cluster.wait_idle(60)
 
 
 @pytest.fixture(params=["job", "step"])
@@ -182,7 +182,7 @@ def test_the_death_of_the_nursery_costs_no_item_and_leaves_nothing(slurm_cluster
         until(lambda: is_back(one))
         assert place(first) != before
         until(lambda: before not in steps(slurm_cluster))
-        assert not processes.processes_of(instance)
+        until(lambda: not processes.processes_of(instance))
 
 
 @pytest.mark.usefixtures("places")
@@ -231,7 +231,7 @@ def test_a_server_that_is_given_up_keeps_no_place(slurm_cluster: SlurmCluster) -
         before, other = place(first), place(one.servers[1])
         process(first).kill()
         until(lambda: "max_restarts" in str(one.status()[0].error) or one.status()[0].state == State.FAILED)
-        until(lambda: steps(slurm_cluster) == [other], 15)
+        until(lambda: steps(slurm_cluster) == [other])
         assert before != other
         assert one.generate(["a"]) == [["a"]]
 
@@ -269,10 +269,10 @@ def test_a_server_that_dies_with_its_owner_leaves_nothing_also_where_that_has_fo
         assert len(steps(slurm_cluster)) == 2
         server_of(instances[0]).kill()
         owner.kill()
-    until(lambda: not steps(slurm_cluster), 30)
+    until(lambda: not steps(slurm_cluster))
     fork = psutil.Process(int(child))
     assert fork.is_running()
     fork.kill()
-    assert not [pid for instance in instances for pid in processes.processes_of(instance)]
+    until(lambda: not [pid for it in instances for pid in processes.processes_of(it)])
     for path in records.stale_files():  # neither can remove the server's token
         path.unlink()

@@ -46,4 +46,4 @@ def test_vllm_on_two_nodes_answers_as_it_does_here(slurm_cluster: SlurmCluster) 
         assert len(nodes) == 2
         assert len(service.generate(["The sun is"] * 20, GREEDY)) == 20
     assert slurm_cluster.jobs() == []
-    slurm_cluster.wait_idle(30)
+    slurm_cluster.wait_idle(60)

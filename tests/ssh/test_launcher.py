@@ -301,8 +301,8 @@ def test_nothing_is_left_when_the_service_is_killed(hosts: Hosts) -> None:
         os.kill(pid, signal.SIGSTOP)  # a server that cannot end by itself
         owner.kill()
         owner.wait()
-        until(lambda: not hosts.processes("a") and not hosts.processes("b"), 20)
-    until(lambda: not testing.our_processes(), 10)
+        until(lambda: not hosts.processes("a") and not hosts.processes("b"))
+    until(lambda: not testing.our_processes(), 30)
     for file in testing.our_files():  # the tokens for the near ends of the tunnels, which no host can remove
         file.unlink()
 

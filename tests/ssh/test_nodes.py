@@ -62,6 +62,13 @@ def rank_on(hosts: Hosts, name: str) -> psutil.Process:
     return found
 
 
+def await_ranks(one: VLLMService) -> None:
+    """Wait until rank 1 has started too: a server is ready when rank 0 is."""
+    log = one.status()[0].log
+    assert log is not None
+    until(lambda: "rank 1 has started" in log.read_text(errors="replace"))
+
+
 def listening_on(rank: psutil.Process) -> set[str]:
     """Return the addresses at which anything but sshd listens in the network of a rank."""
     rows = [line.split() for line in Path(f"/proc/{rank.pid}/net/tcp").read_text().splitlines()[1:]]
@@ -69,12 +76,23 @@ def listening_on(rank: psutil.Process) -> set[str]:
     return {socket.inet_ntoa(bytes.fromhex(host)[::-1]) for host, port in places if int(port, 16) != 22}
 
 
+def error_of(one: VLLMService) -> str:
+    """Wait until the server has an error, and return it: once it is ready again, it has none."""
+    seen: list[str] = []
+
+    def has_failed() -> bool:
+        seen.extend(filter(None, [one.status()[0].error]))
+        return bool(seen)
+
+    until(has_failed)
+    return seen[0]
+
+
 def failure_of(one: VLLMService) -> str:
     """Return why a service fails. Rank 0 of the engine echo may be ready before another rank has failed."""
     try:
         with one:
-            until(lambda: one.status()[0].error)
-            return one.status()[0].error or ""
+            return error_of(one)
     except LaunchError as error:
         return str(error)
 
@@ -118,6 +136,7 @@ def test_an_engine_of_one_node_is_refused(hosts: Hosts, monkeypatch: pytest.Monk
 
 def test_a_server_over_two_hosts_answers_and_leaves_nothing(hosts: Hosts) -> None:
     with service(hosts) as one:
+        await_ranks(one)
         (state,) = one.status()
         assert state.machine == "a, b"
         ranks = [rank_on(hosts, name) for name in HOSTS]
@@ -126,7 +145,7 @@ def test_a_server_over_two_hosts_answers_and_leaves_nothing(hosts: Hosts) -> Non
         heard = listening_on(ranks[0])
         assert heard == {"127.0.0.1", hosts.address(0)}, "for the tunnel, and for the ranks where ssh reaches the host"
         assert not listening_on(ranks[1])
-    assert not left_on(hosts)
+    until(lambda: not left_on(hosts), 30)  # the sshd of a connection ends after its ssh
 
 
 def test_the_ranks_meet_at_the_address_that_is_named(hosts: Hosts) -> None:
@@ -218,6 +237,7 @@ FAULTS = {
 
 def suffer(hosts: Hosts, one: VLLMService, victim: str, host: str) -> None:
     """Kill a process while items are in flight. All are answered, and both ranks are started again."""
+    await_ranks(one)
     ranks, before = [rank_on(hosts, name) for name in HOSTS], one.status()[0].generation
     iterator = one.generate_iter(PROMPTS)
     results: dict[int, Any] = dict([next(iterator)])
@@ -226,11 +246,11 @@ def suffer(hosts: Hosts, one: VLLMService, victim: str, host: str) -> None:
         engine.kill()
     else:
         kill(hosts, victim, host)
-    until(lambda: one.status()[0].error)
-    assert re.search(FAULTS[victim, host], told := one.status()[0].error or ""), f"{victim} on {host}: {told}"
+    assert re.search(FAULTS[victim, host], told := error_of(one)), f"{victim} on {host}: {told}"
     results |= dict(iterator)
     assert [results[place][0].text for place in range(len(PROMPTS))] == PROMPTS
     until(lambda: one.status()[0].generation > before and one.status()[0].state == State.READY, 120)
+    await_ranks(one)
     assert not any(it.is_running() for it in ranks), "both ranks are new"
     assert [rank_on(hosts, name).environ()["GSERVE_RANK"] for name in HOSTS] == ["0", "1"]
 
@@ -272,8 +292,8 @@ def test_nothing_is_left_on_any_host_when_the_service_is_killed(hosts: Hosts) ->
         assert all(rank_on(hosts, name).is_running() for name in HOSTS)
         owner.kill()
         owner.wait()
-        until(lambda: not left_on(hosts), 20)
-    until(lambda: not testing.our_processes(), 10)
+        until(lambda: not left_on(hosts))
+    until(lambda: not testing.our_processes(), 30)
     for file in testing.our_files():  # the tokens for the near ends of the tunnels, which no host can remove
         file.unlink()
 

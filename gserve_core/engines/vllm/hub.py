@@ -331,16 +331,15 @@ def _download_missing(wanted: Wanted, tell: Callable[[str], object]) -> None:
                     allow_patterns=[*map(escape, files.contents)], max_workers=WORKERS,
                 )  # fmt: skip
 
-    total, before = sum(files.size for files in sets), -1
+    total, before = sum(files.size for files in sets), sum(files.present for files in sets)
+    tell(_progress(before, total))
     with _without_bars(library.utils), ThreadPoolExecutor(1, "download") as pool:
         task = pool.submit(fetch)
-        while True:
+        while not wait([task], REPORT_SECONDS).done:
             if (present := sum(files.present for files in sets)) != before:
                 tell(_progress(present, total))
                 before = present
-            if wait([task], REPORT_SECONDS).done:
-                task.result()
-                return
+        task.result()
 
 
 @contextlib.contextmanager

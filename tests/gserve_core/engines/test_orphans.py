@@ -143,7 +143,9 @@ def test_where_no_server_is_named_nothing_is_done(server: tuple[int, list[int]],
 
 
 def test_the_folder_goes_too_where_the_process_ends_by_itself(scratch: Path) -> None:
-    program = "import time\nfrom gserve_core.engines import orphans\norphans.watch()\ntime.sleep(0.5)"
+    program = (
+        "import time\nfrom gserve_core.engines import orphans\norphans.GRACE = 60.0\norphans.watch()\ntime.sleep(0.5)"
+    )
     gone = f"{os.getpid()}:1"
     environ = os.environ | {"TMPDIR": str(scratch), "GSERVE_SERVER": gone}
     ended = subprocess.run([sys.executable, "-c", program], env=environ, timeout=60.0, check=False)
@@ -155,6 +157,7 @@ LATE = """
 import os, time
 from pathlib import Path
 from gserve_core.engines import orphans
+orphans.GRACE = 60.0
 orphans.watch()
 time.sleep(1.0)
 folder = Path(os.environ["TMPDIR"])

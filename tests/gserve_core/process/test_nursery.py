@@ -462,11 +462,11 @@ def test_a_notice_to_all_processes_of_a_job_ends_no_nursery(place: Place, number
 
 
 def test_a_place_that_was_stopped_with_its_server_keeps_it(place: Place) -> None:
-    place.ttl = 4.0
+    place.ttl = 6.0  # up to 3 s count by the first second after the stop
     server = place.begin()
     for process in (place.process, server):
         process.send_signal(signal.SIGSTOP)
-    time.sleep(6.0)
+    time.sleep(7.0)
     for process in (place.process, server):
         process.send_signal(signal.SIGCONT)
     time.sleep(1.0)

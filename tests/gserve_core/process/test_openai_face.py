@@ -74,11 +74,10 @@ def test_a_stream_ends_as_the_whole_answer_does_and_tells_its_usage(fast: int) -
 
 
 def test_events_come_as_they_are_made(tmp_path: Path) -> None:
-    with by_hand(tmp_path, latency=0.2) as server:
-        port = server.ready()
-        with stream(port, chat("a b c")) as events:
-            times = [time.monotonic() for _ in events]
-        assert times[2] - times[0] > 0.3
+    with by_hand(tmp_path, latency=0.2) as server, stream(server.ready(), chat("w " * 300)) as events:
+        began = time.monotonic()
+        assert len([next(events) for _ in range(3)]) == 3
+        assert time.monotonic() - began < 30, "the whole answer takes a minute"
 
 
 def test_models_and_completions_are_there(fast: int) -> None:
@@ -170,7 +169,7 @@ def test_a_client_that_leaves_takes_its_work_with_it(tmp_path: Path) -> None:
 def test_a_server_that_ends_finishes_its_answers_and_takes_no_more(tmp_path: Path) -> None:
     with by_hand(tmp_path, latency=0.05) as server:
         port = server.ready()
-        with stream(port, chat("w " * 40)) as events:
+        with stream(port, chat("w " * 60)) as events:
             next(events)
             server.process.send_signal(signal.SIGTERM)
             until(lambda: ask(port, "GET", "/health").status == 503)
@@ -211,7 +210,7 @@ def test_an_answer_that_has_not_begun_becomes_a_503(
 ) -> None:
     with by_hand(tmp_path, hang_on="stop") as server:
         port = server.ready()
-        threading.Timer(0.5, end, [server]).start()
+        threading.Timer(1.5, end, [server]).start()
         reply = ask(port, "POST", CHAT, chat("stop", stream=is_stream))
         assert error_of(reply) == (
             503, "ServiceUnavailableError", "the server ended before this request was finished: send it again",
@@ -220,7 +219,7 @@ def test_an_answer_that_has_not_begun_becomes_a_503(
 
 
 def test_a_client_that_reads_slowly_does_not_make_the_engine_look_hung() -> None:
-    config = ServeConfig(stall_timeout=1.0, max_restarts=0)
+    config = ServeConfig(stall_timeout=2.0, max_restarts=0)
     llm = LLMConfig("m", max_model_len=300_000)
     with VLLMServer(llm, serve_config=config, engine=EchoEngine()) as server:
         record = server.record()
@@ -235,7 +234,7 @@ def test_a_client_that_reads_slowly_does_not_make_the_engine_look_hung() -> None
 
 
 def test_an_engine_that_hangs_is_noticed_by_such_a_request_alone() -> None:
-    config = ServeConfig(stall_timeout=1.0, max_restarts=0)
+    config = ServeConfig(stall_timeout=2.0, max_restarts=0)
     with VLLMServer(LLMConfig("m"), serve_config=config, engine=EchoEngine(latency=0.05, hang_on="stop")) as server:
         record = server.record()
         reply = ask(record.address.port, "POST", CHAT, chat("stop"), token=record.token)

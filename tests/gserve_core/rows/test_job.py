@@ -577,7 +577,7 @@ def test_progress_is_told_and_never_goes_back(service: VLLMService, source: Path
 
 
 def test_a_service_that_ends_says_what_was_not_answered_and_the_job_goes_on(source: Path, output: Path) -> None:
-    with VLLMService(LLMConfig("m"), engine=EchoEngine(latency=0.05, capacity=1)) as service:
+    with VLLMService(LLMConfig("m"), engine=EchoEngine(latency=0.2, capacity=1)) as service:
         ends: list[threading.Thread] = []
 
         def end(totals: Totals) -> None:

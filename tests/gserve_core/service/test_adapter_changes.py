@@ -118,6 +118,7 @@ def test_the_adapter_of_lora_path_stays(root: Path) -> None:
 def test_a_hundred_changes_under_load_make_no_answer_wrong_and_lose_none(service: VLLMService, root: Path) -> None:
     """An item of the changing adapter has the answer of one of its folders, or the error that there is none."""
     seen: Counter[str] = Counter()
+    counting = threading.Lock()
     over = threading.Event()
 
     def load() -> None:
@@ -125,8 +126,9 @@ def test_a_hundred_changes_under_load_make_no_answer_wrong_and_lose_none(service
         while not over.is_set():
             found = service.generate(items, on_error="return")
             assert len(found) == len(items)
-            for item, outcome in zip(items, found, strict=True):
-                seen[f"{item['adapter']}: {outcome if isinstance(outcome, ItemError) else outcome[0]}"] += 1
+            with counting:
+                for item, outcome in zip(items, found, strict=True):
+                    seen[f"{item['adapter']}: {outcome if isinstance(outcome, ItemError) else outcome[0]}"] += 1
 
     loading = [threading.Thread(target=load) for _ in range(2)]
     for thread in loading:

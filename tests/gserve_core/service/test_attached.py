@@ -68,7 +68,7 @@ class Told:
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FOLLOW_SECONDS", 0.02)
     monkeypatch.setattr(module, "MISSING_SECONDS", 0.2)
-    monkeypatch.setattr(module, "RETURN_SECONDS", 0.6)
+    monkeypatch.setattr(module, "RETURN_SECONDS", 60.0)
     monkeypatch.setattr(module, "Dispatcher", Told)
 
 
@@ -216,9 +216,10 @@ def test_a_record_that_cannot_be_read_for_a_moment_is_read_again(
         raise error
 
     with monkeypatch.context() as patch:
+        patch.setattr(module, "MISSING_SECONDS", 60.0)
         patch.setattr(records, "read_service", fail)
         until(lambda: read > 2)
-    assert told(following).servers == {"server-0": "a", "server-1": "b"}
+        assert told(following).servers == {"server-0": "a", "server-1": "b"}
     with monkeypatch.context() as patch:
         patch.setattr(records, "read_service", lambda name: None)  # it is not there
         until(lambda: states(following) == ["queued", "queued"])
@@ -250,9 +251,10 @@ def test_servers_of_an_owner_that_is_replaced_have_not_died(
 
 
 def test_what_stays_away_for_too_long_is_lost_and_found_all_the_same(
-    service: tuple[Attached, int], owners: Callable[[], int]
+    service: tuple[Attached, int], owners: Callable[[], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     following, owner = service
+    monkeypatch.setattr(module, "RETURN_SECONDS", 0.6)
     kill(owner)
     until(lambda: told(following).why == "the service 'followed' has ended")
     until(lambda: not told(following).awaited)

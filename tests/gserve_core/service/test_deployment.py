@@ -140,7 +140,7 @@ def under_load(service: VLLMService, change: Callable[[], object]) -> None:
     with Load(service) as load:
         batch.start()
         change()
-        batch.join(60)
+        batch.join(300)
     assert [it if isinstance(it, Exception) else it[0] for it in answers] == items
     assert set(load.seen) == {"whole"}, load.seen.most_common(5)
     assert load.seen["whole"] >= CLIENTS
@@ -313,7 +313,7 @@ def test_a_wrong_config_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_a_start_that_is_changed_a_second_time_is_refused(tmp_path: Path) -> None:
-    with running(tmp_path, load_time=1.0) as service:
+    with running(tmp_path, load_time=1.5) as service:
         adding = threading.Thread(target=service.scale, args=(3,))
         adding.start()
         while len(service.servers) < 3:
@@ -384,10 +384,11 @@ def test_each_key_has_its_limit_and_is_revoked_by_a_reload(tmp_path: Path) -> No
     keys = {"alice": "a-key-of-alice-alone", "bob": {"key": "a-key-of-bob-and-no-other", "max_requests": 2}}
     with running(tmp_path, servers=1, latency=0.2, gateway={"keys": keys}) as service:
         alice, bob = "a-key-of-alice-alone", "a-key-of-bob-and-no-other"
-        body = {"messages": [{"role": "user", "content": "one two three four five"}], "max_tokens": 5}
+        body = {"messages": [{"role": "user", "content": "one"}], "max_tokens": 1}
+        long = {"messages": [{"role": "user", "content": "word " * 15}], "max_tokens": 15}  # all five meet
         assert ask(service, CHAT, body, key=alice).status_code == 200
         replies: list[httpx.Response] = []
-        many = [threading.Thread(target=lambda: replies.append(ask(service, CHAT, body, key=bob))) for _ in range(5)]
+        many = [threading.Thread(target=lambda: replies.append(ask(service, CHAT, long, key=bob))) for _ in range(5)]
         for thread in many:
             thread.start()
         for thread in many:

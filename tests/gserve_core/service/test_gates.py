@@ -44,11 +44,14 @@ def service() -> Iterator[VLLMService]:
 
 
 def check_still(load: Load) -> None:
-    """Fail if a load that is paused has more outputs soon."""
-    time.sleep(0.1)  # an output may still be on its way
-    made = len(load.outputs)
-    time.sleep(STILL_SECONDS)
-    assert len(load.outputs) == made
+    """Fail if a load that is paused does not come to rest. Outputs may still be on their way."""
+
+    def is_still() -> bool:
+        made = len(load.outputs)
+        time.sleep(STILL_SECONDS)
+        return len(load.outputs) == made
+
+    until(is_still, 20)
 
 
 def keep_items(service: VLLMService) -> None:
@@ -82,14 +85,15 @@ def test_a_pause_begins_and_makes_nothing_until_it_ends(service: VLLMService, in
 
 
 def test_a_pause_ends_at_its_limit_unless_it_is_renewed(service: VLLMService, caplog: Any) -> None:
-    service.pause(limit=1.0)
-    time.sleep(0.6)
-    service.pause(limit=1.0)
-    time.sleep(0.6)
+    service.pause(limit=2.0)
+    service.pause(limit=60.0)
+    time.sleep(2.2)
     assert gates(service) == {"paused"}
+    assert "has reached its limit" not in caplog.text
+    service.pause(limit=0.1)
     assert len(answers(service)) == 1  # waits for the end
-    assert gates(service) == {"open"}
-    assert "a pause has reached its limit of 1 s" in caplog.text
+    until(lambda: gates(service) == {"open"})
+    assert "a pause has reached its limit of 0.1 s" in caplog.text
 
 
 def test_a_server_that_is_started_during_a_pause_is_paused(service: VLLMService) -> None:
@@ -117,7 +121,7 @@ def test_a_pause_that_ends_while_a_server_starts_has_ended_for_that_too(root: Pa
         service.pause()
         server = service.servers[0]
         os.kill(server_pid(server), signal.SIGKILL)
-        until(lambda: "loading the weights" in (server.status().phase or ""), 30)
+        until(lambda: "loading the weights" in (server.status().phase or "") or _is_back(server, 1), 30)
         service.resume()
         until(partial(_is_back, server, 1), 30)
         assert gates(service) == {"open"}
@@ -135,10 +139,10 @@ def test_a_server_that_is_killed_in_a_pause_loses_nothing_that_was_kept(service:
 
 
 def test_a_pause_longer_than_the_stall_timeout_kills_nobody() -> None:
-    serve = replace(SERVE, stall_timeout=1.0)
+    serve = replace(SERVE, stall_timeout=3.0)
     with VLLMService(LLMConfig("m"), serve, engine=FEW) as service, checked_load(service) as load:
         service.pause("keep")
-        time.sleep(3.0)
+        time.sleep(4.0)
         service.resume()
         load.go_on(100)
         assert {state.generation for state in service.status()} == {1}

@@ -171,7 +171,7 @@ def test_the_status_counts_what_runs_and_what_waits() -> None:
 def test_the_status_shows_a_death_and_its_cause_after_the_restart_too() -> None:
     with launched(2) as service, client(service) as asking:
         os.kill(server_pid(service.servers[1]), signal.SIGKILL)
-        until(lambda: [server.generation for server in status(asking).servers if server.state == "ready"] == [1, 2])
+        until(lambda: [server.generation for server in status(asking).servers if server.state == "ready"] == [1, 2], 60)
         shown = status(asking)
         assert [server.restarts for server in shown.servers] == [0, 1]
         (ending,) = shown.endings

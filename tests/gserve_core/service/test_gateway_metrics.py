@@ -15,7 +15,8 @@ from gserve_core.engines.echo import EchoEngine
 from gserve_core.host import run_files
 from gserve_core.overview import Counters
 from gserve_core.service import records
-from tests.gserve_core.service.test_gateway import CHAT, chat, client, launched, stream, text_of
+from tests.gserve_core.fake_servers import until
+from tests.gserve_core.service.test_gateway import CHAT, chat, client, launched, status, stream, text_of
 from tests.listeners import server_pid
 
 SECONDS = 30.0
@@ -182,10 +183,12 @@ def test_a_killed_server_leaves_its_totals_and_its_requests_count_as_sent_again(
             assert before == 40
             victim = server_pid(service.servers[0])
             with ThreadPoolExecutor(4) as pool:
-                replies = [pool.submit(other.post, CHAT, json=chat(f"a b c {number}")) for number in range(4)]
-                wait(lambda: series(asking, "gserve_requests_in_flight", server="server-0") == 2)
+                replies = [pool.submit(other.post, CHAT, json=chat(f"a b c d e f {number}")) for number in range(4)]
+                until(lambda: status(asking).servers[0].requests == 2)
                 os.kill(victim, signal.SIGKILL)
-                assert [text_of(reply.result()) for reply in replies] == [f"a b c {number}" for number in range(4)]
+                assert [text_of(reply.result()) for reply in replies] == [
+                    f"a b c d e f {number}" for number in range(4)
+                ]
         assert series(asking, "gserve_resends_total", server="server-0", reason="died") == 2
         wait(lambda: series(asking, "gserve_server_state", server="server-0", state="ready") == 1)
         wait(lambda: series(asking, "gserve_server_restarts_total", server="server-0") == 1)
@@ -203,7 +206,7 @@ def test_a_stream_that_is_cut_and_a_client_that_leaves_are_counted_and_a_frozen_
             next(events)
         wait(lambda: series(asking, "gserve_requests_total", route=CHAT, status="499") == 1)
         with pytest.raises(httpx.ReadTimeout):
-            asking.post(CHAT, json=chat("w " * 500), timeout=0.5)
+            asking.post(CHAT, json=chat("w " * 500), timeout=1.5)
         wait(lambda: series(asking, "gserve_requests_total", route=CHAT, status="499", server="server-0") == 2)
         with stream(asking, chat("w " * 500)) as events:
             next(events)

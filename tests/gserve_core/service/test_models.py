@@ -240,11 +240,11 @@ def test_killing_any_server_of_any_model_costs_nothing_of_the_others(tmp_path: P
             instance = states(service)[name].instance
             (server,) = [it for it in service.servers if it.name == name]
             os.kill(server_pid(server), signal.SIGKILL)
-            until(lambda name=name, instance=instance: states(service)[name].instance != instance)  # type: ignore[misc]
+            until(lambda name=name, instance=instance: states(service)[name].instance != instance, 60)  # type: ignore[misc]
             assert {it: states(service)[it].instance for it in before} == before
         for call in calls.values():
             assert call.result(60) == [[prompt] for prompt in prompts]
-        until(lambda: all(state.usable for state in service.status()))
+        until(lambda: all(state.usable for state in service.status()), 60)
         assert {it: state.generation for it, state in states(service).items()} == dict.fromkeys(states(service), 2)
 
 
@@ -333,7 +333,7 @@ def test_reload_adds_changes_and_removes_single_models(tmp_path: Path) -> None:
 
 
 def test_a_model_that_a_reload_removes_or_adds_can_be_used_until_the_reload_has_ended(tmp_path: Path) -> None:
-    slow = {"type": "echo", "load_time": 1.0, "fail_start": "no such weights"}
+    slow = {"type": "echo", "load_time": 2.0, "fail_start": "no such weights"}
     some = {"type": "echo", "latency": 0.01, "capacity": 8}
     path = config(tmp_path, {"writer": {}, "judge": {}}, engine=some)
     with VLLMService.from_yaml(path) as service, ThreadPoolExecutor(3) as threads:

@@ -145,7 +145,8 @@ def test_items_wait_for_a_server_that_is_stopped_and_started_at_once(dispatchers
     pool.begin_one("server-0")
     program.runs[0].report(Ended("told to"))
     program.runs[0].report(Gone())
-    until(lambda: pool.states["server-0"].generation == 2)
+    until(lambda: len(dispatchers[0].told) == 5)
+    assert pool.states["server-0"].generation == 2
     assert [told[:2] for told in dispatchers[0].told] == [
         ("expect", "server-0"), ("add", "server-0"), ("remove", "server-0"), ("expect", "server-0"),
         ("add", "server-0"),

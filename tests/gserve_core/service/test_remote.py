@@ -45,7 +45,7 @@ from gserve_core.service.records import GatewayRecord
 from gserve_core.service.remote import Remote, Url
 from gserve_transports.frames import CONTENT_TYPE
 from tests.gserve_core.fake_servers import until
-from tests.listeners import server_pid
+from tests.listeners import listener, server_pid
 
 LLM = LLMConfig("m", max_model_len=200_000)
 KEY = "a-key-of-the-tests-of-gateways"
@@ -233,6 +233,7 @@ def test_a_server_that_is_killed_costs_no_item_of_another_process(mortal: VLLMSe
     with client_process(mortal, 300, 2) as client:
         for _ in range(2):
             time.sleep(0.7)
+            until(lambda: listener(mortal.servers[0].port), 60)
             os.kill(server_pid(mortal.servers[0]), signal.SIGKILL)
         outcomes = json.loads(client.communicate(timeout=60)[0])
     assert sorted(outcomes) == [[n, [f"item number {n} w w"]] for n in range(300)]
@@ -510,11 +511,17 @@ def test_it_shows_the_servers_as_their_owner_reports_them(seen: tuple[Remote, Se
 
 
 def test_it_waits_for_a_service_that_starts(seen: tuple[Remote, Seen]) -> None:
-    there, gateway = seen
-    gateway.status = "starting"
-    threading.Timer(0.2, lambda: setattr(gateway, "status", "ok")).start()
+    _, gateway = seen
+
+    async def health() -> Health:
+        gateway.asked += 1
+        return Health("ok" if gateway.asked > 3 else "starting")
+
+    gateway.health = health  # type: ignore[method-assign]
+    there = Remote(GatewayRecord("http://host:1/v1", KEY), lambda: gateway, 1.0, 20.0)
     there.start()
-    assert gateway.asked > 2
+    assert gateway.asked > 3
+    there.close()
 
 
 @pytest.mark.parametrize(

@@ -131,10 +131,10 @@ def test_a_request_waits_no_longer_than_the_queue_timeout() -> None:
 
 def test_only_the_time_without_a_server_counts_as_waiting() -> None:
     async def work() -> None:
-        made = routing(ready("a"), queue_timeout=0.2)
+        made = routing(ready("a"), queue_timeout=1.0)
         attempts = made.attempts()
         backend = await attempts.next()
-        await asyncio.sleep(0.3)  # the server works on it
+        await asyncio.sleep(1.1)  # the server works on it
         attempts.died(backend)
         made.update(starting("a"))
         asyncio.get_running_loop().call_later(0.05, made.update, ready("a", "again"))

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -255,10 +256,12 @@ def test_one_that_may_finish_what_it_has_is_told_so_and_stopped_after_that_time(
     case = begin()
     case.process.become_ready()
     case.wait(Ready)
+    began = time.monotonic()
     case.run.stop(0.5)
-    until(lambda: b'{"type":"drain","seconds":0.5}' in case.process.heard())
-    assert b'"type":"stop"' not in case.process.heard()
     until(lambda: b'"type":"stop"' in case.process.heard())
+    assert time.monotonic() - began >= 0.5
+    drained, _, _ = case.process.heard().partition(b'"type":"stop"')
+    assert b'{"type":"drain","seconds":0.5}' in drained
     case.process.end(0)
     assert case.wait(Gone).failure is None
 

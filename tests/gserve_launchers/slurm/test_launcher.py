@@ -231,8 +231,8 @@ from gserve_core.interfaces import Job
 from gserve_launchers.slurm.launcher import SlurmLauncher
 
 job = Job(name="server-0", command=["server"], gpus=0, log=Path(os.devnull))
-process = SlurmLauncher(queue_timeout=3.5).launch(job)
 began = time.monotonic()
+process = SlurmLauncher(queue_timeout=3.5).launch(job)
 print("waits", flush=True)
 try:
     while process.waiting():

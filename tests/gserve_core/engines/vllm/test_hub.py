@@ -197,7 +197,7 @@ def test_a_second_process_waits_and_continues_if_the_first_is_killed(
     blocked, go = held_back(running, from_position=1)
     first = program(environ)
     assert blocked.wait(240)
-    until(lambda: "model-1.safetensors" in snapshot(tmp_path))
+    until(lambda: TAKEN - {"model-2.safetensors"} <= snapshot(tmp_path), 60)
     second = program(environ)
     assert second.stdout is not None
     assert second.stdout.readline().startswith(f"waiting for the download of {MODEL} by process {first.pid} on ")
@@ -273,8 +273,8 @@ def test_all_processes_report_each_progress(running: stand_in.Hub, environ: dict
             assert process.stdout is not None
             assert process.stdout.readline().endswith(f"0.{count} of 0.4 MB\n")
     go.release()
-    assert done(first) == []
-    assert done(second) == []
+    for process in (first, second):  # the last file may be seen before the download has ended
+        assert all(line.endswith("0.4 of 0.4 MB") for line in done(process))
     assert running.gets("owner/slow") == {f"{number}.json": 1 for number in range(4)} | {"(which files)": 2}
 
 
@@ -380,8 +380,8 @@ def test_a_stop_ends_a_download_at_once_and_the_next_start_continues_it(
     starting = threading.Thread(target=start)
     starting.start()
     assert blocked.wait(240)
-    until(lambda: any(it.startswith(f"downloading {MODEL}: 12.6 of 25.2 MB") for it in phases(first)))
-    until(lambda: any(it.startswith(f"waiting for the download of {MODEL} by process ") for it in phases(first)))
+    until(lambda: any(it.startswith(f"downloading {MODEL}: 12.6 of 25.2 MB") for it in phases(first)), 60)
+    until(lambda: any(it.startswith(f"waiting for the download of {MODEL} by process ") for it in phases(first)), 60)
     first.shutdown()
     starting.join(60)
     assert not starting.is_alive()

