@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, Literal, Self
 
-from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError
+from ..errors import BatchError, BatchInterrupted, ConfigError, DeadlineExceeded, ItemError, ItemLost, TransportError
 from ..messages import ResponseOutput
 from .dispatcher import Dispatcher
 from .items import Items, ItemSource
@@ -51,7 +51,8 @@ class Batch:
     separate thread reads such an iterable, and submits each item at once.
 
     `deliver`: receives outcomes. It is called from any thread and must not block.
-    `finishes`: whether items that were already sent end before an error of reading or sending is raised.
+    `finishes`: whether items that were already sent end before an error of reading or sending is raised. Otherwise each
+    item of a list has an outcome, even if all is closed before all of them are sent.
     """
 
     def __init__(
@@ -129,7 +130,13 @@ class Batch:
         else:
             self._is_read = len(good) + len(bad) < count
         if good:
-            self._dispatcher.submit(good)
+            try:
+                self._dispatcher.submit(good)
+            except TransportError as error:  # all is closed: the results so far are not to be lost with the rest
+                if self._finishes or not self._read:
+                    raise
+                bad += [(item.index, ItemLost(str(error), index=item.index, invalid=False)) for item in good]
+                good, room = [], before
         if bad:
             self._deliver(bad)
         self._read += len(good) + len(bad)

@@ -561,6 +561,24 @@ def test_a_call_that_is_not_read_to_its_end_returns_when_all_is_closed(
     assert sorted(found) == [*range(len(found))], "an outcome is missing, or comes twice"
 
 
+@pytest.mark.parametrize("count", [1000, 100_000])
+def test_a_list_of_any_length_has_its_results_when_all_is_closed_in_the_middle_of_it(count: int) -> None:
+    """The longer one has not been sent whole by then."""
+    notes = Notes(seconds=0.0005)
+    with client_of(notes) as client, ThreadPoolExecutor() as pool:
+        call = pool.submit(client.generate, [f"{number}" for number in range(count)])
+        until(lambda: len(notes.requests) > 5)
+        client.close()
+        with pytest.raises(BatchError, match="closed") as caught:
+            call.result(60.0)
+    results = caught.value.results
+    assert len(results) == count
+    finished = {number: it for number, it in enumerate(results) if not isinstance(it, ItemError)}
+    assert 0 < len(finished) < count
+    assert all(it == [f"{number}"] for number, it in finished.items())
+    assert all(isinstance(it, ItemLost) and not it.invalid for it in results if isinstance(it, ItemError))
+
+
 class Lazy(Sequence[str]):
     """Three prompts, of which the second takes long to come."""
 
