@@ -107,7 +107,7 @@ class Batch:
             self._reader.start()
         if self._failure is not None and not (self._finishes and self._counted < self._read):
             raise self._failure
-        if self._counted >= self._read and not self._is_read:
+        if self._reader is not None and self._counted >= self._read and not self._is_read:
             self._dispatcher.check()  # the source may give nothing for any length of time
         return self._counted < self._read or not self._is_read
 
@@ -131,12 +131,14 @@ class Batch:
             self._is_read = len(good) + len(bad) < count
         if good:
             try:
-                self._dispatcher.submit(good)
+                self._dispatcher.check()
             except TransportError as error:  # all is closed: the results so far are not to be lost with the rest
                 if self._finishes or not self._read:
                     raise
                 bad += [(item.index, ItemLost(str(error), index=item.index, invalid=False)) for item in good]
                 good, room = [], before
+            else:
+                self._dispatcher.submit(good)
         if bad:
             self._deliver(bad)
         self._read += len(good) + len(bad)

@@ -579,6 +579,18 @@ def test_a_list_of_any_length_has_its_results_when_all_is_closed_in_the_middle_o
     assert all(isinstance(it, ItemLost) and not it.invalid for it in results if isinstance(it, ItemError))
 
 
+def test_a_list_that_is_closed_and_late_has_its_results() -> None:
+    notes = Notes(seconds=0.0005)
+    with client_of(notes) as client, ThreadPoolExecutor() as pool:
+        call = pool.submit(client.generate, [f"{number}" for number in range(200_000)], deadline=1.0, on_error="return")
+        until(lambda: len(notes.requests) > 5)
+        client.close()
+        results: list[Any] = call.result(60.0)
+    assert results[0] == ["0"]
+    assert {type(it) for it in results} <= {list, ItemLost, DeadlineExceeded}
+    assert len(results) == 200_000
+
+
 class Lazy(Sequence[str]):
     """Three prompts, of which the second takes long to come."""
 
