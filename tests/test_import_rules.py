@@ -210,7 +210,7 @@ OF_AN_ENGINE = {
     "engines.orphans": {"host.environment", "host.folders", "host.processes", "host.sweep", "host.forks"},
     "engines.vllm.in_flight": {"engines.vllm.differences", "engines.vllm.token_counts"},
     "engines.vllm.known_errors": {"interfaces"},
-    "engines.vllm.tokenizing": set(),
+    "engines.vllm.tokenizing": {"engines.vllm.differences"},
 }
 ROOMS = {"batch", "doctor", "engines", "engines.vllm", "host", "process", "rows", "service", "tune"}
 """Packages that hold modules, and nothing themselves."""
