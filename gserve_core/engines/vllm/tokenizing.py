@@ -15,7 +15,7 @@ PLAIN_OPTIONS = {"truncation", "max_length", "add_special_tokens"}
 TAILS = 32, 256
 """Numbers of last tokens of a prompt that may be enough to decode its answer."""
 CUT = "\ufffd"
-"""What stands for a character of which some bytes are missing."""
+"""The character that a decoder puts in place of an incomplete one."""
 
 type Ahead = dict[str, list[int] | None]
 """Texts that will soon be encoded, and their token ids; None: not encoded yet."""
