@@ -55,6 +55,7 @@ MEASURES: Mapping[str, Callable[[Benchmark, argparse.Namespace], None]] = {
     "updating": lambda bench, options: updating.measure(bench, _real(options)),
     "scaling": lambda bench, options: gpus.scaling(bench, options.model, options.gpus, options.scale),
     "servers": lambda bench, options: gpus.servers(bench, options.model, options.scale),
+    "mps": lambda bench, options: gpus.mps(bench, options.model, options.scale),
     "sharing": lambda bench, options: gpus.sharing(bench, options.model, options.scale),
     "tensor-parallel": lambda bench, options: gpus.tensor_parallel(bench, options.model, options.scale),
     "gateway": lambda bench, options: gateway.measure(bench, options.scale),

@@ -29,6 +29,8 @@ FREE = 0.05
 """Maximum part of a server's GPU memory that may be in use when the memory counts as free."""
 SHARERS = 2
 """Number of servers that share a GPU."""
+BY_MPS = (2, 3)
+"""Numbers of servers that share a GPU by MPS."""
 SERVED = ("short", "long", "sampled", "skewed")
 """The workloads of several servers on a GPU, in this order."""
 PROMPT, PARAMS = "Once upon a time there was", {"temperature": 0, "max_tokens": 4}
@@ -150,6 +152,25 @@ def servers(bench: Benchmark, model: str, scale: float) -> None:
                 structs.replace(found[side], workload=f"{name}, one server", title=f"{name}, one server", side=as_side)
                 for side, as_side in (("one server", GSERVE), ("vllm.LLM", "vllm.LLM")) if side in found
             ]  # fmt: skip
+
+
+def mps(bench: Benchmark, model: str, scale: float) -> None:
+    """Measure servers that share a GPU by an MPS daemon, against as many that take turns.
+
+    All are on the same GPU. Each side has a KV cache of the same size.
+    """
+    arguments = machine.engine_arguments(model, 2 * max(BY_MPS), sides=2)
+    bench.notes.append(", ".join(f"{name}={value}" for name, value in arguments.items() if name != "model"))
+    known = {it.name: it for it in of_gpu()}
+    for count in BY_MPS:
+        turns = ServeConfig(servers_per_gpu=count, startup_timeout=READY_SECONDS)
+        with (
+            VLLMService(llm_config(arguments), replace(turns, gpu_sharing="mps")) as at_once,
+            VLLMService(llm_config(arguments), turns) as in_turn,
+        ):
+            for name in ("short", "long", "sampled"):
+                workload = replace(known[name].scaled(scale), name=f"{name}, {count} by MPS", sides={"no MPS": None})
+                bench.measure(model, workload, {GSERVE: Gserve(at_once), "no MPS": Gserve(in_turn)})
 
 
 def tensor_parallel(bench: Benchmark, model: str, scale: float) -> None:

@@ -50,6 +50,7 @@ Nodes = Annotated[int, Meta(ge=1, le=1024, description="1 to 1024 nodes")]
 Port = Annotated[int, Meta(ge=1, le=65535, description="a port from 1 to 65535")]
 Count = Annotated[int, Meta(ge=0, description="a number from 0 up")]
 Timeout = Annotated[float, Meta(gt=0, le=1e9, description="seconds above 0, at most 1e9, or null for no limit")]
+GpuSharing = Annotated[str, Meta(pattern="^mps$", description="'mps', or null for none")]
 WeightProtocol = Annotated[str, Meta(pattern="^trl$", description="'trl', or null for none")]
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -236,6 +237,8 @@ class ServeConfig:
     `adapters_root`: folder below which the gateway may take new LoRA adapters from; None: it takes none.
     `weight_protocol`: "trl": the gateway has the routes by which TRL's trainers push new weights, under a secret URL.
     For a service with one model. None: it has none.
+    `gpu_sharing`: "mps": servers that share a GPU run on it at the same time, by an MPS daemon that the service starts.
+    None: they take turns.
 
     Raises ConfigError: a field is wrong.
     """
@@ -258,6 +261,7 @@ class ServeConfig:
     prefix_affinity: bool = True
     servers_per_gpu: OnGpu | Literal["auto"] = 1
     weight_protocol: WeightProtocol | None = None
+    gpu_sharing: GpuSharing | None = None
 
     def __post_init__(self) -> None:
         check(self)

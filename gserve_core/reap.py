@@ -23,8 +23,8 @@ GRACE = 5.0
 """Time for a process to end after SIGTERM, and again to disappear after SIGKILL, in seconds."""
 SHOWN = 100
 """Maximum number of characters of a command in a message."""
-PROGRAM = "/vllm_server.py"
-"""End of the server program's path, which is in the command of every server."""
+PROGRAMS = "/vllm_server.py", "/mps_keeper.py"
+"""Ends of the paths of the programs of servers and of what runs beside them, which are in their commands."""
 NURSERY = ["gserve", "nursery"]
 """Beginning of a nursery's command."""
 
@@ -75,7 +75,7 @@ def orphans() -> list[Process]:
 
 
 def _is_server(process: Process) -> bool:
-    """Return whether a process is a server, a nursery, or a launcher's process in front of one."""
+    """Return whether it is a server, a nursery, the keeper of an MPS daemon, or a launcher's process before one."""
     if process.server:
         return False
     owner = scratch.find_owner(process.instance, process.temporary)
@@ -83,7 +83,7 @@ def _is_server(process: Process) -> bool:
         return True
     with contextlib.suppress(OSError, psutil.Error):
         words = psutil.Process(process.pid).cmdline()
-        return words[:2] == NURSERY or any(word.endswith(PROGRAM) for word in words)
+        return words[:2] == NURSERY or any(word.endswith(PROGRAMS) for word in words)
     return False
 
 

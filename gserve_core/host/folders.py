@@ -22,7 +22,7 @@ RUN = re.compile(r"\d{8}-\d{6}-.+")
 """Pattern of the names of runs' log folders."""
 LOG = re.compile(r"(.+?)(?:\.(\d+))?\.log")
 """Pattern of the names that `log_file` returns."""
-NURSERY_LOG = "nursery.log"
+NURSERY_LOG, MPS_LOG = "nursery.log", "mps.log"
 """Name of the log of the process that forks the servers. It stands beside their logs."""
 OWNER_FILE = ".gserve"
 """Name of the file that proves who owns a folder. In a log folder, the owner keeps it locked."""
@@ -238,7 +238,7 @@ def newest_logs(folder: Path) -> dict[str, Path]:
     """Return the newest log of each server in a log folder, by the server's name."""
     found: dict[str, tuple[int, Path]] = {}
     for path in folder.glob("*.log"):
-        if path.name != NURSERY_LOG and (parts := LOG.fullmatch(path.name)) is not None:
+        if path.name not in (NURSERY_LOG, MPS_LOG) and (parts := LOG.fullmatch(path.name)) is not None:
             number = int(parts[2] or 1)
             found[parts[1]] = max(found.get(parts[1], (0, path)), (number, path))
     return {server: path for server, (_, path) in sorted(found.items())}

@@ -86,9 +86,17 @@ def remove(folder: Path) -> None:
 
 def make(instance: str) -> Path:
     """Make the scratch folder of a server. It counts as used until this process ends. Raises OSError, GserveError."""
-    path = path_of(instance)
-    _hold(path, instance)  # until the process ends
+    path, _ = hold(instance)  # until the process ends
     return path
+
+
+def hold(instance: str) -> tuple[Path, int]:
+    """Make a scratch folder. Raises OSError, GserveError.
+
+    Return it, and a descriptor. It counts as used until this process ends or closes the descriptor.
+    """
+    path = path_of(instance)
+    return path, _hold(path, instance)
 
 
 def weight_bases() -> list[Path]:

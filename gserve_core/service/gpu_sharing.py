@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..config import GPU_MEMORY, Config, ModelConfig, check_places, gpu_memory
+from ..config import GPU_MEMORY, Config, ModelConfig, ServeConfig, check_places, gpu_memory
 from ..errors import ConfigError
 from ..host import gpus
 from ..plugins import Parts
@@ -41,23 +41,30 @@ class Choice:
 def decide(config: Config, parts: Mapping[str, Parts]) -> tuple[Config, dict[str, Choice]]:
     """Return the config with a number in place of each `servers_per_gpu: auto`, and the choices by model.
 
-    Raises ConfigError: the GPUs do not fit the servers, or more than one server is wanted on each GPU by a launcher
-    whose servers start elsewhere.
+    Raises ConfigError: the GPUs do not fit the servers, or a launcher whose servers start elsewhere is to have several
+    on each GPU, or an MPS daemon.
     """
     choices: dict[str, Choice] = {}
     for name, model in config.pools.items():
         with config.placing(name):
-            if not parts[name].launcher.runs_here and model.serve.least_per_gpu > 1:
+            serve, launcher = model.serve, parts[name].launcher
+            keys = {"servers_per_gpu": serve.least_per_gpu > 1, "gpu_sharing": serve.gpu_sharing is not None}
+            for key in (key for key, is_set in keys.items() if is_set and not launcher.runs_here):
                 raise ConfigError(
-                    f"servers_per_gpu is for servers on this machine, and the launcher '{parts[name].launcher.name}'"
-                    " starts them on others: remove it",
-                    at="$.serve.servers_per_gpu",
+                    f"{key} is for servers on this machine, and the launcher '{launcher.name}' starts them on others:"
+                    " remove it",
+                    at=f"$.serve.{key}",
                 )
             if model.serve.servers_per_gpu == "auto":
                 choices[name] = _choose(config, name, model, parts)
     for name, choice in choices.items():
         config = config.with_model(name, serve=replace(config.pools[name].serve, servers_per_gpu=choice.servers))
     return config, choices
+
+
+def uses_mps(serve: ServeConfig, parts: Parts) -> bool:
+    """Return whether the servers have an MPS daemon: they may share a GPU, and there is one."""
+    return serve.gpu_sharing == "mps" and serve.shares_gpus and parts.engine.needs_gpus()
 
 
 def _choose(config: Config, name: str, model: ModelConfig, parts: Mapping[str, Parts]) -> Choice:

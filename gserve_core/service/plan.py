@@ -14,8 +14,10 @@ from ..interfaces import Engine, Job, Launcher, Transport
 from ..pauses import OPEN, Gate
 from ..plugins import Parts, assemble
 from ..weights import ORIGINAL, Weights
-from .gpu_sharing import Choice, decide
+from . import mps
+from .gpu_sharing import Choice, decide, uses_mps
 from .model_names import find_model
+from .mps import MpsDaemons
 from .nursery import Nursery
 from .server_life import ServerProgram
 from .state import ONLY
@@ -50,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A model, the config of its servers, the plugins that they need, and their nursery.
+    """A model, the config of its servers, the plugins that they need, their nursery, and their MPS daemons.
 
     `placement`: the GPU ids of each server, in order; None for a server that is not pinned.
     `is_alone`: whether the service has no other model.
@@ -68,6 +70,7 @@ class ModelPlan:
     weights: Weights = ORIGINAL
     gate: Gate = OPEN
     nursery: Nursery = field(default_factory=Nursery, compare=False)
+    mps: MpsDaemons = field(default_factory=MpsDaemons, compare=False)
     gpu_memory: Mapping[tuple[int, ...] | None, float] = field(default_factory=dict)
     choice: Choice | None = None
 
@@ -157,10 +160,11 @@ class Plan:
         placements = check_places(config, {name: it.launcher.places for name, it in parts.items()})
         memory = gpu_memory(config, placements)
         models: dict[str, ModelPlan] = {}
+        daemons = MpsDaemons()  # models on one GPU share its daemon
         for name, model in config.pools.items():
             made = ModelPlan(
                 name, model.llm, model.serve, parts[name], placements[name], not config.models,
-                gpu_memory=memory[name], choice=choices.get(name),
+                gpu_memory=memory[name], choice=choices.get(name), mps=daemons,
             )  # fmt: skip
             alike = [it for it in models.values() if _can_share_nursery(it, made)]
             models[name if config.models else ONLY] = replace(made, nursery=alike[0].nursery) if alike else made
@@ -203,6 +207,8 @@ class Plan:
                         " start it with gserve launch",
                         at="$.serve.weight_protocol",
                     )
+                if uses_mps(model.serve, model.parts):
+                    mps.check(os.environ | model.serve.env)
                 model.parts.check(model.llm, model.serve)
 
     def resized(self, key: str, serve: ServeConfig) -> "Plan":
@@ -258,7 +264,7 @@ class Plan:
         return ServerProgram(
             llm=model.served_llm(gpu_ids), serve=own, gpu_ids=gpu_ids, parts=model.parts, nursery=model.nursery,
             index=index, first=sum([*beside.values()][:before]), servers=sum(beside.values()), model=model.name,
-            is_alone=model.is_alone, weights=model.weights, gate=model.gate,
+            is_alone=model.is_alone, weights=model.weights, gate=model.gate, mps=model.mps,
         )  # fmt: skip
 
     def programs(self) -> Iterator[ServerProgram]:

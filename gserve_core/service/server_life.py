@@ -10,14 +10,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from .. import diagnosis, lease
 from ..config import LLMConfig, ServeConfig, server_name
 from ..errors import GserveError, LaunchError, StartupTimeout
-from ..host import folders, processes, run_files, scratch, tokens
+from ..host import folders, gpus, processes, run_files, scratch, tokens
 from ..host.child_process import UNKNOWN
 from ..host.environment import Surroundings, open_missing_descriptors, surroundings
 from ..host.logs import LEVEL_VARIABLE, forward, keep_logging_from_waiting, log_level
@@ -28,6 +28,8 @@ from ..overview import Counters
 from ..pauses import OPEN, Gate
 from ..plugins import Parts
 from ..weights import ORIGINAL, Weights
+from .gpu_sharing import uses_mps
+from .mps import MpsDaemons
 from .nursery import Nursery
 from .rates import Rates
 from .server_command import make_hello, pinning, server_command
@@ -119,6 +121,7 @@ class ServerProgram:
     is_alone: bool = True
     weights: Weights = ORIGINAL
     gate: Gate = OPEN
+    mps: MpsDaemons = field(default_factory=MpsDaemons)
 
     @property
     def name(self) -> str:
@@ -202,6 +205,8 @@ class ServerRun:
         self._asked_to_stop = False
         self._kill_at = self._drain_deadline = math.inf
         # the attributes below belong to the thread
+        self._resources = ExitStack()
+        """What the server uses beside its process; closed once it has ended."""
         self._bounded: BoundedLog | None = None
         self._log: Path | None = None
         self._address: Address | None = None
@@ -292,6 +297,10 @@ class ServerRun:
                 logger.exception("cannot start %s", self._program.name)
             failure = LaunchError(f"cannot start {self._program.name}: {error}", log=self._log)
         finally:
+            try:
+                self._resources.close()
+            except Exception:
+                logger.exception("cannot free the resources of %s", self._program.name)
             self._report(Gone(None if self._asked_to_stop else failure, unkillable))
 
     def _launch(self) -> None:
@@ -302,8 +311,8 @@ class ServerRun:
         instance, token, control = self.start.instance, self.start.token, self.start.control
         job = self._program.job(log, instance, self.origin.environ)
         marked = {  # identifies our processes, even renamed ones
-            **job.env, processes.ID_VARIABLE: instance, processes.OWNER_VARIABLE: processes.owner_mark(),
-            processes.SERVER_VARIABLE: "", "SPT_NOENV": "1",
+            **job.env, **self._sharing(job, log), processes.ID_VARIABLE: instance,
+            processes.OWNER_VARIABLE: processes.owner_mark(), processes.SERVER_VARIABLE: "", "SPT_NOENV": "1",
         }  # fmt: skip
         hello = make_hello(
             self._program.llm,
@@ -330,6 +339,14 @@ class ServerRun:
             self._owner.send(order)
         if self._asked_to_stop:  # during the launch
             self._send_stop(None)
+
+    def _sharing(self, job: Job, log: Path) -> dict[str, str]:
+        """Return the variables by which the server shares its GPUs. Raises ConfigError, LaunchError or OSError."""
+        if not uses_mps(self._serve, self._parts):
+            return {}
+        environ = {**self.origin.environ, **job.env}
+        devices = gpus.visible(environ, job.gpus)
+        return self._resources.enter_context(self._program.mps.used(devices, environ, log))
 
     def _follow_server(self) -> tuple[GserveError, tuple[int, ...]]:
         """Follow a server to its end, and clean up.
