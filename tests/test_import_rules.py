@@ -139,7 +139,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
     "engines.vllm.engine": {
         "errors", "config", "interfaces", "hookspecs", "sampling", "template_kwargs", "messages",
         "engines.vllm.adapter_files", "engines.vllm.adapters", "engines.vllm.chats", "engines.vllm.compile_turn",
-        "engines.vllm.cuda_graphs", "engines.vllm.model_size", "host.adapter_folders",
+        "engines.vllm.cuda_graphs", "engines.vllm.model_size", "host.adapter_folders", "host.processes",
         "engines.vllm.demo_model", "engines.vllm.differences", "engines.vllm.examination", "engines.vllm.files",
         "engines.vllm.hub", "engines.vllm.in_flight", "engines.vllm.installed",
         "engines.vllm.known_errors", "engines.vllm.nodes", "engines.vllm.openai_app", "engines.vllm.outputs",

@@ -139,6 +139,15 @@ def end_processes_of(instance: str) -> list[int]:
     return left
 
 
+def cpu_seconds_below() -> float:
+    """Return the CPU time that the live processes below this one have used, in seconds."""
+    used = 0.0
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            used += sum(process.cpu_times()[:2])
+    return used
+
+
 def reap(pids: Iterable[int]) -> None:
     """Reap ended children of this process among `pids`. Process 1 gets all children whose parents have ended."""
     deadline = time.monotonic() + REAP_SECONDS

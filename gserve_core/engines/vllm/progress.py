@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from . import differences
@@ -12,6 +13,10 @@ TURNS, WORKING_SECONDS = 10, 0.25
 
 Without work, a turn takes a few milliseconds.
 """
+COMPUTING = 0.1
+"""Minimum part of the time that a process uses the CPU if it computes. Others may use it too."""
+LONGEST_STEP = 600.0
+"""Maximum time of a step that shows nothing but CPU time, in seconds. A process that loops for ever uses it too."""
 
 logger = logging.getLogger("gserve.engine")
 
@@ -20,14 +25,21 @@ class Progress:
     """Counts what an `AsyncLLM` does: generated tokens, ended items, and turns of its loop.
 
     It never stands still while the engine works on an item. Call `begin` and `end` for each.
+
+    `cpu_seconds`: returns the CPU time of the process that computes, in seconds. It shows that a long step is not a
+    hang. None: another device computes, or several processes do, of which one may wait busily for another.
     """
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, cpu_seconds: Callable[[], float] | None = None) -> None:
         self.running = 0
         """Number of items in the engine."""
         self.done = 0
         """Number of ended items, and of their tokens."""
         self._engine = engine
+        self._cpu_seconds = cpu_seconds
+        self._used = self._looked = 0.0
+        """CPU time at the last look, and the time of that look, in seconds."""
+        self._step_began = 0.0
         self._turns = 0
         self._moved = -1
         self._silent_until = 0.0
@@ -54,10 +66,23 @@ class Progress:
         self._turns += time.monotonic() < self._silent_until
         tokens = differences.generated(self._engine)
         moved = self.done + (tokens or 0)
-        if self.running and moved == self._moved and (self._turning is None or self._turning.done()):
-            self._turning = asyncio.create_task(self._turn(sees_tokens=tokens is not None))
+        if not self.running or moved != self._moved:
+            self._step_began = time.monotonic()
+        else:
+            self._turns += self._computes()
+            if self._turning is None or self._turning.done():
+                self._turning = asyncio.create_task(self._turn(sees_tokens=tokens is not None))
         self._moved = moved
         return moved + self._turns
+
+    def _computes(self) -> bool:
+        """Return whether the engine's process has used much CPU time since the last look, in a step of usual length."""
+        if self._cpu_seconds is None:
+            return False
+        before, looked = self._used, self._looked
+        self._used, self._looked = self._cpu_seconds(), time.monotonic()
+        is_busy = self._used - before > COMPUTING * (self._looked - looked)
+        return is_busy and self._looked - self._step_began < LONGEST_STEP
 
     def expect_silence(self, seconds: float) -> None:
         """Count time as progress for so many seconds from now: the engine may be silent without an item at fault."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +67,25 @@ def test_an_engine_without_turns_is_never_taken_for_one_that_hangs(caplog: pytes
     assert found[-1] > found[0]
     (record,) = caplog.records
     assert record.getMessage().startswith("a hanging engine will not be noticed: gserve ")
+
+
+def test_a_process_that_computes_makes_progress_in_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WORKING_SECONDS", 60.0)
+    engine = Engine(0.0, tokens=3)
+
+    async def counted(cpu_seconds: Callable[[], float]) -> list[int]:
+        counting, found = Progress(engine, cpu_seconds), []
+        counting.begin()
+        for _ in range(4):
+            found.append(counting.count())
+            await asyncio.sleep(0.05)
+        counting.close()
+        return found
+
+    assert len(set(asyncio.run(counted(time.monotonic)))) > 1
+    assert len(set(asyncio.run(counted(lambda: 7.0))[1:])) == 1, "it has used none since"
+    monkeypatch.setattr(progress, "LONGEST_STEP", 0.0)
+    assert len(set(asyncio.run(counted(time.monotonic)))) == 1, "it may loop for ever"
 
 
 def test_an_ended_item_counts_with_its_tokens() -> None:
