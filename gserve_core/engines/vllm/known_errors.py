@@ -280,6 +280,11 @@ KNOWN_ERRORS = (
         "check gpu_ids, and CUDA_VISIBLE_DEVICES in the environment; nvidia-smi lists the GPUs",
     ),
     KnownError(
+        r"between the MPS server and the MPS client failed|cudaErrorMps",
+        "the MPS daemon of its GPU has failed, and with it all servers that use it",
+        "look at mps.log beside the server's log; without gpu_sharing: mps, servers on a GPU cannot disturb each other",
+    ),
+    KnownError(
         r"busy or unavailable",
         "the GPU is held by another process, which shares it with none",
         "end that process (nvidia-smi shows it), or choose another GPU in gpu_ids",
