@@ -165,6 +165,7 @@ def test_serve_config_has_the_fields_order_and_defaults_of_the_seed_and_then_ser
         ("prefix_affinity", True),
         ("servers_per_gpu", 1),
         ("weight_protocol", None),
+        ("gpu_sharing", None),
     ]
 
 
@@ -575,9 +576,9 @@ WRONG: dict[str, tuple[str | bytes, str]] = {
     "a list as key": (LLM + "[1, 2]: 2\n", ":3: expected a text as key, got a sequence"),
     "a key with a line end": (
         LLM + 'serve: {"a\\nb": 1}\n',
-        ":3: unknown key 'a\\nb'; expected one of adapters_root, client_timeout, env, gpu_ids, host, max_restarts,"
-        " min_ready, nodes_per_server, port, prefix_affinity, servers, servers_per_gpu, share_gpu, stall_timeout,"
-        " startup_timeout, verbose, weight_protocol, weights_root"
+        ":3: unknown key 'a\\nb'; expected one of adapters_root, client_timeout, env, gpu_ids, gpu_sharing, host,"
+        " max_restarts, min_ready, nodes_per_server, port, prefix_affinity, servers, servers_per_gpu, share_gpu,"
+        " stall_timeout, startup_timeout, verbose, weight_protocol, weights_root"
         " - at $.serve.a\nb",
     ),
     "gpu_ids and servers": (
