@@ -19,8 +19,8 @@ COMMAND = ["nvidia-cuda-mps-control", "-f"]
 """The command of the daemon, in the foreground."""
 KINDS = socket.SOCK_SEQPACKET, socket.SOCK_STREAM
 """Kinds of sockets that the daemon may have. NVIDIA does not say which one."""
-LOOK_SECONDS = 0.02
-"""Interval between two checks whether the daemon accepts connections, in seconds."""
+LOOK_SECONDS = 0.05
+"""Interval between two checks of the daemon, in seconds."""
 SIGNAL_OF_PARENTS_DEATH = 1
 """PR_SET_PDEATHSIG, which prctl(2) describes."""
 
@@ -30,24 +30,34 @@ def keep(folder: Path) -> None:
 
     Raises OSError: the daemon cannot be started.
     """
-    with subprocess.Popen(COMMAND, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=_end_with_parent) as daemon:
-        waiting = select.poll()
-        waiting.register(sys.stdin, select.POLLIN)
-        waiting.register(os.pidfd_open(daemon.pid), select.POLLIN)
-        is_ready = False
-        while not waiting.poll(None if is_ready else LOOK_SECONDS * 1000):
-            if _accepts(folder / "control"):
-                is_ready = True
-                sys.stdout.write("ready\n")
-                sys.stdout.flush()
-        daemon.kill()
-    shutil.rmtree(folder.resolve(), ignore_errors=True)
-    if folder.is_symlink():  # to a folder whose path is too long for sockets
-        folder.unlink()
+    own = os.getpid()
+    with subprocess.Popen(
+        COMMAND, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=lambda: _end_with_parent(own)
+    ) as daemon:
+        try:
+            _follow(daemon, folder / "control")
+        finally:
+            daemon.kill()
+            shutil.rmtree(folder.resolve(), ignore_errors=True)
+            if folder.is_symlink():  # to a folder whose path is too long for sockets
+                folder.unlink()
 
 
-def _end_with_parent() -> None:
+def _follow(daemon: "subprocess.Popen[bytes]", control: Path) -> None:
+    waiting = select.poll()
+    waiting.register(sys.stdin, select.POLLIN)
+    is_ready = False
+    while not waiting.poll(LOOK_SECONDS * 1000) and daemon.poll() is None:
+        if not is_ready and _accepts(control):
+            is_ready = True
+            sys.stdout.write("ready\n")
+            sys.stdout.flush()
+
+
+def _end_with_parent(parent: int) -> None:
     ctypes.CDLL(None).prctl(SIGNAL_OF_PARENTS_DEATH, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended already
+        os._exit(1)
 
 
 def _accepts(path: Path) -> bool:

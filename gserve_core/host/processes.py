@@ -140,9 +140,9 @@ def end_processes_of(instance: str) -> list[int]:
 
 
 def cpu_seconds_below() -> float:
-    """Return the CPU time that the live processes below this one have used, in seconds."""
+    """Return the CPU time that the live processes below this one have used, in seconds. Raises OSError."""
     used = 0.0
-    for process in psutil.Process().children(recursive=True):
+    for process in descendants():
         with contextlib.suppress(psutil.Error):
             used += sum(process.cpu_times()[:2])
     return used

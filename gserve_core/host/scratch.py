@@ -117,12 +117,17 @@ def _hold(path: Path, instance: str) -> int:
     """Make a private folder that counts as used while the descriptor is open that is returned."""
     private(path)
     descriptor = os.open(path, os.O_RDONLY)
-    lock(descriptor, shared=True)  # first: nobody finds it unused
-    me = os.getpid()
-    owner = Owner(instance, me, processes.process_start(me) or 0, os.getsid(0), processes.boot())
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with os.fdopen(os.open(path / OWNER_FILE, flags, 0o600), "wb") as file:
-        file.write(msgspec.json.encode(owner))
+    try:
+        lock(descriptor, shared=True)  # first: nobody finds it unused
+        me = os.getpid()
+        owner = Owner(instance, me, processes.process_start(me) or 0, os.getsid(0), processes.boot())
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        with os.fdopen(os.open(path / OWNER_FILE, flags, 0o600), "wb") as file:
+            file.write(msgspec.json.encode(owner))
+    except BaseException:
+        os.close(descriptor)
+        remove(path)
+        raise
     return descriptor
 
 

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..command_launcher import LocalProcess
-from ..errors import ConfigError, LaunchError
-from ..host import mps_keeper, processes, scratch
+from ..errors import ConfigError, GserveError, LaunchError
+from ..host import gpus, mps_keeper, processes, scratch
 from ..host.child_process import Child
 from ..host.folders import MPS_LOG
 from ..host.forks import call_in_child
@@ -24,7 +24,7 @@ from ..host.poll import readable
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 """Variables with the folders of the daemon's sockets and of its logs. Clients find the daemon by the first one."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-START_SECONDS = 30.0
+START_SECONDS = 10.0
 """Maximum time until a daemon accepts connections, in seconds."""
 STOP_SECONDS = 1.0
 """Maximum time for a daemon to end, in seconds. Then it is killed."""
@@ -32,7 +32,7 @@ STOP_SECONDS = 1.0
 
 def check(environ: Mapping[str, str]) -> None:
     """Raise ConfigError if servers with this environment cannot have a daemon."""
-    if PIPES in environ:
+    if environ.get(PIPES):
         raise ConfigError(
             f"{PIPES} is set, so that servers use the MPS daemon of {environ[PIPES]}, and gpu_sharing: mps would start"
             " another one: unset it, or remove gpu_sharing",
@@ -51,7 +51,7 @@ class MpsDaemons:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._daemons: dict[tuple[str, ...], _Daemon] = {}
+        self._groups: dict[tuple[str, ...], _Group] = {}
 
     @contextmanager
     def used(self, devices: Sequence[str], environ: Mapping[str, str], log: Path) -> Iterator[dict[str, str]]:
@@ -60,55 +60,100 @@ class MpsDaemons:
         `devices`: the UUIDs of the GPUs. `environ`: the environment of the server. `log`: its log. That of the daemon
         is beside it.
 
-        Raises ConfigError: see `check`. Raises LaunchError: the daemon does not start.
+        Raises ConfigError: see `check`.
+        Raises LaunchError: the GPUs are not known by UUID, or the daemon does not start.
         """
         check(environ)
-        group = tuple(sorted(devices))
+        if not devices or not all(gpus.UUID.fullmatch(device) for device in devices):  # others are numbered anew
+            raise LaunchError(
+                f"gpu_sharing: mps needs the UUIDs of its GPUs, got '{','.join(devices)}': see whether nvidia-smi works"
+                " here, or set CUDA_VISIBLE_DEVICES to whole UUIDs"
+            )
+        name = tuple(sorted(devices))
         with self._lock:
-            daemon = self._daemons.get(group)
-            if daemon is None or daemon.has_ended():  # what used that one ends by itself
-                daemon = self._daemons[group] = _Daemon(group, environ, log.with_name(MPS_LOG))
-            daemon.users += 1
+            group = self._groups.setdefault(name, _Group())
+            group.users += 1
         try:
-            yield {VISIBLE: ",".join(devices), PIPES: str(daemon.folder), LOGS: str(daemon.folder)}
+            folder = group.daemon(name, environ, log.with_name(MPS_LOG)).folder
+            yield {VISIBLE: ",".join(devices), PIPES: str(folder), LOGS: str(folder)}
         finally:
             with self._lock:
-                daemon.users -= 1
-                is_unused = not daemon.users
-                if is_unused and self._daemons.get(group) is daemon:
-                    del self._daemons[group]
+                group.users -= 1
+                if is_unused := not group.users:
+                    del self._groups[name]
             if is_unused:
-                daemon.stop()
+                group.stop()
+
+
+class _Group:
+    """The daemon of a group of GPUs. `users`: number of its servers."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self._lock = threading.Lock()
+        self._daemon: _Daemon | None = None
+        self._tries = 0
+        self._failure: LaunchError | None = None
+        """The outcome of the last try."""
+
+    def daemon(self, devices: Sequence[str], environ: Mapping[str, str], log: Path) -> "_Daemon":
+        """Return the daemon. It is started if it does not run, with one outcome for all that wait.
+
+        Raises LaunchError.
+        """
+        tries = self._tries
+        with self._lock:
+            if self._tries > tries and self._failure is not None:
+                raise LaunchError(str(self._failure), log=log)
+            if self._daemon is None or self._daemon.has_ended():  # what used that one ends by itself
+                self.stop()
+                self._tries, self._failure = self._tries + 1, None
+                try:
+                    self._daemon = _Daemon(devices, environ, log)
+                except LaunchError as error:
+                    self._failure = error
+                    raise
+            return self._daemon
+
+    def stop(self) -> None:
+        """End the daemon, if there is one."""
+        if self._daemon is not None:
+            self._daemon.stop()
+            self._daemon = None
 
 
 class _Daemon:
-    """A running daemon. `users`: number of its servers. `folder`: where its sockets are."""
+    """A running daemon. `folder`: where its sockets are."""
 
     def __init__(self, devices: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
         """Start it. Raises LaunchError."""
-        self.users = 0
-        instance = uuid.uuid4().hex
-        self._path, self._descriptor = scratch.hold(instance)
+        self._instance = uuid.uuid4().hex
+        try:
+            self._path, self._descriptor = scratch.hold(self._instance)
+        except (OSError, GserveError) as error:
+            raise LaunchError(f"cannot make a folder for NVIDIA's MPS daemon: {error}") from error
         self.folder = scratch.short_path(self._path)
         marked = {
             **environ, VISIBLE: ",".join(devices), PIPES: str(self.folder), LOGS: str(self.folder),
-            processes.ID_VARIABLE: instance, processes.OWNER_VARIABLE: processes.owner_mark(),
+            processes.ID_VARIABLE: self._instance, processes.OWNER_VARIABLE: processes.owner_mark(),
             processes.SERVER_VARIABLE: "",
         }  # fmt: skip
         try:
+            log.touch(mode=0o600)
             with log.open("ab") as stderr:
+                before = stderr.tell()
                 child = Child(
                     [sys.executable, "-I", "-S", mps_keeper.__file__], env=marked, stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE, stderr=stderr, bufsize=0, start_new_session=True,
                 )  # fmt: skip
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._clean_up()
             raise LaunchError(f"cannot start NVIDIA's MPS daemon: {error}", log=log) from error
         self._keeper = LocalProcess(child)
         call_in_child(self._close_stdin)  # a fork that kept it open would hide our end from the keeper
         if not readable(START_SECONDS, self._keeper.stdout.fileno()) or not self._keeper.stdout.read(1):
             self.stop()
-            *_, last = ["it says nothing", *log.read_text(errors="replace").splitlines()]
+            *_, last = ["it says nothing", *log.read_bytes()[before:].decode(errors="replace").splitlines()]
             raise LaunchError(
                 f"NVIDIA's MPS daemon does not start on {', '.join(devices)}: {last}; its log: {log}", log=log
             )
@@ -118,8 +163,11 @@ class _Daemon:
 
     def stop(self) -> None:
         """End it, and remove its folder. Waits until nothing of it is left."""
-        self._keeper.stop(STOP_SECONDS)
-        self._clean_up()
+        try:
+            self._keeper.stop(STOP_SECONDS)
+            processes.end_processes_of(self._instance)
+        finally:
+            self._clean_up()
 
     def _clean_up(self) -> None:
         scratch.remove(self._path)

@@ -193,6 +193,11 @@ class Plan:
         """
         return find_model({model.name: key for key, model in self.models.items()}, name)
 
+    def with_daemons(self, known: "Plan") -> "Plan":
+        """Return the plan with the MPS daemons of another one, so that servers of both share them."""
+        daemons = next(iter(known.models.values())).mps
+        return replace(self, models={key: replace(model, mps=daemons) for key, model in self.models.items()})
+
     def check(self) -> None:
         """Check the certificate of the gateway, and that the engines can load the models. Raises ConfigError."""
         gateway = self.config.gateway

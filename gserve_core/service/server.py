@@ -35,6 +35,7 @@ from ..service import records
 from ..weights import ORIGINAL, Weights
 from .changes import Changes
 from .client import VLLMClient
+from .gpu_sharing import check_launcher
 from .nursery import Nursery
 from .pool import Pool
 from .server_life import ServerProgram
@@ -90,6 +91,7 @@ class VLLMServer:
         parts = assemble(
             Config(llm_config, plugins=list(plugins)), launcher=launcher, transport=transport, engine=engine
         )
+        check_launcher(serve, parts.launcher)
         program = ServerProgram(
             llm=llm_config, serve=serve, gpu_ids=None if ids is None else tuple(ids), parts=parts, nursery=Nursery(),
             model=llm_config.model_name,

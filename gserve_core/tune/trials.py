@@ -188,7 +188,10 @@ class Trials:
                     llm = replace(llm, llm_kwargs={**llm.llm_kwargs, FRACTION: min(parts)})
                 own = replace(own, llm=llm, serve=model.serve)
             is_shared = own.serve.share_gpu or self._locks is not None  # the lock is shared with us
-            serve = replace(own.serve, weight_protocol=None, share_gpu=is_shared, min_ready=None)
+            serve = replace(
+                own.serve, weight_protocol=None, share_gpu=is_shared, min_ready=None,
+                gpu_sharing=own.serve.gpu_sharing if own.serve.shares_gpus else None,
+            )  # fmt: skip
             config = replace(config.only(self._name), llm=own.llm, serve=serve, gateway=None)
             return Plan.of(config, document.file.parent)
 

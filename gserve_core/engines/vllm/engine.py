@@ -461,11 +461,9 @@ class RunningVLLM(RunningEngine):
         made, config = engine_config(vllm, arguments, llm, options)
         alone = compile_turn.turn(demo_model.cache_folder() / "compile", compiled, report)
         with contextlib.nullcontext() if made.enforce_eager else alone:
-            is_apart = arguments.get("distributed_executor_backend") not in (None, "uni")
-            is_small = vllm.platform.is_cpu() and config.parallel_config.world_size == 1
-            if chosen is None and is_small:
+            if chosen is None and vllm.platform.is_cpu() and config.parallel_config.world_size == 1:
                 with differences.optional("the faster start on a CPU"):
-                    fork_on_cpu(config, is_apart=is_apart)
+                    fork_on_cpu(config, is_apart=arguments.get("distributed_executor_backend") not in (None, "uni"))
             # A tracker that a forked process starts would be killed with it, and free no shared memory.
             resource_tracker.ensure_running()
             self._engine = differences.call(
@@ -490,7 +488,12 @@ class RunningVLLM(RunningEngine):
         self._chat_failure: str | None = None
         """Why this vLLM cannot render conversations, if that is not their fault."""
         self._numbers = iter(range(1 << 62))
-        self._progress = Progress(self._engine, cpu_seconds_below if is_small and not is_apart else None)
+        is_one_process = (  # vLLM's, below this one
+            vllm.platform.is_cpu()
+            and getattr(config.parallel_config, "distributed_executor_backend", None) == "uni"
+            and getattr(config.parallel_config, "data_parallel_size", None) == 1
+        )
+        self._progress = Progress(self._engine, cpu_seconds_below if is_one_process else None)
         self._tokens = TokenCounts(self._engine)
         self._requests = Requests(self._engine)
         self._version = FIRST

@@ -280,7 +280,7 @@ KNOWN_ERRORS = (
         "check gpu_ids, and CUDA_VISIBLE_DEVICES in the environment; nvidia-smi lists the GPUs",
     ),
     KnownError(
-        r"between the MPS server and the MPS client failed|cudaErrorMps",
+        r"between the MPS server and the MPS client failed",
         "the MPS daemon of its GPU has failed, and with it all servers that use it",
         "look at mps.log beside the server's log; without gpu_sharing: mps, servers on a GPU cannot disturb each other",
     ),

@@ -1,6 +1,7 @@
 """The progress of vLLM's engine: it distinguishes an engine that works from one that hangs."""
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -68,10 +69,11 @@ class Progress:
         moved = self.done + (tokens or 0)
         if not self.running or moved != self._moved:
             self._step_began = time.monotonic()
-        else:
+        elif self._turning is None or self._turning.done():
+            self._turning = asyncio.create_task(self._turn(sees_tokens=tokens is not None))
+            self._computes()  # the next look needs this one
+        else:  # the loop does not turn: a step is in progress
             self._turns += self._computes()
-            if self._turning is None or self._turning.done():
-                self._turning = asyncio.create_task(self._turn(sees_tokens=tokens is not None))
         self._moved = moved
         return moved + self._turns
 
@@ -80,7 +82,8 @@ class Progress:
         if self._cpu_seconds is None:
             return False
         before, looked = self._used, self._looked
-        self._used, self._looked = self._cpu_seconds(), time.monotonic()
+        with contextlib.suppress(OSError):  # without free descriptors, for example
+            self._used, self._looked = self._cpu_seconds(), time.monotonic()
         is_busy = self._used - before > COMPUTING * (self._looked - looked)
         return is_busy and self._looked - self._step_began < LONGEST_STEP
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from gserve import ConfigError, LaunchError, VLLMService
+from gserve import ConfigError, LaunchError, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core import reap
 from gserve_core.config import load
 from gserve_core.host import gpu_locks, processes
 from gserve_core.service.plan import Plan
+from gserve_launchers.slurm.launcher import SlurmLauncher
 
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 ENGINE = """
@@ -183,6 +184,22 @@ def test_what_a_frozen_keeper_leaves_behind_is_found_by_reap(folder: Path) -> No
             reap.remove(path)
 
 
+def test_a_model_without_mps_beside_one_with_it_sees_no_daemon(folder: Path) -> None:
+    rest = "".join(line + "\n" for line in (folder / "c.yaml").read_text().splitlines()[1:3])
+    own = "{llm: {model_name: m}, serve: {gpu_ids: [%d], share_gpu: true, %s env: {FOLDER: %s}}}"
+    one, other = own % (0, "gpu_sharing: mps,", folder), own % (1, "", folder)
+    (folder / "c.yaml").write_text(f"{rest}models:\n  a: {one}\n  b: {other}\n")
+    with VLLMService.from_yaml(folder / "c.yaml") as service:
+        nursery = service.servers[0].program.nursery
+        nursery.kill()
+        for server in service.servers:
+            os.kill(processes.processes_of(server.record().instance)[0], signal.SIGKILL)
+            until(lambda server=server: (it := server.status()).usable and it.restarts == 1)  # type: ignore[misc]
+        with_daemon, without = sharing(folder, service)
+        assert len(with_daemon) == 2
+        assert len(without) == 1, "no folder"
+
+
 def test_a_server_alone_on_its_gpu_and_an_engine_without_gpus_have_no_daemon(folder: Path) -> None:
     for changed in ("serve.servers_per_gpu=1", "engine.type=echo"):
         with VLLMService.from_yaml(folder / "c.yaml", overrides=[changed]) as service:
@@ -198,6 +215,26 @@ def test_why_a_daemon_does_not_start_is_told(folder: Path) -> None:
         VLLMService.from_yaml(folder / "c.yaml").start()
 
 
+def test_gpus_without_a_uuid_have_no_daemon(folder: Path) -> None:
+    (folder / "bin" / "nvidia-smi").write_text("#!/bin/sh\nexit 9\n")
+    with pytest.raises(LaunchError, match=r"needs the UUIDs of its GPUs, got '[01]': see whether nvidia-smi works"):
+        VLLMService.from_yaml(folder / "c.yaml").start()
+    assert not daemons(folder)
+
+
+def test_a_reloaded_model_uses_the_daemon_of_the_models_that_stay(folder: Path) -> None:
+    rest = "".join(line + "\n" for line in (folder / "c.yaml").read_text().splitlines()[1:3])
+    own = "{llm: {model_name: m}, serve: {gpu_ids: [0], share_gpu: true, gpu_sharing: mps, env: {FOLDER: %s, A: '%s'}}}"
+    kept, old, new = (own % (folder, value) for value in ("kept", "old", "new"))
+    (folder / "c.yaml").write_text(f"{rest}models:\n  a: {kept}\n  b: {old}\n")
+    with VLLMService.from_yaml(folder / "c.yaml") as service:
+        (folder / "c.yaml").write_text(f"{rest}models:\n  a: {kept}\n  b: {new}\n")
+        service.reload()
+        one, other = sharing(folder, service)
+        assert one == other
+        assert len(daemons(folder)) == 1
+
+
 def test_what_a_daemon_needs_is_checked_before_a_start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PIPES, "/theirs")
     with pytest.raises(ConfigError, match=r"CUDA_MPS_PIPE_DIRECTORY is set.*/theirs.*unset it, or remove gpu_sharing"):
@@ -208,6 +245,10 @@ def test_what_a_daemon_needs_is_checked_before_a_start(folder: Path, monkeypatch
         ConfigError, match=r"needs nvidia-cuda-mps-control, .* and PATH has none: install it, or remove"
     ):
         VLLMService.from_yaml(folder / "c.yaml").start()
+    with pytest.raises(ConfigError, match="gpu_sharing is for servers on this machine"):
+        VLLMServer(
+            LLMConfig("m"), serve_config=ServeConfig(share_gpu=True, gpu_sharing="mps"), launcher=SlurmLauncher()
+        )
     config, _ = load(folder / "c.yaml", ["launcher.type=slurm", "serve.gpu_ids=null", "serve.servers_per_gpu=1"])
     with pytest.raises(
         ConfigError, match="gpu_sharing is for servers on this machine, and the launcher 'slurm' starts"
