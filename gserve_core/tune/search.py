@@ -24,10 +24,14 @@ ROOMY = 8
 
 @dataclass(frozen=True)
 class Dimension:
-    """A key of a config, and its values in order. None is in the place of the value as given."""
+    """A key of a config, and its values in order. None is in the place of the value as given.
+
+    `expected`: the value that is most probably the best, which is tried first; None: nothing is known.
+    """
 
     key: str
     values: Sequence[Any]
+    expected: Any = None
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ class Measured:
 class Search:
     """A search by coordinate descent.
 
-    For each key it goes up from the value as given, or else down, as long as each step wins. At the end it measures
-    the config as given and the best setting again.
+    For each key it goes up, or else down, as long as each step wins. It begins at the value as given, or at the
+    expected one if that wins. At the end it measures the config as given and the best setting again.
 
     `measure`: measures a setting. `left`: returns the time left, in seconds.
     """
@@ -127,20 +131,31 @@ class Search:
 
     def _climb(self, dimension: Dimension) -> None:
         """Try the values of a key, with the other keys as in the last winner."""
-        best = self._winners[-1]
-        given = at = dimension.values.index(None)
+        values = dimension.values
+        start = values.index(None)
+        if dimension.expected is not None and self._advance(dimension, expected := values.index(dimension.expected)):
+            start = expected
+        at = start
         for step in (1, -1):
-            while 0 <= at + step < len(dimension.values):
-                setting = (*(it for it in best if it[0] != dimension.key), (dimension.key, dimension.values[at + step]))
-                if not self._fits(2):  # the config as given comes once more
-                    self.untried.append(setting)
-                    break
-                self._try(setting)
-                if self._wins(setting, best, at_most=CLOSE) and self._fits(2):
-                    self._try(setting)
-                if not self._wins(setting, best):
-                    break
-                self._winners.append(setting)
-                best, at = setting, at + step
-            if at != given:
+            while 0 <= at + step < len(values) and self._advance(dimension, at + step):
+                at += step
+            if at != start:
                 break
+
+    def _advance(self, dimension: Dimension, place: int) -> bool:
+        """Try a value of a key, unless it was tried, and return whether it wins against the last winner."""
+        if dimension.values[place] is None:
+            return False  # another value has won against it
+        best = self._winners[-1]
+        setting = (*(it for it in best if it[0] != dimension.key), (dimension.key, dimension.values[place]))
+        if all(it.setting != setting for it in self.measured):
+            if not self._fits(2):  # the config as given comes once more
+                self.untried.append(setting)
+                return False
+            self._try(setting)
+            if self._wins(setting, best, at_most=CLOSE) and self._fits(2):
+                self._try(setting)
+        if not self._wins(setting, best):
+            return False
+        self._winners.append(setting)
+        return True

@@ -1,9 +1,10 @@
 """The settings that a search tries for a model."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
-from ..config import LLMConfig
+from ..config import Config, LLMConfig
+from ..service.gpu_sharing import decide
 from ..service.plan import FRACTION, ModelPlan
 from .search import Dimension
 
@@ -61,7 +62,8 @@ def _servers(model: ModelPlan, at: str, cores: int, memory: int) -> Iterator[Dim
         return
     if engine.needs_gpus() or serve.least_per_gpu > 1:
         if serve.servers is None:
-            yield _numbers(f"{at}serve.servers_per_gpu", serve.least_per_gpu, SERVERS)
+            numbers, expected = _numbers(f"{at}serve.servers_per_gpu", serve.least_per_gpu, SERVERS), _by_size(model)
+            yield replace(numbers, expected=None if expected == serve.least_per_gpu else expected)
     elif not ids:
         fraction = llm.engine_kwargs.get(FRACTION)  # without a GPU, servers do not divide it
         if fraction is None or CACHE in llm.engine_kwargs:
@@ -69,6 +71,13 @@ def _servers(model: ModelPlan, at: str, cores: int, memory: int) -> Iterator[Dim
             fraction = (cache + (engine.weight_bytes(llm) or 0)) / memory if engine.uses_gpus else 0.0
         fitting = [count for count in SERVERS if count <= cores and count * fraction <= MOST_MEMORY]
         yield _numbers(f"{at}serve.servers", serve.servers or 1, fitting)
+
+
+def _by_size(model: ModelPlan) -> int:
+    """Return the number of servers on a GPU that `servers_per_gpu: auto` chooses."""
+    config = Config(model.llm, replace(model.serve, servers_per_gpu="auto", min_ready=None, weight_protocol=None))
+    _, choices = decide(config, dict.fromkeys(config.pools, model.parts))
+    return next(iter(choices.values())).servers
 
 
 def _numbers(key: str, given: int, values: Sequence[int]) -> Dimension:

@@ -267,7 +267,7 @@ ATTACHED = """
 import sys, time
 from gserve import VLLMService
 from gserve_core.service import attached
-attached.MISSING_SECONDS = attached.GONE_SECONDS = 1.0
+attached.MISSING_SECONDS = attached.RETURN_SECONDS = 1.0
 with VLLMService.attach("restarting") as service:
     print(service.generate(["one"]), flush=True)
     sys.stdin.readline()

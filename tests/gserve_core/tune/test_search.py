@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,8 +21,13 @@ class Trials:
     """Trials whose rates and durations are functions of the setting."""
 
     def __init__(
-        self, rate: Callable[[Mapping[str, Any]], float], total: float = 1e6, cost: Callable[[], float] = lambda: 1.0
+        self,
+        rate: Callable[[Mapping[str, Any]], float],
+        total: float = 1e6,
+        cost: Callable[[], float] = lambda: 1.0,
+        expected: int | None = None,
     ) -> None:
+        self._dimensions = [replace(DIMENSIONS[0], expected=expected), *DIMENSIONS[1:]]
         self._rate, self._cost = rate, cost
         self.now, self.total = 0.0, total
         self.search = Search(self._measure, lambda: self.total - self.now)
@@ -40,7 +46,7 @@ class Trials:
         return Measured(setting, rate, 10 * rate, seconds)
 
     def run(self) -> Setting:
-        self.search.run(lambda: DIMENSIONS)
+        self.search.run(lambda: self._dimensions)
         return self.search.best
 
     @property
@@ -55,8 +61,9 @@ def grid() -> list[dict[str, Any]]:
     return [{key: it for key, it in zip(keys, row, strict=True) if it is not None} for row in values]
 
 
+@pytest.mark.parametrize("expected", [None, 2, 3])
 @pytest.mark.parametrize("seed", range(20))
-def test_it_finds_the_best_of_a_grid_whose_keys_have_one_peak_each(seed: int) -> None:
+def test_it_finds_the_best_of_a_grid_whose_keys_have_one_peak_each(seed: int, expected: int | None) -> None:
     chance = random.Random(seed)
     parts: dict[str, dict[Any, float]] = {}
     for dimension in DIMENSIONS:
@@ -69,7 +76,7 @@ def test_it_finds_the_best_of_a_grid_whose_keys_have_one_peak_each(seed: int) ->
             found *= of[setting.get(key)]
         return found
 
-    trials = Trials(rate)
+    trials = Trials(rate, expected=expected)
     assert dict(trials.run()) == max(grid(), key=rate)
     assert not trials.search.untried
     assert len(set(trials.tried)) < len(grid()), "it is no search of the whole grid"
@@ -94,6 +101,13 @@ def test_with_all_the_time_it_measures_the_given_config_first_twice_and_at_the_e
     assert trials.tried[-2:] == [GIVEN, best]
     assert trials.search.ratio(best) == 3
     assert trials.search.noise == 0
+
+
+def test_the_expected_value_comes_first_so_that_little_time_is_enough() -> None:
+    trials = Trials(lambda it: 100.0 * it.get("servers", 1), 3.0, expected=3)
+    assert dict(trials.run()) == {"servers": 3}
+    assert [dict(it) for it in trials.tried] == [{}, {"servers": 3}, {}]
+    assert {"servers": 2} in [dict(it) for it in trials.search.untried]
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -1,7 +1,9 @@
 """The settings that a search tries for a model, by its config and its engine."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +14,7 @@ from gserve_core.service.plan import Plan
 from gserve_core.service.state import ONLY
 from gserve_core.tune.settings import dimensions
 from gserve_launchers.ssh.launcher import SshLauncher
+from tests.gserve_core.fake_cuda import make_driver
 
 SERVERS, BY_GPU = "serve.servers", "serve.servers_per_gpu"
 SEQS, TOKENS = "llm.llm_kwargs.max_num_seqs", "llm.llm_kwargs.max_num_batched_tokens"
@@ -52,6 +55,18 @@ def test_on_gpus_servers_come_first_and_graphs_last_if_they_are_on() -> None:
     assert found[SEQS] == [64, 128, None, 512, 1024]
     assert found[TOKENS] == [2048, None, 16384]
     assert (found[CACHE], found[EAGER]) == ([None, False], [None, True])
+
+
+def test_the_number_of_servers_that_auto_chooses_is_expected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_driver(tmp_path)
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(OnGpu, "weight_bytes", lambda *_: 2 << 30)
+    for given, expected in ((1, 3), (2, 3), (3, None)):
+        config = Config(LLMConfig("any"), ServeConfig(servers_per_gpu=given))
+        model = Plan.of(config, engine=OnGpu()).models[ONLY]
+        assert next(dimensions(model, "", 256, 10_000, 8, 16 << 30)).expected == expected
 
 
 def test_graphs_come_second_if_they_are_off() -> None:
