@@ -22,8 +22,10 @@ RUN = re.compile(r"\d{8}-\d{6}-.+")
 """Pattern of the names of runs' log folders."""
 LOG = re.compile(r"(.+?)(?:\.(\d+))?\.log")
 """Pattern of the names that `log_file` returns."""
-NURSERY_LOG, MPS_LOG = "nursery.log", "mps.log"
+NURSERY_LOG = "nursery.log"
 """Name of the log of the process that forks the servers. It stands beside their logs."""
+MPS_LOG = re.compile(r"mps-(GPU|MIG)-\w+\.log")
+"""Pattern of the names that `mps_log` returns."""
 OWNER_FILE = ".gserve"
 """Name of the file that proves who owns a folder. In a log folder, the owner keeps it locked."""
 HOMES = {"state": ("XDG_STATE_HOME", ".local/state"), "cache": ("XDG_CACHE_HOME", ".cache")}
@@ -234,11 +236,17 @@ def log_file(folder: Path, server: str, number: int) -> Path:
     return folder / (f"{server}.log" if number == 1 else f"{server}.{number}.log")
 
 
+def mps_log(folder: Path, gpu: str) -> Path:
+    """Return the path of an MPS daemon's log in a log folder. `gpu`: the UUID of its first GPU."""
+    return folder / f"mps-{gpu[:12]}.log"
+
+
 def newest_logs(folder: Path) -> dict[str, Path]:
     """Return the newest log of each server in a log folder, by the server's name."""
     found: dict[str, tuple[int, Path]] = {}
     for path in folder.glob("*.log"):
-        if path.name not in (NURSERY_LOG, MPS_LOG) and (parts := LOG.fullmatch(path.name)) is not None:
+        is_other = path.name == NURSERY_LOG or MPS_LOG.fullmatch(path.name)
+        if not is_other and (parts := LOG.fullmatch(path.name)) is not None:
             number = int(parts[2] or 1)
             found[parts[1]] = max(found.get(parts[1], (0, path)), (number, path))
     return {server: path for server, (_, path) in sorted(found.items())}

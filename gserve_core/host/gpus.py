@@ -12,6 +12,10 @@ from pathlib import Path
 
 from ..errors import LaunchError
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+"""Variable with the GPUs that a process may use."""
+MPS_PIPES, MPS_LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
+"""Variables with the folders of an MPS daemon's sockets and logs. Its clients find it by the first one."""
 NO_DEVICE = ("", "-1", "NoDevFiles")
 """Entries of CUDA_VISIBLE_DEVICES that hide all GPUs from there on."""
 ROW = re.compile(r"^(\d+), (GPU-\S+)\s*$", re.MULTILINE)
@@ -65,7 +69,7 @@ def visible(environ: Mapping[str, str], wanted: int) -> list[str]:
 
     Raises LaunchError: no GPU has that number, nvidia-smi fails, or CUDA numbers the GPUs in another order.
     """
-    listed = environ.get("CUDA_VISIBLE_DEVICES")
+    listed = environ.get(VISIBLE)
     if listed is None:
         uuids = _uuids(environ)
         _check_order(environ, uuids)
@@ -115,7 +119,7 @@ def _uuids(environ: Mapping[str, str]) -> dict[str, str]:
         raise _unknown(str(error)) from error
     if told is None:
         return {}
-    if told.returncode in NO_DRIVER or (told.returncode == NO_GPU and "CUDA_VISIBLE_DEVICES" not in environ):
+    if told.returncode in NO_DRIVER or (told.returncode == NO_GPU and VISIBLE not in environ):
         return {}
     rows = ROW.findall(told.stdout)
     if told.returncode or not rows:

@@ -479,7 +479,7 @@ class Deployment:
 
     def _with_same_models(self, given: Plan) -> Plan:
         """Return a plan that was read, with the present plans of models that have not changed in the file."""
-        plan = given = given.with_daemons(self.plan)
+        plan = replace(given, mps=self.plan.mps)
         for key, model in given.models.items():
             known = self.plan.models.get(key)
             if known is not None and known.llm.model_name == model.llm.model_name:

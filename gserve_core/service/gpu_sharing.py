@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from ..config import GPU_MEMORY, Config, ModelConfig, ServeConfig, check_places, gpu_memory
 from ..errors import ConfigError
 from ..host import gpus
-from ..interfaces import Launcher
 from ..plugins import Parts
 from .server_command import pinning
 
@@ -48,23 +47,19 @@ def decide(config: Config, parts: Mapping[str, Parts]) -> tuple[Config, dict[str
     choices: dict[str, Choice] = {}
     for name, model in config.pools.items():
         with config.placing(name):
-            check_launcher(model.serve, parts[name].launcher)
+            serve, launcher = model.serve, parts[name].launcher
+            keys = {"servers_per_gpu": serve.least_per_gpu > 1, "gpu_sharing": serve.gpu_sharing is not None}
+            for key in (key for key, is_set in keys.items() if is_set and not launcher.runs_here):
+                raise ConfigError(
+                    f"{key} is for servers on this machine, and the launcher '{launcher.name}' starts them on others:"
+                    " remove it",
+                    at=f"$.serve.{key}",
+                )
             if model.serve.servers_per_gpu == "auto":
                 choices[name] = _choose(config, name, model, parts)
     for name, choice in choices.items():
         config = config.with_model(name, serve=replace(config.pools[name].serve, servers_per_gpu=choice.servers))
     return config, choices
-
-
-def check_launcher(serve: ServeConfig, launcher: Launcher) -> None:
-    """Raise ConfigError if a launcher cannot have servers share a GPU as the config says."""
-    keys = {"servers_per_gpu": serve.least_per_gpu > 1, "gpu_sharing": serve.gpu_sharing is not None}
-    for key in (key for key, is_set in keys.items() if is_set and not launcher.runs_here):
-        raise ConfigError(
-            f"{key} is for servers on this machine, and the launcher '{launcher.name}' starts them on others:"
-            " remove it",
-            at=f"$.serve.{key}",
-        )
 
 
 def uses_mps(serve: ServeConfig, parts: Parts) -> bool:

@@ -15,15 +15,12 @@ from pathlib import Path
 
 from ..command_launcher import LocalProcess
 from ..errors import ConfigError, GserveError, LaunchError
-from ..host import gpus, mps_keeper, processes, scratch
+from ..host import folders, gpus, mps_keeper, processes, scratch
 from ..host.child_process import Child
-from ..host.folders import MPS_LOG
 from ..host.forks import call_in_child
+from ..host.gpus import MPS_LOGS, MPS_PIPES, VISIBLE
 from ..host.poll import readable
 
-PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
-"""Variables with the folders of the daemon's sockets and of its logs. Clients find the daemon by the first one."""
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 START_SECONDS = 10.0
 """Maximum time until a daemon accepts connections, in seconds."""
 STOP_SECONDS = 1.0
@@ -32,10 +29,10 @@ STOP_SECONDS = 1.0
 
 def check(environ: Mapping[str, str]) -> None:
     """Raise ConfigError if servers with this environment cannot have a daemon."""
-    if environ.get(PIPES):
+    if environ.get(MPS_PIPES):
         raise ConfigError(
-            f"{PIPES} is set, so that servers use the MPS daemon of {environ[PIPES]}, and gpu_sharing: mps would start"
-            " another one: unset it, or remove gpu_sharing",
+            f"{MPS_PIPES} is set, so that servers use the MPS daemon of {environ[MPS_PIPES]}, and gpu_sharing: mps would"
+            " start another one: unset it, or remove gpu_sharing",
             at="$.serve.gpu_sharing",
         )
     if shutil.which(mps_keeper.COMMAND[0], path=environ.get("PATH")) is None:
@@ -74,8 +71,8 @@ class MpsDaemons:
             group = self._groups.setdefault(name, _Group())
             group.users += 1
         try:
-            folder = group.daemon(name, environ, log.with_name(MPS_LOG)).folder
-            yield {VISIBLE: ",".join(devices), PIPES: str(folder), LOGS: str(folder)}
+            folder = group.daemon(name, environ, folders.mps_log(log.parent, name[0])).folder
+            yield {VISIBLE: ",".join(devices), MPS_PIPES: str(folder), MPS_LOGS: str(folder)}
         finally:
             with self._lock:
                 group.users -= 1
@@ -92,34 +89,31 @@ class _Group:
         self.users = 0
         self._lock = threading.Lock()
         self._daemon: _Daemon | None = None
-        self._tries = 0
-        self._failure: LaunchError | None = None
-        """The outcome of the last try."""
+        self._failures: list[LaunchError] = []
 
     def daemon(self, devices: Sequence[str], environ: Mapping[str, str], log: Path) -> "_Daemon":
         """Return the daemon. It is started if it does not run, with one outcome for all that wait.
 
         Raises LaunchError.
         """
-        tries = self._tries
-        with self._lock:
-            if self._tries > tries and self._failure is not None:
-                raise LaunchError(str(self._failure), log=log)
+        failures = len(self._failures)
+        with self._lock:  # only those that need the same start wait for it
+            if len(self._failures) > failures:
+                raise self._failures[-1]
             if self._daemon is None or self._daemon.has_ended():  # what used that one ends by itself
                 self.stop()
-                self._tries, self._failure = self._tries + 1, None
                 try:
                     self._daemon = _Daemon(devices, environ, log)
                 except LaunchError as error:
-                    self._failure = error
+                    self._failures.append(error)
                     raise
             return self._daemon
 
     def stop(self) -> None:
         """End the daemon, if there is one."""
-        if self._daemon is not None:
-            self._daemon.stop()
-            self._daemon = None
+        daemon, self._daemon = self._daemon, None
+        if daemon is not None:
+            daemon.stop()
 
 
 class _Daemon:
@@ -134,7 +128,7 @@ class _Daemon:
             raise LaunchError(f"cannot make a folder for NVIDIA's MPS daemon: {error}") from error
         self.folder = scratch.short_path(self._path)
         marked = {
-            **environ, VISIBLE: ",".join(devices), PIPES: str(self.folder), LOGS: str(self.folder),
+            **environ, VISIBLE: ",".join(devices), MPS_PIPES: str(self.folder), MPS_LOGS: str(self.folder),
             processes.ID_VARIABLE: self._instance, processes.OWNER_VARIABLE: processes.owner_mark(),
             processes.SERVER_VARIABLE: "",
         }  # fmt: skip
@@ -151,11 +145,13 @@ class _Daemon:
             raise LaunchError(f"cannot start NVIDIA's MPS daemon: {error}", log=log) from error
         self._keeper = LocalProcess(child)
         call_in_child(self._close_stdin)  # a fork that kept it open would hide our end from the keeper
-        if not readable(START_SECONDS, self._keeper.stdout.fileno()) or not self._keeper.stdout.read(1):
+        if not (ready := readable(START_SECONDS, self._keeper.stdout.fileno())) or not self._keeper.stdout.read(1):
             self.stop()
-            *_, last = ["it says nothing", *log.read_bytes()[before:].decode(errors="replace").splitlines()]
+            why = f"it accepts no connection within {START_SECONDS:g} s"
+            if ready:  # it has ended
+                *_, why = ["it ended without a word", *log.read_bytes()[before:].decode(errors="replace").splitlines()]
             raise LaunchError(
-                f"NVIDIA's MPS daemon does not start on {', '.join(devices)}: {last}; its log: {log}", log=log
+                f"NVIDIA's MPS daemon does not start on {', '.join(devices)}: {why}; its log: {log}", log=log
             )
 
     def has_ended(self) -> bool:

@@ -26,10 +26,10 @@ from ..host import processes
 from ..host.child_process import KILL_SECONDS, UNKNOWN
 from ..host.folders import NURSERY_LOG
 from ..host.forks import call_in_child
+from ..host.gpus import MPS_LOGS, MPS_PIPES, VISIBLE
 from ..host.poll import readable
 from ..host.process_groups import reap_group
 from ..interfaces import Job
-from . import mps
 
 IMPORT_SECONDS = 600.0
 """Maximum time for the imports of a nursery, in seconds. From a slow network file system they take minutes."""
@@ -41,9 +41,9 @@ REAP_SECONDS = 1.0
 """Maximum time for a nursery to report the exit code of an ended server, in seconds."""
 IMPORTING = "importing modules, once for all servers"
 """Phase of a server whose nursery imports."""
-OF_A_SERVER = {"CUDA_VISIBLE_DEVICES", mps.PIPES, mps.LOGS}
+PER_SERVER = {VISIBLE, MPS_PIPES, MPS_LOGS}
 """Environment variables that a nursery must not inherit from its first server."""
-# Libraries would count the GPUs in the first one, and other servers have no others.
+# Libraries would count the GPUs in the first one. The next server may have none of the others.
 
 
 type Popen = Callable[..., subprocess.Popen[bytes]]
@@ -102,7 +102,7 @@ class Nursery:
         self.has_forked, self._id = False, uuid.uuid4().hex
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            env = {name: value for name, value in job.env.items() if name not in OF_A_SERVER}
+            env = {name: value for name, value in job.env.items() if name not in PER_SERVER}
             command = [{"--lease": "--forks"}.get(word, word) for word in job.command]
             job = replace(
                 job, name="the nursery", command=command, env=env | {processes.ID_VARIABLE: self._id},

@@ -52,7 +52,7 @@ class Source:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """A model, the config of its servers, the plugins that they need, their nursery, and their MPS daemons.
+    """A model, the config of its servers, the plugins that they need, and their nursery.
 
     `placement`: the GPU ids of each server, in order; None for a server that is not pinned.
     `is_alone`: whether the service has no other model.
@@ -70,7 +70,6 @@ class ModelPlan:
     weights: Weights = ORIGINAL
     gate: Gate = OPEN
     nursery: Nursery = field(default_factory=Nursery, compare=False)
-    mps: MpsDaemons = field(default_factory=MpsDaemons, compare=False)
     gpu_memory: Mapping[tuple[int, ...] | None, float] = field(default_factory=dict)
     choice: Choice | None = None
 
@@ -126,11 +125,13 @@ class Plan:
 
     `models`: by the key of their queue: the name, or `ONLY` for a service with one model.
     `located`: returns a context that adds the file and the line to errors.
+    `mps`: the MPS daemons of all servers.
     """
 
     config: Config
     models: Mapping[str, ModelPlan]
     located: Callable[[], AbstractContextManager[None]] = nullcontext
+    mps: MpsDaemons = field(default_factory=MpsDaemons, compare=False)
 
     @classmethod
     def of(
@@ -160,11 +161,10 @@ class Plan:
         placements = check_places(config, {name: it.launcher.places for name, it in parts.items()})
         memory = gpu_memory(config, placements)
         models: dict[str, ModelPlan] = {}
-        daemons = MpsDaemons()  # models on one GPU share its daemon
         for name, model in config.pools.items():
             made = ModelPlan(
                 name, model.llm, model.serve, parts[name], placements[name], not config.models,
-                gpu_memory=memory[name], choice=choices.get(name), mps=daemons,
+                gpu_memory=memory[name], choice=choices.get(name),
             )  # fmt: skip
             alike = [it for it in models.values() if _can_share_nursery(it, made)]
             models[name if config.models else ONLY] = replace(made, nursery=alike[0].nursery) if alike else made
@@ -192,11 +192,6 @@ class Plan:
         Raises ConfigError: there is no such model, or no name is given and there are several.
         """
         return find_model({model.name: key for key, model in self.models.items()}, name)
-
-    def with_daemons(self, known: "Plan") -> "Plan":
-        """Return the plan with the MPS daemons of another one, so that servers of both share them."""
-        daemons = next(iter(known.models.values())).mps
-        return replace(self, models={key: replace(model, mps=daemons) for key, model in self.models.items()})
 
     def check(self) -> None:
         """Check the certificate of the gateway, and that the engines can load the models. Raises ConfigError."""
@@ -269,7 +264,7 @@ class Plan:
         return ServerProgram(
             llm=model.served_llm(gpu_ids), serve=own, gpu_ids=gpu_ids, parts=model.parts, nursery=model.nursery,
             index=index, first=sum([*beside.values()][:before]), servers=sum(beside.values()), model=model.name,
-            is_alone=model.is_alone, weights=model.weights, gate=model.gate, mps=model.mps,
+            is_alone=model.is_alone, weights=model.weights, gate=model.gate, mps=self.mps,
         )  # fmt: skip
 
     def programs(self) -> Iterator[ServerProgram]:

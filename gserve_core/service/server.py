@@ -35,7 +35,6 @@ from ..service import records
 from ..weights import ORIGINAL, Weights
 from .changes import Changes
 from .client import VLLMClient
-from .gpu_sharing import check_launcher
 from .nursery import Nursery
 from .pool import Pool
 from .server_life import ServerProgram
@@ -87,11 +86,12 @@ class VLLMServer:
                 raise ConfigError(f"a VLLMServer is one server, but serve_config.{name} is {number}: use a VLLMService")
         if serve.weight_protocol is not None:
             raise ConfigError("weight_protocol needs a gateway, which a VLLMServer has not: use a VLLMService with one")
+        if serve.gpu_sharing is not None:
+            raise ConfigError("gpu_sharing is for several servers, and a VLLMServer is one: use a VLLMService")
         ids = serve.gpu_ids
         parts = assemble(
             Config(llm_config, plugins=list(plugins)), launcher=launcher, transport=transport, engine=engine
         )
-        check_launcher(serve, parts.launcher)
         program = ServerProgram(
             llm=llm_config, serve=serve, gpu_ids=None if ids is None else tuple(ids), parts=parts, nursery=Nursery(),
             model=llm_config.model_name,

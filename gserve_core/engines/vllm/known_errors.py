@@ -282,7 +282,8 @@ KNOWN_ERRORS = (
     KnownError(
         r"between the MPS server and the MPS client failed",
         "the MPS daemon of its GPU has failed, and with it all servers that use it",
-        "look at mps.log beside the server's log; without gpu_sharing: mps, servers on a GPU cannot disturb each other",
+        "look at the daemon's log (mps-….log beside the server's log); without MPS, servers on a GPU cannot disturb"
+        " each other",
     ),
     KnownError(
         r"busy or unavailable",

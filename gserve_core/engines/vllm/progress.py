@@ -71,6 +71,7 @@ class Progress:
             self._step_began = time.monotonic()
         elif self._turning is None or self._turning.done():
             self._turning = asyncio.create_task(self._turn(sees_tokens=tokens is not None))
+            self._step_began = time.monotonic()
             self._computes()  # the next look needs this one
         else:  # the loop does not turn: a step is in progress
             self._turns += self._computes()

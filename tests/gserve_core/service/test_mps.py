@@ -7,6 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,8 @@ import pytest
 from gserve import ConfigError, LaunchError, LLMConfig, ServeConfig, VLLMServer, VLLMService
 from gserve_core import reap
 from gserve_core.config import load
-from gserve_core.host import gpu_locks, processes
+from gserve_core.host import folders, gpu_locks, processes
 from gserve_core.service.plan import Plan
-from gserve_launchers.slurm.launcher import SlurmLauncher
 
 PIPES = "CUDA_MPS_PIPE_DIRECTORY"
 ENGINE = """
@@ -42,10 +42,11 @@ def gserve_register_engines():
     return [OnGpus]
 """
 DAEMON = """
-import os, socket, subprocess, sys
+import os, socket, subprocess, sys, time
 assert sys.argv[1:] == ["-f"], sys.argv
 print("Starting control daemon", flush=True)
 if os.path.exists(FOLDER + "/wrong"):
+    time.sleep(3)  # so that all servers wait
     sys.exit("the GPU is in exclusive mode")
 listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 listening.bind(os.environ["CUDA_MPS_PIPE_DIRECTORY"] + "/control")
@@ -94,8 +95,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
     monkeypatch.setattr("tempfile.tempdir", None)
     yield tmp_path
-    assert not [pid for daemon in daemons(tmp_path) for pid in daemon if is_alive(pid)]
-    assert not list((tmp_path / "tmp").iterdir())
+    until(lambda: not [pid for daemon in daemons(tmp_path) for pid in daemon if is_alive(pid)])
+    until(lambda: not list((tmp_path / "tmp").iterdir()))
     for gpu in gpus:
         for file in gpu_locks.FOLDER.glob(f"gserve-gpu-{gpu}.*"):
             file.unlink()
@@ -119,6 +120,18 @@ def sharing(folder: Path, service: VLLMService) -> list[list[str]]:
     return [(folder / server.record().instance).read_text().split() for server in service.servers]
 
 
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Have another process run the service for the block, and kill it then."""
+    with subprocess.Popen([sys.executable, "-c", OWNER, str(folder / "c.yaml")], stdout=subprocess.PIPE) as owner:
+        try:
+            assert owner.stdout is not None
+            assert owner.stdout.readline() == b"ready\n"
+            yield
+        finally:
+            owner.kill()
+
+
 def until(is_true: Callable[[], object]) -> None:
     deadline = time.monotonic() + WAIT
     while not is_true():
@@ -140,7 +153,8 @@ def test_the_servers_of_a_gpu_share_a_daemon_that_sees_no_other_gpu(folder: Path
         assert service.generate(["a"]) == [["a"]]
     log = service.status()[0].log
     assert log is not None
-    assert "Starting control daemon" in log.with_name("mps.log").read_text()
+    assert "Starting control daemon" in log.with_name(f"mps-{one[0][:12]}.log").read_text()
+    assert [*folders.newest_logs(log.parent)] == [f"server-{index}" for index in range(4)]
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["the keeper", "the daemon"])
@@ -159,22 +173,16 @@ def test_a_daemon_that_was_killed_is_replaced_when_a_server_starts_again(folder:
 
 
 def test_a_daemon_ends_with_an_owner_that_is_killed(folder: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", OWNER, str(folder / "c.yaml")], stdout=subprocess.PIPE) as owner:
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == b"ready\n"
+    with owned(folder):
         assert len(daemons(folder)) == 2
-        owner.kill()
     until(lambda: not [pid for daemon in daemons(folder) for pid in daemon if is_alive(pid)])
     until(lambda: not list((folder / "tmp").iterdir()))
 
 
 def test_what_a_frozen_keeper_leaves_behind_is_found_by_reap(folder: Path) -> None:
-    with subprocess.Popen([sys.executable, "-c", OWNER, str(folder / "c.yaml")], stdout=subprocess.PIPE) as owner:
-        assert owner.stdout is not None
-        assert owner.stdout.readline() == b"ready\n"
+    with owned(folder):
         [frozen, ended] = daemons(folder)
         os.kill(frozen[0], signal.SIGSTOP)
-        owner.kill()
     until(lambda: not [pid for pid in ended if is_alive(pid)])
     left = [process for process in reap.orphans() if process.pid in frozen]
     assert {process.pid for process in left} == {*frozen}
@@ -207,12 +215,16 @@ def test_a_server_alone_on_its_gpu_and_an_engine_without_gpus_have_no_daemon(fol
     assert not daemons(folder)
 
 
-def test_why_a_daemon_does_not_start_is_told(folder: Path) -> None:
+def test_why_a_daemon_does_not_start_is_told_to_all_servers_that_wait_for_it(folder: Path) -> None:
     (folder / "wrong").touch()
+    service = VLLMService.from_yaml(folder / "c.yaml", overrides=["serve.servers_per_gpu=4", "serve.gpu_ids=[0]"])
     with pytest.raises(
         LaunchError, match=r"MPS daemon does not start on GPU-.*: the GPU is in exclusive mode; its log"
     ):
-        VLLMService.from_yaml(folder / "c.yaml").start()
+        service.start()
+    (log,) = next(it.log for it in service.status() if it.log).parent.glob("mps-*.log")
+    assert log.stat().st_mode & 0o777 == 0o600
+    assert log.read_text().count("Starting control daemon") == 1
 
 
 def test_gpus_without_a_uuid_have_no_daemon(folder: Path) -> None:
@@ -245,10 +257,8 @@ def test_what_a_daemon_needs_is_checked_before_a_start(folder: Path, monkeypatch
         ConfigError, match=r"needs nvidia-cuda-mps-control, .* and PATH has none: install it, or remove"
     ):
         VLLMService.from_yaml(folder / "c.yaml").start()
-    with pytest.raises(ConfigError, match="gpu_sharing is for servers on this machine"):
-        VLLMServer(
-            LLMConfig("m"), serve_config=ServeConfig(share_gpu=True, gpu_sharing="mps"), launcher=SlurmLauncher()
-        )
+    with pytest.raises(ConfigError, match="gpu_sharing is for several servers, and a VLLMServer is one"):
+        VLLMServer(LLMConfig("m"), serve_config=ServeConfig(share_gpu=True, gpu_sharing="mps"))
     config, _ = load(folder / "c.yaml", ["launcher.type=slurm", "serve.gpu_ids=null", "serve.servers_per_gpu=1"])
     with pytest.raises(
         ConfigError, match="gpu_sharing is for servers on this machine, and the launcher 'slurm' starts"

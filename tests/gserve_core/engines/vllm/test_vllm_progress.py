@@ -78,7 +78,8 @@ def test_a_process_that_computes_makes_progress_in_a_long_step(monkeypatch: pyte
         counting.begin()
         for _ in range(4):
             found.append(counting.count())
-            await asyncio.sleep(0.05)
+            for _ in range(50):  # no time: a probe of a loop that turns ends meanwhile
+                await asyncio.sleep(0)
         counting.close()
         return found
 
