@@ -31,8 +31,8 @@ def check(environ: Mapping[str, str]) -> None:
     """Raise ConfigError if servers with this environment cannot have a daemon."""
     if environ.get(MPS_PIPES):
         raise ConfigError(
-            f"{MPS_PIPES} is set, so that servers use the MPS daemon of {environ[MPS_PIPES]}, and gpu_sharing: mps would"
-            " start another one: unset it, or remove gpu_sharing",
+            f"{MPS_PIPES} is set, so that servers use the MPS daemon of {environ[MPS_PIPES]}, and gpu_sharing: mps"
+            " would start another one: unset it, or remove gpu_sharing",
             at="$.serve.gpu_sharing",
         )
     if shutil.which(mps_keeper.COMMAND[0], path=environ.get("PATH")) is None:
