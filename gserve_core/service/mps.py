@@ -27,7 +27,7 @@ STOP_SECONDS = 1.0
 """Maximum time for a daemon to end, in seconds. Then it is killed."""
 
 
-def check(environ: Mapping[str, str]) -> None:
+def check_environ(environ: Mapping[str, str]) -> None:
     """Raise ConfigError if servers with this environment cannot have a daemon."""
     if environ.get(MPS_PIPES):
         raise ConfigError(
@@ -57,10 +57,10 @@ class MpsDaemons:
         `devices`: the UUIDs of the GPUs. `environ`: the environment of the server. `log`: its log. That of the daemon
         is beside it.
 
-        Raises ConfigError: see `check`.
+        Raises ConfigError: see `check_environ`.
         Raises LaunchError: the GPUs are not known by UUID, or the daemon does not start.
         """
-        check(environ)
+        check_environ(environ)
         if not devices or not all(gpus.UUID.fullmatch(device) for device in devices):  # others are numbered anew
             raise LaunchError(
                 f"gpu_sharing: mps needs the UUIDs of its GPUs, got '{','.join(devices)}': see whether nvidia-smi works"

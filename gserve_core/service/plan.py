@@ -14,10 +14,9 @@ from ..interfaces import Engine, Job, Launcher, Transport
 from ..pauses import OPEN, Gate
 from ..plugins import Parts, assemble
 from ..weights import ORIGINAL, Weights
-from . import mps
 from .gpu_sharing import Choice, decide, uses_mps
 from .model_names import find_model
-from .mps import MpsDaemons
+from .mps import MpsDaemons, check_environ
 from .nursery import Nursery
 from .server_life import ServerProgram
 from .state import ONLY
@@ -208,7 +207,7 @@ class Plan:
                         at="$.serve.weight_protocol",
                     )
                 if uses_mps(model.serve, model.parts):
-                    mps.check(os.environ | model.serve.env)
+                    check_environ(os.environ | model.serve.env)
                 model.parts.check(model.llm, model.serve)
 
     def resized(self, key: str, serve: ServeConfig) -> "Plan":
