@@ -18,7 +18,7 @@ from pathlib import Path
 COMMAND = ["nvidia-cuda-mps-control", "-f"]
 """The command of the daemon, in the foreground."""
 KINDS = socket.SOCK_SEQPACKET, socket.SOCK_STREAM
-"""Kinds of sockets that the daemon may have. NVIDIA does not say which one."""
+"""Kinds of sockets that the daemon may have. NVIDIA does not say which one. Driver 580 has the first."""
 LOOK_SECONDS = 0.05
 """Interval between two checks of the daemon, in seconds."""
 SIGNAL_OF_PARENTS_DEATH = 1

@@ -151,6 +151,7 @@ def test_the_servers_of_a_gpu_share_a_daemon_that_sees_no_other_gpu(folder: Path
         service.scale(2)
         assert [is_alive(pid) for _, pid, _ in daemons(folder)].count(True) == 1, "the other GPU has no servers now"
         assert service.generate(["a"]) == [["a"]]
+    assert not [pid for daemon in daemons(folder) for pid in daemon if is_alive(pid)], "shutdown has waited"
     log = service.status()[0].log
     assert log is not None
     assert "Starting control daemon" in log.with_name(f"mps-{one[0][:12]}.log").read_text()
