@@ -81,6 +81,9 @@ class SlurmCluster:
     CPUs and `memory` MB, both of which may be more than the machine has. Memory is consumed, as the CPUs are, but its
     use is not limited. Partitions: `main` (the default), and `high`, for whose jobs those in `low` are requeued.
     `lines` are appended to slurm.conf.
+
+    Its nodes end a job by its tree of processes (`proctrack/linuxproc`), and miss what a dying process has just
+    started: a job that a test cancels does not fork, as in `--wrap=exec sleep 600`.
     """
 
     def __init__(self, *, nodes: int = 3, gpus: int = 4, cpus: int = 8, memory: int = 4096, lines: str = "") -> None:

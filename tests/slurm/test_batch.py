@@ -227,7 +227,7 @@ def test_a_job_that_was_preempted_goes_on_where_it_stopped(place: Place) -> None
     job = place.submit(place.config(**SLOW), *place.items(150), *REQUEUE, *where)
     until(lambda: len(place.lines("out.jsonl")) >= 16)
     other = place.cluster.run(
-        "sbatch", "--parsable", "--partition=high", "--nodelist=n2", "--time=10", "--exclusive", "--wrap=sleep 1"
+        "sbatch", "--parsable", "--partition=high", "--nodelist=n2", "--time=10", "--exclusive", "--wrap=true"
     )
     until(lambda: place.state(job)["Restarts"] == "1")
     assert len(place.lines("out.jsonl")) < 150
@@ -360,7 +360,7 @@ def test_the_tasks_of_an_array_have_each_row_once_between_them_though_one_is_pre
     until(lambda: len(place.lines("parts/part-2-of-4.jsonl")) >= 16)
     assert re.search(r"part-2-of-4.jsonl +running +\d+", place.gserve("status", "parts"))
     node = place.cluster.run("squeue", "--noheader", f"--jobs={task}", "--format=%N").strip()
-    place.cluster.run("sbatch", "--partition=high", f"--nodelist={node}", "--time=10", "--exclusive", "--wrap=sleep 1")
+    place.cluster.run("sbatch", "--partition=high", f"--nodelist={node}", "--time=10", "--exclusive", "--wrap=true")
     until(lambda: place.state(task)["Restarts"] == "1")
     assert len(place.lines("parts/part-2-of-4.jsonl")) < 150
     place.config()  # what runs again does the rest at once

@@ -95,10 +95,10 @@ def test_a_job_is_requeued_when_a_higher_one_needs_its_node_and_runs_again(slurm
     begins = slurm_cluster.folder / "begins"
     low = submit(
         slurm_cluster, "--partition=low", "--nodelist=n2", "--exclusive", "--requeue",
-        f"--wrap=echo $SLURM_RESTART_COUNT. >> {begins}; sleep 600",
+        f"--wrap=echo $SLURM_RESTART_COUNT. >> {begins}; exec sleep 600",
     )  # fmt: skip
     until(lambda: begins.exists() and begins.read_text().split() == ["."])
-    high = submit(slurm_cluster, "--partition=high", "--nodelist=n2", "--exclusive", "--wrap=sleep 600")
+    high = submit(slurm_cluster, "--partition=high", "--nodelist=n2", "--exclusive", "--wrap=exec sleep 600")
     until(lambda: state(slurm_cluster, high) == "RUNNING")
     assert state(slurm_cluster, low) == "PENDING"
     slurm_cluster.run("scancel", high)

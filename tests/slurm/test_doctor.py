@@ -145,7 +145,7 @@ def test_what_slurm_refuses_is_said_in_its_words(config: str) -> None:
 
 
 def test_a_job_that_waits_is_shown_and_an_interrupt_cancels_it(config: str, slurm_cluster: SlurmCluster) -> None:
-    full = slurm_cluster.run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--wrap=sleep 600").strip()
+    full = slurm_cluster.run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--wrap=exec sleep 600").strip()
     for number in (signal.SIGINT, signal.SIGTERM):
         with subprocess.Popen(
             [*COMMAND, config], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

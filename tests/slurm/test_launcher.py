@@ -309,7 +309,7 @@ def test_a_service_in_an_allocation_without_spare_gpus_is_reloaded_and_scaled(tm
 def test_a_job_that_waits_too_long_is_given_up_with_slurms_reason_and_leaves_the_queue(
     slurm_cluster: SlurmCluster,
 ) -> None:
-    full = slurm_cluster.run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--wrap=sleep 600").strip()
+    full = slurm_cluster.run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--wrap=exec sleep 600").strip()
     until(lambda: slurm_cluster.jobs() and "RUNNING" in slurm_cluster.jobs()[0])
     with pytest.raises(
         StartupTimeout, match=r"waited 6 s \(queue_timeout\) for SLURM's queue \(job \d+, (Resources|Priority)"
@@ -322,7 +322,7 @@ def test_a_job_that_waits_too_long_is_given_up_with_slurms_reason_and_leaves_the
 @pytest.mark.parametrize("is_full", [False, True], ids=["loading", "pending"])
 def test_ctrl_c_while_it_starts_leaves_no_job(slurm_cluster: SlurmCluster, tmp_path: Path, is_full: bool) -> None:
     full = (
-        slurm_cluster.run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--wrap=sleep 600").strip()
+        slurm_cluster.run("sbatch", "--parsable", "--nodes=3", "--exclusive", "--wrap=exec sleep 600").strip()
         if is_full
         else ""
     )
