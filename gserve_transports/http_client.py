@@ -1,6 +1,7 @@
 """The client's half of the HTTP transport. The only file that imports httpx."""
 
 import asyncio
+import socket
 import ssl
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,8 +17,8 @@ from gserve_core.interfaces import Access, Address, Connection, Reply
 from gserve_core.messages import CancelRequest, Event, Health, RunRequest
 from gserve_core.overview import ServiceOverview
 
-from .frames import CONTENT_TYPE, INSTANCE_HEADER, KEEPALIVE, Unpacker
-from .http_upstream import Upstream
+from .frames import CONTENT_TYPE, INSTANCE_HEADER, Unpacker
+from .http_upstream import Upstream, set_keepalive
 
 CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 2.0
@@ -42,10 +43,10 @@ class HttpConnection(Connection):
         verify = False if self._tls is None else self._tls
         self._upstream: Upstream | None = None
         self._client = httpx.AsyncClient(
-            transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, socket_options=KEEPALIVE, verify=verify),
+            transport=httpx.AsyncHTTPTransport(limits=limits, trust_env=False, verify=verify),
             timeout=httpx.Timeout(access.timeout, connect=CONNECT_SECONDS, pool=None),
             trust_env=False,
-            event_hooks={"request": [_close_cancelled_handshake]} if access.tls else {},
+            event_hooks={"request": [_watch_connection]},
         )
 
     async def health(self) -> Health:
@@ -203,17 +204,33 @@ class HttpConnection(Connection):
             ) from error
 
 
-async def _close_cancelled_handshake(request: httpx.Request) -> None:
-    """Have the connection of a request closed if its TLS handshake is cancelled. httpcore would leave it open."""
+async def _watch_connection(request: httpx.Request) -> None:
+    """Do what httpcore does not with a connection that is opened for a request.
+
+    Set its options. Raise httpx.ConnectError if the server has closed it meanwhile: httpcore would raise AttributeError.
+    Close it if its TLS handshake is cancelled: httpcore would leave it open.
+    """
     opened: list[Any] = []
 
     async def trace(step: str, info: Mapping[str, Any]) -> None:
         if step == "connection.connect_tcp.complete":
             opened.append(info["return_value"])
+            set_keepalive(_socket(info["return_value"]))
+        elif step == "connection.start_tls.complete":
+            _socket(info["return_value"])
         elif step == "connection.start_tls.failed":
             await opened.pop().aclose()
 
     request.extensions["trace"] = trace
+
+
+def _socket(stream: Any) -> socket.socket:
+    """Return the socket of an open stream of httpcore. Raises httpx.ConnectError: it is closed."""
+    try:
+        found: socket.socket = stream.get_extra_info("socket")
+    except AttributeError as error:  # uvloop gives anyio no socket then
+        raise httpx.ConnectError("the server closed it at once") from error
+    return found
 
 
 class GatewayClient:

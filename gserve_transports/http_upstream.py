@@ -38,6 +38,13 @@ class Gone(TransportError):
         self.has_begun = has_begun
 
 
+def set_keepalive(sock: socket.socket) -> None:
+    """Have it noticed that the other end of a connection is unreachable."""
+    with socket.fromfd(sock.fileno(), sock.family, sock.type) as duplicate:  # uvloop makes one for each option
+        for option in KEEPALIVE:
+            duplicate.setsockopt(*option)
+
+
 class Answer:
     """An answer that has begun. Call `Upstream.finish` in any case."""
 
@@ -216,10 +223,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._transport = transport
         self.is_closed = False
-        sock: socket.socket = transport.get_extra_info("socket")
-        with socket.fromfd(sock.fileno(), sock.family, sock.type) as duplicate:  # uvloop makes one for each option
-            for option in KEEPALIVE:
-                duplicate.setsockopt(*option)
+        set_keepalive(transport.get_extra_info("socket"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.is_closed = True

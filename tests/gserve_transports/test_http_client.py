@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import os
 import socket
+import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import anyio
 import psutil
 import pytest
+import uvloop
 
 from gserve import LLMConfig, RemoteError, ServeConfig, StallTimeout, TransportError, VLLMClient, VLLMService
 from gserve_core.engines.echo import EchoEngine
@@ -247,6 +250,52 @@ def test_both_ends_look_after_a_line_on_which_nothing_is_said(noted: Noted) -> N
 
     assert talk(["127.0.0.1"], noted.port, look) == [(1, 5, 3, 3)] * 2
     until(lambda: not noted.working, 20.0)
+
+
+ASKED: dict[str, Any] = {
+    "health": lambda connection: connection.health(),
+    "run": events,
+    "cancel": lambda connection: connection.cancel("id", [0]),
+    "shut_down": lambda connection: connection.shut_down(),
+    "post": lambda connection: connection.post("/v1/completions", b"{}", "id"),
+}
+
+
+@pytest.mark.parametrize("received", [0, 1], ids=["at once", "in the request"])
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("what", ASKED)
+def test_a_connection_that_is_reset_is_a_transport_error(what: str, tls: bool, received: int) -> None:
+    """Also where the event loop, which is uvloop as in a service, sees the connection and its end together."""
+
+    def reset_all(listening: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                line, _ = listening.accept()
+                with line:
+                    line.recv(received)
+                    line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    async def be_busy() -> None:
+        while True:
+            await asyncio.sleep(0)
+            time.sleep(0.002)  # that is the fault
+
+    async def ask_often(port: int) -> None:
+        busy = asyncio.create_task(be_busy())
+        for _ in range(10):
+            connection = HttpTransport().connect(Address(["127.0.0.1"], port), Access(tls=tls, timeout=60.0))
+            with pytest.raises(TransportError):
+                await ASKED[what](connection)
+            await connection.close()
+        busy.cancel()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=reset_all, args=(listening,))
+        thread.start()
+        uvloop.run(ask_often(listening.getsockname()[1]))
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 # --------------------------------------------------------------------------------------------------------- proxies
