@@ -207,7 +207,7 @@ class HttpConnection(Connection):
 async def _watch_connection(request: httpx.Request) -> None:
     """Do what httpcore does not with a connection that is opened for a request.
 
-    Set its options. Raise httpx.ConnectError if the server has closed it meanwhile: httpcore would raise AttributeError.
+    Set its options. Raise httpx.ConnectError if the server has closed it already: httpcore would raise AttributeError.
     Close it if its TLS handshake is cancelled: httpcore would leave it open.
     """
     opened: list[Any] = []

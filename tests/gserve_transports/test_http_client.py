@@ -290,10 +290,12 @@ def test_a_connection_that_is_reset_is_a_transport_error(what: str, tls: bool, r
         busy.cancel()
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        thread = threading.Thread(target=reset_all, args=(listening,))
+        thread = threading.Thread(target=reset_all, args=(listening,), daemon=True)
         thread.start()
-        uvloop.run(ask_often(listening.getsockname()[1]))
-        listening.shutdown(socket.SHUT_RDWR)
+        try:
+            uvloop.run(ask_often(listening.getsockname()[1]))
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
         thread.join(60)
         assert not thread.is_alive()
 
