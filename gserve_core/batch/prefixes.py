@@ -17,7 +17,7 @@ MAX_SIZE = 1 << 15
 MAX_REST = 3
 """A prompt that has more than this fraction of its size besides a known prefix begins a prefix of its own.
 So documents after a common system message have prefixes of their own. A rest of `MIN_SIZE` is never more."""
-MAX_KNOWN = 1 << 14
+MAX_KNOWN = 1 << 16
 """Number of hashes after which the older ones are dropped. At most twice as many are kept."""
 TOKEN_CHARACTERS = 4
 """Estimated length of a token, in characters."""
@@ -51,20 +51,26 @@ class Prefix:
     __slots__ = ("caches",)
 
     def __init__(self) -> None:
-        self.caches: frozenset[Cache] = frozenset()
+        self.caches: tuple[Cache, ...] = ()
+        """The one that was used last comes first."""
 
-    def add(self, cache: Cache) -> None:
-        """Take note that a prompt with this prefix is sent to a server."""
-        if cache not in self.caches:
-            self.caches = frozenset([cache, *(it for it in self.caches if not it.is_gone)])
+    def add(self, cache: Cache, most: int | None = None) -> None:
+        """Take note that a prompt with this prefix is sent to a server.
+
+        `most`: number of caches that are remembered; None: all.
+        """
+        if self.caches[:1] != (cache,):
+            others = [it for it in self.caches if it is not cache and not it.is_gone]
+            self.caches = (cache, *others)[:most]
 
     @property
     def home(self) -> Cache | None:
         """The only cache with this prefix; None if there is none, or several."""
-        if len(self.caches) != 1:
-            return None
-        (cache,) = self.caches
-        return None if cache.is_gone else cache
+        if len(self.caches) == 1:
+            (cache,) = self.caches
+            return None if cache.is_gone else cache
+        live = [it for it in self.caches if not it.is_gone]
+        return live[0] if len(live) == 1 else None
 
 
 class Prefixes:

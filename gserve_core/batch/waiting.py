@@ -8,7 +8,8 @@ from typing import Protocol
 from .prefixes import Cache, Prefix
 
 MAX_PASSED = 4096
-"""Number of items by which an item may be older than those that are sent before it, as they suit a server better."""
+"""Number of items by which the first of a group may be older than items that are sent before it, as they suit a server
+better."""
 MAX_COMPARED = 32
 """Maximum number of groups that are compared to find the one with the most items."""
 PLAIN_ITEMS = 16
@@ -70,7 +71,9 @@ class Waiting[Item: Waits]:
         if item.prefix is None:
             self._plain.items.appendleft(item)
         else:
-            self._group(item.prefix).items.appendleft(item)
+            group = self._group(item.prefix)
+            group.items.appendleft(item)
+            self._by_home[group.home].move_to_end(group, last=False)
             self._grouped += 1
 
     def clear(self) -> None:

@@ -22,6 +22,8 @@ MAX_DEATHS = 3
 """Number of servers that may die while they work on a request. Then it is not sent again."""
 AHEAD_BY_PREFIX = 4
 """A server that has the prefix of a request may have more work than the least busy one by this fraction of it."""
+SERVERS_PER_PREFIX = 4
+"""Of so many servers, one is remembered as having a prefix. The older ones may have dropped it from their caches."""
 RETRY_SECONDS = 1.0
 """Retry delay for a client that found no ready server, in seconds."""
 
@@ -160,7 +162,7 @@ class Routing:
             most = least and least + max(1, least // AHEAD_BY_PREFIX)  # a server without work always gets some
             having = [it for it in loads if it[0] <= most and self._caches[it[1].instance] in prefix.caches]
             _, chosen = min(having, key=itemgetter(0), default=(least, chosen))
-            prefix.add(self._caches[chosen.instance])
+            prefix.add(self._caches[chosen.instance], most=max(1, len(found) // SERVERS_PER_PREFIX))
         return chosen
 
 

@@ -97,9 +97,10 @@ class Search:
 
     @property
     def best(self) -> Setting:
-        """The last winner that still wins against the config as given, and has not failed; otherwise the config."""
+        """The fastest winner that still wins against the config as given, and has not failed; otherwise the config."""
         failed = {it.setting for it in self.measured if it.failure and not it.is_cut}
-        return next((it for it in self._winners[::-1] if it not in failed and self._wins(it, GIVEN)), GIVEN)
+        good = [it for it in self._winners if it not in failed and self._wins(it, GIVEN)]
+        return max(good, key=self.rate, default=GIVEN)
 
     def rate(self, setting: Setting) -> float:
         """Return the mean of the rates of a setting, in rows per second; 0: it was not measured."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import random
 import secrets
@@ -37,6 +38,8 @@ PIECES = 30
 """The time given, divided by the time of the rows that are measured in a trial."""
 FIRST_PIECE = 16
 """Number of rows that are answered first, to learn the speed."""
+CHANCE = 3.0
+"""How many more rows than in the trials before may fail, in standard deviations: samples differ from trial to trial."""
 MOST_ROWS = 20_000
 """Maximum number of rows that are read."""
 MADE_UP_ROWS, MADE_UP_WORDS = 4096, 100
@@ -189,7 +192,7 @@ class Trials:
                 own = replace(own, llm=llm, serve=model.serve)
             is_shared = own.serve.share_gpu or self._locks is not None  # the lock is shared with us
             serve = replace(
-                own.serve, weight_protocol=None, share_gpu=is_shared, min_ready=None,
+                own.serve, weight_protocol=None, share_gpu=is_shared, min_ready=None, port=None,
                 gpu_sharing=own.serve.gpu_sharing if own.serve.shares_gpus else None,
             )  # fmt: skip
             config = replace(config.only(self._name), llm=own.llm, serve=serve, gateway=None)
@@ -211,7 +214,8 @@ class Trials:
                 else:
                     self._answer(service, self._warm_up)
                 totals = self._answer(service, self._measured)
-                if totals.failed > self._failed and not is_first:
+                expected = self._failed + CHANCE * math.sqrt(self._failed + 1)
+                if totals.failed > expected and not is_first:
                     raise GserveError(str(totals))
                 self._failed = max(self._failed, totals.failed)
         except GserveError as error:

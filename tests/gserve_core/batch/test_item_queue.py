@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from gserve_core.batch import item_queue, pieces, retries, waiting
+from gserve_core.batch import item_queue, pieces, prefixes, retries, waiting
 from gserve_core.batch.item_queue import ItemQueue
 from gserve_core.batch.pieces import Call, Item, Outcome, Piece, Server
 from gserve_core.batch.prefixes import MIN_SIZE
@@ -1002,6 +1003,21 @@ def test_a_group_has_its_turn_however_many_items_another_of_its_server_has() -> 
         turns += 1
         assert turns * 16 < 3 * waiting.MAX_PASSED, "a group starves"
     world.queue.cancel(call)
+
+
+def test_items_that_return_are_sent_before_those_of_all_groups_that_wait() -> None:
+    waits, cache = waiting.Waiting[Any](), prefixes.Cache()
+    items = [SimpleNamespace(index=index, size=1, prefix=prefixes.Prefix()) for index in range(100)]
+    waits.extend(items)
+    sent: list[Any] = []
+    waits.take(cache, 10, 1e9, sent)
+    cache.is_gone = True
+    waits.release(cache)
+    for item in reversed(sent):
+        waits.appendleft(item)
+    again: list[Any] = []
+    waits.take(prefixes.Cache(), 20, 1e9, again)
+    assert again == items[:20]
 
 
 def test_an_item_has_its_turn_however_many_suit_the_server_better() -> None:

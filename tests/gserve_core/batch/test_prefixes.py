@@ -55,7 +55,8 @@ def test_a_rest_that_is_short_is_not_compared() -> None:
     assert known.find(start + "b" * prefixes.MIN_SIZE) is known.find(start + "c" * prefixes.MIN_SIZE)
 
 
-def test_the_memory_for_prefixes_is_bounded_and_those_in_use_are_kept() -> None:
+def test_the_memory_for_prefixes_is_bounded_and_those_in_use_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefixes, "MAX_KNOWN", 1 << 14)
     known = Prefixes()
     kept = known.find(DOCUMENT)
     for number in range(20_000):
@@ -81,7 +82,19 @@ def test_the_home_of_a_prefix_is_the_only_server_that_has_it() -> None:
     found.add(Cache())
     assert one not in found.caches
     other.is_gone = True
+    (last,) = [it for it in found.caches if not it.is_gone]
+    assert found.home is last, "the others are gone"
+    last.is_gone = True
     assert found.home is None
+
+
+def test_the_caches_that_had_a_prefix_last_may_be_remembered_alone() -> None:
+    found = Prefixes().find(DOCUMENT)
+    assert found is not None
+    one, two, three = Cache(), Cache(), Cache()
+    for cache in (one, two, one, three):
+        found.add(cache, most=2)
+    assert found.caches == (three, one)
 
 
 def test_tools_with_keys_that_json_has_not_are_compared_too() -> None:

@@ -158,6 +158,20 @@ def test_a_key_that_changes_nothing_is_left_as_it_was(seed: int) -> None:
     assert trials.tried[-1] == best, "it is confirmed"
 
 
+def test_a_winner_that_is_slower_when_it_is_measured_again_is_not_the_best() -> None:
+    rates = iter([225.0, 150.0])
+
+    def rate(setting: Mapping[str, Any]) -> float:
+        if setting.get("servers") != 2 or setting.keys() - {"servers", "seqs"}:
+            return 100.0
+        return next(rates) if setting.get("seqs") == 512 else 200.0 if "seqs" not in setting else 100.0
+
+    trials = Trials(rate)
+    assert dict(trials.run()) == {"servers": 2}
+    assert next(rates, None) is None
+    assert trials.tried[-1] == (("servers", 2),), "it is confirmed"
+
+
 def test_a_failure_that_takes_long_does_not_end_the_search() -> None:
     costs = iter([10.0, 10.0, 180.0])
     trials = Trials(lambda it: 0.0 if "servers" in it else 100.0, 400.0, lambda: next(costs, 10.0))
