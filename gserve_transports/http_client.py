@@ -1,7 +1,6 @@
 """The client's half of the HTTP transport. The only file that imports httpx."""
 
 import asyncio
-import socket
 import ssl
 from collections.abc import AsyncGenerator, Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -215,22 +214,21 @@ async def _watch_connection(request: httpx.Request) -> None:
     async def trace(step: str, info: Mapping[str, Any]) -> None:
         if step == "connection.connect_tcp.complete":
             opened.append(info["return_value"])
-            set_keepalive(_socket(info["return_value"]))
+            _keep_alive(info["return_value"])
         elif step == "connection.start_tls.complete":
-            _socket(info["return_value"])
+            _keep_alive(info["return_value"])
         elif step == "connection.start_tls.failed":
             await opened.pop().aclose()
 
     request.extensions["trace"] = trace
 
 
-def _socket(stream: Any) -> socket.socket:
-    """Return the socket of an open stream of httpcore. Raises httpx.ConnectError: it is closed."""
+def _keep_alive(stream: Any) -> None:
+    """Set the options of a stream of httpcore. Raises httpx.ConnectError: it is closed."""
     try:
-        found: socket.socket = stream.get_extra_info("socket")
-    except AttributeError as error:  # uvloop gives anyio no socket then
+        set_keepalive(stream.get_extra_info("socket"))
+    except (AttributeError, OSError) as error:  # AttributeError: uvloop gives anyio no socket then
         raise httpx.ConnectError("the server closed it at once") from error
-    return found
 
 
 class GatewayClient:

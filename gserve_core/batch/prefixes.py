@@ -65,10 +65,7 @@ class Prefix:
 
     @property
     def home(self) -> Cache | None:
-        """The only cache with this prefix; None if there is none, or several."""
-        if len(self.caches) == 1:
-            (cache,) = self.caches
-            return None if cache.is_gone else cache
+        """The only live cache with this prefix; None if there is none, or several."""
         live = [it for it in self.caches if not it.is_gone]
         return live[0] if len(live) == 1 else None
 

@@ -8,8 +8,7 @@ from typing import Protocol
 from .prefixes import Cache, Prefix
 
 MAX_PASSED = 4096
-"""Number of items by which the first of a group may be older than items that are sent before it, as they suit a server
-better."""
+"""How much older the first item of a group may be than items that suit a server better and go before it, in items."""
 MAX_COMPARED = 32
 """Maximum number of groups that are compared to find the one with the most items."""
 PLAIN_ITEMS = 16
