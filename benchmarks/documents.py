@@ -1,12 +1,12 @@
 """Documents: many questions to each of many long documents, in random order, on two servers.
 
-The same service sends its items with and without prefix affinity, in turn. Then *short* and *skewed*, whose prompts
-share no prefix, show what the affinity costs.
+The same service sends its items with and without prefix affinity, in turn. With two GPUs, it is also compared with one
+server on one of them. Then *short* and *skewed*, whose prompts share no prefix, show what the affinity costs.
 """
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from gserve import ServeConfig, VLLMService
@@ -21,6 +21,8 @@ from .workloads import Work, Workload
 
 WITHOUT = "no affinity"
 """The side that takes no notice of prefixes."""
+ALONE = "one server on one GPU"
+"""The side that needs no affinity."""
 QUESTION, ANSWER = 15, 16
 """Length of a question, in words, and of its answer, in tokens."""
 
@@ -53,35 +55,41 @@ class Documents(Workload):
 def measure(bench: Benchmark, model: str, scale: float) -> None:
     """Measure the workloads with and without affinity, on two servers: on two GPUs, on one, or without any."""
     here = machine.gpus()
-    serve = ServeConfig(
-        gpu_ids=[0, min(1, len(here) - 1)] if here else None, servers=None if here else 2, share_gpu=len(here) == 1,
-        startup_timeout=READY_SECONDS,
-    )  # fmt: skip
-    arguments = machine.engine_arguments(model, 2 if len(here) == 1 else 1)
-    shared: list[Workload] = [_documents(64, 1500, 16) if here else _documents(12, 900, 8)]
+    serve = ServeConfig(share_gpu=bool(here), startup_timeout=READY_SECONDS)
+    two = replace(serve, gpu_ids=[0, min(1, len(here) - 1)]) if here else replace(serve, servers=2)
+    config = llm_config(machine.engine_arguments(model, 2 if here else 1))
+    shared = _documents(64, 1500, 16) if here else _documents(12, 900, 8)
     short, items = (workloads.of_gpu()[0], 512) if here else (workloads.of_demo()[0], 64)
-    with VLLMService(llm_config(arguments), serve) as service:
+    with contextlib.ExitStack() as stack:
+        service = stack.enter_context(VLLMService(config, two))
+        sides = {GSERVE: (service, True), WITHOUT: (service, False)}
         if not here:
             for index, server in enumerate(service.servers):
                 bind(server, index)
-        for workload in [*shared, replace(short, name="short"), workloads.skewed(items, {})]:
-            _compare(bench, service, model, workload.scaled(scale))
+        others: dict[str, tuple[VLLMService, bool]] = {}
+        if len(here) > 1:
+            others[ALONE] = stack.enter_context(VLLMService(config, replace(serve, gpu_ids=[0]))), True
+        _compare(bench, sides | others, model, shared.scaled(scale))
+        for workload in (replace(short, name="short"), workloads.skewed(items, {})):
+            _compare(bench, sides, model, workload.scaled(scale))
 
 
 def _documents(count: int, words: int, questions: int) -> Documents:
     return Documents("documents", count * questions, words, ANSWER, {}, questions=questions)
 
 
-def _compare(bench: Benchmark, service: VLLMService, model: str, workload: Workload) -> None:
-    """Measure a workload with and without affinity in turn. No prompt is in a cache, or like one of another round."""
+def _compare(bench: Benchmark, sides: Mapping[str, tuple[VLLMService, bool]], model: str, workload: Workload) -> None:
+    """Measure a workload on services, with or without affinity, in turn. No prompt is like one of another round."""
     title = f"{workload.title}, 2 servers"
-    made = {side: no_figures(f"{workload.name} of two", title, side, model, "tokens/s") for side in (GSERVE, WITHOUT)}
-    Gserve(service).do(workload.scaled(WARM_UP).work(0), "")
+    made = {side: no_figures(f"{workload.name} of two", title, side, model, "tokens/s") for side in sides}
+    for service in {id(it): it for it, _ in sides.values()}.values():
+        Gserve(service).do(workload.scaled(WARM_UP).work(0), "")
     for turn in bench.turns(title):
         work = workload.work(turn)
-        for side in (GSERVE, WITHOUT) if turn % 2 else (WITHOUT, GSERVE):
+        for side in list(sides)[:: 1 if turn % 2 else -1]:
+            service, has_affinity = sides[side]
             service.reset_cache()
-            with _affinity(service, is_on=side == GSERVE):
+            with _affinity(service, is_on=has_affinity):
                 answer = Gserve(service).do(work, "")
             say(f"{title}, round {turn}, {side}: {answer.seconds:.2f} s")
             bench.problems += [f"{title}, {side}: {problem}" for problem in wrong(work, answer)]
