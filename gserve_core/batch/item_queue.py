@@ -25,6 +25,7 @@ from . import retries
 from .pieces import MAX_PIECE_SIZE, Call, Item, Outcome, Piece, Server, size_of
 from .prefixes import MIN_SIZE, Prefixes
 from .retries import Resend, Retry
+from .waiting import spread
 
 MAX_PIECE_ITEMS = 256
 """Maximum number of items in one request."""
@@ -562,7 +563,7 @@ class ItemQueue:
                 items = self._take_items(server, min(count, MAX_PIECE_ITEMS), size, calls=1)
             self._is_turn_of_calls = False
             if items:
-                self._send_piece(server, items, is_narrowing=False)
+                self._send_piece(server, spread(items), is_narrowing=False)
 
     def _home_of_next(self, server: Server, usable: list[Server], outstanding: int) -> tuple[Server, int, float] | None:
         """Return the server that should get the next items in place of `server`, since it alone has their prefix.

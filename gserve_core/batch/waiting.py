@@ -2,7 +2,7 @@
 
 import itertools
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from .prefixes import Cache, Prefix
@@ -13,6 +13,8 @@ MAX_COMPARED = 32
 """Maximum number of groups that are compared to find the one with the most items."""
 PLAIN_ITEMS = 16
 """Number of items without a prefix that are taken before the groups are looked at again."""
+MAX_SPREAD = 128 << 10
+"""Maximum size of the items with new prefixes that go before others, in bytes. All of these must fit into the cache."""
 
 
 class Waits(Protocol):
@@ -177,3 +179,27 @@ class Waiting[Item: Waits]:
             if group.prefix.home is home:
                 return
             self._move(group)
+
+
+def spread[Item: Waits](items: Sequence[Item]) -> list[Item]:
+    """Return the items of a request with the first one of each prefix before the others.
+
+    So the server computes the prefixes early, and reads the other items meanwhile.
+    After `MAX_SPREAD` bytes, the others of these prefixes come first.
+    """
+    spread: list[Item] = []
+    others: list[Item] = []
+    seen: set[Prefix] = set()
+    size = 0
+    for item in items:
+        if item.prefix in seen:
+            others.append(item)
+            continue
+        if others and size + item.size > MAX_SPREAD:
+            spread += others
+            others, size = [], 0
+        spread.append(item)
+        size += item.size
+        if item.prefix is not None:
+            seen.add(item.prefix)
+    return spread + others

@@ -982,6 +982,21 @@ def test_the_documents_of_a_dead_server_go_to_others() -> None:
     assert len(world.outcomes[call]) == 400
 
 
+@pytest.mark.parametrize(
+    ("room", "order"), [(100, "ABCD AAABBBCCCDDD"), (2, "AB AAABBB CD CCCDDD"), (1, "A AAA B BBB C CCC D DDD")]
+)
+def test_a_request_begins_with_one_question_of_each_document_if_there_is_room_for_all(
+    room: int, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "MAX_SPREAD", room * MIN_SIZE)
+    world = World()
+    world.add(capacity=16)
+    world.expect()
+    world.submit(world.call(), [f"{name} " * 1000 for _ in range(4) for name in "ABCD"], size=MIN_SIZE)
+    (piece,) = world.live
+    assert "".join(str(item.prompt)[0] for item in piece.sent) == order.replace(" ", "")
+
+
 def test_a_group_has_its_turn_however_many_items_another_of_its_server_has() -> None:
     world = World()
     world.add(capacity=4)
