@@ -33,6 +33,8 @@ MIN_KEY = 16
 """Minimum length of an API key, in characters."""
 LORA = "lora"
 """Name of the adapter of `lora_path`."""
+FRACTION, CACHE = "gpu_memory_utilization", "kv_cache_memory_bytes"
+"""Arguments of vLLM for a server's memory: a part of that of the GPU, or the size of the KV cache in its place."""
 GPU_MEMORY = 0.92
 """The part of a GPU's memory for all servers on it that set none. It is vLLM's own default for one."""
 UNCOUNTED_GPU_MEMORY, MOST_UNCOUNTED = 0.03, 0.3
@@ -485,7 +487,7 @@ class ModelConfig:
     @property
     def gpu_memory(self) -> float | None:
         """The fraction of a GPU's memory that each server takes, if it is set to a number."""
-        value = self.llm.engine_kwargs.get("gpu_memory_utilization")
+        value = self.llm.engine_kwargs.get(FRACTION)
         return value / self.serve.least_per_gpu if isinstance(value, (int, float)) else None
 
 
@@ -868,11 +870,7 @@ def _divide_gpu(config: Config, gpu: int | None, names: Sequence[str]) -> dict[s
             f"{which} is that of {whose}: choose different ids, or set share_gpu: true for all of them",
             at=f"{where}.serve.gpu_ids",
         )
-    total = sum(
-        models[name].gpu_memory or 0.0
-        for name in names
-        if "kv_cache_memory_bytes" not in models[name].llm.engine_kwargs
-    )
+    total = sum(models[name].gpu_memory or 0.0 for name in names if CACHE not in models[name].llm.engine_kwargs)
     if total > 1 + 1e-9:
         raise ConfigError(
             f"the servers of {whose} would take {total:.3g} of the memory of {which}: their"

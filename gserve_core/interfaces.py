@@ -687,6 +687,13 @@ class Engine(ABC):
         """
         return None
 
+    def sequence_bytes(self, llm: LLMConfig) -> int | None:
+        """Return the memory that a sequence of the maximum length needs besides the weights, in bytes; None: not known.
+
+        Takes less than a second, and uses no network. None unless overridden.
+        """
+        return None
+
     def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
         """Return findings of `gserve doctor`: whether this machine has what servers with this engine need.
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..config import GPU_MEMORY, Config, ModelConfig, ServeConfig, check_places, gpu_memory
+from ..config import CACHE, GPU_MEMORY, Config, ModelConfig, ServeConfig, check_places, gpu_memory
 from ..errors import ConfigError
 from ..host import gpus
 from ..plugins import Parts
@@ -20,8 +20,8 @@ LIMITS = {3: 24 << 20, 2: 48 << 20}
 
 Measured with 1B (16 MiB on an H100), where three are best, and with 8B (107 MiB), where two cost a tenth.
 """
-ROOM = 8 << 30
-"""Minimum memory for a server besides its weights, in bytes: half of it is for the KV cache."""
+OTHER, LEAST_CACHE = 4 << 30, 4 << 30
+"""Memory for a server besides weights and KV cache, and minimum memory for the cache if no size is set, in bytes."""
 CORES = 4
 """Minimum number of cores for a server. Its processes keep two or three busy."""
 GIB, MIB = 1 << 30, 1 << 20
@@ -83,26 +83,39 @@ def _choose(config: Config, name: str, model: ModelConfig, parts: Mapping[str, P
     weights = own.engine.weight_bytes(llm)
     if weights is None:
         return Choice(1, "the size of the model is not known from files of this machine")
-    fraction = GPU_MEMORY
-    if "kv_cache_memory_bytes" not in llm.engine_kwargs:  # it replaces the fraction
+    fraction, cache = GPU_MEMORY, llm.engine_kwargs.get(CACHE)
+    if cache is None:  # it replaces the fraction
         placements = check_places(config, {other: it.launcher.places for other, it in parts.items()})
         fraction = min(gpu_memory(config, placements)[name].values(), default=GPU_MEMORY)
-    return choose(weights, found, fraction, len(os.sched_getaffinity(0)))
+    sequence = own.engine.sequence_bytes(llm) or 0
+    return choose(weights, found, fraction, len(os.sched_getaffinity(0)), sequence=sequence, cache=cache)
 
 
-def choose(weights: int, found: Sequence[gpus.GPU], fraction: float, cores: int) -> Choice:
+def choose(
+    weights: int, found: Sequence[gpus.GPU], fraction: float, cores: int, *, sequence: int = 0, cache: int | None = None
+) -> Choice:
     """Return the number of servers on each GPU for a model on these GPUs, of which each server has one.
 
     `weights`: their size in bytes. `fraction`: the part of the memory of each GPU that the model may use.
+    `sequence`: the KV cache of a sequence of the maximum length, in bytes. Every server needs so much.
+    `cache`: the KV cache that the servers divide, in bytes; None: what is left of the memory.
     """
     gpu = min(found, key=lambda it: (it.processors, it.memory))
     room, each = int(min(it.memory for it in found) * fraction), weights / gpu.processors
     by_size = next((count for count, most in LIMITS.items() if each <= most), 1)
+    longest = f"{sequence / GIB:.1f} GiB of KV cache for a sequence of the maximum length"
+    no_room = f"; {room / GIB:.1f} GiB of GPU memory have room for no more"
     limits = {
-        f"; {room / GIB:.1f} GiB of GPU memory have room for no more": room // (weights + ROOM),
         f"; {cores} cores for {len(found)} GPU{'s' * (len(found) > 1)} are too few for more": cores
         // (CORES * len(found)),
     }
+    if cache is not None:
+        limits[no_room] = (room - cache) // (weights + OTHER)
+        limits[f"; each needs {longest}"] = cache // max(sequence, 1)
+    elif sequence > LEAST_CACHE:
+        limits[f"{no_room}, each with {longest}"] = room // (weights + OTHER + sequence)
+    else:
+        limits[no_room] = room // (weights + OTHER + LEAST_CACHE)
     count = max(min(by_size, *limits.values()), 1)
     why = (
         f"the weights take {weights / GIB:.1f} GiB, {each / MIB:.0f} MiB for each of the {gpu.processors}"

@@ -7,7 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from ..config import Config, GatewayConfig, LLMConfig, Placement, ServeConfig, check_places, gpu_memory, load
+from ..config import (
+    CACHE,
+    FRACTION,
+    Config,
+    GatewayConfig,
+    LLMConfig,
+    Placement,
+    ServeConfig,
+    check_places,
+    gpu_memory,
+    load,
+)
 from ..errors import ConfigError
 from ..host.certificates import check_certificate
 from ..interfaces import Engine, Job, Launcher, Transport
@@ -21,9 +32,6 @@ from .nursery import Nursery
 from .server_life import ServerProgram
 from .state import ONLY
 from .supervisor import Limits
-
-FRACTION, CACHE = "gpu_memory_utilization", "kv_cache_memory_bytes"
-"""Arguments of an engine about the memory of a GPU, which the servers on it divide."""
 
 
 @dataclass(frozen=True)

@@ -3,17 +3,15 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
 
-from ..config import Config, LLMConfig
+from ..config import CACHE, FRACTION, Config, LLMConfig
 from ..service.gpu_sharing import decide
-from ..service.plan import FRACTION, ModelPlan
+from ..service.plan import ModelPlan
 from .search import Dimension
 
 MOST_MEMORY = 0.9
 """Maximum part of the memory of a machine without a GPU that several servers may take."""
 USUAL_CACHE = 4 << 30
 """The memory for the KV cache of a server whose config sets none there, in bytes. It is vLLM's own default."""
-CACHE = "kv_cache_memory_bytes"
-"""The argument of vLLM that sets it."""
 SERVERS = (1, 2, 3)
 """Numbers of servers on a GPU, or on a machine without one."""
 TOKENS = (2048, None, 16384)

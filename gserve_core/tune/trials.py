@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import load
+from ..config import FRACTION, load
 from ..document import Document, dump
 from ..errors import ConfigError, GserveError, ServerExited
 from ..host import gpu_locks, gpus
@@ -25,7 +25,7 @@ from ..service.deployment import Deployment
 from ..service.model import check_params
 from ..service.model_names import find_model
 from ..service.nursery import Nursery
-from ..service.plan import FRACTION, Plan
+from ..service.plan import Plan
 from ..service.server_command import pinning
 from ..service.service import VLLMService
 from ..service.state import ONLY

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from msgspec import structs
 
-from ...config import LORA, LLMConfig, check
+from ...config import CACHE, FRACTION, LORA, LLMConfig, check
 from ...errors import ConfigError, GserveError, ItemError
 from ...hookspecs import hookimpl
 from ...host.adapter_folders import find as find_folder
@@ -78,7 +78,7 @@ from .weight_transfer import FINISH, INIT, RECEIVE, WORKER_EXTENSION
 
 CPU_KV_CACHE = 4 << 30
 """Default size of the KV cache without a GPU, in bytes."""
-MEMORY = {"gpu_memory_utilization", "kv_cache_memory_bytes"}
+MEMORY = {FRACTION, CACHE}
 """Arguments of vLLM about its memory. They change no compiled code."""
 RENDER_CHUNK = 128
 """Number of prompts rendered before the event loop runs again. A chunk takes about 5 ms."""
@@ -215,11 +215,15 @@ class VLLMEngine(Engine):
 
     def starts_alone(self, llm: LLMConfig) -> bool:
         """Return whether vLLM measures the memory of its GPUs: it does unless the size of its KV cache is given."""
-        return "kv_cache_memory_bytes" not in llm.engine_kwargs
+        return CACHE not in llm.engine_kwargs
 
     def weight_bytes(self, llm: LLMConfig) -> int | None:
         """Return the size of the weights by the headers of their files, or by the shape in config.json."""
         return model_size.weight_bytes(llm)
+
+    def sequence_bytes(self, llm: LLMConfig) -> int | None:
+        """Return the size of the KV cache of a sequence by the shape in config.json."""
+        return model_size.sequence_bytes(llm)
 
     def examine(self, llm: LLMConfig | None, environ: Mapping[str, str]) -> Iterable[Finding]:
         """Look for vLLM's package, and for the files of the model and of the adapter."""
@@ -369,7 +373,7 @@ def engine_arguments(vllm: differences.Names, arguments: dict[str, Any], llm: LL
         if isinstance(arguments.get(name), dict):
             arguments[name] = differences.find(place)(**arguments[name])
     if vllm.platform.is_cpu() and not MEMORY & arguments.keys() and "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
-        arguments["kv_cache_memory_bytes"] = CPU_KV_CACHE  # vLLM's default, 92% of RAM, exceeds the free memory
+        arguments[CACHE] = CPU_KV_CACHE  # vLLM's default, 92% of RAM, exceeds the free memory
     try:
         return vllm.AsyncEngineArgs(**arguments)
     except TypeError as error:

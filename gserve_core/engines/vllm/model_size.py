@@ -1,9 +1,13 @@
-"""The size of a model's weights, by what its folder tells: the headers of its files, or the shape in config.json."""
+"""The sizes of a model's weights and KV cache, by what its folder tells.
+
+That is the headers of its files, or the shape in config.json.
+"""
 
 import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from ...config import LLMConfig
@@ -21,21 +25,62 @@ SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 """Keys of config.json that a dense transformer has."""
 
 
+DEFAULT_LENGTH = 2048
+"""Maximum length of a sequence if config.json names none, in tokens. It is vLLM's own default."""
+
+
 def weight_bytes(llm: LLMConfig) -> int | None:
     """Return the size that the weights have once they are loaded, in bytes; None if no file here tells it."""
     arguments = llm.engine_kwargs
-    name, dtype = str(arguments["model"]), str(arguments.get("dtype", "auto"))
-    with suppress(
-        GserveError, OSError, ValueError, TypeError, AttributeError
-    ):  # vLLM reports what is wrong with the files
-        if name.startswith(PREFIX):
-            base = folders.home("cache") / "gserve" / name.removeprefix(PREFIX)
-        else:
-            base = hub.folder_of(name, arguments.get("download_dir"), arguments.get("revision"))
+    dtype = str(arguments.get("dtype", "auto"))
+    with _tolerant():
+        base = _folder(arguments)
         if shapes := shapes_of(base):
             return bytes_of(shapes, dtype)
-        return bytes_of_config(json.loads((base / "config.json").read_text()), dtype)
+        return bytes_of_config(_config(base), dtype)
     return None
+
+
+def sequence_bytes(llm: LLMConfig) -> int | None:
+    """Return the size of the KV cache of a sequence of the maximum length, in bytes; None if config.json has no shape.
+
+    A cache of a window, or of compressed keys, is smaller. The size is 0 if vLLM chooses the length by the memory.
+    """
+    arguments = llm.engine_kwargs
+    with _tolerant():
+        config = _config(_folder(arguments))
+        config = config.get("text_config", config)
+        length = arguments.get("max_model_len") or config.get("max_position_embeddings", DEFAULT_LENGTH)
+        if not isinstance(length, int) or length < 0:
+            return 0
+        heads = config["num_attention_heads"]
+        size = config.get("head_dim") or config["hidden_size"] // heads
+        each = 2 * (config.get("num_key_value_heads") or heads) * size * config["num_hidden_layers"]
+        kind = str(arguments.get("kv_cache_dtype", "auto"))
+        bits = 8 if "8" in kind else _float_bits(config, str(arguments.get("dtype", "auto")))
+        return int(length * each * bits // 8)
+    return None
+
+
+def _tolerant() -> suppress:
+    """Return a block that ignores what is wrong with the files of a model. vLLM reports it."""
+    return suppress(GserveError, OSError, ValueError, TypeError, AttributeError, KeyError)
+
+
+def _folder(arguments: Mapping[str, Any]) -> Path:
+    name = str(arguments["model"])
+    if name.startswith(PREFIX):
+        return folders.home("cache") / "gserve" / name.removeprefix(PREFIX)
+    return hub.folder_of(name, arguments.get("download_dir"), arguments.get("revision"))
+
+
+def _config(base: Path) -> Any:
+    return json.loads((base / "config.json").read_text())
+
+
+def _float_bits(config: Mapping[str, Any], dtype: str) -> int:
+    """Return the size of the numbers with which a model computes, in bits."""
+    return DTYPES.get(str(config.get("dtype") or config.get("torch_dtype")) if dtype == "auto" else dtype, 16)
 
 
 def bytes_of(shapes: Shapes, dtype: str) -> int:
@@ -58,5 +103,4 @@ def bytes_of_config(config: Mapping[str, Any], dtype: str) -> int | None:
     size = config.get("head_dim") or hidden // heads
     attention = 2 * hidden * size * (heads + (config.get("num_key_value_heads") or heads))
     tables = words * hidden * (1 if config.get("tie_word_embeddings") else 2)
-    given = str(config.get("dtype") or config.get("torch_dtype")) if dtype == "auto" else dtype
-    return (layers * (attention + 3 * hidden * middle) + tables) * DTYPES.get(given, 16) // 8
+    return (layers * (attention + 3 * hidden * middle) + tables) * _float_bits(config, dtype) // 8

@@ -67,6 +67,31 @@ def test_a_small_model_has_more_servers_on_a_large_gpu(
     assert (";" in chosen.why) == why.startswith(";"), "only the limits that decide are named"
 
 
+L40S = GPU("L40S", 45 * GIB, 142)
+
+
+@pytest.mark.parametrize(
+    ("sequence", "cache", "servers", "why"),
+    [
+        (0.5, None, 3, ""),
+        (9, None, 2, "; 41.4 GiB of GPU memory have room for no more, each with 9.0 GiB of KV cache for a sequence of"),
+        (15, None, 1, "have room for no more, each with 15.0 GiB"),
+        (0.5, 1, 2, "; each needs 0.5 GiB of KV cache for a sequence of the maximum length"),
+        (0.5, 12, 3, ""),
+        (0.5, 27, 2, "; 41.4 GiB of GPU memory have room for no more"),
+        (0, 60, 1, "; 41.4 GiB of GPU memory have room for no more"),
+    ],
+)
+def test_each_server_has_room_for_a_sequence_of_the_maximum_length(
+    sequence: float, cache: float | None, servers: int, why: str
+) -> None:
+    size = None if cache is None else int(cache * GIB)
+    chosen = choose(2 * GIB, [L40S], 0.92, 16, sequence=int(sequence * GIB), cache=size)
+    assert chosen.servers == servers
+    assert why in str(chosen)
+    assert (";" in chosen.why) == bool(why)
+
+
 @pytest.fixture
 def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a machine of 64 cores with CUDA's driver and two GPUs: see `make_driver`."""

@@ -1,4 +1,4 @@
-"""The size of a model's weights is read from its files, before anything is loaded."""
+"""The sizes of a model's weights and KV cache are read from its files, before anything is loaded."""
 
 import json
 from pathlib import Path
@@ -61,6 +61,32 @@ def test_a_model_without_weights_has_the_size_of_its_shape(tmp_path: Path) -> No
 def test_the_size_of_another_model_is_not_guessed(tmp_path: Path, config: str) -> None:
     (tmp_path / "config.json").write_text(config)
     assert size(tmp_path) is None
+
+
+TOKEN_1B = 2 * 8 * 64 * 16 * 2
+"""The size of the keys and values of a token in bfloat16, in bytes."""
+
+
+@pytest.mark.parametrize(
+    ("config", "llm", "expected"),
+    [
+        ({"max_position_embeddings": 131072}, {}, 131072 * TOKEN_1B),
+        ({"max_position_embeddings": 131072}, {"max_model_len": 4096}, 4096 * TOKEN_1B),
+        ({"max_position_embeddings": 131072}, {"llm_kwargs": {"max_model_len": -1}}, 0),
+        ({"max_position_embeddings": 1000, "head_dim": None, "num_key_value_heads": None}, {}, 1000 * 4 * TOKEN_1B),
+        ({}, {"llm_kwargs": {"kv_cache_dtype": "fp8"}}, 2048 * TOKEN_1B // 2),
+        ({}, {"dtype": "float32"}, 2048 * TOKEN_1B * 2),
+        ({"num_hidden_layers": None}, {}, None),
+    ],
+)
+def test_the_cache_of_a_sequence_has_the_size_of_its_shape(
+    config: dict[str, Any], llm: dict[str, Any], expected: int | None, tmp_path: Path
+) -> None:
+    engine, given = VLLMEngine(), LLMConfig(str(tmp_path), **llm)
+    assert engine.sequence_bytes(given) is None
+    for shape in (LLAMA_1B | config, {"text_config": LLAMA_1B | config}):
+        (tmp_path / "config.json").write_text(json.dumps(shape))
+        assert engine.sequence_bytes(given) == expected
 
 
 def test_a_model_that_is_not_here_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
