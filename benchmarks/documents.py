@@ -81,7 +81,8 @@ def _documents(count: int, words: int, questions: int) -> Documents:
 def _compare(bench: Benchmark, sides: Mapping[str, tuple[VLLMService, bool]], model: str, workload: Workload) -> None:
     """Measure a workload on services, with or without affinity, in turn. No prompt is like one of another round."""
     title = f"{workload.title}, 2 servers"
-    made = {side: no_figures(f"{workload.name} of two", title, side, model, "tokens/s") for side in sides}
+    name = f"{workload.name} of two" + " GPUs" * (ALONE in sides)
+    made = {side: no_figures(name, title, side, model, "tokens/s") for side in sides}
     for service in {id(it): it for it, _ in sides.values()}.values():
         Gserve(service).do(workload.scaled(WARM_UP).work(0), "")
     for turn in bench.turns(title):

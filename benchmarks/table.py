@@ -71,6 +71,7 @@ TARGETS: Mapping[tuple[str, str, str], Target] = {  # by workload, model (the en
     ("sampled", "tiny", "vllm.LLM"): Target(1.05, 1.2),
     ("documents of two", "135m", "no affinity"): Target(1.5, 1.65),
     ("documents of two", "1b", "no affinity"): Target(1.35, 1.5),
+    ("documents of two GPUs", "1b", "one server on one GPU"): Target(1.8, 2.0),
     ("short of two", "", "no affinity"): Target(0.98, 1.0),
     ("skewed of two", "", "no affinity"): Target(0.98, 1.0),
     ("start", "", "vllm serve"): Target(0.6, 0.3),
