@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..batch.output_lock import NO_LINKS
 from ..config import FRACTION, load
 from ..document import Document, dump
 from ..errors import ConfigError, GserveError, ServerExited
@@ -28,7 +29,7 @@ from ..service.nursery import Nursery
 from ..service.plan import Plan
 from ..service.server_command import pinning
 from ..service.service import VLLMService
-from ..service.state import ONLY
+from ..service.state import ONLY, State
 from .search import GIVEN, Measured, Search, Setting
 from .settings import dimensions
 
@@ -99,6 +100,8 @@ class Trials:
         self._warm_up: Sequence[Mapping[str, Any]] = ()
         self._measured: Sequence[Mapping[str, Any]] = ()
         self._capacity = self._failed = 0
+        self.rows = self.fitting_rows = 0
+        """Number of rows of each measurement, and the number for which there was time."""
 
     def search(self, report: Callable[[Measured], object]) -> Search:
         """Search for the best setting until the time is over. `report`: called with each outcome.
@@ -131,7 +134,7 @@ class Trials:
                 if self._overwrite:
                     scratch.replace(out)
                 else:
-                    out.hardlink_to(scratch)
+                    _put(scratch, out)
             finally:
                 scratch.unlink(missing_ok=True)
         except OSError as error:
@@ -207,8 +210,7 @@ class Trials:
         began, is_first = time.monotonic(), not self._measured
         totals, has_started, failure, is_cut = Totals(), False, "", False
         try:
-            with self._serving(self._plan(setting)) as service:
-                service.start()
+            with self._started(setting) as service:
                 has_started = True
                 if is_first:
                     self._choose_rows(service)
@@ -217,6 +219,8 @@ class Trials:
                 totals = self._answer(service, self._measured)
                 if totals.failed > self._failed + CHANCE * math.sqrt(self._failed) and not is_first:
                     raise GserveError(str(totals))
+                if not is_first and any(it.restarts or it.state != State.READY for it in service.status()):
+                    raise GserveError("a server died, and was started again")
                 if setting == GIVEN:
                     self._failed = max(self._failed, totals.failed)
         except GserveError as error:
@@ -234,6 +238,21 @@ class Trials:
         if failure:
             return Measured(setting, seconds=seconds, failure=failure, is_cut=is_cut)
         return Measured(setting, totals.done / totals.seconds, totals.completion_tokens / totals.seconds, seconds)
+
+    @contextmanager
+    def _started(self, setting: Setting) -> Iterator["_Service"]:
+        """Yield a started service with a setting, as `_serving` does.
+
+        The first start may download the model, by whose size `servers_per_gpu: auto` then decides anew.
+        """
+        while True:
+            with self._serving(self._plan(setting)) as service:
+                service.start()
+                known = self._model if self._measured else self._plan(GIVEN).models[ONLY]
+                if known.serve == self._model.serve:
+                    yield service
+                    return
+            self._model = known
 
     @contextmanager
     def _serving(self, plan: Plan) -> Iterator["_Service"]:
@@ -270,6 +289,7 @@ class Trials:
         count = int(totals.done / totals.seconds * self._piece_seconds)
         self._warm_up = rows[:at]
         self._measured = rows[at : at + max(count, FIRST_PIECE)] or rows
+        self.rows, self.fitting_rows = len(self._measured), count
 
     def _answer(self, service: "_Service", rows: Sequence[Mapping[str, Any]]) -> Totals:
         """Answer rows, and throw the answers away. Raises GserveError: none was answered, or the service ends."""
@@ -278,6 +298,16 @@ class Trials:
         if not totals.done:
             raise GserveError(f"no row was answered: {totals}")
         return totals
+
+
+def _put(scratch: Path, out: Path) -> None:
+    """Give a file the name `out`, which must not exist. Raises OSError."""
+    try:
+        out.hardlink_to(scratch)
+    except OSError as error:
+        if error.errno not in NO_LINKS or out.exists():
+            raise
+        scratch.replace(out)
 
 
 class _Service(VLLMService):

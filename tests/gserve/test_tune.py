@@ -1,6 +1,7 @@
 """`gserve tune`, run as its users run it, with an engine whose speed depends on the settings."""
 
 import json
+import os
 import re
 import signal
 import stat
@@ -10,16 +11,20 @@ from typing import Any
 import pytest
 import yaml
 
+from gserve_core.config import load
 from gserve_core.errors import ConfigError, LaunchError
-from gserve_core.host import gpu_locks
+from gserve_core.host import gpu_locks, gpus
 from gserve_core.rows.job import FileJob
 from gserve_core.rows.prompts import RowOptions
+from gserve_core.service.plan import ModelPlan, Plan
+from gserve_core.service.state import ONLY
 from gserve_core.tune import trials
 from gserve_core.tune.search import Search
 from tests.gserve.place import Place, eventually
 
 ENGINE = '''
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 from gserve import GserveError, hookimpl
@@ -28,18 +33,30 @@ from gserve_core.engines.echo import EchoEngine
 
 @dataclass(frozen=True, kw_only=True)
 class Tunable(EchoEngine):
-    """Works on `max_num_seqs` items at once, of which 8 are too many. With 8 tokens in a batch, rows fail."""
+    """Works on `max_num_seqs` items at once, of which 8 are too many. With 8 tokens in a batch, rows fail.
+
+    Without prefix caching, the first server dies once.
+    """
 
     name: ClassVar[str] = "tunable"
     uses_gpus: ClassVar[bool] = {uses_gpus}
+    downloaded: ClassVar[Path] = Path(__file__).with_name("downloaded")
+
+    def weight_bytes(self, llm):
+        return 1 << 30 if self.downloaded.exists() else None
 
     async def start(self, llm, report):
+        self.downloaded.touch()
         seqs = llm.llm_kwargs.get("max_num_seqs", 2)
         if seqs >= 8:
             raise GserveError(f"no memory for {{seqs}} sequences")
         latency = self.latency * (2 / seqs) ** 3  # much faster, so that a stall of the machine decides nothing
         fault = "b 7" if llm.llm_kwargs["max_num_batched_tokens"] == 8 else ""
-        changed = replace(self, capacity=seqs, latency=latency, error_on=fault)
+        died = Path(__file__).with_name("died")
+        dies = not llm.llm_kwargs.get("enable_prefix_caching", True) and not died.exists()
+        if dies:
+            died.touch()
+        changed = replace(self, capacity=seqs, latency=latency, error_on=fault, die_at=50 if dies else None)
         return await super(Tunable, changed).start(llm, report)
 
 
@@ -84,8 +101,11 @@ def test_it_writes_a_config_with_the_fastest_setting_and_shows_those_that_failed
     assert failed.rstrip().endswith("did not start: no memory for 8 sequences"), failed
     (failed,) = [line for line in lines if line.startswith(f"{seqs}=4 llm.llm_kwargs.max_num_batched_tokens=8 ")]
     assert re.search(r"failed: rows: \d+ answered, \d+ failed", failed), failed
+    (failed,) = [line for line in lines if line.startswith(f"{seqs}=4 llm.llm_kwargs.enable_prefix_caching=false ")]
+    assert failed.rstrip().endswith("failed: a server died, and was started again"), failed
     assert any(line.startswith("as given (again)") for line in lines)
     assert "noise: " in done.stderr
+    assert re.search(r"measured with \d+ rows, and [\d,]+ fit: give more rows", done.stderr)
 
     out = place.folder / "demo.tuned.yaml"
     comment, text = out.read_text().split("\n", 1)
@@ -94,7 +114,6 @@ def test_it_writes_a_config_with_the_fastest_setting_and_shows_those_that_failed
     data = yaml.safe_load(given.read_text())
     found = yaml.safe_load(text)
     assert found["llm"]["llm_kwargs"].pop("max_num_seqs") == 4
-    found["llm"]["llm_kwargs"].pop("enable_prefix_caching", None)  # it changes nothing: noise may let it win
     assert found == data, "nothing else has changed"
     assert stat.S_IMODE(out.stat().st_mode) == 0o600, "it may hold the secrets of the config"
     place.run("check", "demo.tuned.yaml")
@@ -204,6 +223,26 @@ def test_the_gpus_stay_locked_from_the_first_trial_to_the_last(
     (message,) = refused
     assert f"{GPU} is held by process" in message
     gpu_locks.hold([GPU], share=False).release()
+
+
+def test_the_number_that_auto_chooses_is_measured_once_the_model_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPU)
+    monkeypatch.setattr(gpus, "facts", lambda _: [gpus.GPU("H100", 80 << 30, 132)])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    numbers = []
+
+    def no_others(model: ModelPlan, *_: Any) -> tuple[()]:
+        numbers.append(model.serve.servers_per_gpu)
+        return ()
+
+    monkeypatch.setattr(trials, "dimensions", no_others)
+    file = config(tmp_path, uses_gpus=True)
+    file.write_text(file.read_text().replace('"gpu_ids": [0]', '"gpu_ids": [0], "servers_per_gpu": "auto"'))
+    assert Plan.of(load(file)[0], tmp_path).models[ONLY].serve.servers_per_gpu == 1, "its size is not known yet"
+    assert measured(file).rate(()) > 0
+    assert numbers == [3]
 
 
 def test_one_of_several_models_is_measured_alone(tmp_path: Path, no_more_settings: None) -> None:
