@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .errors import ServerExited
-from .host.memory import memory_kills
+from .host.control_group import memory_kills
 from .host.server_log import TAIL_LINES
 from .interfaces import Engine, KnownError, LogForm
 

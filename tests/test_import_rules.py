@@ -26,8 +26,8 @@ CORE_LAYERS = (  # of the core, lowest first: a module may import those of the l
     {"messages", "document", "host.redaction", "host.environment"},
     {"config"},
     {"interfaces"},
-    {"host.descriptors", "host.child_process", "host.memory", "host.poll", "host.ports", "host.forks", "host.locks",
-     "host.mps_keeper"},
+    {"host.descriptors", "host.child_process", "host.control_group", "host.poll", "host.ports", "host.forks",
+     "host.locks", "host.mps_keeper"},
     {"host.processes"},
     {"host.process_groups"},
     {"host.folders"},
@@ -94,7 +94,7 @@ CORE_LEAVES = {  # modules that nothing in the core imports, and what each may i
         "host.scratch",
     },
     "process.nursery": {
-        "lease", "host.memory", "host.poll", "host.process_groups", "host.processes", "host.scratch",
+        "lease", "host.control_group", "host.poll", "host.process_groups", "host.processes", "host.scratch",
     },
     "process.server": {
         "errors", "messages", "config", "interfaces", "lease", "host.ports",

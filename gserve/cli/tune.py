@@ -70,7 +70,7 @@ def tune(
         search = trials.search(lambda it: print_stderr(f"{setting_text(it.setting)}: {_outcome(it)}"))
     _print_results(search, setting_text)
     if trials.rows < trials.fitting_rows / 2:
-        print_stderr(f"measured with {trials.rows} rows, and {trials.fitting_rows:,} fit: give more rows if you can")
+        print_stderr(f"measured with {trials.rows} rows, and {trials.fitting_rows:,} fit: give more rows by --input")
     if search.untried:
         untried = ", ".join(map(setting_text, search.untried))
         print_stderr(f"with more time (--minutes), it would try: {untried}")

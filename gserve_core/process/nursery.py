@@ -33,7 +33,7 @@ from typing import Literal, NoReturn
 
 from .. import lease
 from ..host import processes, scratch
-from ..host.memory import memory_kills
+from ..host.control_group import memory_kills
 from ..host.poll import readable
 from ..host.process_groups import GROUP_GRACE, end_group, kill_group
 

@@ -9,9 +9,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..config import CACHE, GPU_MEMORY, Config, ModelConfig, ServeConfig, check_places, gpu_memory
+from ..config import (
+    CACHE,
+    GPU_MEMORY,
+    UNCOUNTED_GPU_MEMORY,
+    Config,
+    ModelConfig,
+    ServeConfig,
+    check_places,
+    gpu_memory,
+)
 from ..errors import ConfigError
-from ..host import gpus
+from ..host import control_group, gpus
 from ..plugins import Parts
 from .server_command import pinning
 
@@ -87,38 +96,53 @@ def _choose(config: Config, name: str, model: ModelConfig, parts: Mapping[str, P
     if cache is None:  # it replaces the fraction
         placements = check_places(config, {other: it.launcher.places for other, it in parts.items()})
         fraction = min(gpu_memory(config, placements)[name].values(), default=GPU_MEMORY)
-    sequence = own.engine.sequence_bytes(llm) or 0
-    return choose(weights, found, fraction, len(os.sched_getaffinity(0)), sequence=sequence, cache=cache)
+    elif not isinstance(cache, int):
+        raise ConfigError(f"expected a number of bytes, got {cache!r}", at=f"$.llm.llm_kwargs.{CACHE}")
+    return choose(
+        weights, found, fraction, control_group.usable_cores(), sequence=own.engine.sequence_bytes(llm) or 0,
+        cache=cache, reserve=UNCOUNTED_GPU_MEMORY if model.gpu_memory is None else 0.0,
+    )  # fmt: skip
 
 
 def choose(
-    weights: int, found: Sequence[gpus.GPU], fraction: float, cores: int, *, sequence: int = 0, cache: int | None = None
+    weights: int,
+    found: Sequence[gpus.GPU],
+    fraction: float,
+    cores: int,
+    *,
+    sequence: int = 0,
+    cache: int | None = None,
+    reserve: float = 0.0,
 ) -> Choice:
     """Return the number of servers on each GPU for a model on these GPUs, of which each server has one.
 
-    `weights`: their size in bytes. `fraction`: the part of the memory of each GPU that the model may use.
+    `weights`: their size in bytes.
+    `fraction`: the part of the memory of each GPU that the model may use, less `reserve` for each further server.
     `sequence`: the KV cache of a sequence of the maximum length, in bytes. Every server needs so much.
     `cache`: the KV cache that the servers divide, in bytes; None: what is left of the memory.
     """
-    gpu = min(found, key=lambda it: (it.processors, it.memory))
-    room, each = int(min(it.memory for it in found) * fraction), weights / gpu.processors
-    by_size = next((count for count, most in LIMITS.items() if each <= most), 1)
-    longest = f"{sequence / GIB:.1f} GiB of KV cache for a sequence of the maximum length"
-    no_room = f"; {room / GIB:.1f} GiB of GPU memory have room for no more"
-    limits = {
-        f"; {cores} cores for {len(found)} GPU{'s' * (len(found) > 1)} are too few for more": cores
-        // (CORES * len(found)),
-    }
-    if cache is not None:
-        limits[no_room] = (room - cache) // (weights + OTHER)
-        limits[f"; each needs {longest}"] = cache // max(sequence, 1)
-    elif sequence > LEAST_CACHE:
-        limits[f"{no_room}, each with {longest}"] = room // (weights + OTHER + sequence)
-    else:
-        limits[no_room] = room // (weights + OTHER + LEAST_CACHE)
-    count = max(min(by_size, *limits.values()), 1)
-    why = (
+    gpu, memory = min(found, key=lambda it: (it.processors, it.memory)), min(it.memory for it in found)
+    each = weights / gpu.processors
+
+    def lack(count: int) -> str:
+        """Return what so many servers lack; "": nothing."""
+        if cores < count * CORES * len(found):
+            return f"; {cores} cores for {len(found)} GPU{'s' * (len(found) > 1)} are too few for more"
+        longest = f"{sequence / GIB:.1f} GiB of KV cache for a sequence of the maximum length"
+        if cache is not None and cache < count * sequence:
+            return f"; each needs {longest}"
+        total = cache if cache is not None else count * max(LEAST_CACHE, sequence)
+        if count * (weights + OTHER) + total > memory * (fraction - reserve * (count - 1)):
+            is_long = cache is None and sequence > LEAST_CACHE
+            room = f"; {memory * fraction / GIB:.1f} GiB of GPU memory have room for no more"
+            return room + f", each with {longest}" * is_long
+        return ""
+
+    count, why = next((count for count, most in LIMITS.items() if each <= most), 1), ""
+    while count > 1 and (lacking := lack(count)):
+        count, why = count - 1, lacking
+    return Choice(
+        count,
         f"the weights take {weights / GIB:.1f} GiB, {each / MIB:.0f} MiB for each of the {gpu.processors}"
-        f" multiprocessors of {gpu.name}"
+        f" multiprocessors of {gpu.name}{why}",
     )
-    return Choice(count, why + "".join(text for text, most in limits.items() if most <= count < by_size))

@@ -52,7 +52,7 @@ class Queue:
     """The dispatcher of a model, kept up to date with the states of its servers.
 
     `connect`: makes a connection to a server.
-    `serve`: returns the config of the servers. It is read when a server becomes ready.
+    `serve`: returns the config of the servers. It is read when a server starts, and when it becomes ready.
     """
 
     def __init__(self, connect: Callable[[ServerState], Connection], serve: Callable[[], ServeConfig]) -> None:
@@ -83,6 +83,7 @@ class Queue:
             elif returns and not now[1]:
                 self.dispatcher.remove(state.name, _reason(state), returns=False, died=False)
             elif now[1] and not returns and not now[0]:
+                self.dispatcher.set_prefix_affinity(self._serve().prefix_affinity)
                 self.dispatcher.expect(state.name)
             elif now[0] and not state.usable:
                 self.dispatcher.retire(state.name)

@@ -19,9 +19,9 @@ from ..config import LLMConfig, ServeConfig, server_name
 from ..errors import GserveError, LaunchError, StartupTimeout
 from ..host import folders, gpus, processes, run_files, scratch, tokens
 from ..host.child_process import UNKNOWN
+from ..host.control_group import memory_kills
 from ..host.environment import Surroundings, open_missing_descriptors, surroundings
 from ..host.logs import LEVEL_VARIABLE, forward, keep_logging_from_waiting, log_level
-from ..host.memory import memory_kills
 from ..host.server_log import BoundedLog
 from ..interfaces import Address, Job, Process
 from ..overview import Counters

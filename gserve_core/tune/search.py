@@ -39,7 +39,7 @@ class Measured:
     """The outcome of one trial of a setting.
 
     `rows`, `tokens`: rows and tokens of answers per second.
-    `seconds`: what the trial took, with the start and the end of its servers.
+    `seconds`: what the trial took, with the start and the end of its servers. `start`: the part of the start.
     `failure`: why there are no rates; "": there are.
     `is_cut`: whether only the time was over.
     """
@@ -48,6 +48,7 @@ class Measured:
     rows: float = 0.0
     tokens: float = 0.0
     seconds: float = 0.0
+    start: float = 0.0
     failure: str = ""
     is_cut: bool = False
 
@@ -126,8 +127,8 @@ class Search:
         """Return whether there is time for so many trials, if each takes as long as the longest one."""
         first, *others = self.measured
         good = [it.seconds for it in others if not it.failure]
-        if not good:  # the first one imported vLLM and chose rows: later ones are faster
-            return self._left() >= first.seconds
+        if not good:  # the first start may have downloaded the model, and it imported vLLM
+            return self._left() >= first.seconds - first.start
         return self._left() >= trials * max(good)
 
     def _climb(self, dimension: Dimension) -> None:

@@ -19,7 +19,7 @@ from ..config import FRACTION, load
 from ..document import Document, dump
 from ..errors import ConfigError, GserveError, ServerExited
 from ..host import gpu_locks, gpus
-from ..host.memory import usable_memory
+from ..host.control_group import usable_cores, usable_memory
 from ..rows.job import FileJob
 from ..rows.output import Totals
 from ..service.deployment import Deployment
@@ -101,7 +101,7 @@ class Trials:
         self._measured: Sequence[Mapping[str, Any]] = ()
         self._capacity = self._failed = 0
         self.rows = self.fitting_rows = 0
-        """Number of rows of each measurement, and the number for which there was time."""
+        """Number of rows of each measurement, and the number that could be measured in the time."""
 
     def search(self, report: Callable[[Measured], object]) -> Search:
         """Search for the best setting until the time is over. `report`: called with each outcome.
@@ -115,7 +115,7 @@ class Trials:
             return measured
 
         search = Search(measure, self._left)
-        cores, memory = len(os.sched_getaffinity(0)), usable_memory()
+        cores, memory = usable_cores(), usable_memory()
         search.run(lambda: [*dimensions(self._model, self._at, self._capacity, len(self._measured), cores, memory)])
         return search
 
@@ -208,10 +208,10 @@ class Trials:
         Raises GserveError: the config as given fails at the first time.
         """
         began, is_first = time.monotonic(), not self._measured
-        totals, has_started, failure, is_cut = Totals(), False, "", False
+        totals, ready, failure, is_cut = Totals(), None, "", False
         try:
             with self._started(setting) as service:
-                has_started = True
+                ready = time.monotonic()
                 if is_first:
                     self._choose_rows(service)
                 else:
@@ -219,8 +219,10 @@ class Trials:
                 totals = self._answer(service, self._measured)
                 if totals.failed > self._failed + CHANCE * math.sqrt(self._failed) and not is_first:
                     raise GserveError(str(totals))
-                if not is_first and any(it.restarts or it.state != State.READY for it in service.status()):
-                    raise GserveError("a server died, and was started again")
+                for state in service.status():
+                    if state.restarts or state.state != State.READY:
+                        cause = f": {_sentence(state.failure)}" if state.failure else ", and was started again"
+                        raise GserveError(f"{state.name} died{cause}")
                 if setting == GIVEN:
                     self._failed = max(self._failed, totals.failed)
         except GserveError as error:
@@ -233,11 +235,13 @@ class Trials:
             elif is_first:
                 raise
             else:
-                failure = f"{'failed' if has_started else 'did not start'}: {_sentence(error)}"
+                failure = f"{'failed' if ready else 'did not start'}: {_sentence(error)}"
         seconds = time.monotonic() - began
         if failure:
             return Measured(setting, seconds=seconds, failure=failure, is_cut=is_cut)
-        return Measured(setting, totals.done / totals.seconds, totals.completion_tokens / totals.seconds, seconds)
+        assert ready is not None
+        rows, tokens = totals.done / totals.seconds, totals.completion_tokens / totals.seconds
+        return Measured(setting, rows, tokens, seconds, start=ready - began)
 
     @contextmanager
     def _started(self, setting: Setting) -> Iterator["_Service"]:
@@ -289,7 +293,7 @@ class Trials:
         count = int(totals.done / totals.seconds * self._piece_seconds)
         self._warm_up = rows[:at]
         self._measured = rows[at : at + max(count, FIRST_PIECE)] or rows
-        self.rows, self.fitting_rows = len(self._measured), count
+        self.rows, self.fitting_rows = len(self._measured), min(count, MOST_ROWS)
 
     def _answer(self, service: "_Service", rows: Sequence[Mapping[str, Any]]) -> Totals:
         """Answer rows, and throw the answers away. Raises GserveError: none was answered, or the service ends."""

@@ -102,7 +102,7 @@ def test_it_writes_a_config_with_the_fastest_setting_and_shows_those_that_failed
     (failed,) = [line for line in lines if line.startswith(f"{seqs}=4 llm.llm_kwargs.max_num_batched_tokens=8 ")]
     assert re.search(r"failed: rows: \d+ answered, \d+ failed", failed), failed
     (failed,) = [line for line in lines if line.startswith(f"{seqs}=4 llm.llm_kwargs.enable_prefix_caching=false ")]
-    assert failed.rstrip().endswith("failed: a server died, and was started again"), failed
+    assert failed.rstrip().endswith("failed: server-0 died, and was started again"), failed
     assert any(line.startswith("as given (again)") for line in lines)
     assert "noise: " in done.stderr
     assert re.search(r"measured with \d+ rows, and [\d,]+ fit: give more rows", done.stderr)
@@ -237,12 +237,18 @@ def test_the_number_that_auto_chooses_is_measured_once_the_model_is_downloaded(
         numbers.append(model.serve.servers_per_gpu)
         return ()
 
+    def choosing(self: trials.Trials, service: trials._Service) -> None:
+        numbers.append(len(service.status()))
+        choose(self, service)
+
+    choose = trials.Trials._choose_rows
+    monkeypatch.setattr(trials.Trials, "_choose_rows", choosing)
     monkeypatch.setattr(trials, "dimensions", no_others)
     file = config(tmp_path, uses_gpus=True)
     file.write_text(file.read_text().replace('"gpu_ids": [0]', '"gpu_ids": [0], "servers_per_gpu": "auto"'))
     assert Plan.of(load(file)[0], tmp_path).models[ONLY].serve.servers_per_gpu == 1, "its size is not known yet"
     assert measured(file).rate(()) > 0
-    assert numbers == [3]
+    assert numbers == [3, 3]
 
 
 def test_one_of_several_models_is_measured_alone(tmp_path: Path, no_more_settings: None) -> None:

@@ -14,7 +14,7 @@ from gserve_core import diagnosis
 from gserve_core.engines.vllm.engine import VLLMEngine
 from gserve_core.engines.vllm.known_errors import KNOWN_ERRORS, LOG_FORM
 from gserve_core.errors import ServerExited
-from gserve_core.host import memory, ports
+from gserve_core.host import control_group, ports
 
 LAST = "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}"
 PLUGIN = """\
@@ -213,7 +213,7 @@ def test_an_engine_that_ended_without_a_word_is_said_to_have(tmp_path: Path) -> 
 
 
 def test_the_systems_count_of_kills_for_memory_is_named_where_it_has_risen(tmp_path: Path) -> None:
-    kills = memory.memory_kills()
+    kills = control_group.memory_kills()
     if kills is None:
         pytest.skip("the memory controller of the control group cannot be read here")
     assert exited(tmp_path / "none", None, -9, kills).cause == "its process was killed by SIGKILL"
@@ -226,11 +226,11 @@ OUT_OF_MEMORY = """
 import os, subprocess, sys
 from pathlib import Path
 from gserve_core import diagnosis
-from gserve_core.host import memory
+from gserve_core.host import control_group
 
 Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
-assert memory.usable_memory() == 100 << 20
-kills = memory.memory_kills()
+assert control_group.usable_memory() == 100 << 20
+kills = control_group.memory_kills()
 child = subprocess.run([sys.executable, "-c", "b'x' * (1 << 30)"])
 how = {"phase": "loading", "cause": None, "returncode": child.returncode, "log": Path(sys.argv[1], "none")}
 print(diagnosis.exited("server-0", **how, kills=kills).cause)

@@ -25,46 +25,77 @@ SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention
 """Keys of config.json that a dense transformer has."""
 
 
+LENGTHS = (
+    "max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_sequence_length",
+    "max_seq_length", "seq_len",
+)  # fmt: skip
+"""Keys of config.json for the maximum length of a sequence. The smallest counts."""
 DEFAULT_LENGTH = 2048
-"""Maximum length of a sequence if config.json names none, in tokens. It is vLLM's own default."""
+"""The maximum length if none of them is there, in tokens. It is vLLM's own default."""
+UNSCALED = {"default", "llama3", "mrope", "deepseek_yarn", "deepseek_llama_scaling"}
+"""Methods to scale RoPE with which these lengths are scaled already."""
 
 
 def weight_bytes(llm: LLMConfig) -> int | None:
     """Return the size that the weights have once they are loaded, in bytes; None if no file here tells it."""
     arguments = llm.engine_kwargs
-    dtype = str(arguments.get("dtype", "auto"))
     with _tolerant():
         base = _folder(arguments)
         if shapes := shapes_of(base):
-            return bytes_of(shapes, dtype)
-        return bytes_of_config(_config(base), dtype)
+            return bytes_of(shapes, _dtype(arguments))
+        return bytes_of_config(_config(base), _dtype(arguments))
     return None
 
 
 def sequence_bytes(llm: LLMConfig) -> int | None:
     """Return the size of the KV cache of a sequence of the maximum length, in bytes; None if config.json has no shape.
 
-    A cache of a window, or of compressed keys, is smaller. The size is 0 if vLLM chooses the length by the memory.
+    Compressed keys take less. The size is 0 if vLLM chooses the length by the memory.
     """
     arguments = llm.engine_kwargs
     with _tolerant():
         config = _config(_folder(arguments))
         config = config.get("text_config", config)
-        length = arguments.get("max_model_len") or config.get("max_position_embeddings", DEFAULT_LENGTH)
+        if (length := arguments.get("max_model_len")) is None:
+            length = max_length(config)
         if not isinstance(length, int) or length < 0:
             return 0
-        heads = config["num_attention_heads"]
+        heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+        kinds = config.get("layer_types")
+        if isinstance(kinds, list) and "full_attention" in kinds:  # the caches of others are short
+            layers = kinds.count("full_attention")
         size = config.get("head_dim") or config["hidden_size"] // heads
-        each = 2 * (config.get("num_key_value_heads") or heads) * size * config["num_hidden_layers"]
-        kind = str(arguments.get("kv_cache_dtype", "auto"))
-        bits = 8 if "8" in kind else _float_bits(config, str(arguments.get("dtype", "auto")))
-        return int(length * each * bits // 8)
+        factors = (config.get("num_key_value_heads") or heads, layers, size)
+        if not all(isinstance(it, int) and it > 0 for it in factors):
+            return None
+        bits = 8 if "8" in str(arguments.get("kv_cache_dtype", "auto")) else _float_bits(config, _dtype(arguments))
+        return int(2 * length * math.prod(factors) * bits // 8)
     return None
+
+
+def max_length(config: Mapping[str, Any]) -> int:
+    """Return the maximum length of a sequence that vLLM takes from config.json if none is given, in tokens."""
+    found = [it for key in LENGTHS if isinstance(it := config.get(key), int)]
+    length = min(found, default=DEFAULT_LENGTH)
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    method, factor = scaling.get("rope_type", scaling.get("type")), scaling.get("factor")
+    original = config.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings"))
+    if method in ("longrope", "su"):
+        return int(original or length)
+    if not isinstance(factor, (int, float)) or method in UNSCALED or "gemma3" in str(config.get("model_type")):
+        return length
+    if method == "yarn":  # some versions of vLLM scale the original length
+        return max(length, int((original or 0) * factor))
+    return int(length * factor)
 
 
 def _tolerant() -> suppress:
     """Return a block that ignores what is wrong with the files of a model. vLLM reports it."""
-    return suppress(GserveError, OSError, ValueError, TypeError, AttributeError, KeyError)
+    return suppress(GserveError, OSError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError)
+
+
+def _dtype(arguments: Mapping[str, Any]) -> str:
+    return str(arguments.get("dtype", "auto"))
 
 
 def _folder(arguments: Mapping[str, Any]) -> Path:

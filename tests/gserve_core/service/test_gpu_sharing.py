@@ -25,12 +25,15 @@ SMALL = GPU("Small", 48 * GIB, 58)
 
 
 class Sized(EchoEngine):
-    """An engine on GPUs, whose models have the size in bytes that `llm_kwargs` say."""
+    """An engine on GPUs, whose models have the sizes in bytes that `llm_kwargs` say."""
 
     uses_gpus: ClassVar[bool] = True
 
     def weight_bytes(self, llm: LLMConfig) -> int | None:
         return llm.llm_kwargs.get("bytes")
+
+    def sequence_bytes(self, llm: LLMConfig) -> int | None:
+        return llm.llm_kwargs.get("sequence")
 
 
 def plan(llm: dict[str, Any] | None = None, launcher: Launcher | None = None, **serve: Any) -> Plan:
@@ -86,7 +89,7 @@ def test_each_server_has_room_for_a_sequence_of_the_maximum_length(
     sequence: float, cache: float | None, servers: int, why: str
 ) -> None:
     size = None if cache is None else int(cache * GIB)
-    chosen = choose(2 * GIB, [L40S], 0.92, 16, sequence=int(sequence * GIB), cache=size)
+    chosen = choose(2 * GIB, [L40S], 0.92, 16, sequence=int(sequence * GIB), cache=size, reserve=0.03)
     assert chosen.servers == servers
     assert why in str(chosen)
     assert (";" in chosen.why) == bool(why)
@@ -103,19 +106,31 @@ def driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("driver")
 @pytest.mark.parametrize(
-    ("size", "serve", "expected"),
+    ("size", "more", "serve", "expected"),
     [
-        (2 * GIB, {}, [(None, 0.86 / 3)] * 3),
-        (2 * GIB, {"gpu_ids": [0]}, [((0,), 0.86 / 3)] * 3),
-        (2 * GIB, {"gpu_ids": [1]}, [((1,), 0.445)] * 2),
-        (2 * GIB, {"gpu_ids": [0, 1]}, [((0,), 0.445)] * 2 + [((1,), 0.445)] * 2),
-        (9 * GIB, {"gpu_ids": [0]}, [((0,), None)]),
+        (2, {}, {}, [(None, 0.86 / 3)] * 3),
+        (2, {}, {"gpu_ids": [0]}, [((0,), 0.86 / 3)] * 3),
+        (2, {}, {"gpu_ids": [1]}, [((1,), 0.445)] * 2),
+        (2, {}, {"gpu_ids": [0, 1]}, [((0,), 0.445)] * 2 + [((1,), 0.445)] * 2),
+        (9, {}, {"gpu_ids": [0]}, [((0,), None)]),
+        (2, {"sequence": 20 * GIB}, {"gpu_ids": [0]}, [((0,), 0.445)] * 2),
+        (2, {"kv_cache_memory_bytes": 60 * GIB}, {"gpu_ids": [0]}, [((0,), None)]),
     ],
 )
-def test_auto_asks_the_gpus_of_the_model(size: int, serve: dict[str, Any], expected: list[Any]) -> None:
-    made = plan({"llm_kwargs": {"bytes": size}}, servers_per_gpu="auto", **serve)
+def test_auto_asks_the_gpus_of_the_model(
+    size: int, more: dict[str, Any], serve: dict[str, Any], expected: list[Any]
+) -> None:
+    made = plan({"llm_kwargs": {"bytes": size * GIB} | more}, servers_per_gpu="auto", **serve)
     assert memory(made) == expected
     assert made.models[ONLY].serve.shares_gpus == (len(expected) > 1)
+
+
+@pytest.mark.usefixtures("driver")
+def test_a_size_that_is_no_number_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"a number of bytes, got '8e9' - at \$\.llm\.llm_kwargs\.kv_cache_memory_bytes"
+    ):
+        plan({"llm_kwargs": {"bytes": GIB, "kv_cache_memory_bytes": "8e9"}}, servers_per_gpu="auto")
 
 
 @pytest.mark.usefixtures("driver")

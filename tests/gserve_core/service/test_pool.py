@@ -35,20 +35,25 @@ class Told:
     def __init__(self) -> None:
         self.told: list[tuple[Any, ...]] = []
         self.is_closed = self.is_watched = False
+        self.prefix_affinity = True
+        self.affinities: set[bool] = set()
+        """Those with which it was told to expect or to add a server."""
 
     def expect(self, key: str, comes: bool = True) -> None:
         self.told.append(("expect", key))
+        self.affinities.add(self.prefix_affinity)
 
     def add(self, key: str, connect: Any, capacity: int, timeout: float | None, **more: Any) -> None:
         connection = connect()
         self.told.append(("add", key, connection))
+        self.affinities.add(self.prefix_affinity)
         self.is_watched = more["is_watched"]
 
     def remove(self, key: str, why: str, *, returns: bool = False, died: bool = True) -> None:
         self.told.append(("remove", key, why, returns, died))
 
     def set_prefix_affinity(self, is_on: bool) -> None:
-        pass
+        self.prefix_affinity = is_on
 
     def drain(self, why: str) -> None:
         self.told.append(("drain", why))
@@ -134,6 +139,18 @@ def test_a_server_to_which_there_can_be_no_connection_yet_is_tried_again(
     until(lambda: ("add", "server-0", "instance-1") in dispatchers[0].told)
     threading.Event().wait(0.2)
     assert len(dispatchers[0].told) == len(set(dispatchers[0].told)), "it was told again what it knew"
+    pool.close()
+
+
+def test_prefix_affinity_is_off_before_items_wait_for_the_first_server(dispatchers: list[Told]) -> None:
+    def connect(state: ServerState) -> Any:
+        return state.instance
+
+    serve = ServeConfig(prefix_affinity=False)
+    pool = Pool([FakeProgram()], logs=lambda: Path("logs"), queues=lambda: {ONLY: Queue(connect, lambda: serve)})
+    pool.start()
+    until(lambda: len(dispatchers[0].told) == 2)
+    assert dispatchers[0].affinities == {False}
     pool.close()
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from gserve_core.config import LLMConfig
-from gserve_core.engines.vllm import hub
+from gserve_core.engines.vllm import hub, model_size
 from gserve_core.engines.vllm.engine import VLLMEngine
 
 BYTES = {"BF16": 2, "F32": 4, "F8_E4M3": 1, "I32": 4}
@@ -76,7 +76,12 @@ TOKEN_1B = 2 * 8 * 64 * 16 * 2
         ({"max_position_embeddings": 1000, "head_dim": None, "num_key_value_heads": None}, {}, 1000 * 4 * TOKEN_1B),
         ({}, {"llm_kwargs": {"kv_cache_dtype": "fp8"}}, 2048 * TOKEN_1B // 2),
         ({}, {"dtype": "float32"}, 2048 * TOKEN_1B * 2),
+        ({"max_position_embeddings": 8192, "seq_length": 4096}, {}, 4096 * TOKEN_1B),
+        ({"layer_types": ["full_attention"] * 4 + ["sliding_attention"] * 12}, {}, 2048 * TOKEN_1B // 4),
         ({"num_hidden_layers": None}, {}, None),
+        ({"num_key_value_heads": [8] * 16}, {}, None),
+        ({"num_attention_heads": 0, "head_dim": None}, {}, None),
+        ({"max_position_embeddings": "many"}, {}, 2048 * TOKEN_1B),
     ],
 )
 def test_the_cache_of_a_sequence_has_the_size_of_its_shape(
@@ -87,6 +92,26 @@ def test_the_cache_of_a_sequence_has_the_size_of_its_shape(
     for shape in (LLAMA_1B | config, {"text_config": LLAMA_1B | config}):
         (tmp_path / "config.json").write_text(json.dumps(shape))
         assert engine.sequence_bytes(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 4000),
+        ({"type": "dynamic", "factor": 2}, 2000),
+        ({"rope_type": "llama3", "factor": 8.0}, 1000),
+        ({"rope_type": "default"}, 1000),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000}, 4000),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 250}, 1000),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 100}, 100),
+        ({"full_attention": {"rope_type": "linear", "factor": 8.0}}, 1000),
+    ],
+)
+def test_the_maximum_length_is_that_of_vllm(scaling: dict[str, Any], length: int) -> None:
+    for key in ("rope_scaling", "rope_parameters"):
+        assert model_size.max_length({"max_position_embeddings": 1000, key: scaling}) == length
+    gemma = {"model_type": "gemma3_text", "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    assert model_size.max_length(gemma) == 2048
 
 
 def test_a_model_that_is_not_here_has_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
