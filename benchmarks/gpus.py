@@ -200,7 +200,7 @@ def tensor_parallel(bench: Benchmark, model: str, scale: float) -> None:
 def lora(bench: Benchmark, model: str) -> None:
     """Check a random adapter of rank 16: it must change the answers, to the answers of `vllm.LLM` with the adapter."""
     # One prompt at a time, since on a GPU an answer depends on the rest of the batch.
-    # In bfloat16, since vLLM's kernels for GPUs do not take float32 for small heads.
+    # In bfloat16, since vLLM's code for adapters takes no float32 on GPUs.
     arguments = machine.engine_arguments(model, 1) | {"dtype": "bfloat16", "enforce_eager": True}
     adapted = arguments | {"lora_path": str(models.adapter(arguments["model"]))}
     work = Workload("lora", 8, 30, 16, {}).work(0)

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from gserve import ConfigError
+from gserve import ConfigError, LLMConfig
 from gserve_core.engines.vllm.adapter_files import check_adapter
+from gserve_core.engines.vllm.engine import VLLMEngine
 
 Q = "model.layers.0.self_attn.q_proj"
 A, B = (f"base_model.model.{Q}.lora_{side}.weight" for side in "AB")
@@ -118,3 +119,13 @@ def test_a_base_of_which_files_are_missing_is_not_compared(tmp_path: Path, base:
     write_weights(base / "model-00002-of-00002.safetensors", {"model.layers.1.mlp.up_proj.weight": [6, 8]})
     with pytest.raises(ConfigError, match="this one has no module"):
         check_adapter(str(both), str(base))
+
+
+@pytest.mark.parametrize("llm", [{"lora_path": "/a"}, {"adapters": {"a": "/a"}}], ids=["lora_path", "adapters"])
+def test_float32_is_refused_with_adapters_on_gpus_alone(llm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for has_gpus, dtype in ((False, "float32"), (True, "bfloat16"), (True, "auto")):
+        monkeypatch.setattr(VLLMEngine, "needs_gpus", lambda _, it=has_gpus: it)
+        VLLMEngine().check_config(LLMConfig("m", dtype=dtype, **llm), runs_here=False)
+    monkeypatch.setattr(VLLMEngine, "needs_gpus", lambda _: True)
+    with pytest.raises(ConfigError, match=r"needs bfloat16 or float16 - at \$\.llm\.dtype"):
+        VLLMEngine().check_config(LLMConfig("m", dtype="float32", **llm), runs_here=False)
