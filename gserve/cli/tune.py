@@ -1,5 +1,6 @@
 """The command that measures settings on a user's own rows: `tune`."""
 
+import shlex
 import time
 from collections.abc import Callable
 from functools import partial
@@ -77,6 +78,7 @@ def tune(
     why = "nothing was faster than " if not search.best else f"{search.ratio(search.best):.2f} times the rows/s of "
     trials.write(search.best, f"gserve tune, {time.strftime('%Y-%m-%d')}: {why}{config.name}")
     print_stderr(f"{setting_text(search.best)}, {why}{config.name}: written to {out}")
+    print_stderr(f"start it with: {shlex.join(['gserve', 'launch', str(out), '--name', config.stem])}")
 
 
 def _outcome(measured: "Measured") -> str:

@@ -250,8 +250,11 @@ class Deployment:
                 places = self._free_places(plan, key, servers - len(members))
                 self.pool.add([plan.program(key, *place) for place in places])
             elif servers < len(members):
-                states = self.pool.states
-                members.sort(key=lambda program: (not states[program.name].usable, program.index))
+                states, own = self.pool.states, plan.models[key]
+                kept = set(own.placement) if own.serve.least_per_gpu > 1 else ()  # all servers of a GPU, or none
+                members.sort(
+                    key=lambda it: (bool(kept) and it.gpu_ids not in kept, not states[it.name].usable, it.index)
+                )
                 self.pool.remove([program.name for program in members[servers:]], drain)
             self.plan = plan
 
@@ -394,7 +397,9 @@ class Deployment:
                 " change servers_per_gpu or gpu_ids, and use gserve reload",
                 at="$.serve.servers_per_gpu",
             )
-        used = list(dict.fromkeys(program.gpu_ids for program in self.members(key)))
+        members, states = self.members(key), self.pool.states
+        usable = Counter(it.gpu_ids for it in members if states[it.name].usable)
+        used = sorted(dict.fromkeys(it.gpu_ids for it in members), key=lambda it: -usable[it])
         chosen = [*used, *(group for group in groups if group not in used)][: servers // each]
         return self.plan.resized(key, replace(serve, gpu_ids=[gpu for group in chosen for gpu in group or ()]))
 

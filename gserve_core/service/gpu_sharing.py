@@ -67,7 +67,12 @@ def decide(config: Config, parts: Mapping[str, Parts]) -> tuple[Config, dict[str
             if model.serve.servers_per_gpu == "auto":
                 choices[name] = _choose(config, name, model, parts)
     for name, choice in choices.items():
-        config = config.with_model(name, serve=replace(config.pools[name].serve, servers_per_gpu=choice.servers))
+        model, serve = config.pools[name], replace(config.pools[name].serve, servers_per_gpu=choice.servers)
+        groups = len(serve.gpu_ids or ()) // model.llm.gpus_per_server or serve.servers or 1
+        least = serve.min_ready or 0
+        if parts[name].launcher.runs_here and choice.servers * groups < least <= max(LIMITS) * groups:
+            serve = replace(serve, min_ready=choice.servers * groups)  # nobody can know the number
+        config = config.with_model(name, serve=serve)
     return config, choices
 
 

@@ -98,10 +98,8 @@ class Search:
 
     @property
     def best(self) -> Setting:
-        """The fastest winner that still wins against the config as given, and has not failed; otherwise the config."""
-        failed = {it.setting for it in self.measured if it.failure and not it.is_cut}
-        good = [it for it in self._winners if it not in failed and self._wins(it, GIVEN)]
-        return max(good, key=self.rate, default=GIVEN)
+        """The fastest winner that still wins against the config as given; otherwise the config."""
+        return max((it for it in self._winners if self._wins(it, GIVEN)), key=self.rate, default=GIVEN)
 
     def rate(self, setting: Setting) -> float:
         """Return the mean of the rates of a setting, in rows per second; 0: it was not measured."""
@@ -116,7 +114,9 @@ class Search:
         return [it.rows for it in self.measured if it.setting == setting and not it.failure]
 
     def _wins(self, one: Setting, other: Setting, at_most: float = math.inf) -> bool:
-        """Return whether a setting wins against another one, and by no more than `at_most`."""
+        """Return whether a setting wins against another one, and by no more than `at_most`, and has never failed."""
+        if any(it.setting == one and it.failure and not it.is_cut for it in self.measured):
+            return False
         base = self.rate(other)
         return base * (1 + max(LEAST_GAIN, self.noise)) < self.rate(one) <= base * (1 + at_most)
 

@@ -20,7 +20,7 @@ from ..document import Document, dump
 from ..errors import ConfigError, GserveError, ServerExited
 from ..host import gpu_locks, gpus
 from ..host.control_group import usable_cores, usable_memory
-from ..rows.job import FileJob
+from ..rows.job import FileJob, Run
 from ..rows.output import Totals
 from ..service.deployment import Deployment
 from ..service.model import check_params
@@ -40,10 +40,12 @@ PIECES = 30
 FIRST_PIECE = 16
 """Number of rows that are answered first, to learn the speed."""
 CHANCE = 3.0
-"""How many more rows may fail than with the config as given, in standard deviations. Sampled answers differ each time.
-"""
+"""How many more rows may fail than with the config as given, in standard deviations of the difference.
+Sampled answers differ each time."""
 MOST_ROWS = 20_000
 """Maximum number of rows that are read."""
+PREFIX = "gserve tune: "
+"""Begins the names of the columns of answers, so that rows may have columns of the usual names."""
 MADE_UP_ROWS, MADE_UP_WORDS = 4096, 100
 """Number of prompts if the user gives none, and of words in each."""
 MADE_UP_PARAMS = '{"temperature": 0, "max_tokens": 64, "ignore_eos": true}'
@@ -90,7 +92,7 @@ class Trials:
         self._at = f"models.{self._name}." if loaded.models else ""
         self._model = self._plan(GIVEN).models[ONLY]
         check_params(self._model, job.make_prompts().params)
-        self._job = replace(job, output=Path(os.devnull), format=None, limit=None)
+        self._job = replace(job, output=Path(os.devnull), format=None, limit=None, prefix=PREFIX)
         most = MOST_ROWS if job.limit is None else min(job.limit, MOST_ROWS)
         places = itertools.islice(job.rows(job.sources(), job.wanted()), most)
         self._rows = [row.values for row in places if row.values is not None]
@@ -126,7 +128,7 @@ class Trials:
         out = self._output.resolve()
         scratch = out.with_name(f".{out.name}.{secrets.token_hex(4)}")
         try:
-            mode = self._config.stat().st_mode & 0o777  # it may hold secrets
+            mode = self._config.stat().st_mode & (0o600 if self._overrides else 0o777)  # they may hold secrets
             descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
             try:
                 with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -187,20 +189,19 @@ class Trials:
         self._check_config()
         config, document = load(self._config, [*self._overrides, *_changes(setting)])
         with document.located():
-            own = config.pools[self._name]
-            if config.models:
-                model = Plan.of(config, document.file.parent).models[self._name]
-                llm, parts = own.llm, [part * model.serve.least_per_gpu for part in model.gpu_memory.values()]
-                if parts:  # the other models have the rest
-                    llm = replace(llm, llm_kwargs={**llm.llm_kwargs, FRACTION: min(parts)})
-                own = replace(own, llm=llm, serve=model.serve)
-            is_shared = own.serve.share_gpu or self._locks is not None  # the lock is shared with us
+            name, folder = self._name, document.file.parent
+            given = replace(config.pools[name].serve, weight_protocol=None, min_ready=None, port=None)
+            config = config.with_model(name, serve=given)
+            model = Plan.of(config, folder).models[name if config.models else ONLY]
+            llm, parts = model.llm, [part * model.serve.least_per_gpu for part in model.gpu_memory.values()]
+            if config.models and parts:  # the other models have the rest
+                llm = replace(llm, llm_kwargs={**llm.llm_kwargs, FRACTION: min(parts)})
             serve = replace(
-                own.serve, weight_protocol=None, share_gpu=is_shared, min_ready=None, port=None,
-                gpu_sharing=own.serve.gpu_sharing if own.serve.shares_gpus else None,
-            )  # fmt: skip
-            config = replace(config.only(self._name), llm=own.llm, serve=serve, gateway=None)
-            return Plan.of(config, document.file.parent)
+                model.serve,
+                share_gpu=given.share_gpu or self._locks is not None,  # the lock is shared with us
+                gpu_sharing=given.gpu_sharing if model.serve.shares_gpus else None,
+            )
+            return Plan.of(replace(config.only(name), llm=llm, serve=serve, gateway=None), folder)
 
     def _measure(self, setting: Setting) -> Measured:
         """Start a service with a setting, measure it, and stop it. A failure is an outcome too.
@@ -217,14 +218,14 @@ class Trials:
                 else:
                     self._answer(service, self._warm_up)
                 totals = self._answer(service, self._measured)
-                if totals.failed > self._failed + CHANCE * math.sqrt(self._failed) and not is_first:
+                if setting == GIVEN:
+                    self._failed = max(self._failed, totals.failed)
+                if totals.failed > self._failed + CHANCE * math.sqrt(2 * max(self._failed, 1)):
                     raise GserveError(str(totals))
                 for state in service.status():
                     if state.restarts or state.state != State.READY:
                         cause = f": {_sentence(state.failure)}" if state.failure else ", and was started again"
                         raise GserveError(f"{state.name} died{cause}")
-                if setting == GIVEN:
-                    self._failed = max(self._failed, totals.failed)
         except GserveError as error:
             if self._left() <= 0:
                 failure, is_cut = "not finished: the time was over", True
@@ -253,7 +254,7 @@ class Trials:
             with self._serving(self._plan(setting)) as service:
                 service.start()
                 known = self._model if self._measured else self._plan(GIVEN).models[ONLY]
-                if known.serve == self._model.serve:
+                if known.serve.servers_per_gpu == self._model.serve.servers_per_gpu:
                     yield service
                     return
             self._model = known
@@ -286,20 +287,23 @@ class Trials:
         self._capacity = max(state.info.capacity for state in service.status() if state.info is not None)
         while True:
             size = min(size, max((len(rows) - at) // 2, 1))
-            totals = self._answer(service, rows[at : at + size])
+            is_last = at + size >= len(rows) // 2
+            totals = self._answer(service, rows[at : at + size], may_fail=not is_last)
             at, size = at + size, size * 2
-            if totals.seconds >= self._piece_seconds / 4 or at >= len(rows) // 2:
+            if is_last or (totals.done and totals.seconds >= self._piece_seconds / 4):
                 break
         count = int(totals.done / totals.seconds * self._piece_seconds)
         self._warm_up = rows[:at]
         self._measured = rows[at : at + max(count, FIRST_PIECE)] or rows
         self.rows, self.fitting_rows = len(self._measured), min(count, MOST_ROWS)
 
-    def _answer(self, service: "_Service", rows: Sequence[Mapping[str, Any]]) -> Totals:
-        """Answer rows, and throw the answers away. Raises GserveError: none was answered, or the service ends."""
-        with replace(self._job, source=rows).begin({}) as run:
-            totals = service.answer_rows(run)
-        if not totals.done:
+    def _answer(self, service: "_Service", rows: Sequence[Mapping[str, Any]], *, may_fail: bool = False) -> Totals:
+        """Answer rows, and throw the answers away.
+
+        Raises GserveError: the service ends; or none was answered, unless all of them `may_fail`.
+        """
+        totals = service.answer_rows(Run(replace(self._job, source=rows), [], None))
+        if not totals.done and not may_fail:
             raise GserveError(f"no row was answered: {totals}")
         return totals
 

@@ -16,6 +16,7 @@ from gserve_core.errors import ConfigError, LaunchError
 from gserve_core.host import gpu_locks, gpus
 from gserve_core.rows.job import FileJob
 from gserve_core.rows.prompts import RowOptions
+from gserve_core.service import plan as plans
 from gserve_core.service.plan import ModelPlan, Plan
 from gserve_core.service.state import ONLY
 from gserve_core.tune import trials
@@ -119,6 +120,20 @@ def test_it_writes_a_config_with_the_fastest_setting_and_shows_those_that_failed
     place.run("check", "demo.tuned.yaml")
     refused = place.run(*words, code=2).stderr
     assert "demo.tuned.yaml: the file exists already: use another --output, or --overwrite" in refused
+
+
+def test_rows_that_a_job_takes_are_measured_and_the_command_for_the_result_has_the_name_of_the_config(
+    place: Place,
+) -> None:
+    config(place.folder, error_on="too long").chmod(0o644)
+    good = ({"title": f"a b {number}", "response": "old"} for number in range(60))
+    place.write("rows.jsonl", {"title": "a"}, *[{"title": "too long"}] * 20, *[{"title": None}] * 20, *good)
+    words = ("tune", "demo.yaml", "-i", "rows.jsonl", "--column", "title", "--minutes", "0.3")
+    done = place.run(*words, "--set", "engine.latency=0.001")
+    assert "gserve launch demo.tuned.yaml --name demo" in done.stderr
+    out = place.folder / "demo.tuned.yaml"
+    assert yaml.safe_load(out.read_text())["engine"]["latency"] == 0.001
+    assert stat.S_IMODE(out.stat().st_mode) == 0o600, "what was set may be secret"
 
 
 def test_a_signal_in_a_trial_ends_the_command_and_its_servers(place: Place) -> None:
@@ -241,6 +256,14 @@ def test_the_number_that_auto_chooses_is_measured_once_the_model_is_downloaded(
         numbers.append(len(service.status()))
         choose(self, service)
 
+    def starting(self: trials._Service) -> None:
+        starts.append(len(starts))
+        start(self)
+
+    starts: list[int] = []
+    start = trials._Service.start
+    monkeypatch.setattr(trials._Service, "start", starting)
+
     choose = trials.Trials._choose_rows
     monkeypatch.setattr(trials.Trials, "_choose_rows", choosing)
     monkeypatch.setattr(trials, "dimensions", no_others)
@@ -249,6 +272,28 @@ def test_the_number_that_auto_chooses_is_measured_once_the_model_is_downloaded(
     assert Plan.of(load(file)[0], tmp_path).models[ONLY].serve.servers_per_gpu == 1, "its size is not known yet"
     assert measured(file).rate(()) > 0
     assert numbers == [3, 3]
+    assert len(starts) == 3, "the first, with one server; with three; and once more at the end"
+    starts.clear()
+    file.with_name("out.yaml").unlink()
+    assert measured(file).rate(()) > 0
+    assert len(starts) == 2, "the number is known now"
+
+
+def test_what_auto_chooses_shares_the_gpu_as_the_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", GPU)
+    monkeypatch.setattr(gpus, "facts", lambda _: [gpus.GPU("H100", 80 << 30, 132)])
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(plans, "check_environ", lambda _: None)
+    file = config(tmp_path, uses_gpus=True)
+    (tmp_path / "downloaded").touch()
+    keys = '"gpu_ids": [0], "servers_per_gpu": "auto", "gpu_sharing": "mps"'
+    file.write_text(file.read_text().replace('"gpu_ids": [0]', keys))
+    opened = trials.Trials(
+        file, [], FileJob(source=[{"prompt": "a"}]), model=None, seconds=9, output=tmp_path / "o.yaml"
+    )
+    for setting, number in (((), 3), ((("serve.servers_per_gpu", 2),), 2), ((("serve.servers_per_gpu", 1),), 1)):
+        serve = opened._plan(setting).models[ONLY].serve
+        assert (serve.servers_per_gpu, serve.gpu_sharing) == (number, "mps" if number > 1 else None)
 
 
 def test_one_of_several_models_is_measured_alone(tmp_path: Path, no_more_settings: None) -> None:

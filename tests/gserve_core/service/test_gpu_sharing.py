@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +19,8 @@ from gserve_core.service.plan import Plan
 from gserve_core.service.state import ONLY
 from gserve_launchers.slurm.launcher import SlurmLauncher
 from tests.gserve_core.fake_cuda import make_driver
+from tests.gserve_core.fake_servers import until
+from tests.listeners import server_pid
 
 GIB = 1 << 30
 H100 = GPU("H100", 80 * GIB, 132)
@@ -123,6 +126,15 @@ def test_auto_asks_the_gpus_of_the_model(
     made = plan({"llm_kwargs": {"bytes": size * GIB} | more}, servers_per_gpu="auto", **serve)
     assert memory(made) == expected
     assert made.models[ONLY].serve.shares_gpus == (len(expected) > 1)
+
+
+@pytest.mark.usefixtures("driver")
+@pytest.mark.parametrize(("size", "least"), [(None, 1), (5 * GIB, 2), (2 * GIB, 3)])
+def test_min_ready_is_at_most_the_number_that_auto_chooses(size: int | None, least: int) -> None:
+    made = plan({"llm_kwargs": {"bytes": size}}, servers_per_gpu="auto", gpu_ids=[0], min_ready=3)
+    assert made.models[ONLY].serve.min_ready == least == len([*made.programs()])
+    with pytest.raises(ConfigError, match="the number of servers, got 4"):
+        plan({"llm_kwargs": {"bytes": size}}, servers_per_gpu="auto", gpu_ids=[0], min_ready=4)
 
 
 @pytest.mark.usefixtures("driver")
@@ -264,3 +276,14 @@ def test_scaling_keeps_the_number_of_servers_on_each_gpu() -> None:
         service.scale(4)
         assert [it.gpu_ids for it in service.status()] == [(0,), (0,), (1,), (1,)]
         assert service.generate([str(it) for it in range(100)]) == [[str(it)] for it in range(100)]
+
+
+def test_scaling_down_frees_a_whole_gpu_also_while_a_server_is_restarting() -> None:
+    serve = ServeConfig(gpu_ids=[0, 1], servers_per_gpu=2)
+    with VLLMService(LLMConfig("m"), serve, engine=EchoEngine(load_time=1.5)) as service:
+        os.kill(server_pid(service.servers[0]), signal.SIGKILL)
+        until(lambda: not service.status()[0].usable)
+        service.scale(2)
+        assert [it.gpu_ids for it in service.status()] == [(1,), (1,)]
+        service.scale(4)
+        assert sorted(it.gpu_ids or () for it in service.status()) == [(0,), (0,), (1,), (1,)]

@@ -149,6 +149,14 @@ def test_a_winner_that_fails_when_it_is_confirmed_is_not_written() -> None:
     assert Trials(lambda it: next(rates) if it == {"servers": 2} else 100.0).run() == GIVEN
 
 
+def test_a_close_winner_that_fails_when_it_is_measured_again_is_not_built_on() -> None:
+    rates = iter([106.0, 0.0])
+    trials = Trials(lambda it: next(rates, 0.0) if it == {"servers": 2} else 200.0 if "seqs" in it else 100.0)
+    best = dict(trials.run())
+    assert "seqs" in best
+    assert "servers" not in best
+
+
 @pytest.mark.parametrize("seed", range(50))
 def test_a_key_that_changes_nothing_is_left_as_it_was(seed: int) -> None:
     chance = random.Random(seed)
