@@ -78,7 +78,11 @@ def tune(
     why = "nothing was faster than " if not search.best else f"{search.ratio(search.best):.2f} times the rows/s of "
     trials.write(search.best, f"gserve tune, {time.strftime('%Y-%m-%d')}: {why}{config.name}")
     print_stderr(f"{setting_text(search.best)}, {why}{config.name}: written to {out}")
-    print_stderr(f"start it with: {shlex.join(['gserve', 'launch', str(out), '--name', config.stem])}")
+    name = config.stem
+    print_stderr(
+        f"start it with: {shlex.join(['gserve', 'launch', str(out), '--name', name])}; if it runs already:"
+        f" {shlex.join(['gserve', 'reload', name, str(out)])}"
+    )
 
 
 def _outcome(measured: "Measured") -> str:

@@ -68,10 +68,10 @@ def decide(config: Config, parts: Mapping[str, Parts]) -> tuple[Config, dict[str
                 choices[name] = _choose(config, name, model, parts)
     for name, choice in choices.items():
         model, serve = config.pools[name], replace(config.pools[name].serve, servers_per_gpu=choice.servers)
-        groups = len(serve.gpu_ids or ()) // model.llm.gpus_per_server or serve.servers or 1
-        least = serve.min_ready or 0
-        if parts[name].launcher.runs_here and choice.servers * groups < least <= max(LIMITS) * groups:
-            serve = replace(serve, min_ready=choice.servers * groups)  # nobody can know the number
+        is_open = parts[name].launcher.runs_here and serve.servers is None and model.llm.gpus_per_server == 1
+        count, most = (each * len(serve.gpu_ids or [0]) for each in (choice.servers, max(LIMITS)))
+        if is_open and count < (serve.min_ready or 0) <= most:
+            serve = replace(serve, min_ready=count)  # the user could not know the number
         config = config.with_model(name, serve=serve)
     return config, choices
 

@@ -218,14 +218,15 @@ class Trials:
                 else:
                     self._answer(service, self._warm_up)
                 totals = self._answer(service, self._measured)
-                if setting == GIVEN:
-                    self._failed = max(self._failed, totals.failed)
-                if totals.failed > self._failed + CHANCE * math.sqrt(2 * max(self._failed, 1)):
+                expected = max(self._failed, min(len(self._measured) / 100, 1))
+                if setting != GIVEN and totals.failed > self._failed + CHANCE * math.sqrt(2 * expected):
                     raise GserveError(str(totals))
                 for state in service.status():
                     if state.restarts or state.state != State.READY:
                         cause = f": {_sentence(state.failure)}" if state.failure else ", and was started again"
                         raise GserveError(f"{state.name} died{cause}")
+                if setting == GIVEN:
+                    self._failed = max(self._failed, totals.failed)
         except GserveError as error:
             if self._left() <= 0:
                 failure, is_cut = "not finished: the time was over", True
@@ -287,10 +288,9 @@ class Trials:
         self._capacity = max(state.info.capacity for state in service.status() if state.info is not None)
         while True:
             size = min(size, max((len(rows) - at) // 2, 1))
-            is_last = at + size >= len(rows) // 2
-            totals = self._answer(service, rows[at : at + size], may_fail=not is_last)
+            totals = self._answer(service, rows[at : at + size], may_fail=at + size < len(rows))
             at, size = at + size, size * 2
-            if is_last or (totals.done and totals.seconds >= self._piece_seconds / 4):
+            if totals.done and (at >= len(rows) // 2 or totals.seconds >= self._piece_seconds / 4):
                 break
         count = int(totals.done / totals.seconds * self._piece_seconds)
         self._warm_up = rows[:at]

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class Tunable(EchoEngine):
         if seqs >= 8:
             raise GserveError(f"no memory for {{seqs}} sequences")
         latency = self.latency * (2 / seqs) ** 3  # much faster, so that a stall of the machine decides nothing
-        fault = "b 7" if llm.llm_kwargs["max_num_batched_tokens"] == 8 else ""
+        fault = "b 7" if llm.llm_kwargs["max_num_batched_tokens"] == 8 else self.error_on
         died = Path(__file__).with_name("died")
         dies = not llm.llm_kwargs.get("enable_prefix_caching", True) and not died.exists()
         if dies:
@@ -122,15 +123,26 @@ def test_it_writes_a_config_with_the_fastest_setting_and_shows_those_that_failed
     assert "demo.tuned.yaml: the file exists already: use another --output, or --overwrite" in refused
 
 
-def test_rows_that_a_job_takes_are_measured_and_the_command_for_the_result_has_the_name_of_the_config(
+def test_the_result_is_for_its_owner_alone_if_keys_were_set_and_its_command_has_the_name_of_the_config(
     place: Place,
 ) -> None:
-    config(place.folder, error_on="too long").chmod(0o644)
-    good = ({"title": f"a b {number}", "response": "old"} for number in range(60))
-    place.write("rows.jsonl", {"title": "a"}, *[{"title": "too long"}] * 20, *[{"title": None}] * 20, *good)
-    words = ("tune", "demo.yaml", "-i", "rows.jsonl", "--column", "title", "--minutes", "0.3")
-    done = place.run(*words, "--set", "engine.latency=0.001")
-    assert "gserve launch demo.tuned.yaml --name demo" in done.stderr
+    config(place.folder).chmod(0o644)
+    done = place.run(
+        "tune",
+        "demo.yaml",
+        "-i",
+        rows(place, 40),
+        "--column",
+        "title",
+        "--minutes",
+        "0.2",
+        "--set",
+        "engine.latency=0.001",
+    )
+    assert (
+        "start it with: gserve launch demo.tuned.yaml --name demo; if it runs already: gserve reload demo"
+        in done.stderr
+    )
     out = place.folder / "demo.tuned.yaml"
     assert yaml.safe_load(out.read_text())["engine"]["latency"] == 0.001
     assert stat.S_IMODE(out.stat().st_mode) == 0o600, "what was set may be secret"
@@ -207,13 +219,25 @@ def no_more_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials, "dimensions", lambda *_: ())
 
 
-def measured(file: Path, model: str | None = None) -> Search:
-    job = FileJob(source=[{"prompt": f"a b {number}"} for number in range(40)])
+GOOD = [{"prompt": f"a b {number}", "response": "of an earlier job"} for number in range(40)]
+
+
+def measured(file: Path, model: str | None = None, source: Sequence[Mapping[str, Any]] = GOOD) -> Search:
+    job = FileJob(source=source)
     out = file.with_name("out.yaml")
     with trials.Trials(file, [], job, model=model, seconds=20, output=out) as opened:
         found = opened.search(lambda _: None)
         opened.write(found.best, "a comment")
     return found
+
+
+@pytest.mark.parametrize(("first", "good"), [(16, 80), (16, 16), (6, 1)])
+def test_rows_that_cannot_be_answered_do_not_end_it(
+    first: int, good: int, tmp_path: Path, no_more_settings: None
+) -> None:
+    bad = [*[{"prompt": "too long"}] * first, *[{"prompt": None}] * 2 * first]
+    found = measured(config(tmp_path, error_on="too long"), source=[*bad, *(GOOD * 2)[:good]])
+    assert found.rate(()) > 0
 
 
 def test_the_gpus_stay_locked_from_the_first_trial_to_the_last(
@@ -270,13 +294,13 @@ def test_the_number_that_auto_chooses_is_measured_once_the_model_is_downloaded(
     file = config(tmp_path, uses_gpus=True)
     file.write_text(file.read_text().replace('"gpu_ids": [0]', '"gpu_ids": [0], "servers_per_gpu": "auto"'))
     assert Plan.of(load(file)[0], tmp_path).models[ONLY].serve.servers_per_gpu == 1, "its size is not known yet"
-    assert measured(file).rate(()) > 0
+    found = measured(file)
     assert numbers == [3, 3]
-    assert len(starts) == 3, "the first, with one server; with three; and once more at the end"
+    assert len(starts) == len(found.measured) + 1, "the first had one server"
     starts.clear()
     file.with_name("out.yaml").unlink()
-    assert measured(file).rate(()) > 0
-    assert len(starts) == 2, "the number is known now"
+    found = measured(file)
+    assert len(starts) == len(found.measured), "the number is known now"
 
 
 def test_what_auto_chooses_shares_the_gpu_as_the_config_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

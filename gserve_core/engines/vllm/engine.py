@@ -180,7 +180,8 @@ class VLLMEngine(Engine):
         demo_model.check_name(llm.tokenizer or "", "$.llm.tokenizer")
         if llm.all_adapters and llm.llm_kwargs.get("enable_lora") is False:
             raise ConfigError("adapters need enable_lora: remove it, or them", at="$.llm.llm_kwargs.enable_lora")
-        if llm.all_adapters and llm.engine_kwargs.get("dtype") in model_size.DTYPES and self.needs_gpus():
+        has_adapters = llm.all_adapters or llm.llm_kwargs.get("enable_lora")
+        if has_adapters and llm.engine_kwargs.get("dtype") in model_size.DTYPES and self.needs_gpus():
             raise ConfigError("on GPUs, vLLM's code for adapters needs bfloat16 or float16", at="$.llm.dtype")
         if runs_here:
             given = llm.llm_kwargs.get("max_lora_rank")

@@ -121,7 +121,7 @@ def test_a_base_of_which_files_are_missing_is_not_compared(tmp_path: Path, base:
         check_adapter(str(both), str(base))
 
 
-@pytest.mark.parametrize("llm", [{"lora_path": "/a"}, {"adapters": {"a": "/a"}}], ids=["lora_path", "adapters"])
+@pytest.mark.parametrize("llm", [{"lora_path": "/a"}, {"adapters": {"a": "/a"}}, {"llm_kwargs": {"enable_lora": True}}])
 def test_float32_is_refused_with_adapters_on_gpus_alone(llm: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for has_gpus, dtype in ((False, "float32"), (True, "bfloat16"), (True, "auto")):
         monkeypatch.setattr(VLLMEngine, "needs_gpus", lambda _, it=has_gpus: it)
