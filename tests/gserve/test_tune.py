@@ -127,22 +127,10 @@ def test_the_result_is_for_its_owner_alone_if_keys_were_set_and_its_command_has_
     place: Place,
 ) -> None:
     config(place.folder).chmod(0o644)
-    done = place.run(
-        "tune",
-        "demo.yaml",
-        "-i",
-        rows(place, 40),
-        "--column",
-        "title",
-        "--minutes",
-        "0.2",
-        "--set",
-        "engine.latency=0.001",
-    )
-    assert (
-        "start it with: gserve launch demo.tuned.yaml --name demo; if it runs already: gserve reload demo"
-        in done.stderr
-    )
+    words = ("tune", "demo.yaml", "-i", rows(place, 40), "--column", "title", "--minutes", "0.2")
+    done = place.run(*words, "--set", "engine.latency=0.001")
+    launch, reload = "gserve launch demo.tuned.yaml --name demo", "gserve reload demo demo.tuned.yaml"
+    assert f"start it with: {launch}; if it runs already: {reload}\n" in done.stderr
     out = place.folder / "demo.tuned.yaml"
     assert yaml.safe_load(out.read_text())["engine"]["latency"] == 0.001
     assert stat.S_IMODE(out.stat().st_mode) == 0o600, "what was set may be secret"
@@ -235,7 +223,7 @@ def measured(file: Path, model: str | None = None, source: Sequence[Mapping[str,
 def test_rows_that_cannot_be_answered_do_not_end_it(
     first: int, good: int, tmp_path: Path, no_more_settings: None
 ) -> None:
-    bad = [*[{"prompt": "too long"}] * first, *[{"prompt": None}] * 2 * first]
+    bad: list[dict[str, Any]] = [*[{"prompt": "too long"}] * first, *[{"prompt": None}] * 2 * first]
     found = measured(config(tmp_path, error_on="too long"), source=[*bad, *(GOOD * 2)[:good]])
     assert found.rate(()) > 0
 
