@@ -187,7 +187,7 @@ def spread[Item: Waits](items: Sequence[Item]) -> list[Item]:
     So the server computes the prefixes early, and reads the other items meanwhile.
     After `MAX_SPREAD` bytes, the others of these prefixes come first.
     """
-    spread: list[Item] = []
+    ordered: list[Item] = []
     others: list[Item] = []
     seen: set[Prefix] = set()
     size = 0
@@ -196,10 +196,10 @@ def spread[Item: Waits](items: Sequence[Item]) -> list[Item]:
             others.append(item)
             continue
         if others and size + item.size > MAX_SPREAD:
-            spread += others
+            ordered += others
             others, size = [], 0
-        spread.append(item)
+        ordered.append(item)
         size += item.size
         if item.prefix is not None:
             seen.add(item.prefix)
-    return spread + others
+    return ordered + others

@@ -91,7 +91,7 @@ def max_length(config: Mapping[str, Any]) -> int:
 
 def _tolerant() -> suppress:
     """Return a block that ignores what is wrong with the files of a model. vLLM reports it."""
-    return suppress(GserveError, OSError, ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError)
+    return suppress(GserveError, OSError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError)
 
 
 def _dtype(arguments: Mapping[str, Any]) -> str:

@@ -82,6 +82,7 @@ TOKEN_1B = 2 * 8 * 64 * 16 * 2
         ({"num_key_value_heads": [8] * 16}, {}, None),
         ({"num_attention_heads": 0, "head_dim": None}, {}, None),
         ({"max_position_embeddings": "many"}, {}, 2048 * TOKEN_1B),
+        ({"rope_scaling": {"rope_type": "linear", "factor": float("inf")}}, {}, None),
     ],
 )
 def test_the_cache_of_a_sequence_has_the_size_of_its_shape(
